@@ -1,0 +1,198 @@
+"""Time one attention call: dense SDPA backends, FlashAttention-3 where installed, and S2O.
+
+    python benchmarks/attention.py [--lengths 4096 131072] [--json benchmarks/results/attention.json]
+
+Shapes B=1, Hq=32, Hkv=8, D=128, bf16, causal, unless told otherwise. Every S2O row is checked first: at tau=0 (nothing
+stops) against SDPA in the same run. Inputs are synthetic; what they can and cannot show:
+
+    fixed density   lists cut to a share of the prefix, nothing stops: the speed of the kernel, whatever the model
+    topical, tau    tokens come in runs of one topic, queries look for their topic: early stopping as it runs in practice
+    random, tau     Gaussian noise, on which nothing can stop early: the worst case, every tile restarts densely
+
+Medians in milliseconds by ``triton.testing.do_bench``; TFLOP/s count the computed area only (4 D flops a pair).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_compile.kernels import triton_forward
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.operator import run
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.plan import TILE_LEN, Plan, order_keys
+from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.statistics import record_calls
+
+CAUSAL = AttentionMask(causal=True)
+
+
+def make_inputs(kind: str, length: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value bf16 on the GPU, laid out [B, N, H, D] as a model's projections leave them."""
+    torch.manual_seed(0)
+
+    def noise(h: int) -> Tensor:
+        return torch.randn(1, length, h, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+    query, key, value = noise(heads), noise(kv_heads), noise(kv_heads)
+    if kind == "topical":
+        topics = torch.randn(64, head_dim, device="cuda", dtype=torch.bfloat16)
+        topic = torch.randint(64, (length // 256,), device="cuda").repeat_interleave(256)
+        key += 0.9 * topics[topic]
+        query += 0.9 * topics[topic]
+        key[:, :, 0] = 3 * query.mean(2).view(1, kv_heads, -1, head_dim).mean(2)  # an attention sink
+    return query, key, value
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call."""
+    return triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")
+
+
+def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The dense backends that run here."""
+
+    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        return call
+
+    rivals = {
+        "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    }
+    try:
+        import fa3_fwd_interface as fa3
+    except ImportError:
+        return rivals
+
+    def flash3() -> Tensor:
+        out = fa3.flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return rivals | {"FlashAttention-3": flash3}
+
+
+def cut_to_density(plan: Plan, density: float, length: int) -> Plan:
+    """The plan with every list cut so that all passes together compute ``density`` of the causal area."""
+    own = (plan.segment_len + TILE_LEN) / 2
+    share = max(density * (length + 1) / 2 - own, 0.0) / (length / 2)
+    prefix = plan.prefix_count[:, None].expand_as(plan.key_count)
+    count = ((prefix * share).round().int() // plan.chunk_len * plan.chunk_len).clamp(max=plan.key_index.shape[3])
+    return dataclasses.replace(plan, key_count=count.contiguous(), prefix_count=count[:, 0].contiguous())
+
+
+def check_exact(query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Largest error of S2O at tau=0 relative to the error that bf16 SDPA makes, on a prefix of the inputs."""
+    q, k, v = (x[:, :, :4096] for x in (query, key, value))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    flash = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ours, _ = run(q, k, v, CAUSAL, scale=None, return_lse=False, options=OperatorOptions(tau=0.0, min_seq_len=0))
+    return ((ours - exact).abs().max() / (flash - exact).abs().max()).item()
+
+
+def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object]]:
+    """All rows of one length."""
+    shape = (args.heads, args.kv_heads, args.head_dim)
+    rows: list[dict[str, object]] = []
+
+    def row(name: str, ms: float, density: float, **more: object) -> None:
+        flops = 4 * args.head_dim * args.heads * density * length * (length + 1) / 2
+        rows.append({"length": length, "what": name, "ms": ms, "tflops": flops / ms / 1e9, "density": density} | more)
+        print(f"{length:7d}  {name:38s} {ms:9.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s  density {density:.3f} {more}", flush=True)
+
+    query, key, value = make_inputs("topical", length, *shape)
+    error = check_exact(query, key, value)
+    if not error < 2:
+        sys.exit(f"S2O at tau=0 is {error:.1f}x further from float64 than SDPA: no figures are reported")
+    for name, call in dense_rivals(query, key, value).items():
+        row(name, milliseconds(call), 1.0)
+
+    scale = args.head_dim**-0.5
+    for density in args.densities:
+        full = build_plan(query, key, value, CAUSAL, scale=scale, tau=1.0, ranking="per_query", query_order="none", implementation="triton")
+        plan = cut_to_density(full, density, length)
+        result = triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
+        area = CAUSAL.area(1, length, length).item()
+        real = (result.computed.double().sum() * TILE_LEN / args.heads / area).item()
+        ms = milliseconds(lambda plan=plan: triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0))
+        row(f"S2O forward, density {density}", ms, real)
+        del full, plan, result
+    from s2o_compile.kernels import triton_ranking
+
+    def scores() -> Tensor:
+        return triton_ranking.score_keys(query, key, CAUSAL, scale=scale, segment_len=segment)
+
+    segment = build_plan(query, key, value, CAUSAL, scale=scale, tau=1.0, ranking="mean_query", query_order="none").segment_len
+    made = scores()
+    row("S2O index work: score", milliseconds(scores), 0.0)
+    order = lambda: order_keys(made, key, value, CAUSAL, n_queries=length, segment_len=segment, tau=1.0)  # noqa: E731
+    row("S2O index work: order", milliseconds(order), 0.0)
+    del made
+    for kind in ("topical", "random"):
+        query, key, value = make_inputs(kind, length, *shape)
+        for ranking in ("per_query", "mean_query"):
+            options = OperatorOptions(tau=args.tau, min_seq_len=0, ranking=ranking)
+
+            def whole(options: OperatorOptions = options) -> object:
+                return run(query, key, value, CAUSAL, scale=None, return_lse=False, options=options)
+
+            with record_calls() as calls:
+                ours, _ = whole()
+            torch.cuda.synchronize()
+            dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            error = ((ours - dense).float().norm() / dense.float().norm()).item()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            whole()
+            extra = (torch.cuda.max_memory_allocated() - before) / (2 * key.numel() * key.element_size())
+            row(f"S2O whole op, {kind}, tau {args.tau}, {ranking}", milliseconds(whole), calls[0].density, relative_error=round(error, 5), extra_memory_over_kv=round(extra, 3))
+    return rows
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--tau", type=float, default=OperatorOptions().tau)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/attention.py: expected a CUDA device, got none. It times GPU kernels.")
+    rows = [row for length in args.lengths for row in bench_length(length, args)]
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
+            "shape": {"batch": 1, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim},
+            "dtype": "bfloat16",
+        }
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""What the operator refuses, and how it says so: expected, got, what to do."""
+
+
+class S2OError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class InputError(S2OError, ValueError):
+    """A tensor or number handed to the operator cannot be used."""
+
+    def __init__(self, what: str, *, expected: str, got: object, remedy: str) -> None:
+        super().__init__(f"s2o attention: {what}: expected {expected}, got {got}. {remedy}")
+
+
+class ImplementationUnavailableError(S2OError, RuntimeError):
+    """An implementation was asked for by name and cannot run here. It is never replaced silently."""

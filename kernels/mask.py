@@ -1,0 +1,75 @@
+"""Which keys a query may see, and how a segment of queries divides them.
+
+Key j is visible to query i iff all of these hold:
+
+    causal:    j <= i + offset                     (bottom-right: offset = Nk - Nq; SDPA's is_causal: offset = 0)
+    window:    j >  i + offset - window
+    key_mask:  key_mask[b, j]                      (False: padding)
+
+For one segment of queries the visible keys fall into two parts (S2O, arXiv 2602.22575, section 3):
+
+    own keys      the positions of the segment itself: pass 1 attends to them in natural order, under the mask
+    prefix keys   visible to *every* query of the segment: pass 2 visits them ranked by importance
+
+Without a causal mask the "prefix" is every key outside the segment. Cross attention has no own keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMask:
+    """The mask of one attention call.
+
+    Attributes:
+        causal: Whether key j must satisfy ``j <= i + offset``.
+        offset: Causal offset in tokens; ignored unless ``causal``.
+        window: Sliding window in tokens, the query's own position included; needs ``causal``.
+        key_mask: bool [B, Nk], True where the key may be attended, or None.
+    """
+
+    causal: bool = False
+    offset: int = 0
+    window: int | None = None
+    key_mask: Tensor | None = None
+
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Bool [queries, keys] of the causal and window terms; the key mask is a column and applied apart."""
+        i, j = query_positions[:, None] + self.offset, key_positions[None, :]
+        seen = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=query_positions.device)
+        if self.causal:
+            seen &= j <= i
+        if self.window is not None:
+            seen &= j > i - self.window
+        return seen
+
+    def own_offset(self, n_queries: int, n_keys: int) -> int:
+        """Offset from a query's position to its own key; ``-n_queries`` (no own keys) in cross attention."""
+        if self.causal:
+            return self.offset
+        return 0 if n_queries == n_keys else -n_queries
+
+    def own_range(self, first_query: int, last_query: int, n_queries: int, n_keys: int) -> tuple[int, int]:
+        """Own keys [start, stop) of the queries first_query..last_query."""
+        offset = self.own_offset(n_queries, n_keys)
+        start = min(max(first_query + offset, 0), n_keys)
+        return start, min(max(last_query + 1 + offset, start), n_keys)
+
+    def area(self, batch: int, n_queries: int, n_keys: int) -> Tensor:
+        """Number of visible query-key pairs per head, float64 [B]: what density is measured against.
+
+        Padding is not subtracted: dense kernels compute those pairs too.
+        """
+        first = torch.zeros(n_queries, dtype=torch.float64)
+        last = torch.full((n_queries,), float(n_keys), dtype=torch.float64)
+        if self.causal:
+            end = torch.arange(n_queries, dtype=torch.float64) + self.offset + 1
+            last = end.clamp(0, n_keys)
+            if self.window is not None:
+                first = (end - self.window).clamp(0, n_keys)
+        return (last - first).sum().expand(batch)

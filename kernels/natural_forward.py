@@ -1,0 +1,59 @@
+"""Exact attention in natural order in plain torch: only the visible range of each block of queries is computed.
+
+Serves sliding windows (the work is linear in the length) and calls that want a log-sum-exp from the dense path.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.block_attention import block_attention, merge
+from s2o_compile.kernels.definition import Result
+from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import TILE_LEN, n_tiles
+
+KEY_STEP = 4096
+"""Keys of one block: bounds the memory of the explicit mask."""
+
+
+def visible_range(mask: AttentionMask, first: int, last: int, n_keys: int) -> tuple[int, int]:
+    """Keys [start, stop) that some query of first..last may see, padding aside."""
+    start, stop = 0, n_keys
+    if mask.causal:
+        stop = min(max(last + mask.offset + 1, 0), n_keys)
+        if mask.window is not None:
+            start = min(max(first + mask.offset - mask.window + 1, 0), stop)
+    return start, stop
+
+
+def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
+    """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
+    batch, heads, n_queries, head_dim = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    output = empty_output(query)
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    for tile, first in enumerate(range(0, n_queries, TILE_LEN)):
+        last = min(first + TILE_LEN, n_queries) - 1
+        start, stop = visible_range(mask, first, last, n_keys)
+        computed[:, :, tile] = stop - start
+        rows = torch.arange(first, last + 1, device=query.device)
+        for b in range(batch):
+            for kv in range(kv_heads):
+                group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
+                tile_query = (query[b, group, first : last + 1].float() * scale).flatten(0, 1)
+                out, mass = torch.zeros_like(tile_query), tile_query.new_full(tile_query.shape[:1], -torch.inf)
+                for begin in range(start, stop, KEY_STEP):
+                    keys = torch.arange(begin, min(begin + KEY_STEP, stop), device=query.device)
+                    hidden = ~mask.visible(rows, keys)
+                    if mask.key_mask is not None:
+                        hidden |= ~mask.key_mask[b, keys]
+                    block = slice(begin, begin + len(keys))
+                    hidden = hidden.repeat(tile_query.shape[0] // len(rows), 1)
+                    part = block_attention(tile_query, key[b, kv, block].float(), value[b, kv, block].float(), hidden)
+                    out, mass = merge(out, mass, *part)
+                output[b, group, first : last + 1] = out.view(-1, len(rows), head_dim).to(output.dtype)
+                lse[b, group, first : last + 1] = mass.view(-1, len(rows))
+    return Result(output, lse, computed)

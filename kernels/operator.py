@@ -1,0 +1,124 @@
+"""One call of the operator, from tensors to output: check, choose a path, plan, execute, record."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels import natural_forward, torch_forward
+from s2o_compile.kernels.definition import Result
+from s2o_compile.kernels.dense import dense_attention
+from s2o_compile.kernels.errors import ImplementationUnavailableError
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.statistics import record
+from s2o_compile.kernels.validation import check_inputs
+
+try:
+    from s2o_compile.kernels import triton_forward, triton_natural
+except ImportError:  # no triton here: only the torch implementation can run
+    triton_forward = triton_natural = None
+
+
+def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, min_seq_len: int) -> str:
+    """"s2o", "window" or "dense", from lengths alone: nothing waits for the device and no graph recompiles."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if n_queries < TILE_LEN or n_keys < min_seq_len:
+        return "dense"
+    return "s2o" if mask.window is None else "window"
+
+
+def choose_implementation(wanted: str, device: torch.device) -> str:
+    """"triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted == "triton":
+        if triton_forward is None:
+            raise ImplementationUnavailableError(
+                'implementation="triton": expected the triton package, got none. Install triton, or use "auto".'
+            )
+        if device.type != "cuda" and not interpreted:
+            raise ImplementationUnavailableError(
+                f'implementation="triton": expected CUDA tensors, got {device.type}. Move the model to a GPU, use '
+                '"auto", or set TRITON_INTERPRET=1 before the first import to interpret the kernels.'
+            )
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" and triton_forward is not None else "torch"
+    return wanted
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float | None,
+    return_lse: bool,
+    options: OperatorOptions,
+    site: str = "",
+) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, Hq, Nq, D] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, D].
+        mask: Which keys a query sees.
+        scale: Softmax scale, None for 1 / sqrt(D).
+        return_lse: Whether the log-sum-exp is wanted.
+        options: How to rank, order, stop and run.
+        site: Module path for the report.
+    """
+    check_inputs(query, key, value, mask.key_mask, causal=mask.causal, window=mask.window)
+    n_keys, head_dim = key.shape[2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
+        mask = replace(mask, window=None)  # the window hides nothing
+    path = choose_path(query, key, mask, options.min_seq_len)
+    implementation = choose_implementation(options.implementation, query.device)
+    if mask.key_mask is not None and mask.key_mask.shape[0] != query.shape[0]:
+        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1))
+    if path == "dense" and not return_lse:
+        record(site, path, query, key, mask)
+        return dense_attention(query, key, value, mask, scale=scale), None
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if path == "s2o":
+        result = _attend_ranked(query, key, value, mask, scale=scale, options=options, implementation=implementation)
+    elif implementation == "triton":
+        result = triton_natural.attend_natural(query, key, value, mask, scale=scale)
+    else:
+        result = natural_forward.attend_natural(query, key, value, mask, scale=scale)
+    record(site, path, query, key, mask, result.computed)
+    return result.output, result.lse if return_lse else None
+
+
+def _attend_ranked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    options: OperatorOptions,
+    implementation: str,
+) -> Result:
+    """Plan and execute."""
+    plan = build_plan(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        tau=options.tau,
+        ranking=options.ranking,
+        query_order=options.query_order,
+        segment_len=options.segment_len,
+        implementation=implementation,
+    )
+    executor = triton_forward if implementation == "triton" else torch_forward
+    return executor.attend(query, key, value, mask, plan, scale=scale, tau=options.tau)

@@ -1,0 +1,68 @@
+"""What a user may choose about the operator, with the defaults and the checks in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorOptions:
+    """How the operator ranks, orders, stops and runs; every field is a keyword of ``s2o::attention``.
+
+    Attributes:
+        tau: Stop a query tile once the estimated unvisited share of its softmax mass is below this; 0 never stops and
+            is exact. The estimate is an upper bound where the ranking is right, so it is usually far too high: values
+            around 1 are useful.
+        min_seq_len: Shorter key lengths run dense, in tokens.
+        segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
+        ranking: "per_query", "sub_mean" or "mean_query".
+        query_order: "none" or "mean_query".
+        implementation: "auto", "triton" or "torch". A named one never falls back to another.
+    """
+
+    tau: float = 1.5
+    min_seq_len: int = 8192
+    segment_len: int | None = None
+    ranking: str = "per_query"
+    query_order: str = "none"
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau < math.inf:
+            raise InputError(
+                "tau", expected="a finite number >= 0", got=self.tau, remedy="Use tau=0.0 for an exact result."
+            )
+        if isinstance(self.min_seq_len, bool) or not isinstance(self.min_seq_len, int) or self.min_seq_len < 0:
+            raise InputError(
+                "min_seq_len",
+                expected="an integer >= 0",
+                got=repr(self.min_seq_len),
+                remedy="Give a length in tokens; 0 never runs dense for being short.",
+            )
+        length = self.segment_len
+        if length is not None and (not isinstance(length, int) or length <= 0 or length % TILE_LEN):
+            raise InputError(
+                "segment_len",
+                expected=f"a positive multiple of {TILE_LEN}, or None",
+                got=repr(length),
+                remedy="Leave it None to choose by length.",
+            )
+        for name, allowed in (
+            ("ranking", tuple(RANKINGS)),
+            ("query_order", QUERY_ORDERS),
+            ("implementation", IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    name,
+                    expected=f"one of {', '.join(map(repr, allowed))}",
+                    got=repr(getattr(self, name)),
+                    remedy="Choose one of these names.",
+                )

@@ -1,0 +1,137 @@
+"""The plan: where ranking and attention meet.
+
+A ranking fills it, an executor walks it. Keys are never moved: the plan holds indices only.
+
+Shapes: B batch, Hq query heads, Hkv key/value heads (one ranking per GQA group), Nq queries, Nk keys,
+P segments of ``segment_len`` queries, L the longest list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.mask import AttentionMask
+
+TILE_LEN = 128
+"""Queries of one tile. A tile is what stops early, so every executor uses the same length."""
+
+MIN_REACH = 2048
+"""Shortest list, in keys, that early stopping may walk before a tile restarts densely."""
+
+REACH_FRACTION = 8
+"""Beyond MIN_REACH a list holds the best 1/8 of the prefix: early stopping rarely looks further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Order of visits for every query tile.
+
+    Attributes:
+        segment_len: Queries per segment, a multiple of TILE_LEN.
+        chunk_len: Keys between two tests of the stop rule, a multiple of 64.
+        key_index: int32 [B, Hkv, P, L], prefix keys of the segment, most important first.
+        key_count: int32 [B, Hkv, P], how many entries of ``key_index`` are real.
+        prefix_count: int32 [B, P], visible prefix keys in all. A list is complete where ``key_count`` equals it; a
+            tile that reaches the end of an incomplete list without stopping restarts densely in natural order.
+        query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
+    """
+
+    segment_len: int
+    chunk_len: int
+    key_index: Tensor
+    key_count: Tensor
+    prefix_count: Tensor
+    query_order: Tensor | None
+
+    @property
+    def n_segments(self) -> int:
+        """Number of segments P."""
+        return self.key_index.shape[2]
+
+
+def n_segments(n_queries: int, segment_len: int) -> int:
+    """Segments that cover n_queries, the last one possibly short."""
+    return -(-n_queries // segment_len)
+
+
+def n_tiles(n_queries: int) -> int:
+    """Query tiles that cover n_queries, the last one possibly short."""
+    return -(-n_queries // TILE_LEN)
+
+
+def default_segment_len(n_queries: int) -> int:
+    """256 up to 8K queries, 512 up to 32K, 1024 beyond: small segments rank better until the index work bites."""
+    return 256 if n_queries <= 8192 else 512 if n_queries <= 32768 else 1024
+
+
+def default_chunk_len(n_keys: int) -> int:
+    """256 keys between stop tests up to 16K, 512 beyond, where the test's cost counts and resolution does not."""
+    return 256 if n_keys <= 16384 else 512
+
+
+def own_starts_stops(
+    mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """int64 [P] starts and stops of every segment's own keys; computed on the device, so nothing waits for a copy."""
+    first = torch.arange(0, n_queries, segment_len, device=device)
+    offset = mask.own_offset(n_queries, n_keys)
+    starts = (first + offset).clamp(0, n_keys)
+    stops = ((first + segment_len).clamp(max=n_queries) + offset).clamp(0, n_keys)
+    return starts, torch.maximum(starts, stops)
+
+
+def reach(prefix_len: Tensor, tau: float, chunk_len: int) -> Tensor:
+    """Length of the list for a prefix: all of it when nothing may stop, else what early stopping can reach."""
+    if tau == 0.0:
+        return prefix_len
+    wanted = (prefix_len // REACH_FRACTION).clamp(min=MIN_REACH)
+    return torch.minimum(prefix_len, (wanted + chunk_len - 1) // chunk_len * chunk_len)
+
+
+def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device) -> Tensor:
+    """Bool [B or 1, P, Nk]: which keys are prefix keys of which segment."""
+    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, device)
+    position = torch.arange(n_keys, device=device)
+    prefix = position < starts[:, None]
+    if not mask.causal:
+        prefix |= position >= stops[:, None]
+    return prefix[None] if mask.key_mask is None else prefix[None] & mask.key_mask[:, None, :]
+
+
+def order_keys(
+    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn importance scores into lists.
+
+    Args:
+        scores: Floating [B, Hkv, P, Nk], larger is more important, any monotone scale. Overwritten.
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, D].
+        mask: Which keys count as prefix.
+        n_queries: Number of queries Nq.
+        segment_len: Queries per segment.
+        tau: Stop threshold; decides how far lists reach.
+
+    Returns:
+        key_index int32 [B, Hkv, P, L], key_count int32 [B, Hkv, P], prefix_count int32 [B, P].
+    """
+    batch, heads, segments, n_keys = scores.shape
+    chunk_len = default_chunk_len(n_keys)
+    prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
+    # A key that holds NaN or inf must be visited, or a row would come out finite where SDPA's would not: it goes first.
+    poisoned = ~torch.isfinite(key.sum(-1, dtype=torch.float32) + value.sum(-1, dtype=torch.float32))
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
+    scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
+    scores.masked_fill_(~prefix[:, None], float("-inf"))
+    prefix_count = prefix.sum(-1, dtype=torch.int32).expand(batch, segments)
+    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, scores.device)
+    reached = reach(starts if mask.causal else n_keys - (stops - starts), tau, chunk_len)
+    last_start, _ = mask.own_range((segments - 1) * segment_len, n_queries - 1, n_queries, n_keys)
+    longest = reach(torch.tensor(last_start if mask.causal else n_keys), tau, chunk_len).item()
+    key_index = scores.topk(int(longest), dim=-1, sorted=True).indices.to(torch.int32)
+    key_count = torch.minimum(prefix_count, reached.to(torch.int32))[:, None].expand(batch, heads, segments)
+    return key_index, key_count.contiguous(), prefix_count.contiguous()

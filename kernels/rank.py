@@ -1,0 +1,70 @@
+"""Build the plan of one attention call: rank the keys, order the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from s2o_compile.kernels import ranking_mean_query, ranking_per_query, ranking_sub_mean
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import Plan, default_chunk_len, default_segment_len, order_keys
+from s2o_compile.kernels.query_order import order_queries
+
+try:
+    from s2o_compile.kernels import triton_ranking
+except ImportError:  # no triton here: build_plan is then never asked for it
+    triton_ranking = None
+
+RANKINGS: dict[str, Callable[..., Tensor]] = {
+    "per_query": ranking_per_query.score_keys,
+    "sub_mean": ranking_sub_mean.score_keys,
+    "mean_query": ranking_mean_query.score_keys,
+}
+QUERY_ORDERS = ("none", "mean_query")
+
+
+def build_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    tau: float,
+    ranking: str,
+    query_order: str,
+    segment_len: int | None = None,
+    implementation: str = "torch",
+) -> Plan:
+    """Plan of one attention call.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, D].
+        mask: The proven mask, without a window (a window is computed exactly and needs no plan).
+        scale: Softmax scale.
+        tau: Stop threshold, 0 for never.
+        ranking: A key of RANKINGS.
+        query_order: One of QUERY_ORDERS.
+        segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
+        implementation: "triton" or "torch": who scores the keys where both can.
+    """
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    segment_len = segment_len or default_segment_len(n_queries)
+    score_keys = RANKINGS[ranking]
+    if ranking == "per_query" and implementation == "triton":
+        score_keys = triton_ranking.score_keys
+    scores = score_keys(query, key, mask, scale=scale, segment_len=segment_len)
+    key_index, key_count, prefix_count = order_keys(
+        scores, key, value, mask, n_queries=n_queries, segment_len=segment_len, tau=tau
+    )
+    return Plan(
+        segment_len=segment_len,
+        chunk_len=default_chunk_len(n_keys),
+        key_index=key_index,
+        key_count=key_count,
+        prefix_count=prefix_count,
+        query_order=order_queries(query, segment_len) if query_order == "mean_query" else None,
+    )

@@ -1,0 +1,96 @@
+"""Rank keys by every query of the segment, in a few dimensions and without an exponential.
+
+score[s, j] = max over queries i of segment s and heads h of the GQA group of
+              q_i[dims] . k_j[dims] * scale - normaliser_i
+
+``dims`` are the FEW_DIMS dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates the
+log-sum-exp of the query's row from every KEY_STRIDE-th key, so that the score is the largest log-probability any query
+of the segment gives the key. A mean query cannot see the key that one query retrieves; this can. The normaliser rides
+as one more dimension, and nothing of size Nq x Nk is kept: products are reduced over the segment as they are made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import own_starts_stops
+
+FEW_DIMS = 15
+"""With the normaliser 16, the smallest inner dimension of a matrix product on the tensor cores."""
+
+KEY_STRIDE = 64
+"""The normaliser samples every 64th key."""
+
+DIM_STRIDE = 8
+"""The dimensions are chosen from every 8th query and key."""
+
+KEY_STEP = 512
+"""Keys of one product: the products of a segment stay in cache until they are reduced."""
+
+
+def choose_dims(query: Tensor, key: Tensor) -> Tensor:
+    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, FEW_DIMS]."""
+    batch, kv_heads, _, head_dim = key.shape
+    some_queries, some_keys = query[:, :, ::DIM_STRIDE].float(), key[:, :, ::DIM_STRIDE].float()
+    power = some_queries.square().mean(2).view(batch, kv_heads, -1, head_dim).sum(2)
+    energy = (power * some_keys.var(2, correction=0)).nan_to_num(0.0)
+    return energy.topk(FEW_DIMS, dim=-1).indices
+
+
+def take_dims(x: Tensor, dims: Tensor) -> Tensor:
+    """[B, H, N, D] and [B, Hkv, R] -> [B, H, N, R], every head of a group with its group's dimensions.
+
+    NaN and inf become zero: one bad row must not spoil the whole order.
+    """
+    batch, heads, length, _ = x.shape
+    index = dims.repeat_interleave(heads // dims.shape[1], dim=1)[:, :, None, :].expand(batch, heads, length, -1)
+    return x.gather(3, index).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def row_normaliser(query: Tensor, key: Tensor, mask: AttentionMask, *, first_query: int) -> Tensor:
+    """Estimated log-sum-exp of the rows of one segment, [B, Hkv, G, S]; +inf for a row that sees no sampled key.
+
+    Args:
+        query: Scaled queries of the segment, float32 [B, Hkv, G, S, R].
+        key: Keys, float32 [B, Hkv, Nk, R].
+        mask: The mask.
+        first_query: Position of the segment's first query.
+    """
+    n_keys = key.shape[2]
+    rows = first_query + torch.arange(query.shape[3], device=query.device)
+    end = min(first_query + query.shape[3] + mask.offset, n_keys) if mask.causal else n_keys
+    sampled = torch.arange(0, max(end, 0), KEY_STRIDE, device=query.device)
+    logits = query.flatten(2, 3) @ key[:, :, sampled].transpose(-1, -2)
+    logits = logits.unflatten(2, query.shape[2:4])
+    hidden = ~mask.visible(rows, sampled)
+    if mask.key_mask is not None:
+        hidden = hidden | ~mask.key_mask[:, None, None, None, sampled]
+    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1) + math.log(KEY_STRIDE)
+    return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
+
+
+def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
+    """Importance of every key for every segment, float32 [B, Hkv, P, Nk]; see the module docstring."""
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    dims = choose_dims(query, key)
+    few_key = take_dims(key, dims).float()
+    few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
+    key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
+    starts, _ = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
+    scores = torch.full((batch, kv_heads, len(starts), n_keys), float("-inf"), device=query.device)
+    for s, start in enumerate(starts.tolist()):
+        rows = few_query[:, :, :, s * segment_len : (s + 1) * segment_len]
+        normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len)
+        rows = torch.cat([rows, normaliser[..., None]], dim=-1).flatten(2, 3)
+        end = start if mask.causal else n_keys
+        for b in range(batch):
+            for kv in range(kv_heads):
+                for j in range(0, end, KEY_STEP):
+                    step = slice(j, min(j + KEY_STEP, end))
+                    scores[b, kv, s, step] = (rows[b, kv] @ key_columns[b, kv, :, step]).amax(0)
+    return scores

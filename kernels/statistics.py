@@ -1,0 +1,76 @@
+"""What the operator did at run time, for the report: which path each call took and its density."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import TILE_LEN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the operator.
+
+    Attributes:
+        site: Module path of the attention, "" for eager calls.
+        path: "s2o", "window" or "dense".
+        n_queries: Number of queries.
+        n_keys: Number of keys.
+        computed: int32 [B, Hq, tiles], keys each tile computed, on the device; None where nothing was skipped.
+        area: Query-key pairs a dense kernel computes per head, float64 [B].
+    """
+
+    site: str
+    path: str
+    n_queries: int
+    n_keys: int
+    computed: Tensor | None
+    area: Tensor
+
+    @property
+    def density(self) -> float:
+        """Computed pairs over the pairs a dense kernel computes, all passes counted. Waits for the device."""
+        if self.computed is None:
+            return 1.0
+        tile_rows = [min(TILE_LEN, self.n_queries - first) for first in range(0, self.n_queries, TILE_LEN)]
+        rows = self.computed.new_tensor(tile_rows).double()
+        pairs = (self.computed.double() * rows).sum(-1).mean(-1).sum().item()
+        return pairs / max(self.area.sum().item(), 1.0)
+
+
+_recordings: list[list[Call]] = []
+
+
+@contextmanager
+def record_calls() -> Iterator[list[Call]]:
+    """Collect every call of the operator made inside the ``with`` block."""
+    calls: list[Call] = []
+    _recordings.append(calls)
+    try:
+        yield calls
+    finally:
+        _recordings[:] = [other for other in _recordings if other is not calls]
+
+
+def record(
+    site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask, computed: Tensor | None = None
+) -> None:
+    """Tell every open recording about a call; costs nothing when there is none."""
+    if not _recordings:
+        return
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    call = Call(
+        site=site,
+        path=path,
+        n_queries=n_queries,
+        n_keys=n_keys,
+        computed=computed,
+        area=mask.area(query.shape[0], n_queries, n_keys),
+    )
+    for calls in _recordings:
+        calls.append(call)

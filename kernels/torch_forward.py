@@ -1,0 +1,173 @@
+"""S2O forward in plain torch that really does less work: what a CPU runs.
+
+For each segment the tiles of all heads of a GQA group walk the list together: a chunk of keys is gathered once and one
+dense block serves every tile still walking; blocks merge by their log-sum-exp. Tiles that stop leave. The method is
+stated in ``definition.py``; order, tiles and stop rule are the same. Arithmetic is float32 whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
+from s2o_compile.kernels.definition import FIRST_TEST, Result
+from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
+
+KEY_STEP = 4096
+"""Keys of one block in natural order under an explicit mask: bounds the mask's memory."""
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+) -> Result:
+    """Attention over a plan; arguments and results as ``definition.attend``."""
+    batch, heads, n_queries, _ = query.shape
+    into = Result(
+        empty_output(query),
+        query.new_empty(batch, heads, n_queries, dtype=torch.float32),
+        torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
+    )
+    for b in range(batch):
+        for kv in range(key.shape[1]):
+            keys, values = key[b, kv].float(), value[b, kv].float()
+            for segment in range(plan.n_segments):
+                _Segment(query, keys, values, mask, plan, (b, kv, segment)).attend(scale, tau, into)
+    return into
+
+
+@dataclass
+class _Tiles:
+    """Tiles on their way: their numbers in the segment and, by row, query, output so far and log-sum-exp so far."""
+
+    numbers: Tensor
+    query: Tensor
+    output: Tensor
+    lse: Tensor
+
+    def update(self, output: Tensor, lse: Tensor) -> Tensor:
+        """Merge a block; returns each tile's largest row gain, the share of the mass that the block brought."""
+        self.output, joint = merge(self.output, self.lse, output, lse)
+        gain = 1 - (self.lse - joint).exp_()
+        self.lse = joint
+        return gain.nan_to_num_(0.0).view(-1, TILE_LEN).amax(-1)
+
+    def select(self, which: Tensor) -> _Tiles:
+        """The tiles at places ``which``, copied."""
+        rows = [x.unflatten(0, (-1, TILE_LEN))[which].flatten(0, 1) for x in (self.query, self.output, self.lse)]
+        return _Tiles(self.numbers[which], *rows)
+
+    def put(self, part: _Tiles) -> None:
+        """Take over the state of ``part``; only for tiles numbered 0, 1, 2, ..."""
+        self.output.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.output.unflatten(0, (-1, TILE_LEN))
+        self.lse.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.lse.unflatten(0, (-1, TILE_LEN))
+
+
+class _Segment:
+    """One segment of one GQA group."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, place: tuple[int, int, int]
+    ) -> None:
+        self.b, kv, segment = place
+        self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
+        group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]
+        self.first = segment * plan.segment_len
+        self.end = min(self.first + plan.segment_len, n_queries)
+        self.group, self.tiles = group, n_tiles(self.end - self.first)
+        self.heads = slice(kv * group, (kv + 1) * group)
+        self.query = query[self.b, self.heads]
+        self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
+        self.index = plan.key_index[self.b, kv, segment]
+        self.count = int(plan.key_count[self.b, kv, segment])
+        self.prefix = int(plan.prefix_count[self.b, segment])
+        # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
+        slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
+        slots = slots.clamp(max=self.end - 1)
+        self.natural = plan.query_order is None
+        self.rows = slots.expand(group, -1)
+        if plan.query_order is not None:
+            self.rows = plan.query_order[self.b, self.heads][:, slots].long()
+        self.own_start, own_stop = mask.own_range(self.first, self.end - 1, n_queries, len(key))
+        self.stops = torch.full((group, self.tiles), own_stop)
+        if mask.causal and self.natural:  # no query of a tile sees further than the tile's last one
+            ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1)
+            self.stops = ends.clamp(self.own_start, own_stop).expand(group, -1)
+        self.stops = self.stops.flatten()
+
+    def attend(self, scale: float, tau: float, into: Result) -> None:
+        """Pass 1, pass 2, restart; fills the segment's rows of ``into``."""
+        head_dim = self.query.shape[-1]
+        gather = self.rows[..., None].expand(-1, -1, head_dim)
+        query = (self.query.gather(1, gather).float() * scale).flatten(0, 1)
+        tiles = _Tiles(torch.arange(len(self.stops)), query, torch.zeros_like(query), query.new_full((len(query),), -torch.inf))
+        area = self.stops - self.own_start
+        self._own_keys(tiles)
+        walking = self._walk(tiles, tau, area)
+        if self.count < self.prefix and len(walking.numbers):
+            walking.output.zero_()
+            walking.lse.fill_(-torch.inf)
+            stops = self.stops if self.mask.causal else torch.full_like(self.stops, len(self.key))
+            area[walking.numbers] += stops[walking.numbers]
+            self._in_natural_order(walking, 0, stops)
+        tiles.put(walking)
+
+        first_tile, real = self.first // TILE_LEN, self.end - self.first
+        into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
+        output = tiles.output.view(self.group, -1, head_dim)[:, :real].to(into.output.dtype)
+        into.output[self.b, self.heads].scatter_(1, gather[:, :real], output)
+        into.lse[self.b, self.heads].scatter_(1, self.rows[:, :real], tiles.lse.view(self.group, -1)[:, :real])
+
+    def _own_keys(self, tiles: _Tiles) -> None:
+        """Pass 1."""
+        own_stop = int(self.stops.max())
+        diagonal = self.mask.causal and self.natural and self.own_start == self.first + self.mask.offset
+        if diagonal and self.hidden_key is None and own_stop > self.own_start:
+            own = slice(self.own_start, own_stop)
+            query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
+            output, lse = causal_block(query, self.key[own], self.value[own])
+            tiles.update(output.flatten(0, 1), lse.flatten())
+        else:
+            part = tiles.select(tiles.numbers)
+            self._in_natural_order(part, self.own_start, self.stops)
+            tiles.put(part)
+
+    def _in_natural_order(self, tiles: _Tiles, start: int, stops: Tensor) -> None:
+        """Each tile attends to the keys from start to its own stop, under the mask."""
+        for stop in stops[tiles.numbers].unique().tolist():
+            same = (stops[tiles.numbers] == stop).nonzero()[:, 0]
+            part = tiles.select(same)
+            rows = self.rows.reshape(-1, TILE_LEN)[part.numbers].flatten()
+            for begin in range(start, stop, KEY_STEP):
+                keys = torch.arange(begin, min(begin + KEY_STEP, stop), device=rows.device)
+                hidden = None
+                if self.mask.causal and int(keys[-1]) > self.first + self.mask.offset:
+                    hidden = ~self.mask.visible(rows, keys)
+                if self.hidden_key is not None:
+                    hidden = self.hidden_key[keys] if hidden is None else hidden | self.hidden_key[keys]
+                block = slice(begin, begin + len(keys))
+                part.update(*block_attention(part.query, self.key[block], self.value[block], hidden))
+            tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
+            tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
+
+    def _walk(self, tiles: _Tiles, tau: float, area: Tensor) -> _Tiles:
+        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds; returns those that did not stop."""
+        walking = tiles.select(tiles.numbers)
+        for start in range(0, self.count, self.chunk_len):
+            chunk = self.index[start : min(start + self.chunk_len, self.count)]
+            keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
+            gain = walking.update(*block_attention(walking.query, keys, values))
+            area[walking.numbers] += len(chunk)
+            if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
+                left = max(self.prefix - start - self.chunk_len, 0) / self.chunk_len
+                stay = (gain * left >= tau).cpu()
+                if not stay.all():
+                    tiles.put(walking.select((~stay).nonzero()[:, 0]))
+                    walking = walking.select(stay.nonzero()[:, 0])
+                if not stay.any():
+                    break
+        return walking

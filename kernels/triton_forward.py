@@ -1,0 +1,154 @@
+"""S2O forward on the GPU: pass 1 in natural order, pass 2 over gathered keys with early stop (``definition.py``).
+
+K and V rows are gathered by int32 index straight into shared memory: a row is one contiguous piece of at least 128
+bytes and all tiles of a segment share the list through L2, so gathering costs almost nothing. A stop test inside the
+key loop would end software pipelining: an outer ``while`` walks chunks, an inner pipelined ``for`` walks a chunk's
+blocks, and the rule is tested once per chunk.
+
+Query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of
+one head. A tile that reaches the end of an incomplete list writes ``-computed - 1``; a second launch restarts those
+tiles densely, and every other program of it ends at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.definition import FIRST_TEST, Result
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
+from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, online_softmax_update, store_tile
+
+
+@triton.jit
+def attend_list(
+    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``."""
+    for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
+        entries = j + tl.arange(0, KEY_BLOCK)
+        if MASKED:
+            keys = tl.load(key_index + tl.minimum(entries, count - 1))
+        else:
+            keys = tl.load(key_index + entries)
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM)
+        logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * qk_scale
+        if MASKED:
+            logits = tl.where((entries < count)[None, :], logits, -float("inf"))
+        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM)
+        m, l, acc = online_softmax_update(m, l, acc, logits, v, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def gathered_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
+    key_index_ptr, key_count_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_mb,
+    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, tau,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
+    tiles = tl.num_programs(0)
+    tile = tiles - 1 - tl.program_id(0)  # the longest walks first
+    row_head = tl.program_id(1).to(tl.int64)
+    b, h = row_head // heads, row_head % heads
+    kv = h // group
+    segment = tile * TILE // SEGMENT
+    slots = tile * TILE + tl.arange(0, TILE)
+    present = slots < n_queries
+    slots = tl.minimum(slots, n_queries - 1)
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, n_queries) - 1
+    rows = slots
+    if HAS_QUERY_ORDER:
+        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM)
+    key = key_ptr + b * stride_kb + kv * stride_kh
+    value = value_ptr + b * stride_vb + kv * stride_vh
+    key_mask = key_mask_ptr + b * stride_mb
+    m = tl.full([TILE], -float("inf"), tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+
+    own_start = tl.minimum(tl.maximum(first + own_offset, 0), n_keys)
+    own_stop = tl.maximum(tl.minimum(last + own_offset + 1, n_keys), own_start)
+    free_stop = own_stop
+    if CAUSAL:
+        tile_first, tile_last = first, last
+        if not HAS_QUERY_ORDER:  # no query of the tile sees further than its last one
+            tile_first, tile_last = tile * TILE, tl.minimum(tile * TILE + TILE - 1, last)
+            own_stop = tl.maximum(tl.minimum(tile_last + offset + 1, own_stop), own_start)
+        free_stop = tl.minimum(tile_first + offset + 1, own_stop)
+    tail_start = own_start + tl.maximum(free_stop - own_start, 0) // KEY_BLOCK * KEY_BLOCK
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, True, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+    )  # fmt: skip
+
+    list_row = (b * (heads // group) + kv) * n_segments + segment
+    key_index = key_index_ptr + list_row * list_len
+    count = tl.load(key_count_ptr + list_row)
+    prefix = tl.load(prefix_count_ptr + b * n_segments + segment)
+    whole = count // CHUNK * CHUNK
+    visited = whole * 0
+    stopped = visited != 0
+    while (visited < whole) & (stopped == 0):
+        m_before, l_before = m, l
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, visited, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
+            False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        )  # fmt: skip
+        visited += CHUNK
+        gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
+        unvisited = tl.max(gain, 0) * (tl.maximum(prefix - visited, 0).to(tl.float32) / CHUNK)
+        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (unvisited < tau)
+    if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale,
+            True, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        )  # fmt: skip
+        visited = count
+
+    out = out_ptr + b * stride_ob + h * stride_oh
+    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
+    computed = visited + own_stop - own_start
+    restart = (stopped == 0) & (count < prefix)
+    tl.store(computed_ptr + row_head * tiles + tile, tl.where(restart, -computed - 1, computed))
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+) -> Result:
+    """Attention over a plan; arguments and results as ``definition.attend``."""
+    batch, heads, n_queries, head_dim = query.shape
+    n_keys = key.shape[2]
+    into = empty_result(query)
+    order = plan.query_order
+    gathered_fwd_kernel[(n_tiles(n_queries), batch * heads)](
+        query, key, value, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
+        order if order is not None else plan.key_index,
+        mask.key_mask if mask.key_mask is not None else plan.key_index,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
+        0 if mask.key_mask is None else mask.key_mask.stride(0),
+        n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, heads // key.shape[1],
+        mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
+        SEGMENT=plan.segment_len, CHUNK=plan.chunk_len, TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN,
+        HEAD_DIM=head_dim, **launch_config(head_dim, query.dtype),
+    )  # fmt: skip
+    if tau > 0.0:  # with tau = 0 every list is complete
+        launch_natural(query, key, value, mask, into, scale=scale, restart=plan)
+    return into

@@ -1,0 +1,152 @@
+"""Exact attention in natural order on the GPU: sliding windows, and tiles that restart densely.
+
+    out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
+
+Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key and
+value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of one head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.definition import Result
+from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, online_softmax_update, store_tile
+
+
+@triton.jit
+def attend_range(
+    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [start, stop) in natural order; MASKED tests every pair."""
+    for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
+        keys = j + tl.arange(0, KEY_BLOCK)
+        present = keys < stop
+        if MASKED or HAS_KEY_MASK:
+            keys = tl.minimum(keys, n_keys - 1)
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM)
+        logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * qk_scale
+        if MASKED or HAS_KEY_MASK:
+            seen = present[None, :]
+            if CAUSAL:
+                seen = seen & (keys[None, :] <= rows[:, None] + offset)
+            if HAS_WINDOW:
+                seen = seen & (keys[None, :] > rows[:, None] + offset - window)
+            if HAS_KEY_MASK:
+                seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
+            logits = tl.where(seen, logits, -float("inf"))
+        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM)
+        m, l, acc = online_softmax_update(m, l, acc, logits, v, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def natural_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, query_order_ptr, key_mask_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_mb,
+    n_queries, n_keys, heads, group, offset, window, qk_scale, segment_len,
+    RESTART: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
+    tiles = tl.num_programs(0)
+    tile = tiles - 1 - tl.program_id(0)  # the longest rows first
+    row_head = tl.program_id(1).to(tl.int64)
+    b, h = row_head // heads, row_head % heads
+    visited = 0
+    if RESTART:
+        flag = tl.load(computed_ptr + row_head * tiles + tile)
+        if flag >= 0:
+            return
+        visited = -flag - 1
+    slots = tile * TILE + tl.arange(0, TILE)
+    present = slots < n_queries
+    slots = tl.minimum(slots, n_queries - 1)
+    rows, first, last = slots, tile * TILE, tl.minimum(tile * TILE + TILE, n_queries) - 1
+    if HAS_QUERY_ORDER:
+        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
+        first = first // segment_len * segment_len
+        last = tl.minimum(first + segment_len, n_queries) - 1
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM)
+    key = key_ptr + b * stride_kb + (h // group) * stride_kh
+    value = value_ptr + b * stride_vb + (h // group) * stride_vh
+    key_mask = key_mask_ptr + b * stride_mb
+    m = tl.full([TILE], -float("inf"), tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+
+    start, stop = 0, n_keys
+    free_start, free_stop = 0, n_keys  # keys that every row of the tile sees: no mask needed there
+    if CAUSAL:
+        stop = tl.maximum(tl.minimum(last + offset + 1, n_keys), 0)
+        free_stop = tl.minimum(first + offset + 1, stop)
+    if HAS_WINDOW:
+        start = tl.minimum(tl.maximum(first + offset - window + 1, 0), stop)
+        free_start = tl.minimum(tl.maximum(last + offset - window + 1, start), stop)
+    head_stop = start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK
+    free_blocks = tl.maximum(free_stop - head_stop, 0) // KEY_BLOCK
+    tail_start = head_stop + free_blocks * KEY_BLOCK
+    if HAS_WINDOW:
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, start, tl.minimum(head_stop, stop), stride_kn, stride_vn, n_keys,
+            offset, window, qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
+            PRECISION,
+        )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_kn, stride_vn, n_keys, offset, window,
+        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_kn, stride_vn, n_keys, offset, window,
+        qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+    )  # fmt: skip
+
+    out = out_ptr + b * stride_ob + h * stride_oh
+    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
+    tl.store(computed_ptr + row_head * tiles + tile, visited + stop - start)
+
+
+def launch_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, into: Result, *, scale: float, restart: Plan | None
+) -> None:
+    """Fill ``into``: every tile, or with ``restart`` only the tiles that this plan's walk left unfinished."""
+    batch, heads, n_queries, head_dim = query.shape
+    order = None if restart is None else restart.query_order
+    natural_fwd_kernel[(n_tiles(n_queries), batch * heads)](
+        query, key, value, into.output, into.lse, into.computed,
+        order if order is not None else into.computed,
+        mask.key_mask if mask.key_mask is not None else into.computed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
+        0 if mask.key_mask is None else mask.key_mask.stride(0),
+        n_queries, key.shape[2], heads, heads // key.shape[1], mask.offset, mask.window or 0, scale * LOG2E.value,
+        0 if restart is None else restart.segment_len,
+        RESTART=restart is not None, CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
+        HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None, TILE=TILE_LEN, HEAD_DIM=head_dim,
+        **launch_config(head_dim, query.dtype),
+    )  # fmt: skip
+
+
+def empty_result(query: Tensor) -> Result:
+    """Uninitialised results for a query."""
+    batch, heads, n_queries, _ = query.shape
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    return Result(empty_output(query), lse, computed)
+
+
+def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
+    """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
+    into = empty_result(query)
+    launch_natural(query, key, value, mask, into, scale=scale, restart=None)
+    return into

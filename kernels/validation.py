@@ -1,0 +1,95 @@
+"""Checks of the operator's tensors: every message says expected, got, and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.errors import InputError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, causal: bool, window: int | None
+) -> None:
+    """Raise InputError unless the operator can run on these tensors."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise InputError(
+                f"rank of {name}",
+                expected="4 dimensions [batch, heads, length, head_dim]",
+                got=f"{x.dim()} of shape {tuple(x.shape)}",
+                remedy="Add the missing dimension with unsqueeze, or transpose to this order.",
+            )
+        if x.numel() == 0:
+            raise InputError(
+                f"size of {name}",
+                expected="at least one element",
+                got=f"shape {tuple(x.shape)}",
+                remedy="Skip attention for empty inputs.",
+            )
+    for name, x in tensors.items():
+        if x.dtype != query.dtype or x.dtype not in DTYPES:
+            raise InputError(
+                f"dtype of {name}",
+                expected="one of float16, bfloat16, float32, the same for query, key and value",
+                got=f"{x.dtype} beside a {query.dtype} query",
+                remedy="Convert the inputs with .to(dtype).",
+            )
+        if x.device != query.device:
+            raise InputError(
+                f"device of {name}",
+                expected=f"{query.device}, as the query",
+                got=x.device,
+                remedy="Move all inputs to one device with .to(device).",
+            )
+    batch, heads, _, head_dim = query.shape
+    if key.shape != value.shape:
+        raise InputError(
+            "shape of value",
+            expected=f"{tuple(key.shape)}, as the key",
+            got=tuple(value.shape),
+            remedy="Value head dims that differ from the key's are not supported; call dense attention there.",
+        )
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise InputError(
+            "shape of key",
+            expected=f"[{batch}, kv_heads, keys, {head_dim}] for a query of shape {tuple(query.shape)}",
+            got=tuple(key.shape),
+            remedy="Batch and head_dim of query and key must be equal.",
+        )
+    if heads % key.shape[1]:
+        raise InputError(
+            "number of heads",
+            expected=f"query heads divisible by the {key.shape[1]} key/value heads",
+            got=heads,
+            remedy="Every group of query heads shares one key/value head.",
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise InputError(
+            "head_dim", expected=f"at most {MAX_HEAD_DIM}", got=head_dim, remedy="Call dense attention for larger heads."
+        )
+    if window is not None and (not causal or window < 1):
+        raise InputError(
+            "window",
+            expected="at least 1, together with causal=True",
+            got=f"window={window}, causal={causal}",
+            remedy="A sliding window looks back from the causal diagonal.",
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, key.shape[2]), (1, key.shape[2]))):
+        raise InputError(
+            "key_mask",
+            expected=f"bool of shape ({batch}, {key.shape[2]}) or (1, {key.shape[2]}), True where a key may be attended",
+            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
+            remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
+        )
+    if key_mask is not None and key_mask.device != query.device:
+        raise InputError(
+            "device of key_mask",
+            expected=f"{query.device}, as the query",
+            got=key_mask.device,
+            remedy="Move it with .to(device).",
+        )
