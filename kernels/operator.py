@@ -25,10 +25,15 @@ except ImportError:  # no triton here: only the torch implementation can run
     triton_forward = triton_natural = None
 
 
-def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, min_seq_len: int) -> str:
+CROSSOVER = {"cuda": 16384, "cpu": 8192}
+"""Key length from which S2O beat the fastest dense backend at the densities of real text (benchmarks/README.md)."""
+
+
+def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
     """"s2o", "window" or "dense", from lengths alone: nothing waits for the device and no graph recompiles."""
     n_queries, n_keys = query.shape[2], key.shape[2]
-    if n_queries < TILE_LEN or n_keys < min_seq_len:
+    shortest = CROSSOVER.get(query.device.type, CROSSOVER["cuda"]) if min_seq_len is None else min_seq_len
+    if n_queries < TILE_LEN or n_keys < shortest or scale <= 0:
         return "dense"
     return "s2o" if mask.window is None else "window"
 
@@ -79,7 +84,7 @@ def run(
     scale = head_dim**-0.5 if scale is None else scale
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
-    path = choose_path(query, key, mask, options.min_seq_len)
+    path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
     implementation = choose_implementation(options.implementation, query.device)
     if mask.key_mask is not None and mask.key_mask.shape[0] != query.shape[0]:
         mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1))

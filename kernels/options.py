@@ -20,15 +20,15 @@ class OperatorOptions:
         tau: Stop a query tile once the estimated unvisited share of its softmax mass is below this; 0 never stops and
             is exact. The estimate is an upper bound where the ranking is right, so it is usually far too high: values
             around 1 are useful.
-        min_seq_len: Shorter key lengths run dense, in tokens.
+        min_seq_len: Shorter key lengths run dense, in tokens; None takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query", "sub_mean" or "mean_query".
         query_order: "none" or "mean_query".
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
 
-    tau: float = 1.5
-    min_seq_len: int = 8192
+    tau: float = 1.0
+    min_seq_len: int | None = None
     segment_len: int | None = None
     ranking: str = "per_query"
     query_order: str = "none"
@@ -39,15 +39,18 @@ class OperatorOptions:
             raise InputError(
                 "tau", expected="a finite number >= 0", got=self.tau, remedy="Use tau=0.0 for an exact result."
             )
-        if isinstance(self.min_seq_len, bool) or not isinstance(self.min_seq_len, int) or self.min_seq_len < 0:
+        shortest = self.min_seq_len
+        if shortest is not None and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
             raise InputError(
                 "min_seq_len",
-                expected="an integer >= 0",
-                got=repr(self.min_seq_len),
-                remedy="Give a length in tokens; 0 never runs dense for being short.",
+                expected="an integer >= 0, or None",
+                got=repr(shortest),
+                remedy="Give a length in tokens; 0 never runs dense for being short, None chooses by device.",
             )
         length = self.segment_len
-        if length is not None and (not isinstance(length, int) or length <= 0 or length % TILE_LEN):
+        if length is not None and (
+            isinstance(length, bool) or not isinstance(length, int) or length <= 0 or length % TILE_LEN
+        ):
             raise InputError(
                 "segment_len",
                 expected=f"a positive multiple of {TILE_LEN}, or None",

@@ -3,7 +3,7 @@
 score[s, j] = max over queries i of segment s and heads h of the GQA group of
               q_i[dims] . k_j[dims] * scale - normaliser_i
 
-``dims`` are the FEW_DIMS dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates the
+``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates the
 log-sum-exp of the query's row from every KEY_STRIDE-th key, so that the score is the largest log-probability any query
 of the segment gives the key. A mean query cannot see the key that one query retrieves; this can. The normaliser rides
 as one more dimension, and nothing of size Nq x Nk is kept: products are reduced over the segment as they are made.
@@ -19,9 +19,6 @@ from torch import Tensor
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import own_starts_stops
 
-FEW_DIMS = 15
-"""With the normaliser 16, the smallest inner dimension of a matrix product on the tensor cores."""
-
 KEY_STRIDE = 64
 """The normaliser samples every 64th key."""
 
@@ -32,13 +29,21 @@ KEY_STEP = 512
 """Keys of one product: the products of a segment stay in cache until they are reduced."""
 
 
+def few_dims(head_dim: int) -> int:
+    """A quarter of the head (16 of 64 rank as well as all, 8 do not), rounded up to a power of two, less one.
+
+    The one is the normaliser's: together they fill the inner dimension of a product on the tensor cores.
+    """
+    return (1 << max(4, (head_dim // 4 - 1).bit_length())) - 1
+
+
 def choose_dims(query: Tensor, key: Tensor) -> Tensor:
-    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, FEW_DIMS]."""
+    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, few_dims]."""
     batch, kv_heads, _, head_dim = key.shape
     some_queries, some_keys = query[:, :, ::DIM_STRIDE].float(), key[:, :, ::DIM_STRIDE].float()
     power = some_queries.square().mean(2).view(batch, kv_heads, -1, head_dim).sum(2)
     energy = (power * some_keys.var(2, correction=0)).nan_to_num(0.0)
-    return energy.topk(FEW_DIMS, dim=-1).indices
+    return energy.topk(few_dims(head_dim), dim=-1).indices
 
 
 def take_dims(x: Tensor, dims: Tensor) -> Tensor:

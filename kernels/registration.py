@@ -7,6 +7,8 @@ to dense SDPA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
-    min_seq_len: int = _DEFAULT.min_seq_len,
+    min_seq_len: int | None = _DEFAULT.min_seq_len,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
@@ -61,3 +63,33 @@ def attention(
 def _(query: Tensor, *_: object, return_lse: bool = False, **__: object) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
     return empty_output(query), query.new_empty(shape, dtype=torch.float32)
+
+
+@attention.register_vmap
+def _(
+    info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Fold the mapped dimension into the batch."""
+    size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
+    flat = [
+        x if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]
+    output, lse = attention(*flat, **keywords)
+    lse = lse.unflatten(0, (size, -1)) if keywords.get("return_lse") else lse.expand(size, 0)
+    return (output.unflatten(0, (size, -1)), lse), (0, 0)
+
+
+def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def call(query: Tensor, key: Tensor, value: Tensor, *rest: object, **keywords: object) -> tuple[Tensor, Tensor]:
+        """Under autocast SDPA runs in the autocast dtype, and so does the operator."""
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return attention(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
+
+    return call
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("attention", _autocast(_device_type), _key)

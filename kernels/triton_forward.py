@@ -20,14 +20,14 @@ from s2o_compile.kernels.definition import FIRST_TEST, Result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
-from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, online_softmax_update, store_tile
+from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, needs_wide, online_softmax_update, store_tile
 
 
 @triton.jit
 def attend_list(
     m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -36,12 +36,12 @@ def attend_list(
             keys = tl.load(key_index + tl.minimum(entries, count - 1))
         else:
             keys = tl.load(key_index + entries)
-        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM)
-        logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * qk_scale
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
+        products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         if MASKED:
-            logits = tl.where((entries < count)[None, :], logits, -float("inf"))
-        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM)
-        m, l, acc = online_softmax_update(m, l, acc, logits, v, PRECISION)
+            products = tl.where((entries < count)[None, :], products, -float("inf"))
+        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
+        m, l, acc = online_softmax_update(m, l, acc, products, v, qk_scale, PRECISION)
     return m, l, acc
 
 
@@ -54,7 +54,7 @@ def gathered_fwd_kernel(
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, tau,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
     tiles = tl.num_programs(0)
@@ -71,7 +71,7 @@ def gathered_fwd_kernel(
     rows = slots
     if HAS_QUERY_ORDER:
         rows = tl.load(query_order_ptr + row_head * n_queries + slots)
-    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM)
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + kv * stride_kh
     value = value_ptr + b * stride_vb + kv * stride_vh
     key_mask = key_mask_ptr + b * stride_mb
@@ -91,11 +91,11 @@ def gathered_fwd_kernel(
     tail_start = own_start + tl.maximum(free_stop - own_start, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, True, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        qk_scale, True, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
     list_row = (b * (heads // group) + kv) * n_segments + segment
@@ -109,7 +109,7 @@ def gathered_fwd_kernel(
         m_before, l_before = m, l
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, visited, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
-            False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+            False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited += CHUNK
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
@@ -118,7 +118,7 @@ def gathered_fwd_kernel(
     if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale,
-            True, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+            True, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
 
@@ -147,7 +147,7 @@ def attend(
         mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
         SEGMENT=plan.segment_len, CHUNK=plan.chunk_len, TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN,
-        HEAD_DIM=head_dim, **launch_config(head_dim, query.dtype),
+        HEAD_DIM=head_dim, WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
     )  # fmt: skip
     if tau > 0.0:  # with tau = 0 every list is complete
         launch_natural(query, key, value, mask, into, scale=scale, restart=plan)

@@ -17,7 +17,7 @@ from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
-from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, online_softmax_update, store_tile
+from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, needs_wide, online_softmax_update, store_tile
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def attend_range(
     m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in natural order; MASKED tests every pair."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -33,8 +33,8 @@ def attend_range(
         present = keys < stop
         if MASKED or HAS_KEY_MASK:
             keys = tl.minimum(keys, n_keys - 1)
-        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM)
-        logits = tl.dot(query, tl.trans(k), input_precision=PRECISION) * qk_scale
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
+        products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         if MASKED or HAS_KEY_MASK:
             seen = present[None, :]
             if CAUSAL:
@@ -43,9 +43,9 @@ def attend_range(
                 seen = seen & (keys[None, :] > rows[:, None] + offset - window)
             if HAS_KEY_MASK:
                 seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
-            logits = tl.where(seen, logits, -float("inf"))
-        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM)
-        m, l, acc = online_softmax_update(m, l, acc, logits, v, PRECISION)
+            products = tl.where(seen, products, -float("inf"))
+        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
+        m, l, acc = online_softmax_update(m, l, acc, products, v, qk_scale, PRECISION)
     return m, l, acc
 
 
@@ -57,7 +57,7 @@ def natural_fwd_kernel(
     n_queries, n_keys, heads, group, offset, window, qk_scale, segment_len,
     RESTART: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
     tiles = tl.num_programs(0)
@@ -78,7 +78,7 @@ def natural_fwd_kernel(
         rows = tl.load(query_order_ptr + row_head * n_queries + slots)
         first = first // segment_len * segment_len
         last = tl.minimum(first + segment_len, n_queries) - 1
-    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM)
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + (h // group) * stride_kh
     value = value_ptr + b * stride_vb + (h // group) * stride_vh
     key_mask = key_mask_ptr + b * stride_mb
@@ -101,15 +101,15 @@ def natural_fwd_kernel(
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, start, tl.minimum(head_stop, stop), stride_kn, stride_vn, n_keys,
             offset, window, qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-            PRECISION,
+            PRECISION, WIDE,
         )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_kn, stride_vn, n_keys, offset, window,
-        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_kn, stride_vn, n_keys, offset, window,
-        qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
     out = out_ptr + b * stride_ob + h * stride_oh
@@ -133,7 +133,7 @@ def launch_natural(
         0 if restart is None else restart.segment_len,
         RESTART=restart is not None, CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
         HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None, TILE=TILE_LEN, HEAD_DIM=head_dim,
-        **launch_config(head_dim, query.dtype),
+        WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
     )  # fmt: skip
 
 

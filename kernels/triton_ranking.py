@@ -1,10 +1,10 @@
-"""``ranking_per_query`` on the GPU: every query against every earlier key in 16 dimensions, nothing of size N^2 kept.
+"""``ranking_per_query`` on the GPU: every query against every earlier key in few dimensions, nothing of size N^2 kept.
 
     score[s, j] = max over rows r of segment s of  few_query[s, r] . few_key[j]
 
-Two kernels over packed fp16 rows of PACKED = FEW_DIMS + 1 numbers. The last one carries the row normaliser: the first
+Two kernels over packed fp16 rows of PACKED = few_dims + 1 numbers. The last one carries the row normaliser: the first
 kernel fills it into the queries, the keys hold -1 there, so the second kernel's product is already normalised and
-needs no exponential. few_query [B * Hkv, P, G * S, 16], few_key [B * Hkv, Nk, 16], score fp16 [B * Hkv, P, Nk].
+needs no exponential. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hkv, P, Nk].
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import FEW_DIMS, KEY_STRIDE, choose_dims, take_dims
+from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, take_dims
 from s2o_compile.kernels.triton_tile import LN2, LOG2E
 
-PACKED = tl.constexpr(FEW_DIMS + 1)
 LARGEST = tl.constexpr(30000.0)
 """Clamp of packed values: far from any real logit and inside fp16."""
 
@@ -28,7 +27,7 @@ LARGEST = tl.constexpr(30000.0)
 def row_normaliser_kernel(
     few_query_ptr, sampled_key_ptr, sampled_mask_ptr, n_queries, n_samples, n_segments, rows, kv_heads, offset,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of TILE rows over the sampled keys, written to the last column of the rows."""
     segment = tl.program_id(1)
@@ -72,6 +71,7 @@ def row_normaliser_kernel(
 def score_keys_kernel(
     few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, own_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix: one program keeps its keys on chip."""
     head = tl.program_id(1).to(tl.int64)
@@ -97,10 +97,10 @@ def pack_queries(query: Tensor, dims: Tensor, scale: float, segment_len: int) ->
     kv_heads, segments = dims.shape[1], n_segments(n_queries, segment_len)
     group = heads // kv_heads
     few = (take_dims(query, dims).float() * scale).clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)
-    packed = query.new_zeros(batch * kv_heads, segments, group, segment_len, FEW_DIMS + 1, dtype=torch.float16)
+    packed = query.new_zeros(batch * kv_heads, segments, group, segment_len, dims.shape[2] + 1, dtype=torch.float16)
     few = torch.nn.functional.pad(few, (0, 0, 0, segments * segment_len - n_queries))
-    few = few.view(batch * kv_heads, group, segments, segment_len, FEW_DIMS).transpose(1, 2)
-    packed[..., :FEW_DIMS] = few
+    few = few.view(batch * kv_heads, group, segments, segment_len, -1).transpose(1, 2)
+    packed[..., :-1] = few
     return packed.flatten(2, 3)
 
 
@@ -119,10 +119,11 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     row_normaliser_kernel[(rows // 128, segments, batch * kv_heads)](
         few_query, sampled_key, sampled_mask, n_queries, sampled_key.shape[2], segments, rows, kv_heads, mask.offset,
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, STRIDE=KEY_STRIDE, TILE=128,
-        KEY_BLOCK=128, num_warps=4,
+        KEY_BLOCK=128, PACKED=few_query.shape[-1], num_warps=4,
     )  # fmt: skip
     score_keys_kernel[(triton.cdiv(n_keys, 256), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=256, ROW_BLOCK=64, STAGES=3, num_warps=4,
+        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=256, ROW_BLOCK=64, STAGES=3,
+        PACKED=few_query.shape[-1], num_warps=4,
     )  # fmt: skip
     return score

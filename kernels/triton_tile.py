@@ -11,21 +11,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows of a [N, HEAD_DIM] matrix by index, [rows, BLOCK_DIM], zero beyond HEAD_DIM. 64-bit offsets: N may be long."""
+def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of a [N, HEAD_DIM] matrix by index, [rows, BLOCK_DIM], zero beyond HEAD_DIM.
+
+    WIDE takes 64-bit offsets, for matrices of 2^31 elements and more; they cost registers, so it is not the default.
+    """
     dims = tl.arange(0, BLOCK_DIM)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if WIDE:
+        rows = rows.to(tl.int64)
+    pointers = base + rows[:, None] * stride + dims[None, :]
     if HEAD_DIM == BLOCK_DIM:
         return tl.load(pointers)
     return tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
 
 
 @triton.jit
-def online_softmax_update(m, l, acc, logits, value, PRECISION: tl.constexpr):
-    """Fold logits [M, C] (base 2, hidden = -inf) and value [C, D] into m, l [M] and acc [M, D]."""
-    m_new = tl.maximum(m, tl.max(logits, 1))
+def online_softmax_update(m, l, acc, products, value, qk_scale, PRECISION: tl.constexpr):
+    """Fold products q . k [M, C] (hidden = -inf) and value [C, D] into m, l [M] and acc [M, D].
+
+    Logits are products * qk_scale in base 2, qk_scale > 0. Scaling after the maximum leaves one fused multiply-add an
+    element, where scaling first costs a multiplication more.
+    """
+    m_new = tl.maximum(m, tl.max(products, 1) * qk_scale)
     finite = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing keeps weight zero, not NaN
-    weight = tl.math.exp2(logits - finite[:, None])
+    weight = tl.math.exp2(products * qk_scale - finite[:, None])
     decay = tl.math.exp2(m - finite)
     l = l * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
@@ -44,24 +53,19 @@ def store_tile(
     tl.store(lse + rows, (m + tl.math.log2(l)) * LN2, mask=present)
 
 
+def needs_wide(*tensors: torch.Tensor) -> bool:
+    """Whether some row of a [B, H, N, D] tensor lies 2^31 elements or more behind its head's first."""
+    return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
+
+
 def launch_config(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
     """Block sizes by head dim and dtype. Fixed, never tuned at run time: a tuner would time made-up indices.
 
-    Measured on an H100 (benchmarks/README.md): 64 keys, 4 warps, 2 stages is best up to head_dim 128.
+    Chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128, 4 and 8 warps, 2 and 3 stages.
     """
     block_dim = max(16, triton.next_power_of_2(head_dim))
+    common = {"BLOCK_DIM": block_dim, "num_warps": 4 if block_dim <= 128 else 8}
     if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
-        return {
-            "BLOCK_DIM": block_dim,
-            "KEY_BLOCK": 32 if block_dim <= 128 else 16,
-            "PRECISION": "ieee",
-            "num_warps": 8,
-            "STAGES": 1,
-        }
-    return {
-        "BLOCK_DIM": block_dim,
-        "KEY_BLOCK": 64,
-        "PRECISION": "tf32",
-        "num_warps": 4 if block_dim <= 128 else 8,
-        "STAGES": 2,
-    }
+        small = {"KEY_BLOCK": 32 if block_dim <= 128 else 16, "PRECISION": "ieee", "STAGES": 1, "num_warps": 8}
+        return common | small
+    return common | {"KEY_BLOCK": 128 if block_dim <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}

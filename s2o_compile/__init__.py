@@ -1,0 +1,33 @@
+"""s2o_compile: long prompts made fast by a compiler pass.
+
+    model = s2o_compile.optimize(model)               # wrap
+    model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
+    print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
+"""
+
+from s2o_compile.api import explain, optimize
+from s2o_compile.config import S2OConfig
+from s2o_compile.errors import (
+    ImplementationUnavailableError,
+    InputError,
+    NothingRewrittenWarning,
+    OptionError,
+    S2OError,
+)
+from s2o_compile.functional import attention
+from s2o_compile.report import Report, Site
+
+__version__ = "0.1.0"
+__all__ = [
+    "ImplementationUnavailableError",
+    "InputError",
+    "NothingRewrittenWarning",
+    "OptionError",
+    "Report",
+    "S2OConfig",
+    "S2OError",
+    "Site",
+    "attention",
+    "explain",
+    "optimize",
+]

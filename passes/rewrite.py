@@ -1,0 +1,177 @@
+"""Replaces a matched attention by the sparse operator and removes what only the old one needed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import Argument
+
+import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.passes import sizes
+from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
+from s2o_compile.passes.mask_prover import KeyMask
+from s2o_compile.passes.site import AttentionSite, Rejected
+
+_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
+# Calls with an effect of their own although they write to none of their arguments.
+_EFFECTS = frozenset({"item", "tolist", "nonzero", "print"})
+_EFFECT_PREFIXES = (
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "poisson",
+    "dropout",
+    "alpha_dropout",
+    "assert",
+    "check",
+)
+
+
+class Rewriter:
+    """Rewrites the attentions of one graph, in graph order; layers under one mask share its key mask.
+
+    Args:
+        graph: The graph, changed in place.
+        options: Keyword arguments for every call of the operator, such as ``tau``.
+        operator_call: The operator; its first output is the attention.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        options: Mapping[str, object],
+        operator_call: Callable[..., Any] | None = None,
+    ) -> None:
+        self._graph = graph
+        self._options = options
+        self._operator = operator_call or torch.ops.s2o.attention.default
+        self._key_masks: dict[tuple[object, ...], fx.Node] = {}
+
+    def rewrite(self, site: AttentionSite) -> Rejected | None:
+        """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
+        node = site.node
+        arguments = self._arguments(site)
+        if isinstance(arguments, Rejected):
+            return arguments
+        positional, keyword = arguments
+        with self._graph.inserting_before(node):
+            call = self._graph.call_function(self._operator, positional, keyword)
+        _copy_meta(node, call)
+        values = _computed(node, self._operator, positional, keyword)
+        inputs = node.all_input_nodes
+        # The node stays and becomes the getitem: other sites, matched before this one changed, may refer to it.
+        node.target, node.args, node.kwargs = operator.getitem, (call, 0), {}
+        if values is not None:
+            _set_value(node, call, values)
+            _set_value(node, node, values[0])
+        remove_dead(self._graph, inputs)
+        return None
+
+    def _arguments(self, site: AttentionSite) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
+        keyword: dict[str, Any] = {**self._options, "causal": site.mask.causal, "scale": site.scale, "site": site.name}
+        for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
+            if size is not None:
+                keyword[name] = self._size(size, site.node)
+                if isinstance(keyword[name], Rejected):
+                    return keyword[name]
+        key_mask = None
+        for part in site.mask.key_masks:
+            operand = self._key_mask(part, site)
+            if isinstance(operand, Rejected):
+                return operand
+            key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
+        return (site.query, site.key, site.value, key_mask), keyword
+
+    def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
+        """The mask as a [B, Nk] tensor, computed once for all layers."""
+        batch, key_len = value_of(site.query).shape[0], value_of(site.key).shape[-2]
+        memo = (
+            mask.node, mask.batch_dim, mask.key_dim, str(mask.key_start), mask.selected, mask.negated,
+            str(batch), str(key_len),
+        )  # fmt: skip
+        if memo in self._key_masks:
+            return self._key_masks[memo]
+        node, at = mask.node, site.node
+        if not (known(mask.key_start == 0) and known(value_of(node).shape[mask.key_dim] == key_len)):
+            start, length = self._size(mask.key_start, at), self._size(key_len, at)
+            if isinstance(start, Rejected):
+                return start
+            if isinstance(length, Rejected):
+                return length
+            node = self._insert(at, torch.narrow, node, mask.key_dim, start, length)
+        # Highest dimension first, so that the lower ones keep their numbers.
+        for dim, position in sorted(mask.selected, reverse=True):
+            node = self._insert(at, torch.select, node, dim, position)
+        if mask.batch_dim is None:
+            node = self._insert(at, torch.unsqueeze, node, 0)
+        elif mask.batch_dim > mask.key_dim:
+            node = self._insert(at, torch.transpose, node, 0, 1)
+        if mask.negated:
+            node = self._insert(at, torch.logical_not, node)
+        if not known(value_of(node).shape[0] == batch):
+            rows = self._size(batch, at)
+            if isinstance(rows, Rejected):
+                return rows
+            node = self._insert(at, torch.Tensor.expand, node, rows, -1)
+        self._key_masks[memo] = node
+        return node
+
+    def _size(self, size: Size, before: fx.Node) -> fx.Node | int | Rejected:
+        return sizes.emit(size, self._graph, before)
+
+    def _insert(self, before: fx.Node, function: Callable[..., Any], *args: Argument) -> fx.Node:
+        with self._graph.inserting_before(before):
+            node = self._graph.call_function(function, args)
+        _copy_meta(before, node)
+        _set_value(before, node, _computed(before, function, args, {}))
+        return node
+
+
+def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
+    """Erases those of the candidates, and of what they alone used, that nobody uses and that have no effect.
+
+    Not ``Graph.eliminate_dead_code``: that would erase in-place methods such as ``cache.copy_(...)`` anywhere in a
+    Dynamo graph, for they have no users either.
+    """
+    pending = list(candidates)
+    while pending:
+        node = pending.pop()
+        if node.graph is not graph or node._erased or node.users or not _is_pure(node):
+            continue
+        pending += node.all_input_nodes
+        graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method") or written_arguments(node):
+        return False
+    if node.op == "call_function" and not is_understood(node.target):
+        return False
+    name = function_name(node)
+    return name not in _EFFECTS and not name.startswith(_EFFECT_PREFIXES)
+
+
+def _computed(like: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 (whatever the function returns)
+    """The fake value of a new call, in the fake mode of the captured values."""
+    value = value_of(like)
+    # Not torch._guards.detect_fake_mode: Dynamo gives its backends a fresh mode, which refuses the captured values.
+    if not isinstance(value, FakeTensor):
+        return None
+    with value.fake_mode, torch.no_grad():
+        return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
+
+
+def _copy_meta(source: fx.Node, target: fx.Node) -> None:
+    target.meta.update({key: source.meta[key] for key in _KEPT_META if key in source.meta})
+
+
+def _set_value(like: fx.Node, node: fx.Node, value: object) -> None:
+    node.meta["example_value" if "example_value" in like.meta else "val"] = value

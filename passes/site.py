@@ -1,0 +1,137 @@
+"""What a frontend hands to the rewriter (`AttentionSite`), or why it does not (`Rejected`), and what the user is told.
+
+A frontend answers ``AttentionSite | Rejected``. `Rejected` is false, so that ``if not site:`` reads well, and it
+formats its reason only when somebody asks: most rejections are steps of a search that went on elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from s2o_compile.passes.mask_prover import MaskProof
+
+
+class Rejected:
+    """A failed match or proof: false, with a reason for the user.
+
+    Args:
+        template: ``%``-style message.
+        *args: Its arguments; nodes, shapes and other `Rejected` are formatted lazily.
+    """
+
+    __slots__ = ("args", "template")
+
+    def __init__(self, template: str, *args: object) -> None:
+        self.template = template
+        self.args = args
+
+    @property
+    def reason(self) -> str:
+        """The formatted reason."""
+        return self.template % self.args if self.args else self.template
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.reason
+
+    def __repr__(self) -> str:
+        return f"Rejected({self.reason!r})"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionSite:
+    """One attention of the graph, ready to be rewritten.
+
+    Attributes:
+        name: Module path of the attention, such as ``model.layers.0.self_attn``.
+        node: The node that computes it; its value is [B, Hq, Nq, D].
+        query: fx node, [B, Hq, Nq, D].
+        key: fx node, [B, Hkv, Nk, D], before any ``repeat_kv``.
+        value: fx node, [B, Hkv, Nk, D], before any ``repeat_kv``.
+        mask: The proven mask.
+        scale: Factor of the scores: a number, an fx node (under ``dynamic=True``), or None for ``D ** -0.5``.
+    """
+
+    name: str
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: MaskProof
+    scale: float | fx.Node | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRecord:
+    """What happened to one attention, for the user's report.
+
+    Attributes:
+        name: Module path of the attention.
+        rewritten: Whether it now runs the sparse operator.
+        reason: Why it stayed dense; empty when rewritten.
+        mask: The proven mask, such as ``causal, window 4096``; empty when nothing was proven.
+        query_shape: [B, Hq, Nq, D], each size printed; symbolic sizes as such (``s50``).
+        key_shape: [B, Hkv, Nk, D] as the operator sees it.
+        dtype: Of the query, such as ``bfloat16``.
+    """
+
+    name: str
+    rewritten: bool
+    reason: str = ""
+    mask: str = ""
+    query_shape: tuple[str, ...] = ()
+    key_shape: tuple[str, ...] = ()
+    dtype: str = ""
+
+
+def module_path(node: fx.Node) -> str:
+    """The module that holds a node, such as ``model.layers.0.self_attn``; the node's own name outside modules."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return node.name
+    entry = list(stack.values())[-1]
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    # Dynamo writes the path as source code: L['self'].model.layers[0], G['net']._modules['proj'], L['fn'].__self__ ...
+    path = re.sub(r"^[LG]\[['\"]([^'\"]*)['\"]\]", lambda m: "" if m[1] == "self" else m[1], path)
+    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part and part not in {"_modules", "_orig_mod", "__self__"}]
+    return ".".join(parts) or node.name
+
+
+def shape_text(value: object) -> tuple[str, ...]:
+    """Sizes of a (fake) tensor as text; empty if it is none."""
+    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def record(
+    node: fx.Node, *, query: object, key: object, reason: str = "", mask: str = "", name: str | None = None
+) -> SiteRecord:
+    """The report line of one attention; ``query`` and ``key`` are its (fake) tensors or None."""
+    return SiteRecord(
+        name=module_path(node) if name is None else name,
+        rewritten=not reason,
+        reason=reason,
+        mask=mask,
+        query_shape=shape_text(query),
+        key_shape=shape_text(key),
+        dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
+    )
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names made unique: a module that attends twice becomes ``attn`` and ``attn#2``."""
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique

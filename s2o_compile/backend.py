@@ -1,0 +1,86 @@
+"""The torch.compile backend ``"s2o"``: rewrite the Dynamo graph, then hand it to Inductor.
+
+Found by the ``torch_dynamo_backends`` entry point, so ``torch.compile(model, backend="s2o")`` needs no import. The
+rewrite happens before Inductor and before AOTAutograd: there SDPA is still one node with its mask, scale and groups,
+and everything behind (training, caches, ``mode=``) works on the rewritten graph as on any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.errors import NothingRewrittenWarning, OptionError
+from s2o_compile.passes import pipeline
+from s2o_compile.passes.site import SiteRecord
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "s2o."
+
+
+def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:
+    """Separate ``s2o.*`` options from Inductor's.
+
+    Raises:
+        OptionError: An option that neither S2O nor Inductor has.
+    """
+    options = dict(options or {})
+    ours = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
+    fields = [field.name for field in dataclasses.fields(S2OConfig)]
+    for name in ours:
+        if name not in fields:
+            raise OptionError(unknown_name("option", PREFIX + name, [PREFIX + field for field in fields]))
+    inductor = {name.replace("-", "_"): value for name, value in options.items() if not name.startswith(PREFIX)}
+    known = torch._inductor.list_options()
+    for name in inductor:
+        if name not in known:
+            nearest = unknown_name("option", name, known).rpartition("Did you mean")[2]
+            hint = f" Did you mean{nearest}" if nearest.startswith(" '") else ""
+            raise OptionError(
+                f"unknown option {name!r}: expected an Inductor option (torch._inductor.list_options()) or one of "
+                f"{', '.join(PREFIX + field for field in fields)}.{hint}"
+            )
+    return S2OConfig.from_dict(ours), inductor
+
+
+def s2o(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., object]:
+    """Compile one captured graph.
+
+    Args:
+        gm: A Dynamo graph; rewritten in place.
+        example_inputs: Its example inputs.
+        mode: Inductor's mode, as ``torch.compile(mode=...)``.
+        options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    config, inductor = split_options(options)
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor}
+    _warn_if_nothing(pipeline.run(gm, config.operator_options()))
+    return compile_fx(gm, example_inputs, config_patches=patches)  # pyright: ignore[reportArgumentType]
+
+
+def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
+    """Say aloud when attention was found and all of it stays dense; decode graphs are meant to."""
+    left = [record for record in records if not record.rewritten]
+    logger.info("%d of %d attentions rewritten", len(records) - len(left), len(records))
+    if left and len(left) == len(records) and not all("decode" in record.reason for record in left):
+        reasons = sorted({record.reason for record in left})
+        warnings.warn(
+            f"none of {len(left)} attentions could be rewritten to S2O, they stay dense: {'; '.join(reasons)}. "
+            "s2o_compile.explain(model, *inputs) lists them.",
+            NothingRewrittenWarning,
+            stacklevel=2,
+        )

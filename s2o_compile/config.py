@@ -1,0 +1,69 @@
+"""The one configuration object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from s2o_compile.errors import OptionError
+from s2o_compile.kernels.options import OperatorOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class S2OConfig(OperatorOptions):
+    """How attention is made sparse. Frozen, keyword-only, checked on creation.
+
+    Attributes:
+        tau: Quality against speed, a number >= 0. A tile of 128 queries stops once its estimated unvisited softmax
+            mass, relative to the mass visited, falls below it. The estimate is high by design, so values around 1 are
+            useful; ``tau=0.0`` never stops and is exact.
+        min_seq_len: Key lengths below this run dense, in tokens. None takes the measured crossover of the device.
+        segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
+            32K queries, 1024 beyond.
+        ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
+            paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
+        query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
+        implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
+
+    Raises:
+        ValueError: A value out of range; the message says expected, got, and what to do.
+    """
+
+    def operator_options(self) -> dict[str, object]:
+        """The fields as keyword arguments of ``torch.ops.s2o.attention``."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """JSON text that ``from_json`` reads back to an equal configuration."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> S2OConfig:
+        """Configuration from the text of ``to_json``; missing fields take their defaults."""
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"S2OConfig.from_json: expected JSON, got {text[:60]!r} ({error}).") from error
+        if not isinstance(fields, dict):
+            raise OptionError(f"S2OConfig.from_json: expected a JSON object, got {type(fields).__name__}.")
+        return cls.from_dict(fields)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> S2OConfig:
+        """Configuration from a mapping of field names; unknown names raise OptionError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise OptionError(unknown_name("configuration field", name, known))
+        return cls(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Message for a name that does not exist, with the nearest one that does."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}: expected one of {', '.join(known)}.{hint}"

@@ -1,0 +1,14 @@
+"""Every error and warning this project raises on purpose."""
+
+from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError
+
+
+class OptionError(S2OError, ValueError):
+    """An option or a configuration field that does not exist, or a value it cannot take."""
+
+
+class NothingRewrittenWarning(UserWarning):
+    """A captured graph holds attention, and none of it could be rewritten."""
+
+
+__all__ = ["ImplementationUnavailableError", "InputError", "NothingRewrittenWarning", "OptionError", "S2OError"]
