@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.cpu_parallel import for_each
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import own_starts_stops
 
@@ -38,12 +39,12 @@ def few_dims(head_dim: int) -> int:
 
 
 def choose_dims(query: Tensor, key: Tensor) -> Tensor:
-    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, few_dims]."""
+    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, few_dims], or all of a smaller head."""
     batch, kv_heads, _, head_dim = key.shape
     some_queries, some_keys = query[:, :, ::DIM_STRIDE].float(), key[:, :, ::DIM_STRIDE].float()
     power = some_queries.square().mean(2).view(batch, kv_heads, -1, head_dim).sum(2)
     energy = (power * some_keys.var(2, correction=0)).nan_to_num(0.0)
-    return energy.topk(few_dims(head_dim), dim=-1).indices
+    return energy.topk(min(few_dims(head_dim), head_dim), dim=-1).indices
 
 
 def take_dims(x: Tensor, dims: Tensor) -> Tensor:
@@ -88,14 +89,18 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, _ = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     scores = torch.full((batch, kv_heads, len(starts), n_keys), float("-inf"), device=query.device)
-    for s, start in enumerate(starts.tolist()):
+    starts = starts.tolist()
+
+    def segment(s: int) -> None:
         rows = few_query[:, :, :, s * segment_len : (s + 1) * segment_len]
         normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len)
         rows = torch.cat([rows, normaliser[..., None]], dim=-1).flatten(2, 3)
-        end = start if mask.causal else n_keys
+        end = starts[s] if mask.causal else n_keys
         for b in range(batch):
             for kv in range(kv_heads):
                 for j in range(0, end, KEY_STEP):
                     step = slice(j, min(j + KEY_STEP, end))
                     scores[b, kv, s, step] = (rows[b, kv] @ key_columns[b, kv, :, step]).amax(0)
+
+    for_each(segment, reversed(range(len(starts))), query.device)
     return scores

@@ -7,12 +7,14 @@ stated in ``definition.py``; order, tiles and stop rule are the same. Arithmetic
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
+from s2o_compile.kernels.cpu_parallel import for_each
 from s2o_compile.kernels.definition import FIRST_TEST, Result
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
@@ -32,11 +34,15 @@ def attend(
         query.new_empty(batch, heads, n_queries, dtype=torch.float32),
         torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )
-    for b in range(batch):
-        for kv in range(key.shape[1]):
-            keys, values = key[b, kv].float(), value[b, kv].float()
-            for segment in range(plan.n_segments):
-                _Segment(query, keys, values, mask, plan, (b, kv, segment)).attend(scale, tau, into)
+    kv_heads = key.shape[1]
+    keys, values = key.float(), value.float()
+
+    def segment(place: tuple[int, int, int]) -> None:
+        b, kv, _ = place
+        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place).attend(scale, tau, into)
+
+    last_first = reversed(range(plan.n_segments))  # the longest walks first
+    for_each(segment, itertools.product(range(batch), range(kv_heads), last_first), query.device)
     return into
 
 
@@ -89,6 +95,7 @@ class _Segment:
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
         slots = slots.clamp(max=self.end - 1)
         self.natural = plan.query_order is None
+        self.whole = self.natural and (self.end - self.first) % TILE_LEN == 0  # then rows are a slice
         self.rows = slots.expand(group, -1)
         if plan.query_order is not None:
             self.rows = plan.query_order[self.b, self.heads][:, slots].long()
@@ -101,10 +108,9 @@ class _Segment:
 
     def attend(self, scale: float, tau: float, into: Result) -> None:
         """Pass 1, pass 2, restart; fills the segment's rows of ``into``."""
-        head_dim = self.query.shape[-1]
-        gather = self.rows[..., None].expand(-1, -1, head_dim)
-        query = (self.query.gather(1, gather).float() * scale).flatten(0, 1)
-        tiles = _Tiles(torch.arange(len(self.stops)), query, torch.zeros_like(query), query.new_full((len(query),), -torch.inf))
+        query = self._load(scale)
+        lse = query.new_full((len(query),), -torch.inf)
+        tiles = _Tiles(torch.arange(len(self.stops)), query, torch.zeros_like(query), lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
         walking = self._walk(tiles, tau, area)
@@ -114,13 +120,32 @@ class _Segment:
             stops = self.stops if self.mask.causal else torch.full_like(self.stops, len(self.key))
             area[walking.numbers] += stops[walking.numbers]
             self._in_natural_order(walking, 0, stops)
-        tiles.put(walking)
-
-        first_tile, real = self.first // TILE_LEN, self.end - self.first
+        if walking is not tiles:
+            tiles.put(walking)
+        first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
-        output = tiles.output.view(self.group, -1, head_dim)[:, :real].to(into.output.dtype)
-        into.output[self.b, self.heads].scatter_(1, gather[:, :real], output)
-        into.lse[self.b, self.heads].scatter_(1, self.rows[:, :real], tiles.lse.view(self.group, -1)[:, :real])
+        self._store(tiles, into)
+
+    def _load(self, scale: float) -> Tensor:
+        """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
+        if self.whole:
+            return (self.query[:, self.first : self.end].float() * scale).flatten(0, 1)
+        index = self.rows[..., None].expand(-1, -1, self.query.shape[-1])
+        return (self.query.gather(1, index).float() * scale).flatten(0, 1)
+
+    def _store(self, tiles: _Tiles, into: Result) -> None:
+        """Write the segment's results to the rows they belong to."""
+        real = self.end - self.first
+        output = tiles.output.view(self.group, -1, tiles.output.shape[-1])[:, :real]
+        lse = tiles.lse.view(self.group, -1)[:, :real]
+        if self.whole:
+            into.output[self.b, self.heads, self.first : self.end] = output
+            into.lse[self.b, self.heads, self.first : self.end] = lse
+        else:
+            index = self.rows[:, :real]
+            into.lse[self.b, self.heads].scatter_(1, index, lse)
+            index = index[..., None].expand(-1, -1, output.shape[-1])
+            into.output[self.b, self.heads].scatter_(1, index, output.to(into.output.dtype))
 
     def _own_keys(self, tiles: _Tiles) -> None:
         """Pass 1."""
@@ -155,8 +180,11 @@ class _Segment:
             tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
 
     def _walk(self, tiles: _Tiles, tau: float, area: Tensor) -> _Tiles:
-        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds; returns those that did not stop."""
-        walking = tiles.select(tiles.numbers)
+        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds; returns those that did not stop.
+
+        Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
+        """
+        walking = tiles
         for start in range(0, self.count, self.chunk_len):
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
@@ -165,9 +193,11 @@ class _Segment:
             if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
                 left = max(self.prefix - start - self.chunk_len, 0) / self.chunk_len
                 stay = (gain * left >= tau).cpu()
-                if not stay.all():
+                if stay.all():
+                    continue
+                if walking is not tiles:
                     tiles.put(walking.select((~stay).nonzero()[:, 0]))
-                    walking = walking.select(stay.nonzero()[:, 0])
+                walking = walking.select(stay.nonzero()[:, 0])
                 if not stay.any():
                     break
         return walking

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, take_dims
+from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, few_dims, take_dims
 from s2o_compile.kernels.triton_tile import LN2, LOG2E
 
 LARGEST = tl.constexpr(30000.0)
@@ -97,10 +97,11 @@ def pack_queries(query: Tensor, dims: Tensor, scale: float, segment_len: int) ->
     kv_heads, segments = dims.shape[1], n_segments(n_queries, segment_len)
     group = heads // kv_heads
     few = (take_dims(query, dims).float() * scale).clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)
-    packed = query.new_zeros(batch * kv_heads, segments, group, segment_len, dims.shape[2] + 1, dtype=torch.float16)
+    width = few_dims(query.shape[3]) + 1  # a power of two, also where the head itself is smaller
+    packed = query.new_zeros(batch * kv_heads, segments, group, segment_len, width, dtype=torch.float16)
     few = torch.nn.functional.pad(few, (0, 0, 0, segments * segment_len - n_queries))
     few = few.view(batch * kv_heads, group, segments, segment_len, -1).transpose(1, 2)
-    packed[..., :-1] = few
+    packed[..., : dims.shape[2]] = few
     return packed.flatten(2, 3)
 
 
@@ -111,7 +112,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     dims = choose_dims(query, key)
     few_query = pack_queries(query, dims, scale, segment_len)
     few_key = take_dims(key, dims).float().clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)
-    few_key = torch.nn.functional.pad(few_key, (0, 1), value=-1.0)
+    few_key = torch.nn.functional.pad(few_key, (0, few_query.shape[-1] - dims.shape[2]))
+    few_key[..., -1] = -1.0
     sampled_key = few_key[:, :, ::KEY_STRIDE].contiguous()
     sampled_mask = few_key if mask.key_mask is None else mask.key_mask[:, ::KEY_STRIDE].contiguous()
     segments, rows = few_query.shape[1:3]

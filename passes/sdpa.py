@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s2o_compile.passes import repeat_kv
@@ -98,7 +99,7 @@ def _check_tensors(
         return Rejected("the shapes of query, key and value are not recorded in the graph")
     if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
         return Rejected("query, key or value is a %s, expected plain tensors", type(query).__name__)
-    if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors):
+    if any(is_batchedtensor(tensor) for tensor in tensors):
         return Rejected("it is under torch.vmap, which the sparse operator does not know")
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)

@@ -15,6 +15,7 @@ from s2o_compile.errors import (
     S2OError,
 )
 from s2o_compile.functional import attention
+from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
+    "Recording",
     "Report",
     "S2OConfig",
     "S2OError",
@@ -30,4 +32,5 @@ __all__ = [
     "attention",
     "explain",
     "optimize",
+    "record",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -11,11 +13,9 @@ from torch import nn
 
 from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.config import S2OConfig
-from s2o_compile.errors import OptionError
-from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import SiteRecord
-from s2o_compile.report import Report, join_calls
+from s2o_compile.errors import NothingRewrittenWarning, OptionError
+from s2o_compile.recording import record
+from s2o_compile.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,7 +63,7 @@ def optimize(
                 f"optimize: expected Inductor options, got {name!r}. Pass config=S2OConfig("
                 f"{name.removeprefix(PREFIX)}=...) instead."
             )
-    ours = {PREFIX + name: value for name, value in (config or S2OConfig()).operator_options().items()}
+    ours = {PREFIX + name: value for name, value in dataclasses.asdict(config or S2OConfig()).items()}
     merged = {**(options or {}), **ours}
     split_options(merged)  # a wrong option fails here, not at the first call
     optimized = copy.copy(model)  # drops compiled state, shares everything else
@@ -85,22 +85,13 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
         config: Quality and implementation; None for the defaults.
         **kwargs: Its keyword inputs.
     """
-    config = config or S2OConfig()
-    records: list[SiteRecord] = []
-    graphs = 0
-
-    def collect(gm: torch.fx.GraphModule, _: Sequence[object]) -> Callable[..., object]:
-        nonlocal graphs
-        graphs += 1
-        records.extend(pipeline.run(gm, config.operator_options()))
-        return gm.forward
-
+    config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
+    options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
     torch._dynamo.reset()
     try:
-        torch._dynamo.utils.counters.clear()
-        with record_calls() as calls:
-            torch.compile(model, backend=collect)(*args, **kwargs)
-        breaks = tuple(torch._dynamo.utils.counters["graph_break"])
+        with record() as recording, warnings.catch_warnings():
+            warnings.simplefilter("ignore", NothingRewrittenWarning)  # the report says it
+            torch.compile(model, backend=s2o, options=options)(*args, **kwargs)
+        return recording.report
     finally:
         torch._dynamo.reset()
-    return Report(sites=join_calls(records, calls), graphs=graphs, graph_breaks=breaks)

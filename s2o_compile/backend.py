@@ -1,4 +1,4 @@
-"""The torch.compile backend ``"s2o"``: rewrite the Dynamo graph, then hand it to Inductor.
+"""The torch.compile backend ``"s2o"``: rewrite the Dynamo graph, then hand it to Inductor (or another backend).
 
 Found by the ``torch_dynamo_backends`` entry point, so ``torch.compile(model, backend="s2o")`` needs no import. The
 rewrite happens before Inductor and before AOTAutograd: there SDPA is still one node with its mask, scale and groups,
@@ -18,6 +18,7 @@ from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import NothingRewrittenWarning, OptionError
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
+from s2o_compile.recording import notify
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,20 @@ def s2o(
         mode: Inductor's mode, as ``torch.compile(mode=...)``.
         options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
     """
+    config, inductor = split_options(options)
+    records = pipeline.run(gm, config.operator_options())
+    notify(records)
+    _warn_if_nothing(records)
+    if config.inner_backend != "inductor":
+        if mode or inductor:
+            raise OptionError(
+                f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
+                f"and {sorted(inductor)}. Drop them, or use inner_backend=\"inductor\"."
+            )
+        return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    config, inductor = split_options(options)
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor}
-    _warn_if_nothing(pipeline.run(gm, config.operator_options()))
     return compile_fx(gm, example_inputs, config_patches=patches)  # pyright: ignore[reportArgumentType]
 
 

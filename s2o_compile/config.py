@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
 
@@ -27,14 +29,24 @@ class S2OConfig(OperatorOptions):
             paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
         query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
+        inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
+            compilation at all, or any other that torch knows.
 
     Raises:
         ValueError: A value out of range; the message says expected, got, and what to do.
     """
 
+    inner_backend: str = "inductor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = torch._dynamo.list_backends(exclude_tags=None)
+        if self.inner_backend not in known or self.inner_backend == "s2o":
+            raise OptionError(unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"]))
+
     def operator_options(self) -> dict[str, object]:
-        """The fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return dataclasses.asdict(self)
+        """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(OperatorOptions)}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""

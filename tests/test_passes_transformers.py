@@ -129,8 +129,10 @@ def test_left_padding(name, dynamic):
     check(capture, [f"{mask}, key padding" for mask in masks], key_heads)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "falcon"])
+TURNS = [("llama", True), ("qwen2", True), ("falcon", True), ("llama", False)]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), TURNS, ids=[f"{n}-{'dynamic' if d else 'static'}" for n, d in TURNS])
 @torch.no_grad()
 def test_second_turn_on_a_cache(name, dynamic):
     recipe, masks, key_heads = MODELS[name]

@@ -1,0 +1,176 @@
+"""The command line: ``s2o demo`` and ``s2o explain``. Needs the extra ``s2o-compile[cli]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+
+from s2o_compile.api import explain as explain_model
+from s2o_compile.config import S2OConfig
+from s2o_compile.demo import QUESTION, DemoResult, DemoUnavailableError, load_model
+from s2o_compile.demo import run as run_demo
+from s2o_compile.errors import S2OError
+from s2o_compile.report import Report
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`.") from error
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=512)] = 8192,
+    tau: Tau = None,
+    device: Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')] = "",
+    inner_backend: Annotated[
+        str, typer.Option(help='Compiler of the rewritten graph: "inductor" or "eager". Default: eager on a CPU.')
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read a long document with SmolLM2, densely and through S2O, and compare."""
+    device = _device(device)
+    # On 2 CPU cores Inductor takes longer to compile three graphs than the whole demo may; a GPU's host is faster.
+    inner = inner_backend or ("inductor" if device == "cuda" else "eager")
+    config = _config(tau, min_seq_len=min(tokens, 2048), inner_backend=inner)
+    console = Console(stderr=as_json)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            task = progress.add_task(name, total=1)
+            yield
+            progress.update(task, completed=1)
+
+        result = run_demo(tokens=tokens, device=device, config=config, step=step)
+    if as_json:
+        print(json.dumps(result.figures))
+    else:
+        _print_demo(console, result, config)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help='"smollm2", or a transformers model: a directory or a hub name.')],
+    tokens: Annotated[int, typer.Option(help="Length of the random prompt in tokens.", min=2)] = 512,
+    batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
+    random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,
+    tau: Tau = None,
+    device: Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List every attention of a causal language model: rewritten, or left dense and why."""
+    device = _device(device)
+    config = _config(tau, min_seq_len=0)
+    loaded = _load(model, tokens, device, random_weights=random_weights)
+    ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (batch, tokens), device=device)
+    with torch.no_grad():
+        report = explain_model(loaded, ids, config=config)
+    if as_json:
+        sites = [{name: getattr(site, name) for name in site.__dataclass_fields__} for site in report.sites]
+        print(json.dumps({"sites": sites, "graphs": report.graphs, "graph_breaks": report.graph_breaks}))
+    else:
+        _print_report(Console(), report)
+
+
+def main() -> None:
+    """Entry point: errors of this project end with their message, not a traceback."""
+    try:
+        app()
+    except S2OError as error:
+        sys.exit(str(error))
+
+
+def _device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted not in ("", "cpu", "cuda") or (wanted == "cuda" and not available):
+        got = f"{wanted!r}{'' if available else ' on a machine without a CUDA device'}"
+        raise DemoUnavailableError(f'--device: expected "cpu" or "cuda", got {got}. Leave it out to choose by machine.')
+    return wanted or ("cuda" if available else "cpu")
+
+
+def _config(tau: float | None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (fields of S2OConfig)
+    return S2OConfig(**fields) if tau is None else S2OConfig(tau=tau, **fields)
+
+
+def _load(model: str, tokens: int, device: str, *, random_weights: bool) -> Any:  # noqa: ANN401 (a transformers model)
+    if model == "smollm2":
+        return load_model(tokens, device)[0]
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise DemoUnavailableError(
+            "explain: expected transformers, got none. Run `pip install transformers`."
+        ) from error
+    try:
+        if random_weights:
+            loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DemoUnavailableError(
+            f'explain: expected "smollm2", a model directory or a hub name, got {model!r}. {error}'
+        ) from error
+    return loaded.eval().to(device)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    """The sites as a table; runs of layers that fared alike share a row."""
+    if not report.sites:
+        console.print(str(report), style="bold red")
+        return
+    table = Table("sites", "count", "query", "key", "mask", "result", "density")
+    for names, site, densities in _runs(report):
+        label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        known = [d for d in densities if d is not None]
+        low, high = (min(known), max(known)) if known else (0.0, 0.0)
+        density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
+        result = "[green]rewritten" if site.rewritten else f"[red]dense: {site.reason}"
+        table.add_row(
+            label, str(len(names)), "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density
+        )
+    console.print(table)
+    console.print(str(report).split("\n", len(report.sites) + 2)[-1])
+
+
+def _runs(report: Report) -> list[tuple[list[str], Any, list[float | None]]]:
+    runs: list[tuple[list[str], Any, list[float | None]]] = []
+    for site in report.sites:
+        same = ("rewritten", "reason", "mask", "query_shape", "key_shape")
+        if runs and all(getattr(runs[-1][1], name) == getattr(site, name) for name in same):
+            runs[-1][0].append(site.name)
+            runs[-1][2].append(site.density)
+        else:
+            runs.append(([site.name], site, [site.density]))
+    return runs
+
+
+def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None:
+    figures = result.figures
+    console.print()
+    _print_report(console, result.report)
+    table = Table("", "dense", "S2O", title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, tau {config.tau}")
+    table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
+    table.add_row("top-1 agreement", "", f"{figures['top1_agreement']:.4f}")
+    speedup = float(figures["seconds_dense"]) / float(figures["seconds_s2o"])
+    table.add_row(
+        "seconds of the prefill", f"{figures['seconds_dense']:.2f}", f"{figures['seconds_s2o']:.2f}  ({speedup:.2f}x)"
+    )
+    table.add_row("seconds to compile, once", "", f"{result.compile_seconds:.1f} ({config.inner_backend})")
+    console.print(table)
+    console.print(f"[bold]Q:[/bold] {QUESTION}\n[bold]A:[/bold] {result.answer}")
+
+
+if __name__ == "__main__":
+    main()

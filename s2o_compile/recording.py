@@ -1,0 +1,59 @@
+"""Watch what is compiled and what runs: the source of every report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from s2o_compile.kernels.statistics import Call, record_calls
+from s2o_compile.passes.site import SiteRecord
+from s2o_compile.report import Report, join_calls
+
+
+@dataclass
+class Recording:
+    """Everything that the backend compiled and the operator ran inside a ``with record()`` block."""
+
+    graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    graph_breaks: tuple[str, ...] = ()
+
+    @property
+    def report(self) -> Report:
+        """The sites compiled so far with the densities measured so far. Waits for the device."""
+        records = [record for graph in self.graphs for record in graph]
+        return Report(
+            sites=join_calls(records, self.calls), graphs=len(self.graphs), graph_breaks=self.graph_breaks
+        )
+
+
+_open: list[Recording] = []
+
+
+@contextmanager
+def record() -> Iterator[Recording]:
+    """Record compilations and calls, for a report of a real run.
+
+    Code compiled before the block is not compiled again, so its sites are not listed: open the block before the first
+    call of an optimized model.
+    """
+    recording = Recording()
+    before = dict(torch._dynamo.utils.counters["graph_break"])
+    _open.append(recording)
+    try:
+        with record_calls() as calls:
+            recording.calls = calls
+            yield recording
+    finally:
+        _open[:] = [other for other in _open if other is not recording]
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        recording.graph_breaks = tuple(reason for reason, count in breaks.items() if count > before.get(reason, 0))
+
+
+def notify(records: Sequence[SiteRecord]) -> None:
+    """Tell every open recording about a graph that was compiled."""
+    for recording in _open:
+        recording.graphs.append(tuple(records))

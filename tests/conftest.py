@@ -1,0 +1,350 @@
+"""What the operator's tests share: cases with readable ids, exact attention in float64, and bounds derived from it.
+
+There are no tolerances in these tests. An implementation may err ``ERROR_FACTOR`` times as much from float64 as plain
+softmax attention in the same dtype does on the same inputs.
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Triton reads this when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from s2o_compile.kernels import plan as plan_module
+from s2o_compile.kernels import rank
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import Plan
+
+torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
+
+ERROR_FACTOR = 4
+"""Online softmax rescales its sums once a block, and a tile that stops early normalises by a smaller sum."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+"""The device parameter of a GPU test."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors and mask of one attention call."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: AttentionMask
+    scale: float
+
+    @property
+    def tensors(self):
+        return self.query, self.key, self.value
+
+    def to(self, target):
+        """The same on another device or in another floating dtype."""
+        key_mask = self.mask.key_mask
+        if key_mask is not None and not isinstance(target, torch.dtype):
+            key_mask = key_mask.to(target)
+        mask = dataclasses.replace(self.mask, key_mask=key_mask)
+        return Inputs(*(x.to(target) for x in self.tensors), mask, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Shape, dtype, mask and layout of one attention call.
+
+    ``padding`` is "left", "right", or "all" (every key of the last batch element hidden). ``layout`` is how the tensors
+    lie: "plain" [B, H, N, D], "transposed" from [B, N, H, D], "packed" slices of one [B, N, all heads, D], or
+    "strided", every second number of a row.
+    """
+
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 1
+    queries: int
+    keys: int | None = None
+    head_dim: int = 64
+    dtype: str = "fp32"
+    causal: bool = True
+    offset: int | None = None
+    window: int | None = None
+    padding: str = ""
+    layout: str = "plain"
+
+    @property
+    def n_keys(self):
+        return self.queries if self.keys is None else self.keys
+
+    @property
+    def causal_offset(self):
+        """Bottom-right unless the case says otherwise."""
+        if not self.causal:
+            return 0
+        return self.n_keys - self.queries if self.offset is None else self.offset
+
+    def __str__(self):
+        length = f"N{self.queries}" if self.keys is None else f"N{self.queries}-Nk{self.keys}"
+        parts = [f"B{self.batch}", f"H{self.heads}", f"Hkv{self.kv_heads}", length, f"D{self.head_dim}", self.dtype]
+        parts.append("causal" if self.causal else "full")
+        if self.offset is not None:
+            parts.append(f"offset{self.offset}")
+        if self.window is not None:
+            parts.append(f"window{self.window}")
+        if self.padding:
+            parts.append(f"padded_{self.padding}")
+        if self.layout != "plain":
+            parts.append(self.layout)
+        return "-".join(parts)
+
+    def key_mask(self):
+        if not self.padding:
+            return None
+        mask = torch.ones(self.batch, self.n_keys, dtype=torch.bool)
+        for b in range(self.batch):
+            hidden = (b + 1) * self.n_keys // (self.batch + 3)
+            if self.padding == "left":
+                mask[b, :hidden] = False
+            elif self.padding == "right":
+                mask[b, self.n_keys - hidden :] = False
+        if self.padding == "all":
+            mask[-1] = False
+        return mask
+
+    def inputs(self, device="cpu", *, seed=0, heavy=16):
+        """Attention whose mass lies, for the most part, on one in ``heavy`` keys: random tensors never stop early."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        dim = self.head_dim
+        direction = torch.nn.functional.normalize(normal(dim), dim=0)
+        query = normal(self.batch, self.heads, self.queries, dim) + 8 * direction
+        key = normal(self.batch, self.kv_heads, self.n_keys, dim)
+        important = torch.rand(self.batch, self.kv_heads, self.n_keys, 1, generator=generator) < 1 / heavy
+        key = key + important * direction * dim**0.5
+        value = normal(self.batch, self.kv_heads, self.n_keys, dim)
+        tensors = (x.to(device, DTYPES[self.dtype]) for x in (query, key, value))
+        key_mask = self.key_mask()
+        mask = AttentionMask(
+            causal=self.causal,
+            offset=self.causal_offset,
+            window=self.window,
+            key_mask=None if key_mask is None else key_mask.to(device),
+        )
+        return Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5)
+
+
+def lay_out(layout, *tensors):
+    """The same numbers, laid out as ``Case.layout`` says."""
+    if layout == "plain":
+        return tensors
+    if layout == "transposed":
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
+    if layout == "packed":
+        if len({x.shape[2] for x in tensors}) > 1:  # cross attention packs keys and values only
+            query, *rest = tensors
+            return *lay_out("transposed", query), *lay_out("packed", *rest)
+        packed = torch.cat([x.transpose(1, 2) for x in tensors], dim=2)
+        return tuple(x.transpose(1, 2) for x in packed.split([x.shape[1] for x in tensors], dim=2))
+    if layout == "strided":
+        return tuple(torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(-2)[..., ::2] for x in tensors)
+    raise ValueError(layout)
+
+
+def visible_pairs(inputs):
+    """Bool [B, 1, Nq, Nk], written out from the mask's definition and not by the code under test."""
+    n_queries, n_keys, mask = inputs.query.shape[2], inputs.key.shape[2], inputs.mask
+    device = inputs.query.device
+    i, j = torch.arange(n_queries, device=device)[:, None], torch.arange(n_keys, device=device)[None, :]
+    seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    if mask.causal:
+        seen &= j <= i + mask.offset
+    if mask.window is not None:
+        seen &= j > i + mask.offset - mask.window
+    seen = seen.expand(inputs.query.shape[0], 1, -1, -1)
+    return seen if mask.key_mask is None else seen & mask.key_mask[:, None, None, :]
+
+
+def softmax_attention(inputs, dtype):
+    """Output and log-sum-exp by the plain formula, all of it in ``dtype``; zeros and -inf where no key is seen."""
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    query, key, value = (x.to(dtype) for x in inputs.tensors)
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    logits = query @ key.transpose(-1, -2) * inputs.scale
+    logits = logits.masked_fill_(~visible_pairs(inputs), float("-inf"))
+    lse = logits.logsumexp(-1)
+    return logits.softmax(-1).nan_to_num_(0.0) @ value, lse
+
+
+def exact_attention(inputs):
+    """Output and log-sum-exp in float64."""
+    return softmax_attention(inputs, torch.float64)
+
+
+def distance(actual, expected):
+    """Largest absolute difference; infinite where only one of the two is -inf or NaN."""
+    actual, expected = actual.double(), expected.to(actual.device).double()
+    difference = (actual - expected).abs().masked_fill(actual == expected, 0.0).nan_to_num(nan=math.inf)
+    return difference.max().item()
+
+
+def bounds(inputs, dtype=None):
+    """How far an output in ``dtype`` and its float32 log-sum-exp may lie from float64.
+
+    One rounding of the result is always allowed. Eager float64 cannot be judged by float64: its bound is float32's,
+    scaled by the two machine epsilons.
+    """
+    dtype = inputs.query.dtype if dtype is None else dtype
+    output, lse = exact_attention(inputs)
+
+    def bound(eager, exact, kind):
+        finite = exact[exact.isfinite()]
+        rounding = torch.finfo(kind).eps * (finite.abs().max().item() if len(finite) else 1.0)
+        return ERROR_FACTOR * max(distance(eager, exact), rounding)
+
+    eager, eager_lse = softmax_attention(inputs, torch.float32)
+    if dtype == torch.float64:
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return bound(eager, output, torch.float32) * ratio, bound(eager_lse, lse, torch.float32) * ratio
+    if dtype != torch.float32:
+        eager, _ = softmax_attention(inputs, dtype)
+    return bound(eager, output, dtype), bound(eager_lse, lse, torch.float32)
+
+
+def assert_close(result, expected, inputs, dtype=None):
+    """Output and log-sum-exp (where both have one) agree within ``bounds``."""
+    limit, lse_limit = bounds(inputs, dtype)
+    assert distance(result[0], expected[0]) <= limit
+    assert distance(result[1], expected[1]) <= lse_limit
+
+
+def dense_area(inputs):
+    """Query-key pairs of a dense kernel, all heads; it computes padding too."""
+    unpadded = dataclasses.replace(inputs, mask=dataclasses.replace(inputs.mask, key_mask=None))
+    return visible_pairs(unpadded).sum().item() * inputs.query.shape[1]
+
+
+def computed_pairs(computed, n_queries):
+    """Query-key pairs behind an executor's ``computed`` [B, H, tiles]."""
+    rows = torch.tensor([min(plan_module.TILE_LEN, n_queries - t) for t in range(0, n_queries, plan_module.TILE_LEN)])
+    return (computed.cpu().long() * rows).sum().item()
+
+
+def move_plan(plan, device):
+    """The same plan on another device."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    return Plan(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in fields.items()})
+
+
+@pytest.fixture
+def build_plan(monkeypatch):
+    """``rank.build_plan`` with small chunks and, if asked, short lists, so that short inputs stop and restart."""
+
+    def build(
+        inputs,
+        *,
+        tau,
+        ranking="per_query",
+        query_order="none",
+        segment_len=256,
+        chunk_len=64,
+        min_reach=None,
+        by="torch",
+    ):
+        monkeypatch.setattr(plan_module, "default_chunk_len", lambda _: chunk_len)
+        monkeypatch.setattr(rank, "default_chunk_len", lambda _: chunk_len)
+        if min_reach is not None:
+            monkeypatch.setattr(plan_module, "MIN_REACH", min_reach)
+        return rank.build_plan(
+            *inputs.tensors,
+            inputs.mask,
+            scale=inputs.scale,
+            tau=tau,
+            ranking=ranking,
+            query_order=query_order,
+            segment_len=segment_len,
+            implementation=by,
+        )
+
+    return build
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """128 queries at the end of 128 + 64 n keys whose softmax weights are chosen: 1 for an own key, ``masses[c] / 64``
+    for each of the 64 keys of the c-th chunk of the list. Row i, which sees i + 1 own keys, has seen the mass
+    i + 1 + masses[0] + ... + masses[c] after chunk c."""
+
+    masses: tuple[float, ...]
+    inputs: Inputs
+    plan: Plan
+
+    @property
+    def prefix(self):
+        return 64 * len(self.masses)
+
+    def gain(self, row, chunk):
+        """Share of the mass of ``row`` that the chunk brought."""
+        return self.masses[chunk] / (row + 1 + sum(self.masses[: chunk + 1]))
+
+    def stop(self, tau, reached=None):
+        """Chunks visited before the rule holds, tested from the second one on; None if it never does."""
+        for chunk in range(1, len(self.masses) if reached is None else reached):
+            left = len(self.masses) - (chunk + 1)
+            if max(self.gain(row, chunk) for row in range(128)) * left < tau:
+                return chunk + 1
+        return None
+
+
+@pytest.fixture
+def weighed():
+    """Factory of ``Weighed``: chunks of the list lie backwards in memory, so that natural order is no help."""
+
+    def build(masses, *, reached=None, device="cpu"):
+        chunks, dim = len(masses), 16
+        prefix = 64 * chunks
+        order = torch.arange(prefix).view(chunks, 64).flip(0).flatten()
+        key = torch.zeros(1, 1, prefix + 128, dim)
+        key[0, 0, order, 0] = (torch.tensor(masses) / 64).log().repeat_interleave(64)
+        query = torch.zeros(1, 1, 128, dim)
+        query[..., 0] = 1.0
+        value = torch.randn(1, 1, prefix + 128, dim, generator=torch.Generator().manual_seed(1))
+        count = prefix if reached is None else 64 * reached
+        plan = Plan(
+            segment_len=128,
+            chunk_len=64,
+            key_index=order[None, None, None, :count].int().contiguous(),
+            key_count=torch.full((1, 1, 1), count, dtype=torch.int32),
+            prefix_count=torch.full((1, 1), prefix, dtype=torch.int32),
+            query_order=None,
+        )
+        inputs = Inputs(query, key, value, AttentionMask(causal=True, offset=prefix), 1.0)
+        return Weighed(tuple(masses), inputs.to(device), move_plan(plan, device))
+
+    return build
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """Fresh memory holds NaN, and integers nobody would write: what stays unwritten shows."""
+
+    def poisoned(make):
+        def empty(*args, **kwargs):
+            x = make(*args, **kwargs)
+            if x.dtype == torch.bool:
+                return x
+            return x.fill_(float("nan") if x.is_floating_point() else -12345)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

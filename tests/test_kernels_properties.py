@@ -1,0 +1,127 @@
+"""What holds for every shape, mask and layout: exact at tau = 0; above it bounded work, bounded error, no surprises."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2o_compile.kernels import plan as plan_module
+from s2o_compile.kernels import rank, torch_forward
+from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS, build_plan
+from tests.conftest import Case, assert_close, bounds, distance, exact_attention
+
+SEGMENT = 128
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def cases(draw, masks=("causal", "top_left", "offset", "window", "full", "cross"), layouts=("plain",), longest=400):
+    """Any call the operator accepts, small."""
+    kind = draw(st.sampled_from(masks))
+    queries = draw(st.integers(1, longest))
+    keys = None if kind in ("full", "offset") else draw(st.none() | st.integers(1, longest))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
+    return Case(
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        head_dim=draw(st.sampled_from([8, 16, 40, 64])),
+        dtype=draw(st.sampled_from(["fp32", "fp32", "bf16", "fp16"])),
+        causal=kind not in ("full", "cross"),
+        offset={"top_left": 0, "offset": draw(st.integers(-longest, longest))}.get(kind),
+        window=draw(st.integers(1, longest)) if kind == "window" else None,
+        padding=draw(st.sampled_from(["", "left", "right", "all"])),
+        layout=draw(st.sampled_from(layouts)),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_lists():
+    """Chunks and lists so short that small inputs walk, stop and restart."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plan_module, rank):
+            patch.setattr(module, "default_chunk_len", lambda _: 64)
+        patch.setattr(plan_module, "MIN_REACH", 64)
+        yield
+
+
+choices = {"ranking": st.sampled_from(list(RANKINGS)), "query_order": st.sampled_from(QUERY_ORDERS)}
+
+
+@QUICK
+@given(case=cases(layouts=("plain", "transposed", "packed", "strided")), seed=st.integers(0, 99), **choices)
+def test_tau_zero_is_dense_attention(case, seed, ranking, query_order):
+    inputs = case.inputs(seed=seed)
+    mask = inputs.mask
+    result = torch.ops.s2o.attention(
+        *inputs.tensors,
+        mask.key_mask,
+        causal=mask.causal,
+        causal_offset=mask.offset if mask.causal else None,
+        window=mask.window,
+        scale=inputs.scale,
+        return_lse=True,
+        tau=0.0,
+        min_seq_len=0,
+        segment_len=SEGMENT,
+        ranking=ranking,
+        query_order=query_order,
+    )
+    assert_close(result, exact_attention(inputs), inputs)
+
+
+def attend(inputs, tau, **options):
+    plan = build_plan(*inputs.tensors, inputs.mask, scale=inputs.scale, tau=tau, segment_len=SEGMENT, **options)
+    return plan, torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+
+
+ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), longest=700)
+
+
+@QUICK
+@given(case=ranked_cases, tau=st.sampled_from([0.01, 0.1, 0.5, 1.5, 10.0]), seed=st.integers(0, 99), **choices)
+def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order):
+    inputs = case.inputs(seed=seed)
+    plan, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
+    output, lse = exact_attention(inputs)
+    assert result.output.isfinite().all()
+
+    # Work: a tile never computes more than its dense range, and what it did in vain: its own segment and its list.
+    last = torch.arange(TILE_LEN, case.queries + TILE_LEN, TILE_LEN).clamp(max=case.queries)
+    dense = (last + case.causal_offset).clamp(0, case.n_keys) if case.causal else torch.tensor(case.n_keys)
+    reach = plan.key_index.shape[-1]
+    assert reach < max(case.n_keys // 8, 64) + 64
+    assert (result.computed <= dense + SEGMENT + reach).all()
+
+    # Error: leaving out a share of the mass moves a weighted mean by at most that share of the values' range.
+    limit, lse_limit = bounds(inputs)
+    blind = lse == float("-inf")
+    assert torch.equal(result.lse == float("-inf"), blind)
+    missing = (lse - result.lse).masked_fill(blind, 0.0)
+    assert missing.min().item() >= -lse_limit
+    share = 1 - (-missing.clamp(min=0)).exp()
+    value = inputs.value.double()
+    spread = (value.amax((1, 2)) - value.amin((1, 2))).amax(-1)[:, None, None, None]
+    excess = (result.output.double() - output).abs() - share[..., None] * spread
+    assert excess.max().item() <= limit
+
+
+@QUICK
+@given(case=ranked_cases, seed=st.integers(0, 99), **choices)
+def test_error_vanishes_with_tau(case, seed, ranking, query_order):
+    """A smaller tau stops later on the same list, so it has seen at least as much; near zero it has seen everything."""
+    inputs = case.inputs(seed=seed)
+    _, lse = exact_attention(inputs)
+    _, lse_limit = bounds(inputs)
+    seen = None
+    for tau in (10.0, 1.0, 0.1, 1e-12):
+        _, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
+        if seen is not None:
+            shrunk = (seen - result.lse).masked_fill(seen == float("-inf"), 0.0)
+            assert shrunk.max().item() <= lse_limit
+        seen = result.lse
+    assert distance(result.lse, lse) <= lse_limit
+    assert_close(result, exact_attention(inputs), inputs)

@@ -1,0 +1,280 @@
+"""The Triton kernels, interpreted on the CPU, compiled under ``-m gpu``: the definition's results over the same plan.
+
+The interpreter cannot multiply bfloat16 (it keeps the bits as integers): that dtype is tested on the GPU only.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from s2o_compile.kernels import definition, ranking_per_query, triton_forward, triton_natural, triton_ranking
+from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
+from tests.conftest import CUDA, Case, Inputs, assert_close, exact_attention, move_plan, visible_pairs
+
+# Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+
+INTERPRETED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+)
+CHUNK_LEN = 128
+"""The shortest chunk every launch configuration can walk: a whole number of key blocks."""
+
+
+def on(device, *values):
+    """Parameters (device, *value), readable as ``cpu-value``."""
+    name = device.values[0]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    ids = ["-".join([name, *(str(x) if isinstance(x, Case) else f"tau{x}" for x in row)]) for row in rows]
+    return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
+
+
+RANKED = [
+    *on(
+        INTERPRETED,
+        (Case(queries=1), 0.0),
+        (Case(queries=127, dtype="fp16"), 0.0),
+        (Case(queries=390, batch=2, heads=4, kv_heads=2), 0.0),
+        (Case(queries=500, batch=2, heads=4, kv_heads=2), 1.5),
+        (Case(queries=700, dtype="fp16"), 0.5),
+        (Case(queries=700, head_dim=80, dtype="fp16"), 0.5),
+        (Case(queries=520, head_dim=96, heads=1, dtype="fp16"), 0.0),
+        (Case(queries=520, head_dim=128, heads=1, dtype="fp16"), 1.5),
+        (Case(queries=390, head_dim=256, heads=1, dtype="fp16"), 0.5),
+        (Case(queries=200, keys=700, dtype="fp16"), 1.5),
+        (Case(queries=700, keys=300, dtype="fp16"), 0.0),
+        (Case(queries=300, keys=600, offset=0, dtype="fp16"), 0.0),
+        (Case(queries=300, offset=77, dtype="fp16"), 0.0),
+        (Case(queries=500, causal=False, dtype="fp16"), 0.5),
+        (Case(queries=200, keys=500, causal=False, dtype="fp16"), 0.0),
+        (Case(queries=200, keys=500, causal=False), 1.5),
+        (Case(queries=500, batch=2, padding="left", dtype="fp16"), 1.5),
+        (Case(queries=500, batch=2, padding="right", dtype="fp16"), 0.0),
+        (Case(queries=400, batch=2, padding="all", causal=False, dtype="fp16"), 0.5),
+        (Case(queries=400, heads=4, kv_heads=2, layout="transposed", dtype="fp16"), 1.5),
+        (Case(queries=400, heads=4, kv_heads=2, layout="packed", dtype="fp16"), 1.5),
+    ),
+    *on(
+        CUDA,
+        (Case(queries=1, batch=2, dtype="bf16"), 0.0),
+        (Case(queries=127, batch=2), 0.0),
+        (Case(queries=1000, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"), 1.0),
+        (Case(queries=1000, batch=2, heads=4, kv_heads=4, head_dim=80, dtype="fp16"), 0.5),
+        (Case(queries=1000, heads=4, head_dim=96, dtype="bf16"), 0.5),
+        (Case(queries=1000, head_dim=256, dtype="bf16"), 0.5),
+        (Case(queries=4097, batch=2, head_dim=64, dtype="bf16"), 1.0),
+        (Case(queries=4097, head_dim=128, dtype="fp16", layout="packed"), 0.0),
+        (Case(queries=1000, keys=4097, head_dim=128, dtype="bf16"), 1.0),
+        (Case(queries=1000, causal=False, batch=2, padding="left", head_dim=64, dtype="bf16"), 0.5),
+        (Case(queries=1000, batch=2, padding="all", head_dim=64, dtype="fp16", layout="transposed"), 0.5),
+    ),
+]
+PERMUTED = [
+    *on(
+        INTERPRETED,
+        (Case(queries=390, heads=4, kv_heads=2), 0.0),
+        (Case(queries=500, causal=False, dtype="fp16"), 0.5),
+        (Case(queries=400, batch=2, padding="left", dtype="fp16"), 1.5),
+        (Case(queries=500, keys=300, dtype="fp16"), 0.0),
+    ),
+    *on(CUDA, (Case(queries=1000, batch=2, heads=4, kv_heads=2, dtype="bf16"), 1.0)),
+]
+RESTARTED = [
+    *on(
+        INTERPRETED,
+        (Case(queries=1400, heads=1), 0.1),
+        (Case(queries=390, causal=False, dtype="fp16"), 1e-9),
+        (Case(queries=390, batch=2, padding="left"), 1e-9),
+    ),
+    *on(
+        CUDA,
+        (Case(queries=4097, heads=4, kv_heads=2, head_dim=128, dtype="bf16"), 0.1),
+        (Case(queries=1000, batch=2, padding="left", causal=False, dtype="fp16"), 1e-9),
+    ),
+]
+NATURAL = [
+    *on(
+        INTERPRETED,
+        Case(queries=1, window=1),
+        Case(queries=127, window=50, dtype="fp16"),
+        Case(queries=260, batch=2, heads=4, kv_heads=2, window=100, dtype="fp16"),
+        Case(queries=400, window=1),
+        Case(queries=600, window=129, head_dim=80, dtype="fp16"),
+        Case(queries=600, window=257, head_dim=128, heads=1, dtype="fp16"),
+        Case(queries=200, keys=600, window=200, dtype="fp16"),
+        Case(queries=600, keys=200, window=150, dtype="fp16"),
+        Case(queries=500, batch=2, window=200, padding="left", dtype="fp16"),
+        Case(queries=300, batch=2, window=100, padding="all", dtype="fp16"),
+        Case(queries=400, heads=4, kv_heads=2, window=200, layout="packed", dtype="fp16"),
+        Case(queries=400, dtype="fp16"),
+        Case(queries=200, keys=500, causal=False, dtype="fp16"),
+        Case(queries=300, keys=100, dtype="fp16"),
+    ),
+    *on(
+        CUDA,
+        Case(queries=127, batch=2, window=50),
+        Case(queries=4097, batch=2, heads=4, kv_heads=2, head_dim=128, window=1000, dtype="bf16"),
+        Case(queries=1000, head_dim=80, window=129, dtype="fp16", padding="left", batch=2),
+        Case(queries=1000, keys=4097, head_dim=256, dtype="bf16"),
+        Case(queries=1000, keys=300, head_dim=96, causal=False, dtype="bf16"),
+    ),
+]
+SCORED = [
+    *on(
+        INTERPRETED,
+        Case(queries=390, batch=2, heads=4, kv_heads=2, dtype="fp16"),
+        Case(queries=300, keys=700, head_dim=128),
+        Case(queries=500, keys=300, head_dim=80, dtype="fp16"),
+        Case(queries=600, causal=False, dtype="fp16"),
+        Case(queries=200, keys=600, causal=False, dtype="fp16"),
+        Case(queries=600, batch=2, padding="left", dtype="fp16"),
+    ),
+    *on(
+        CUDA,
+        Case(queries=4097, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"),
+        Case(queries=1000, causal=False, padding="right", dtype="fp16"),
+        Case(queries=1000, keys=4097, head_dim=256),
+    ),
+]
+
+
+def define(inputs, plan, tau):
+    """What the definition makes of a plan, in float64 on the CPU."""
+    wide = inputs.to("cpu").to(torch.float64)
+    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=tau)
+
+
+def assert_like_definition(inputs, plan, tau):
+    actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+    expected = define(inputs, plan, tau)
+    assert actual.output.dtype == inputs.query.dtype
+    assert actual.lse.dtype == torch.float32
+    assert actual.computed.tolist() == expected.computed.tolist()
+    assert_close(actual, expected, inputs)
+    return actual
+
+
+class TestRanked:
+    @pytest.mark.parametrize(("device", "case", "tau"), RANKED)
+    def test_equals_definition(self, device, case, tau, build_plan, poison_empty):
+        inputs = case.inputs(device)
+        assert_like_definition(inputs, build_plan(inputs, tau=tau, chunk_len=CHUNK_LEN), tau)
+
+    @pytest.mark.parametrize(("device", "case", "tau"), PERMUTED)
+    def test_equals_definition_with_permuted_queries(self, device, case, tau, build_plan, poison_empty):
+        inputs = case.inputs(device)
+        assert_like_definition(inputs, build_plan(inputs, tau=tau, query_order="mean_query", chunk_len=CHUNK_LEN), tau)
+
+    @pytest.mark.parametrize("query_order", ["none", "mean_query"])
+    @pytest.mark.parametrize(("device", "case", "tau"), RESTARTED)
+    def test_restarts_like_the_definition(self, device, case, tau, query_order, build_plan, poison_empty):
+        inputs = case.inputs(device)
+        plan = build_plan(inputs, tau=tau, query_order=query_order, segment_len=128, chunk_len=CHUNK_LEN, min_reach=128)
+        actual = assert_like_definition(inputs, plan, tau)
+        listed = plan.key_count.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], dim=1)
+        restarted = actual.computed > listed + TILE_LEN
+        assert restarted.any()
+        assert tau == 1e-9 or not restarted.all()
+
+    @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_stops_where_the_arithmetic_says(self, device, tau, weighed):
+        example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), device=device)
+        actual = assert_like_definition(example.inputs, example.plan, tau)
+        assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
+
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_an_incomplete_list_restarts(self, device, weighed):
+        example = weighed((8,) * 8, reached=3, device=device)
+        actual = assert_like_definition(example.inputs, example.plan, 0.5)
+        assert actual.computed.item() == (TILE_LEN + 3 * 64) + (example.prefix + TILE_LEN)
+
+
+class TestNatural:
+    @pytest.mark.parametrize(("device", "case"), NATURAL)
+    def test_equals_dense_attention(self, device, case, poison_empty):
+        inputs = case.inputs(device)
+        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        assert actual.output.dtype == inputs.query.dtype
+        assert_close(actual, exact_attention(inputs), inputs)
+        unpadded = Inputs(*inputs.tensors, dataclasses.replace(inputs.mask, key_mask=None), 1.0)
+        counts = [int(tile.any(0).sum()) for tile in visible_pairs(unpadded)[0, 0].split(TILE_LEN)]
+        assert (actual.computed.cpu() == torch.tensor(counts)).all()
+
+
+class TestWideOffsets:
+    """Matrices of 2^31 elements do not fit here; their 64-bit offsets must give the same numbers on small ones."""
+
+    @pytest.fixture(autouse=True)
+    def wide(self, monkeypatch):
+        for module in (triton_forward, triton_natural):
+            monkeypatch.setattr(module, "needs_wide", lambda *_: True)
+
+    @pytest.mark.parametrize(
+        ("device", "case", "tau"),
+        [
+            *on(INTERPRETED, (Case(queries=400, head_dim=80, dtype="fp16"), 0.5)),
+            *on(CUDA, (Case(queries=1000, heads=4, kv_heads=2, head_dim=128, dtype="bf16"), 0.5)),
+        ],
+    )
+    def test_ranked(self, device, case, tau, build_plan):
+        inputs = case.inputs(device)
+        assert_like_definition(inputs, build_plan(inputs, tau=tau, chunk_len=CHUNK_LEN, min_reach=64), tau)
+
+    @pytest.mark.parametrize(
+        ("device", "case"),
+        [*on(INTERPRETED, Case(queries=300, window=100)), *on(CUDA, Case(queries=1000, window=100, dtype="bf16"))],
+    )
+    def test_natural(self, device, case):
+        inputs = case.inputs(device)
+        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        assert_close(actual, exact_attention(inputs), inputs)
+
+
+def test_wide_offsets_are_chosen_by_the_size_of_one_head():
+    class Stub:
+        def __init__(self, length, stride):
+            self.shape, self._stride = (1, 64, length, 128), stride
+
+        def stride(self, _):
+            return self._stride
+
+    wide = triton_forward.needs_wide
+    assert not wide(Stub(131072, 128 * 64))
+    assert wide(Stub(262144, 128 * 64))
+    assert wide(Stub(1024, 128), Stub(1024, 128), Stub(2**24, 128))
+
+
+class TestRanking:
+    @pytest.mark.parametrize(("device", "case"), SCORED)
+    def test_scores_equal_the_torch_ranking(self, device, case, poison_empty):
+        """fp16 products and sums: the bound is what rounding few_dims products and one normaliser to fp16 can make."""
+        inputs, segment_len = case.inputs(device), 256
+        arguments = (inputs.query, inputs.key, inputs.mask)
+        actual = triton_ranking.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        expected = ranking_per_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
+        prefix = prefix[:, None].expand(expected.shape)
+        assert prefix.any()
+        dims = ranking_per_query.choose_dims(inputs.query, inputs.key)
+        query = ranking_per_query.take_dims(inputs.query, dims).float() * inputs.scale
+        key = ranking_per_query.take_dims(inputs.key, dims).float()
+        largest = query.abs().sum(-1).max() * key.abs().max() + expected[prefix & expected.isfinite()].abs().max()
+        eps = torch.finfo(torch.float16).eps
+        bound = eps * largest.item() * (1 + query.shape[-1] / 2)
+        blind = expected == float("-inf")  # no row of the segment has a say: any order will do
+        assert (actual[prefix].float() - expected[prefix])[~blind[prefix]].abs().max().item() <= bound
+
+    @pytest.mark.parametrize(("device", "case"), SCORED)
+    def test_lists_are_those_of_the_torch_ranking(self, device, case, build_plan):
+        """fp16 may swap neighbours; the best eighth must be the same keys but for a few at its edge."""
+        inputs = case.inputs(device)
+        ours, theirs = (build_plan(inputs, tau=0.0, by=by) for by in ("triton", "torch"))
+        assert torch.equal(ours.key_count, theirs.key_count)
+        for place in (theirs.key_count > 64).nonzero().tolist():
+            reach = theirs.key_count[tuple(place)].item() // 8
+            best, slack = theirs.key_index[tuple(place)][:reach], ours.key_index[tuple(place)][: 2 * reach]
+            assert set(best.tolist()) <= set(slack.tolist())
