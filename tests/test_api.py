@@ -1,0 +1,142 @@
+"""optimize, explain, attention: what users call."""
+
+import pytest
+import torch
+from tiny import tiny_input, tiny_model
+from torch import nn
+
+import s2o_compile
+from s2o_compile import OptionError, S2OConfig
+
+EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_optimize_keeps_the_original_and_shares_its_weights():
+    model = tiny_model()
+    fast = s2o_compile.optimize(model, EXACT)
+    assert type(fast) is type(model)
+    assert fast.state_dict().keys() == model.state_dict().keys()
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    x = tiny_input()
+    with torch.no_grad(), s2o_compile.record() as recording:
+        expected = model(x)
+        assert not recording.calls
+        torch.testing.assert_close(fast(x), expected)
+        assert len(recording.calls) == 2
+
+
+def test_optimize_again_takes_the_new_configuration():
+    fast = s2o_compile.optimize(s2o_compile.optimize(tiny_model(), EXACT), S2OConfig(min_seq_len=100_000, inner_backend="eager"))
+    with torch.no_grad(), s2o_compile.record() as recording:
+        fast(tiny_input())
+    assert [call.path for call in recording.calls] == ["dense", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "error", "message"),
+    [
+        (lambda: torch.relu, {}, TypeError, "expected a torch.nn.Module, got builtin_function_or_method"),
+        (lambda: torch.compile(tiny_model()), {}, TypeError, "Pass the original module"),
+        (tiny_model, {"options": {"s2o.tau": 1.0}}, OptionError, r"Pass config=S2OConfig\(tau=...\)"),
+        (tiny_model, {"options": {"max_autotun": 1}}, OptionError, "Did you mean 'max_autotune'"),
+    ],
+    ids=["no-module", "already-compiled", "s2o-option", "unknown-option"],
+)
+def test_optimize_refuses(make, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        s2o_compile.optimize(make(), **kwargs)
+
+
+def test_explain_reports_sites_and_density():
+    with torch.no_grad():
+        report = s2o_compile.explain(tiny_model(), tiny_input(), config=EXACT)
+    assert [site.name for site in report.sites] == ["layers.0", "layers.1"]
+    assert all(site.rewritten and site.mask == "causal" and not site.reason for site in report.sites)
+    assert report.sites[0].query_shape == ("1", "4", "200", "8")
+    assert report.sites[0].key_shape == ("1", "2", "200", "8")
+    assert all(site.density is not None and site.density >= 1.0 for site in report.sites)
+    text = str(report)
+    assert "2 attention sites found, 2 rewritten, 0 left dense; mean density" in text
+    assert "layers.1" in text
+
+
+def test_explain_says_when_sites_ran_dense_for_being_short():
+    with torch.no_grad():
+        report = s2o_compile.explain(tiny_model(), tiny_input())
+    assert [site.path for site in report.sites] == ["dense", "dense"]
+    assert "ran dense (short)" in str(report)
+
+
+def test_explain_names_the_reason():
+    report = s2o_compile.explain(tiny_model(), tiny_input(), config=EXACT)
+    assert not any(site.rewritten for site in report.sites)
+    assert "torch.no_grad" in report.sites[0].reason
+    assert "0 rewritten, 2 left dense" in str(report)
+
+
+def test_explain_is_loud_when_nothing_is_found():
+    report = s2o_compile.explain(nn.Linear(2, 2), torch.ones(1, 2))
+    assert report.sites == ()
+    assert str(report).startswith("NO ATTENTION FOUND")
+
+
+def test_explain_names_graph_breaks():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, x):
+            y = self.inner(x)
+            torch._dynamo.graph_break()
+            return self.inner(x + y.mean())
+
+    with torch.no_grad():
+        report = s2o_compile.explain(Broken(), tiny_input(), config=EXACT)
+    assert report.graphs == 2
+    assert report.rewritten == 4
+    assert "breaks:" in str(report)
+
+
+def test_explain_can_be_called_often():
+    """Captures of one call must not use up Dynamo's recompilation limit for the next."""
+    model = tiny_model()
+    with torch.no_grad():
+        for _ in range(12):
+            assert s2o_compile.explain(model, tiny_input(), config=EXACT).rewritten == 2
+
+
+def test_attention_function_is_exact_at_tau_zero():
+    q, k, v = (torch.randn(2, h, 300, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    out, lse = s2o_compile.attention(q, k, v, causal=True, return_lse=True, config=EXACT)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4).masked_fill(~torch.ones(300, 300).bool().tril(), -torch.inf)
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+
+
+def test_attention_function_is_differentiable_and_dense():
+    q, k, v = (torch.randn(1, 2, 200, 16, requires_grad=True) for _ in range(3))
+    with s2o_compile.record() as recording:
+        s2o_compile.attention(q, k, v, causal=True, config=EXACT).sum().backward()
+    ours = q.grad.clone()
+    q.grad = None
+    torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+    torch.testing.assert_close(ours, q.grad)
+    assert not recording.calls
+    with pytest.raises(s2o_compile.InputError, match=r"Use torch\.no_grad"):
+        s2o_compile.attention(q, k, v, return_lse=True, config=EXACT)
+
+
+def test_attention_function_under_vmap():
+    q, k, v = (torch.randn(3, 2, 2, 150, 16) for _ in range(3))
+    mapped = torch.vmap(lambda q, k, v: s2o_compile.attention(q, k, v, causal=True, config=EXACT))(q, k, v)
+    looped = torch.stack([s2o_compile.attention(*x, causal=True, config=EXACT) for x in zip(q, k, v, strict=True)])
+    torch.testing.assert_close(mapped, looped)

