@@ -6,8 +6,8 @@ Shapes B=1, Hq=32, Hkv=8, D=128, bf16, causal, unless told otherwise. Every S2O 
 stops) against SDPA in the same run. Inputs are synthetic; what they can and cannot show:
 
     fixed density   lists cut to a share of the prefix, nothing stops: the speed of the kernel, whatever the model
-    topical, tau    tokens come in runs of one topic, queries look for their topic: early stopping as it runs in practice
-    random, tau     Gaussian noise, on which nothing can stop early: the worst case, every tile restarts densely
+    topical, tau    tokens come in runs of one topic and look for their topic: early stopping as it runs in practice
+    random, tau     Gaussian noise, on which nothing stops early: the worst case, long tiles restart densely
 
 Medians in milliseconds by ``triton.testing.do_bench``; TFLOP/s count the computed area only (4 D flops a pair).
 """
@@ -21,6 +21,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import triton_forward
+from s2o_compile.kernels import triton_forward, triton_ranking
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, Plan, order_keys
+from s2o_compile.kernels.plan import TILE_LEN, Plan, default_segment_len, order_keys
 from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.statistics import record_calls
 
@@ -50,9 +51,10 @@ def make_inputs(kind: str, length: int, heads: int, kv_heads: int, head_dim: int
     query, key, value = noise(heads), noise(kv_heads), noise(kv_heads)
     if kind == "topical":
         topics = torch.randn(64, head_dim, device="cuda", dtype=torch.bfloat16)
+        topics[:, head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
         topic = torch.randint(64, (length // 256,), device="cuda").repeat_interleave(256)
-        key += 0.9 * topics[topic]
-        query += 0.9 * topics[topic]
+        key += 1.8 * topics[topic]
+        query += 1.8 * topics[topic]
         key[:, :, 0] = 3 * query.mean(2).view(1, kv_heads, -1, head_dim).mean(2)  # an attention sink
     return query, key, value
 
@@ -114,7 +116,10 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
     def row(name: str, ms: float, density: float, **more: object) -> None:
         flops = 4 * args.head_dim * args.heads * density * length * (length + 1) / 2
         rows.append({"length": length, "what": name, "ms": ms, "tflops": flops / ms / 1e9, "density": density} | more)
-        print(f"{length:7d}  {name:38s} {ms:9.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s  density {density:.3f} {more}", flush=True)
+        print(
+            f"{length:7d}  {name:38s} {ms:9.3f} ms {rows[-1]['tflops']:6.0f} TFLOP/s  density {density:.3f} {more}",
+            flush=True,
+        )
 
     query, key, value = make_inputs("topical", length, *shape)
     error = check_exact(query, key, value)
@@ -125,32 +130,41 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
 
     scale = args.head_dim**-0.5
     for density in args.densities:
-        full = build_plan(query, key, value, CAUSAL, scale=scale, tau=1.0, ranking="per_query", query_order="none", implementation="triton")
+        full = build_plan(
+            query,
+            key,
+            value,
+            CAUSAL,
+            scale=scale,
+            tau=1.0,
+            ranking="per_query",
+            query_order="none",
+            implementation="triton",
+        )
         plan = cut_to_density(full, density, length)
         result = triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
         area = CAUSAL.area(1, length, length).item()
         real = (result.computed.double().sum() * TILE_LEN / args.heads / area).item()
-        ms = milliseconds(lambda plan=plan: triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0))
+        ms = milliseconds(
+            lambda plan=plan: triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
+        )
         row(f"S2O forward, density {density}", ms, real)
         del full, plan, result
-    from s2o_compile.kernels import triton_ranking
-
-    def scores() -> Tensor:
-        return triton_ranking.score_keys(query, key, CAUSAL, scale=scale, segment_len=segment)
-
-    segment = build_plan(query, key, value, CAUSAL, scale=scale, tau=1.0, ranking="mean_query", query_order="none").segment_len
-    made = scores()
-    row("S2O index work: score", milliseconds(scores), 0.0)
-    order = lambda: order_keys(made, key, value, CAUSAL, n_queries=length, segment_len=segment, tau=1.0)  # noqa: E731
+    segment_len = default_segment_len(length)
+    scores = triton_ranking.score_keys(query, key, CAUSAL, scale=scale, segment_len=segment_len)
+    row(
+        "S2O index work: score",
+        milliseconds(partial(triton_ranking.score_keys, query, key, CAUSAL, scale=scale, segment_len=segment_len)),
+        0.0,
+    )
+    order = partial(order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len, tau=args.tau)
     row("S2O index work: order", milliseconds(order), 0.0)
-    del made
+    del scores, order
     for kind in ("topical", "random"):
         query, key, value = make_inputs(kind, length, *shape)
         for ranking in ("per_query", "mean_query"):
             options = OperatorOptions(tau=args.tau, min_seq_len=0, ranking=ranking)
-
-            def whole(options: OperatorOptions = options) -> object:
-                return run(query, key, value, CAUSAL, scale=None, return_lse=False, options=options)
+            whole = partial(run, query, key, value, CAUSAL, scale=None, return_lse=False, options=options)
 
             with record_calls() as calls:
                 ours, _ = whole()
@@ -160,8 +174,15 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             whole()
-            extra = (torch.cuda.max_memory_allocated() - before) / (2 * key.numel() * key.element_size())
-            row(f"S2O whole op, {kind}, tau {args.tau}, {ranking}", milliseconds(whole), calls[0].density, relative_error=round(error, 5), extra_memory_over_kv=round(extra, 3))
+            extra = torch.cuda.max_memory_allocated() - before - query.numel() * query.element_size()
+            extra /= 2 * key.numel() * key.element_size()
+            row(
+                f"S2O whole op, {kind}, tau {args.tau}, {ranking}",
+                milliseconds(whole),
+                calls[0].density,
+                relative_error=round(error, 5),
+                extra_memory_over_kv=round(extra, 3),
+            )
     return rows
 
 

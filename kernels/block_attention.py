@@ -1,6 +1,6 @@
 """Dense attention of a block of queries to a block of keys, with its log-sum-exp; what partial results merge by.
 
-    lse = log(exp(lse_1) + exp(lse_2)),   out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
+lse = log(exp(lse_1) + exp(lse_2)),   out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _fused_block(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Non
     if hidden is not None:
         bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
     assert _fused_cpu is not None
-    output, lse = _fused_cpu(query[None, None], key[None, None], value[None, None], 0.0, False, attn_mask=bias, scale=1.0)
+    output, lse = _fused_cpu(
+        query[None, None], key[None, None], value[None, None], 0.0, False, attn_mask=bias, scale=1.0
+    )
     return output[0, 0], lse.reshape(-1)
 
 

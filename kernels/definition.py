@@ -74,7 +74,9 @@ class OnlineSoftmax:
         return 1 - l_before * (m_before - self.m).exp() / self.l
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float) -> Result:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+) -> Result:
     """Attention over a plan, one tile at a time.
 
     Args:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 
 
@@ -16,12 +15,11 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMa
     grouped = query.shape[1] != key.shape[1]
     causal = mask.causal and mask.offset < n_keys - 1  # else the first query already sees every key
     if mask.window is None and mask.key_mask is None and (not causal or mask.offset == 0):
-        output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return as_sdpa(output, query)
+        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
     positions = torch.arange(max(n_queries, n_keys), device=query.device)
     visible = mask.visible(positions[:n_queries], positions[:n_keys])[None, None]
     if mask.key_mask is not None:
         visible = visible & mask.key_mask[:, None, None, :]
     if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return as_sdpa(scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale), query)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)

@@ -1,4 +1,4 @@
-"""The output's memory layout: SDPA's own, because legal code behind it (``.transpose(1, 2).view(...)``) relies on it."""
+"""The output's memory layout is SDPA's own: legal code behind it (``.transpose(1, 2).view(...)``) relies on it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ def _cpu_follows_query() -> bool:
 CPU_FOLLOWS_QUERY = _cpu_follows_query()
 
 
-def empty_output(query: Tensor) -> Tensor:
+LAYOUTS = ("auto", "BHND", "BNHD")
+"""How an output lies in memory: as SDPA would choose, or as the pass read off the attention that it replaces."""
+
+
+def empty_output(query: Tensor, layout: str = "auto") -> Tensor:
     """Uninitialised output for a query [B, H, N, D], laid out as SDPA lays out its own.
 
-    SDPA follows the query, [B, H, N, D] or [B, N, H, D] in memory; some CPU versions always write the latter.
+    SDPA's flash and cuDNN kernels follow the query; its memory-efficient kernel, which takes float32, and some CPU
+    versions always write [B, N, H, D].
     """
     batch, heads, length, dim = query.shape
-    follows = query.device.type != "cpu" or CPU_FOLLOWS_QUERY
-    if not follows or query.stride(1) < query.stride(2):
+    if layout == "auto":
+        follows = CPU_FOLLOWS_QUERY if query.device.type == "cpu" else query.dtype != torch.float32
+        layout = "BHND" if follows and query.stride(1) >= query.stride(2) else "BNHD"
+    if layout == "BNHD":
         return query.new_empty(batch, length, heads, dim).transpose(1, 2)
     return query.new_empty(batch, heads, length, dim)
 
 
-def as_sdpa(output: Tensor, query: Tensor) -> Tensor:
-    """The output itself if it is laid out as ``empty_output(query)``, else a copy that is: the graph counts on it."""
-    expected = empty_output(query)
+def as_sdpa(output: Tensor, query: Tensor, layout: str = "auto") -> Tensor:
+    """The output itself if it lies as ``empty_output`` says, else a copy that does: the graph counts on it."""
+    expected = empty_output(query, layout)
     return output if output.stride() == expected.stride() else expected.copy_(output)

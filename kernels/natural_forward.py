@@ -32,6 +32,7 @@ def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMas
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
+    key, value = key.contiguous(), value.contiguous()
     output = empty_output(query)
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)

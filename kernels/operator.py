@@ -30,7 +30,7 @@ CROSSOVER = {"cuda": 16384, "cpu": 8192}
 
 
 def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
-    """"s2o", "window" or "dense", from lengths alone: nothing waits for the device and no graph recompiles."""
+    """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     shortest = CROSSOVER.get(query.device.type, CROSSOVER["cuda"]) if min_seq_len is None else min_seq_len
     if n_queries < TILE_LEN or n_keys < shortest or scale <= 0:
@@ -38,8 +38,8 @@ def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float
     return "s2o" if mask.window is None else "window"
 
 
-def choose_implementation(wanted: str, device: torch.device) -> str:
-    """"triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
+def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose "triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if wanted == "triton":
         if triton_forward is None:
@@ -50,6 +50,11 @@ def choose_implementation(wanted: str, device: torch.device) -> str:
             raise ImplementationUnavailableError(
                 f'implementation="triton": expected CUDA tensors, got {device.type}. Move the model to a GPU, use '
                 '"auto", or set TRITON_INTERPRET=1 before the first import to interpret the kernels.'
+            )
+        if device.type != "cuda" and dtype == torch.bfloat16:
+            raise ImplementationUnavailableError(
+                'implementation="triton": expected float16 or float32 in the interpreter, got bfloat16, whose products '
+                "it computes wrongly. Convert the inputs, or run on a GPU."
             )
     if wanted == "auto":
         return "triton" if device.type == "cuda" and triton_forward is not None else "torch"
@@ -85,9 +90,9 @@ def run(
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
     path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
-    implementation = choose_implementation(options.implementation, query.device)
-    if mask.key_mask is not None and mask.key_mask.shape[0] != query.shape[0]:
-        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1))
+    implementation = choose_implementation(options.implementation, query.device, query.dtype)
+    if mask.key_mask is not None:
+        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
     if path == "dense" and not return_lse:
         record(site, path, query, key, mask)
         return dense_attention(query, key, value, mask, scale=scale), None

@@ -27,7 +27,7 @@ class OperatorOptions:
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
 
-    tau: float = 1.0
+    tau: float = 1.5
     min_seq_len: int | None = None
     segment_len: int | None = None
     ranking: str = "per_query"

@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         segment_len: Queries per segment, a multiple of TILE_LEN.
-        chunk_len: Keys between two tests of the stop rule, a multiple of 64.
+        chunk_len: Keys between two tests of the stop rule, a multiple of 128.
         key_index: int32 [B, Hkv, P, L], prefix keys of the segment, most important first.
         key_count: int32 [B, Hkv, P], how many entries of ``key_index`` are real.
         prefix_count: int32 [B, P], visible prefix keys in all. A list is complete where ``key_count`` equals it; a

@@ -3,10 +3,10 @@
 score[s, j] = max over queries i of segment s and heads h of the GQA group of
               q_i[dims] . k_j[dims] * scale - normaliser_i
 
-``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates the
-log-sum-exp of the query's row from every KEY_STRIDE-th key, so that the score is the largest log-probability any query
-of the segment gives the key. A mean query cannot see the key that one query retrieves; this can. The normaliser rides
-as one more dimension, and nothing of size Nq x Nk is kept: products are reduced over the segment as they are made.
+``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
+the log-sum-exp of the query's row from every KEY_STRIDE-th key, so that the score is the largest log-probability any
+query of the segment gives the key. A mean query cannot see the key that one query retrieves; this can. The normaliser
+rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are made.
 """
 
 from __future__ import annotations
@@ -96,11 +96,14 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
         normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len)
         rows = torch.cat([rows, normaliser[..., None]], dim=-1).flatten(2, 3)
         end = starts[s] if mask.causal else n_keys
+        products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
         for b in range(batch):
             for kv in range(kv_heads):
                 for j in range(0, end, KEY_STEP):
                     step = slice(j, min(j + KEY_STEP, end))
-                    scores[b, kv, s, step] = (rows[b, kv] @ key_columns[b, kv, :, step]).amax(0)
+                    columns = key_columns[b, kv, :, step]
+                    out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
+                    torch.amax(torch.mm(rows[b, kv], columns, out=out), 0, out=scores[b, kv, s, step])
 
     for_each(segment, reversed(range(len(starts))), query.device)
     return scores

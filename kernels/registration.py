@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
@@ -39,6 +39,7 @@ def attention(
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
     site: str = "",
+    layout: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop; see ``s2o_compile.attention`` for the arguments.
 
@@ -56,13 +57,14 @@ def attention(
     offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
     mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
     output, lse = run(query, key, value, mask, scale=scale, return_lse=return_lse, options=options, site=site)
+    output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @attention.register_fake
-def _(query: Tensor, *_: object, return_lse: bool = False, **__: object) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_: object, return_lse: bool = False, layout: str = "auto", **__: object) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
-    return empty_output(query), query.new_empty(shape, dtype=torch.float32)
+    return empty_output(query, layout), query.new_empty(shape, dtype=torch.float32)
 
 
 @attention.register_vmap

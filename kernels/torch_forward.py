@@ -35,7 +35,7 @@ def attend(
         torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )
     kv_heads = key.shape[1]
-    keys, values = key.float(), value.float()
+    keys, values = key.float().contiguous(), value.float().contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
         b, kv, _ = place

@@ -20,7 +20,14 @@ from s2o_compile.kernels.definition import FIRST_TEST, Result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
-from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, needs_wide, online_softmax_update, store_tile
+from s2o_compile.kernels.triton_tile import (
+    LOG2E,
+    launch_config,
+    load_rows,
+    needs_wide,
+    online_softmax_update,
+    store_tile,
+)
 
 
 @triton.jit

@@ -17,7 +17,14 @@ from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
-from s2o_compile.kernels.triton_tile import LOG2E, launch_config, load_rows, needs_wide, online_softmax_update, store_tile
+from s2o_compile.kernels.triton_tile import (
+    LOG2E,
+    launch_config,
+    load_rows,
+    needs_wide,
+    online_softmax_update,
+    store_tile,
+)
 
 
 @triton.jit
@@ -99,13 +106,13 @@ def natural_fwd_kernel(
     tail_start = head_stop + free_blocks * KEY_BLOCK
     if HAS_WINDOW:
         m, l, acc = attend_range(
-            m, l, acc, query, rows, key, value, key_mask, start, tl.minimum(head_stop, stop), stride_kn, stride_vn, n_keys,
-            offset, window, qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-            PRECISION, WIDE,
+            m, l, acc, query, rows, key, value, key_mask, start, tl.minimum(head_stop, stop), stride_kn, stride_vn,
+            n_keys, offset, window, qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK,
+            STAGES, PRECISION, WIDE,
         )  # fmt: skip
     m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_kn, stride_vn, n_keys, offset, window,
-        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_kn, stride_vn, n_keys, offset,
+        window, qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_kn, stride_vn, n_keys, offset, window,

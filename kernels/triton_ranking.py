@@ -47,11 +47,15 @@ def row_normaliser_kernel(
         sample = j + tl.arange(0, KEY_BLOCK)
         present = sample < n_samples
         key = tl.load(
-            sampled_key_ptr + (head * n_samples + sample)[None, :] * PACKED + dims[:, None], mask=present[None, :], other=0.0
+            sampled_key_ptr + (head * n_samples + sample)[None, :] * PACKED + dims[:, None],
+            mask=present[None, :],
+            other=0.0,
         )
         logits = tl.dot(query, key) * LOG2E
         if HAS_KEY_MASK:
-            present = present & (tl.load(sampled_mask_ptr + head // kv_heads * n_samples + sample, mask=present, other=0) != 0)
+            present = present & (
+                tl.load(sampled_mask_ptr + head // kv_heads * n_samples + sample, mask=present, other=0) != 0
+            )
         seen = present[None, :]
         if CAUSAL:
             seen = seen & ((sample * STRIDE)[None, :] <= position[:, None] + offset)
@@ -78,7 +82,9 @@ def score_keys_kernel(
     keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
-    key = tl.load(few_key_ptr + (head * n_keys + keys)[None, :] * PACKED + dims[:, None], mask=inside[None, :], other=0.0)
+    key = tl.load(
+        few_key_ptr + (head * n_keys + keys)[None, :] * PACKED + dims[:, None], mask=inside[None, :], other=0.0
+    )
     first = 0
     if CAUSAL:  # the first segment whose own keys start behind the first key of this block
         first = tl.maximum(tl.program_id(0) * KEY_BLOCK - own_offset, 0) // SEGMENT
@@ -108,7 +114,7 @@ def pack_queries(query: Tensor, dims: Tensor, scale: float, segment_len: int) ->
 def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
     batch, kv_heads, n_keys, _ = key.shape
-    n_queries, group = query.shape[2], query.shape[1] // kv_heads
+    n_queries = query.shape[2]
     dims = choose_dims(query, key)
     few_query = pack_queries(query, dims, scale, segment_len)
     few_key = take_dims(key, dims).float().clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)

@@ -42,9 +42,7 @@ def online_softmax_update(m, l, acc, products, value, qk_scale, PRECISION: tl.co
 
 
 @triton.jit
-def store_tile(
-    out, lse, m, l, acc, rows, present, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
-):
+def store_tile(out, lse, m, l, acc, rows, present, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Write acc / l (zeros where l is 0) to rows of out and the natural log-sum-exp to lse."""
     dims = tl.arange(0, BLOCK_DIM)
     result = acc / tl.where(l == 0.0, 1.0, l)[:, None]

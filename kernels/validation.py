@@ -70,7 +70,10 @@ def check_inputs(
         )
     if head_dim > MAX_HEAD_DIM:
         raise InputError(
-            "head_dim", expected=f"at most {MAX_HEAD_DIM}", got=head_dim, remedy="Call dense attention for larger heads."
+            "head_dim",
+            expected=f"at most {MAX_HEAD_DIM}",
+            got=head_dim,
+            remedy="Call dense attention.",
         )
     if window is not None and (not causal or window < 1):
         raise InputError(
@@ -79,10 +82,12 @@ def check_inputs(
             got=f"window={window}, causal={causal}",
             remedy="A sliding window looks back from the causal diagonal.",
         )
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, key.shape[2]), (1, key.shape[2]))):
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, key.shape[2]), (1, key.shape[2]))
+    ):
         raise InputError(
             "key_mask",
-            expected=f"bool of shape ({batch}, {key.shape[2]}) or (1, {key.shape[2]}), True where a key may be attended",
+            expected=f"bool of shape ({batch}, {key.shape[2]}) or (1, {key.shape[2]}), True for a key to attend",
             got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
             remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
         )

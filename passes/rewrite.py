@@ -74,7 +74,13 @@ class Rewriter:
         return None
 
     def _arguments(self, site: AttentionSite) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
-        keyword: dict[str, Any] = {**self._options, "causal": site.mask.causal, "scale": site.scale, "site": site.name}
+        keyword: dict[str, Any] = {
+            **self._options,
+            "causal": site.mask.causal,
+            "scale": site.scale,
+            "site": site.name,
+            "layout": _layout(value_of(site.node)),
+        }
         for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
             if size is not None:
                 keyword[name] = self._size(size, site.node)
@@ -131,6 +137,14 @@ class Rewriter:
         _copy_meta(before, node)
         _set_value(before, node, _computed(before, function, args, {}))
         return node
+
+
+def _layout(output: object) -> str:
+    """How the replaced attention laid its output out: which of SDPA's kernels would have run decides it."""
+    if not isinstance(output, torch.Tensor):
+        return "auto"
+    heads, length = output.stride(1), output.stride(2)
+    return "BNHD" if known(heads < length) else "BHND" if known(length < heads) else "auto"
 
 
 def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

@@ -1,8 +1,8 @@
 """s2o_compile: long prompts made fast by a compiler pass.
 
-    model = s2o_compile.optimize(model)               # wrap
-    model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
-    print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
+model = s2o_compile.optimize(model)               # wrap
+model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
+print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
 """
 
 from s2o_compile.api import explain, optimize

@@ -73,7 +73,7 @@ def optimize(
 
 
 def explain(model: Callable[..., object], *args: object, config: S2OConfig | None = None, **kwargs: object) -> Report:
-    """Run a model once and report every attention: found, rewritten, proven mask, density, or the reason it stays dense.
+    """Run a model once and report every attention: rewritten, its proven mask and density, or why it stays dense.
 
     The rewritten graphs run without Inductor, so this costs a capture and one forward. Grad mode is the caller's: under
     enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it resets

@@ -73,7 +73,7 @@ def s2o(
         if mode or inductor:
             raise OptionError(
                 f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-                f"and {sorted(inductor)}. Drop them, or use inner_backend=\"inductor\"."
+                f'and {sorted(inductor)}. Drop them, or use inner_backend="inductor".'
             )
         return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx

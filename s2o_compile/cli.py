@@ -23,7 +23,9 @@ try:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`.") from error
+    raise SystemExit(
+        f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`."
+    ) from error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
@@ -138,7 +140,13 @@ def _print_report(console: Console, report: Report) -> None:
         density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
         result = "[green]rewritten" if site.rewritten else f"[red]dense: {site.reason}"
         table.add_row(
-            label, str(len(names)), "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density
+            label,
+            str(len(names)),
+            "x".join(site.query_shape),
+            "x".join(site.key_shape),
+            site.mask or "-",
+            result,
+            density,
         )
     console.print(table)
     console.print(str(report).split("\n", len(report.sites) + 2)[-1])
@@ -160,7 +168,12 @@ def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None
     figures = result.figures
     console.print()
     _print_report(console, result.report)
-    table = Table("", "dense", "S2O", title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, tau {config.tau}")
+    table = Table(
+        "",
+        "dense",
+        "S2O",
+        title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, tau {config.tau}",
+    )
     table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
     table.add_row("top-1 agreement", "", f"{figures['top1_agreement']:.4f}")
     speedup = float(figures["seconds_dense"]) / float(figures["seconds_s2o"])

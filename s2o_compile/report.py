@@ -62,7 +62,8 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        summary = f"{len(self.sites)} attention sites found, {self.rewritten} rewritten, {len(self.sites) - self.rewritten} left dense"
+        found, rewritten = len(self.sites), self.rewritten
+        summary = f"{found} attention sites found, {rewritten} rewritten, {found - rewritten} left dense"
         if self.density is not None:
             summary += f"; mean density {self.density:.3f}"
         return "\n".join([*lines, summary, *self._breaks()])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_input, tiny_model
 from torch import nn
 
 import s2o_compile
 from s2o_compile import OptionError, S2OConfig
+from tests.tiny import tiny_input, tiny_model
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 
@@ -33,7 +33,9 @@ def test_optimize_keeps_the_original_and_shares_its_weights():
 
 
 def test_optimize_again_takes_the_new_configuration():
-    fast = s2o_compile.optimize(s2o_compile.optimize(tiny_model(), EXACT), S2OConfig(min_seq_len=100_000, inner_backend="eager"))
+    fast = s2o_compile.optimize(
+        s2o_compile.optimize(tiny_model(), EXACT), S2OConfig(min_seq_len=100_000, inner_backend="eager")
+    )
     with torch.no_grad(), s2o_compile.record() as recording:
         fast(tiny_input())
     assert [call.path for call in recording.calls] == ["dense", "dense"]
@@ -118,7 +120,9 @@ def test_attention_function_is_exact_at_tau_zero():
     out, lse = s2o_compile.attention(q, k, v, causal=True, return_lse=True, config=EXACT)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected)
-    logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4).masked_fill(~torch.ones(300, 300).bool().tril(), -torch.inf)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4).masked_fill(
+        ~torch.ones(300, 300).bool().tril(), -torch.inf
+    )
     torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 

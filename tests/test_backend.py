@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from tiny import tiny_input, tiny_model
 
 from s2o_compile import NothingRewrittenWarning, OptionError, S2OConfig, record
 from s2o_compile.backend import s2o, split_options
+from tests.tiny import tiny_input, tiny_model
 
 EXACT = {"s2o.tau": 0.0, "s2o.min_seq_len": 0}
 

@@ -10,14 +10,21 @@ pytest.importorskip("typer")
 
 
 def s2o(*args):
-    return subprocess.run([sys.executable, "-W", "ignore", "-m", "s2o_compile.cli", *args], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "s2o_compile.cli", *args], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     path = tmp_path_factory.mktemp("model")
     config.save_pretrained(path)

@@ -246,13 +246,13 @@ class TestDispatch:
 
     @pytest.mark.parametrize("wanted", ["auto", "torch"])
     def test_cpu_tensors_run_in_torch(self, wanted):
-        assert operator.choose_implementation(wanted, torch.device("cpu")) == "torch"
+        assert operator.choose_implementation(wanted, torch.device("cpu"), torch.float32) == "torch"
 
     def test_cuda_tensors_run_in_triton_where_there_is_triton(self, monkeypatch):
-        assert operator.choose_implementation("auto", torch.device("cuda")) == "triton"
-        assert operator.choose_implementation("torch", torch.device("cuda")) == "torch"
+        assert operator.choose_implementation("auto", torch.device("cuda"), torch.float32) == "triton"
+        assert operator.choose_implementation("torch", torch.device("cuda"), torch.float32) == "torch"
         monkeypatch.setattr(operator, "triton_forward", None)
-        assert operator.choose_implementation("auto", torch.device("cuda")) == "torch"
+        assert operator.choose_implementation("auto", torch.device("cuda"), torch.float32) == "torch"
 
 
 class TestStatistics:

@@ -1,0 +1,72 @@
+"""The public face on a GPU: compiled models, CUDA graphs, and no waiting for the device."""
+
+import pytest
+import torch
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from tests.tiny import tiny_input, tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTH = 3000
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def on_gpu():
+    return tiny_model().cuda().half(), tiny_input(LENGTH).cuda().half()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"], ids=["default", "cuda-graphs"])
+@torch.no_grad()
+def test_optimized_model_is_exact_at_tau_zero(mode):
+    model, x = on_gpu()
+    fast = s2o_compile.optimize(model, S2OConfig(tau=0.0, min_seq_len=0), mode=mode)
+    expected = model(x)
+    exact = model.float()(x.float())
+    model.half()
+    limit = 4 * max((expected - exact).abs().max(), exact.abs().max() * torch.finfo(torch.float16).eps)
+    for _ in range(4):  # CUDA graphs record at the second call and replay from then on
+        actual = fast(x).clone()
+        assert (actual - exact).abs().max() <= limit
+
+
+@torch.no_grad()
+def test_a_call_waits_for_nothing_and_is_deterministic():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+    config = S2OConfig(min_seq_len=0)
+    first = s2o_compile.attention(q, k, v, causal=True, config=config)  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = s2o_compile.attention(q, k, v, causal=True, config=config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_rows_beyond_two_to_the_31_elements():
+    """Keys and values whose rows lie far apart: 32-bit offsets would wrap."""
+    n, heads, dim = 70_000, 256, 128
+    assert n * heads * dim > 2**31
+    wide = torch.zeros(1, n, heads, dim, device="cuda", dtype=torch.float16).transpose(1, 2)
+    torch.manual_seed(0)
+    wide[:, 255] = torch.randn(1, n, dim, device="cuda", dtype=torch.float16)
+    key = wide[:, 255:]
+    query = key[:, :, -256:]
+    config = S2OConfig(tau=0.0, min_seq_len=0)
+    actual = s2o_compile.attention(query, key, key, causal=True, config=config)
+    mask = torch.ones(256, n, dtype=torch.bool, device="cuda").tril(n - 256)
+    compact = key.contiguous()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, compact, compact, attn_mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-3)
