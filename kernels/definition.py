@@ -7,21 +7,23 @@ For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and 
                  l_before, m_before  <-  l, m
                  m, l, acc           <-  online softmax over the chunk
                  gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
-                 unvisited   =  max_i gain_i * (prefix_count - visited) / chunk_len
+                 unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
                  stop if unvisited < tau, from the second chunk on
     restart  a tile that reaches the end of an incomplete list attends to all its keys in natural order instead
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
 
-``unvisited`` is an upper bound of the mass left (relative to the mass seen) if the list is in true order of
-importance, because every later chunk then brings less than the last one did. The paper tests ``mean gain < tau``; the
-row maximum keeps minority queries, and the factor makes tau mean the same at every length. The first chunk is never
-tested alone: attention sinks make its gain huge and the next one tiny.
+``unvisited`` estimates the mass left, relative to the mass seen, if the chunks' masses fall off like 1 / rank (Zipf),
+as they do in trained models: chunk c brings gain * visited / c, summed over the chunks to come. The paper tests
+``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
+gain alone shrinks with it. Where the mass is flat, the share of all mass that is left unvisited is below tau too. The
+first chunk is never tested alone: attention sinks make its gain huge and the next one tiny.
 
 Written for clarity, in the dtype of its inputs (tests pass float64). It is the judge of every implementation.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,11 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 
 FIRST_TEST = 2
 """Chunks visited before the stop rule is tested."""
+
+
+def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
+    """Mass of the unvisited chunks in units of the last visited one, if it falls off like 1 / rank."""
+    return visited / chunk_len * max(math.log(prefix / visited), 0.0)
 
 
 class Result(NamedTuple):
@@ -120,8 +127,8 @@ def attend(
                     state.update(key[b, kv, chunk], value[b, kv, chunk])
                     visited += plan.chunk_len
                     if tau > 0 and visited >= FIRST_TEST * plan.chunk_len:
-                        unvisited = state.gain(m_before, l_before).max() * max(prefix - visited, 0) / plan.chunk_len
-                        stopped = bool(unvisited < tau)
+                        gain = state.gain(m_before, l_before).max()
+                        stopped = bool(gain * chunks_to_come(visited, prefix, plan.chunk_len) < tau)
                 area = len(own) + min(visited, count)
                 if not stopped and count < prefix:
                     state = OnlineSoftmax(query[b, h, rows], scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, Result
+from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
@@ -191,8 +191,7 @@ class _Segment:
             gain = walking.update(*block_attention(walking.query, keys, values))
             area[walking.numbers] += len(chunk)
             if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
-                left = max(self.prefix - start - self.chunk_len, 0) / self.chunk_len
-                stay = (gain * left >= tau).cpu()
+                stay = (gain * chunks_to_come(start + self.chunk_len, self.prefix, self.chunk_len) >= tau).cpu()
                 if stay.all():
                     continue
                 if walking is not tiles:

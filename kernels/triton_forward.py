@@ -21,6 +21,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
 from s2o_compile.kernels.triton_tile import (
+    LN2,
     LOG2E,
     launch_config,
     load_rows,
@@ -120,7 +121,8 @@ def gathered_fwd_kernel(
         )  # fmt: skip
         visited += CHUNK
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
-        unvisited = tl.max(gain, 0) * (tl.maximum(prefix - visited, 0).to(tl.float32) / CHUNK)
+        to_come = tl.math.log2(tl.maximum(prefix, visited).to(tl.float32) / visited) * (LN2 / CHUNK) * visited
+        unvisited = tl.max(gain, 0) * to_come
         stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (unvisited < tau)
     if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(

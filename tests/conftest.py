@@ -297,11 +297,14 @@ class Weighed:
 
     def stop(self, tau, reached=None):
         """Chunks visited before the rule holds, tested from the second one on; None if it never does."""
-        for chunk in range(1, len(self.masses) if reached is None else reached):
-            left = len(self.masses) - (chunk + 1)
-            if max(self.gain(row, chunk) for row in range(128)) * left < tau:
-                return chunk + 1
+        for visited in range(2, (len(self.masses) if reached is None else reached) + 1):
+            if max(self.gain(row, visited - 1) for row in range(128)) * self.to_come(visited) < tau:
+                return visited
         return None
+
+    def to_come(self, visited):
+        """Zipf's estimate of the chunks to come, in units of the last one visited."""
+        return visited * math.log(len(self.masses) / visited)
 
 
 @pytest.fixture

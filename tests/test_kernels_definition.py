@@ -71,14 +71,14 @@ class TestStopRule:
     @pytest.mark.parametrize(
         ("masses", "tau", "expected"),
         [
-            # after chunk 2: gain 8 / (1 + 64 + 8), 6 chunks left: 0.66; after chunk 3: 1 / 74 * 5 = 0.068
-            ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 1.0, 2),
-            ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.5, 3),
+            # after chunk 2: 8 / (1 + 64 + 8) * 2 log(8 / 2) = 0.304; after chunk 3: 1 / 74 * 3 log(8 / 3) = 0.040
+            ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.5, 2),
+            ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.1, 3),
             ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.02, 4),
             # the first chunk brings nothing and must not be believed; the second brings much
             ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 0.5, 4),
-            # flat masses: 8 / (1 + 8 n) * (8 - n) is 1.28 for n = 3, 0.97 for 4, 0.14 for 7
-            ((8,) * 8, 1.0, 4),
+            # flat masses: 8 / (1 + 8 n) * n log(8 / n) is 1.31 for n = 2, 0.94 for 3, 0.13 for 7
+            ((8,) * 8, 1.0, 3),
             ((8,) * 8, 0.15, 7),
             ((8,) * 8, 0.1, 8),
         ],
@@ -89,9 +89,9 @@ class TestStopRule:
         assert attend(example.inputs, example.plan, tau).computed.item() == TILE_LEN + 64 * expected
 
     def test_the_row_that_gains_most_decides(self, weighed):
-        example, tau = weighed((64,) + (4,) * 7), 0.2
+        example, tau = weighed((64,) + (4,) * 7), 0.1
         stop = example.stop(tau)
-        mean = sum(example.gain(row, stop - 2) for row in range(128)) / 128 * (8 - (stop - 1))
+        mean = sum(example.gain(row, stop - 2) for row in range(128)) / 128 * example.to_come(stop - 1)
         assert mean < tau  # the mean would have stopped a chunk earlier
         assert attend(example.inputs, example.plan, tau).computed.item() == TILE_LEN + 64 * stop
 
