@@ -17,9 +17,8 @@ class OperatorOptions:
     """How the operator ranks, orders, stops and runs; every field is a keyword of ``s2o::attention``.
 
     Attributes:
-        tau: Stop a query tile once the estimated unvisited share of its softmax mass is below this; 0 never stops and
-            is exact. The estimate is an upper bound where the ranking is right, so it is usually far too high: values
-            around 1 are useful.
+        tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
+            every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited.
         min_seq_len: Shorter key lengths run dense, in tokens; None takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query", "sub_mean" or "mean_query".
@@ -27,7 +26,7 @@ class OperatorOptions:
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
 
-    tau: float = 1.5
+    tau: float = 0.75
     min_seq_len: int | None = None
     segment_len: int | None = None
     ranking: str = "per_query"

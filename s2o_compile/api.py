@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -67,8 +67,11 @@ def optimize(
     merged = {**(options or {}), **ours}
     split_options(merged)  # a wrong option fails here, not at the first call
     optimized = copy.copy(model)  # drops compiled state, shares everything else
-    kwargs = {"mode": mode} if mode is not None else {}
-    optimized.compile(backend=s2o, options=merged, dynamic=dynamic, fullgraph=fullgraph, **kwargs)
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
+
+    optimized.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     return optimized
 
 

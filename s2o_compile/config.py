@@ -19,9 +19,9 @@ class S2OConfig(OperatorOptions):
     """How attention is made sparse. Frozen, keyword-only, checked on creation.
 
     Attributes:
-        tau: Quality against speed, a number >= 0. A tile of 128 queries stops once its estimated unvisited softmax
-            mass, relative to the mass visited, falls below it. The estimate is high by design, so values around 1 are
-            useful; ``tau=0.0`` never stops and is exact.
+        tau: Quality against speed, a number >= 0. A tile of 128 queries stops once the estimated unvisited softmax
+            mass, relative to the mass visited, falls below it in every row. The worst row decides, so values near 1
+            leave far less unvisited on average; ``tau=0.0`` never stops and is exact.
         min_seq_len: Key lengths below this run dense, in tokens. None takes the measured crossover of the device.
         segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
             32K queries, 1024 beyond.

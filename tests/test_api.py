@@ -32,6 +32,15 @@ def test_optimize_keeps_the_original_and_shares_its_weights():
         assert len(recording.calls) == 2
 
 
+def test_optimize_with_mode_and_options():
+    fast = s2o_compile.optimize(
+        tiny_model(), S2OConfig(tau=0.0, min_seq_len=0), mode="reduce-overhead", options={"epilogue_fusion": True}
+    )
+    with torch.no_grad(), s2o_compile.record() as recording:
+        torch.testing.assert_close(fast(tiny_input()), tiny_model()(tiny_input()))
+    assert [call.path for call in recording.calls] == ["s2o", "s2o"]
+
+
 def test_optimize_again_takes_the_new_configuration():
     fast = s2o_compile.optimize(
         s2o_compile.optimize(tiny_model(), EXACT), S2OConfig(min_seq_len=100_000, inner_backend="eager")

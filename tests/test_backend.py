@@ -33,7 +33,6 @@ def test_entry_point_needs_no_import():
     [
         pytest.param({"options": EXACT}, 2, id="options"),
         pytest.param({"options": EXACT | {"max_autotune": False, "epilogue-fusion": True}}, 2, id="inductor-options"),
-        pytest.param({"options": EXACT, "mode": "reduce-overhead"}, 2, id="mode"),
         pytest.param({"options": EXACT, "fullgraph": True}, 2, id="fullgraph"),
         pytest.param({"options": EXACT, "dynamic": True}, 2, id="dynamic"),
         pytest.param({"options": EXACT | {"s2o.inner_backend": "eager"}}, 2, id="inner-eager"),
@@ -46,6 +45,15 @@ def test_compiled_model_equals_eager(kwargs, ran):
         torch.testing.assert_close(compiled, model(x))
     assert [call.path for call in recording.calls] == ["s2o"] * ran
     assert recording.report.rewritten == ran
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_mode(mode):
+    model, x = tiny_model(), tiny_input()
+    with torch.no_grad(), record() as recording:
+        torch.testing.assert_close(torch.compile(model, backend="s2o", mode=mode)(x), model(x))
+    assert [call.path for call in recording.calls] == ["dense"] * 2  # 200 tokens are few
+    assert recording.report.rewritten == 2
 
 
 def test_module_compile():

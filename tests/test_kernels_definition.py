@@ -129,8 +129,8 @@ class TestRestart:
 
     def test_a_stop_on_the_last_listed_chunk_counts(self, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), reached=3)
-        assert example.stop(0.5) == 3
-        assert attend(example.inputs, example.plan, 0.5).computed.item() == TILE_LEN + 3 * 64
+        assert example.stop(0.1) == 3
+        assert attend(example.inputs, example.plan, 0.1).computed.item() == TILE_LEN + 3 * 64
 
     def test_a_complete_list_that_does_not_stop_is_already_exact(self, weighed):
         example = weighed((8,) * 4)
@@ -156,7 +156,7 @@ class TestRestart:
 
 class TestDensity:
     def test_a_hand_made_tile(self, weighed):
-        example, tau = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125)), 0.5
+        example, tau = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125)), 0.1
         result = attend(example.inputs, example.plan, tau)
         area = example.inputs.mask.area(1, 128, 640)
         call = Call(site="", path="s2o", n_queries=128, n_keys=640, computed=result.computed, area=area)

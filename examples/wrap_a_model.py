@@ -1,0 +1,35 @@
+"""Make a model's long attention sparse, look at the report, and compare with dense.
+
+python examples/wrap_a_model.py
+"""
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import s2o_compile
+from s2o_compile import S2OConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention with eight heads."""
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, dim] -> [B, N, dim]."""
+        q, k, v = (y.unflatten(-1, (8, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+        return self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+torch.manual_seed(0)
+model, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(1, 2048, 256)
+config = S2OConfig(tau=0.1, min_seq_len=0)  # 2048 tokens would run dense for being short
+
+with torch.no_grad():
+    print(s2o_compile.explain(model, x, config=config))
+    fast = s2o_compile.optimize(model, config)
+    dense, sparse = model(x), fast(x)
+print(f"relative difference to dense: {((sparse - dense).norm() / dense.norm()).item():.4f}")
