@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -68,7 +68,7 @@ def optimize(
     split_options(merged)  # a wrong option fails here, not at the first call
     optimized = copy.copy(model)  # drops compiled state, shares everything else
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
 
     optimized.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)

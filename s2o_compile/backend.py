@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -52,11 +53,11 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
 
 def s2o(
     gm: torch.fx.GraphModule,
-    example_inputs: Sequence[object],
+    example_inputs: list[torch.Tensor],
     *,
     mode: str | None = None,
     options: Mapping[str, object] | None = None,
-) -> Callable[..., object]:
+) -> Any:  # noqa: ANN401 (a callable; every torch version types what Inductor returns differently)
     """Compile one captured graph.
 
     Args:
@@ -79,7 +80,7 @@ def s2o(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor}
-    return compile_fx(gm, example_inputs, config_patches=patches)  # pyright: ignore[reportArgumentType]
+    return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:

@@ -124,7 +124,7 @@ def _load(model: str, tokens: int, device: str, *, random_weights: bool) -> Any:
         raise DemoUnavailableError(
             f'explain: expected "smollm2", a model directory or a hub name, got {model!r}. {error}'
         ) from error
-    return loaded.eval().to(device)
+    return loaded.eval().to(device)  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
 def _print_report(console: Console, report: Report) -> None:

@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class S2OConfig(OperatorOptions):
                 unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"])
             )
 
-    def operator_options(self) -> dict[str, object]:
+    def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(OperatorOptions)}
 

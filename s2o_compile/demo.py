@@ -92,7 +92,7 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
         model.config.max_position_embeddings = tokens
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     model.generation_config.pad_token_id = model.generation_config.eos_token_id
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
 def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)

@@ -43,10 +43,8 @@ def plot_attention(results: Path, picture: Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds, one attention call")
     shape = about["shape"]
-    axes.set_title(
-        f"{about['device']}, {about['dtype']}, causal, Hq={shape['heads']} Hkv={shape['kv_heads']} D={shape['head_dim']}",
-        fontsize=10,
-    )
+    heads = f"Hq={shape['heads']} Hkv={shape['kv_heads']} D={shape['head_dim']}"
+    axes.set_title(f"{about['device']}, {about['dtype']}, causal, {heads}", fontsize=10)
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
