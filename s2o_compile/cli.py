@@ -132,7 +132,9 @@ def _print_report(console: Console, report: Report) -> None:
     if not report.sites:
         console.print(str(report), style="bold red")
         return
-    table = Table("sites", "count", "query", "key", "mask", "result", "density")
+    table = Table()
+    for name in ("sites", "count", "query", "key", "mask", "result", "density"):
+        table.add_column(name, overflow="fold")
     for names, site, densities in _runs(report):
         label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
         known = [d for d in densities if d is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -65,6 +66,7 @@ def weights_file() -> Path:
 
 def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     """Model and tokenizer. Beyond the native context of 8192 tokens, YaRN stretches the positions."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar would break into the demo's own display
     try:
         import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
         import gguf  # noqa: F401

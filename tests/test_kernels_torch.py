@@ -107,8 +107,8 @@ class TestRanked:
         ("case", "tau"),
         [
             (Case(queries=1400, heads=4, kv_heads=2), 0.1),
-            (Case(queries=1000, causal=False), 1e-4),
-            (Case(queries=300, keys=1200, causal=False), 1e-4),
+            (Case(queries=1000, causal=False), 0.035),
+            (Case(queries=300, keys=1200, causal=False), 0.035),
             (Case(queries=1000, batch=2, padding="left"), 0.01),
             (Case(queries=1000, dtype="bf16"), 1e-9),
         ],

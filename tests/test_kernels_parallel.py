@@ -1,0 +1,60 @@
+"""Segments spread over threads: the same bits, errors passed on, thread counts restored."""
+
+import pytest
+import torch
+
+from s2o_compile.kernels import torch_forward
+from s2o_compile.kernels.cpu_parallel import for_each
+from tests.conftest import Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+class TestTwoThreads:
+    @pytest.mark.parametrize("tau", [0.0, 0.5])
+    def test_the_result_is_that_of_one_thread(self, tau, build_plan):
+        inputs = Case(queries=1000, heads=4, kv_heads=2, batch=2, padding="left").inputs()
+        plan = build_plan(inputs, tau=tau)
+        results = []
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            results.append(torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau))
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+
+    def test_every_item_is_worked_on_once_with_one_thread_and_without_gradients(self):
+        seen = torch.zeros(50, dtype=torch.long)
+        inner = []
+
+        def work(item):
+            seen[item] += 1
+            inner.append((torch.get_num_threads(), torch.is_grad_enabled()))
+
+        for_each(work, range(50), CPU)
+        assert (seen == 1).all()
+        assert set(inner) == {(1, False)}
+        assert torch.get_num_threads() == 2
+
+    def test_an_error_reaches_the_caller_and_threads_are_restored(self):
+        def work(item):
+            if item == 3:
+                raise ArithmeticError("item 3")
+
+        with pytest.raises(ArithmeticError, match="item 3"):
+            for_each(work, range(10), CPU)
+        assert torch.get_num_threads() == 2
+
+
+def test_one_thread_works_in_order():
+    order = []
+    for_each(order.append, range(5), CPU)
+    assert order == [0, 1, 2, 3, 4]
