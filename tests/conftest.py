@@ -336,6 +336,14 @@ def weighed():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """No code compiled before the test, none left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def poison_empty(monkeypatch):
     """Fresh memory holds NaN, and integers nobody would write: what stays unwritten shows."""
 

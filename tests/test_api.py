@@ -8,14 +8,8 @@ import s2o_compile
 from s2o_compile import OptionError, S2OConfig
 from tests.tiny import tiny_input, tiny_model
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_optimize_keeps_the_original_and_shares_its_weights():

@@ -10,14 +10,8 @@ from s2o_compile import NothingRewrittenWarning, OptionError, S2OConfig, record
 from s2o_compile.backend import s2o, split_options
 from tests.tiny import tiny_input, tiny_model
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 EXACT = {"s2o.tau": 0.0, "s2o.min_seq_len": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_entry_point_needs_no_import():

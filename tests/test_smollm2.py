@@ -15,6 +15,7 @@ try:
 except s2o_compile.S2OError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 TOKENS = 384
 
@@ -22,13 +23,6 @@ TOKENS = 384
 @pytest.fixture(scope="module")
 def smollm2():
     return load_model(TOKENS, "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
