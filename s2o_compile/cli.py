@@ -1,4 +1,4 @@
-"""The command line: ``s2o demo`` and ``s2o explain``. Needs the extra ``s2o-compile[cli]``."""
+"""The command line: ``s2o demo`` and ``s2o explain``. Needs the extra named cli."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ the language reference): nothing is downloaded at run time.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
-import os
+import io
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -66,7 +67,6 @@ def weights_file() -> Path:
 
 def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     """Model and tokenizer. Beyond the native context of 8192 tokens, YaRN stretches the positions."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the GGUF reader's bar would break into the demo's own display
     try:
         import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
         import gguf  # noqa: F401
@@ -82,7 +82,8 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="sdpa").eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar would break into the demo's own display
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="sdpa").eval()
     if tokens > NATIVE_CONTEXT:
         rope = model.config.rope_parameters
         model.config.rope_parameters = {
