@@ -9,13 +9,11 @@ from torch import fx
 from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from s2o_compile.kernels.validation import DTYPES, MAX_HEAD_DIM
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.graph_values import Size, known, value_of
 from s2o_compile.passes.mask_prover import MaskProof, MaskProver
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 
 _SDPA = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
 _TARGETS = frozenset(

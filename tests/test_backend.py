@@ -83,17 +83,17 @@ def test_training_stays_dense_says_so_and_gives_the_same_gradients():
 
 def test_fx_graph_cache_hits():
     model, x = tiny_model(), tiny_input()
-    counters = torch._dynamo.utils.counters["inductor"]
-    hits = []
+
+    def hits():
+        counters = torch._dynamo.utils.counters
+        return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True):
         for _ in range(2):
             torch._dynamo.reset()
-            before = counters["fxgraph_cache_hit"]
-            out = torch.compile(model, backend="s2o", options=EXACT)(x)
-            hits.append(counters["fxgraph_cache_hit"] - before)
-            torch.testing.assert_close(out, model(x))
-    aot_hits = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
-    assert hits[1] == 1 or aot_hits >= 1
+            before = hits()
+            torch.testing.assert_close(torch.compile(model, backend="s2o", options=EXACT)(x), model(x))
+    assert hits() > before  # the second compilation found the first one's code
 
 
 def test_cached_graph_honours_another_tau():
