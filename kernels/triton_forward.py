@@ -5,9 +5,12 @@ bytes and all tiles of a segment share the list through L2, so gathering costs a
 key loop would end software pipelining: an outer ``while`` walks chunks, an inner pipelined ``for`` walks a chunk's
 blocks, and the rule is tested once per chunk.
 
+The reference of the softmax is FIXED once a tile has met its own keys (``triton_tile.softmax_update``), and the list is
+walked with it. The rare tile whose weights overflow is restarted like one that exhausts its list.
+
 Query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of
-one head. A tile that reaches the end of an incomplete list writes ``-computed - 1``; a second launch restarts those
-tiles densely, and every other program of it ends at once.
+one head. A tile that reaches the end of an incomplete list, or overflows, writes ``-computed - 1``; a second launch
+restarts those tiles densely, and every other program of it ends at once.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from s2o_compile.kernels.triton_natural import attend_range, empty_result, launc
 from s2o_compile.kernels.triton_tile import (
     LN2,
     LOG2E,
+    NOTHING_SEEN,
+    can_fix,
     launch_config,
     load_rows,
     needs_wide,
-    online_softmax_update,
+    overflowed,
+    softmax_update,
     store_tile,
 )
 
@@ -34,10 +40,13 @@ from s2o_compile.kernels.triton_tile import (
 @triton.jit
 def attend_list(
     m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``."""
+    """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``.
+
+    FIXED: ``softmax_update``.
+    """
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
         entries = j + tl.arange(0, KEY_BLOCK)
         if MASKED:
@@ -49,7 +58,7 @@ def attend_list(
         if MASKED:
             products = tl.where((entries < count)[None, :], products, -float("inf"))
         v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
-        m, l, acc = online_softmax_update(m, l, acc, products, v, qk_scale, PRECISION)
+        m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
     return m, l, acc
 
 
@@ -60,8 +69,8 @@ def gathered_fwd_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, tau,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr,
+    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
@@ -83,7 +92,7 @@ def gathered_fwd_kernel(
     key = key_ptr + b * stride_kb + kv * stride_kh
     value = value_ptr + b * stride_vb + kv * stride_vh
     key_mask = key_mask_ptr + b * stride_mb
-    m = tl.full([TILE], -float("inf"), tl.float32)
+    m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
 
@@ -96,14 +105,15 @@ def gathered_fwd_kernel(
             tile_first, tile_last = tile * TILE, tl.minimum(tile * TILE + TILE - 1, last)
             own_stop = tl.maximum(tl.minimum(tile_last + offset + 1, own_stop), own_start)
         free_stop = tl.minimum(tile_first + offset + 1, own_stop)
-    tail_start = own_start + tl.maximum(free_stop - own_start, 0) // KEY_BLOCK * KEY_BLOCK
-    m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
-    )  # fmt: skip
+    # The masked tail first: it is never empty where there are own keys, and gives the rest a reference to keep FIXED.
+    tail_start = own_start + tl.maximum(free_stop - own_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, True, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, True, False, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
     list_row = (b * (heads // group) + kv) * n_segments + segment
@@ -113,13 +123,21 @@ def gathered_fwd_kernel(
     whole = count // CHUNK * CHUNK
     visited = whole * 0
     stopped = visited != 0
+    start = visited
+    if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
+        start = tl.minimum(KEY_BLOCK, whole)
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale,
+            False, False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
     while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, visited, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
-            False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
+            False, FIXED, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited += CHUNK
+        start = visited
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
         to_come = tl.math.log2(tl.maximum(prefix, visited).to(tl.float32) / visited) * (LN2 / CHUNK) * visited
         unvisited = tl.max(gain, 0) * to_come
@@ -127,7 +145,7 @@ def gathered_fwd_kernel(
     if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale,
-            True, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            True, False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
 
@@ -135,6 +153,8 @@ def gathered_fwd_kernel(
     store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
     computed = visited + own_stop - own_start
     restart = (stopped == 0) & (count < prefix)
+    if FIXED:
+        restart = restart | overflowed(l, acc)
     tl.store(computed_ptr + row_head * tiles + tile, tl.where(restart, -computed - 1, computed))
 
 
@@ -154,10 +174,10 @@ def attend(
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, heads // key.shape[1],
         mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
-        SEGMENT=plan.segment_len, CHUNK=plan.chunk_len, TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN,
-        HEAD_DIM=head_dim, WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
+        FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+        HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
+        TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN, HEAD_DIM=head_dim,
+        WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
     )  # fmt: skip
-    if tau > 0.0:  # with tau = 0 every list is complete
-        launch_natural(query, key, value, mask, into, scale=scale, restart=plan)
+    launch_natural(query, key, value, mask, into, scale=scale, restart=plan)
     return into

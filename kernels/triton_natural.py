@@ -19,10 +19,13 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_tile import (
     LOG2E,
+    NOTHING_SEEN,
+    can_fix,
     launch_config,
     load_rows,
     needs_wide,
-    online_softmax_update,
+    overflowed,
+    softmax_update,
     store_tile,
 )
 
@@ -30,11 +33,11 @@ from s2o_compile.kernels.triton_tile import (
 @triton.jit
 def attend_range(
     m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys [start, stop) in natural order; MASKED tests every pair."""
+    """Online softmax over keys [start, stop) in natural order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
         keys = j + tl.arange(0, KEY_BLOCK)
         present = keys < stop
@@ -52,7 +55,40 @@ def attend_range(
                 seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
             products = tl.where(seen, products, -float("inf"))
         v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
-        m, l, acc = online_softmax_update(m, l, acc, products, v, qk_scale, PRECISION)
+        m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def attend_parts(
+    query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
+    qk_scale, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All keys of a tile: [start, head_stop) and [tail_start, stop) need a mask, what lies between does not.
+
+    The tail comes first: it is never empty where there are keys, and a causal row finds its own key there, so the rest
+    has a reference to keep FIXED.
+    """
+    m = tl.full([TILE], NOTHING_SEEN, tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
+        qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+        WIDE,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
+        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    if HAS_WINDOW:
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
+            qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
+            WIDE,
+        )  # fmt: skip
     return m, l, acc
 
 
@@ -62,9 +98,10 @@ def natural_fwd_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
     n_queries, n_keys, heads, group, offset, window, qk_scale, segment_len,
-    RESTART: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
     tiles = tl.num_programs(0)
@@ -89,9 +126,6 @@ def natural_fwd_kernel(
     key = key_ptr + b * stride_kb + (h // group) * stride_kh
     value = value_ptr + b * stride_vb + (h // group) * stride_vh
     key_mask = key_mask_ptr + b * stride_mb
-    m = tl.full([TILE], -float("inf"), tl.float32)
-    l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
 
     start, stop = 0, n_keys
     free_start, free_stop = 0, n_keys  # keys that every row of the tile sees: no mask needed there
@@ -101,23 +135,20 @@ def natural_fwd_kernel(
     if HAS_WINDOW:
         start = tl.minimum(tl.maximum(first + offset - window + 1, 0), stop)
         free_start = tl.minimum(tl.maximum(last + offset - window + 1, start), stop)
-    head_stop = start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK
-    free_blocks = tl.maximum(free_stop - head_stop, 0) // KEY_BLOCK
+    head_stop = tl.minimum(start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK, stop)
+    free_blocks = tl.maximum(free_stop - head_stop - 1, 0) // KEY_BLOCK
     tail_start = head_stop + free_blocks * KEY_BLOCK
-    if HAS_WINDOW:
-        m, l, acc = attend_range(
-            m, l, acc, query, rows, key, value, key_mask, start, tl.minimum(head_stop, stop), stride_kn, stride_vn,
-            n_keys, offset, window, qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK,
-            STAGES, PRECISION, WIDE,
+    m, l, acc = attend_parts(
+        query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
+        window, qk_scale, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
+        PRECISION, WIDE,
+    )  # fmt: skip
+    if FIXED and overflowed(l, acc):
+        m, l, acc = attend_parts(
+            query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
+            window, qk_scale, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
+            PRECISION, WIDE,
         )  # fmt: skip
-    m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_kn, stride_vn, n_keys, offset,
-        window, qk_scale, False, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
-    )  # fmt: skip
-    m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_kn, stride_vn, n_keys, offset, window,
-        qk_scale, True, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
-    )  # fmt: skip
 
     out = out_ptr + b * stride_ob + h * stride_oh
     store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
@@ -138,9 +169,9 @@ def launch_natural(
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, key.shape[2], heads, heads // key.shape[1], mask.offset, mask.window or 0, scale * LOG2E.value,
         0 if restart is None else restart.segment_len,
-        RESTART=restart is not None, CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
-        HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None, TILE=TILE_LEN, HEAD_DIM=head_dim,
-        WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
+        RESTART=restart is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
+        HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
+        TILE=TILE_LEN, HEAD_DIM=head_dim, WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
     )  # fmt: skip
 
 

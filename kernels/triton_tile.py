@@ -1,4 +1,4 @@
-"""Pieces that the Triton kernels share: row loads, the online softmax, and launch configurations."""
+"""Pieces that the Triton kernels share: row loads, the softmax update, and launch configurations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from s2o_compile.kernels.mask import AttentionMask
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+NOTHING_SEEN = tl.constexpr(-3.4e38)
+"""Maximum of no logits. Not -inf: the difference to it stays a number, so no step needs a guard."""
 
 
 @triton.jit
@@ -26,19 +30,35 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 
 
 @triton.jit
-def online_softmax_update(m, l, acc, products, value, qk_scale, PRECISION: tl.constexpr):
+def softmax_update(m, l, acc, products, value, qk_scale, FIXED: tl.constexpr, PRECISION: tl.constexpr):
     """Fold products q . k [M, C] (hidden = -inf) and value [C, D] into m, l [M] and acc [M, D].
 
     Logits are products * qk_scale in base 2, qk_scale > 0. Scaling after the maximum leaves one fused multiply-add an
     element, where scaling first costs a multiplication more.
+
+    FIXED keeps m as it is: softmax is the same for any reference, and float32's exponents hold weights 2^127 above it.
+    It saves the row maxima and the rescaling of acc, and lets the product with V run on behind the next block's
+    product with K. Weights that do overflow (or a row that had seen nothing, m = NOTHING_SEEN) leave inf or NaN in l or
+    acc: the caller asks ``overflowed`` and starts again with the running maximum.
     """
+    if FIXED:
+        weight = tl.math.exp2(products * qk_scale - m[:, None])
+        l += tl.sum(weight, 1)
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision=PRECISION)
+        return m, l, acc
     m_new = tl.maximum(m, tl.max(products, 1) * qk_scale)
-    finite = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing keeps weight zero, not NaN
-    weight = tl.math.exp2(products * qk_scale - finite[:, None])
-    decay = tl.math.exp2(m - finite)
+    weight = tl.math.exp2(products * qk_scale - m_new[:, None])
+    decay = tl.math.exp2(m - m_new)
     l = l * decay + tl.sum(weight, 1)
     acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
     return m_new, l, acc
+
+
+@triton.jit
+def overflowed(l, acc):
+    """Whether a walk with a FIXED reference left inf or NaN anywhere in l [M] or acc [M, D]."""
+    finite = (l < float("inf"))[:, None] & (tl.abs(acc) < float("inf"))
+    return tl.sum(tl.where(finite, 0, 1)) > 0
 
 
 @triton.jit
@@ -51,6 +71,11 @@ def store_tile(out, lse, m, l, acc, rows, present, stride, HEAD_DIM: tl.constexp
     tl.store(lse + rows, (m + tl.math.log2(l)) * LN2, mask=present)
 
 
+def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:
+    """Whether a FIXED reference is worth trying: float16 weights overflow 2^16 above it, padded rows may have none."""
+    return dtype != torch.float16 and (mask.causal or mask.key_mask is None)
+
+
 def needs_wide(*tensors: torch.Tensor) -> bool:
     """Whether some row of a [B, H, N, D] tensor lies 2^31 elements or more behind its head's first."""
     return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
@@ -59,12 +84,13 @@ def needs_wide(*tensors: torch.Tensor) -> bool:
 def launch_config(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
     """Block sizes by head dim and dtype. Fixed, never tuned at run time: a tuner would time made-up indices.
 
-    For 16-bit heads of 64 and 128 chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 64 and 128, 4
-    and 8 warps, 2 and 3 stages. The others are sound but not tuned.
+    For 16-bit heads of 64, 128 and 256 chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128,
+    4 to 16 warps, 2 and 3 stages. 8 warps of at most 128 registers leave room for two programs on a multiprocessor:
+    one multiplies while the other takes exponentials. Float32 is sound but not tuned.
     """
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    common = {"BLOCK_DIM": block_dim, "num_warps": 4 if block_dim <= 128 else 8}
+    common = {"BLOCK_DIM": block_dim, "num_warps": 8}
     if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
-        small = {"KEY_BLOCK": 32 if block_dim <= 128 else 16, "PRECISION": "ieee", "STAGES": 1, "num_warps": 8}
-        return common | small
-    return common | {"KEY_BLOCK": 128 if block_dim <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}
+        return common | {"KEY_BLOCK": 32 if block_dim <= 128 else 16, "PRECISION": "ieee", "STAGES": 1}
+    tuned = common | {"KEY_BLOCK": 128 if block_dim <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}
+    return tuned | {"maxnreg": 128} if block_dim <= 128 else tuned

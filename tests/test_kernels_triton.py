@@ -193,6 +193,42 @@ class TestRanked:
         assert actual.computed.item() == (TILE_LEN + 3 * 64) + (example.prefix + TILE_LEN)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")
+class TestOverflow:
+    """A key far above all that a tile met before: its weight, or weight times value, leaves float32."""
+
+    @pytest.fixture(params=["weight", "product"])
+    def towering(self, request):
+        logit, size = {"weight": (300.0, 1.0), "product": (70.0, 1e18)}[request.param]
+
+        def build(device, window=None):
+            inputs = Case(queries=600, heads=1, window=window).inputs(device)
+            query, key, value = (x.clone() for x in inputs.tensors)
+            query[..., 0], key[..., 0] = 1.0, 0.0
+            key[:, :, 200] = 0.0
+            key[:, :, 200, 0] = logit / inputs.scale
+            value[:, :, 200] *= size
+            return Inputs(query, key, value, inputs.mask, inputs.scale)
+
+        return build
+
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_of_a_list_restarts(self, device, towering, build_plan):
+        inputs = towering(device)
+        plan = build_plan(inputs, tau=0.0, segment_len=256, chunk_len=CHUNK_LEN)
+        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        assert_close(actual, exact_attention(inputs), inputs)
+        seen = [128, 256, 384, 512, 600]
+        assert actual.computed.flatten().tolist() == seen[:2] + [2 * keys for keys in seen[2:]]
+
+    @pytest.mark.parametrize("window", [None, 450])
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_in_natural_order(self, device, window, towering):
+        inputs = towering(device, window)
+        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        assert_close(actual, exact_attention(inputs), inputs)
+
+
 class TestNatural:
     @pytest.mark.parametrize(("device", "case"), NATURAL)
     def test_equals_dense_attention(self, device, case, poison_empty):
