@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import results_file
 import torch
 import triton
 from torch import Tensor
@@ -201,18 +199,8 @@ def main() -> None:
         sys.exit("benchmarks/attention.py: expected a CUDA device, got none. It times GPU kernels.")
     rows = [row for length in args.lengths for row in bench_length(length, args)]
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-            "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
-            "shape": {"batch": 1, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim},
-            "dtype": "bfloat16",
-        }
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        shape = {"batch": 1, "heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim}
+        results_file.write(args.json, rows, shape=shape, dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ python benchmarks/smollm2.py --tokens 65536 8192 [--json benchmarks/results/smol
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+import results_file
 import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.demo import build_prompt, load_model, timed
+from s2o_compile.demo import MODEL, build_prompt, load_model, timed
 
 SETTINGS = [(0.25, "per_query"), (0.5, "per_query"), (0.75, "per_query"), (1.0, "per_query"), (1.5, "per_query")]
 SETTINGS += [(0.75, "mean_query")]
@@ -58,8 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for tokens in args.tokens for row in bench_length(tokens, args.device)]
     if args.json:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        args.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1))
+        results_file.write(args.json, rows, model=MODEL, dtype="bfloat16" if args.device == "cuda" else "float32")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,30 @@ BEGIN, END = "<!-- table: {} -->", "<!-- end: {} -->"
 
 
 def table(data: dict) -> str:
-    """Markdown: one row per thing timed, one column per length; milliseconds (TFLOP/s of computed area, density)."""
-    rows = data["rows"]
+    """Markdown of a result file, with what it was measured on."""
+    about, rows = data["about"], data["rows"]
+    lines = _attention_lines(rows) if "what" in rows[0] else _model_lines(rows)
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "transformers") if name in about)
+    return "\n".join([*lines, "", f"{about['device']}, {versions}, {about['date']}: `{about['command']}`"])
+
+
+def _model_lines(rows: list[dict]) -> list[str]:
+    """One row per length and setting of a whole model's prefill."""
+    lines = [
+        "| tokens | tau | ranking | density | seconds | top-1 = dense | loss - dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        quality = ["", ""]
+        if "top1_agreement" in row:
+            quality = [f"{row['top1_agreement']:.4f}", f"{row['loss_difference']:+.4f}"]
+        cells = [f"{row['tokens'] // 1024}K", row["tau"], row.get("ranking", "-"), f"{row['density']:.3f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['seconds']:.3f}", *quality])) + " |")
+    return lines
+
+
+def _attention_lines(rows: list[dict]) -> list[str]:
+    """One row per thing timed, one column per length; milliseconds (TFLOP/s of computed area, density)."""
     lengths = sorted({row["length"] for row in rows})
     names = list(dict.fromkeys(row["what"] for row in rows))
     lines = [
@@ -28,12 +50,7 @@ def table(data: dict) -> str:
             found = [row for row in rows if row["what"] == name and row["length"] == length]
             cells.append(_cell(found[0]) if found else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    about = data["about"]
-    lines += [
-        "",
-        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['date']}: `{about['command']}`",
-    ]
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(row: dict) -> str:
