@@ -74,9 +74,10 @@ def gathered_fwd_kernel(
     BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
-    tiles = tl.num_programs(0)
-    tile = tiles - 1 - tl.program_id(0)  # the longest walks first
-    row_head = tl.program_id(1).to(tl.int64)
+    # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
+    tiles = tl.num_programs(0) // group
+    tile = tiles - 1 - tl.program_id(0) // group
+    row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
     kv = h // group
     segment = tile * TILE // SEGMENT
@@ -164,15 +165,16 @@ def attend(
     """Attention over a plan; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, head_dim = query.shape
     n_keys = key.shape[2]
+    group = heads // key.shape[1]
     into = empty_result(query)
     order = plan.query_order
-    gathered_fwd_kernel[(n_tiles(n_queries), batch * heads)](
+    gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
         query, key, value, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
         order if order is not None else plan.key_index,
         mask.key_mask if mask.key_mask is not None else plan.key_index,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, heads // key.shape[1],
+        n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
         mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
         FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,

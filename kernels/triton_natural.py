@@ -104,9 +104,10 @@ def natural_fwd_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
-    tiles = tl.num_programs(0)
-    tile = tiles - 1 - tl.program_id(0)  # the longest rows first
-    row_head = tl.program_id(1).to(tl.int64)
+    # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
+    tiles = tl.num_programs(0) // group
+    tile = tiles - 1 - tl.program_id(0) // group
+    row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
     visited = 0
     if RESTART:
@@ -160,14 +161,15 @@ def launch_natural(
 ) -> None:
     """Fill ``into``: every tile, or with ``restart`` only the tiles that this plan's walk left unfinished."""
     batch, heads, n_queries, head_dim = query.shape
+    group = heads // key.shape[1]
     order = None if restart is None else restart.query_order
-    natural_fwd_kernel[(n_tiles(n_queries), batch * heads)](
+    natural_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
         query, key, value, into.output, into.lse, into.computed,
         order if order is not None else into.computed,
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, key.shape[2], heads, heads // key.shape[1], mask.offset, mask.window or 0, scale * LOG2E.value,
+        n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, scale * LOG2E.value,
         0 if restart is None else restart.segment_len,
         RESTART=restart is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
