@@ -22,7 +22,7 @@ from s2o_compile.passes import views
 from s2o_compile.passes.graph_values import Mutations, Size, function_name, known, simplified, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.mask_terms import LookUp, TermEvaluator, Terms
+from s2o_compile.passes.mask_terms import Comparison, LookUp, TermEvaluator, Terms
 from s2o_compile.passes.site import Rejected
 
 BATCH, HEAD, QUERY, KEY = range(4)
@@ -48,6 +48,21 @@ class KeyMask:
     key_start: Size
     selected: tuple[tuple[int, int], ...]
     negated: bool
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPart:
+    """One of several masks that must all let a key through.
+
+    Attributes:
+        node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
+        hidden: What scores are filled with where the condition holds.
+        negated: Whether the fill is where the condition does *not* hold.
+    """
+
+    node: fx.Node
+    hidden: float | None = None
+    negated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +126,44 @@ class MaskProver:
         if memo not in self._proofs:
             self._proofs[memo] = self._prove(mask, query_len, key_len)
         return self._proofs[memo]
+
+    def prove_parts(self, parts: Sequence[MaskPart], shape: Sequence[Size], dtype: torch.dtype) -> MaskProof | Rejected:
+        """Proves the conjunction of the masks that hand-written attention applies to its scores.
+
+        Args:
+            parts: The masks; none is a proof, too.
+            shape: Of the scores, [B, Hq, Nq, Nk].
+            dtype: Of the scores.
+        """
+        query_len, key_len = shape[-2:]
+        if len(parts) == 1 and parts[0].hidden is None:
+            return self.prove(parts[0].node, query_len, key_len)
+        terms: list[Comparison | LookUp] = []
+        finite = False
+        for part in parts:
+            found = self._part(part, dtype)
+            if isinstance(found, Rejected):
+                return Rejected("the mask %s is not proven: %s", part.node, found)
+            if value_of(part.node).ndim > len(shape):
+                return Rejected("the mask %s has more dimensions than the scores", part.node)
+            indices = broadcast_indices(value_of(part.node).shape, shape)
+            terms += [term.at(indices, shape) for term in found[0]]
+            finite |= found[1]
+        proof = _classify(tuple(terms), shape, query_len, key_len)
+        if isinstance(proof, Rejected):
+            return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
+        if finite and not _every_row_sees_a_key(proof, query_len, key_len):
+            return Rejected("its masks hide scores by finite numbers, which shows in rows without any key")
+        return proof
+
+    def _part(self, part: MaskPart, dtype: torch.dtype) -> tuple[Terms, bool] | Rejected:
+        """Terms of one mask, and whether it hides by a finite number."""
+        if part.hidden is None:
+            return self._additive(part.node)
+        if not _hides(part.hidden, dtype):
+            return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", part.hidden)
+        terms = self._terms.terms(part.node, negated=not part.negated)
+        return terms if isinstance(terms, Rejected) else (terms, part.hidden != float("-inf"))
 
     def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
         value = value_of(mask)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from s2o_compile.passes import sdpa
+from s2o_compile.passes import eager, sdpa
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 FRONTENDS = (
     sdpa,  # torch's fused call: mask, scale and groups are operands of one node
+    eager,  # product, softmax, product
 )
 
 
@@ -63,7 +64,7 @@ def _rewrite(
     if isinstance(match, Rejected):
         logger.debug("%s stays dense: %s", name, match)
         return record(node, query=query, key=key, reason=match.reason, name=name)
-    key, mask = value_of(match.key), str(match.mask)
+    query, key, mask = match.query.value, match.key.value, str(match.mask)
     # The record is made first: rewriting erases the node.
     rewritten = record(node, query=query, key=key, mask=mask, name=name)
     refused = rewriter.rewrite(dataclasses.replace(match, name=name))
@@ -87,7 +88,7 @@ def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
             for frontend in FRONTENDS:
                 if frontend.is_attention(node):
                     call = frontend.operands(node)
-                    query, key = value_of(call["query"]), value_of(call["key"])
+                    query, key = value_of(call.get("query")), value_of(call.get("key"))
                     records.append(record(node, query=query, key=key, reason=reason))
         records += _inside(body)
     return records

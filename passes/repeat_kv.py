@@ -64,7 +64,7 @@ def _grouped(node: fx.Node, prover: MaskProver) -> fx.Node | None:
     batch, heads, group, length, dim = groups.shape
     if not _equal(shape, (batch, heads * group, length, dim)):
         return None
-    return _read_along(node.args[0], (0, 1, 3, 4), (batch, heads, length, dim), prover)
+    return read_along(node.args[0], (0, 1, 3, 4), (batch, heads, length, dim), prover)
 
 
 def _one_head(node: fx.Node, prover: MaskProver) -> fx.Node | None:
@@ -72,10 +72,10 @@ def _one_head(node: fx.Node, prover: MaskProver) -> fx.Node | None:
     if function_name(node) not in ("expand", "expand_as", "broadcast_to", "repeat"):
         return None
     batch, _, length, dim = value_of(node).shape
-    return _read_along(node, (0, None, 2, 3), (batch, 1, length, dim), prover)
+    return read_along(node, (0, None, 2, 3), (batch, 1, length, dim), prover)
 
 
-def _read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size], prover: MaskProver) -> fx.Node | None:
+def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size], prover: MaskProver) -> fx.Node | None:
     """The nearest tensor of a shape that ``node`` is a view of, dimension by dimension along the given axes."""
     full = value_of(node).shape
     indices = tuple(IndexTensor.axis(full, dim) for dim in range(len(full)))

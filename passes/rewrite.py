@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import Argument
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.passes import sizes
 from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
 from s2o_compile.passes.mask_prover import KeyMask
+from s2o_compile.passes.operand import Operand, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
@@ -63,13 +63,22 @@ class Rewriter:
         with self._graph.inserting_before(node):
             call = self._graph.call_function(self._operator, positional, keyword)
         _copy_meta(node, call)
-        values = _computed(node, self._operator, positional, keyword)
+        values = computed(value_of(node), self._operator, positional, keyword)
         inputs = node.all_input_nodes
-        # The node stays and becomes the getitem: other sites, matched before this one changed, may refer to it.
-        node.target, node.args, node.kwargs = operator.getitem, (call, 0), {}
         if values is not None:
             _set_value(node, call, values)
-            _set_value(node, node, values[0])
+        # The node stays and becomes the last step: other sites, matched before this one changed, may refer to it.
+        *first, last = ((operator.getitem, (0,)), *site.restore)
+        before = call
+        for function, args in first:
+            before = self._insert(node, function, before, *args)
+        node.op, node.target, node.args, node.kwargs = "call_function", last[0], (before, *last[1]), {}
+        if values is not None:
+            _set_value(node, node, computed(values[0], node.target, node.args))
+        for part in reversed(site.interior):  # in-place steps too: the frontend has proven that they serve it alone
+            if not part.users:
+                inputs += part.all_input_nodes
+                self._graph.erase_node(part)
         remove_dead(self._graph, inputs)
         return None
 
@@ -79,8 +88,10 @@ class Rewriter:
             "causal": site.mask.causal,
             "scale": site.scale,
             "site": site.name,
-            "layout": _layout(value_of(site.node)),
+            "layout": _layout(value_of(site.node)) if not site.restore else "BHND",
         }
+        if site.softcap is not None:
+            keyword["softcap"] = site.softcap
         for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
             if size is not None:
                 keyword[name] = self._size(size, site.node)
@@ -92,11 +103,19 @@ class Rewriter:
             if isinstance(operand, Rejected):
                 return operand
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
-        return (site.query, site.key, site.value, key_mask), keyword
+        operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
+        sinks = () if site.sinks is None else (site.sinks,)
+        return (*operands, key_mask, *sinks), keyword
+
+    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node:
+        node = operand.node
+        for function, args in operand.steps:
+            node = self._insert(before, function, node, *args)
+        return node
 
     def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
         """The mask as a [B, Nk] tensor, computed once for all layers."""
-        batch, key_len = value_of(site.query).shape[0], value_of(site.key).shape[-2]
+        batch, key_len = site.query.value.shape[0], site.key.value.shape[-2]
         memo = (
             mask.node, mask.batch_dim, mask.key_dim, str(mask.key_start), mask.selected, mask.negated,
             str(batch), str(key_len),
@@ -135,7 +154,7 @@ class Rewriter:
         with self._graph.inserting_before(before):
             node = self._graph.call_function(function, args)
         _copy_meta(before, node)
-        _set_value(before, node, _computed(before, function, args, {}))
+        _set_value(before, node, computed(value_of(before), function, args))
         return node
 
 
@@ -171,16 +190,6 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     name = function_name(node)
     return name not in _EFFECTS and not name.startswith(_EFFECT_PREFIXES)
-
-
-def _computed(like: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 (whatever the function returns)
-    """The fake value of a new call, in the fake mode of the captured values."""
-    value = value_of(like)
-    # Not torch._guards.detect_fake_mode: Dynamo gives its backends a fresh mode, which refuses the captured values.
-    if not isinstance(value, FakeTensor):
-        return None
-    with value.fake_mode, torch.no_grad():
-        return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
 
 
 def _copy_meta(source: fx.Node, target: fx.Node) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from s2o_compile.passes.operand import Operand, Step
+
 if TYPE_CHECKING:
     from s2o_compile.passes.mask_prover import MaskProof
 
@@ -53,21 +55,29 @@ class AttentionSite:
 
     Attributes:
         name: Module path of the attention, such as ``model.layers.0.self_attn``.
-        node: The node that computes it; its value is [B, Hq, Nq, D].
-        query: fx node, [B, Hq, Nq, D].
-        key: fx node, [B, Hkv, Nk, D], before any ``repeat_kv``.
-        value: fx node, [B, Hkv, Nk, D], before any ``repeat_kv``.
+        node: The node that computes it; its value is [B, Hq, Nq, D], after ``restore``.
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D], before any ``repeat_kv``.
+        value: [B, Hkv, Nk, D], before any ``repeat_kv``.
         mask: The proven mask.
         scale: Factor of the scores: a number, an fx node (under ``dynamic=True``), or None for ``D ** -0.5``.
+        softcap: Cap of ``softcap * tanh(score / softcap)``; None for no cap.
+        sinks: fx node [Hq], one more logit a head whose value is zero; None for none.
+        restore: View steps from [B, Hq, Nq, D] to the value of ``node``.
+        interior: Nodes that serve this attention alone, first to last; erased with it.
     """
 
     name: str
     node: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
+    query: Operand
+    key: Operand
+    value: Operand
     mask: MaskProof
     scale: float | fx.Node | None
+    softcap: float | None = None
+    sinks: fx.Node | None = None
+    restore: tuple[Step, ...] = ()
+    interior: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

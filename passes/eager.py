@@ -1,0 +1,239 @@
+"""The frontend for hand-written ("eager") attention: product, softmax, product, in all spellings.
+
+    softmax(mask(scale * q @ k^T)) @ v
+
+A site is anchored at its softmax. A softmax is attention if its scores are a product and its probabilities are the
+left side of one; routers of experts and classifiers are not. `score_chain` reads what lies before the softmax, this
+file what lies behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.passes import product, repeat_kv, views
+from s2o_compile.passes.checks import check_tensors
+from s2o_compile.passes.graph_values import function_name, known, value_of
+from s2o_compile.passes.mask_prover import MaskPart, MaskProver
+from s2o_compile.passes.operand import Operand, Step
+from s2o_compile.passes.product import Product
+from s2o_compile.passes.score_chain import Bias, ScoreChain, ScoreReader, leads_to_product
+from s2o_compile.passes.site import AttentionSite, Rejected, module_path
+
+_PASSED_ON = frozenset({"contiguous", "clone", "view", "reshape", "unflatten", "flatten", *views.CASTS})
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is the softmax of an attention."""
+    return (
+        function_name(node) == "softmax"
+        and isinstance(value_of(node), torch.Tensor)
+        and value_of(node).ndim >= 2
+        and _feeds_product(node)
+        and leads_to_product(_softmax_input(node))
+    )
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """Query and key of the product behind the softmax, as far as they can be found, for the report."""
+    found = _first_product(_softmax_input(node))
+    if found is None:
+        return {}
+    return {"query": found.left.value, "key": product.transposed(found.right).value}
+
+
+def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
+    """The attention around a softmax, or why it must stay dense.
+
+    Args:
+        node: A node for which `is_attention` holds.
+        prover: The mask prover of the graph.
+    """
+    scores = _softmax_input(node)
+    rank = value_of(node).ndim
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if dim not in (-1, rank - 1):
+        return Rejected("its softmax runs over dimension %s, expected the keys, the last one", dim)
+    assert scores is not None
+    chain = ScoreReader(prover.indices, prover.mutations).read(node, scores)
+    if isinstance(chain, Rejected):
+        return chain
+    rejected = _check_private(chain, prover)
+    if rejected is not None:
+        return rejected
+    behind = _behind(node, has_sinks=chain.sinks is not None)
+    if isinstance(behind, Rejected):
+        return behind
+    values, nodes = behind
+    return _site(node, chain, values, nodes, prover)
+
+
+def _site(
+    node: fx.Node, chain: ScoreChain, values: Product, behind: list[fx.Node], prover: MaskProver
+) -> AttentionSite | Rejected:
+    query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
+    query, key = _without_upcast(query, value), _without_upcast(key, value)
+    ranks = {operand.value.ndim if operand.value is not None else 0 for operand in (query, key, value)}
+    restore = values.restore
+    if ranks == {3}:
+        split: Step = (torch.unflatten, (0, (-1, chain.heads or 1)))
+        query, key, value = (operand.then(split[0], *split[1]) for operand in (query, key, value))
+        restore = ((torch.flatten, (0, 1)), *restore)
+    for factor in chain.factors:
+        shape = getattr(value_of(factor), "shape", ())
+        if len(shape) and not known(shape[-1] == 1):
+            return Rejected("%s scales scores by a tensor that varies along the keys", factor)
+        query = query.then(torch.mul, factor)
+    rejected = check_tensors(query.value, key.value, value.value, values.node)
+    if rejected is not None:
+        return rejected
+    if not known(value_of(chain.product.node).dtype == query.value.dtype):
+        return Rejected("autocast computes its scores in %s", value_of(chain.product.node).dtype)
+    sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], prover)
+    if isinstance(sinks, Rejected):
+        return sinks
+    parts = [
+        MaskPart(part.node) if isinstance(part, Bias) else MaskPart(part.node, part.hidden, part.negated)
+        for part in chain.masks
+    ]
+    mask = prover.prove_parts(parts, (*query.value.shape[:3], key.value.shape[-2]), query.value.dtype)
+    if isinstance(mask, Rejected):
+        return mask
+    unwrapped = [
+        Operand(repeat_kv.unwrap(operand.node, values.node, prover)) if not operand.steps else operand
+        for operand in (key, value)
+    ]
+    if known(unwrapped[0].value.shape[1] == unwrapped[1].value.shape[1]):
+        key, value = unwrapped
+    return AttentionSite(
+        name=module_path(node),
+        node=values.node,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=chain.scale,
+        softcap=chain.softcap,
+        sinks=sinks,
+        restore=restore,
+        interior=(*chain.nodes, *behind),
+    )
+
+
+def _softmax_input(node: fx.Node) -> fx.Node | None:
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
+
+
+def _live_users(node: fx.Node) -> list[fx.Node]:
+    """Users, without views that nobody reads."""
+    return [user for user in node.users if user.users or not _is_passed_on(user)]
+
+
+def _is_passed_on(node: fx.Node) -> bool:
+    return function_name(node) in (*_PASSED_ON, "dropout", "getitem")
+
+
+def _feeds_product(node: fx.Node, depth: int = 6) -> bool:
+    """Whether some user multiplies these probabilities, seen through casts and views, with values."""
+    for user in node.users:
+        found = product.read(user)
+        if found is not None and found.left.node is node:
+            return True
+        if depth and _is_passed_on(user) and user.args and user.args[0] is node and _feeds_product(user, depth - 1):
+            return True
+    return False
+
+
+def _first_product(node: object, depth: int = 16) -> Product | None:
+    """The nearest product that scores are made of."""
+    found = product.read(node)
+    if found is not None or depth == 0 or not isinstance(node, fx.Node):
+        return found
+    for source in node.all_input_nodes:
+        if leads_to_product(source, depth):
+            return _first_product(source, depth - 1)
+    return None
+
+
+def _check_private(chain: ScoreChain, prover: MaskProver) -> Rejected | None:
+    """In-place steps are part of the chain: then nobody else may read what they overwrite."""
+    interior = set(chain.nodes)
+    for node in chain.nodes:
+        writer = prover.mutations.writer(node)
+        if writer is None:
+            continue
+        if writer not in interior:
+            return Rejected("its scores %s are changed in place by %s", node, writer)
+        stranger = next((user for user in node.users if user not in interior), None)
+        if stranger is not None:
+            return Rejected("its scores %s are changed in place, and read by %s", node, stranger)
+    return None
+
+
+def _behind(softmax: fx.Node, *, has_sinks: bool) -> tuple[Product, list[fx.Node]] | Rejected:
+    """The product of probabilities and values, and the nodes between it and the softmax."""
+    node, nodes = softmax, []
+    while True:
+        users = _live_users(node)
+        if len(users) != 1:
+            others = [user for user in users if product.read(user) is None]
+            return Rejected(
+                "its probabilities are read by %s as well, as output_attentions and need_weights ask",
+                ", ".join(map(str, others or users)),
+            )
+        user = users[0]
+        found = product.read(user)
+        if found is not None and found.left.node is node and not found.left.steps:
+            if has_sinks:
+                return Rejected("the probabilities of its sinks are not cut off before %s", user)
+            return (found, nodes) if found.added is None else Rejected("%s adds a tensor to the output", user)
+        name = function_name(user)
+        if name == "getitem" and has_sinks and _cuts_last(user):
+            has_sinks = False
+        elif name == "dropout":
+            if _drops(user):
+                return Rejected("dropout is active: call model.eval()")
+        elif name not in _PASSED_ON or not _keeps_rows(user, node):
+            return Rejected("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
+        nodes.append(user)
+        node = user
+
+
+def _keeps_rows(node: fx.Node, source: fx.Node) -> bool:
+    value, before = value_of(node), value_of(source)
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or before.ndim < 3 or not value.dtype.is_floating_point:
+        return False
+    return all(known(a == b) for a, b in zip(value.shape[-2:], before.shape[-2:], strict=True))
+
+
+def _cuts_last(node: fx.Node) -> bool:
+    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    whole = all(item is Ellipsis or item == slice(None) for item in items[:-1])
+    return whole and items[-1] in (slice(None, -1), slice(0, -1)) and value_of(node).ndim == value_of(node.args[0]).ndim
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a call of ``F.dropout(x, p, training)`` or ``aten.dropout(x, p, train)`` drops anything."""
+    options = {**dict(zip(("p", "training"), node.args[1:], strict=False)), **node.kwargs}
+    training = options.get("training", options.get("train", True))
+    return not (options.get("p", 0.5) == 0 or training is False)
+
+
+def _without_upcast(operand: Operand, value: Operand) -> Operand:
+    """Queries or keys before a cast to a wider type than the values': products are summed in float32 anyway."""
+    source = operand.node.args[0] if operand.node.args else None
+    if operand.steps or function_name(operand.node) not in views.CASTS or not isinstance(source, fx.Node):
+        return operand
+    base, wanted = value_of(source), value.value
+    same = isinstance(base, torch.Tensor) and isinstance(wanted, torch.Tensor) and base.dtype == wanted.dtype
+    return Operand(source) if same and base.dtype != value_of(operand.node).dtype else operand
+
+
+def _sinks(node: fx.Node, heads: object, prover: MaskProver) -> fx.Node | Rejected:
+    """The [Hq] tensor that is spread over the batch and the queries of [B, Hq, Nq, 1]."""
+    source = repeat_kv.read_along(node, (1,), (heads,), prover)
+    return Rejected("%s is no tensor of one sink a head", node) if source is None else source
