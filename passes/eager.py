@@ -90,7 +90,7 @@ def _site(
     rejected = check_tensors(query.value, key.value, value.value, values.node)
     if rejected is not None:
         return rejected
-    if not known(value_of(chain.product.node).dtype == query.value.dtype):
+    if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
         return Rejected("autocast computes its scores in %s", value_of(chain.product.node).dtype)
     sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], prover)
     if isinstance(sinks, Rejected):
@@ -138,12 +138,14 @@ def _is_passed_on(node: fx.Node) -> bool:
 
 
 def _feeds_product(node: fx.Node, depth: int = 6) -> bool:
-    """Whether some user multiplies these probabilities, seen through casts and views, with values."""
+    """Whether some user multiplies these probabilities, or what becomes of them element by element, with values."""
     for user in node.users:
         found = product.read(user)
         if found is not None and found.left.node is node:
             return True
-        if depth and _is_passed_on(user) and user.args and user.args[0] is node and _feeds_product(user, depth - 1):
+        value = value_of(user)
+        same_rows = isinstance(value, torch.Tensor) and value.shape[-2:-1] == value_of(node).shape[-2:-1]
+        if depth and found is None and same_rows and _feeds_product(user, depth - 1):
             return True
     return False
 

@@ -70,6 +70,8 @@ def _swaps_last_two(node: fx.Node) -> bool:
         return False
     rank = value_of(source).ndim
     name, dims = function_name(node), node.args[1:]
+    if name == "getattr":
+        return dims == ("mT",) or (dims == ("T",) and rank == 2)
     if name in _SWAPS and len(dims) == 2 and all(isinstance(dim, int) for dim in dims):
         return {dim % rank for dim in dims} == {rank - 2, rank - 1}
     if name == "permute":
