@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from s2o_compile.passes import eager, sdpa
+from s2o_compile.passes import eager, expansion, sdpa
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
@@ -34,27 +34,44 @@ def run(gm: fx.GraphModule, op_options: Mapping[str, object]) -> tuple[SiteRecor
         One record per attention found, in graph order; attentions inside sub-graphs last.
     """
     start = time.perf_counter()
+    expansions = [(node, expansion.expand(node)) for node in gm.graph.nodes if expansion.is_opaque(node)]
     found = [(node, frontend) for node in gm.graph.nodes for frontend in FRONTENDS if frontend.is_attention(node)]
     names = unique_names([module_path(node) for node, _ in found])
     prover = MaskProver(gm.graph)
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = [frontend.match(node, prover) for node, frontend in found]
     rewriter = Rewriter(gm.graph, op_options)
-    records = [
-        _rewrite(node, frontend.operands(node), match, name, rewriter)
+    records = {
+        node: _rewrite(node, frontend.operands(node), match, name, rewriter)
         for (node, frontend), match, name in zip(found, matches, names, strict=True)
-    ]
-    if any(entry.rewritten for entry in records):
+    }
+    for node, opened in expansions:
+        _close(node, opened, records)
+    if any(entry.rewritten for entry in records.values()):
         gm.graph.lint()
         gm.recompile()
-    records += _inside(gm)
+    result = (*records.values(), *_inside(gm))
     logger.info(
         "%d of %d attentions rewritten in %.1f ms",
-        sum(entry.rewritten for entry in records),
-        len(records),
+        sum(entry.rewritten for entry in result),
+        len(result),
         1e3 * (time.perf_counter() - start),
     )
-    return tuple(records)
+    return result
+
+
+def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
+    """Keep what was inlined for an opaque node if its attentions are rewritten, else take it out again."""
+    if isinstance(opened, Rejected):
+        records[node] = record(node, query=None, key=None, reason=opened.reason)
+        return
+    inside = [records[inner] for inner in opened.nodes if inner in records]
+    if inside and all(entry.rewritten for entry in inside):
+        opened.keep()
+        return
+    opened.erase()
+    if not inside:
+        records[node] = record(node, query=None, key=None, reason="no attention was found in its code")
 
 
 def _rewrite(

@@ -111,7 +111,7 @@ def module_path(node: fx.Node) -> str:
     entry = list(stack.values())[-1]
     path = entry[0] if isinstance(entry, tuple) else str(entry)
     # Dynamo writes the path as source code: L['self'].model.layers[0], G['net']._modules['proj'], L['fn'].__self__ ...
-    path = re.sub(r"^[LG]\[['\"]([^'\"]*)['\"]\]", lambda m: "" if m[1] == "self" else m[1], path)
+    path = re.sub(r"^[LG]\[['\"]([^'\"]*)['\"]\]", lambda m: "" if m[1] in ("self", "fn") else m[1], path)
     path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part and part not in {"_modules", "_orig_mod", "__self__"}]
     return ".".join(parts) or node.name
