@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from s2o_compile.passes import eager, expansion, sdpa
+from s2o_compile.passes import eager, expansion, flex, foreign, sdpa
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 FRONTENDS = (
     sdpa,  # torch's fused call: mask, scale and groups are operands of one node
     eager,  # product, softmax, product
+    flex,  # the higher-order operator
+    foreign,  # kernels of other packages: named, never rewritten
 )
 
 

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention and the Transformer layers: their opaque nodes are opened, or left as they were with a reason."""
+"""nn.MultiheadAttention and the Transformer layers: opaque nodes are opened, or left as they were with a reason."""
 
 import pytest
 import torch
@@ -85,7 +85,9 @@ OPENED = {
     "cross": (Attention(), (rows(), *(rows(20),) * 2), ["bidirectional"]),
     "three-inputs": (Attention(), (rows(), rows(), rows()), ["bidirectional"]),
     "no-bias": (Attention(bias=False), same(), ["bidirectional"]),
-    "separate-projections": (Attention(kdim=16, vdim=24), (rows(), rows()[..., :16], rows()[..., :24]), ["bidirectional"]),
+    "separate-projections": (
+        Attention(kdim=16, vdim=24), (rows(), rows()[..., :16], rows()[..., :24]), ["bidirectional"],
+    ),
     "weights-not-read": (Attention(), same(), ["bidirectional"]),
     "causal-hint": (Hinted(), same(), ["causal"]),
     "causal-mask": (Masked(), same(), ["causal"]),
