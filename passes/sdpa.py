@@ -138,4 +138,8 @@ def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProv
         return Rejected("both attn_mask and is_causal are set")
     if not isinstance(mask, fx.Node):
         return Rejected("attn_mask is not a node of the graph")
-    return prover.prove(mask, query_len, key_len)
+    proof = prover.prove(mask, query_len, key_len)
+    dtype, expected = value_of(mask).dtype, value_of(call["query"]).dtype
+    if not isinstance(proof, Rejected) and proof.blind == "mean" and dtype != expected:
+        return Rejected("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
+    return proof
