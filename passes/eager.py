@@ -17,7 +17,8 @@ from torch import fx
 from s2o_compile.passes import product, repeat_kv, views
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import function_name, known, value_of
-from s2o_compile.passes.mask_prover import MaskPart, MaskProver
+from s2o_compile.passes.mask_proof import MaskPart
+from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand, Step
 from s2o_compile.passes.product import Product
 from s2o_compile.passes.score_chain import Bias, ScoreChain, ScoreReader, leads_to_product
@@ -165,13 +166,12 @@ def _check_private(chain: ScoreChain, prover: MaskProver) -> Rejected | None:
     """In-place steps are part of the chain: then nobody else may read what they overwrite."""
     interior = set(chain.nodes)
     for node in chain.nodes:
-        writer = prover.mutations.writer(node)
-        if writer is None:
-            continue
-        if writer not in interior:
-            return Rejected("its scores %s are changed in place by %s", node, writer)
+        writers = prover.mutations.writers(node)
+        outside = next((writer for writer in writers if writer not in interior), None)
+        if outside is not None:
+            return Rejected("its scores %s are changed in place by %s", node, outside)
         stranger = next((user for user in node.users if user not in interior), None)
-        if stranger is not None:
+        if writers and stranger is not None:
             return Rejected("its scores %s are changed in place, and read by %s", node, stranger)
     return None
 

@@ -13,7 +13,8 @@ from torch import fx
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import function_name
-from s2o_compile.passes.mask_prover import MaskProof, MaskProver
+from s2o_compile.passes.mask_proof import MaskProof
+from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
 

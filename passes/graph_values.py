@@ -1,8 +1,8 @@
-"""Reading a captured graph: what a node calls, what its value is, and which tensors are changed in place.
+"""Reading a captured graph: what a node calls, what its value is, and what it writes to.
 
 The passes reason about a node from the function it calls. That is only sound while (1) the function is torch's or
-Python's own, and not a user's function of the same name, and (2) nobody writes into the tensor afterwards. Both
-questions are answered here.
+Python's own, and not a user's function of the same name, and (2) nobody writes into the tensor afterwards. The first
+question is answered here, the second in `mutations`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ _SYNONYMS = {
     "greater": "gt",
     "not_equal": "ne",
     "bitwise_and": "and",
+    "iand": "and",
+    "ior": "or",
+    "iadd": "add",
+    "imul": "mul",
+    "absolute": "abs",
     "logical_and": "and",
     "bitwise_or": "or",
     "logical_or": "or",
@@ -130,42 +135,3 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 def _leading(node: fx.Node) -> list[fx.Node]:
     return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
-
-
-class Mutations:
-    """Which tensors of a graph are written in place, and where.
-
-    Views share their base's storage in the fake values too, so a write through any view counts for all of them.
-
-    Args:
-        graph: The captured graph.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._position = {node: index for index, node in enumerate(graph.nodes)}
-        self._writers: dict[int, list[fx.Node]] = {}
-        for node in graph.nodes:
-            for written in written_arguments(node):
-                storage = _storage(written)
-                if storage is not None:  # `n += 1` on an integer writes nothing
-                    self._writers.setdefault(storage, []).append(node)
-
-    def writer(self, node: fx.Node) -> fx.Node | None:
-        """A node that writes to the tensor of ``node`` anywhere in the graph, or None."""
-        writers = self._writers.get(_storage(node) or 0)
-        return writers[0] if writers else None
-
-    def changed(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
-        """Whether the tensor of ``node`` is written to between two nodes."""
-        start, stop = self._position[after], self._position[before]
-        return any(start < self._position[writer] < stop for writer in self._writers.get(_storage(node) or 0, ()))
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none
-        return None

@@ -14,12 +14,18 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import Mutations, Size, function_name, is_size, known, value_of
+from s2o_compile.passes.graph_values import Size, function_name, is_size, known, value_of
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
+from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
 
 # Narrower integers wrap around at lengths this package is made for, and floats stop counting at 2**24.
 INDEX_DTYPES = (torch.int64, torch.int32)
+
+CHUNKED = (
+    "%s (%s) cuts positions into chunks: chunked attention, where a query sees the keys of its own chunk only, is a "
+    "mask that the sparse operator does not have; such layers stay dense"
+)
 
 
 class IndexEvaluator:
@@ -53,6 +59,8 @@ class IndexEvaluator:
         if node.op in ("placeholder", "get_attr"):
             return unknown_values(node)
         name, fill = function_name(node), self.fill(node)
+        if name in ("floordiv", "floor_divide") or (name == "div" and node.kwargs.get("rounding_mode") == "floor"):
+            return Rejected(CHUNKED, node, name)
         if fill is None and name not in _HANDLERS and name not in views.VIEWS and name not in COMPARISONS:
             return Rejected("%s (%s) is not index arithmetic", node, name or node.op)
         if value.dtype not in (*INDEX_DTYPES, torch.bool):
@@ -97,16 +105,23 @@ class IndexEvaluator:
         """The number that fills a tensor (``ones``, ``new_full``, ``zeros_like``), or a plain number; else None."""
         if isinstance(argument, bool | int | float):
             return argument
-        if not isinstance(argument, fx.Node) or self._mutations.writer(argument) is not None:
-            return None
+        settled = self._mutations.settled(argument) if isinstance(argument, fx.Node) else None
+        return self.filled(settled) if isinstance(settled, fx.Node) else None
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether a tensor is changed in place."""
+        return self._mutations.writer(node) is not None
+
+    def filled(self, argument: fx.Node) -> float | int | bool | None:
+        """The number that a node itself fills its tensor with, whatever is written there later."""
         name = function_name(argument)
         if name in ("ones", "new_ones", "ones_like"):
             return 1
-        if name in ("zeros", "new_zeros", "zeros_like"):
+        if name in ("zeros", "new_zeros", "zeros_like", "zero"):
             return 0
-        if name not in ("full", "new_full", "full_like", "tensor", "scalar_tensor"):
+        if name not in ("full", "new_full", "full_like", "tensor", "scalar_tensor", "fill"):
             return None
-        position = {"new_full": 2, "full": 1, "full_like": 1}.get(name, 0)
+        position = {"new_full": 2, "full": 1, "full_like": 1, "fill": 1}.get(name, 0)
         fill = argument.args[position] if len(argument.args) > position else argument.kwargs.get("fill_value")
         if not isinstance(fill, bool | int | float):
             return None

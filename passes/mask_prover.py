@@ -3,7 +3,7 @@
 A mask is proven when each of its terms is one of
 
     j <= i + c            causal, with offset c
-    j >= i - c            sliding window
+    j >= i - c            sliding window; with c' > 0 above, a window around the query
     look-up in [B, Nk]    key padding: constant along heads and queries; the tensor stays an operand
 
 where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`: an attention that stays
@@ -12,84 +12,25 @@ dense costs time, one rewritten under the wrong mask costs the result.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import Mutations, Size, function_name, known, simplified, value_of
+from s2o_compile.passes.additive_masks import AdditiveEvaluator
+from s2o_compile.passes.graph_values import Size, known, simplified, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
+from s2o_compile.passes.mask_proof import KeyMask, MaskPart, MaskProof
 from s2o_compile.passes.mask_terms import Comparison, LookUp, TermEvaluator, Terms
+from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
 
 BATCH, HEAD, QUERY, KEY = range(4)
 _AXES = ("batch entries", "heads", "queries", "keys")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KeyMask:
-    """A bool tensor of the graph that says which keys may be attended.
-
-    Attributes:
-        node: The tensor.
-        batch_dim: Its dimension that runs along the batch, or None: the same keys for every batch entry.
-        key_dim: Its dimension that runs along the keys.
-        key_start: Position of key 0 in that dimension.
-        selected: For every other dimension the position read.
-        negated: Whether True means *not* to attend.
-    """
-
-    node: fx.Node
-    batch_dim: int | None
-    key_dim: int
-    key_start: Size
-    selected: tuple[tuple[int, int], ...]
-    negated: bool
-
-
-@dataclass(frozen=True, eq=False)
-class MaskPart:
-    """One of several masks that must all let a key through.
-
-    Attributes:
-        node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
-        hidden: What scores are filled with where the condition holds.
-        negated: Whether the fill is where the condition does *not* hold.
-    """
-
-    node: fx.Node
-    hidden: float | None = None
-    negated: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MaskProof:
-    """The proven mask: key j is visible to query i iff every term given here holds.
-
-    Attributes:
-        causal: Whether ``j <= i + offset``.
-        offset: The causal offset; None for bottom-right alignment, Nk - Nq.
-        window: If given, also ``j > i + offset - window``; needs ``causal``.
-        key_masks: Tensors that must all allow the key.
-    """
-
-    causal: bool = False
-    offset: Size | None = None
-    window: Size | None = None
-    key_masks: tuple[KeyMask, ...] = ()
-
-    def __str__(self) -> str:
-        parts = ["causal" if self.causal else "bidirectional"]
-        if self.causal and self.offset is not None:
-            parts.append(f"offset {self.offset}")
-        if self.window is not None:
-            parts.append(f"window {self.window}")
-        if self.key_masks:
-            parts.append("key padding")
-        return ", ".join(parts)
 
 
 class MaskProver:
@@ -97,11 +38,14 @@ class MaskProver:
 
     Args:
         graph: The captured graph.
+        assume_causal: Whether the user promised that masks which enter the graph are causal.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, assume_causal: bool = False) -> None:
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
+        self._additive = AdditiveEvaluator(self._terms, self.mutations)
+        self._assume_causal = assume_causal
         self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
 
     @property
@@ -124,7 +68,10 @@ class MaskProver:
         """
         memo = mask, str(query_len), str(key_len)
         if memo not in self._proofs:
-            self._proofs[memo] = self._prove(mask, query_len, key_len)
+            proof = self._prove(mask, query_len, key_len)
+            if isinstance(proof, Rejected) and self._assume_causal and self._is_input(mask, query_len, key_len):
+                proof = MaskProof(causal=True, promised=mask)
+            self._proofs[memo] = proof
         return self._proofs[memo]
 
     def prove_parts(self, parts: Sequence[MaskPart], shape: Sequence[Size], dtype: torch.dtype) -> MaskProof | Rejected:
@@ -136,10 +83,13 @@ class MaskProver:
             dtype: Of the scores.
         """
         query_len, key_len = shape[-2:]
+        for part in parts:
+            if value_of(part.node).dtype is torch.bool and part.hidden is None:
+                return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
         if len(parts) == 1 and parts[0].hidden is None:
             return self.prove(parts[0].node, query_len, key_len)
         terms: list[Comparison | LookUp] = []
-        finite = False
+        blinds: list[str | None] = []
         for part in parts:
             found = self._part(part, dtype)
             if isinstance(found, Rejected):
@@ -148,22 +98,26 @@ class MaskProver:
                 return Rejected("the mask %s has more dimensions than the scores", part.node)
             indices = broadcast_indices(value_of(part.node).shape, shape)
             terms += [term.at(indices, shape) for term in found[0]]
-            finite |= found[1]
+            blinds.append(found[1])
         proof = _classify(tuple(terms), shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
-        if finite and not _every_row_sees_a_key(proof, query_len, key_len):
-            return Rejected("its masks hide scores by finite numbers, which shows in rows without any key")
-        return proof
+        if all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
+            return proof
+        if len(blinds) == 1 and blinds[0] is not None:
+            return dataclasses.replace(proof, blind=blinds[0])
+        return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
-    def _part(self, part: MaskPart, dtype: torch.dtype) -> tuple[Terms, bool] | Rejected:
-        """Terms of one mask, and whether it hides by a finite number."""
+    def _part(self, part: MaskPart, dtype: torch.dtype) -> tuple[Terms, str | None] | Rejected:
+        """Terms of one mask, and what it makes of a row without any key."""
         if part.hidden is None:
-            return self._additive(part.node)
-        if not _hides(part.hidden, dtype):
+            additive = self._additive.evaluate(part.node)
+            return additive if isinstance(additive, Rejected) else (additive.terms, additive.blind)
+        if part.hidden > torch.finfo(dtype).min:
             return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", part.hidden)
         terms = self._terms.terms(part.node, negated=not part.negated)
-        return terms if isinstance(terms, Rejected) else (terms, part.hidden != float("-inf"))
+        # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
+        return terms if isinstance(terms, Rejected) else (terms, "zeros" if math.isinf(part.hidden) else "mean")
 
     def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
         value = value_of(mask)
@@ -173,12 +127,12 @@ class MaskProver:
             return Rejected("the mask %s has %s keys, but there are %s", mask, value.shape[-1], key_len)
         if value.ndim > 1 and not known(value.shape[-2] == query_len) and not known(value.shape[-2] == 1):
             return Rejected("the mask %s has %s queries, but there are %s", mask, value.shape[-2], query_len)
-        finite = False
+        blind = "zeros"
         if value.dtype is torch.bool:
             terms = self._terms.terms(mask)
         elif value.dtype.is_floating_point:
-            additive = self._additive(mask)
-            terms, finite = additive if not isinstance(additive, Rejected) else (additive, False)
+            additive = self._additive.evaluate(mask)
+            terms, blind = (additive, None) if isinstance(additive, Rejected) else (additive.terms, additive.blind)
         else:
             return Rejected("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
         if isinstance(terms, Rejected):
@@ -186,66 +140,44 @@ class MaskProver:
         proof = _classify(terms, value.shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the mask %s is not proven: %s", mask, proof)
-        # A row without any key is zero under -inf, but the mean of all values under a finite bias.
-        if finite and not _every_row_sees_a_key(proof, query_len, key_len):
+        if blind == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
+            return proof
+        if blind is None:
             return Rejected(
-                "the mask %s adds a finite number to hidden scores, which shows in rows without any key", mask
+                "the mask %s adds finite numbers (%s) to hidden scores, which rows without any key show; use a bool "
+                "mask, or -inf",
+                mask,
+                value.dtype,
             )
-        return proof
+        return dataclasses.replace(proof, blind=blind)
 
-    def _additive(self, node: fx.Node) -> tuple[Terms, bool] | Rejected:
-        """Terms of a float mask that is 0 where a key is visible; whether its other value is finite."""
-        writer = self.mutations.writer(node)
-        if writer is not None:
-            return Rejected("%s is changed in place by %s", node, writer)
-        name, value = function_name(node), value_of(node)
-        source = views.source(node, self.indices)
-        if source is not None:
-            if isinstance(source, Rejected):
-                return source
-            if not value_of(source.node).dtype.is_floating_point:
-                return Rejected("%s adds numbers to the scores", node)
-            inner = self._additive(source.node)
-            if isinstance(inner, Rejected):
-                return inner
-            return tuple(term.at(source.indices, value.shape) for term in inner[0]), inner[1]
-        fill = self.indices.fill
-        condition, hidden, negated = None, None, False
-        if fill(node) == 0:
-            return (), False
-        if name == "where" and len(node.args) == 3:
-            chosen, otherwise = fill(node.args[1]), fill(node.args[2])
-            if chosen == 0:
-                condition, hidden = node.args[0], otherwise
-            elif otherwise == 0:
-                condition, hidden, negated = node.args[0], chosen, True
-        elif name == "masked_fill" and len(node.args) == 3 and fill(node.args[0]) == 0:
-            condition, hidden, negated = node.args[1], fill(node.args[2]), True
-        elif name in ("triu", "tril") and node.args:
-            hidden = fill(node.args[0])
-            condition, negated = node, True
-        if not isinstance(condition, fx.Node) or hidden is None or not _hides(hidden, value.dtype):
-            return Rejected(
-                "%s (%s) adds numbers to the scores; only 0 where a key is visible and -inf where it is not is a mask",
-                node,
-                name or node.op,
-            )
-        terms = self._terms.terms(condition, negated=negated)
-        if isinstance(terms, Rejected):
-            return terms
-        indices = broadcast_indices(value_of(condition).shape, value.shape)
-        return tuple(term.at(indices, value.shape) for term in terms), hidden != float("-inf")
-
-
-def _hides(bias: float, dtype: torch.dtype) -> bool:
-    return bias <= torch.finfo(dtype).min
+    def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
+        """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
+        value = value_of(mask)
+        if not isinstance(value, torch.Tensor) or not 2 <= value.ndim <= 4:
+            return False
+        if not known(value.shape[-2] == query_len) or not known(value.shape[-1] == key_len):
+            return False
+        indices = tuple(IndexTensor.axis(value.shape, dim) for dim in range(value.ndim))
+        while mask.op != "placeholder":
+            source = views.source(mask, self.indices)
+            if not isinstance(source, views.Source) or self.mutations.writer(mask) is not None:
+                return False
+            indices = tuple(index.at(indices, value.shape) for index in source.indices)
+            mask = source.node
+        # A padding mask spread over the queries is no causal mask, whatever was promised.
+        along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
+        return all(along) and self.mutations.writer(mask) is None
 
 
 def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:
-    """Key 0 is always in sight: there is no window that leaves it, no padding, and the first query reaches it."""
-    if proof.window is not None or proof.key_masks:
+    """Whether the first query's keys begin and the last one's have not ended, with no padding in between."""
+    if proof.key_masks:
         return False
-    return not proof.causal or known((key_len - query_len if proof.offset is None else proof.offset) >= 0)
+    if not proof.causal:
+        return True
+    offset = key_len - query_len if proof.offset is None else proof.offset
+    return known(offset >= 0) and (proof.window is None or known(query_len + offset - proof.window < key_len))
 
 
 def _classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof | Rejected:
@@ -283,11 +215,13 @@ def _classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Siz
         if not known(window >= 1):
             return Rejected("its sliding window of %s tokens may be empty", window)
     bottom_right = offset is not None and known(offset == key_len - query_len)
+    ahead = 0 if offset is None else simplified(offset - (key_len - query_len))
     return MaskProof(
         causal=offset is not None,
         offset=None if bottom_right or offset is None else simplified(offset),
         window=window,
         key_masks=tuple(key_masks),
+        ahead=ahead if known(ahead > 0) else 0,
     )
 
 

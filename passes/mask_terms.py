@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import Mutations, Size, function_name, known, value_of
-from s2o_compile.passes.index_arithmetic import IndexEvaluator, unknown_values
+from s2o_compile.passes.bits import complement, is_bits
+from s2o_compile.passes.graph_values import Size, function_name, known, value_of
+from s2o_compile.passes.index_arithmetic import CHUNKED, INDEX_DTYPES, IndexEvaluator, unknown_values
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
+from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
 
 
@@ -54,6 +56,7 @@ class LookUp:
 
 
 Terms = tuple[Comparison | LookUp, ...]
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
 class TermEvaluator:
@@ -70,26 +73,29 @@ class TermEvaluator:
 
     def terms(self, node: fx.Node, *, negated: bool = False) -> Terms | Rejected:
         """The terms that make a tensor (or, if ``negated``, its inverse) true; numbers count as ``!= 0``."""
-        if (node, negated) not in self._terms:
-            self._terms[node, negated] = self._evaluate(node, negated)
-        return self._terms[node, negated]
+        settled = self._mutations.settled(node)
+        if isinstance(settled, Rejected):
+            return settled
+        if (settled, negated) not in self._terms:
+            self._terms[settled, negated] = self._evaluate(settled, negated)
+        return self._terms[settled, negated]
 
     def _evaluate(self, node: fx.Node, negated: bool) -> Terms | Rejected:
-        value = value_of(node)
+        value = value_of(node.args[0] if function_name(node) == "setitem" else node)
         if not isinstance(value, torch.Tensor):
             return Rejected("%s is not a tensor", node)
-        writer = self._mutations.writer(node)
-        if writer is not None:
-            return Rejected("%s is changed in place by %s", node, writer)
         if node.op in ("placeholder", "get_attr"):
             return self._leaf(node, negated, unknown_values(node))
-        fill = self.indices.fill(node)
+        fill = self.indices.filled(node)
         if fill is not None:
             return () if bool(fill) != negated else Rejected("%s is False everywhere", node)
-        taken_apart = self._take_apart(node, value, negated)
+        with self._mutations.before(node):
+            taken_apart = self._take_apart(node, value, negated)
         return self._leaf(node, negated, taken_apart) if isinstance(taken_apart, Rejected) else taken_apart
 
     def _leaf(self, node: fx.Node, negated: bool, why: Rejected) -> Terms | Rejected:
+        if self.indices.is_written(node):
+            return why  # read at the attention it would be a later state
         shape = value_of(node).shape
         if value_of(node).dtype is not torch.bool:
             return why  # its consumer, which makes it bool, becomes the leaf
@@ -102,8 +108,11 @@ class TermEvaluator:
             return self._view(source, name, value, negated)
         if name == "invert" and value.dtype is torch.bool:
             return self._argument(node.args[0], value.shape, not negated)
-        if name in ("and", "or") or (name == "mul" and value.dtype is torch.bool):
-            if value.dtype is not torch.bool:
+        complemented = complement(node, self.indices)
+        if complemented is not None and is_bits(complemented, self.indices):
+            return self._argument(complemented, value.shape, not negated)
+        if name in ("and", "or") or (name == "mul" and is_bits(node, self.indices)):
+            if value.dtype is not torch.bool and name != "mul":
                 return Rejected("%s works on the bits of integers", node)
             if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
                 return Rejected("%s (%s) is a union of masks", node, name)
@@ -119,6 +128,8 @@ class TermEvaluator:
             if self.indices.fill(fill) is None or bool(self.indices.fill(fill)) != negated:
                 return Rejected("%s (masked_fill) is a union of masks", node)
             return self._conjunction([(base, negated), (condition, True)], value.shape)
+        if name == "setitem" and value.dtype is torch.bool:
+            return self._setitem(node, value.shape, negated)
         return Rejected("%s (%s) is not a mask this pass understands", node, name or node.op)
 
     def _view(self, source: views.Source | Rejected, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
@@ -150,22 +161,82 @@ class TermEvaluator:
             found += terms
         return tuple(found)
 
+    def _setitem(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+        """``mask[...] = value`` and ``mask[condition] = value``, for the whole tensor."""
+        base, index, value = node.args
+        items = index if isinstance(index, tuple) else (index,)
+        if all(item is Ellipsis or item == slice(None) for item in items if not isinstance(item, fx.Node)):
+            condition = value_of(items[0])
+            if not any(isinstance(item, fx.Node) for item in items):
+                return self._argument(value, shape, negated)
+            fill = self.indices.fill(value)
+            of_the_shape = len(items) == 1 and isinstance(condition, torch.Tensor) and condition.dtype is torch.bool
+            if of_the_shape and tuple(condition.shape) == tuple(shape) and fill is not None and bool(fill) == negated:
+                return self._conjunction([(base, negated), (items[0], True)], shape)
+        return Rejected("%s is changed in place by %s, in a part of it", base, node)
+
     def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+        spelling = COMPARISONS[name] if negated else name
         operands = self.indices.operands(node, value.shape)
         if isinstance(operands, Rejected):
-            if name in ("eq", "ne") and len(node.args) == 2 and self.indices.fill(node.args[1]) == 0:
-                truth = self._argument(node.args[0], value.shape, negated != (name == "eq"))  # tril(ones) == 0
-                return operands if isinstance(truth, Rejected) else truth
-            return operands
-        spelling = COMPARISONS[name] if negated else name
+            return self._other_comparison(node, spelling, value.shape, operands)
         bounds = compare(spelling, *operands)
         if spelling == "ne":
             if always_differ(*operands):
                 return ()
             return Rejected("%s (%s) is a union of masks", node, name)
+        return self._bounds(node, bounds)
+
+    def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms | Rejected:
         if any(known(bound.maximum < 0) for bound in bounds):
             return Rejected("%s is False everywhere", node)
         return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
+
+    def _other_comparison(self, node: fx.Node, spelling: str, shape: Sequence[Size], why: Rejected) -> Terms | Rejected:
+        """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
+        if len(node.args) != 2:
+            return why
+        left, right = node.args
+        if spelling in ("eq", "ne") and self.indices.fill(right) == 0:
+            truth = self._argument(left, shape, spelling == "eq")  # tril(ones) == 0
+            return why if isinstance(truth, Rejected) else truth
+        distance, limit = self._distance(left), right
+        if distance is None:
+            distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
+        if distance is None:
+            root = _viewed(left)
+            same = isinstance(root, fx.Node) and root is _viewed(right)
+            if same and spelling == "eq" and why.template is not CHUNKED:
+                return Rejected(
+                    "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
+                    "not have (%s); give every sequence a row of its own, with padding",
+                    node,
+                    root,
+                    why,
+                )
+            return why
+        bound = self.indices.evaluate(limit)
+        if isinstance(bound, Rejected):
+            return bound
+        if spelling not in ("le", "lt"):
+            return Rejected("%s (%s of a distance) is a union of masks", node, spelling)
+        distance, bound = distance.broadcast(shape), bound.broadcast(shape)
+        bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
+        return self._bounds(node, bounds)
+
+    def _distance(self, argument: object) -> IndexTensor | None:
+        """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
+            return None
+        if function_name(argument) == "abs":
+            inner = self.indices.evaluate(argument.args[0])
+            return None if isinstance(inner, Rejected) else inner
+        source = views.source(argument, self.indices)
+        base = self._distance(source.node) if isinstance(source, views.Source) else None
+        return base.at(source.indices, value.shape) if base is not None and isinstance(source, views.Source) else None
 
     def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
         if not node.args or not self.indices.fill(node.args[0]):
@@ -177,7 +248,7 @@ class TermEvaluator:
         limit = row.plus(diagonal.broadcast(value.shape))
         kept = "le" if name == "tril" else "ge"
         bounds = compare(COMPARISONS[kept] if negated else kept, column, limit)
-        return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
+        return self._bounds(node, bounds)
 
     def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
         condition, chosen, otherwise = node.args
@@ -187,3 +258,10 @@ class TermEvaluator:
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
         return Rejected("%s (where) is a union of masks", node)
+
+
+def _viewed(argument: object) -> object:
+    """The tensor that a chain of views starts from."""
+    while isinstance(argument, fx.Node) and function_name(argument) in views.VIEWS:
+        argument = argument.args[0]
+    return argument

@@ -25,12 +25,20 @@ FRONTENDS = (
 )
 
 
-def run(gm: fx.GraphModule, op_options: Mapping[str, object]) -> tuple[SiteRecord, ...]:
+def run(
+    gm: fx.GraphModule,
+    op_options: Mapping[str, object],
+    *,
+    assume_causal_mask: bool = False,
+    check_assumptions: bool = False,
+) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
     Args:
         gm: A Dynamo graph, changed in place and recompiled.
         op_options: Keyword arguments for every call of the operator, such as ``tau``.
+        assume_causal_mask: Whether masks that enter the graph are taken as causal where nothing can be proven.
+        check_assumptions: Whether the rewritten graph compares such masks with the causal mask.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
@@ -39,10 +47,10 @@ def run(gm: fx.GraphModule, op_options: Mapping[str, object]) -> tuple[SiteRecor
     expansions = [(node, expansion.expand(node)) for node in gm.graph.nodes if expansion.is_opaque(node)]
     found = [(node, frontend) for node in gm.graph.nodes for frontend in FRONTENDS if frontend.is_attention(node)]
     names = unique_names([module_path(node) for node, _ in found])
-    prover = MaskProver(gm.graph)
+    prover = MaskProver(gm.graph, assume_causal=assume_causal_mask)
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = [frontend.match(node, prover) for node, frontend in found]
-    rewriter = Rewriter(gm.graph, op_options)
+    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
     records = {
         node: _rewrite(node, frontend.operands(node), match, name, rewriter)
         for (node, frontend), match, name in zip(found, matches, names, strict=True)

@@ -12,8 +12,9 @@ from torch.fx.node import Argument
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.passes import sizes
+from s2o_compile.passes.assumptions import check_causal
 from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
-from s2o_compile.passes.mask_prover import KeyMask
+from s2o_compile.passes.mask_proof import KeyMask
 from s2o_compile.passes.operand import Operand, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
 
@@ -40,6 +41,7 @@ class Rewriter:
         graph: The graph, changed in place.
         options: Keyword arguments for every call of the operator, such as ``tau``.
         operator_call: The operator; its first output is the attention.
+        check_assumptions: Whether masks that are causal by promise are compared with the causal mask at run time.
     """
 
     def __init__(
@@ -47,10 +49,14 @@ class Rewriter:
         graph: fx.Graph,
         options: Mapping[str, object],
         operator_call: Callable[..., Any] | None = None,
+        *,
+        check_assumptions: bool = False,
     ) -> None:
         self._graph = graph
         self._options = options
         self._operator = operator_call or torch.ops.s2o.attention.default
+        self._check_assumptions = check_assumptions
+        self._checked: set[tuple[fx.Node, str, str]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
 
     def rewrite(self, site: AttentionSite) -> Rejected | None:
@@ -59,6 +65,10 @@ class Rewriter:
         arguments = self._arguments(site)
         if isinstance(arguments, Rejected):
             return arguments
+        if self._check_assumptions and site.mask.promised is not None:
+            refused = self._check(site.mask.promised, site)
+            if refused is not None:
+                return refused
         positional, keyword = arguments
         with self._graph.inserting_before(node):
             call = self._graph.call_function(self._operator, positional, keyword)
@@ -97,6 +107,8 @@ class Rewriter:
                 keyword[name] = self._size(size, site.node)
                 if isinstance(keyword[name], Rejected):
                     return keyword[name]
+        if site.mask.blind == "mean":
+            keyword["blind"] = "mean"
         key_mask = None
         for part in site.mask.key_masks:
             operand = self._key_mask(part, site)
@@ -112,6 +124,21 @@ class Rewriter:
         for function, args in operand.steps:
             node = self._insert(before, function, node, *args)
         return node
+
+    def _check(self, mask: fx.Node, site: AttentionSite) -> Rejected | None:
+        """Compares a mask with the causal mask, once for all layers that share it."""
+        lengths = site.query.value.shape[-2], site.key.value.shape[-2]
+        memo = mask, str(lengths[0]), str(lengths[1])
+        if memo in self._checked:
+            return None
+        query_len, key_len = (self._size(length, site.node) for length in lengths)
+        if isinstance(query_len, Rejected):
+            return query_len
+        if isinstance(key_len, Rejected):
+            return key_len
+        self._insert(site.node, check_causal, mask, query_len, key_len)
+        self._checked.add(memo)
+        return None
 
     def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
         """The mask as a [B, Nk] tensor, computed once for all layers."""

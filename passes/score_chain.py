@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import Mutations, function_name, known, value_of
+from s2o_compile.passes.graph_values import function_name, known, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
+from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.product import Product
 from s2o_compile.passes.site import Rejected
 

@@ -10,7 +10,8 @@ from torch import fx
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import Size, known, value_of
-from s2o_compile.passes.mask_prover import MaskProof, MaskProver
+from s2o_compile.passes.mask_proof import MaskProof
+from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
 
@@ -100,4 +101,8 @@ def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProv
         return Rejected("both attn_mask and is_causal are set")
     if not isinstance(mask, fx.Node):
         return Rejected("attn_mask is not a node of the graph")
-    return prover.prove(mask, query_len, key_len)
+    proof = prover.prove(mask, query_len, key_len)
+    dtype, expected = value_of(mask).dtype, value_of(call["query"]).dtype
+    if not isinstance(proof, Rejected) and proof.blind == "mean" and dtype != expected:
+        return Rejected("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
+    return proof

@@ -17,7 +17,7 @@ from torch import fx
 from s2o_compile.passes.operand import Operand, Step
 
 if TYPE_CHECKING:
-    from s2o_compile.passes.mask_prover import MaskProof
+    from s2o_compile.passes.mask_proof import MaskProof
 
 
 class Rejected:

@@ -67,7 +67,12 @@ def s2o(
         options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
     """
     config, inductor = split_options(options)
-    records = pipeline.run(gm, config.operator_options())
+    records = pipeline.run(
+        gm,
+        config.operator_options(),
+        assume_causal_mask=config.assume_causal_mask,
+        check_assumptions=config.check_assumptions,
+    )
     notify(records)
     _warn_if_nothing(records)
     if config.inner_backend != "inductor":

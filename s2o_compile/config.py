@@ -32,15 +32,27 @@ class S2OConfig(OperatorOptions):
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
         inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
             compilation at all, or any other that torch knows.
+        assume_causal_mask: Your promise that every mask over queries and keys that *enters* a graph ([Nq, Nk] with up
+            to two leading dimensions, bool or additive) is causal: query i sees exactly the keys j <= i + Nk - Nq.
+            Such a mask cannot be proven, and its attention stays dense otherwise. If the promise is wrong, so is the
+            result. Reports say "causal (promised)". A causal mask with padding in it is not causal.
+        check_assumptions: Compare promised masks with the causal mask at run time; where one differs, a RuntimeError
+            says so. On CUDA nothing waits for the check: the error comes with the next synchronisation. Costs
+            Nq x Nk flags of memory.
 
     Raises:
         ValueError: A value out of range; the message says expected, got, and what to do.
     """
 
     inner_backend: str = "inductor"
+    assume_causal_mask: bool = False
+    check_assumptions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("assume_causal_mask", "check_assumptions"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         known = torch._dynamo.list_backends(exclude_tags=None)
         if self.inner_backend not in known or self.inner_backend == "s2o":
             raise OptionError(

@@ -1,4 +1,4 @@
-"""generate() with every cache: prefill through S2O, decode dense, tokens and compilations those of plain torch.compile."""
+"""generate() with every cache: prefill through S2O, decode dense; tokens and compilations as with torch.compile."""
 
 import pytest
 import torch

@@ -202,6 +202,14 @@ def read_between(q, k, v):
     return scores.softmax(-1) @ v + early.sum() + scores.shape[0]
 
 
+def in_place_before_and_after(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    scores /= 4
+    probabilities = scores.softmax(-1)
+    scores.zero_()
+    return probabilities @ v
+
+
 DENSE = {
     "output_attentions": (returned, "read by"),
     "softmax-over-queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "the keys, the last one"),
@@ -221,6 +229,8 @@ DENSE = {
     "five-dimensions": (lambda q, k, v: weights(q[:, None], k[:, None]) @ v[:, None], "ranks 5, 5, 5"),
     "float64": (lambda q, k, v: weights(q.double(), k.double()) @ v.double(), "float64"),
     "in-place-afterwards": (overwritten, "changed in place"),
+    "in-place-around": (in_place_before_and_after, "changed in place by zero_"),
+    "bool-mask-added": (lambda q, k, v: (q @ k.mT + below(q, k)).softmax(-1) @ v, "added to the scores as numbers"),
     "in-place-and-read": (read_between, "read by"),
 }
 

@@ -4,65 +4,12 @@ import random
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from s2o_compile.passes import sdpa
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.site import Rejected
+from tests.masks import capture, k_index, q_index, visible
 
 LENGTHS = ((6, 11), (7, 7), (3, 14))  # (queries, keys) to evaluate at; the capture sees (5, 9)
 INF = float("-inf")
-
-
-def capture(mask_of, *extra, dynamic=True, lengths=(5, 9)):
-    """Captures SDPA under ``mask_of(queries, keys, *extra)``; returns the proof and the symbols of both lengths."""
-    graphs = []
-
-    def backend(gm, example_inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    def attend(q, k, *extra):
-        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask_of(q.shape[2], k.shape[2], *extra))
-
-    q, k = (torch.randn(2, 4, length, 8) for length in lengths)
-    torch._dynamo.reset()
-    if dynamic:
-        torch._dynamo.mark_dynamic(q, 2)
-        torch._dynamo.mark_dynamic(k, 2)
-    torch.compile(attend, backend=backend, fullgraph=True)(q, k, *extra)
-    graph = graphs[0].graph
-    (node,) = [node for node in graph.nodes if sdpa.is_attention(node)]
-    call = sdpa.operands(node)
-    query_len, key_len = value_of(call["query"]).shape[2], value_of(call["key"]).shape[2]
-    return MaskProver(graph).prove(call["attn_mask"], query_len, key_len), (query_len, key_len)
-
-
-def visible(proof, symbols, lengths, key_mask=None):
-    """The bool mask [B or 1, 1, Nq, Nk] that a proof states, at concrete lengths."""
-    queries, keys = lengths
-    values = {s.node.expr: n for s, n in zip(symbols, lengths, strict=True) if isinstance(s, torch.SymInt)}
-
-    def number(size):
-        return int(size.node.expr.subs(values)) if isinstance(size, torch.SymInt) else int(size)
-
-    i, j = torch.arange(queries)[:, None], torch.arange(keys)[None]
-    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
-    if proof.causal:
-        offset = keys - queries if proof.offset is None else number(proof.offset)
-        seen = seen & (j <= i + offset)
-        if proof.window is not None:
-            seen = seen & (j > i + offset - number(proof.window))
-    return seen if key_mask is None else seen & key_mask[:, None, None]
-
-
-def q_index(n):
-    return torch.arange(n)[:, None]
-
-
-def k_index(n):
-    return torch.arange(n)[None]
 
 
 ACCEPTED = {
@@ -227,7 +174,7 @@ REJECTED = {
     "union": (lambda q, k: (k_index(k) <= q_index(q)) | (k_index(k) < 2), (), "union of masks"),
     "negated-intersection": (lambda q, k: ~((k_index(k) > 3) & (k_index(k) > q_index(q))), (), "union of masks"),
     "not-equal": (lambda q, k: k_index(k) != q_index(q), (), "union of masks"),
-    "chunks": (lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), (), "floordiv"),
+    "chunks": (lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), (), "chunked attention"),
     "strided": (lambda q, k: 2 * k_index(k) <= q_index(q), (), "neither a causal bound nor a sliding window"),
     "anti-diagonal": (lambda q, k: k_index(k) + q_index(q) <= k, (), "varies along queries and keys"),
     "first-keys": (lambda q, k: (k_index(k) < 3).expand(q, k), (), "varies along keys"),
@@ -276,22 +223,19 @@ REJECTED = {
     ),
     "query-padding": (lambda q, k, pad: pad[:, None, :5, None].expand(2, 1, 5, 9), (PAD,), "varies along queries"),
     "padding-by-head": (lambda q, k, pad: pad[None, :, None].repeat(1, 2, 1, 1), (PAD,), "varies along heads"),
-    "in-place-and": (in_place_and, (), "changed in place by"),
+    "in-place-and": (in_place_and, (), "varies along keys"),
     "set-item": (set_item, (), "changed in place by setitem"),
     "moved-index": (moved_index, (), "changed in place by"),
-    "filled": (filled, (), "changed in place by fill_"),
+    "filled": (filled, (), "False everywhere"),
     "triangle-of-a-changed-tensor": (triangle_of_a_changed_tensor, (), "not the triangle of a constant"),
     "padding-written-later": (padding_written_later, (PAD,), "changed in place by fill_"),
     "float-bias": (lambda q, k: torch.where(k_index(k) <= q_index(q), 0.0, -1.0), (), "adds numbers to the scores"),
     "alibi": (lambda q, k: (k_index(k) - q_index(q)).float(), (), "adds numbers to the scores"),
     "float-input": (lambda q, k, bias: bias, (torch.zeros(5, 9),), "adds numbers to the scores"),
-    "finite-with-padding": (
-        lambda q, k, pad: torch.zeros(2, 1, q, k).masked_fill(~pad[:, None, None], torch.finfo(torch.float32).min),
-        (PAD,),
-        "rows without any key",
-    ),
-    "finite-strict-past": (
-        lambda q, k: torch.where(k_index(k) < q_index(q), 0.0, torch.finfo(torch.float32).min),
+    "finite-half": (
+        lambda q, k: (
+            torch.zeros(q, k).half().masked_fill(k_index(k) >= q_index(q), torch.finfo(torch.half).min).float()
+        ),
         (),
         "rows without any key",
     ),

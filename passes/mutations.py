@@ -1,0 +1,128 @@
+"""Which tensors of a graph are changed in place, and what they hold where they are read.
+
+A node says what its tensor is only while nobody writes into it afterwards. One kind of writing can still be read like
+a function: a tensor made in the graph, written as a whole (``mask &= other``, ``mask.masked_fill_(...)``), and seen by
+nobody before the last of its writes. Every read then sees the same value: the last write's, applied to what the write
+before left, and so on down to the node that made the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+
+from s2o_compile.passes.graph_values import function_name, value_of, written_arguments
+from s2o_compile.passes.site import Rejected
+
+# Writes that have a functional twin: the result has the shape of the first argument and depends on nothing else.
+_READABLE = frozenset({"and", "or", "mul", "add", "masked_fill", "fill", "zero", "triu", "tril", "setitem"})
+
+
+class Mutations:
+    """The in-place writes of a graph.
+
+    Views share their base's storage in the fake values too, so a write through any view counts for all of them.
+
+    Args:
+        graph: The captured graph.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position = {node: index for index, node in enumerate(graph.nodes)}
+        self._writers: dict[int, list[fx.Node]] = {}
+        self._members: dict[int, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
+        self._written: dict[fx.Node, int] = {}
+        self._chains: dict[int, tuple[fx.Node, ...] | None] = {}
+        self._state: dict[int, int] = {}  # how many writes have happened, where not all of them
+        for node in graph.nodes:
+            storage = _storage(node)
+            if storage is not None:
+                self._members.setdefault(storage, []).append(node)
+            for written in written_arguments(node):
+                storage = _storage(written)
+                if storage is not None:  # `n += 1` on an integer writes nothing
+                    self._writers.setdefault(storage, []).append(node)
+                    self._written[node] = storage
+
+    def writers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The nodes that write to the tensor of ``node`` anywhere in the graph, in order."""
+        return tuple(self._writers.get(self._written.get(node, _storage(node)) or 0, ()))
+
+    def writer(self, node: fx.Node) -> fx.Node | None:
+        """The first of them, or None."""
+        return next(iter(self.writers(node)), None)
+
+    def changed(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
+        """Whether the tensor of ``node`` is written to between two nodes."""
+        start, stop = self._position[after], self._position[before]
+        return any(start < self._position[writer] < stop for writer in self._writers.get(_storage(node) or 0, ()))
+
+    def settled(self, node: fx.Node) -> fx.Node | Rejected:
+        """The node that, read as a function, says what the tensor of ``node`` holds: its last write, or itself.
+
+        Inside `before` that is the state before the write.
+        """
+        storage = self._written.get(node, _storage(node))
+        if storage is None or storage not in self._writers:
+            return node
+        chain = self._chain(storage)
+        if chain is None:
+            return Rejected("%s is changed in place by %s", node, self._writers[storage][0])
+        # Anything else in the storage is a view made after the last write, and says what it is.
+        return chain[self._state.get(storage, len(chain) - 1)] if node in chain else node
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Inside, the tensor that ``node`` writes holds what it held before; nothing for nodes that write nothing."""
+        storage = self._written.get(node)
+        chain = None if storage is None else self._chain(storage)
+        if storage is None or chain is None:
+            yield
+            return
+        outer = self._state.get(storage)
+        self._state[storage] = chain.index(node) - 1
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._state[storage]
+            else:
+                self._state[storage] = outer
+
+    def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
+        """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""
+        if storage not in self._chains:
+            members = self._members[storage]
+            chain = (members[0], *self._writers[storage])
+            self._chains[storage] = chain if self._is_readable(chain, members) else None
+        return self._chains[storage]
+
+    def _is_readable(self, chain: Sequence[fx.Node], members: Sequence[fx.Node]) -> bool:
+        base, last = chain[0], self._position[chain[-1]]
+        if base.op not in ("call_function", "call_method") or len(set(chain)) < len(chain):
+            return False
+        for at, writer in enumerate(chain[1:], 1):
+            # The whole tensor, by its maker's name or by that of an earlier write; and by no other argument.
+            if function_name(writer) not in _READABLE or not writer.args or writer.args[0] not in chain[:at]:
+                return False
+            others: list[fx.Node] = []
+            fx.map_arg((writer.args[1:], writer.kwargs), others.append)
+            if any(other in members for other in others):
+                return False
+        if any(self._position[node] < last and node not in chain for node in members):
+            return False  # a view or a copy by reference, through which an earlier state can be seen
+        readers = {user for node in chain for user in node.users}
+        return all(user in chain or self._position[user] > last for user in readers)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none
+        return None
