@@ -34,8 +34,8 @@ class S2OConfig(OperatorOptions):
             compilation at all, or any other that torch knows.
         assume_causal_mask: Your promise that every mask over queries and keys that *enters* a graph ([Nq, Nk] with up
             to two leading dimensions, bool or additive) is causal: query i sees exactly the keys j <= i + Nk - Nq.
-            Such a mask cannot be proven, and its attention stays dense otherwise. If the promise is wrong, so is the result.
-            Reports say "causal (promised)". A causal mask with padding in it is not causal.
+            Such a mask cannot be proven, and its attention stays dense otherwise. If the promise is wrong, so is the
+            result. Reports say "causal (promised)". A causal mask with padding in it is not causal.
         check_assumptions: Compare promised masks with the causal mask at run time; where one differs, a RuntimeError
             says so. On CUDA nothing waits for the check: the error comes with the next synchronisation. Costs
             Nq x Nk flags of memory.
