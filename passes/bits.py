@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from s2o_compile.passes import views
 from s2o_compile.passes.graph_values import function_name, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import COMPARISONS
-from s2o_compile.passes.views import VIEWS
 
 
 def is_bits(argument: object, indices: IndexEvaluator) -> bool:
@@ -36,9 +36,8 @@ def is_bits(argument: object, indices: IndexEvaluator) -> bool:
         return all(is_bits(factor, indices) for factor in argument.args)
     if name in ("tril", "triu") and argument.args:
         return is_bits(argument.args[0], indices)
-    if name == "view" and any(isinstance(other, torch.dtype) for other in (*argument.args, *argument.kwargs.values())):
-        return False  # the bits of a one are no one
-    return name in VIEWS and bool(argument.args) and is_bits(argument.args[0], indices)
+    source = views.source(argument, indices)
+    return isinstance(source, views.Source) and is_bits(source.node, indices)
 
 
 def complement(node: fx.Node, indices: IndexEvaluator) -> fx.Node | None:

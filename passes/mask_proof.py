@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from s2o_compile.passes.graph_values import Size
+from s2o_compile.passes.graph_values import Size, simplified
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +69,9 @@ class MaskProof:
 
     def __str__(self) -> str:
         if self.window is not None and isinstance(self.ahead, int) and self.ahead > 0:
-            parts = [f"sliding window -{self.window - 1 - self.ahead}..+{self.ahead}"]
+            behind = simplified(self.window - 1 - self.ahead)
+            first = f"+{-behind}" if isinstance(behind, int) and behind < 0 else f"-{behind}"
+            parts = [f"sliding window {first}..+{self.ahead}"]
         else:
             parts = ["causal" if self.causal else "bidirectional"]
             if self.causal and self.offset is not None:

@@ -56,6 +56,7 @@ class LookUp:
 
 
 Terms = tuple[Comparison | LookUp, ...]
+_SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
@@ -204,8 +205,8 @@ class TermEvaluator:
         if distance is None:
             distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
         if distance is None:
-            root = _viewed(left)
-            same = isinstance(root, fx.Node) and root is _viewed(right)
+            root, other = _viewed(left), _viewed(right)
+            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
             if same and spelling == "eq" and why.template is not CHUNKED:
                 return Rejected(
                     "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
@@ -258,6 +259,10 @@ class TermEvaluator:
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
         return Rejected("%s (where) is a union of masks", node)
+
+
+def _call(argument: object) -> str:
+    return function_name(argument) if isinstance(argument, fx.Node) else ""
 
 
 def _viewed(argument: object) -> object:

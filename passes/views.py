@@ -90,6 +90,14 @@ def _transpose(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluat
     return _permuted(order, shape)
 
 
+def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+    """``x.T`` of a matrix and ``x.mT``."""
+    if node.args[1] not in ("T", "mT") or len(base) < 2 or (node.args[1] == "T" and len(base) > 2):
+        return Rejected("%s (%s) is not a view this pass understands", node, node.args[1])
+    rank = len(base)
+    return _permuted([*range(rank - 2), rank - 1, rank - 2], shape)
+
+
 def _permute(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
     given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
     dims = [dim for dim in given if isinstance(dim, int)]
@@ -205,6 +213,7 @@ VIEWS: dict[str, _Handler] = {
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), _transpose),
     "permute": _permute,
+    "getattr": _attribute,
     "getitem": _getitem,
     **dict.fromkeys(("select", "narrow", "slice"), _select),
 }

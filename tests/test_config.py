@@ -10,6 +10,7 @@ VALUES = [
     pytest.param({"tau": 0.0, "min_seq_len": 0}, id="exact"),
     pytest.param({"tau": 2, "segment_len": 256, "ranking": "mean_query", "query_order": "mean_query"}, id="paper"),
     pytest.param({"implementation": "torch", "inner_backend": "eager"}, id="torch-eager"),
+    pytest.param({"assume_causal_mask": True, "check_assumptions": True}, id="promise"),
 ]
 
 
@@ -36,6 +37,7 @@ def test_missing_fields_take_defaults():
         ({"query_order": "random"}, "query_order: expected one of 'none', 'mean_query'"),
         ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'torch'"),
         ({"inner_backend": "inductr"}, "Did you mean 'inductor'"),
+        ({"assume_causal_mask": 1}, "assume_causal_mask: expected True or False, got 1"),
         ({"inner_backend": "s2o"}, "unknown inner_backend 's2o'"),
     ],
 )

@@ -48,6 +48,18 @@ ACCEPTED = {
         lambda q, k: (k_index(k) <= q_index(q) + 2) & (k_index(k) >= q_index(q) - 2),
         "offset 2, window 5",
     ),
+    "distance": (lambda q, k: abs(q_index(q) - k_index(k)) <= 2, "offset 2, window 5"),
+    "distance-strict": (lambda q, k: (q_index(q) - k_index(k)).abs() < 3, "offset 2, window 5"),
+    "distance-swapped": (lambda q, k: torch.abs(k_index(k) - q_index(q)) < 3, "offset 2, window 5"),
+    "distance-negated": (lambda q, k: ~(torch.abs(k_index(k) - q_index(q)) > 2), "offset 2, window 5"),
+    "distance-view": (
+        lambda q, k: abs(q_index(q) - k_index(k))[None, None].expand(2, 1, q, k) <= 2,
+        "offset 2, window 5",
+    ),
+    "distance-and-causal": (
+        lambda q, k: (abs(q_index(q) - k_index(k)) <= 3) & (k_index(k) <= q_index(q)),
+        "offset 0, window 4",
+    ),
     "tightest": (lambda q, k: (k_index(k) <= q_index(q) + 3) & (k_index(k) <= q_index(q) + 1), "causal, offset 1"),
     "diagonal": (lambda q, k: k_index(k) == q_index(q), "offset 0, window 1"),
     "logical-and": (
@@ -95,6 +107,30 @@ def test_equal_lengths_make_top_left_and_bottom_right_one():
     proof, _ = capture(lambda q, k: k_index(k) <= q_index(q), dynamic=False, lengths=(8, 8))
     assert str(proof) == "causal"
     assert proof.offset is None
+
+
+AROUND = {
+    "distance": (lambda q, k: abs(q_index(q) - k_index(k)) <= 2, "sliding window -2..+2"),
+    "two-comparisons": (
+        lambda q, k: (k_index(k) < q_index(q) + 2) & (k_index(k) > q_index(q) - 4),
+        "sliding window -3..+1",
+    ),
+    "difference": (lambda q, k: (k_index(k) - q_index(q) <= 1) & (k_index(k) - q_index(q) >= 0), "window -0..+1"),
+    "future-only": (lambda q, k: (k_index(k) <= q_index(q) + 3) & (k_index(k) > q_index(q)), "window +1..+3"),
+    "causal": (lambda q, k: (k_index(k) <= q_index(q)) & (k_index(k) > q_index(q) - 4), "causal, window 4"),
+    "offset-back": (lambda q, k: k_index(k) <= q_index(q) - 1, "causal, offset -1"),
+}
+
+
+@pytest.mark.parametrize(("mask_of", "text"), AROUND.values(), ids=AROUND)
+def test_a_window_around_the_query_is_printed_as_one(mask_of, text):
+    def same_length(q, k):
+        return mask_of(q, q)
+
+    proof, symbols = capture(same_length, dynamic=False, lengths=(9, 9))
+    assert not isinstance(proof, Rejected), proof
+    assert text in str(proof)
+    assert torch.equal(visible(proof, symbols, (9, 9))[0, 0], mask_of(9, 9))
 
 
 PADDING = {
@@ -163,6 +199,12 @@ def padding_written_later(q, k, pad):
     return mask
 
 
+def changed_distance(q, k):
+    distance = abs(q_index(q) - k_index(k))
+    distance += 1
+    return distance <= 2
+
+
 def learned():
     """Causal by its values, but values may change."""
     return torch.tril(torch.ones(5, 9)).bool()
@@ -174,6 +216,28 @@ REJECTED = {
     "union": (lambda q, k: (k_index(k) <= q_index(q)) | (k_index(k) < 2), (), "union of masks"),
     "negated-intersection": (lambda q, k: ~((k_index(k) > 3) & (k_index(k) > q_index(q))), (), "union of masks"),
     "not-equal": (lambda q, k: k_index(k) != q_index(q), (), "union of masks"),
+    "far-keys": (lambda q, k: abs(q_index(q) - k_index(k)) >= 2, (), "union of masks"),
+    "distance-of-a-changed-tensor": (changed_distance, (), "changed in place"),
+    "segments": (
+        lambda q, k, segment: (segment[:, None, :5, None] == segment[:, None, None]).expand(2, 1, 5, 9),
+        (torch.zeros(2, 9, dtype=torch.long),),
+        "packed sequences",
+    ),
+    "segments-from-boundaries": (
+        lambda q, k, ends: torch.bucketize(torch.arange(9), ends)[:5, None] == torch.bucketize(torch.arange(9), ends),
+        (torch.tensor([3, 9]),),
+        "packed sequences",
+    ),
+    "chunks-left-padded": (
+        lambda q, k, pad: (k_index(k) - pad[:, None, None, None]) // 4 == (q_index(q) - pad[:, None, None, None]) // 4,
+        (torch.zeros(2, dtype=torch.long),),
+        "chunked attention",
+    ),
+    "chunks-div": (
+        lambda q, k: torch.div(k_index(k), 4, rounding_mode="floor") == torch.floor_divide(q_index(q), 4),
+        (),
+        "chunked attention",
+    ),
     "chunks": (lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), (), "chunked attention"),
     "strided": (lambda q, k: 2 * k_index(k) <= q_index(q), (), "neither a causal bound nor a sliding window"),
     "anti-diagonal": (lambda q, k: k_index(k) + q_index(q) <= k, (), "varies along queries and keys"),
