@@ -30,10 +30,10 @@ def visible_range(mask: AttentionMask, first: int, last: int, n_keys: int) -> tu
 
 def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
-    batch, heads, n_queries, head_dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys, value_dim = value.shape[1:]
     key, value = key.contiguous(), value.contiguous()
-    output = empty_output(query)
+    output = empty_output(query, value_dim)
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
     for tile, first in enumerate(range(0, n_queries, TILE_LEN)):
@@ -45,7 +45,8 @@ def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMas
             for kv in range(kv_heads):
                 group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
                 tile_query = (query[b, group, first : last + 1].float() * scale).flatten(0, 1)
-                out, mass = torch.zeros_like(tile_query), tile_query.new_full(tile_query.shape[:1], -torch.inf)
+                out = tile_query.new_zeros(len(tile_query), value_dim)
+                mass = tile_query.new_full(tile_query.shape[:1], -torch.inf)
                 for begin in range(start, stop, KEY_STEP):
                     keys = torch.arange(begin, min(begin + KEY_STEP, stop), device=query.device)
                     hidden = ~mask.visible(rows, keys)
@@ -55,6 +56,6 @@ def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMas
                     hidden = hidden.repeat(tile_query.shape[0] // len(rows), 1)
                     part = block_attention(tile_query, key[b, kv, block].float(), value[b, kv, block].float(), hidden)
                     out, mass = merge(out, mass, *part)
-                output[b, group, first : last + 1] = out.view(-1, len(rows), head_dim).to(output.dtype)
+                output[b, group, first : last + 1] = out.view(-1, len(rows), value_dim).to(output.dtype)
                 lse[b, group, first : last + 1] = mass.view(-1, len(rows))
     return Result(output, lse, computed)

@@ -73,12 +73,12 @@ def run(
     options: OperatorOptions,
     site: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, Hq, Nq, D] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: Which keys a query sees.
         scale: Softmax scale, None for 1 / sqrt(D).
         return_lse: Whether the log-sum-exp is wanted.
@@ -86,8 +86,8 @@ def run(
         site: Module path for the report.
     """
     check_inputs(query, key, value, mask.key_mask, causal=mask.causal, window=mask.window)
-    n_keys, head_dim = key.shape[2:]
-    scale = head_dim**-0.5 if scale is None else scale
+    n_keys = key.shape[2]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
     path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)

@@ -44,7 +44,7 @@ def attention(
     """Sparse attention by ranked keys and early stop; see ``s2o_compile.attention`` for the arguments.
 
     Returns:
-        Output [B, Hq, Nq, D] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
     options = OperatorOptions(
         tau=tau,
@@ -62,9 +62,17 @@ def attention(
 
 
 @attention.register_fake
-def _(query: Tensor, *_: object, return_lse: bool = False, layout: str = "auto", **__: object) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: object,
+    return_lse: bool = False,
+    layout: str = "auto",
+    **__: object,
+) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
-    return empty_output(query, layout), query.new_empty(shape, dtype=torch.float32)
+    return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
 
 
 @attention.register_vmap

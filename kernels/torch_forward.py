@@ -30,7 +30,7 @@ def attend(
     """Attention over a plan; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     into = Result(
-        empty_output(query),
+        empty_output(query, value.shape[3]),
         query.new_empty(batch, heads, n_queries, dtype=torch.float32),
         torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )
@@ -110,7 +110,8 @@ class _Segment:
         """Pass 1, pass 2, restart; fills the segment's rows of ``into``."""
         query = self._load(scale)
         lse = query.new_full((len(query),), -torch.inf)
-        tiles = _Tiles(torch.arange(len(self.stops)), query, torch.zeros_like(query), lse)
+        output = query.new_zeros(len(query), self.value.shape[-1])
+        tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
         walking = self._walk(tiles, tau, area)

@@ -2,8 +2,8 @@
 
     out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
 
-Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key and
-value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of one head.
+Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key
+[B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program computes one tile of one head.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from s2o_compile.kernels.triton_tile import (
 def attend_range(
     m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
     MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in natural order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -54,7 +55,7 @@ def attend_range(
             if HAS_KEY_MASK:
                 seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
             products = tl.where(seen, products, -float("inf"))
-        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
+        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
         m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
     return m, l, acc
 
@@ -63,8 +64,9 @@ def attend_range(
 def attend_parts(
     query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
     qk_scale, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """All keys of a tile: [start, head_stop) and [tail_start, stop) need a mask, what lies between does not.
 
@@ -73,21 +75,22 @@ def attend_parts(
     """
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
-        WIDE,
+        qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK,
+        STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK,
+        STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if HAS_WINDOW:
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
-            qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
-            WIDE,
+            qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE,
+            KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     return m, l, acc
 
@@ -100,8 +103,8 @@ def natural_fwd_kernel(
     n_queries, n_keys, heads, group, offset, window, qk_scale, segment_len,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
     # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
@@ -141,18 +144,18 @@ def natural_fwd_kernel(
     tail_start = head_stop + free_blocks * KEY_BLOCK
     m, l, acc = attend_parts(
         query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-        window, qk_scale, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-        PRECISION, WIDE,
+        window, qk_scale, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE,
+        KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if FIXED and overflowed(l, acc):
         m, l, acc = attend_parts(
             query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-            window, qk_scale, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-            PRECISION, WIDE,
+            window, qk_scale, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
 
     out = out_ptr + b * stride_ob + h * stride_oh
-    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
+    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     tl.store(computed_ptr + row_head * tiles + tile, visited + stop - start)
 
 
@@ -160,7 +163,7 @@ def launch_natural(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, into: Result, *, scale: float, restart: Plan | None
 ) -> None:
     """Fill ``into``: every tile, or with ``restart`` only the tiles that this plan's walk left unfinished."""
-    batch, heads, n_queries, head_dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     order = None if restart is None else restart.query_order
     natural_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
@@ -173,20 +176,20 @@ def launch_natural(
         0 if restart is None else restart.segment_len,
         RESTART=restart is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
-        TILE=TILE_LEN, HEAD_DIM=head_dim, WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
+        TILE=TILE_LEN, WIDE=needs_wide(query, key, value), **launch_config(query.shape[3], value.shape[3], query.dtype),
     )  # fmt: skip
 
 
-def empty_result(query: Tensor) -> Result:
-    """Uninitialised results for a query."""
+def empty_result(query: Tensor, value: Tensor) -> Result:
+    """Uninitialised results."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query), lse, computed)
+    return Result(empty_output(query, value.shape[3]), lse, computed)
 
 
 def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
-    into = empty_result(query)
+    into = empty_result(query, value)
     launch_natural(query, key, value, mask, into, scale=scale, restart=None)
     return into

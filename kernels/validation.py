@@ -47,12 +47,12 @@ def check_inputs(
                 remedy="Move all inputs to one device with .to(device).",
             )
     batch, heads, _, head_dim = query.shape
-    if key.shape != value.shape:
+    if key.shape[:3] != value.shape[:3]:
         raise InputError(
             "shape of value",
-            expected=f"{tuple(key.shape)}, as the key",
+            expected=f"{tuple(key.shape[:3])} and a head_dim of its own, for a key of shape {tuple(key.shape)}",
             got=tuple(value.shape),
-            remedy="Value head dims that differ from the key's are not supported; call dense attention there.",
+            remedy="Every key has one value; only its head_dim may differ.",
         )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise InputError(
@@ -68,13 +68,14 @@ def check_inputs(
             got=heads,
             remedy="Every group of query heads shares one key/value head.",
         )
-    if head_dim > MAX_HEAD_DIM:
-        raise InputError(
-            "head_dim",
-            expected=f"at most {MAX_HEAD_DIM}",
-            got=head_dim,
-            remedy="Call dense attention.",
-        )
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[3] > MAX_HEAD_DIM:
+            raise InputError(
+                f"head_dim of {name}",
+                expected=f"at most {MAX_HEAD_DIM}",
+                got=x.shape[3],
+                remedy="Call dense attention.",
+            )
     if window is not None and (not causal or window < 1):
         raise InputError(
             "window",
