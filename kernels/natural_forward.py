@@ -28,7 +28,9 @@ def visible_range(mask: AttentionMask, first: int, last: int, n_keys: int) -> tu
     return start, stop
 
 
-def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
+) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
@@ -54,7 +56,8 @@ def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMas
                         hidden |= ~mask.key_mask[b, keys]
                     block = slice(begin, begin + len(keys))
                     hidden = hidden.repeat(tile_query.shape[0] // len(rows), 1)
-                    part = block_attention(tile_query, key[b, kv, block].float(), value[b, kv, block].float(), hidden)
+                    keys, values = key[b, kv, block].float(), value[b, kv, block].float()
+                    part = block_attention(tile_query, keys, values, hidden, softcap=softcap)
                     out, mass = merge(out, mass, *part)
                 output[b, group, first : last + 1] = out.view(-1, len(rows), value_dim).to(output.dtype)
                 lse[b, group, first : last + 1] = mass.view(-1, len(rows))

@@ -25,11 +25,12 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
 from s2o_compile.kernels.triton_tile import (
     LN2,
-    LOG2E,
     NOTHING_SEEN,
     can_fix,
+    cap_products,
     launch_config,
     load_rows,
+    logit_scales,
     needs_wide,
     overflowed,
     softmax_update,
@@ -39,10 +40,10 @@ from s2o_compile.kernels.triton_tile import (
 
 @triton.jit
 def attend_list(
-    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale,
-    MASKED: tl.constexpr, FIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale, inner,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``.
 
@@ -56,6 +57,7 @@ def attend_list(
             keys = tl.load(key_index + entries)
         k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        products = cap_products(products, inner, HAS_SOFTCAP)
         if MASKED:
             products = tl.where((entries < count)[None, :], products, -float("inf"))
         v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
@@ -69,11 +71,12 @@ def gathered_fwd_kernel(
     key_index_ptr, key_count_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
-    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, tau,
+    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr,
-    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
     # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
@@ -112,13 +115,13 @@ def gathered_fwd_kernel(
     tail_start = own_start + tl.maximum(free_stop - own_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, True, False, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK,
-        STAGES, PRECISION, WIDE,
+        qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK,
-        STAGES, PRECISION, WIDE,
+        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
     list_row = (b * (heads // group) + kv) * n_segments + segment
@@ -132,14 +135,15 @@ def gathered_fwd_kernel(
     if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale,
-            False, False, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
+            False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
-            False, FIXED, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
+            qk_scale, inner, False, FIXED, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
+            PRECISION, WIDE,
         )  # fmt: skip
         visited += CHUNK
         start = visited
@@ -149,8 +153,8 @@ def gathered_fwd_kernel(
         stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (unvisited < tau)
     if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale,
-            True, False, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
+            True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
 
@@ -164,7 +168,15 @@ def gathered_fwd_kernel(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float,
+    softcap: float | None = None,
 ) -> Result:
     """Attention over a plan; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
@@ -179,11 +191,11 @@ def attend(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
-        mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
+        mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
         FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
-        TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN, WIDE=needs_wide(query, key, value),
-        **launch_config(query.shape[3], value.shape[3], query.dtype),
+        TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+        WIDE=needs_wide(query, key, value), **launch_config(query.shape[3], value.shape[3], query.dtype),
     )  # fmt: skip
-    launch_natural(query, key, value, mask, into, scale=scale, restart=plan)
+    launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=plan)
     return into

@@ -30,6 +30,17 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 
 
 @triton.jit
+def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
+    """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
+
+    The tanh is a sigmoid's: the interpreter has no other. Its rounding, 1e-7 of the softcap, is that of a product.
+    """
+    if HAS_SOFTCAP:
+        products = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
+    return products
+
+
+@triton.jit
 def softmax_update(m, l, acc, products, value, qk_scale, FIXED: tl.constexpr, PRECISION: tl.constexpr):
     """Fold products q . k [M, C] (hidden = -inf) and value [C, Dv] into m, l [M] and acc [M, Dv].
 
@@ -69,6 +80,11 @@ def store_tile(out, lse, m, l, acc, rows, present, stride, VALUE_DIM: tl.constex
     pointers = out + rows.to(tl.int64)[:, None] * stride + dims[None, :]
     tl.store(pointers, result.to(out.dtype.element_ty), mask=present[:, None] & (dims[None, :] < VALUE_DIM))
     tl.store(lse + rows, (m + tl.math.log2(l)) * LN2, mask=present)
+
+
+def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What ``softmax_update`` multiplies by (in base 2), and what ``cap_products`` does before it."""
+    return (scale * LOG2E.value, 0.0) if softcap is None else (softcap * LOG2E.value, scale / softcap)
 
 
 def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:

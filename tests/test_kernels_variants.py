@@ -1,8 +1,9 @@
-"""Kinds of attention beyond the plain one, executor by executor: value head dims of their own.
+"""Kinds of attention beyond the plain one, executor by executor: value head dims of their own, capped logits.
 
 The judge is the definition over the same plan, and the definition's judge is dense attention in float64.
 """
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -36,32 +37,43 @@ RANKED = [
     Case(queries=390, head_dim=192, value_dim=128, heads=1, dtype="fp16"),
     Case(queries=500, batch=2, value_dim=16, padding="left", dtype="fp16", layout="transposed"),
     Case(queries=400, keys=300, value_dim=80, causal=False),
+    Case(queries=500, batch=2, heads=4, kv_heads=2, softcap=5.0),
+    Case(queries=500, softcap=50.0, dtype="fp16"),
+    Case(queries=500, batch=2, padding="left", softcap=2.0, dtype="fp16", value_dim=80),
+    Case(queries=300, keys=500, causal=False, softcap=5.0, dtype="fp16"),
 ]
-RESTARTED = [Case(queries=900, heads=1, value_dim=32)]
+RESTARTED = [Case(queries=900, heads=1, value_dim=32), Case(queries=390, softcap=3.0)]
 NATURAL = [
     Case(queries=1, value_dim=16),
     Case(queries=300, batch=2, heads=4, kv_heads=2, window=100, value_dim=40, dtype="fp16"),
     Case(queries=200, keys=500, causal=False, head_dim=40, value_dim=128, dtype="fp16"),
     Case(queries=300, batch=2, padding="all", value_dim=16),
+    Case(queries=300, batch=2, heads=4, kv_heads=2, window=100, softcap=5.0),
+    Case(queries=300, keys=200, padding="left", batch=2, softcap=20.0, dtype="fp16"),
 ]
 RANKED_ON_CUDA = [
     Case(queries=1000, heads=4, kv_heads=4, head_dim=192, value_dim=128, dtype="bf16"),
     Case(queries=1000, heads=4, head_dim=64, value_dim=256, dtype="fp16"),
+    Case(queries=1000, heads=4, head_dim=128, softcap=50.0, dtype="bf16"),
+    Case(queries=1000, batch=2, padding="left", head_dim=256, softcap=5.0, dtype="bf16"),
+    Case(queries=500, softcap=5.0),
 ]
 NATURAL_ON_CUDA = [
     Case(queries=1000, heads=4, kv_heads=4, head_dim=192, value_dim=128, dtype="bf16", window=300),
+    Case(queries=1000, heads=4, head_dim=128, softcap=50.0, dtype="bf16", window=300),
+    Case(queries=500, softcap=5.0),
 ]
 
 
 def define(inputs, plan, tau):
     """What the definition makes of a plan, in float64 on the CPU."""
     wide = inputs.to("cpu").to(torch.float64)
-    options = {"scale": wide.scale, "tau": tau}
+    options = {"scale": wide.scale, "tau": tau, "softcap": wide.softcap}
     return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), **options)
 
 
 def assert_like_definition(executor, inputs, plan, tau):
-    options = {"scale": inputs.scale, "tau": tau}
+    options = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
     actual = executor.attend(*inputs.tensors, inputs.mask, plan, **options)
     expected = define(inputs, plan, tau)
     assert actual.output.dtype == inputs.query.dtype
@@ -72,7 +84,7 @@ def assert_like_definition(executor, inputs, plan, tau):
 
 
 def attend_natural(module, inputs):
-    return module.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+    return module.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale, softcap=inputs.softcap)
 
 
 @pytest.mark.parametrize("case", [*RANKED, *RESTARTED], ids=str)
@@ -129,4 +141,12 @@ class TestTriton:
     @pytest.mark.parametrize(("device", "case"), [*on(INTERPRETED, *NATURAL), *on(CUDA, *NATURAL_ON_CUDA)])
     def test_natural(self, device, case, poison_empty):
         inputs = case.inputs(device)
+        assert_close(attend_natural(triton_natural, inputs), exact_attention(inputs), inputs)
+
+    @pytest.mark.parametrize("softcap", [None, 5.0])
+    @pytest.mark.parametrize("scale", [0.0, -0.2])
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_natural_with_a_scale_that_is_not_positive(self, device, scale, softcap):
+        inputs = Case(queries=200, batch=2, padding="left", dtype="fp16", softcap=softcap).inputs(device)
+        inputs = dataclasses.replace(inputs, scale=scale)
         assert_close(attend_natural(triton_natural, inputs), exact_attention(inputs), inputs)
