@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,10 +20,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMa
     if mask.window is None and mask.key_mask is None and (not causal or mask.offset == 0):
         output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
         return output[..., :value_dim]
-    positions = torch.arange(max(n_queries, n_keys), device=query.device)
-    visible = mask.visible(positions[:n_queries], positions[:n_keys])[None, None]
-    if mask.key_mask is not None:
-        visible = visible & mask.key_mask[:, None, None, :]
+    visible = mask.visible_pairs(n_queries, n_keys, query.device)
     if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)[..., :value_dim]

@@ -18,16 +18,6 @@ KEY_STEP = 4096
 """Keys of one block: bounds the memory of the explicit mask."""
 
 
-def visible_range(mask: AttentionMask, first: int, last: int, n_keys: int) -> tuple[int, int]:
-    """Keys [start, stop) that some query of first..last may see, padding aside."""
-    start, stop = 0, n_keys
-    if mask.causal:
-        stop = min(max(last + mask.offset + 1, 0), n_keys)
-        if mask.window is not None:
-            start = min(max(first + mask.offset - mask.window + 1, 0), stop)
-    return start, stop
-
-
 def attend_natural(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
 ) -> Result:
@@ -40,7 +30,7 @@ def attend_natural(
     computed = torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
     for tile, first in enumerate(range(0, n_queries, TILE_LEN)):
         last = min(first + TILE_LEN, n_queries) - 1
-        start, stop = visible_range(mask, first, last, n_keys)
+        start, stop = mask.visible_range(first, last, n_keys)
         computed[:, :, tile] = stop - start
         rows = torch.arange(first, last + 1, device=query.device)
         for b in range(batch):
