@@ -16,6 +16,8 @@ from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.sinks import add_sinks
+from s2o_compile.kernels.validation import check_sinks
 
 _DEFAULT = OperatorOptions()
 
@@ -26,11 +28,14 @@ def attention(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     causal: bool = False,
     causal_offset: int | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
     min_seq_len: int | None = _DEFAULT.min_seq_len,
@@ -56,7 +61,19 @@ def attention(
     )
     offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
     mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
-    output, lse = run(query, key, value, mask, scale=scale, return_lse=return_lse, options=options, site=site)
+    output, lse = run(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        return_lse=return_lse,
+        options=options,
+        site=site,
+    )
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -81,13 +98,24 @@ def _(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Fold the mapped dimension into the batch."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-    flat = [
-        x if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+    given = [
+        (None if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), dim)
         for x, dim in zip(tensors, in_dims, strict=True)
     ]
-    output, lse = attention(*flat, **keywords)
-    lse = lse.unflatten(0, (size, -1)) if keywords.get("return_lse") else lse.expand(size, 0)
-    return (output.unflatten(0, (size, -1)), lse), (0, 0)
+    stacked, mapped = zip(*given, *[(None, None)] * (5 - len(given)), strict=True)
+    query, key, value, key_mask, sinks = stacked
+    if key_mask is not None:  # one row may serve the whole batch
+        key_mask = key_mask.expand(size, query.shape[1], -1).flatten(0, 1)
+    flat = *(x.flatten(0, 1) for x in (query, key, value)), key_mask
+    wants_lse = bool(keywords.get("return_lse"))
+    if sinks is None or mapped[4] is None:
+        output, lse = attention(*flat, None if sinks is None else sinks[0], **keywords)
+        output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
+    else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
+        check_sinks(sinks[0], query)
+        output, lse = attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
+    return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
 def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:

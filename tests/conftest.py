@@ -192,6 +192,9 @@ def lay_out(layout, *tensors):
         if len({x.shape[2] for x in tensors}) > 1:  # cross attention packs keys and values only
             query, *rest = tensors
             return *lay_out("transposed", query), *lay_out("packed", *rest)
+        if len({x.shape[3] for x in tensors}) > 1:  # a value head dim of its own does not fit in
+            *rest, value = tensors
+            return *lay_out("packed", *rest), *lay_out("transposed", value)
         packed = torch.cat([x.transpose(1, 2) for x in tensors], dim=2)
         return tuple(x.transpose(1, 2) for x in packed.split([x.shape[1] for x in tensors], dim=2))
     if layout == "strided":
