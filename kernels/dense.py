@@ -12,7 +12,7 @@ from s2o_compile.kernels.mask import AttentionMask
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
     value_dim = value.shape[3]
-    # SDPA takes unequal head dims in fewer kernels: never in the CPU's, nowhere together with grouped heads.
+    # SDPA has no fused kernel for two head dims on a CPU, nor on CUDA with grouped heads: it would hold all logits.
     query, key, value = pad_to_equal(query, key, value)
     n_queries, n_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]

@@ -33,7 +33,7 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
     """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
 
-    The tanh is a sigmoid's: the interpreter has no other. Its rounding, 1e-7 of the softcap, is that of a product.
+    The tanh is made of a sigmoid, the interpreter has no other: its error is about 1e-7 of the softcap.
     """
     if HAS_SOFTCAP:
         products = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
