@@ -49,7 +49,7 @@ def plain_attention(
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     hidden = ~mask.visible_pairs(n_queries, n_keys, query.device)
-    # Finite, and the weights masked once more: a row that sees nothing has gradients of zero instead of NaN.
+    # Finite, and the weights masked once more: no NaN on the way, forth or back, where a row sees nothing.
     logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)

@@ -1,7 +1,7 @@
 """Exact attention in natural order in plain torch: only the visible range of each block of queries is computed.
 
-Serves sliding windows (the work is linear in the length), and on the dense path what SDPA cannot do: return a log-sum-exp,
-take sinks (which need it), cap logits. Tiles are many small operations, so they run one a thread.
+Serves sliding windows (the work is linear in the length), and on the dense path what SDPA cannot do: return a
+log-sum-exp, take sinks (which need it), cap logits. Tiles are many small operations, so they run one a thread.
 """
 
 from __future__ import annotations

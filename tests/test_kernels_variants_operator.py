@@ -327,7 +327,8 @@ class TestPublic:
             sinks = leaves[3] if given.sinks is not None else None
             given = dataclasses.replace(given, query=leaves[0], key=leaves[1], value=leaves[2], sinks=sinks)
             output = self.public(given) if name == "ours" else differentiable_formula(given)
-            output.square().sum().backward()
+            with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+                output.square().sum().backward()
             wanted[name] = [output.detach(), *(x.grad for x in leaves)]
         assert wanted["ours"][0].stride() == call(inputs)[0].stride()
         for ours, exact, eager in zip(*wanted.values(), strict=True):
