@@ -12,6 +12,8 @@ For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and 
     restart  a tile that reaches the end of an incomplete list attends to all its keys in natural order instead
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
 
+Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they are capped (Gemma 2).
+
 ``unvisited`` estimates the mass left, relative to the mass seen, if the chunks' masses fall off like 1 / rank (Zipf),
 as they do in trained models: chunk c brings gain * visited / c, summed over the chunks to come. The paper tests
 ``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
@@ -45,7 +47,7 @@ class Result(NamedTuple):
     """What every executor returns.
 
     Attributes:
-        output: [B, Hq, Nq, D], zeros for a query that sees no key.
+        output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
         lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits, -inf for a query that sees no key.
         computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
     """
@@ -56,17 +58,19 @@ class Result(NamedTuple):
 
 
 class OnlineSoftmax:
-    """Running maximum m [rows], normaliser l [rows] and weighted sum acc [rows, D] of one tile."""
+    """Running maximum m [rows], normaliser l [rows] and weighted sum acc [rows, Dv] of one tile."""
 
-    def __init__(self, query: Tensor, scale: float) -> None:
-        self.query, self.scale = query, scale
+    def __init__(self, query: Tensor, value_dim: int, scale: float, softcap: float | None) -> None:
+        self.query, self.scale, self.softcap = query, scale, softcap
         self.m = query.new_full(query.shape[:1], float("-inf"))
         self.l = torch.zeros_like(self.m)
-        self.acc = torch.zeros_like(query)
+        self.acc = query.new_zeros(len(query), value_dim)
 
     def update(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
-        """Attend to key and value [keys, D]; visible is bool [rows, keys]."""
+        """Attend to key [keys, D] and value [keys, Dv]; visible is bool [rows, keys]."""
         logits = self.query @ key.T * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
         if visible is not None:
             logits = logits.masked_fill(~visible, float("-inf"))
         m = torch.maximum(self.m, logits.amax(-1)) if len(key) else self.m
@@ -82,23 +86,32 @@ class OnlineSoftmax:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float,
+    softcap: float | None = None,
 ) -> Result:
     """Attention over a plan, one tile at a time.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: Which keys a query sees.
         plan: Order of visits.
         scale: Softmax scale.
         tau: Stop when the estimated unvisited mass is below it; 0 never stops.
+        softcap: Bound of the logits, None for none.
     """
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     n_keys = key.shape[2]
-    output = torch.zeros_like(query)
+    output = query.new_zeros(batch, heads, n_queries, value.shape[3])
     lse = query.new_full((batch, heads, n_queries), float("-inf"))
     computed = torch.zeros(batch, heads, n_tiles(n_queries), dtype=torch.int32)
     everything = torch.arange(n_keys)
@@ -116,7 +129,7 @@ def attend(
                 if mask.causal and plan.query_order is None:  # no query of the tile sees further than its last one
                     stop = max(a, min(stop, int(rows[-1]) + mask.offset + 1))
 
-                state = OnlineSoftmax(query[b, h, rows], scale)
+                state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
                 own = everything[a:stop]
                 state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
                 count, prefix = int(plan.key_count[b, kv, segment]), int(plan.prefix_count[b, segment])
@@ -131,7 +144,7 @@ def attend(
                         stopped = bool(gain * chunks_to_come(visited, prefix, plan.chunk_len) < tau)
                 area = len(own) + min(visited, count)
                 if not stopped and count < prefix:
-                    state = OnlineSoftmax(query[b, h, rows], scale)
+                    state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
                     seen = everything[: stop if mask.causal else n_keys]
                     state.update(key[b, kv, seen], value[b, kv, seen], mask.visible(rows, seen) & allowed[seen])
                     area += len(seen)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2o_compile.kernels.equal_dims import pad_to_equal
 from s2o_compile.kernels.mask import AttentionMask
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Tensor:
-    """Exact attention [B, Hq, Nq, D]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
+    """Exact attention [B, Hq, Nq, Dv]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
+    value_dim = value.shape[3]
+    # SDPA has no fused kernel for two head dims on a CPU, nor on CUDA with grouped heads: it would hold all logits.
+    query, key, value = pad_to_equal(query, key, value)
     n_queries, n_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
     causal = mask.causal and mask.offset < n_keys - 1  # else the first query already sees every key
     if mask.window is None and mask.key_mask is None and (not causal or mask.offset == 0):
-        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-    positions = torch.arange(max(n_queries, n_keys), device=query.device)
-    visible = mask.visible(positions[:n_queries], positions[:n_keys])[None, None]
-    if mask.key_mask is not None:
-        visible = visible & mask.key_mask[:, None, None, :]
+        output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return output[..., :value_dim]
+    visible = mask.visible_pairs(n_queries, n_keys, query.device)
     if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)[..., :value_dim]

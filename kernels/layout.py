@@ -19,22 +19,26 @@ LAYOUTS = ("auto", "BHND", "BNHD")
 """How an output lies in memory: as SDPA would choose, or as the pass read off the attention that it replaces."""
 
 
-def empty_output(query: Tensor, layout: str = "auto") -> Tensor:
-    """Uninitialised output for a query [B, H, N, D], laid out as SDPA lays out its own.
+def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
+    """Uninitialised output [B, H, N, Dv] for a query [B, H, N, D], laid out as SDPA lays out its own.
 
     SDPA's flash and cuDNN kernels follow the query; its memory-efficient kernel, which takes float32, and some CPU
-    versions always write [B, N, H, D].
+    versions always write [B, N, H, D]. Where Dv is not D only the memory-efficient kernel serves CUDA, and only plain
+    matrix products, which write [B, H, N, Dv], the CPU.
     """
     batch, heads, length, dim = query.shape
-    if layout == "auto":
-        follows = CPU_FOLLOWS_QUERY if query.device.type == "cpu" else query.dtype != torch.float32
+    on_cpu = query.device.type == "cpu"
+    if layout == "auto" and value_dim != dim:
+        layout = "BHND" if on_cpu else "BNHD"
+    elif layout == "auto":
+        follows = CPU_FOLLOWS_QUERY if on_cpu else query.dtype != torch.float32
         layout = "BHND" if follows and query.stride(1) >= query.stride(2) else "BNHD"
     if layout == "BNHD":
-        return query.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return query.new_empty(batch, heads, length, dim)
+        return query.new_empty(batch, length, heads, value_dim).transpose(1, 2)
+    return query.new_empty(batch, heads, length, value_dim)
 
 
 def as_sdpa(output: Tensor, query: Tensor, layout: str = "auto") -> Tensor:
     """The output itself if it lies as ``empty_output`` says, else a copy that does: the graph counts on it."""
-    expected = empty_output(query, layout)
+    expected = empty_output(query, output.shape[-1], layout)
     return output if output.stride() == expected.stride() else expected.copy_(output)

@@ -60,16 +60,32 @@ class AttentionMask:
         start = min(max(first_query + offset, 0), n_keys)
         return start, min(max(last_query + 1 + offset, start), n_keys)
 
+    def visible_pairs(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+        """Bool [B or 1, 1, Nq, Nk] of all terms."""
+        positions = torch.arange(max(n_queries, n_keys), device=device)
+        seen = self.visible(positions[:n_queries], positions[:n_keys])[None, None]
+        return seen if self.key_mask is None else seen & self.key_mask[:, None, None, :]
+
+    def visible_range(self, first: int, last: int, n_keys: int) -> tuple[int, int]:
+        """Keys [start, stop) that some query of first..last may see, padding aside."""
+        start, stop = 0, n_keys
+        if self.causal:
+            stop = min(max(last + self.offset + 1, 0), n_keys)
+            if self.window is not None:
+                start = min(max(first + self.offset - self.window + 1, 0), stop)
+        return start, stop
+
+    def row_ranges(self, n_queries: int, n_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``visible_range`` of every query alone: int64 [Nq] starts and stops, computed on the device."""
+        end = torch.arange(1, n_queries + 1, device=device) + self.offset
+        stop = end.clamp(0, n_keys) if self.causal else torch.full_like(end, n_keys)
+        start = torch.zeros_like(end) if self.window is None else (end - self.window).clamp(0, n_keys)
+        return start, stop
+
     def area(self, batch: int, n_queries: int, n_keys: int) -> Tensor:
         """Number of visible query-key pairs per head, float64 [B]: what density is measured against.
 
         Padding is not subtracted: dense kernels compute those pairs too.
         """
-        first = torch.zeros(n_queries, dtype=torch.float64)
-        last = torch.full((n_queries,), float(n_keys), dtype=torch.float64)
-        if self.causal:
-            end = torch.arange(n_queries, dtype=torch.float64) + self.offset + 1
-            last = end.clamp(0, n_keys)
-            if self.window is not None:
-                first = (end - self.window).clamp(0, n_keys)
-        return (last - first).sum().expand(batch)
+        start, stop = self.row_ranges(n_queries, n_keys, torch.device("cpu"))
+        return (stop - start).sum().double().expand(batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels import natural_forward, torch_forward
+from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.errors import ImplementationUnavailableError
@@ -16,6 +17,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import check_inputs
 
@@ -71,54 +73,70 @@ def run(
     scale: float | None,
     return_lse: bool,
     options: OperatorOptions,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    blind: str = "zeros",
     site: str = "",
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, Hq, Nq, D] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: Which keys a query sees.
         scale: Softmax scale, None for 1 / sqrt(D).
         return_lse: Whether the log-sum-exp is wanted.
         options: How to rank, order, stop and run.
+        softcap: Bound of the logits, None for none.
+        sinks: Floating [Hq], one more logit a head (``sinks.py``); with it no query is blind.
+        blind: What a query that sees no key gets (``blind_rows.py``).
         site: Module path for the report.
     """
-    check_inputs(query, key, value, mask.key_mask, causal=mask.causal, window=mask.window)
-    n_keys, head_dim = key.shape[2:]
-    scale = head_dim**-0.5 if scale is None else scale
+    check_inputs(
+        query, key, value, mask.key_mask, sinks, causal=mask.causal, window=mask.window, softcap=softcap, blind=blind
+    )
+    n_keys = key.shape[2]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
     path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
     implementation = choose_implementation(options.implementation, query.device, query.dtype)
     if mask.key_mask is not None:
         mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
-    if path == "dense" and not return_lse:
+    if path == "dense" and not return_lse and softcap is None and sinks is None:
         record(site, path, query, key, mask)
-        return dense_attention(query, key, value, mask, scale=scale), None
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if path == "s2o":
-        result = _attend_ranked(query, key, value, mask, scale=scale, options=options, implementation=implementation)
-    elif implementation == "triton":
-        result = triton_natural.attend_natural(query, key, value, mask, scale=scale)
-    else:
-        result = natural_forward.attend_natural(query, key, value, mask, scale=scale)
-    record(site, path, query, key, mask, result.computed)
-    return result.output, result.lse if return_lse else None
+        output, lse = dense_attention(query, key, value, mask, scale=scale), None
+    else:  # SDPA knows no softcap and returns no log-sum-exp, which sinks need
+        result = _attend(
+            query, key, value, mask, path, scale=scale, softcap=softcap, options=options, implementation=implementation
+        )
+        record(site, path, query, key, mask, result.computed)
+        output, lse = result.output, result.lse
+    if sinks is not None and lse is not None:
+        output, lse = add_sinks(output, lse, sinks)
+    elif blind == "mean":
+        output = fill_blind_rows(output, value, mask)
+    return output, lse if return_lse else None
 
 
-def _attend_ranked(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: AttentionMask,
+    path: str,
     *,
     scale: float,
+    softcap: float | None,
     options: OperatorOptions,
     implementation: str,
 ) -> Result:
-    """Plan and execute."""
+    """Attention by our own executors: over a plan on the path "s2o", else exactly in natural order."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if path != "s2o":
+        natural = triton_natural if implementation == "triton" else natural_forward
+        return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
     plan = build_plan(
         query,
         key,
@@ -132,4 +150,4 @@ def _attend_ranked(
         implementation=implementation,
     )
     executor = triton_forward if implementation == "triton" else torch_forward
-    return executor.attend(query, key, value, mask, plan, scale=scale, tau=options.tau)
+    return executor.attend(query, key, value, mask, plan, scale=scale, tau=options.tau, softcap=softcap)

@@ -109,7 +109,7 @@ def order_keys(
     Args:
         scores: Floating [B, Hkv, P, Nk], larger is more important, any monotone scale. Overwritten.
         key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: Which keys count as prefix.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.

@@ -42,7 +42,7 @@ def build_plan(
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: The proven mask, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
         tau: Stop threshold, 0 for never.

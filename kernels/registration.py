@@ -16,6 +16,8 @@ from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.sinks import add_sinks
+from s2o_compile.kernels.validation import check_sinks
 
 _DEFAULT = OperatorOptions()
 
@@ -26,11 +28,14 @@ def attention(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     causal: bool = False,
     causal_offset: int | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
     min_seq_len: int | None = _DEFAULT.min_seq_len,
@@ -44,7 +49,7 @@ def attention(
     """Sparse attention by ranked keys and early stop; see ``s2o_compile.attention`` for the arguments.
 
     Returns:
-        Output [B, Hq, Nq, D] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
     options = OperatorOptions(
         tau=tau,
@@ -56,15 +61,35 @@ def attention(
     )
     offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
     mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
-    output, lse = run(query, key, value, mask, scale=scale, return_lse=return_lse, options=options, site=site)
+    output, lse = run(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        return_lse=return_lse,
+        options=options,
+        site=site,
+    )
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @attention.register_fake
-def _(query: Tensor, *_: object, return_lse: bool = False, layout: str = "auto", **__: object) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: object,
+    return_lse: bool = False,
+    layout: str = "auto",
+    **__: object,
+) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
-    return empty_output(query, layout), query.new_empty(shape, dtype=torch.float32)
+    return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
 
 
 @attention.register_vmap
@@ -73,13 +98,24 @@ def _(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Fold the mapped dimension into the batch."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-    flat = [
-        x if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+    given = [
+        (None if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), dim)
         for x, dim in zip(tensors, in_dims, strict=True)
     ]
-    output, lse = attention(*flat, **keywords)
-    lse = lse.unflatten(0, (size, -1)) if keywords.get("return_lse") else lse.expand(size, 0)
-    return (output.unflatten(0, (size, -1)), lse), (0, 0)
+    stacked, mapped = zip(*given, *[(None, None)] * (5 - len(given)), strict=True)
+    query, key, value, key_mask, sinks = stacked
+    if key_mask is not None:  # one row may serve the whole batch
+        key_mask = key_mask.expand(size, query.shape[1], -1).flatten(0, 1)
+    flat = *(x.flatten(0, 1) for x in (query, key, value)), key_mask
+    wants_lse = bool(keywords.get("return_lse"))
+    if sinks is None or mapped[4] is None:
+        output, lse = attention(*flat, None if sinks is None else sinks[0], **keywords)
+        output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
+    else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
+        check_sinks(sinks[0], query)
+        output, lse = attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
+    return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
 def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -25,12 +25,20 @@ KEY_STEP = 4096
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float,
+    softcap: float | None = None,
 ) -> Result:
     """Attention over a plan; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     into = Result(
-        empty_output(query),
+        empty_output(query, value.shape[3]),
         query.new_empty(batch, heads, n_queries, dtype=torch.float32),
         torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )
@@ -39,7 +47,7 @@ def attend(
 
     def segment(place: tuple[int, int, int]) -> None:
         b, kv, _ = place
-        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place).attend(scale, tau, into)
+        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, into)
 
     last_first = reversed(range(plan.n_segments))  # the longest walks first
     for_each(segment, itertools.product(range(batch), range(kv_heads), last_first), query.device)
@@ -77,9 +85,17 @@ class _Segment:
     """One segment of one GQA group."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, place: tuple[int, int, int]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        plan: Plan,
+        place: tuple[int, int, int],
+        softcap: float | None,
     ) -> None:
         self.b, kv, segment = place
+        self.softcap = softcap
         self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
         group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]
         self.first = segment * plan.segment_len
@@ -110,7 +126,8 @@ class _Segment:
         """Pass 1, pass 2, restart; fills the segment's rows of ``into``."""
         query = self._load(scale)
         lse = query.new_full((len(query),), -torch.inf)
-        tiles = _Tiles(torch.arange(len(self.stops)), query, torch.zeros_like(query), lse)
+        output = query.new_zeros(len(query), self.value.shape[-1])
+        tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
         walking = self._walk(tiles, tau, area)
@@ -154,7 +171,7 @@ class _Segment:
         if diagonal and self.hidden_key is None and own_stop > self.own_start:
             own = slice(self.own_start, own_stop)
             query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
-            output, lse = causal_block(query, self.key[own], self.value[own])
+            output, lse = causal_block(query, self.key[own], self.value[own], softcap=self.softcap)
             tiles.update(output.flatten(0, 1), lse.flatten())
         else:
             part = tiles.select(tiles.numbers)
@@ -175,7 +192,8 @@ class _Segment:
                 if self.hidden_key is not None:
                     hidden = self.hidden_key[keys] if hidden is None else hidden | self.hidden_key[keys]
                 block = slice(begin, begin + len(keys))
-                part.update(*block_attention(part.query, self.key[block], self.value[block], hidden))
+                keys, values = self.key[block], self.value[block]
+                part.update(*block_attention(part.query, keys, values, hidden, softcap=self.softcap))
             tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
             tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
 
@@ -188,7 +206,7 @@ class _Segment:
         for start in range(0, self.count, self.chunk_len):
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
-            gain = walking.update(*block_attention(walking.query, keys, values))
+            gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
             area[walking.numbers] += len(chunk)
             if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
                 stay = (gain * chunks_to_come(start + self.chunk_len, self.prefix, self.chunk_len) >= tau).cpu()

@@ -8,9 +8,9 @@ blocks, and the rule is tested once per chunk.
 The reference of the softmax is FIXED once a tile has met its own keys (``triton_tile.softmax_update``), and the list is
 walked with it. The rare tile whose weights overflow is restarted like one that exhausts its list.
 
-Query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of
-one head. A tile that reaches the end of an incomplete list, or overflows, writes ``-computed - 1``; a second launch
-restarts those tiles densely, and every other program of it ends at once.
+Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
+computes one tile of one head. A tile that reaches the end of an incomplete list, or overflows, writes
+``-computed - 1``; a second launch restarts those tiles densely, and every other program of it ends at once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
 from s2o_compile.kernels.triton_tile import (
     LN2,
-    LOG2E,
     NOTHING_SEEN,
     can_fix,
+    cap_products,
     launch_config,
     load_rows,
+    logit_scales,
     needs_wide,
     overflowed,
     softmax_update,
@@ -39,9 +40,10 @@ from s2o_compile.kernels.triton_tile import (
 
 @triton.jit
 def attend_list(
-    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale,
-    MASKED: tl.constexpr, FIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale, inner,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``.
 
@@ -55,9 +57,10 @@ def attend_list(
             keys = tl.load(key_index + entries)
         k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        products = cap_products(products, inner, HAS_SOFTCAP)
         if MASKED:
             products = tl.where((entries < count)[None, :], products, -float("inf"))
-        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
+        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
         m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
     return m, l, acc
 
@@ -68,10 +71,12 @@ def gathered_fwd_kernel(
     key_index_ptr, key_count_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
-    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, tau,
+    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr,
-    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
     # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
@@ -95,7 +100,7 @@ def gathered_fwd_kernel(
     key_mask = key_mask_ptr + b * stride_mb
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
 
     own_start = tl.minimum(tl.maximum(first + own_offset, 0), n_keys)
     own_stop = tl.maximum(tl.minimum(last + own_offset + 1, n_keys), own_start)
@@ -110,11 +115,13 @@ def gathered_fwd_kernel(
     tail_start = own_start + tl.maximum(free_stop - own_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, True, False, CAUSAL, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
     list_row = (b * (heads // group) + kv) * n_segments + segment
@@ -128,14 +135,15 @@ def gathered_fwd_kernel(
     if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale,
-            False, False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
+            False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn, qk_scale,
-            False, FIXED, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
+            qk_scale, inner, False, FIXED, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
+            PRECISION, WIDE,
         )  # fmt: skip
         visited += CHUNK
         start = visited
@@ -145,13 +153,13 @@ def gathered_fwd_kernel(
         stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (unvisited < tau)
     if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(
-            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale,
-            True, False, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
+            True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
 
     out = out_ptr + b * stride_ob + h * stride_oh
-    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
+    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     computed = visited + own_stop - own_start
     restart = (stopped == 0) & (count < prefix)
     if FIXED:
@@ -160,13 +168,21 @@ def gathered_fwd_kernel(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, tau: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float,
+    softcap: float | None = None,
 ) -> Result:
     """Attention over a plan; arguments and results as ``definition.attend``."""
-    batch, heads, n_queries, head_dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
-    into = empty_result(query)
+    into = empty_result(query, value)
     order = plan.query_order
     gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
         query, key, value, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
@@ -175,11 +191,11 @@ def attend(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
-        mask.offset, mask.own_offset(n_queries, n_keys), scale * LOG2E.value, tau,
+        mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
         FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
-        TESTED_FROM=FIRST_TEST * plan.chunk_len, TILE=TILE_LEN, HEAD_DIM=head_dim,
-        WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
+        TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+        WIDE=needs_wide(query, key, value), **launch_config(query.shape[3], value.shape[3], query.dtype),
     )  # fmt: skip
-    launch_natural(query, key, value, mask, into, scale=scale, restart=plan)
+    launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=plan)
     return into

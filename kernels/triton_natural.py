@@ -2,8 +2,8 @@
 
     out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
 
-Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key and
-value [B, Hkv, Nk, D], any strides with unit last stride. One program computes one tile of one head.
+Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key
+[B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program computes one tile of one head.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_tile import (
-    LOG2E,
     NOTHING_SEEN,
     can_fix,
+    cap_products,
     launch_config,
     load_rows,
+    logit_scales,
     needs_wide,
     overflowed,
     softmax_update,
@@ -32,10 +33,11 @@ from s2o_compile.kernels.triton_tile import (
 
 @triton.jit
 def attend_range(
-    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
-    MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window,
+    qk_scale, inner, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in natural order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -45,6 +47,7 @@ def attend_range(
             keys = tl.minimum(keys, n_keys - 1)
         k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        products = cap_products(products, inner, HAS_SOFTCAP)
         if MASKED or HAS_KEY_MASK:
             seen = present[None, :]
             if CAUSAL:
@@ -54,7 +57,7 @@ def attend_range(
             if HAS_KEY_MASK:
                 seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
             products = tl.where(seen, products, -float("inf"))
-        v = load_rows(value, keys, stride_v, HEAD_DIM, BLOCK_DIM, WIDE)
+        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
         m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
     return m, l, acc
 
@@ -62,9 +65,10 @@ def attend_range(
 @triton.jit
 def attend_parts(
     query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-    qk_scale, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    qk_scale, inner, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """All keys of a tile: [start, head_stop) and [tail_start, stop) need a mask, what lies between does not.
 
@@ -73,21 +77,22 @@ def attend_parts(
     """
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
-        WIDE,
+        qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, False, FIXED, False, False, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if HAS_WINDOW:
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
-            qk_scale, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES, PRECISION,
-            WIDE,
+            qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     return m, l, acc
 
@@ -97,11 +102,11 @@ def natural_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
-    n_queries, n_keys, heads, group, offset, window, qk_scale, segment_len,
+    n_queries, n_keys, heads, group, offset, window, qk_scale, inner, segment_len,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
     # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
@@ -141,26 +146,34 @@ def natural_fwd_kernel(
     tail_start = head_stop + free_blocks * KEY_BLOCK
     m, l, acc = attend_parts(
         query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-        window, qk_scale, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-        PRECISION, WIDE,
+        window, qk_scale, inner, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+        VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if FIXED and overflowed(l, acc):
         m, l, acc = attend_parts(
             query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-            window, qk_scale, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HEAD_DIM, BLOCK_DIM, KEY_BLOCK, STAGES,
-            PRECISION, WIDE,
+            window, qk_scale, inner, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+            VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
 
     out = out_ptr + b * stride_ob + h * stride_oh
-    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, HEAD_DIM, BLOCK_DIM)
+    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     tl.store(computed_ptr + row_head * tiles + tile, visited + stop - start)
 
 
 def launch_natural(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, into: Result, *, scale: float, restart: Plan | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    into: Result,
+    *,
+    scale: float,
+    softcap: float | None,
+    restart: Plan | None,
 ) -> None:
     """Fill ``into``: every tile, or with ``restart`` only the tiles that this plan's walk left unfinished."""
-    batch, heads, n_queries, head_dim = query.shape
+    batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     order = None if restart is None else restart.query_order
     natural_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
@@ -169,24 +182,29 @@ def launch_natural(
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, scale * LOG2E.value,
+        n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, *logit_scales(scale, softcap),
         0 if restart is None else restart.segment_len,
         RESTART=restart is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
-        TILE=TILE_LEN, HEAD_DIM=head_dim, WIDE=needs_wide(query, key, value), **launch_config(head_dim, query.dtype),
+        HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN, WIDE=needs_wide(query, key, value),
+        **launch_config(query.shape[3], value.shape[3], query.dtype),
     )  # fmt: skip
 
 
-def empty_result(query: Tensor) -> Result:
-    """Uninitialised results for a query."""
+def empty_result(query: Tensor, value: Tensor) -> Result:
+    """Uninitialised results."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query), lse, computed)
+    return Result(empty_output(query, value.shape[3]), lse, computed)
 
 
-def attend_natural(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Result:
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
+) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
-    into = empty_result(query)
-    launch_natural(query, key, value, mask, into, scale=scale, restart=None)
+    if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
+        query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
+    into = empty_result(query, value)
+    launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=None)
     return into

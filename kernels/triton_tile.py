@@ -30,8 +30,19 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 
 
 @triton.jit
+def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
+    """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
+
+    The tanh is made of a sigmoid, the interpreter has no other: its error is about 1e-7 of the softcap.
+    """
+    if HAS_SOFTCAP:
+        products = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
+    return products
+
+
+@triton.jit
 def softmax_update(m, l, acc, products, value, qk_scale, FIXED: tl.constexpr, PRECISION: tl.constexpr):
-    """Fold products q . k [M, C] (hidden = -inf) and value [C, D] into m, l [M] and acc [M, D].
+    """Fold products q . k [M, C] (hidden = -inf) and value [C, Dv] into m, l [M] and acc [M, Dv].
 
     Logits are products * qk_scale in base 2, qk_scale > 0. Scaling after the maximum leaves one fused multiply-add an
     element, where scaling first costs a multiplication more.
@@ -56,19 +67,24 @@ def softmax_update(m, l, acc, products, value, qk_scale, FIXED: tl.constexpr, PR
 
 @triton.jit
 def overflowed(l, acc):
-    """Whether a walk with a FIXED reference left inf or NaN anywhere in l [M] or acc [M, D]."""
+    """Whether a walk with a FIXED reference left inf or NaN anywhere in l [M] or acc [M, Dv]."""
     finite = (l < float("inf"))[:, None] & (tl.abs(acc) < float("inf"))
     return tl.sum(tl.where(finite, 0, 1)) > 0
 
 
 @triton.jit
-def store_tile(out, lse, m, l, acc, rows, present, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def store_tile(out, lse, m, l, acc, rows, present, stride, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr):
     """Write acc / l (zeros where l is 0) to rows of out and the natural log-sum-exp to lse."""
-    dims = tl.arange(0, BLOCK_DIM)
+    dims = tl.arange(0, BLOCK_VALUE)
     result = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     pointers = out + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    tl.store(pointers, result.to(out.dtype.element_ty), mask=present[:, None] & (dims[None, :] < HEAD_DIM))
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=present[:, None] & (dims[None, :] < VALUE_DIM))
     tl.store(lse + rows, (m + tl.math.log2(l)) * LN2, mask=present)
+
+
+def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What ``softmax_update`` multiplies by (in base 2), and what ``cap_products`` does before it."""
+    return (scale * LOG2E.value, 0.0) if softcap is None else (softcap * LOG2E.value, scale / softcap)
 
 
 def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:
@@ -81,16 +97,20 @@ def needs_wide(*tensors: torch.Tensor) -> bool:
     return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
 
 
-def launch_config(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Block sizes by head dim and dtype. Fixed, never tuned at run time: a tuner would time made-up indices.
+def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """Head dims and block sizes by the larger head dim and the dtype.
+
+    Fixed, never tuned at run time: a tuner would time made-up indices.
 
     For 16-bit heads of 64, 128 and 256 chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128,
     4 to 16 warps, 2 and 3 stages. 8 warps of at most 128 registers leave room for two programs on a multiprocessor:
     one multiplies while the other takes exponentials. Float32 is sound but not tuned.
     """
-    block_dim = max(16, triton.next_power_of_2(head_dim))
-    common = {"BLOCK_DIM": block_dim, "num_warps": 8}
+    block_dim, block_value = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_dim))
+    dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "VALUE_DIM": value_dim, "BLOCK_VALUE": block_value}
+    common = dims | {"num_warps": 8}
+    largest = max(block_dim, block_value)
     if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
-        return common | {"KEY_BLOCK": 32 if block_dim <= 128 else 16, "PRECISION": "ieee", "STAGES": 1}
-    tuned = common | {"KEY_BLOCK": 128 if block_dim <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}
-    return tuned | {"maxnreg": 128} if block_dim <= 128 else tuned
+        return common | {"KEY_BLOCK": 32 if largest <= 128 else 16, "PRECISION": "ieee", "STAGES": 1}
+    tuned = common | {"KEY_BLOCK": 128 if largest <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}
+    return tuned | {"maxnreg": 128} if largest <= 128 else tuned

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.errors import InputError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -12,7 +15,16 @@ MAX_HEAD_DIM = 256
 
 
 def check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, *, causal: bool, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float | None = None,
+    blind: str = "zeros",
 ) -> None:
     """Raise InputError unless the operator can run on these tensors."""
     tensors = {"query": query, "key": key, "value": value}
@@ -47,12 +59,12 @@ def check_inputs(
                 remedy="Move all inputs to one device with .to(device).",
             )
     batch, heads, _, head_dim = query.shape
-    if key.shape != value.shape:
+    if key.shape[:3] != value.shape[:3]:
         raise InputError(
             "shape of value",
-            expected=f"{tuple(key.shape)}, as the key",
+            expected=f"{tuple(key.shape[:3])} and a head_dim of its own, for a key of shape {tuple(key.shape)}",
             got=tuple(value.shape),
-            remedy="Value head dims that differ from the key's are not supported; call dense attention there.",
+            remedy="Every key has one value; only its head_dim may differ.",
         )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise InputError(
@@ -68,13 +80,14 @@ def check_inputs(
             got=heads,
             remedy="Every group of query heads shares one key/value head.",
         )
-    if head_dim > MAX_HEAD_DIM:
-        raise InputError(
-            "head_dim",
-            expected=f"at most {MAX_HEAD_DIM}",
-            got=head_dim,
-            remedy="Call dense attention.",
-        )
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[3] > MAX_HEAD_DIM:
+            raise InputError(
+                f"head_dim of {name}",
+                expected=f"at most {MAX_HEAD_DIM}",
+                got=x.shape[3],
+                remedy="Call dense attention.",
+            )
     if window is not None and (not causal or window < 1):
         raise InputError(
             "window",
@@ -97,4 +110,41 @@ def check_inputs(
             expected=f"{query.device}, as the query",
             got=key_mask.device,
             remedy="Move it with .to(device).",
+        )
+    if sinks is not None:
+        check_sinks(sinks, query)
+    if softcap is not None and (
+        isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
+    ):
+        raise InputError(
+            "softcap",
+            expected="a positive finite number, or None",
+            got=repr(softcap),
+            remedy="Leave it None for logits without a bound.",
+        )
+    if blind not in BLIND:
+        raise InputError(
+            "blind",
+            expected=f"one of {', '.join(map(repr, BLIND))}",
+            got=repr(blind),
+            remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
+        )
+
+
+def check_sinks(sinks: Tensor, query: Tensor) -> None:
+    """Raise InputError unless these are the sinks of the query's heads [..., Hq, Nq, D]."""
+    heads = query.shape[-3]
+    if not sinks.is_floating_point() or tuple(sinks.shape) != (heads,):
+        raise InputError(
+            "sinks",
+            expected=f"floating of shape ({heads},), one logit for each query head",
+            got=f"{sinks.dtype} of shape {tuple(sinks.shape)}",
+            remedy="Flatten them, or drop the dimensions of batch and length.",
+        )
+    if sinks.device != query.device:
+        raise InputError(
+            "device of sinks",
+            expected=f"{query.device}, as the query",
+            got=sinks.device,
+            remedy="Move them with .to(device).",
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.kernels import registration
-from s2o_compile.kernels.dense import dense_attention
+from s2o_compile.kernels.differentiable import attend_differentiably
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.validation import check_inputs
@@ -19,59 +19,81 @@ def attention(
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     causal: bool = False,
     causal_offset: int | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
     return_lse: bool = False,
     config: S2OConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
-    Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D head dim.
+    Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dims (at most 256).
 
     Args:
         query: [B, Hq, Nq, D], float16, bfloat16 or float32, any strides.
         key: [B, Hkv, Nk, D], Hq divisible by Hkv; heads are shared, never repeated.
-        value: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv]; Dv may be larger or smaller than D.
         key_mask: bool [B, Nk] or [1, Nk], True where a key may be attended (padding is False).
+        sinks: Floating [Hq], one more logit for each query head: it takes its share of the softmax, and its value is
+            zero. With sinks every query sees something: one that sees no key gets zeros.
         causal: Key j is visible to query i iff ``j <= i + causal_offset``.
         causal_offset: Tokens; None aligns the last query with the last key (``Nk - Nq``), which is what a cached
             prefill wants. SDPA's ``is_causal=True`` is ``causal_offset=0``.
         window: Sliding window in tokens, the query's own position included; computed exactly. Needs ``causal``.
         scale: Softmax scale; None for ``1 / sqrt(D)``.
+        softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
+            none. SDPA has neither softcap nor sinks: short lengths run exactly in natural order instead.
+        blind: What a query gets that sees no key: "zeros", or "mean" for the mean of all Nk values of its head, which
+            is what a finite additive mask (``finfo.min``) gives in SDPA and in eager attention.
         return_lse: Whether to return the log-sum-exp too.
         config: Quality and implementation; None for the defaults. Short lengths run dense, see ``min_seq_len``.
 
     Returns:
-        Output [B, Hq, Nq, D] in the query's dtype and SDPA's layout; a query that sees no key gets zeros. With
-        ``return_lse`` also the natural log-sum-exp of the visited logits, float32 [B, Hq, Nq].
+        Output [B, Hq, Nq, Dv] in the query's dtype and SDPA's layout. With ``return_lse`` also the natural
+        log-sum-exp of the visited logits and the sink, float32 [B, Hq, Nq]; -inf for a query that sees none.
 
     Raises:
         InputError: Shapes, dtypes, devices or numbers that do not fit; the message says what to do.
         ImplementationUnavailableError: ``config.implementation`` names one that cannot run here.
 
-    Inputs that require grad, in grad mode, are attended densely by SDPA and stay differentiable.
+    Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
+    sinks in plain torch, which holds all Nq x Nk logits.
     """
     config = config or S2OConfig()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if return_lse:
             raise InputError(
                 "return_lse", expected="no gradients", got="inputs that require grad", remedy="Use torch.no_grad()."
             )
-        check_inputs(query, key, value, key_mask, causal=causal, window=window)
+        check_inputs(query, key, value, key_mask, sinks, causal=causal, window=window, softcap=softcap, blind=blind)
         offset = key.shape[2] - query.shape[2] if causal_offset is None else causal_offset
         mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
-        return dense_attention(query, key, value, mask, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+        return attend_differentiably(
+            query,
+            key,
+            value,
+            mask,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=sinks,
+            blind=blind,
+        )
     output, lse = registration.attention(
         query,
         key,
         value,
         key_mask,
+        sinks,
         causal=causal,
         causal_offset=causal_offset,
         window=window,
         scale=scale,
+        softcap=softcap,
+        blind=blind,
         return_lse=return_lse,
         **config.operator_options(),
     )

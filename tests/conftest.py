@@ -32,6 +32,19 @@ CUDA = pytest.param(
 )
 """The device parameter of a GPU test."""
 
+INTERPRETED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+)
+"""The device parameter of a Triton test that is interpreted."""
+
+
+def on(device, *values):
+    """Parameters (device, *value), readable as ``cpu-value``."""
+    name = device.values[0]
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    ids = ["-".join([name, *(str(x) if isinstance(x, Case) else f"tau{x}" for x in row)]) for row in rows]
+    return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -42,6 +55,9 @@ class Inputs:
     value: torch.Tensor
     mask: AttentionMask
     scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    blind: str = "zeros"
 
     @property
     def tensors(self):
@@ -52,8 +68,15 @@ class Inputs:
         key_mask = self.mask.key_mask
         if key_mask is not None and not isinstance(target, torch.dtype):
             key_mask = key_mask.to(target)
-        mask = dataclasses.replace(self.mask, key_mask=key_mask)
-        return Inputs(*(x.to(target) for x in self.tensors), mask, self.scale)
+        query, key, value = (x.to(target) for x in self.tensors)
+        return dataclasses.replace(
+            self,
+            query=query,
+            key=key,
+            value=value,
+            mask=dataclasses.replace(self.mask, key_mask=key_mask),
+            sinks=None if self.sinks is None else self.sinks.to(target),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +85,8 @@ class Case:
 
     ``padding`` is "left", "right", or "all" (every key of the last batch element hidden). ``layout`` is how the tensors
     lie: "plain" [B, H, N, D], "transposed" from [B, N, H, D], "packed" slices of one [B, N, all heads, D], or
-    "strided", every second number of a row.
+    "strided", every second number of a row. ``value_dim`` is ``head_dim`` unless given; sinks are as heavy as all of a
+    row's keys, more or less.
     """
 
     batch: int = 1
@@ -77,6 +101,10 @@ class Case:
     window: int | None = None
     padding: str = ""
     layout: str = "plain"
+    value_dim: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    blind: str = "zeros"
 
     @property
     def n_keys(self):
@@ -101,6 +129,14 @@ class Case:
             parts.append(f"padded_{self.padding}")
         if self.layout != "plain":
             parts.append(self.layout)
+        if self.value_dim is not None:
+            parts.append(f"Dv{self.value_dim}")
+        if self.softcap is not None:
+            parts.append(f"softcap{self.softcap}")
+        if self.sinks:
+            parts.append("sinks")
+        if self.blind != "zeros":
+            parts.append(f"blind_{self.blind}")
         return "-".join(parts)
 
     def key_mask(self):
@@ -130,7 +166,7 @@ class Case:
         key = normal(self.batch, self.kv_heads, self.n_keys, dim)
         important = torch.rand(self.batch, self.kv_heads, self.n_keys, 1, generator=generator) < 1 / heavy
         key = key + important * direction * dim**0.5
-        value = normal(self.batch, self.kv_heads, self.n_keys, dim)
+        value = normal(self.batch, self.kv_heads, self.n_keys, self.value_dim or dim)
         tensors = (x.to(device, DTYPES[self.dtype]) for x in (query, key, value))
         key_mask = self.key_mask()
         mask = AttentionMask(
@@ -139,7 +175,11 @@ class Case:
             window=self.window,
             key_mask=None if key_mask is None else key_mask.to(device),
         )
-        return Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5)
+        inputs = Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5, self.softcap, blind=self.blind)
+        if not self.sinks:
+            return inputs
+        sinks = normal(self.heads) + visible_lse(inputs)
+        return dataclasses.replace(inputs, sinks=sinks.to(device, DTYPES[self.dtype]))
 
 
 def lay_out(layout, *tensors):
@@ -152,6 +192,9 @@ def lay_out(layout, *tensors):
         if len({x.shape[2] for x in tensors}) > 1:  # cross attention packs keys and values only
             query, *rest = tensors
             return *lay_out("transposed", query), *lay_out("packed", *rest)
+        if len({x.shape[3] for x in tensors}) > 1:  # a value head dim of its own does not fit in
+            *rest, value = tensors
+            return *lay_out("packed", *rest), *lay_out("transposed", value)
         packed = torch.cat([x.transpose(1, 2) for x in tensors], dim=2)
         return tuple(x.transpose(1, 2) for x in packed.split([x.shape[1] for x in tensors], dim=2))
     if layout == "strided":
@@ -174,14 +217,30 @@ def visible_pairs(inputs):
 
 
 def softmax_attention(inputs, dtype):
-    """Output and log-sum-exp by the plain formula, all of it in ``dtype``; zeros and -inf where no key is seen."""
+    """Output and log-sum-exp by the plain formula, all of it in ``dtype``.
+
+    Zeros, or with ``blind="mean"`` the mean value, and -inf where neither key nor sink is seen.
+    """
     group = inputs.query.shape[1] // inputs.key.shape[1]
     query, key, value = (x.to(dtype) for x in inputs.tensors)
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     logits = query @ key.transpose(-1, -2) * inputs.scale
+    if inputs.softcap is not None:
+        logits = inputs.softcap * (logits / inputs.softcap).tanh()
     logits = logits.masked_fill_(~visible_pairs(inputs), float("-inf"))
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
     lse = logits.logsumexp(-1)
-    return logits.softmax(-1).nan_to_num_(0.0) @ value, lse
+    blind_weight = 1 / key.shape[2] if inputs.blind == "mean" else 0.0
+    weights = logits.softmax(-1).masked_fill_((lse == float("-inf"))[..., None], blind_weight)
+    return weights[..., : key.shape[2]] @ value, lse
+
+
+def visible_lse(inputs):
+    """Mean log-sum-exp of the rows that see some key, to place sinks by."""
+    lse = softmax_attention(inputs.to("cpu"), torch.float64)[1]
+    return lse[lse.isfinite()].mean().item() if lse.isfinite().any() else 0.0
 
 
 def exact_attention(inputs):

@@ -345,7 +345,11 @@ class TestErrors:
                 {},
                 ("device of key", "expected cpu", "got meta", ".to(device)"),
             ),
-            (tensors(value=(2, 2, 200, 32)), {}, ("shape of value", "(2, 2, 200, 64)", "(2, 2, 200, 32)", "dense")),
+            (
+                tensors(value=(2, 2, 100, 32)),
+                {},
+                ("shape of value", "(2, 2, 200) and", "(2, 2, 200, 64)", "got (2, 2, 100, 32)", "one value"),
+            ),
             (tensors(key=(1, 2, 200, 64)), {}, ("shape of key", "[2, kv_heads, keys, 64]", "(1, 2, 200, 64)", "Batch")),
             (
                 tensors(key=(2, 2, 200, 32)),
@@ -353,7 +357,8 @@ class TestErrors:
                 ("shape of key", "kv_heads, keys, 64]", "(2, 2, 200, 32)", "head_dim"),
             ),
             (tensors(key=(2, 3, 200, 64)), {}, ("number of heads", "divisible by the 3", "got 4", "group")),
-            (tensors((1, 1, 9, 257), (1, 1, 9, 257)), {}, ("head_dim", "at most 256", "got 257", "dense")),
+            (tensors((1, 1, 9, 257), (1, 1, 9, 257)), {}, ("head_dim of query", "at most 256", "got 257", "dense")),
+            (tensors(value=(2, 2, 200, 257)), {}, ("head_dim of value", "at most 256", "got 257", "dense")),
             (tensors(), {"causal": True, "window": 0}, ("window", "at least 1", "window=0, causal=True", "looks back")),
             (
                 tensors(),

@@ -1,9 +1,9 @@
-"""Segments spread over threads: the same bits, errors passed on, thread counts restored."""
+"""Segments and tiles spread over threads: the same bits, errors passed on, thread counts restored."""
 
 import pytest
 import torch
 
-from s2o_compile.kernels import torch_forward
+from s2o_compile.kernels import natural_forward, torch_forward
 from s2o_compile.kernels.cpu_parallel import for_each
 from tests.conftest import Case
 
@@ -28,6 +28,19 @@ class TestTwoThreads:
         for threads in (2, 1):
             torch.set_num_threads(threads)
             results.append(torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau))
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+
+    @pytest.mark.parametrize(
+        "case", [Case(queries=700, heads=4, kv_heads=2, window=200), Case(queries=500, softcap=5.0)], ids=str
+    )
+    def test_the_result_in_natural_order_is_that_of_one_thread(self, case, poison_empty):
+        inputs = case.inputs()
+        results = []
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            options = {"scale": inputs.scale, "softcap": inputs.softcap}
+            results.append(natural_forward.attend_natural(*inputs.tensors, inputs.mask, **options))
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
 

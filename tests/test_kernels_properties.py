@@ -1,5 +1,7 @@
 """What holds for every shape, mask and layout: exact at tau = 0; above it bounded work, bounded error, no surprises."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,17 @@ from tests.conftest import Case, assert_close, bounds, distance, exact_attention
 
 SEGMENT = 128
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+variants = st.fixed_dictionaries(
+    {},
+    optional={
+        "value_dim": st.sampled_from([8, 24, 72]),
+        "softcap": st.sampled_from([1.0, 5.0, 30.0]),
+        "sinks": st.booleans(),
+        "blind": st.sampled_from(["zeros", "mean"]),
+    },
+)
 
 
 @st.composite
@@ -35,6 +48,7 @@ def cases(draw, masks=("causal", "top_left", "offset", "window", "full", "cross"
         window=draw(st.integers(1, longest)) if kind == "window" else None,
         padding=draw(st.sampled_from(["", "left", "right", "all"])),
         layout=draw(st.sampled_from(layouts)),
+        **(draw(variants) if draw(st.booleans()) else {}),
     )
 
 
@@ -59,10 +73,13 @@ def test_tau_zero_is_dense_attention(case, seed, ranking, query_order):
     result = torch.ops.s2o.attention(
         *inputs.tensors,
         mask.key_mask,
+        inputs.sinks,
         causal=mask.causal,
         causal_offset=mask.offset if mask.causal else None,
         window=mask.window,
         scale=inputs.scale,
+        softcap=inputs.softcap,
+        blind=inputs.blind,
         return_lse=True,
         tau=0.0,
         min_seq_len=0,
@@ -73,9 +90,15 @@ def test_tau_zero_is_dense_attention(case, seed, ranking, query_order):
     assert_close(result, exact_attention(inputs), inputs)
 
 
+def bare(case, seed):
+    """What an executor is given: sinks and blind rows come after it."""
+    return dataclasses.replace(case.inputs(seed=seed), sinks=None, blind="zeros")
+
+
 def attend(inputs, tau, **options):
     plan = build_plan(*inputs.tensors, inputs.mask, scale=inputs.scale, tau=tau, segment_len=SEGMENT, **options)
-    return plan, torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+    given = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
+    return plan, torch_forward.attend(*inputs.tensors, inputs.mask, plan, **given)
 
 
 ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), longest=700)
@@ -84,7 +107,7 @@ ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), lo
 @QUICK
 @given(case=ranked_cases, tau=st.sampled_from([0.01, 0.1, 0.5, 1.5, 10.0]), seed=st.integers(0, 99), **choices)
 def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order):
-    inputs = case.inputs(seed=seed)
+    inputs = bare(case, seed)
     plan, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
     output, lse = exact_attention(inputs)
     assert result.output.isfinite().all()
@@ -113,7 +136,7 @@ def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order)
 @given(case=ranked_cases, seed=st.integers(0, 99), **choices)
 def test_error_vanishes_with_tau(case, seed, ranking, query_order):
     """A smaller tau stops later on the same list, so it has seen at least as much; near zero it has seen everything."""
-    inputs = case.inputs(seed=seed)
+    inputs = bare(case, seed)
     _, lse = exact_attention(inputs)
     _, lse_limit = bounds(inputs)
     seen = None

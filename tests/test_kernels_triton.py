@@ -12,24 +12,23 @@ pytest.importorskip("triton")
 
 from s2o_compile.kernels import definition, ranking_per_query, triton_forward, triton_natural, triton_ranking
 from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
-from tests.conftest import CUDA, Case, Inputs, assert_close, exact_attention, move_plan, visible_pairs
+from tests.conftest import (
+    CUDA,
+    INTERPRETED,
+    Case,
+    Inputs,
+    assert_close,
+    exact_attention,
+    move_plan,
+    on,
+    visible_pairs,
+)
 
 # Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 
-INTERPRETED = pytest.param(
-    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
-)
 CHUNK_LEN = 128
 """The shortest chunk every launch configuration can walk: a whole number of key blocks."""
-
-
-def on(device, *values):
-    """Parameters (device, *value), readable as ``cpu-value``."""
-    name = device.values[0]
-    rows = [value if isinstance(value, tuple) else (value,) for value in values]
-    ids = ["-".join([name, *(str(x) if isinstance(x, Case) else f"tau{x}" for x in row)]) for row in rows]
-    return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
 
 
 RANKED = [

@@ -1,0 +1,41 @@
+"""Blind rows: queries that see no key. What they get is a convention of the mask that hid everything from them.
+
+"zeros" is what SDPA makes of a boolean mask. "mean" is the mean of all values, which SDPA and eager attention make of a
+finite additive mask (``finfo.min``): it drowns the logits, all keys weigh the same.
+
+Which rows are blind follows from the mask alone, in O(B (Nq + Nk)) and without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.mask import AttentionMask
+
+BLIND = ("zeros", "mean")
+
+
+def all_rows_see(mask: AttentionMask, n_queries: int, n_keys: int) -> bool:
+    """Whether lengths alone prove that no row is blind: blind rows are the first or the last ones, if any."""
+    ends = (mask.visible_range(row, row, n_keys) for row in (0, n_queries - 1))
+    return mask.key_mask is None and all(start < stop for start, stop in ends)
+
+
+def blind_rows(mask: AttentionMask, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Bool [B or 1, Nq], True for a query that sees no key."""
+    start, stop = mask.row_ranges(n_queries, n_keys, device)
+    if mask.key_mask is None:
+        return (start == stop)[None]
+    before = torch.nn.functional.pad(mask.key_mask.cumsum(-1), (1, 0))  # keys that may be attended before each position
+    return before.index_select(1, start) == before.index_select(1, stop)
+
+
+def fill_blind_rows(output: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
+    """The output [B, Hq, Nq, Dv] with the mean of all values [B, Hkv, Nk, Dv] of its head in every blind row."""
+    n_queries, n_keys = output.shape[2], value.shape[2]
+    if all_rows_see(mask, n_queries, n_keys):
+        return output
+    mean = value.mean(2, keepdim=True, dtype=torch.float32).to(output.dtype)
+    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)
+    return torch.where(blind_rows(mask, n_queries, n_keys, output.device)[:, None, :, None], mean, output)

@@ -1,0 +1,57 @@
+"""Attention that gradients flow through: SDPA, or plain torch where SDPA has no such argument."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.blind_rows import fill_blind_rows
+from s2o_compile.kernels.dense import dense_attention
+from s2o_compile.kernels.layout import as_sdpa
+from s2o_compile.kernels.mask import AttentionMask
+
+
+def attend_differentiably(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blind: str,
+) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv]; arguments as ``operator.run``."""
+    if softcap is None and sinks is None:
+        output = dense_attention(query, key, value, mask, scale=scale)
+    else:
+        output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+    if blind == "mean" and sinks is None:
+        output = fill_blind_rows(output, value, mask)
+    return as_sdpa(output, query)
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The formula itself, logits and softmax in float32; all Nq x Nk logits are held."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    logits = (query @ key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    hidden = ~mask.visible_pairs(n_queries, n_keys, query.device)
+    # Finite, and the weights masked once more: no NaN on the way, forth or back, where a row sees nothing.
+    logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    weights = logits.softmax(-1)[..., :n_keys].masked_fill(hidden, 0.0)
+    return weights.to(value.dtype) @ value
