@@ -20,7 +20,7 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
     Args:
         query: Fake value, [B, Hq, Nq, D].
         key: Fake value, [B, Hkv, Nk, D].
-        value: Fake value, [B, Hkv, Nk, D].
+        value: Fake value, [B, Hkv, Nk, Dv].
         node: The node that computes the attention's output.
     """
     output = value_of(node)
@@ -47,13 +47,11 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
         return Rejected("dtype %s is not one of float16, bfloat16, float32 for all operands", query.dtype)
     if any(tensor.device != query.device for tensor in tensors):
         return Rejected("query, key and value are on different devices")
-    if not known(key.shape[-1] == query.shape[-1]) or not known(value.shape[-1] == query.shape[-1]):
-        return Rejected(
-            "head dims of query, key and value are %s, %s and %s, expected one",
-            *(tensor.shape[-1] for tensor in tensors),
-        )
-    if not known(query.shape[-1] <= MAX_HEAD_DIM):
-        return Rejected("head dim is %s, expected a constant of at most %s", query.shape[-1], MAX_HEAD_DIM)
+    if not known(key.shape[-1] == query.shape[-1]):
+        return Rejected("head dims of query and key are %s and %s, expected one", query.shape[-1], key.shape[-1])
+    for name, tensor in (("head dim", query), ("head dim of the values", value)):
+        if not known(tensor.shape[-1] <= MAX_HEAD_DIM):
+            return Rejected("%s is %s, expected a constant of at most %s", name, tensor.shape[-1], MAX_HEAD_DIM)
     # Sizes that only *may* differ need no proof: where they do, SDPA fails, and so does the operator.
     if any(known(tensor.shape[0] != query.shape[0]) for tensor in tensors):
         return Rejected("query, key and value have different batch sizes")

@@ -4,7 +4,7 @@
 
 A site is anchored at its softmax. A softmax is attention if its scores are a product and its probabilities are the
 left side of one; routers of experts and classifiers are not. `score_chain` reads what lies before the softmax, this
-file what lies behind it.
+file what lies behind it. A row that -inf hides completely is NaN in hand-written attention, and zeros in the operator.
 """
 
 from __future__ import annotations

@@ -55,15 +55,15 @@ class AttentionSite:
 
     Attributes:
         name: Module path of the attention, such as ``model.layers.0.self_attn``.
-        node: The node that computes it; its value is [B, Hq, Nq, D], after ``restore``.
+        node: The node that computes it; its value is [B, Hq, Nq, Dv], after ``restore``.
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D], before any ``repeat_kv``.
-        value: [B, Hkv, Nk, D], before any ``repeat_kv``.
+        value: [B, Hkv, Nk, Dv], before any ``repeat_kv``.
         mask: The proven mask.
         scale: Factor of the scores: a number, an fx node (under ``dynamic=True``), or None for ``D ** -0.5``.
         softcap: Cap of ``softcap * tanh(score / softcap)``; None for no cap.
         sinks: fx node [Hq], one more logit a head whose value is zero; None for none.
-        restore: View steps from [B, Hq, Nq, D] to the value of ``node``.
+        restore: View steps from [B, Hq, Nq, Dv] to the value of ``node``.
         interior: Nodes that serve this attention alone, first to last; erased with it.
     """
 

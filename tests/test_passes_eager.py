@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tests.capture import heads, rewritten
 
 LOWEST = torch.finfo(torch.float32).min
+PER_HEAD, PER_KEY, PER_PAIR = torch.rand(4, 1, 1), torch.rand(40), torch.rand(4, 40, 40)
 
 
 def below(q, k, offset=0):
@@ -126,7 +127,34 @@ def keys_by_queries(q, k, v):
     return (k @ q.transpose(-2, -1) / 4 + bias(k, q)).softmax(-1) @ v
 
 
+def capped(q, k, v):
+    scores = torch.tanh(q @ k.transpose(-2, -1) * 0.25 / 5.0) * 5.0
+    return (scores + bias(q, k)).softmax(-1) @ v
+
+
+def with_sinks(q, k, v):
+    scores = q @ k.transpose(-2, -1) / 4 + bias(q, k)
+    sinks = PER_HEAD.flatten().reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    joined = torch.cat([scores, sinks], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    return joined.softmax(-1, dtype=torch.float32)[..., :-1] @ v
+
+
+def narrow_values(q, k, v):
+    return (q @ k.transpose(-2, -1) / 4 + bias(q, k)).softmax(-1) @ v[..., :12]
+
+
+def finite_with_blind_rows(q, k, v):
+    """A finite mask: rows without any key get the mean of all values."""
+    far = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None] - 5
+    return (q @ k.transpose(-2, -1) + torch.where(far, 0.0, LOWEST)).softmax(-1) @ v
+
+
 SPELLINGS = {
+    "softcap": (capped, "causal"),
+    "sinks": (with_sinks, "causal"),
+    "narrow-values": (narrow_values, "causal"),
+    "blind-rows": (finite_with_blind_rows, "causal, offset -5"),
     "matmul": (plain, "bidirectional"),
     "operators": (operators, "bidirectional"),
     "scaled-query": (scaled_query, "bidirectional"),
@@ -169,9 +197,6 @@ def test_every_spelling_is_rewritten(function, mask, sizes):
 
 def weights(q, k):
     return torch.softmax(q @ k.transpose(-2, -1) / 4, dim=-1)
-
-
-PER_HEAD, PER_KEY, PER_PAIR = torch.rand(4, 1, 1), torch.rand(40), torch.rand(4, 40, 40)
 
 
 def behind_the_mask(q, k, v):

@@ -18,6 +18,7 @@ SPELLINGS = {
     "aten": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention.default(q, k, v, None, 0.0, True),
     "aten-packet": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v, is_causal=True),
     "scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5),
+    "value-dim": lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :12], is_causal=True),
     "mask": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None]
     ),
@@ -75,7 +76,6 @@ DENSE = {
     "one-token": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :1], k, v), "decode stays dense"),
     "float64": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), "float64"),
     "rank-3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), "ranks 3, 3, 3, expected 4"),
-    "value-dim": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :8]), "head dims"),
     "wide-heads": (
         lambda q, k, v: F.scaled_dot_product_attention(*(x.repeat(1, 1, 1, 17) for x in (q, k, v))),
         "at most 256",
