@@ -271,3 +271,12 @@ def test_a_scale_read_from_a_tensor_is_the_one_read():
         pad = torch.arange(2 * LENGTH).view(2, LENGTH) < kept
         torch.testing.assert_close(compiled(*inputs, pad), scale_of_a_tensor(*inputs, pad), atol=1e-5, rtol=1e-5)
     assert all(record.rewritten for record in records)
+
+
+@pytest.mark.parametrize("width", [3, 90])
+def test_a_window_around_the_query_is_exact_at_lengths_that_run_sparse(width):
+    def function(q, k, v):
+        return sdpa(q, k, v, attn_mask=abs(index(k) - index(q)[:, None]) <= width)
+
+    records, _ = compare(function, heads(400), heads(400), heads(400))
+    assert [record.mask for record in records] == [f"sliding window -{width}..+{width}"]
