@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -93,29 +94,56 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
         config: Quality and implementation; None for the defaults.
         **kwargs: Its keyword inputs.
     """
-    config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
-    options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
-    runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
+    with watched(config) as watch:
+        ran, failure = _census(model, args, kwargs)
+        torch.compile(model, backend=watch.backend)(*args, **kwargs)
+    return watch.report(ran, failure)
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
-        compiled, index = s2o(gm, example_inputs, options=options), len(runs)
-        runs.append(0)
+
+class Watch:
+    """What one run compiles and how often each of its graphs runs.
+
+    Args:
+        config: Quality and implementation; whatever its inner backend, nothing is compiled behind the passes.
+    """
+
+    def __init__(self, config: S2OConfig | None) -> None:
+        config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
+        self._options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
+        self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
+        self.recording = Recording()
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
+        """A backend for torch.compile."""
+        compiled, index = s2o(gm, example_inputs, options=self._options), len(self._runs)
+        self._runs.append(0)
 
         def counted(*inputs: object) -> object:
-            runs[index] += 1
+            self._runs[index] += 1
             return compiled(*inputs)
 
         return counted
 
+    def report(self, ran: Sequence[census.Ran], census_error: str = "") -> Report:
+        """The report of what was compiled, and of what ran and was not found."""
+        graphs = zip(self.recording.graphs, self._runs, strict=True)
+        calls = census.missing(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
+        names = unique_names([call.path or call.kind for call in calls])
+        sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
+        report = self.recording.report
+        sites = report.sites + sites
+        return dataclasses.replace(report, sites=sites, census_error=census_error, compile_seconds=None)
+
+
+@contextmanager
+def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
+    """A fresh Dynamo and a `Watch` over what is compiled with its backend inside the block."""
+    watch = Watch(config)
     torch._dynamo.reset()
     try:
-        ran, failure = _census(model, args, kwargs)
-        with record() as recording, warnings.catch_warnings():
+        with record() as watch.recording, warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRewrittenWarning)  # the report says it
-            torch.compile(model, backend=backend)(*args, **kwargs)
-        sites = _not_found(ran, recording, runs)
-        report = recording.report
-        return dataclasses.replace(report, sites=report.sites + sites, census_error=failure, compile_seconds=None)
+            yield watch
     finally:
         torch._dynamo.reset()
 
@@ -129,19 +157,13 @@ def _census(
         return (), f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _not_found(ran: Sequence[census.Ran], recording: Recording, runs: Sequence[int]) -> tuple[Site, ...]:
-    covered = [(entry, count) for graph, count in zip(recording.graphs, runs, strict=True) for entry in graph]
-    calls = census.missing(ran, covered)
-    names = unique_names([call.path or call.kind for call in calls])
-    return tuple(
-        Site(
-            name=name,
-            rewritten=False,
-            found=False,
-            reason=call.reason,
-            query_shape=call.query_shape,
-            key_shape=call.key_shape,
-            dtype=call.dtype,
-        )
-        for name, call in zip(names, calls, strict=True)
+def _not_found(name: str, call: census.Ran) -> Site:
+    return Site(
+        name=name,
+        rewritten=False,
+        found=False,
+        reason=call.reason,
+        query_shape=call.query_shape,
+        key_shape=call.key_shape,
+        dtype=call.dtype,
     )
