@@ -63,19 +63,21 @@ def run_job(job: Job) -> Iterator[Row]:
         yield dataclasses.replace(row, status="cannot build", note=str(error))
 
 
-def _work(job: Job, results: Connection) -> None:
+def _work(job: Job, results: Connection, plain: bool) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     try:
         for row in run_job(job):
             results.send(row)
+            if plain:
+                break
     except Exception as error:  # the row says it; the zoo goes on
         results.send(Row(*job[:2], implementation=job[2], status="error", note=describe(error)))
     results.close()
 
 
-def run_all(todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT) -> Iterator[Row]:
+def run_all(todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT, *, plain: bool = False) -> Iterator[Row]:
     """The rows of all jobs, as they come; a job that dies or takes too long yields a row that says so."""
     context = multiprocessing.get_context("fork")  # transformers and Dynamo are imported once
     torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
@@ -84,7 +86,7 @@ def run_all(todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT) -> Ite
     while True:
         for job in itertools.islice(waiting, workers - len(running)):
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(job, send))
+            process = context.Process(target=_work, args=(job, send, plain))
             process.start()
             send.close()
             running[receive] = (job, process, time.monotonic() + limit)
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=DOCS / "zoo.csv", help="where the rows go; the page lies beside it")
     parser.add_argument("--only", default="", help="names of architectures, with commas between them")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--plain", action="store_true", help="the case without a mask only")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no job after this time")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file and skip their jobs")
     options = parser.parse_args()
@@ -137,7 +140,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(map(as_dict, rows))
         end = time.monotonic() + 60 * options.minutes
-        for row in run_all(itertools.takewhile(lambda _: time.monotonic() < end, todo), options.workers):
+        started = itertools.takewhile(lambda _: time.monotonic() < end, todo)
+        for row in run_all(started, options.workers, plain=options.plain):
             rows.append(row)
             writer.writerow(as_dict(row))
             file.flush()
