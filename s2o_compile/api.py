@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from s2o_compile import census
 from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import NothingRewrittenWarning, OptionError
-from s2o_compile.recording import record
-from s2o_compile.report import Report
+from s2o_compile.passes.site import unique_names
+from s2o_compile.recording import Recording, record
+from s2o_compile.report import Report, Site
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,11 +79,14 @@ def optimize(
 
 
 def explain(model: Callable[..., object], *args: object, config: S2OConfig | None = None, **kwargs: object) -> Report:
-    """Run a model once and report every attention: rewritten, its proven mask and density, or why it stays dense.
+    """Run a model and report every attention: rewritten, its proven mask and density, or why it stays dense.
 
-    The rewritten graphs run without Inductor, so this costs a capture and one forward. Grad mode is the caller's: under
-    enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it resets
-    Dynamo: code compiled before is compiled anew at its next call.
+    The model runs twice. First as it is, to count the attentions that really run: those that no captured graph showed
+    to the pass are in ``Report.not_found``. That run works on copies of the inputs and of the model's state (parameters
+    are shared) and on a fork of the random numbers; see `s2o_compile.census`. Then compiled, on the inputs themselves.
+    The rewritten graphs run without Inductor, so this costs a capture and two forwards. Grad mode is the caller's:
+    under enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it
+    resets Dynamo: code compiled before is compiled anew at its next call.
 
     Args:
         model: A module or function.
@@ -88,13 +94,76 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
         config: Quality and implementation; None for the defaults.
         **kwargs: Its keyword inputs.
     """
-    config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
-    options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
+    with watched(config) as watch:
+        ran, failure = _census(model, args, kwargs)
+        torch.compile(model, backend=watch.backend)(*args, **kwargs)
+    return watch.report(ran, failure)
+
+
+class Watch:
+    """What one run compiles and how often each of its graphs runs.
+
+    Args:
+        config: Quality and implementation; whatever its inner backend, nothing is compiled behind the passes.
+    """
+
+    def __init__(self, config: S2OConfig | None) -> None:
+        config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
+        self._options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
+        self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
+        self.recording = Recording()
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
+        """A backend for torch.compile."""
+        compiled, index = s2o(gm, example_inputs, options=self._options), len(self._runs)
+        self._runs.append(0)
+
+        def counted(*inputs: object) -> object:
+            self._runs[index] += 1
+            return compiled(*inputs)
+
+        return counted
+
+    def report(self, ran: Sequence[census.Ran], census_error: str = "") -> Report:
+        """The report of what was compiled, and of what ran and was not found."""
+        graphs = zip(self.recording.graphs, self._runs, strict=True)
+        calls = census.missing(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
+        names = unique_names([call.path or call.kind for call in calls])
+        sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
+        report = self.recording.report
+        sites = report.sites + sites
+        return dataclasses.replace(report, sites=sites, census_error=census_error, compile_seconds=None)
+
+
+@contextmanager
+def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
+    """A fresh Dynamo and a `Watch` over what is compiled with its backend inside the block."""
+    watch = Watch(config)
     torch._dynamo.reset()
     try:
-        with record() as recording, warnings.catch_warnings():
+        with record() as watch.recording, warnings.catch_warnings():
             warnings.simplefilter("ignore", NothingRewrittenWarning)  # the report says it
-            torch.compile(model, backend=s2o, options=options)(*args, **kwargs)
-        return recording.report
+            yield watch
     finally:
         torch._dynamo.reset()
+
+
+def _census(
+    model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[tuple[census.Ran, ...], str]:
+    try:
+        return census.take(model, args, kwargs), ""
+    except Exception as error:  # whatever copying or running a model raises: the compiled run decides
+        return (), f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _not_found(name: str, call: census.Ran) -> Site:
+    return Site(
+        name=name,
+        rewritten=False,
+        found=False,
+        reason=call.reason,
+        query_shape=call.query_shape,
+        key_shape=call.key_shape,
+        dtype=call.dtype,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,13 +68,14 @@ def s2o(
         options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
     """
     config, inductor = split_options(options)
+    start = time.perf_counter()
     records = pipeline.run(
         gm,
         config.operator_options(),
         assume_causal_mask=config.assume_causal_mask,
         check_assumptions=config.check_assumptions,
     )
-    notify(records)
+    notify(records, time.perf_counter() - start)
     _warn_if_nothing(records)
     if config.inner_backend != "inductor":
         if mode or inductor:

@@ -79,7 +79,18 @@ def explain(
         report = explain_model(loaded, ids, config=config)
     if as_json:
         sites = [{name: getattr(site, name) for name in site.__dataclass_fields__} for site in report.sites]
-        print(json.dumps({"sites": sites, "graphs": report.graphs, "graph_breaks": report.graph_breaks}))
+        print(
+            json.dumps(
+                {
+                    "sites": sites,
+                    "not_found": [site.name for site in report.not_found],
+                    "graphs": report.graphs,
+                    "graph_breaks": report.graph_breaks,
+                    "pass_seconds": report.pass_seconds,
+                    "census_error": report.census_error,
+                }
+            )
+        )
     else:
         _print_report(Console(), report)
 
@@ -138,7 +149,7 @@ def _print_report(console: Console, report: Report) -> None:
         known = [d for d in densities if d is not None]
         low, high = (min(known), max(known)) if known else (0.0, 0.0)
         density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
-        result = "[green]rewritten" if site.rewritten else f"[red]dense: {site.reason}"
+        result = "[green]rewritten" if site.rewritten else f"[red]{'dense: ' if site.found else ''}{site.reason}"
         table.add_row(
             label,
             str(len(names)),

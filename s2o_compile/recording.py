@@ -15,17 +15,28 @@ from s2o_compile.report import Report, join_calls
 
 @dataclass
 class Recording:
-    """Everything that the backend compiled and the operator ran inside a ``with record()`` block."""
+    """Everything that the backend compiled and the operator ran inside a ``with record()`` block.
+
+    ``compile_seconds`` is known after the block.
+    """
 
     graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    pass_seconds: float = 0.0
+    compile_seconds: float = 0.0
     graph_breaks: tuple[str, ...] = ()
 
     @property
     def report(self) -> Report:
         """The sites compiled so far with the densities measured so far. Waits for the device."""
         records = [record for graph in self.graphs for record in graph]
-        return Report(sites=join_calls(records, self.calls), graphs=len(self.graphs), graph_breaks=self.graph_breaks)
+        return Report(
+            sites=join_calls(records, self.calls),
+            graphs=len(self.graphs),
+            graph_breaks=self.graph_breaks,
+            pass_seconds=self.pass_seconds,
+            compile_seconds=self.compile_seconds or None,
+        )
 
 
 _open: list[Recording] = []
@@ -40,6 +51,7 @@ def record() -> Iterator[Recording]:
     """
     recording = Recording()
     before = dict(torch._dynamo.utils.counters["graph_break"])
+    compiled_before = _compile_seconds()
     _open.append(recording)
     try:
         with record_calls() as calls:
@@ -48,10 +60,17 @@ def record() -> Iterator[Recording]:
     finally:
         _open[:] = [other for other in _open if other is not recording]
         breaks = torch._dynamo.utils.counters["graph_break"]
+        recording.compile_seconds = _compile_seconds() - compiled_before
         recording.graph_breaks = tuple(reason for reason, count in breaks.items() if count > before.get(reason, 0))
 
 
-def notify(records: Sequence[SiteRecord]) -> None:
+def notify(records: Sequence[SiteRecord], pass_seconds: float) -> None:
     """Tell every open recording about a graph that was compiled."""
     for recording in _open:
         recording.graphs.append(tuple(records))
+        recording.pass_seconds += pass_seconds
+
+
+def _compile_seconds() -> float:
+    """What Dynamo and the backends behind it have taken so far in this process, capture included."""
+    return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", ()))

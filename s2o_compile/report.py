@@ -16,10 +16,12 @@ class Site(SiteRecord):
     Attributes:
         path: "s2o", "window" (exact sliding window) or "dense", as it ran; empty if it did not run or was left alone.
         density: Computed query-key pairs over those a dense kernel computes, mean over calls; None if not rewritten.
+        found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
     """
 
     path: str = ""
     density: float | None = None
+    found: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,26 @@ class Report:
     """Result of ``s2o_compile.explain``.
 
     Attributes:
-        sites: Every attention found, in graph order.
+        sites: Every attention found, in graph order; then those that ran and were not found.
         graphs: Number of graphs that the model was captured in.
         graph_breaks: Why the capture was interrupted, one text each; empty for a whole graph.
+        pass_seconds: Time of all passes over all graphs.
+        compile_seconds: Time of the compilation that they were part of, capture included; None where nothing was
+            compiled behind them, as in ``explain``.
+        census_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
     """
 
     sites: tuple[Site, ...]
     graphs: int
     graph_breaks: tuple[str, ...] = ()
+    pass_seconds: float = 0.0
+    compile_seconds: float | None = None
+    census_error: str = ""
+
+    @property
+    def not_found(self) -> tuple[Site, ...]:
+        """Attentions that ran, and that the pass did not see."""
+        return tuple(site for site in self.sites if not site.found)
 
     @property
     def rewritten(self) -> int:
@@ -54,7 +68,7 @@ class Report:
                     "NO ATTENTION FOUND: nothing was rewritten, the model runs as before.",
                     f"Looked at {self.graphs} captured graph(s) for scaled_dot_product_attention calls. A model with "
                     'hand-written or "eager" attention is not seen: choose attn_implementation="sdpa" where it exists.',
-                    *self._breaks(),
+                    *self._notes(),
                 ]
             )
         header = ("site", "query", "key", "mask", "result", "density")
@@ -62,16 +76,28 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        found, rewritten = len(self.sites), self.rewritten
+        missed, rewritten = len(self.not_found), self.rewritten
+        found = len(self.sites) - missed
         summary = f"{found} attention sites found, {rewritten} rewritten, {found - rewritten} left dense"
         if self.density is not None:
             summary += f"; mean density {self.density:.3f}"
-        return "\n".join([*lines, summary, *self._breaks()])
+        if missed:
+            summary += f"\nNOT FOUND: {missed} more ran that the pass did not see, and stay as they were"
+        return "\n".join([*lines, summary, *self._notes()])
 
-    def _breaks(self) -> list[str]:
-        if not self.graph_breaks:
-            return []
-        return [f"captured in {self.graphs} graphs; breaks:", *(f"  - {reason}" for reason in self.graph_breaks)]
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.census_error:
+            notes.append(f"not checked for attentions that were not found: {self.census_error}")
+        if self.graph_breaks:
+            notes.append(f"captured in {self.graphs} graphs; breaks:")
+            notes += [f"  - {reason}" for reason in self.graph_breaks]
+        if self.graphs:
+            share = ""
+            if self.compile_seconds:
+                share = f", {self.pass_seconds / self.compile_seconds:.1%} of {self.compile_seconds:.1f} s of compiling"
+            notes.append(f"passes: {1e3 * self.pass_seconds:.1f} ms{share}")
+        return notes
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -81,7 +107,7 @@ def _row(site: Site) -> tuple[str, ...]:
         "x".join(site.query_shape),
         "x".join(site.key_shape),
         site.mask or "-",
-        result[site.path] if site.rewritten else f"dense: {site.reason}",
+        result[site.path] if site.rewritten else f"dense: {site.reason}" if site.found else site.reason,
         "-" if site.density is None else f"{site.density:.3f}",
     )
 

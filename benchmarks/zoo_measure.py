@@ -1,0 +1,172 @@
+"""One model in one case: what ran, what the pass made of it, and how far off its output at ``tau=0`` is."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from s2o_compile import Report, S2OConfig, census
+from s2o_compile.api import watched
+
+EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
+NEW_TOKENS = 2
+TOLERANCE = 1e-4
+"""Relative L2 distance of outputs in float32 from which they differ; two layers of float32 rounding stay far below."""
+
+
+@dataclass
+class Row:
+    """One line of docs/zoo.csv; counts are of attention calls (``ran``) and sites of captured graphs (the others)."""
+
+    kind: str
+    architecture: str
+    model: str = ""
+    implementation: str = ""
+    case: str = ""
+    status: str = "ok"  # "ok", "differs", "error", "cannot build"
+    ran: int = 0
+    found: int = 0
+    rewritten: int = 0
+    left: int = 0
+    not_found: int = 0
+    masks: str = ""
+    left_reasons: str = ""
+    not_found_kinds: str = ""
+    graphs: int = 0
+    graph_breaks: int = 0
+    error: float | None = None
+    control: float | None = None  # the same without the pass, measured where the output differs
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with inputs, ready to run.
+
+    Attributes:
+        model: In eval mode.
+        inputs: Keyword arguments; ``args`` are positional ones.
+        keep: bool [B, N], False where an output position is padding and so means nothing; None without padding.
+        generate: Whether ``generate(**inputs)`` is the call.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    keep: Tensor | None = None
+    generate: bool = False
+    note: str = ""
+
+
+def measure(subject: Subject, row: Row) -> Row:
+    """Fill in what running one subject shows; errors become the row's."""
+    start = time.perf_counter()
+    try:
+        with torch.no_grad():
+            _measure(subject, row)
+    except Exception as error:  # any model may fail in any way, and the next one must still run
+        row.status, row.note = "error", describe(error)
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _measure(subject: Subject, row: Row) -> None:
+    row.model, row.note = type(subject.model).__name__, subject.note
+    expected = _call(subject, subject.model)
+    with watched(EXACT) as watch:
+        ran = census.take(
+            subject.model.generate if subject.generate else subject.model, subject.args, _options(subject)
+        )
+        actual = _call(subject, _compiled(subject.model, watch.backend))
+    _fill(row, watch.report(ran), len(ran))
+    row.error = distance(actual, expected, subject.keep)
+    if row.error > (0 if subject.generate else TOLERANCE):
+        row.status = "differs"
+        torch._dynamo.reset()
+        row.control = distance(_call(subject, _compiled(subject.model, "eager")), expected, subject.keep)
+        torch._dynamo.reset()
+
+
+def _compiled(model: nn.Module, backend: str | Callable[..., Any]) -> nn.Module:
+    compiled = copy.copy(model)
+    compiled.compile(backend=backend)
+    return compiled
+
+
+def _options(subject: Subject) -> dict[str, Any]:
+    if not subject.generate:
+        return subject.inputs
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return {**subject.inputs, **lengths, "do_sample": False}
+
+
+def _call(subject: Subject, model: nn.Module) -> object:
+    torch.manual_seed(0)
+    args, inputs = copy.deepcopy((subject.args, _options(subject)))
+    return model.generate(*args, **inputs) if subject.generate else model(*args, **inputs)  # pyright: ignore
+
+
+def _fill(row: Row, report: Report, ran: int) -> None:
+    found = [site for site in report.sites if site.found]
+    row.ran, row.found, row.rewritten = ran, len(found), report.rewritten
+    row.left, row.not_found = len(found) - report.rewritten, len(report.not_found)
+    row.masks = _ranked(site.mask for site in found if site.rewritten)
+    row.left_reasons = _ranked(site.reason for site in found if not site.rewritten)
+    row.not_found_kinds = _ranked(
+        site.reason.removeprefix("not found: ").partition(" ran ")[0] for site in report.not_found
+    )
+    row.graphs, row.graph_breaks = report.graphs, len(report.graph_breaks)
+
+
+def _ranked(texts: Any) -> str:  # noqa: ANN401 (an iterable of texts)
+    return "; ".join(f"{count} x {text}" for text, count in Counter(texts).most_common())
+
+
+def distance(actual: object, expected: object, keep: Tensor | None) -> float:
+    """Largest relative L2 distance of the tensors of two outputs; infinite where they are not even alike.
+
+    Caches are left out: with padding they hold rows that mean nothing, and what matters of them is in the output.
+    """
+    ours, theirs = _tensors(actual), _tensors(expected)
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        return float("inf")
+    return max((_relative(a, b, keep) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _tensors(output: object) -> list[Tensor]:
+    if isinstance(output, dict):
+        hidden = ("past_key_values", "cache", "mems", "state", "attentions", "hidden_states")
+        output = {name: value for name, value in output.items() if not any(word in name for word in hidden)}
+    return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+
+
+def _relative(actual: Tensor, expected: Tensor, keep: Tensor | None) -> float:
+    if keep is not None and expected.shape[:2] == keep.shape:
+        actual, expected = actual[keep], expected[keep]
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual.double() - expected.double()).masked_fill(same, 0.0)
+    norm = expected.double()[expected.isfinite()].norm()
+    error = difference.norm() / norm.clamp_min(1e-30)
+    return float("inf") if error.isnan() else error.item()
+
+
+def as_dict(row: Row) -> dict[str, object]:
+    """A row for the CSV file."""
+    return asdict(row)

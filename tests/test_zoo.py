@@ -1,0 +1,149 @@
+"""A sample of the zoo, and the zoo's own tools. `make zoo` runs all of it."""
+
+import os
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks import zoo, zoo_measure, zoo_page, zoo_shrink
+from benchmarks.zoo_measure import Row
+
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
+
+CAUSAL, BOTH = "causal", "bidirectional"
+PADDED = ", key padding"
+# architecture -> masks of the case without a mask, of the padded case, of generate's prefill; None where there is none
+SDPA = {
+    "llama": ({CAUSAL}, {CAUSAL + PADDED}, {CAUSAL + PADDED}),
+    "gpt2": ({CAUSAL}, {CAUSAL + PADDED}, {CAUSAL + PADDED}),
+    "mistral": ({"causal, window 48"}, {"causal, window 48" + PADDED}, {"causal, window 48" + PADDED}),
+    "gemma3_text": ({CAUSAL, "causal, window 48"},) + ({CAUSAL + PADDED, "causal, window 48" + PADDED},) * 2,
+    "bert": ({BOTH}, {BOTH + PADDED}, None),
+    "modernbert": (None, None, None),  # its masks are the prover's business; here it must be right
+    "bart": ({BOTH, CAUSAL}, None, None),  # self, causal and cross
+    "whisper": ({BOTH, CAUSAL}, None, None),
+    "vit": ({BOTH}, None, None),
+    "wav2vec2": ({BOTH}, None, None),
+}
+OTHERS = {
+    ("llama", "eager"): {"softmax attention"},
+    ("bert", "flex_attention"): {"flex_attention"},
+    ("hand-written: scaled_dot_product_attention", ""): set(),
+    ("torch.nn: TransformerEncoder", ""): {"torch._transformer_encoder_layer_fwd"},
+}
+
+
+def rows(architecture, implementation):
+    (job,) = [job for job in zoo.jobs([architecture]) if job[2] == implementation]
+    found = list(zoo.run_job(job))
+    assert found[0].case == "no mask", found
+    return found
+
+
+def masks(row):
+    return {part.partition(" x ")[2] for part in row.masks.split("; ") if part}
+
+
+def check(row):
+    """No output differs, and every attention that ran is found or named."""
+    assert row.status == "ok", row
+    assert row.error <= zoo_measure.TOLERANCE
+    assert row.ran > 0
+    if row.graphs == 1:  # a graph that runs once: sites are calls
+        assert row.found + row.not_found == row.ran
+    assert row.rewritten + row.left == row.found
+
+
+@pytest.mark.parametrize("architecture", SDPA)
+def test_sdpa(architecture):
+    found = {row.case: row for row in rows(architecture, "sdpa")}
+    expected = dict(zip(("no mask", "padded", "generate"), SDPA[architecture], strict=True))
+    for case, row in found.items():
+        check(row)
+        # generate calls the encoder of an encoder-decoder by itself, outside the forward that is compiled
+        uncompiled = 2 if case == "generate" and row.kind == "encoder-decoder" else 0
+        assert row.not_found <= uncompiled
+        if expected[case] is not None:
+            assert masks(row) == expected[case]
+            assert case == "generate" or row.left == 0
+        if case == "generate":
+            assert "decode stays dense" in row.left_reasons
+
+
+@pytest.mark.parametrize(("architecture", "implementation"), OTHERS)
+def test_what_is_not_found_is_named(architecture, implementation):
+    row = rows(architecture, implementation)[0]
+    check(row)
+    named = {part.partition(" x ")[2] for part in row.not_found_kinds.split("; ") if part}
+    assert named <= OTHERS[architecture, implementation]
+    assert bool(named) == bool(row.not_found)
+
+
+def test_shrink_keeps_layers_that_differ():
+    defaults = {
+        "model_type": "any",
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "eos_token_id": 90_000,
+        "vision_config": {"model_type": "vit", "image_size": 224, "patch_size": 14},
+    }
+    small = zoo_shrink.shrink(defaults, {"vision_config": {"patch_size": 7}})
+    assert small["layer_types"] == ["sliding_attention", "full_attention"]
+    assert small["num_hidden_layers"] == 2
+    assert (small["hidden_size"], small["num_attention_heads"], small["num_key_value_heads"]) == (64, 4, 2)
+    assert small["eos_token_id"] < zoo_shrink.VOCABULARY
+    assert small["vision_config"]["patch_size"] == 7
+
+
+def test_distance():
+    x = torch.ones(2, 3)
+    keep = torch.tensor([[True, True, False], [True, True, True]])
+    other = x.clone()
+    other[0, 2] = 5.0
+    assert zoo_measure.distance((x,), (x,), None) == 0
+    assert zoo_measure.distance(other, x, keep) == 0
+    assert zoo_measure.distance(other, x, None) > 1
+    assert zoo_measure.distance(x.long(), x.long() + 1, None) == float("inf")
+    assert zoo_measure.distance(x, x[:1], None) == float("inf")
+    assert zoo_measure.distance(x * float("nan"), x, None) == float("inf")
+
+
+def test_jobs_crash_and_hang_alone_and_never_exceed_the_workers(monkeypatch):
+    def run_job(job):
+        start = time.monotonic()
+        if job[1] == "crash":
+            os._exit(3)
+        time.sleep(60 if job[1] == "hang" else 0.2)
+        yield Row("any", job[1], seconds=start, error=time.monotonic())
+
+    monkeypatch.setattr(zoo, "run_job", run_job)
+    names = ["crash", "hang", "a", "b", "c", "d"]
+    found = {row.architecture: row for row in zoo.run_all([("any", name, "") for name in names], 2, limit=3)}
+    assert sorted(found) == sorted(names)
+    assert "exit code 3" in found["crash"].note
+    assert "stopped after 3 seconds" in found["hang"].note
+    ran = sorted((found[name].seconds, found[name].error) for name in "abcd")
+    assert all(end <= start for (_, end), (start, _) in zip(ran, ran[2:], strict=False))
+
+
+def test_the_page_counts_what_the_rows_say(tmp_path):
+    found = [
+        Row("causal LM", "a", implementation="sdpa", case="no mask", ran=3, found=2, rewritten=1, left=1, not_found=1,
+            left_reasons="1 x because | of this", not_found_kinds="1 x flex_attention", error=0.0),
+        Row("causal LM", "b", implementation="sdpa", case="no mask", status="differs", error=0.5, control=0.25),
+        Row("vision", "c", implementation="sdpa", status="cannot build", note="too <odd>"),
+    ]  # fmt: skip
+    zoo_page.write_page(tmp_path / "zoo.md", found, not_started=7)
+    text = (tmp_path / "zoo.md").read_text()
+    assert "**2 architectures of transformers and 0 models from elsewhere, 2 runs**: 1 equal" in text
+    assert "| causal LM, sdpa | 2 | 2 | 3 | 2 | 1 | 1 | 1 | 1 | 0 |" in text
+    assert "| because \\| of this | 1 | 1 |" in text
+    assert "| b | sdpa | no mask | differs | 5.0e-01 | 2.5e-01 |" in text
+    assert "| c | too &lt;odd> |" in text
+    assert "7 jobs" in text
