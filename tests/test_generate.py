@@ -1,5 +1,7 @@
 """generate() with every cache: prefill through S2O, decode dense; tokens and compilations as with torch.compile."""
 
+import re
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_tokens_and_compilations_are_those_of_torch_compile(implementation, cach
     prefill = [call.path for call in recording.calls if call.n_queries == PROMPT]
     if (implementation, cache, padded) in MASK_IS_AN_INPUT:
         assert not prefill
-        assert "graph input" in recording.report.sites[0].reason
+        assert re.search("graph input|placeholder", recording.report.sites[0].reason)
     else:
         assert prefill == ["s2o"]
 
