@@ -75,7 +75,25 @@ def optimize(
         return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
 
     optimized.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    encoder = _encoder(model)
+    if encoder is not None:  # generate() calls it by itself, past the model's own forward
+        fast_encoder = copy.copy(encoder)
+        fast_encoder.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+
+        def get_encoder(*args: object, **kwargs: object) -> object:
+            found = model.get_encoder(*args, **kwargs)  # pyright: ignore[reportCallIssue] (a transformers model)
+            return fast_encoder if found is encoder else found
+
+        object.__setattr__(optimized, "get_encoder", get_encoder)
     return optimized
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of a transformers encoder-decoder; None for every other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()  # pyright: ignore[reportCallIssue]
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def explain(model: Callable[..., object], *args: object, config: S2OConfig | None = None, **kwargs: object) -> Report:

@@ -92,3 +92,29 @@ def test_a_second_turn_on_top_of_a_cache(implementation):
     assert (results[1] - results[0]).abs().max() <= 1e-4
     assert {(call.n_queries, call.n_keys) for call in recording.calls} >= {(150, 150), (140, 290)}
     assert {call.path for call in recording.calls} == {"s2o"}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_the_encoder_of_an_encoder_decoder_is_rewritten_too():
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 256,
+    }
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(**sizes, **layers, decoder_start_token_id=2, forced_eos_token_id=None)
+    model = transformers.BartForConditionalGeneration(config).eval()
+    inputs = {"input_ids": prompts(padded=False)["input_ids"], "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs)
+    fast = s2o_compile.optimize(model, EXACT)
+    with s2o_compile.record() as recording:
+        tokens = fast.generate(**inputs)
+    assert torch.equal(tokens, expected)
+    encoder = [call for call in recording.calls if call.n_queries == PROMPT]
+    assert [call.path for call in encoder] == ["s2o"]
+    assert model.get_encoder() is not fast.get_encoder()
+    assert model.get_encoder().layers is fast.get_encoder().layers, "weights are shared"
