@@ -74,6 +74,7 @@ def optimize(
     def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
 
+    _make_traceable(optimized)
     optimized.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     encoder = _encoder(model)
     if encoder is not None:  # generate() calls it by itself, past the model's own forward
@@ -86,6 +87,18 @@ def optimize(
 
         object.__setattr__(optimized, "get_encoder", get_encoder)
     return optimized
+
+
+def _make_traceable(model: nn.Module) -> None:
+    """Dynamo skips frames of torch's own files: a bare nn.TransformerEncoder needs an outer frame that is not one."""
+    if not type(model).__module__.startswith("torch.nn."):
+        return
+    inner = type(model).forward.__get__(model)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        return inner(*args, **kwargs)
+
+    object.__setattr__(model, "forward", forward)
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:

@@ -147,3 +147,30 @@ def test_attention_function_under_vmap():
     mapped = torch.vmap(lambda q, k, v: s2o_compile.attention(q, k, v, causal=True, config=EXACT))(q, k, v)
     looped = torch.stack([s2o_compile.attention(*x, causal=True, config=EXACT) for x in zip(q, k, v, strict=True)])
     torch.testing.assert_close(mapped, looped)
+
+
+def bare(kind):
+    """A module of torch.nn itself, its inputs and options."""
+    x = torch.randn(2, 140, 32)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    return {
+        "MultiheadAttention": (nn.MultiheadAttention(32, 4, batch_first=True), (x, x, x), {"need_weights": False}),
+        "TransformerEncoder": (nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), (x,), {}),
+        "Transformer": (nn.Transformer(32, 4, 1, 1, 64, batch_first=True), (x, x), {}),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["MultiheadAttention", "TransformerEncoder", "Transformer"])
+@pytest.mark.filterwarnings("ignore:.*nested_tensor.*:UserWarning")
+@torch.no_grad()
+def test_a_bare_module_of_torch_is_optimized(kind):
+    model, inputs, options = bare(kind)
+    expected = model.eval()(*inputs, **options)
+    fast = s2o_compile.optimize(model, EXACT)
+    with s2o_compile.record() as recording:
+        actual = fast(*inputs, **options)
+    assert recording.calls
+    assert recording.report.rewritten == len(recording.report.sites)
+    if kind == "MultiheadAttention":
+        actual, expected = actual[0], expected[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
