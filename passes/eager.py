@@ -9,6 +9,7 @@ file what lies behind it. A row that -inf hides completely is NaN in hand-writte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,14 +84,18 @@ def _site(
         split: Step = (torch.unflatten, (0, (-1, chain.heads or 1)))
         query, key, value = (operand.then(split[0], *split[1]) for operand in (query, key, value))
         restore = ((torch.flatten, (0, 1)), *restore)
-    for factor in chain.factors:
-        shape = getattr(value_of(factor), "shape", ())
-        if len(shape) and not known(shape[-1] == 1):
-            return Rejected("%s scales scores by a tensor that varies along the keys", factor)
-        query = query.then(torch.mul, factor)
     rejected = check_tensors(query.value, key.value, value.value, values.node)
+    if rejected is None:
+        rejected = _check_unchanged(chain, (query, key, value), values.node, prover)
+    if rejected is None:
+        rejected = _check_casts((*chain.nodes, *behind), value.value.dtype)
     if rejected is not None:
         return rejected
+    for factor in chain.factors:
+        scaled = _scaled(query, factor)
+        if isinstance(scaled, Rejected):
+            return scaled
+        query = scaled
     if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
         return Rejected("autocast computes its scores in %s", value_of(chain.product.node).dtype)
     sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], prover)
@@ -174,6 +179,41 @@ def _check_private(chain: ScoreChain, prover: MaskProver) -> Rejected | None:
         if writers and stranger is not None:
             return Rejected("its scores %s are changed in place, and read by %s", node, stranger)
     return None
+
+
+def _check_unchanged(
+    chain: ScoreChain, operands: Sequence[Operand], site: fx.Node, prover: MaskProver
+) -> Rejected | None:
+    """The operator reads its operands where the values are read, later than the product of the scores did."""
+    read_early = [*(operand.node for operand in operands[:2]), *chain.factors]
+    if chain.sinks is not None:
+        read_early.append(chain.sinks)
+    for node in read_early:
+        if prover.mutations.changed(node, after=chain.nodes[0], before=site):
+            return Rejected("%s is changed in place before the values are read", node)
+    return None
+
+
+def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> Rejected | None:
+    """A detour through fewer bits than the operands have is a rounding that the operator does not make."""
+    for node in nodes:
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and value.dtype not in (dtype, torch.float32, torch.float64):
+            return Rejected("%s rounds to %s between operands of %s", node, value.dtype, dtype)
+    return None
+
+
+def _scaled(query: Operand, factor: fx.Node) -> Operand | Rejected:
+    """The query times a factor of the scores, which must be one for all keys and change neither shape nor dtype."""
+    value = value_of(factor)
+    if isinstance(value, torch.Tensor) and value.ndim and not known(value.shape[-1] == 1):
+        return Rejected("%s scales scores by a tensor that varies along the keys", factor)
+    before, scaled = query.value, query.then(torch.mul, factor)
+    after = scaled.value
+    same = after.ndim == before.ndim and all(known(a == b) for a, b in zip(after.shape, before.shape, strict=True))
+    if not same or after.dtype != before.dtype or (query.steps and isinstance(value, torch.Tensor) and value.ndim):
+        return Rejected("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+    return scaled
 
 
 def _behind(softmax: fx.Node, *, has_sinks: bool) -> tuple[Product, list[fx.Node]] | Rejected:

@@ -94,9 +94,11 @@ class MaskProver:
             found = self._part(part, dtype)
             if isinstance(found, Rejected):
                 return Rejected("the mask %s is not proven: %s", part.node, found)
-            if value_of(part.node).ndim > len(shape):
-                return Rejected("the mask %s has more dimensions than the scores", part.node)
-            indices = broadcast_indices(value_of(part.node).shape, shape)
+            own = value_of(part.node).shape
+            aligned = zip(reversed(own), reversed(shape), strict=False)
+            if len(own) > len(shape) or not all(known(size == 1) or known(size == wanted) for size, wanted in aligned):
+                return Rejected("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
+            indices = broadcast_indices(own, shape)
             terms += [term.at(indices, shape) for term in found[0]]
             blinds.append(found[1])
         proof = _classify(tuple(terms), shape, query_len, key_len)

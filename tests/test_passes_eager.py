@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from tests.capture import heads, rewritten
 
 LOWEST = torch.finfo(torch.float32).min
+PADDING = torch.arange(40)[None] >= torch.tensor([[40], [30]])
+PER_ROW = torch.rand(8, 1, 1)
 PER_HEAD, PER_KEY, PER_PAIR = torch.rand(4, 1, 1), torch.rand(40), torch.rand(4, 40, 40)
 
 
@@ -235,7 +237,39 @@ def in_place_before_and_after(q, k, v):
     return probabilities @ v
 
 
+def query_overwritten(q, k, v):
+    q = q * 1
+    probabilities = (q @ k.transpose(-2, -1)).softmax(-1)
+    q.mul_(2)
+    return probabilities @ v + q
+
+
+def rounded_scores(q, k, v):
+    return (q @ k.transpose(-2, -1)).half().float().softmax(-1) @ v
+
+
+def rounded_probabilities(q, k, v):
+    return (q @ k.transpose(-2, -1)).softmax(-1).bfloat16().float() @ v
+
+
+def one_head_padded(q, k, v):
+    """Scores [B, Nq, Nk] whose mask's first dimension is the batch."""
+    q, k, v = q[:, 0], k[:, 0], v[:, 0]
+    hidden = PADDING[: len(q), None, : k.shape[1]]
+    return (q @ k.transpose(-2, -1)).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+def one_head_scaled(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return (torch.bmm(q, k.transpose(-2, -1)) * PER_ROW).softmax(-1) @ v
+
+
 DENSE = {
+    "query-overwritten": (query_overwritten, "changed in place before"),
+    "rounded-scores": (rounded_scores, "rounds to torch.float16"),
+    "rounded-probabilities": (rounded_probabilities, "rounds to torch.bfloat16"),
+    "one-head-padded": (one_head_padded, "does not fit the scores'"),
+    "one-head-scaled": (one_head_scaled, "of another shape"),
     "output_attentions": (returned, "read by"),
     "softmax-over-queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "the keys, the last one"),
     "dropout": (lambda q, k, v: F.dropout(weights(q, k), 0.1, True) @ v * 0, "model.eval()"),
