@@ -99,9 +99,12 @@ class AdditiveEvaluator:
                 hidden = self._hiding(fill, value.dtype)
                 if hidden is not None:
                     return self._hide(kept, condition, hidden, value, negated)
+            return self._outweighed(node, node.args[1:], name)
         if name in ("masked_fill", "setitem") and len(node.args) == 3 and not node.kwargs:
             base, condition, fill = node.args
             hidden = self._hiding(fill, value.dtype)
+            if hidden is None:
+                return self._outweighed(node, (fill,), name)
             shaped = name == "masked_fill" or (
                 isinstance(value_of(condition), torch.Tensor)
                 and value_of(condition).dtype is torch.bool
@@ -123,6 +126,15 @@ class AdditiveEvaluator:
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:
             return self._both(node, name, value)
         return _numbers(node, name)
+
+    def _outweighed(self, node: fx.Node, fills: Sequence[object], name: str) -> Rejected:
+        """Why a mask whose numbers are not low enough proves nothing."""
+        numbers = [number for fill in fills if (number := self._fill(fill)) is not None and number < -1]
+        if not numbers:
+            return _numbers(node, name)
+        return Rejected(
+            "%s hides keys by %s, which large scores outweigh; use -inf or torch.finfo(dtype).min", node, min(numbers)
+        )
 
     def _hiding(self, fill: object, dtype: torch.dtype) -> float | None:
         """A number that hides a key, as the dtype holds it; None if the argument is no such number."""

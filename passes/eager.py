@@ -20,7 +20,7 @@ from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import function_name, known, value_of
 from s2o_compile.passes.mask_proof import MaskPart
 from s2o_compile.passes.mask_prover import MaskProver
-from s2o_compile.passes.operand import Operand, Step
+from s2o_compile.passes.operand import Operand
 from s2o_compile.passes.product import Product
 from s2o_compile.passes.score_chain import Bias, ScoreChain, ScoreReader, leads_to_product
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
@@ -78,12 +78,11 @@ def _site(
 ) -> AttentionSite | Rejected:
     query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
     query, key = _without_upcast(query, value), _without_upcast(key, value)
-    ranks = {operand.value.ndim if operand.value is not None else 0 for operand in (query, key, value)}
     restore = values.restore
-    if ranks == {3}:
-        split: Step = (torch.unflatten, (0, (-1, chain.heads or 1)))
-        query, key, value = (operand.then(split[0], *split[1]) for operand in (query, key, value))
+    if _rank(value) == 3:
         restore = ((torch.flatten, (0, 1)), *restore)
+    if _rank(value) == 3 or chain.heads is not None:
+        query, key, value = (_in_heads(operand, chain.heads or 1) for operand in (query, key, value))
     rejected = check_tensors(query.value, key.value, value.value, values.node)
     if rejected is None:
         rejected = _check_unchanged(chain, (query, key, value), values.node, prover)
@@ -127,6 +126,15 @@ def _site(
         restore=restore,
         interior=(*chain.nodes, *behind),
     )
+
+
+def _rank(operand: Operand) -> int:
+    return operand.value.ndim if isinstance(operand.value, torch.Tensor) else 0
+
+
+def _in_heads(operand: Operand, heads: int) -> Operand:
+    """[B * H, N, D] as [B, H, N, D]; other ranks as they are."""
+    return operand.then(torch.unflatten, 0, (-1, heads)) if _rank(operand) == 3 else operand
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:

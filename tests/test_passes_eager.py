@@ -152,7 +152,15 @@ def finite_with_blind_rows(q, k, v):
     return (q @ k.transpose(-2, -1) + torch.where(far, 0.0, LOWEST)).softmax(-1) @ v
 
 
+def flat_scores(q, k, v):
+    """Products of scores in 3 dimensions, of values in 4."""
+    b, h, n, _ = q.shape
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(b, h, n, n)
+    return (scores / 4 + bias(q, k)).softmax(-1) @ v
+
+
 SPELLINGS = {
+    "flat-scores": (flat_scores, "causal"),
     "softcap": (capped, "causal"),
     "sinks": (with_sinks, "causal"),
     "narrow-values": (narrow_values, "causal"),
@@ -282,6 +290,7 @@ DENSE = {
     "relu-scores": (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "(relu) stands between"),
     "scale-along-keys": (lambda q, k, v: (q @ k.mT * PER_KEY).softmax(-1) @ v, "varies along the keys"),
     "finite-fill": (lambda q, k, v: (q @ k.mT).masked_fill(~below(q, k), -1e4).softmax(-1) @ v, "-10000.0"),
+    "finite-bias": (lambda q, k, v: (q @ k.mT + bias(q, k, -1e9)).softmax(-1) @ v, "hides keys by -1000000000.0"),
     "fill-by-zero": (lambda q, k, v: (q @ k.mT).masked_fill(~below(q, k), 0.0).softmax(-1) @ v, "by 0.0"),
     "divided-by-tensor": (lambda q, k, v: (q @ k.mT / PER_HEAD).softmax(-1) @ v, "no constant"),
     "one-token": (lambda q, k, v: weights(q[:, :, :1], k) @ v, "decode stays dense"),
