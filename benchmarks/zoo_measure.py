@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from s2o_compile import Report, S2OConfig, census
 from s2o_compile.api import watched
+from s2o_compile.compiled_copy import compiled_copy
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 NEW_TOKENS = 2
@@ -92,20 +92,14 @@ def _measure(subject: Subject, row: Row) -> None:
         ran = census.take(
             subject.model.generate if subject.generate else subject.model, subject.args, _options(subject)
         )
-        actual = _call(subject, _compiled(subject.model, watch.backend))
+        actual = _call(subject, compiled_copy(subject.model, watch.backend))
     _fill(row, watch.report(ran), len(ran))
     row.error = distance(actual, expected, subject.keep)
     if row.error > (0 if subject.generate else TOLERANCE):
         row.status = "differs"
         torch._dynamo.reset()
-        row.control = distance(_call(subject, _compiled(subject.model, "eager")), expected, subject.keep)
+        row.control = distance(_call(subject, compiled_copy(subject.model, "eager")), expected, subject.keep)
         torch._dynamo.reset()
-
-
-def _compiled(model: nn.Module, backend: str | Callable[..., Any]) -> nn.Module:
-    compiled = copy.copy(model)
-    compiled.compile(backend=backend)
-    return compiled
 
 
 def _options(subject: Subject) -> dict[str, Any]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from s2o_compile import census
 from s2o_compile.backend import PREFIX, s2o, split_options
+from s2o_compile.compiled_copy import Model, compiled_copy
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import NothingRewrittenWarning, OptionError
 from s2o_compile.passes.site import unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize(
@@ -69,44 +66,11 @@ def optimize(
     ours = {PREFIX + name: value for name, value in dataclasses.asdict(config or S2OConfig()).items()}
     merged = {**(options or {}), **ours}
     split_options(merged)  # a wrong option fails here, not at the first call
-    optimized = copy.copy(model)  # drops compiled state, shares everything else
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
 
-    _make_traceable(optimized)
-    optimized.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-    encoder = _encoder(model)
-    if encoder is not None:  # generate() calls it by itself, past the model's own forward
-        fast_encoder = copy.copy(encoder)
-        fast_encoder.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-
-        def get_encoder(*args: object, **kwargs: object) -> object:
-            found = model.get_encoder(*args, **kwargs)  # pyright: ignore[reportCallIssue] (a transformers model)
-            return fast_encoder if found is encoder else found
-
-        object.__setattr__(optimized, "get_encoder", get_encoder)
-    return optimized
-
-
-def _make_traceable(model: nn.Module) -> None:
-    """Dynamo skips frames of torch's own files: a bare nn.TransformerEncoder needs an outer frame that is not one."""
-    if not type(model).__module__.startswith("torch.nn."):
-        return
-    inner = type(model).forward.__get__(model)
-
-    def forward(*args: object, **kwargs: object) -> object:
-        return inner(*args, **kwargs)
-
-    object.__setattr__(model, "forward", forward)
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of a transformers encoder-decoder; None for every other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return None
-    encoder = model.get_encoder()  # pyright: ignore[reportCallIssue]
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+    return compiled_copy(model, backend, dynamic=dynamic, fullgraph=fullgraph)
 
 
 def explain(model: Callable[..., object], *args: object, config: S2OConfig | None = None, **kwargs: object) -> Report:
