@@ -17,7 +17,7 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import is_bits
-from s2o_compile.passes.graph_values import function_name, value_of
+from s2o_compile.passes.graph_values import choice, function_name, value_of
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
 from s2o_compile.passes.mask_terms import TermEvaluator, Terms
 from s2o_compile.passes.mutations import Mutations
@@ -93,13 +93,13 @@ class AdditiveEvaluator:
         if source is not None:
             inner = self.evaluate(source.node)
             return inner if isinstance(inner, Rejected) else inner.at(source.indices, value)
-        if name == "where" and len(node.args) == 3:
-            condition, chosen, otherwise = node.args
+        if name == "where" and (arms := choice(node)) is not None:
+            condition, chosen, otherwise = arms
             for kept, fill, negated in ((chosen, otherwise, False), (otherwise, chosen, True)):
                 hidden = self._hiding(fill, value.dtype)
                 if hidden is not None:
                     return self._hide(kept, condition, hidden, value, negated)
-            return self._outweighed(node, node.args[1:], name)
+            return self._outweighed(node, arms[1:], name)
         if name in ("masked_fill", "setitem") and len(node.args) == 3 and not node.kwargs:
             base, condition, fill = node.args
             hidden = self._hiding(fill, value.dtype)

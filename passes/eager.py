@@ -17,7 +17,7 @@ from torch import fx
 
 from s2o_compile.passes import product, repeat_kv, views
 from s2o_compile.passes.checks import check_tensors
-from s2o_compile.passes.graph_values import function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, function_name, known, value_of
 from s2o_compile.passes.mask_proof import MaskPart
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand
@@ -77,7 +77,10 @@ def _site(
     node: fx.Node, chain: ScoreChain, values: Product, behind: list[fx.Node], prover: MaskProver
 ) -> AttentionSite | Rejected:
     query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
-    query, key = _without_upcast(query, value), _without_upcast(key, value)
+    query, key = (_without_upcast(operand, value, values.node, prover) for operand in (query, key))
+    rows = [operand.value.shape[0] for operand in (query, key, value) if _rank(operand) == 3]
+    if not all(known(count == rows[0]) for count in rows):
+        return Rejected("its products broadcast %s rows of heads to one another", ", ".join(map(str, rows)))
     restore = values.restore
     if _rank(value) == 3:
         restore = ((torch.flatten, (0, 1)), *restore)
@@ -90,6 +93,13 @@ def _site(
         rejected = _check_casts((*chain.nodes, *behind), value.value.dtype)
     if rejected is not None:
         return rejected
+    shape = (*query.value.shape[:3], value.value.shape[-1])
+    output = value_of(values.node).shape
+    if not restore and not (len(output) == 4 and all(known(a == b) for a, b in zip(output, shape, strict=True))):
+        return Rejected("its output %s is broadcast to %s", shape, tuple(output))
+    for node_met, scores_met in chain.met:
+        if not _is_aligned(value_of(node_met), scores_met, query.value.shape[:2]):
+            return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
     for factor in chain.factors:
         scaled = _scaled(query, factor)
         if isinstance(scaled, Rejected):
@@ -97,7 +107,7 @@ def _site(
         query = scaled
     if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
         return Rejected("autocast computes its scores in %s", value_of(chain.product.node).dtype)
-    sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], prover)
+    sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], values.node, prover)
     if isinstance(sinks, Rejected):
         return sinks
     parts = [
@@ -179,6 +189,8 @@ def _check_private(chain: ScoreChain, prover: MaskProver) -> Rejected | None:
     """In-place steps are part of the chain: then nobody else may read what they overwrite."""
     interior = set(chain.nodes)
     for node in chain.nodes:
+        if node.kwargs.get("out") is not None:
+            return Rejected("its scores %s are written to a tensor of the user's", node)
         writers = prover.mutations.writers(node)
         outside = next((writer for writer in writers if writer not in interior), None)
         if outside is not None:
@@ -211,15 +223,25 @@ def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> Rejected | Non
     return None
 
 
+def _is_aligned(operand: object, scores: Sequence[Size], lead: Sequence[Size]) -> bool:
+    """Whether a mask or factor that met scores of some shape means the same to scores [B, Hq, Nq, Nk]."""
+    if len(scores) == 4:
+        return all(known(a == b) for a, b in zip(scores[:2], lead, strict=True))
+    one = not isinstance(operand, torch.Tensor) or operand.ndim < 3 or known(operand.shape[0] == 1)
+    return len(scores) == 3 and one
+
+
 def _scaled(query: Operand, factor: fx.Node) -> Operand | Rejected:
     """The query times a factor of the scores, which must be one for all keys and change neither shape nor dtype."""
     value = value_of(factor)
     if isinstance(value, torch.Tensor) and value.ndim and not known(value.shape[-1] == 1):
         return Rejected("%s scales scores by a tensor that varies along the keys", factor)
+    if query.steps and isinstance(value, torch.Tensor) and value.ndim:
+        return Rejected("%s scales scores by a tensor of another shape or dtype than the query's", factor)
     before, scaled = query.value, query.then(torch.mul, factor)
     after = scaled.value
     same = after.ndim == before.ndim and all(known(a == b) for a, b in zip(after.shape, before.shape, strict=True))
-    if not same or after.dtype != before.dtype or (query.steps and isinstance(value, torch.Tensor) and value.ndim):
+    if not same or after.dtype != before.dtype:
         return Rejected("%s scales scores by a tensor of another shape or dtype than the query's", factor)
     return scaled
 
@@ -240,7 +262,9 @@ def _behind(softmax: fx.Node, *, has_sinks: bool) -> tuple[Product, list[fx.Node
         if found is not None and found.left.node is node and not found.left.steps:
             if has_sinks:
                 return Rejected("the probabilities of its sinks are not cut off before %s", user)
-            return (found, nodes) if found.added is None else Rejected("%s adds a tensor to the output", user)
+            if found.added is not None or found.alpha != 1:
+                return Rejected("%s adds a tensor to the output, or scales it", user)
+            return found, nodes
         name = function_name(user)
         if name == "getitem" and has_sinks and _cuts_last(user):
             has_sinks = False
@@ -273,17 +297,21 @@ def _drops(node: fx.Node) -> bool:
     return not (options.get("p", 0.5) == 0 or training is False)
 
 
-def _without_upcast(operand: Operand, value: Operand) -> Operand:
+def _without_upcast(operand: Operand, value: Operand, site: fx.Node, prover: MaskProver) -> Operand:
     """Queries or keys before a cast to a wider type than the values': products are summed in float32 anyway."""
     source = operand.node.args[0] if operand.node.args else None
     if operand.steps or function_name(operand.node) not in views.CASTS or not isinstance(source, fx.Node):
         return operand
     base, wanted = value_of(source), value.value
     same = isinstance(base, torch.Tensor) and isinstance(wanted, torch.Tensor) and base.dtype == wanted.dtype
-    return Operand(source) if same and base.dtype != value_of(operand.node).dtype else operand
+    if not same or base.dtype == value_of(operand.node).dtype:
+        return operand
+    return Operand(source) if repeat_kv.is_untouched(operand.node, source, site, prover) else operand
 
 
-def _sinks(node: fx.Node, heads: object, prover: MaskProver) -> fx.Node | Rejected:
+def _sinks(node: fx.Node, heads: object, site: fx.Node, prover: MaskProver) -> fx.Node | Rejected:
     """The [Hq] tensor that is spread over the batch and the queries of [B, Hq, Nq, 1]."""
-    source = repeat_kv.read_along(node, (1,), (heads,), prover)
-    return Rejected("%s is no tensor of one sink a head", node) if source is None else source
+    source = repeat_kv.read_along(node, (1,), (heads,), prover) if value_of(node).ndim == 4 else None
+    if source is None or not repeat_kv.is_untouched(node, source, site, prover):
+        return Rejected("%s is no tensor of one sink a head", node)
+    return source

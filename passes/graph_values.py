@@ -100,6 +100,14 @@ def function_name(node: fx.Node) -> str:
     return _SYNONYMS.get(name, name)
 
 
+def choice(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """Condition, chosen and otherwise of a ``where``; None if it is spelt in a way that is not read."""
+    if node.kwargs or len(node.args) != 3:
+        return None
+    first, second, third = node.args
+    return (second, first, third) if node.op == "call_method" else (first, second, third)
+
+
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The argument nodes that a node writes to, or may write to if it is not known what it does."""
     inputs = node.all_input_nodes

@@ -128,7 +128,10 @@ class IndexEvaluator:
         dtype = value_of(argument).dtype
         rounds = dtype is not torch.bool and isinstance(fill, float) and not dtype.is_floating_point
         underflows = 0 < abs(fill) < 1e-4  # may be zero in half precision
-        return None if rounds or underflows else fill
+        if rounds or underflows:
+            return None
+        # As the tensor holds it: 0.3 in bfloat16 is another number.
+        return torch.tensor(fill, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else fill
 
     def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor] | Rejected:
         """The two operands of a node, broadcast to its shape."""

@@ -15,7 +15,7 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import complement, is_bits
-from s2o_compile.passes.graph_values import Size, function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, choice, function_name, known, value_of
 from s2o_compile.passes.index_arithmetic import CHUNKED, INDEX_DTYPES, IndexEvaluator, unknown_values
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
 from s2o_compile.passes.mutations import Mutations
@@ -122,7 +122,7 @@ class TermEvaluator:
             return self._comparison(node, name, value, negated)
         if name in ("tril", "triu"):
             return self._triangle(node, name, value, negated)
-        if name == "where" and len(node.args) == 3 and value.dtype is torch.bool:
+        if name == "where" and choice(node) is not None and value.dtype is torch.bool:
             return self._where(node, value.shape, negated)
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
             base, condition, fill = node.args
@@ -252,7 +252,7 @@ class TermEvaluator:
         return self._bounds(node, bounds)
 
     def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
-        condition, chosen, otherwise = node.args
+        condition, chosen, otherwise = choice(node) or node.args
         first, second = self.indices.fill(chosen), self.indices.fill(otherwise)
         if second is not None and bool(second) == negated:  # where(c, x, False) = c & x
             return self._conjunction([(condition, False), (chosen, negated)], shape)

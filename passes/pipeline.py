@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from types import ModuleType
 
 from torch import fx
 
@@ -49,12 +50,18 @@ def run(
     names = unique_names([module_path(node) for node, _ in found])
     prover = MaskProver(gm.graph, assume_causal=assume_causal_mask)
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
-    matches = [frontend.match(node, prover) for node, frontend in found]
+    matches = [_match(frontend, node, prover) for node, frontend in found]
     rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
-    records = {
-        node: _rewrite(node, frontend.operands(node), match, name, rewriter)
-        for (node, frontend), match, name in zip(found, matches, names, strict=True)
+    # In the order of what is replaced: later sites share the key masks that earlier ones made.
+    position = {node: at for at, node in enumerate(gm.graph.nodes)}
+    sites = sorted(
+        zip(found, matches, names, strict=True),
+        key=lambda site: position[site[1].node if isinstance(site[1], AttentionSite) else site[0][0]],
+    )
+    rewritten = {
+        node: _rewrite(node, frontend.operands(node), match, name, rewriter) for (node, frontend), match, name in sites
     }
+    records = {node: rewritten[node] for node, _ in found}
     for node, opened in expansions:
         _close(node, opened, records)
     if any(entry.rewritten for entry in records.values()):
@@ -68,6 +75,15 @@ def run(
         1e3 * (time.perf_counter() - start),
     )
     return result
+
+
+def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
+    """A frontend's answer; a failure of the pass itself must not fail the user's compilation."""
+    try:
+        return frontend.match(node, prover)
+    except Exception as error:
+        logger.exception("%s: the pass failed", node)
+        return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
 
 def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:

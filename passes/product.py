@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import function_name, value_of
+from s2o_compile.passes.graph_values import function_name, value_of, written_arguments
 from s2o_compile.passes.operand import Operand, Step
 
+_NAMES = ("matmul", "bmm", "baddbmm", "einsum")
 _SWAPS = ("transpose", "swapaxes", "swapdims")
 
 
@@ -43,6 +44,8 @@ def read(node: object) -> Product | None:
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
         return None
     name = function_name(node)
+    if name in _NAMES and written_arguments(node):
+        return None  # it writes to a tensor of the user's
     if name in ("matmul", "bmm"):
         arguments = _arguments(node, ("input", "other") if name == "matmul" else ("input", "mat2"))
         left, right = arguments if len(arguments) == 2 else (None, None)

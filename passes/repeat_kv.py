@@ -36,10 +36,21 @@ def unwrap(node: fx.Node, site: fx.Node, prover: MaskProver) -> fx.Node:
     while function_name(repeated) in _COPIES and isinstance(repeated.args[0], fx.Node):
         repeated = repeated.args[0]
     base = _interleaved(repeated) or _grouped(repeated, prover) or _one_head(repeated, prover)
-    # The copy was taken at `repeated`; reading the base at the site must give the same values.
-    if base is None or prover.mutations.changed(base, after=repeated, before=site):
-        return node
-    return base
+    return node if base is None or not is_untouched(node, base, site, prover) else base
+
+
+def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver) -> bool:
+    """Whether ``base``, read at the site, gives what ``node``, made of it by copies and views, holds there."""
+    path = []
+    while node is not base and node.args and isinstance(node.args[0], fx.Node):
+        path.append(node)
+        node = node.args[0]
+    if node is not base:
+        return False
+    own = set(prover.mutations.writers(base))
+    if any(set(prover.mutations.writers(step)) - own for step in path):
+        return False  # written into a copy
+    return not path or not prover.mutations.changed(base, after=path[-1], before=site)
 
 
 def _interleaved(node: fx.Node) -> fx.Node | None:

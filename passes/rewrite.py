@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.kernels.layout import empty_output
 from s2o_compile.passes import sizes
 from s2o_compile.passes.assumptions import check_causal
 from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
@@ -93,12 +94,15 @@ class Rewriter:
         return None
 
     def _arguments(self, site: AttentionSite) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
+        layout = _restored_layout(site) if site.restore else _layout(value_of(site.node))
+        if layout is None:
+            return Rejected("the operator cannot reproduce the shape and strides of its output")
         keyword: dict[str, Any] = {
             **self._options,
             "causal": site.mask.causal,
             "scale": site.scale,
             "site": site.name,
-            "layout": _layout(value_of(site.node)) if not site.restore else "BHND",
+            "layout": layout,
         }
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
@@ -191,6 +195,23 @@ def _layout(output: object) -> str:
         return "auto"
     heads, length = output.stride(1), output.stride(2)
     return "BNHD" if known(heads < length) else "BHND" if known(length < heads) else "auto"
+
+
+def _restored_layout(site: AttentionSite) -> str | None:
+    """The layout that, after the steps behind the operator, lies in memory as the replaced value did."""
+    query, value, wanted = site.query.value, site.value.value, value_of(site.node)
+    for layout in ("BHND", "BNHD"):
+        output = computed(query, empty_output, (query, value.shape[-1], layout))
+        for function, args in site.restore:
+            output = computed(query, function, (output, *args))
+        same = output is not None and output.ndim == wanted.ndim
+        if (
+            same
+            and all(known(a == b) for a, b in zip(output.shape, wanted.shape, strict=True))
+            and all(known(a == b) for a, b in zip(output.stride(), wanted.stride(), strict=True))
+        ):
+            return layout
+    return None
 
 
 def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

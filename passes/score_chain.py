@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import function_name, known, value_of
+from s2o_compile.passes.graph_values import choice, function_name, known, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.product import Product
@@ -57,6 +57,7 @@ class ScoreChain:
         masks: In no order: all must let a key through.
         sinks: The tensor [..., Nq, 1] joined to the scores as one more key.
         nodes: Every node of the chain, the product included, first to last.
+        met: Every mask, factor and sinks tensor, with the shape of the scores that it met.
     """
 
     product: Product
@@ -67,6 +68,16 @@ class ScoreChain:
     masks: list[Bias | Fill] = field(default_factory=list)
     sinks: fx.Node | None = None
     nodes: list[fx.Node] = field(default_factory=list)
+    met: list[tuple[fx.Node, torch.Size]] = field(default_factory=list)
+
+
+def _keeps_shape(node: fx.Node, source: object) -> bool:
+    before, after = value_of(source), value_of(node)
+    return (
+        isinstance(before, torch.Tensor)
+        and before.ndim == after.ndim
+        and all(known(a == b) for a, b in zip(before.shape, after.shape, strict=True))
+    )
 
 
 def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
@@ -113,7 +124,7 @@ class ScoreReader:
 
     def read(self, softmax: fx.Node, scores: fx.Node) -> ScoreChain | Rejected:
         """The chain behind ``softmax(scores)``, or the first thing in it that is not understood."""
-        nodes = [softmax]
+        nodes, met = [softmax], []
         node, heads = self._plain(scores, nodes)
         node, heads = self._without_maximum(node, nodes, heads)
         sinks = None
@@ -128,13 +139,17 @@ class ScoreReader:
                 return Rejected("%s joins more than one column of sinks to the scores", node)
             nodes.append(node)
             sinks = tensors[1]
+            met.append((sinks, value_of(tensors[0]).shape))
             node, heads = self._plain(tensors[0], nodes, heads)
         masks: list[Bias | Fill] = []
         while (step := self._mask(node)) is not None:
             if isinstance(step, Rejected):
                 return step
+            if not _keeps_shape(node, step[0]):
+                return Rejected("%s broadcasts the scores to another shape", node)
             nodes.append(node)
             masks.append(step[1])
+            met.append((step[1].node, value_of(node).shape))
             node, heads = self._plain(step[0], nodes, heads)
         scale, factors = 1.0, []
         softcap = None
@@ -148,8 +163,11 @@ class ScoreReader:
                 if isinstance(taken, Rejected):
                     return taken
                 source, factor = taken
+                if not _keeps_shape(node, source):
+                    return Rejected("%s broadcasts the scores to another shape", node)
                 if isinstance(factor, fx.Node):
                     factors.append(factor)
+                    met.append((factor, value_of(node).shape))
                 else:
                     scale *= factor
             else:
@@ -165,8 +183,9 @@ class ScoreReader:
             if softcap is not None or scale != 1.0 or factors:
                 return Rejected("%s is scaled after a tensor was added to it", found.node)
             masks.append(Bias(found.added))
+            met.append((found.added, value_of(found.node).shape))
         scale *= found.alpha * (softcap or 1.0)  # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
-        return ScoreChain(found, heads, scale, factors, softcap, masks, sinks, nodes[::-1])
+        return ScoreChain(found, heads, scale, factors, softcap, masks, sinks, nodes[::-1], met)
 
     def _plain(self, node: object, nodes: list[fx.Node], heads: int | None = None) -> tuple[fx.Node, int | None]:
         """The node behind casts, copies and reshapes of leading dimensions, and the heads the reshapes split off."""
@@ -226,8 +245,8 @@ class ScoreReader:
         if name == "masked_fill" and len(node.args) == 3:
             scores, condition, fill = node.args
             return self._filled(node, scores, condition, fill, negated=False)
-        if name == "where" and len(node.args) == 3:
-            condition, scores, fill = node.args
+        if name == "where" and (arms := choice(node)) is not None:
+            condition, scores, fill = arms
             if self._indices.fill(fill) is None:
                 return self._filled(node, fill, condition, scores, negated=False)
             return self._filled(node, scores, condition, fill, negated=True)
