@@ -1,7 +1,7 @@
 """Every architecture that can be built tiny, through the pass at tau=0: what ran, what was found, how far it is off.
 
     python -m benchmarks.zoo                              # all of it: docs/zoo.csv and docs/zoo.md
-    python -m benchmarks.zoo --only llama,bert --csv /tmp/zoo.csv
+    python -m benchmarks.zoo --only llama,bert --csv some.csv
 
 Each job is one architecture with one attention implementation, in a process of its own with a time limit, so that a
 crash or a hang costs that job only. Rows are written as they come; ``--resume`` skips jobs that the file already has.

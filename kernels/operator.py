@@ -29,7 +29,7 @@ except ImportError:  # no triton here: only the torch implementation can run
 
 CROSSOVER = {"cuda": 16384, "cpu": 8192}
 """Key length from which S2O beat SDPA's fastest backend (benchmarks/README.md): on CUDA with synthetic input, on
-a CPU with real text. FlashAttention-3, which is not in SDPA, is passed later, between 16K and 32K."""
+a CPU with real text."""
 
 
 def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:

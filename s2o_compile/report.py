@@ -66,8 +66,8 @@ class Report:
             return "\n".join(
                 [
                     "NO ATTENTION FOUND: nothing was rewritten, the model runs as before.",
-                    f"Looked at {self.graphs} captured graph(s) for scaled_dot_product_attention calls. A model with "
-                    'hand-written or "eager" attention is not seen: choose attn_implementation="sdpa" where it exists.',
+                    f"Looked at {self.graphs} captured graph(s) for fused and hand-written attention. If the model has "
+                    'any, choose scaled_dot_product_attention (in transformers attn_implementation="sdpa").',
                     *self._notes(),
                 ]
             )
