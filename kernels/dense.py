@@ -18,7 +18,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMa
     grouped = query.shape[1] != key.shape[1]
     causal = mask.causal and mask.offset < n_keys - 1  # else the first query already sees every key
     shortcut = not causal or (mask.offset == 0 and scale > 0)  # SDPA's is_causal hides by adding before it scales
-    if mask.window is None and mask.key_mask is None and shortcut:
+    if mask.window is None and mask.attention_chunk is None and mask.key_mask is None and shortcut:
         output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
         return output[..., :value_dim]
     visible = mask.visible_pairs(n_queries, n_keys, query.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.blind_rows import fill_blind_rows
+from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
@@ -23,10 +24,14 @@ def attend_differentiably(
     blind: str,
 ) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv]; arguments as ``operator.run``."""
-    if softcap is None and sinks is None:
-        output = dense_attention(query, key, value, mask, scale=scale)
-    else:
-        output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, None]:
+        if softcap is None and sinks is None:
+            return dense_attention(query, key, value, mask, scale=scale), None
+        return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks), None
+
+    chunked = mask.attention_chunk is not None
+    output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
     if blind == "mean" and sinks is None:
         output = fill_blind_rows(output, value, mask)
     return as_sdpa(output, query)

@@ -4,6 +4,7 @@ Key j is visible to query i iff all of these hold:
 
     causal:    j <= i + offset                     (bottom-right: offset = Nk - Nq; SDPA's is_causal: offset = 0)
     window:    j >  i + offset - window
+    chunk:     j // attention_chunk == (i + offset) // attention_chunk
     key_mask:  key_mask[b, j]                      (False: padding)
 
 For one segment of queries the visible keys fall into two parts (S2O, arXiv 2602.22575, section 3):
@@ -30,22 +31,27 @@ class AttentionMask:
         causal: Whether key j must satisfy ``j <= i + offset``.
         offset: Causal offset in tokens; ignored unless ``causal``.
         window: Sliding window in tokens, the query's own position included; needs ``causal``.
+        attention_chunk: Length in tokens of the chunks, counted from key 0, whose keys alone a query sees; needs
+            ``causal``.
         key_mask: bool [B, Nk], True where the key may be attended, or None.
     """
 
     causal: bool = False
     offset: int = 0
     window: int | None = None
+    attention_chunk: int | None = None
     key_mask: Tensor | None = None
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Bool [queries, keys] of the causal and window terms; the key mask is a column and applied apart."""
+        """Bool [queries, keys] of the terms on positions; the key mask is a column and applied apart."""
         i, j = query_positions[:, None] + self.offset, key_positions[None, :]
         seen = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=query_positions.device)
         if self.causal:
             seen &= j <= i
         if self.window is not None:
             seen &= j > i - self.window
+        if self.attention_chunk is not None:
+            seen &= j // self.attention_chunk == i // self.attention_chunk
         return seen
 
     def own_offset(self, n_queries: int, n_keys: int) -> int:
@@ -73,14 +79,20 @@ class AttentionMask:
             stop = min(max(last + self.offset + 1, 0), n_keys)
             if self.window is not None:
                 start = min(max(first + self.offset - self.window + 1, 0), stop)
+            if self.attention_chunk is not None:
+                start = min(max(start, (first + self.offset) // self.attention_chunk * self.attention_chunk), stop)
         return start, stop
 
     def row_ranges(self, n_queries: int, n_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """``visible_range`` of every query alone: int64 [Nq] starts and stops, computed on the device."""
         end = torch.arange(1, n_queries + 1, device=device) + self.offset
         stop = end.clamp(0, n_keys) if self.causal else torch.full_like(end, n_keys)
-        start = torch.zeros_like(end) if self.window is None else (end - self.window).clamp(0, n_keys)
-        return start, stop
+        start = torch.zeros_like(end)
+        if self.window is not None:
+            start = torch.maximum(start, end - self.window)
+        if self.attention_chunk is not None:
+            start = torch.maximum(start, (end - 1) // self.attention_chunk * self.attention_chunk)
+        return start.clamp(max=n_keys), stop
 
     def area(self, batch: int, n_queries: int, n_keys: int) -> Tensor:
         """Number of visible query-key pairs per head, float64 [B]: what density is measured against.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s2o_compile.kernels import natural_forward, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
+from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.errors import ImplementationUnavailableError
@@ -94,25 +95,31 @@ def run(
         site: Module path for the report.
     """
     check_inputs(
-        query, key, value, mask.key_mask, sinks, causal=mask.causal, window=mask.window, softcap=softcap, blind=blind
+        query,
+        key,
+        value,
+        mask.key_mask,
+        sinks,
+        causal=mask.causal,
+        window=mask.window,
+        attention_chunk=mask.attention_chunk,
+        softcap=softcap,
+        blind=blind,
     )
-    n_keys = key.shape[2]
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
-        mask = replace(mask, window=None)  # the window hides nothing
-    path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
-    implementation = choose_implementation(options.implementation, query.device, query.dtype)
     if mask.key_mask is not None:
         mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
-    if path == "dense" and not return_lse and softcap is None and sinks is None:
-        record(site, path, query, key, mask)
-        output, lse = dense_attention(query, key, value, mask, scale=scale), None
-    else:  # SDPA knows no softcap and returns no log-sum-exp, which sinks need
-        result = _attend(
-            query, key, value, mask, path, scale=scale, softcap=softcap, options=options, implementation=implementation
+    wants_lse = return_lse or sinks is not None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
+        return _attend(
+            query, key, value, mask, scale=scale, softcap=softcap, return_lse=wants_lse, options=options, site=site
         )
-        record(site, path, query, key, mask, result.computed)
-        output, lse = result.output, result.lse
+
+    if mask.attention_chunk is None or 0 <= mask.offset <= mask.attention_chunk - query.shape[2]:
+        output, lse = attend(query, key, value, replace(mask, attention_chunk=None))
+    else:
+        output, lse = attend_chunks(query, key, value, mask, attend)
     if sinks is not None and lse is not None:
         output, lse = add_sinks(output, lse, sinks)
     elif blind == "mean":
@@ -121,6 +128,34 @@ def run(
 
 
 def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    return_lse: bool,
+    options: OperatorOptions,
+    site: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention without sinks and chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp."""
+    n_keys = key.shape[2]
+    if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
+        mask = replace(mask, window=None)  # the window hides nothing
+    path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
+    implementation = choose_implementation(options.implementation, query.device, query.dtype)
+    if path == "dense" and not return_lse and softcap is None:
+        record(site, path, query, key, mask)
+        return dense_attention(query, key, value, mask, scale=scale), None
+    result = _execute(
+        query, key, value, mask, path, scale=scale, softcap=softcap, options=options, implementation=implementation
+    )
+    record(site, path, query, key, mask, result.computed)
+    return result.output, result.lse
+
+
+def _execute(
     query: Tensor,
     key: Tensor,
     value: Tensor,

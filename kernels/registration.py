@@ -33,6 +33,7 @@ def attention(
     causal: bool = False,
     causal_offset: int | None = None,
     window: int | None = None,
+    attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     blind: str = "zeros",
@@ -60,7 +61,13 @@ def attention(
         implementation=implementation,
     )
     offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
-    mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
+    mask = AttentionMask(
+        causal=causal,
+        offset=offset if causal else 0,
+        window=window,
+        attention_chunk=attention_chunk,
+        key_mask=key_mask,
+    )
     output, lse = run(
         query,
         key,

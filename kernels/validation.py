@@ -23,6 +23,7 @@ def check_inputs(
     *,
     causal: bool,
     window: int | None,
+    attention_chunk: int | None = None,
     softcap: float | None = None,
     blind: str = "zeros",
 ) -> None:
@@ -94,6 +95,13 @@ def check_inputs(
             expected="at least 1, together with causal=True",
             got=f"window={window}, causal={causal}",
             remedy="A sliding window looks back from the causal diagonal.",
+        )
+    if attention_chunk is not None and (not causal or attention_chunk < 1):
+        raise InputError(
+            "attention_chunk",
+            expected="at least 1, together with causal=True",
+            got=f"attention_chunk={attention_chunk}, causal={causal}",
+            remedy="Chunks are cut from the keys before the causal diagonal.",
         )
     if key_mask is not None and (
         key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, key.shape[2]), (1, key.shape[2]))

@@ -23,6 +23,7 @@ def attention(
     causal: bool = False,
     causal_offset: int | None = None,
     window: int | None = None,
+    attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     blind: str = "zeros",
@@ -44,6 +45,9 @@ def attention(
         causal_offset: Tokens; None aligns the last query with the last key (``Nk - Nq``), which is what a cached
             prefill wants. SDPA's ``is_causal=True`` is ``causal_offset=0``.
         window: Sliding window in tokens, the query's own position included; computed exactly. Needs ``causal``.
+        attention_chunk: Chunked attention (Llama 4): the keys are cut into chunks of this many tokens, and a query
+            sees only those of the chunk it stands in. Every chunk is ranked, or runs dense, by itself. Needs
+            ``causal``.
         scale: Softmax scale; None for ``1 / sqrt(D)``.
         softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
             none. SDPA has neither softcap nor sinks: short lengths run exactly in natural order instead.
@@ -69,9 +73,26 @@ def attention(
             raise InputError(
                 "return_lse", expected="no gradients", got="inputs that require grad", remedy="Use torch.no_grad()."
             )
-        check_inputs(query, key, value, key_mask, sinks, causal=causal, window=window, softcap=softcap, blind=blind)
+        check_inputs(
+            query,
+            key,
+            value,
+            key_mask,
+            sinks,
+            causal=causal,
+            window=window,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            blind=blind,
+        )
         offset = key.shape[2] - query.shape[2] if causal_offset is None else causal_offset
-        mask = AttentionMask(causal=causal, offset=offset if causal else 0, window=window, key_mask=key_mask)
+        mask = AttentionMask(
+            causal=causal,
+            offset=offset if causal else 0,
+            window=window,
+            attention_chunk=attention_chunk,
+            key_mask=key_mask,
+        )
         return attend_differentiably(
             query,
             key,
@@ -91,6 +112,7 @@ def attention(
         causal=causal,
         causal_offset=causal_offset,
         window=window,
+        attention_chunk=attention_chunk,
         scale=scale,
         softcap=softcap,
         blind=blind,

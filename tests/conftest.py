@@ -99,6 +99,7 @@ class Case:
     causal: bool = True
     offset: int | None = None
     window: int | None = None
+    chunk: int | None = None
     padding: str = ""
     layout: str = "plain"
     value_dim: int | None = None
@@ -125,6 +126,8 @@ class Case:
             parts.append(f"offset{self.offset}")
         if self.window is not None:
             parts.append(f"window{self.window}")
+        if self.chunk is not None:
+            parts.append(f"chunk{self.chunk}")
         if self.padding:
             parts.append(f"padded_{self.padding}")
         if self.layout != "plain":
@@ -173,6 +176,7 @@ class Case:
             causal=self.causal,
             offset=self.causal_offset,
             window=self.window,
+            attention_chunk=self.chunk,
             key_mask=None if key_mask is None else key_mask.to(device),
         )
         inputs = Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5, self.softcap, blind=self.blind)
@@ -212,6 +216,8 @@ def visible_pairs(inputs):
         seen &= j <= i + mask.offset
     if mask.window is not None:
         seen &= j > i + mask.offset - mask.window
+    if mask.attention_chunk is not None:
+        seen &= j // mask.attention_chunk == (i + mask.offset) // mask.attention_chunk
     seen = seen.expand(inputs.query.shape[0], 1, -1, -1)
     return seen if mask.key_mask is None else seen & mask.key_mask[:, None, None, :]
 

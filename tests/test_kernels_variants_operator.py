@@ -143,16 +143,20 @@ class TestSinks:
 MASKS = [
     AttentionMask(),
     *(
-        AttentionMask(causal=True, offset=offset, window=window)
-        for offset, window in itertools.product((-12, -3, 0, 4, 30), (None, 1, 5))
+        AttentionMask(causal=True, offset=offset, window=window, attention_chunk=chunk)
+        for offset, window, chunk in itertools.product((-12, -3, 0, 4, 30), (None, 1, 5), (None, 3))
     ),
 ]
+
+
+def mask_id(mask):
+    return f"causal{mask.causal}-offset{mask.offset}-window{mask.window}-chunk{mask.attention_chunk}"
 
 
 class TestBlindRows:
     @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
     @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (9, 9), (5, 12), (12, 5)])
-    @pytest.mark.parametrize("mask", MASKS, ids=lambda m: f"causal{m.causal}-offset{m.offset}-window{m.window}")
+    @pytest.mark.parametrize("mask", MASKS, ids=mask_id)
     def test_rows_follow_from_the_mask(self, mask, queries, keys, padded):
         key_mask = torch.rand(3, keys, generator=torch.Generator().manual_seed(0)) < 0.3 if padded else None
         mask = dataclasses.replace(mask, key_mask=key_mask)
