@@ -57,9 +57,7 @@ def attend_chunks(
             mask,
             attention_chunk=None,
             offset=rows.start + mask.offset - columns.start,
-            key_mask=None
-            if mask.key_mask is None
-            else mask.key_mask[:, columns].unflatten(1, (count, -1)).flatten(0, 1),
+            key_mask=None if key_mask is None else _fold(key_mask[:, None, columns], count)[:, 0],
         )
         parts = (_fold(x[:, :, part], count) for x, part in ((query, rows), (key, columns), (value, columns)))
         output, mass = attend(*parts, inside)

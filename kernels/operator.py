@@ -32,6 +32,9 @@ CROSSOVER = {"cuda": 16384, "cpu": 8192}
 """Key length from which S2O beat SDPA's fastest backend (benchmarks/README.md): on CUDA with synthetic input, on
 a CPU with real text."""
 
+WIDEST_FLOAT32 = 256
+"""Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
+
 
 def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
     """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
@@ -42,9 +45,10 @@ def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float
     return "s2o" if mask.window is None else "window"
 
 
-def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Choose "triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
         if triton_forward is None:
             raise ImplementationUnavailableError(
@@ -60,8 +64,13 @@ def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype)
                 'implementation="triton": expected float16 or float32 in the interpreter, got bfloat16, whose products '
                 "it computes wrongly. Convert the inputs, or run on a GPU."
             )
+        if device.type == "cuda" and not fits:
+            raise ImplementationUnavailableError(
+                f'implementation="triton": expected a head_dim of at most {WIDEST_FLOAT32} in float32, got {head_dim}, '
+                'whose query tile does not fit in shared memory. Use bfloat16 or float16, or "auto".'
+            )
     if wanted == "auto":
-        return "triton" if device.type == "cuda" and triton_forward is not None else "torch"
+        return "triton" if device.type == "cuda" and triton_forward is not None and fits else "torch"
     return wanted
 
 
@@ -144,7 +153,7 @@ def _attend(
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
     path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
-    implementation = choose_implementation(options.implementation, query.device, query.dtype)
+    implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
     if path == "dense" and not return_lse and softcap is None:
         record(site, path, query, key, mask)
         return dense_attention(query, key, value, mask, scale=scale), None

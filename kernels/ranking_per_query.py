@@ -31,11 +31,11 @@ KEY_STEP = 512
 
 
 def few_dims(head_dim: int) -> int:
-    """A quarter of the head (16 of 64 rank as well as all, 8 do not), rounded up to a power of two, less one.
+    """A quarter of the head (16 of 64 rank as well as all, 8 do not), rounded up to a power of two up to 64, less one.
 
     The one is the normaliser's: together they fill the inner dimension of a product on the tensor cores.
     """
-    return (1 << max(4, (head_dim // 4 - 1).bit_length())) - 1
+    return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
 
 
 def choose_dims(query: Tensor, key: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from s2o_compile.kernels.triton_tile import (
     overflowed,
     softmax_update,
     store_tile,
+    value_parts,
 )
 
 
@@ -205,6 +206,7 @@ def attend_natural(
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
     if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
-    into = empty_result(query, value)
-    launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=None)
-    return into
+    result = empty_result(query, value)
+    for value, into in value_parts(value, result):
+        launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=None)
+    return result

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.mask import AttentionMask
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING_SEEN = tl.constexpr(-3.4e38)
 """Maximum of no logits. Not -inf: the difference to it stays a number, so no step needs a guard."""
+
+WIDEST_VALUE = 256
 
 
 @triton.jit
@@ -87,6 +92,15 @@ def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
     return (scale * LOG2E.value, 0.0) if softcap is None else (softcap * LOG2E.value, scale / softcap)
 
 
+def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tensor, Result]]:
+    """Value and results in parts of at most WIDEST_VALUE columns: a tile's accumulator [M, Dv] must stay in registers.
+
+    The walk does not depend on the value, so every part repeats it alike.
+    """
+    for columns, output in zip(value.split(WIDEST_VALUE, 3), into.output.split(WIDEST_VALUE, 3), strict=True):
+        yield columns, into._replace(output=output)
+
+
 def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:
     """Whether a FIXED reference is worth trying: float16 weights overflow 2^16 above it, padded rows may have none."""
     return dtype != torch.float16 and (mask.causal or mask.key_mask is None)
@@ -102,6 +116,8 @@ def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str
 
     Fixed, never tuned at run time: a tuner would time made-up indices.
 
+    Head dims beyond 256 are sound, and no register is spilled; they are not tuned.
+
     For 16-bit heads of 64, 128 and 256 chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128,
     4 to 16 warps, 2 and 3 stages. 8 warps of at most 128 registers leave room for two programs on a multiprocessor:
     one multiplies while the other takes exponentials. Float32 is sound but not tuned.
@@ -112,5 +128,6 @@ def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str
     largest = max(block_dim, block_value)
     if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
         return common | {"KEY_BLOCK": 32 if largest <= 128 else 16, "PRECISION": "ieee", "STAGES": 1}
-    tuned = common | {"KEY_BLOCK": 128 if largest <= 64 else 64, "PRECISION": "tf32", "STAGES": 2}
+    key_block = 128 if largest <= 64 else 64 if largest <= 256 else 32
+    tuned = common | {"KEY_BLOCK": key_block, "PRECISION": "tf32", "STAGES": 2}
     return tuned | {"maxnreg": 128} if largest <= 128 else tuned

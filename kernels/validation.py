@@ -11,7 +11,7 @@ from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.errors import InputError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def check_inputs(

@@ -32,7 +32,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
-    Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dims (at most 256).
+    Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dims (at most 512).
 
     Args:
         query: [B, Hq, Nq, D], float16, bfloat16 or float32, any strides.

@@ -246,13 +246,21 @@ class TestDispatch:
 
     @pytest.mark.parametrize("wanted", ["auto", "torch"])
     def test_cpu_tensors_run_in_torch(self, wanted):
-        assert operator.choose_implementation(wanted, torch.device("cpu"), torch.float32) == "torch"
+        assert operator.choose_implementation(wanted, torch.device("cpu"), torch.float32, 64) == "torch"
 
     def test_cuda_tensors_run_in_triton_where_there_is_triton(self, monkeypatch):
-        assert operator.choose_implementation("auto", torch.device("cuda"), torch.float32) == "triton"
-        assert operator.choose_implementation("torch", torch.device("cuda"), torch.float32) == "torch"
+        cuda = torch.device("cuda"), torch.float32, 64
+        assert operator.choose_implementation("auto", *cuda) == "triton"
+        assert operator.choose_implementation("torch", *cuda) == "torch"
         monkeypatch.setattr(operator, "triton_forward", None)
-        assert operator.choose_implementation("auto", torch.device("cuda"), torch.float32) == "torch"
+        assert operator.choose_implementation("auto", *cuda) == "torch"
+
+    def test_wide_float32_heads_do_not_fit_the_kernels(self):
+        cuda = torch.device("cuda")
+        assert operator.choose_implementation("auto", cuda, torch.float32, 257) == "torch"
+        assert operator.choose_implementation("auto", cuda, torch.bfloat16, 512) == "triton"
+        with pytest.raises(ImplementationUnavailableError, match="head_dim of at most 256 in float32, got 512"):
+            operator.choose_implementation("triton", cuda, torch.float32, 512)
 
 
 class TestStatistics:
@@ -357,8 +365,8 @@ class TestErrors:
                 ("shape of key", "kv_heads, keys, 64]", "(2, 2, 200, 32)", "head_dim"),
             ),
             (tensors(key=(2, 3, 200, 64)), {}, ("number of heads", "divisible by the 3", "got 4", "group")),
-            (tensors((1, 1, 9, 257), (1, 1, 9, 257)), {}, ("head_dim of query", "at most 256", "got 257", "dense")),
-            (tensors(value=(2, 2, 200, 257)), {}, ("head_dim of value", "at most 256", "got 257", "dense")),
+            (tensors((1, 1, 9, 513), (1, 1, 9, 513)), {}, ("head_dim of query", "at most 512", "got 513", "dense")),
+            (tensors(value=(2, 2, 200, 513)), {}, ("head_dim of value", "at most 512", "got 513", "dense")),
             (tensors(), {"causal": True, "window": 0}, ("window", "at least 1", "window=0, causal=True", "looks back")),
             (
                 tensors(),

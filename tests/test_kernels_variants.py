@@ -41,8 +41,14 @@ RANKED = [
     Case(queries=500, softcap=50.0, dtype="fp16"),
     Case(queries=500, batch=2, padding="left", softcap=2.0, dtype="fp16", value_dim=80),
     Case(queries=300, keys=500, causal=False, softcap=5.0, dtype="fp16"),
+    Case(queries=390, head_dim=64, value_dim=300, heads=1, dtype="fp16"),
+    Case(queries=260, head_dim=512, heads=1, dtype="fp16"),
 ]
-RESTARTED = [Case(queries=900, heads=1, value_dim=32), Case(queries=390, softcap=3.0)]
+RESTARTED = [
+    Case(queries=900, heads=1, value_dim=32),
+    Case(queries=390, softcap=3.0),
+    Case(queries=390, heads=1, value_dim=300),
+]
 NATURAL = [
     Case(queries=1, value_dim=16),
     Case(queries=300, batch=2, heads=4, kv_heads=2, window=100, value_dim=40, dtype="fp16"),
@@ -50,6 +56,7 @@ NATURAL = [
     Case(queries=300, batch=2, padding="all", value_dim=16),
     Case(queries=300, batch=2, heads=4, kv_heads=2, window=100, softcap=5.0),
     Case(queries=300, keys=200, padding="left", batch=2, softcap=20.0, dtype="fp16"),
+    Case(queries=300, window=100, heads=1, head_dim=40, value_dim=300, dtype="fp16"),
 ]
 RANKED_ON_CUDA = [
     Case(queries=1000, heads=4, kv_heads=4, head_dim=192, value_dim=128, dtype="bf16"),
@@ -57,11 +64,17 @@ RANKED_ON_CUDA = [
     Case(queries=1000, heads=4, head_dim=128, softcap=50.0, dtype="bf16"),
     Case(queries=1000, batch=2, padding="left", head_dim=256, softcap=5.0, dtype="bf16"),
     Case(queries=500, softcap=5.0),
+    Case(queries=1000, heads=4, head_dim=512, dtype="bf16"),
+    Case(queries=1000, batch=2, heads=2, padding="left", head_dim=400, softcap=5.0, dtype="fp16"),
+    Case(queries=500, head_dim=64, value_dim=512),
 ]
 NATURAL_ON_CUDA = [
     Case(queries=1000, heads=4, kv_heads=4, head_dim=192, value_dim=128, dtype="bf16", window=300),
     Case(queries=1000, heads=4, head_dim=128, softcap=50.0, dtype="bf16", window=300),
     Case(queries=500, softcap=5.0),
+    Case(queries=1000, heads=4, head_dim=512, dtype="bf16"),
+    Case(queries=1000, batch=2, heads=2, padding="left", head_dim=400, softcap=5.0, dtype="fp16"),
+    Case(queries=500, head_dim=64, value_dim=512),
 ]
 
 

@@ -77,8 +77,8 @@ DENSE = {
     "float64": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), "float64"),
     "rank-3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), "ranks 3, 3, 3, expected 4"),
     "wide-heads": (
-        lambda q, k, v: F.scaled_dot_product_attention(*(x.repeat(1, 1, 1, 17) for x in (q, k, v))),
-        "at most 256",
+        lambda q, k, v: F.scaled_dot_product_attention(*(x.repeat(1, 1, 1, 33) for x in (q, k, v))),
+        "at most 512",
     ),
     "batch-broadcast": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), "different batch sizes"),
     "opaque-mask": (
