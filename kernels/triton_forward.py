@@ -185,19 +185,19 @@ def attend(
     group = heads // key.shape[1]
     result = empty_result(query, value)
     order = plan.query_order
-    for value, into in value_parts(value, result):
+    for part, into in value_parts(value, result):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
-            query, key, value, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
+            query, key, part, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
             order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
+            *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *into.output.stride()[:3],
             0 if mask.key_mask is None else mask.key_mask.stride(0),
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
             FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-            WIDE=needs_wide(query, key, value), **launch_config(query.shape[3], value.shape[3], query.dtype),
+            WIDE=needs_wide(query, key, part), **launch_config(query.shape[3], part.shape[3], query.dtype),
         )  # fmt: skip
-        launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=plan)
+        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap, restart=plan)
     return result

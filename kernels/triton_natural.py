@@ -207,6 +207,6 @@ def attend_natural(
     if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
     result = empty_result(query, value)
-    for value, into in value_parts(value, result):
-        launch_natural(query, key, value, mask, into, scale=scale, softcap=softcap, restart=None)
+    for part, into in value_parts(value, result):
+        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap, restart=None)
     return result
