@@ -91,6 +91,30 @@ def reach(prefix_len: Tensor, tau: float, chunk_len: int) -> Tensor:
     return torch.minimum(prefix_len, (wanted + chunk_len - 1) // chunk_len * chunk_len)
 
 
+def reached_keys(
+    mask: AttentionMask, starts: Tensor, stops: Tensor, n_keys: int, tau: float, chunk_len: int
+) -> Tensor:
+    """int64 [P]: length of every segment's list, from its own keys' starts and stops and padding aside."""
+    return reach(starts if mask.causal else n_keys - (stops - starts), tau, chunk_len)
+
+
+def longest_list(
+    mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, tau: float, chunk_len: int
+) -> int:
+    """Length of the longest list, from lengths alone: nothing waits for the device."""
+    last = (n_segments(n_queries, segment_len) - 1) * segment_len
+    last_start, _ = mask.own_range(last, n_queries - 1, n_queries, n_keys)
+    return int(reach(torch.tensor(last_start if mask.causal else n_keys), tau, chunk_len).item())
+
+
+def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:
+    """Bool [B, Hkv, Nk]: keys that hold NaN or inf, or whose value does.
+
+    They must be visited, or a row would come out finite where SDPA's would not.
+    """
+    return ~torch.isfinite(key.sum(-1, dtype=torch.float32) + value.sum(-1, dtype=torch.float32))
+
+
 def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device) -> Tensor:
     """Bool [B or 1, P, Nk]: which keys are prefix keys of which segment."""
     starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, device)
@@ -121,17 +145,14 @@ def order_keys(
     batch, heads, segments, n_keys = scores.shape
     chunk_len = default_chunk_len(n_keys)
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
-    # A key that holds NaN or inf must be visited, or a row would come out finite where SDPA's would not: it goes first.
-    poisoned = ~torch.isfinite(key.sum(-1, dtype=torch.float32) + value.sum(-1, dtype=torch.float32))
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
-    scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
+    scores.masked_fill_(poisoned_keys(key, value)[:, :, None, :], float("inf"))
     scores.masked_fill_(~prefix[:, None], float("-inf"))
     prefix_count = prefix.sum(-1, dtype=torch.int32).expand(batch, segments)
     starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, scores.device)
-    reached = reach(starts if mask.causal else n_keys - (stops - starts), tau, chunk_len)
-    last_start, _ = mask.own_range((segments - 1) * segment_len, n_queries - 1, n_queries, n_keys)
-    longest = reach(torch.tensor(last_start if mask.causal else n_keys), tau, chunk_len).item()
-    key_index = scores.topk(int(longest), dim=-1, sorted=True).indices.to(torch.int32)
+    reached = reached_keys(mask, starts, stops, n_keys, tau, chunk_len)
+    longest = longest_list(mask, n_queries, n_keys, segment_len, tau, chunk_len)
+    key_index = scores.topk(longest, dim=-1, sorted=True).indices.to(torch.int32)
     key_count = torch.minimum(prefix_count, reached.to(torch.int32))[:, None].expand(batch, heads, segments)
     return key_index, key_count.contiguous(), prefix_count.contiguous()

@@ -12,6 +12,7 @@ rides as one more dimension, and nothing of size Nq x Nk is kept: products are r
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ KEY_STRIDE = 64
 """The normaliser samples every 64th key."""
 
 DIM_STRIDE = 8
-"""The dimensions are chosen from every 8th query and key."""
+DIM_SAMPLES = 4096
+"""The dimensions are chosen from every 8th query and key, or from about 4096 of more than 32K."""
 
 KEY_STEP = 512
 """Keys of one product: the products of a segment stay in cache until they are reduced."""
@@ -38,13 +40,27 @@ def few_dims(head_dim: int) -> int:
     return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
 
 
-def choose_dims(query: Tensor, key: Tensor) -> Tensor:
-    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, few_dims], or all of a smaller head."""
-    batch, kv_heads, _, head_dim = key.shape
-    some_queries, some_keys = query[:, :, ::DIM_STRIDE].float(), key[:, :, ::DIM_STRIDE].float()
-    power = some_queries.square().mean(2).view(batch, kv_heads, -1, head_dim).sum(2)
-    energy = (power * some_keys.var(2, correction=0)).nan_to_num(0.0)
-    return energy.topk(min(few_dims(head_dim), head_dim), dim=-1).indices
+class Moments(NamedTuple):
+    """By dimension, float32 [B, Hkv, D]: E[q^2] over the group, E[k^2] and Var[k]."""
+
+    query: Tensor
+    key: Tensor
+    key_variance: Tensor
+
+
+def second_moments(query: Tensor, key: Tensor) -> Moments:
+    """Estimated from every DIM_STRIDE-th query and key, fewer of long sequences; what is not finite counts as zero."""
+    batch, kv_heads, n_keys, head_dim = key.shape
+    query = query[:, :, :: max(DIM_STRIDE, query.shape[2] // DIM_SAMPLES)].float()
+    key = key[:, :, :: max(DIM_STRIDE, n_keys // DIM_SAMPLES)].float()
+    power = query.square().mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
+    variance, mean = torch.var_mean(key, 2, correction=0)
+    return Moments(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (power, variance + mean.square(), variance)))
+
+
+def choose_dims(moments: Moments, count: int) -> Tensor:
+    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, count]."""
+    return (moments.query * moments.key_variance).topk(count, dim=-1).indices
 
 
 def take_dims(x: Tensor, dims: Tensor) -> Tensor:
@@ -83,7 +99,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     """Importance of every key for every segment, float32 [B, Hkv, P, Nk]; see the module docstring."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    dims = choose_dims(query, key)
+    head_dim = query.shape[3]
+    dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
     few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)

@@ -2,9 +2,11 @@
 
     score[s, j] = max over rows r of segment s of  few_query[s, r] . few_key[j]
 
-Two kernels over packed fp16 rows of PACKED = few_dims + 1 numbers. The last one carries the row normaliser: the first
-kernel fills it into the queries, the keys hold -1 there, so the second kernel's product is already normalised and
-needs no exponential. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hkv, P, Nk].
+Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
+for the row normaliser (its value and what rounding left of it), -1 in the keys. So the last kernel's product is already
+normalised and needs no exponential. Where the tensor cores multiply 8-bit floats rows are packed in them: twice the
+rate, and a rank needs no more. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED],
+score fp16 [B * Hkv, P, Nk].
 """
 
 from __future__ import annotations
@@ -16,20 +18,47 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, few_dims, take_dims
+from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, few_dims, second_moments
 from s2o_compile.kernels.triton_tile import LN2, LOG2E
 
-LARGEST = tl.constexpr(30000.0)
-"""Clamp of packed values: far from any real logit and inside fp16."""
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
+"""Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
+
+
+@triton.jit
+def pack_rows_kernel(
+    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, length, heads, group, segment_len, segments,
+    n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    list_head = b * (heads // group) + h // group
+    column = tl.arange(0, PACKED)
+    chosen = column < n_dims
+    dims = tl.load(dims_ptr + list_head * n_dims + column, mask=chosen, other=0)
+    factor = tl.load(factor_ptr + list_head * n_dims + column, mask=chosen, other=0.0)
+    source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n + dims[None, :]
+    x = tl.load(source, mask=(row < length)[:, None] & chosen[None, :], other=0.0).to(tl.float32)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
+    x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
+    x = tl.where((column >= PACKED - 2)[None, :], last, x)
+    target = (list_head * segments + row // segment_len) * group * segment_len
+    target += (h % group) * segment_len + row % segment_len
+    inside = row < segments * segment_len
+    tl.store(
+        packed_ptr + target[:, None] * PACKED + column[None, :], x.to(packed_ptr.dtype.element_ty), mask=inside[:, None]
+    )
 
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, sampled_key_ptr, sampled_mask_ptr, n_queries, n_samples, n_segments, rows, kv_heads, offset,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, kv_heads, offset, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of TILE rows over the sampled keys, written to the last column of the rows."""
+    """Log-sum-exp of TILE rows over every STRIDE-th key, written to the last two columns of the rows."""
     segment = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -39,26 +68,23 @@ def row_normaliser_kernel(
     query = tl.load(query_ptr + dims[None, :])
     m = tl.full([TILE], -float("inf"), tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    end = n_samples
+    end = n_keys
     if CAUSAL:
         last = tl.minimum(segment * SEGMENT + SEGMENT, n_queries) - 1 + offset
-        end = tl.minimum(tl.maximum(last, -1) // STRIDE + 1, n_samples)
-    for j in range(0, end, KEY_BLOCK):
-        sample = j + tl.arange(0, KEY_BLOCK)
-        present = sample < n_samples
+        end = tl.minimum(tl.maximum(last, -1) + 1, n_keys)
+    for j in range(0, end, KEY_BLOCK * STRIDE):
+        sample = j + tl.arange(0, KEY_BLOCK) * STRIDE
+        present = sample < n_keys
         key = tl.load(
-            sampled_key_ptr + (head * n_samples + sample)[None, :] * PACKED + dims[:, None],
-            mask=present[None, :],
-            other=0.0,
+            few_key_ptr + (head * n_keys + sample)[None, :] * PACKED + dims[:, None], mask=present[None, :], other=0.0
         )
         logits = tl.dot(query, key) * LOG2E
         if HAS_KEY_MASK:
-            present = present & (
-                tl.load(sampled_mask_ptr + head // kv_heads * n_samples + sample, mask=present, other=0) != 0
-            )
+            kept = tl.load(key_mask_ptr + head // kv_heads * stride_mb + sample, mask=present, other=0)
+            present = present & (kept != 0)
         seen = present[None, :]
         if CAUSAL:
-            seen = seen & ((sample * STRIDE)[None, :] <= position[:, None] + offset)
+            seen = seen & (sample[None, :] <= position[:, None] + offset)
         logits = tl.where(seen, logits, -float("inf"))
         m_new = tl.maximum(m, tl.max(logits, 1))
         finite = tl.where(m_new == -float("inf"), 0.0, m_new)
@@ -67,8 +93,11 @@ def row_normaliser_kernel(
     # A row that sees no sampled key, or lies beyond the last query, has no say.
     normaliser = (m + tl.math.log2(l * STRIDE)) * LN2
     silent = (l == 0.0) | (position >= n_queries)
-    normaliser = tl.where(silent, LARGEST, tl.minimum(tl.maximum(normaliser, -LARGEST), LARGEST))
-    tl.store(query_ptr + (PACKED - 1), normaliser.to(tl.float16)[:, None])
+    packed = few_query_ptr.dtype.element_ty
+    whole = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
+    rest = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
+    tl.store(query_ptr + (PACKED - 2), whole[:, None])
+    tl.store(query_ptr + (PACKED - 1), rest.to(packed)[:, None])
 
 
 @triton.jit
@@ -97,41 +126,60 @@ def score_keys_kernel(
         tl.store(score_ptr + (head * n_segments + segment) * n_keys + keys, tl.max(best, 0), mask=inside)
 
 
-def pack_queries(query: Tensor, dims: Tensor, scale: float, segment_len: int) -> Tensor:
-    """[B, Hq, Nq, D] -> fp16 [B * Hkv, P, G * segment_len, PACKED], last column zero, rows (head of group, slot)."""
-    batch, heads, n_queries, _ = query.shape
-    kv_heads, segments = dims.shape[1], n_segments(n_queries, segment_len)
-    group = heads // kv_heads
-    few = (take_dims(query, dims).float() * scale).clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)
-    width = few_dims(query.shape[3]) + 1  # a power of two, also where the head itself is smaller
-    packed = query.new_zeros(batch * kv_heads, segments, group, segment_len, width, dtype=torch.float16)
-    few = torch.nn.functional.pad(few, (0, 0, 0, segments * segment_len - n_queries))
-    few = few.view(batch * kv_heads, group, segments, segment_len, -1).transpose(1, 2)
-    packed[..., : dims.shape[2]] = few
-    return packed.flatten(2, 3)
+def packed_dtype(device: torch.device) -> torch.dtype:
+    """8-bit floats where the tensor cores multiply them (compute capability 8.9 and later), else float16."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if fast else torch.float16
+
+
+def packed_width(head_dim: int) -> int:
+    """Numbers of a packed row: a power of two that holds ``few_dims`` and the normaliser, 32 at least."""
+    return max(32, triton.next_power_of_2(few_dims(head_dim) + 1))
+
+
+def pack_rows(x: Tensor, dims: Tensor, factor: Tensor, *, segment_len: int, last: float, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, D] -> [B * Hkv, P, G * segment_len, PACKED], rows (head of group, slot); zeros beyond N.
+
+    Args:
+        x: Queries or keys.
+        dims: int64 [B, Hkv, R], the dimensions to keep.
+        factor: float32 [B, Hkv, R], what each is multiplied by.
+        segment_len: Rows of one segment.
+        last: Value of the two columns of the normaliser.
+        dtype: Of the packed rows, a key of LARGEST.
+    """
+    batch, heads, length, head_dim = x.shape
+    kv_heads, width = dims.shape[1], packed_width(head_dim)
+    group, segments = heads // kv_heads, n_segments(length, segment_len)
+    packed = torch.empty(batch * kv_heads, segments, group * segment_len, width, device=x.device, dtype=dtype)
+    pack_rows_kernel[(triton.cdiv(segments * segment_len, 128), batch * heads)](
+        x, dims, factor, packed, *x.stride()[:3], length, heads, group, segment_len, segments, dims.shape[2],
+        last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+    )  # fmt: skip
+    return packed
 
 
 def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
-    batch, kv_heads, n_keys, _ = key.shape
-    n_queries = query.shape[2]
-    dims = choose_dims(query, key)
-    few_query = pack_queries(query, dims, scale, segment_len)
-    few_key = take_dims(key, dims).float().clamp_(-LARGEST.value, LARGEST.value).to(torch.float16)
-    few_key = torch.nn.functional.pad(few_key, (0, few_query.shape[-1] - dims.shape[2]))
-    few_key[..., -1] = -1.0
-    sampled_key = few_key[:, :, ::KEY_STRIDE].contiguous()
-    sampled_mask = few_key if mask.key_mask is None else mask.key_mask[:, ::KEY_STRIDE].contiguous()
-    segments, rows = few_query.shape[1:3]
+    batch, kv_heads, n_keys, head_dim = key.shape
+    n_queries, dtype = query.shape[2], packed_dtype(query.device)
+    moments = second_moments(query, key)
+    dims = choose_dims(moments, min(packed_width(head_dim) - 2, head_dim))
+    query_size, key_size = (x.gather(-1, dims).sqrt_().clamp_min_(1e-6) for x in (moments.query, moments.key))
+    balance = (key_size / query_size / scale).sqrt_()
+    few_query = pack_rows(query, dims, balance * scale, segment_len=segment_len, last=0.0, dtype=dtype)
+    few_key = pack_rows(key, dims, 1 / balance, segment_len=n_keys, last=-1.0, dtype=dtype)
+    segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, kv_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     row_normaliser_kernel[(rows // 128, segments, batch * kv_heads)](
-        few_query, sampled_key, sampled_mask, n_queries, sampled_key.shape[2], segments, rows, kv_heads, mask.offset,
+        few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
+        0 if mask.key_mask is None else mask.key_mask.stride(0),
+        n_queries, n_keys, segments, rows, kv_heads, mask.offset, LARGEST[dtype],
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, STRIDE=KEY_STRIDE, TILE=128,
-        KEY_BLOCK=128, PACKED=few_query.shape[-1], num_warps=4,
+        KEY_BLOCK=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     score_keys_kernel[(triton.cdiv(n_keys, 256), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=256, ROW_BLOCK=64, STAGES=3,
-        PACKED=few_query.shape[-1], num_warps=4,
+        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=256, ROW_BLOCK=64, STAGES=3, PACKED=width, num_warps=4,
     )  # fmt: skip
     return score
