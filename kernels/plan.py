@@ -91,16 +91,12 @@ def reach(prefix_len: Tensor, tau: float, chunk_len: int) -> Tensor:
     return torch.minimum(prefix_len, (wanted + chunk_len - 1) // chunk_len * chunk_len)
 
 
-def reached_keys(
-    mask: AttentionMask, starts: Tensor, stops: Tensor, n_keys: int, tau: float, chunk_len: int
-) -> Tensor:
+def reached_keys(mask: AttentionMask, starts: Tensor, stops: Tensor, n_keys: int, tau: float, chunk_len: int) -> Tensor:
     """int64 [P]: length of every segment's list, from its own keys' starts and stops and padding aside."""
     return reach(starts if mask.causal else n_keys - (stops - starts), tau, chunk_len)
 
 
-def longest_list(
-    mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, tau: float, chunk_len: int
-) -> int:
+def longest_list(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, tau: float, chunk_len: int) -> int:
     """Length of the longest list, from lengths alone: nothing waits for the device."""
     last = (n_segments(n_queries, segment_len) - 1) * segment_len
     last_start, _ = mask.own_range(last, n_queries - 1, n_queries, n_keys)

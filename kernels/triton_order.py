@@ -56,7 +56,9 @@ def select_keys_kernel(
         if not CAUSAL:
             present = present & ((keys < own_start) | (keys >= own_stop))
         if HAS_KEY_MASK:
-            present = present & (tl.load(key_mask_ptr + head // kv_heads * stride_mb + keys, mask=present, other=0) != 0)
+            present = present & (
+                tl.load(key_mask_ptr + head // kv_heads * stride_mb + keys, mask=present, other=0) != 0
+            )
         score = load_scores(score_ptr + row * n_keys, poisoned_ptr + head * n_keys, keys, present)
         kept = present & (score >= threshold)
         place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
