@@ -74,7 +74,7 @@ class TestLists:
 
     @pytest.mark.parametrize("given", [{}, {"causal": False}], ids=["causal", "full"])
     def test_are_complete_where_nothing_may_stop(self, device, given):
-        _, mask, (index, count, prefix), (best, most, _) = lists(device, "normal", tau=0.0, **given)
+        _, _, (index, count, prefix), (best, most, _) = lists(device, "normal", tau=0.0, **given)
         assert torch.equal(count, most)
         assert torch.equal(count, prefix[:, None].expand_as(count))
         for place in places(count):
