@@ -158,10 +158,10 @@ def order_keys(
     select_keys_kernel[grid](
         scores, bounds, poisoned, poisoned if mask.key_mask is None else mask.key_mask, starts, stops, kept, kept_count,
         prefix_count, 0 if mask.key_mask is None else mask.key_mask.stride(0), n_keys, segments, heads, capacity,
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, CLASSES=CLASSES, BLOCK=1024, num_warps=4,
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, CLASSES=CLASSES, BLOCK=4096, num_warps=8,
     )  # fmt: skip
     order_keys_kernel[grid](
         scores, bounds, poisoned, kept, kept_count, reached, key_index, key_count, n_keys, segments, capacity,
-        key_index.shape[3], CLASSES=CLASSES, BLOCK=256, num_warps=4,
+        key_index.shape[3], CLASSES=CLASSES, BLOCK=512, num_warps=8,
     )  # fmt: skip
     return key_index, key_count, prefix_count[:, 0].contiguous()
