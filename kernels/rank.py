@@ -13,9 +13,9 @@ from s2o_compile.kernels.plan import Plan, default_chunk_len, default_segment_le
 from s2o_compile.kernels.query_order import order_queries
 
 try:
-    from s2o_compile.kernels import triton_order, triton_ranking
+    from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking
 except ImportError:  # no triton here: build_plan is then never asked for it
-    triton_order = triton_ranking = None
+    triton_mean_query = triton_order = triton_ranking = None
 
 RANKINGS: dict[str, Callable[..., Tensor]] = {
     "per_query": ranking_per_query.score_keys,
@@ -67,8 +67,8 @@ def build_plan(
     score_keys, order = RANKINGS[ranking], order_keys
     if implementation == "triton":
         order = triton_order.order_keys
-        if ranking == "per_query":
-            score_keys = triton_ranking.score_keys
+        written = {"per_query": triton_ranking, "mean_query": triton_mean_query}
+        score_keys = written[ranking].score_keys if ranking in written else score_keys
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     together = heads_together(key, value, n_segments(n_queries, segment_len))
     parts = []

@@ -17,7 +17,8 @@ def segment_means(query: Tensor, group_len: int) -> Tensor:
     """Mean of every ``group_len`` neighbouring queries: [B, H, Nq, D] -> float32 [B, H, ceil(Nq / group_len), D]."""
     batch, heads, n_queries, head_dim = query.shape
     groups = -(-n_queries // group_len)
-    padded = torch.nn.functional.pad(query, (0, 0, 0, groups * group_len - n_queries))
+    missing = groups * group_len - n_queries
+    padded = torch.nn.functional.pad(query, (0, 0, 0, missing)) if missing else query
     sums = padded.view(batch, heads, groups, group_len, head_dim).sum(3, dtype=torch.float32)
     first = torch.arange(0, n_queries, group_len, device=query.device)
     return sums / (n_queries - first).clamp(max=group_len)[:, None]

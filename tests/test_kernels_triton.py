@@ -10,7 +10,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import definition, ranking_per_query, triton_forward, triton_natural, triton_ranking
+from s2o_compile.kernels import (
+    definition,
+    ranking_mean_query,
+    ranking_per_query,
+    triton_forward,
+    triton_mean_query,
+    triton_natural,
+    triton_ranking,
+)
 from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
 from tests.conftest import (
     CUDA,
@@ -308,6 +316,20 @@ class TestRanking:
         bound = largest.item() * (1.1 * packed + summed * (1 + query.shape[-1] / 2))
         blind = expected == float("-inf")  # no row of the segment has a say: any order will do
         assert (actual[prefix].float() - expected[prefix])[~blind[prefix]].abs().max().item() <= bound
+
+    @pytest.mark.parametrize(("device", "case"), [*SCORED, *on(INTERPRETED, Case(queries=600, heads=6, kv_heads=2))])
+    def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
+        inputs, segment_len = case.inputs(device), 256
+        arguments = (inputs.query, inputs.key, inputs.mask)
+        actual = triton_mean_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        expected = ranking_mean_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
+        prefix = prefix[:, None].expand(expected.shape)
+        assert prefix.any()
+        means = ranking_mean_query.segment_means(inputs.query, segment_len) * inputs.scale
+        largest = means.abs().sum(-1).max() * inputs.key.float().abs().max()
+        eps = max(torch.finfo(inputs.query.dtype).eps, torch.finfo(torch.float16).eps)
+        assert (actual[prefix].float() - expected[prefix].float()).abs().max().item() <= 2 * eps * largest.item()
 
     @pytest.mark.parametrize(("device", "case"), SCORED)
     def test_lists_are_those_of_the_torch_ranking(self, device, case, build_plan):
