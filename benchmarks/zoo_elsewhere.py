@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.zoo_measure import Subject
+from benchmarks.zoo_measure import Subject, stir
 from benchmarks.zoo_transformers import CannotBuildError
 
 BATCH, LENGTH, DIM, HEADS, LAYERS = 2, 160, 64, 4, 2
@@ -251,5 +251,5 @@ def build(name: str) -> Subject:
         raise
     except Exception as error:  # another release of the library may want other arguments
         raise CannotBuildError(f"{type(error).__name__}: {str(error)[:160]}") from error
-    subject.model.eval()
+    stir(subject.model.eval())
     return subject

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.zoo_measure import Subject
+from benchmarks.zoo_measure import Subject, stir
 from benchmarks.zoo_shrink import VOCABULARY, shrink
 from benchmarks.zoo_special import SPECIAL, UNBUILT
 
@@ -69,6 +69,7 @@ def build(architecture: str, implementation: str) -> nn.Module:
         torch.manual_seed(0)
         model = kind(small).float().eval()
         _name_tokens(model)
+        stir(model)
     except Exception as error:  # a configuration that cannot be shrunk fails in its own way
         text = " ".join(str(error).split())
         raise CannotBuildError(f"{type(error).__name__}: {text[:160]}") from error

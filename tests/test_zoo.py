@@ -55,6 +55,7 @@ def check(row):
     if row.graphs == 1:  # a graph that runs once: sites are calls
         assert row.found + row.not_found == row.ran
     assert row.rewritten + row.left == row.found
+    assert row.contradictions == 0
 
 
 @pytest.mark.parametrize("architecture", SDPA)
@@ -64,6 +65,7 @@ def test_sdpa(architecture):
     for case, row in found.items():
         check(row)
         assert row.not_found == 0
+        assert row.expressible_rewritten == row.expressible
         if expected[case] is not None:
             assert masks(row) == expected[case]
             assert case == "generate" or row.left == 0
@@ -133,14 +135,18 @@ def test_jobs_crash_and_hang_alone_and_never_exceed_the_workers(monkeypatch):
 def test_the_page_counts_what_the_rows_say(tmp_path):
     found = [
         Row("causal LM", "a", implementation="sdpa", case="no mask", ran=3, found=2, rewritten=1, left=1, not_found=1,
-            left_reasons="1 x because | of this", not_found_kinds="1 x flex_attention", error=0.0),
+            left_reasons="1 x because | of this", not_found_kinds="1 x flex_attention", error=0.0, expressible=2,
+            expressible_rewritten=1, missed_reasons="1 x mask_3 of 17; 1 x mask_12 of 17", seen_masks="3 x causal"),
         Row("causal LM", "b", implementation="sdpa", case="no mask", status="differs", error=0.5, control=0.25),
         Row("vision", "c", implementation="sdpa", status="cannot build", note="too <odd>"),
     ]  # fmt: skip
     zoo_page.write_page(tmp_path / "zoo.md", found, not_started=7)
     text = (tmp_path / "zoo.md").read_text()
     assert "**2 architectures of transformers and 0 models from elsewhere, 2 runs**: 1 equal" in text
-    assert "| causal LM, sdpa | 2 | 2 | 3 | 2 | 1 | 1 | 1 | 1 | 0 |" in text
+    assert "| causal LM, sdpa | 2 | 2 | 3 | 2 | 1 | 1 | 1 | 2 | 1 | 1 | 0 |" in text
+    assert "**1 of 2 expressible calls are rewritten: 50.0%.** 0 calls" in text
+    assert "| mask of 17 | 2 | 1 |" in text
+    assert "| causal | 3 | 1 |" in text
     assert "| because \\| of this | 1 | 1 |" in text
     assert "| b | sdpa | no mask | differs | 5.0e-01 | 2.5e-01 |" in text
     assert "| c | too &lt;odd> |" in text
