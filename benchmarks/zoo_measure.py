@@ -34,7 +34,7 @@ class Row:
     model: str = ""
     implementation: str = ""
     case: str = ""
-    status: str = "ok"  # "ok", "differs", "error", "cannot build"
+    status: str = "ok"  # "ok", "differs", "error", "cannot build", "part" (of a model, and none itself)
     ran: int = 0
     found: int = 0
     rewritten: int = 0

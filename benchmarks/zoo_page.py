@@ -60,6 +60,7 @@ def write_page(path: Path, rows: Sequence[Row], not_started: int = 0) -> None:
         if not_started
         else "",
         _unbuilt(rows),
+        _parts(rows),
     ]
     path.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -170,6 +171,16 @@ def _unbuilt(rows: Sequence[Row]) -> str:
     lines = [f"{len(reasons)} architectures.", "", "| architecture | reason |", "|---|---|"]
     lines += [f"| {name} | {_cell(reason)} |" for name, reason in sorted(reasons.items())]
     return "\n".join([*lines, ""])
+
+
+def _parts(rows: Sequence[Row]) -> str:
+    names = sorted(row.architecture for row in rows if row.status == "part")
+    if not names:
+        return ""
+    listed = ", ".join(names)
+    return (
+        f"{len(names)} configurations are parts of models and none of their own (no Auto class knows them): {listed}.\n"
+    )
 
 
 def _cell(text: str) -> str:

@@ -1,5 +1,6 @@
 """A sample of the zoo, and the zoo's own tools. `make zoo` runs all of it."""
 
+import argparse
 import os
 import time
 
@@ -124,12 +125,34 @@ def test_jobs_crash_and_hang_alone_and_never_exceed_the_workers(monkeypatch):
 
     monkeypatch.setattr(zoo, "run_job", run_job)
     names = ["crash", "hang", "a", "b", "c", "d"]
-    found = {row.architecture: row for row in zoo.run_all([("any", name, "") for name in names], 2, limit=3)}
+    ended = zoo.run_all([("any", name, "") for name in names], 2, limit=3)
+    found = {row.architecture: row for rows in ended for row in rows}
     assert sorted(found) == sorted(names)
     assert "exit code 3" in found["crash"].note
     assert "stopped after 3 seconds" in found["hang"].note
     ran = sorted((found[name].seconds, found[name].error) for name in "abcd")
     assert all(end <= start for (_, end), (start, _) in zip(ran, ran[2:], strict=False))
+
+
+def test_a_job_of_several_files_is_the_last_one(tmp_path):
+    a, b = ([Row("any", "a", implementation=i, case=c, ran=n) for i, c, n in rows] for rows in (
+        [("sdpa", "no mask", 1), ("sdpa", "padded", 2), ("eager", "no mask", 3)],
+        [("sdpa", "no mask", 4)],
+    ))  # fmt: skip
+    zoo.write(tmp_path / "a.csv", a)
+    zoo.write(tmp_path / "b.csv", b)
+    together = zoo.merged([tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert sorted((row.implementation, row.ran) for row in together) == [("eager", 3), ("sdpa", 4)]
+
+
+def test_shards_are_all_jobs_once():
+    every = zoo.jobs(["llama", "bert", "gpt2"])
+    assert len(every) > 4
+    shards = [every[i - 1 :: n] for i, n in map(zoo._shard, ("1/3", "2/3", "3/3"))]
+    assert sorted(job for shard in shards for job in shard) == sorted(every)
+    for wrong in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a shard"):
+            zoo._shard(wrong)
 
 
 def test_the_page_counts_what_the_rows_say(tmp_path):
@@ -139,6 +162,7 @@ def test_the_page_counts_what_the_rows_say(tmp_path):
             expressible_rewritten=1, missed_reasons="1 x mask_3 of 17; 1 x mask_12 of 17", seen_masks="3 x causal"),
         Row("causal LM", "b", implementation="sdpa", case="no mask", status="differs", error=0.5, control=0.25),
         Row("vision", "c", implementation="sdpa", status="cannot build", note="too <odd>"),
+        Row("part", "d", status="part"),
     ]  # fmt: skip
     zoo_page.write_page(tmp_path / "zoo.md", found, not_started=7)
     text = (tmp_path / "zoo.md").read_text()
@@ -151,3 +175,4 @@ def test_the_page_counts_what_the_rows_say(tmp_path):
     assert "| b | sdpa | no mask | differs | 5.0e-01 | 2.5e-01 |" in text
     assert "| c | too &lt;odd> |" in text
     assert "7 jobs" in text
+    assert "1 configurations are parts of models and none of their own (no Auto class knows them): d." in text
