@@ -69,7 +69,13 @@ def shrink(defaults: dict[str, Any], special: dict[str, Any] | None = None, *, f
     _shrink_stages(defaults, small)
     _shrink_vocabulary(small)
     patch = small.get("patch_size")
-    if isinstance(patch, int) and isinstance(small.get("image_size"), int) and "image_size" not in special:
+    pyramid = isinstance(defaults.get("depths"), list)  # its windows fit the size that it has
+    if (
+        isinstance(patch, int)
+        and isinstance(small.get("image_size"), int)
+        and not pyramid
+        and "image_size" not in special
+    ):
         small["image_size"] = PATCHES * patch if patch > 2 else 128
     if "use_pretrained_backbone" in small:
         small["use_pretrained_backbone"] = False
