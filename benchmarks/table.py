@@ -38,7 +38,7 @@ def _model_lines(rows: list[dict]) -> list[str]:
 
 def _compile_lines(rows: list[dict]) -> list[str]:
     """One row per model and state of the caches."""
-    lines = ["| model | caches | sites | torch.compile alone | passes | share |", "|---|---|---|---|---|---|"]
+    lines = ["| model | caches | sites | torch.compile's own | passes | share |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = [row["model"], row["cache"], row["sites"], f"{row['torch_compile_seconds']:.1f} s"]
         cells += [f"{1e3 * row['pass_seconds']:.0f} ms", f"{row['share']:.2%}"]

@@ -24,6 +24,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"flow_head_config": {"condition_dim": 64}} for name in ("gradium_phonon_tts", "pocket_tts")},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "bros": {"dim_bbox_projection": 16},
+    "esm": {"vocab_size": 256, "pad_token_id": 1, "mask_token_id": 250},
     "lilt": {"hidden_size": 96},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
