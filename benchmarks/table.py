@@ -16,7 +16,7 @@ BEGIN, END = "<!-- table: {} -->", "<!-- end: {} -->"
 def table(data: dict) -> str:
     """Markdown of a result file, with what it was measured on."""
     about, rows = data["about"], data["rows"]
-    lines = _attention_lines(rows) if "what" in rows[0] else _model_lines(rows)
+    lines = next(write(rows) for name, write in _WRITERS.items() if name in rows[0])
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "transformers") if name in about)
     return "\n".join([*lines, "", f"{about['device']}, {versions}, {about['date']}: `{about['command']}`"])
 
@@ -33,6 +33,16 @@ def _model_lines(rows: list[dict]) -> list[str]:
             quality = [f"{row['top1_agreement']:.4f}", f"{row['loss_difference']:+.4f}"]
         cells = [f"{row['tokens'] // 1024}K", row["tau"], row.get("ranking", "-"), f"{row['density']:.3f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['seconds']:.3f}", *quality])) + " |")
+    return lines
+
+
+def _compile_lines(rows: list[dict]) -> list[str]:
+    """One row per model and state of the caches."""
+    lines = ["| model | caches | sites | torch.compile's own | passes | share |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["model"], row["cache"], row["sites"], f"{row['torch_compile_seconds']:.1f} s"]
+        cells += [f"{1e3 * row['pass_seconds']:.0f} ms", f"{row['share']:.2%}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
@@ -60,6 +70,9 @@ def _cell(row: dict) -> str:
     density = "" if row["density"] == 1 else f"; {row['density']:.2f}"
     error = f"; err {row['relative_error']:.2f}" if "relative_error" in row else ""
     return f"{row['ms']:.{digits}f} ({row['tflops']:.0f}{density}{error})"
+
+
+_WRITERS = {"what": _attention_lines, "pass_seconds": _compile_lines, "tau": _model_lines}
 
 
 def main() -> None:

@@ -2,9 +2,13 @@
 
     python -m benchmarks.zoo                              # all of it: docs/zoo.csv and docs/zoo.md
     python -m benchmarks.zoo --only llama,bert --csv some.csv
+    python -m benchmarks.zoo --workers 16 --minutes 8 --resume --csv a.csv   # again and again, until nothing is left
+    python -m benchmarks.zoo --shard 1/4 --csv a.csv                         # a quarter of the jobs, always the same
+    python -m benchmarks.zoo --merge a.csv b.csv                             # several files into one; runs nothing
 
 Each job is one architecture with one attention implementation, in a process of its own with a time limit, so that a
-crash or a hang costs that job only. Rows are written as they come; ``--resume`` skips jobs that the file already has.
+crash or a hang costs that job only. Long jobs, by the last whole run, come first. A job's rows are written when it is
+done, so a run can be stopped at any time; ``--resume`` skips the jobs that the file already has. All is on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import csv
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -30,27 +35,40 @@ from benchmarks.zoo_page import write_page
 
 DOCS = Path(__file__).parent.parent / "docs"
 TIME_LIMIT = 240
-ELSEWHERE = "elsewhere"
-KINDS = ("causal LM", "encoder", "encoder-decoder", "vision", "speech", "vision-language", "other")
+ELSEWHERE, PART = "elsewhere", "part"
 Job = tuple[str, str, str]  # kind, architecture, implementation
 
 
 def jobs(only: Iterable[str] = ()) -> list[Job]:
-    """Models from elsewhere, then SDPA of all architectures by kind, then the other implementations."""
+    """Every job, the longest of the last whole run first; jobs that it had not come before them."""
     wanted = set(only)
     found: list[Job] = [(ELSEWHERE, name, "") for name in zoo_elsewhere.MODELS]
-    by_kind = sorted(zoo_transformers.architectures().items(), key=lambda item: KINDS.index(item[1][0]))
+    found += [(PART, name, "") for name in zoo_transformers.parts()]
     for implementation in zoo_transformers.IMPLEMENTATIONS:
-        for name, (kind, _) in by_kind:
-            if zoo_transformers.supports(name, implementation):
+        for name, (kind, _) in sorted(zoo_transformers.architectures().items()):
+            if (not wanted or name in wanted) and zoo_transformers.supports(name, implementation):
                 found.append((kind, name, implementation))
+    seconds = _seconds(DOCS / "zoo.csv")
+    found.sort(key=lambda job: -seconds.get(job[1:], float("inf")))
     return [job for job in found if not wanted or job[1] in wanted]
+
+
+def _seconds(path: Path) -> dict[tuple[str, str], float]:
+    """What each job took, by architecture and implementation."""
+    taken: dict[tuple[str, str], float] = {}
+    for row in read(path) if path.exists() else ():
+        job = row.architecture, row.implementation
+        taken[job] = taken.get(job, 0.0) + row.seconds
+    return taken
 
 
 def run_job(job: Job) -> Iterator[Row]:
     """The rows of one job, in this process."""
     kind, name, implementation = job
     row = Row(kind=kind, architecture=name, implementation=implementation)
+    if kind == PART:
+        yield dataclasses.replace(row, status=PART, note="no Auto class knows its configuration")
+        return
     try:
         cases = (
             iter([("no mask", zoo_elsewhere.build(name))])
@@ -77,8 +95,10 @@ def _work(job: Job, results: Connection, plain: bool) -> None:
     results.close()
 
 
-def run_all(todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT, *, plain: bool = False) -> Iterator[Row]:
-    """The rows of all jobs, as they come; a job that dies or takes too long yields a row that says so."""
+def run_all(
+    todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT, *, plain: bool = False
+) -> Iterator[list[Row]]:
+    """The rows of each job, as jobs end; one that dies or takes too long ends with a row that says so."""
     context = multiprocessing.get_context("fork")  # transformers and Dynamo are imported once
     torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
     torch._dynamo.reset()
@@ -89,23 +109,24 @@ def run_all(todo: Iterable[Job], workers: int, limit: float = TIME_LIMIT, *, pla
             process = context.Process(target=_work, args=(job, send, plain))
             process.start()
             send.close()
-            running[receive] = (job, process, time.monotonic() + limit)
+            running[receive] = (job, process, time.monotonic() + limit, [])
         if not running:
             return
         for receive in wait(list(running), timeout=1.0):
             try:
-                yield receive.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                running[receive][-1].append(receive.recv())  # pyright: ignore[reportAttributeAccessIssue]
             except EOFError:
-                job, process, _ = running.pop(receive)
+                job, process, _, rows = running.pop(receive)
                 process.join()
                 if process.exitcode:
-                    yield _failed(job, f"the process ended with exit code {process.exitcode}")
-        for receive, (job, process, deadline) in list(running.items()):
+                    rows.append(_failed(job, f"the process ended with exit code {process.exitcode}"))
+                yield rows
+        for receive, (job, process, deadline, rows) in list(running.items()):
             if time.monotonic() > deadline:
                 process.kill()
                 process.join()
                 del running[receive]
-                yield _failed(job, f"stopped after {limit:.0f} seconds")
+                yield [*rows, _failed(job, f"stopped after {limit:.0f} seconds")]
 
 
 def _failed(job: Job, note: str) -> Row:
@@ -120,6 +141,38 @@ def read(path: Path) -> list[Row]:
         return [Row(**{name: parse[kinds[name]](text) for name, text in line.items()}) for line in csv.DictReader(file)]
 
 
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Rows to a CSV file, in an order of their own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        ordered = sorted(rows, key=lambda row: (row.kind, row.architecture, row.implementation, row.case))
+        writer.writerows(map(as_dict, ordered))
+
+
+def merged(files: Iterable[Path]) -> list[Row]:
+    """The rows of several files; of a job that is in many, those of the last."""
+    by_job: dict[Job, list[Row]] = {}
+    for path in files:
+        own: dict[Job, list[Row]] = {}
+        for row in read(path):
+            own.setdefault(_job(row), []).append(row)
+        by_job |= own
+    return [row for rows in by_job.values() for row in rows]
+
+
+def _job(row: Row) -> Job:
+    return row.kind, row.architecture, row.implementation
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected a shard such as 1/4, got {text}")
+    return int(number), int(count)
+
+
 def main() -> None:
     """Run the zoo and write its file and its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,32 +180,41 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of architectures, with commas between them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="the case without a mask only")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), help="i/n: each n-th job, from the i-th on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no job after this time")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the file and skip their jobs")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="CSV", help="write one file from these and run nothing"
+    )
     options = parser.parse_args()
-    todo = jobs(filter(None, options.only.split(",")))
+    if options.merge:
+        rows, todo = merged(options.merge), []
+    else:
+        rows, todo = _run(options)
+    write(options.csv, rows)
+    write_page(options.csv.with_suffix(".md"), rows, not_started=len(todo))
+
+
+def _run(options: argparse.Namespace) -> tuple[list[Row], list[Job]]:
+    """All rows, and the jobs that a time limit cut off."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a forked job cannot use CUDA, and must not ask for its state
+    number, count = options.shard
     rows = read(options.csv) if options.resume and options.csv.exists() else []
-    done = {(row.kind, row.architecture, row.implementation) for row in rows}
-    todo = [job for job in todo if job not in done]
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    with options.csv.open("w", newline="") as file:
+    done = set(map(_job, rows))
+    todo = [job for job in jobs(filter(None, options.only.split(",")))[number - 1 :: count] if job not in done]
+    end = time.monotonic() + 60 * options.minutes
+    started = itertools.takewhile(lambda _: time.monotonic() < end, todo)
+    write(options.csv, rows)
+    with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(as_dict, rows))
-        end = time.monotonic() + 60 * options.minutes
-        started = itertools.takewhile(lambda _: time.monotonic() < end, todo)
-        for row in run_all(started, options.workers, plain=options.plain):
-            rows.append(row)
-            writer.writerow(as_dict(row))
+        for own in run_all(started, options.workers, plain=options.plain):
+            rows += own
+            writer.writerows(map(as_dict, own))
             file.flush()
-            print(f"{row.status:12} {row.architecture} {row.implementation} {row.case} {row.note}", flush=True)
-    rows.sort(key=lambda row: (row.kind, row.architecture, row.implementation, row.case))
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(as_dict, rows))
-    seen = {(row.kind, row.architecture, row.implementation) for row in rows}
-    write_page(options.csv.with_suffix(".md"), rows, not_started=sum(job not in seen for job in todo))
+            for row in own:
+                print(f"{row.status:12} {row.architecture} {row.implementation} {row.case} {row.note}", flush=True)
+    done = set(map(_job, rows))
+    return rows, [job for job in todo if job not in done]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.zoo_measure import Subject
+from benchmarks.zoo_measure import Subject, stir
 from benchmarks.zoo_transformers import CannotBuildError
 
 BATCH, LENGTH, DIM, HEADS, LAYERS = 2, 160, 64, 4, 2
@@ -200,19 +200,56 @@ def _diffusion_models() -> dict[str, Callable[[], Subject]]:
     }
 
 
-def _timm(name: str, **options: Any) -> Callable[[], Subject]:  # noqa: ANN401 (timm's own options)
+def _timm(name: str, size: int = 224, **options: Any) -> Callable[[], Subject]:  # noqa: ANN401 (timm's own options)
     def make() -> Subject:
-        return Subject(_module("timm").create_model(name, **options), args=(_random(1, 3, 224, 224),))
+        return Subject(_module("timm").create_model(name, **options), args=(_random(1, 3, size, size),))
 
     return make
 
 
-def _torchvision(name: str, **options: Any) -> Callable[[], Subject]:  # noqa: ANN401 (torchvision's own options)
-    def make() -> Subject:
-        build = getattr(_module("torchvision").models, name)
-        return Subject(build(**options), args=(_random(1, 3, 224, 224),))
+def _timm_models() -> dict[str, Callable[[], Subject]]:
+    few, narrow, stages = {"depth": LAYERS}, {"embed_dim": DIM, "num_heads": HEADS}, {"depths": (1, 1, 1, 1)}
+    return {
+        "ViT": _timm("vit_tiny_patch16_224", **few),
+        "ViT-rotary": _timm("vit_base_patch16_rope_224", **few),
+        "ViT-relative-positions": _timm("vit_relpos_small_patch16_224", **few),
+        "DeiT3": _timm("deit3_small_patch16_224", **few),
+        "DINOv2-registers": _timm("vit_small_patch14_reg4_dinov2", img_size=224, **few),
+        "SigLIP": _timm("vit_base_patch16_siglip_224", **few, **narrow),
+        "EVA-02": _timm("eva02_tiny_patch14_224", **few),
+        "BEiT": _timm("beit_base_patch16_224", **few, **narrow),
+        "CaiT": _timm("cait_xxs24_224", **few),
+        "ConViT": _timm("convit_tiny", **few),
+        "XCiT": _timm("xcit_nano_12_p16_224", **few),
+        "CrossViT": _timm("crossvit_tiny_240", size=240),
+        "Hiera": _timm("hiera_tiny_224"),
+        "PVTv2": _timm("pvt_v2_b0", **stages),
+        "Twins": _timm("twins_svt_small", **stages),
+        "Swin": _timm("swin_tiny_patch4_window7_224", **stages),
+        "SwinV2": _timm("swinv2_tiny_window8_256", size=256, **stages),
+    }
 
-    return make
+
+def _torchvision(make: Callable[[Any], nn.Module]) -> Callable[[], Subject]:
+    return lambda: Subject(make(_module("torchvision").models), args=(_random(1, 3, 224, 224),))
+
+
+def _swin(models: Any) -> nn.Module:  # noqa: ANN401 (a module)
+    return models.SwinTransformer([4, 4], 32, [1, 1], [2, HEADS], [7, 7])
+
+
+def _swin_v2(models: Any) -> nn.Module:  # noqa: ANN401 (a module)
+    parts = models.swin_transformer
+    blocks = {"block": parts.SwinTransformerBlockV2, "downsample_layer": parts.PatchMergingV2}
+    return models.SwinTransformer([4, 4], 32, [1, 1], [2, HEADS], [8, 8], **blocks)
+
+
+_TORCHVISION: dict[str, Callable[[Any], nn.Module]] = {
+    "ViT": lambda models: models.VisionTransformer(224, 16, LAYERS, HEADS, DIM, 96),
+    "Swin": _swin,
+    "SwinV2": _swin_v2,
+    "MaxViT": lambda models: models.maxvit.MaxVit((224, 224), 32, 7, [32, 64], [1, 1], 16, 0.0),
+}
 
 
 def _module(name: str) -> Any:  # noqa: ANN401 (a module)
@@ -230,11 +267,8 @@ MODELS: dict[str, Callable[[], Subject]] = {
     "hand-written: @, masked_fill of tril": lambda: _hand_written(_tril),
     **{f"torch.nn: {name}": make for name, make in _torch_models().items()},
     **{f"diffusers: {name}": make for name, make in _diffusion_models().items()},
-    "timm: ViT": _timm("vit_tiny_patch16_224", depth=LAYERS),
-    "timm: BEiT": _timm("beit_base_patch16_224", depth=LAYERS, embed_dim=DIM, num_heads=HEADS),
-    "timm: Swin": _timm("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
-    "torchvision: ViT": _torchvision("vit_b_16"),
-    "torchvision: Swin": _torchvision("swin_t"),
+    **{f"timm: {name}": make for name, make in _timm_models().items()},
+    **{f"torchvision: {name}": _torchvision(make) for name, make in _TORCHVISION.items()},
 }
 
 
@@ -251,5 +285,5 @@ def build(name: str) -> Subject:
         raise
     except Exception as error:  # another release of the library may want other arguments
         raise CannotBuildError(f"{type(error).__name__}: {str(error)[:160]}") from error
-    subject.model.eval()
+    stir(subject.model.eval())
     return subject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ build from a shrunk configuration, and models from elsewhere, each run as it is 
 
 - **ran** counts attention calls of an uncompiled run (`s2o_compile.census`). **not found** are those of them that no
   record of the pass covers. **found** counts sites in captured graphs; these are **rewritten** or **left** dense.
+- **expressible** counts the calls of that run with more than one query whose mask, by the values it had, hides what a
+  causal, sliding, padded, bidirectional or cross mask hides (`benchmarks/zoo_masks.py`). In doubt a call counts: an
+  operator whose mask is not read, a mask that is causal by accident. Not counted: numbers added to the scores (position
+  bias, ALiBi), chunks, packed sequences, prefixes, choices of keys by data; decode; probabilities that somebody reads.
+- Parameters that are one number everywhere get some noise first: a learned bias of zeros could be lost without a trace.
 - **differs**: the output is further than {tolerance} (relative L2, float32, kept positions) from the original's; for
   `generate`, other tokens. **error**: it raised. Neither is left out below.
 - Numbers are of attention at tiny sizes: they say what the pass understands, nothing about speed.
@@ -35,6 +41,10 @@ def write_page(path: Path, rows: Sequence[Row], not_started: int = 0) -> None:
     parts = [
         _INTRO.format(tolerance=f"{TOLERANCE:g}", versions=f"CPU, {versions}, {today}."),
         _totals(rows),
+        "## Expressible calls that are not rewritten\n",
+        _ranking("reason", (row.missed_reasons for row in ran)),
+        "## Masks of all calls that ran, by value\n",
+        _ranking("mask", (row.seen_masks for row in ran)),
         "## By kind and implementation\n",
         _table(ran, "kind, implementation", lambda row: f"{row.kind}, {row.implementation or 'its own'}"),
         "## By case\n",
@@ -50,6 +60,7 @@ def write_page(path: Path, rows: Sequence[Row], not_started: int = 0) -> None:
         if not_started
         else "",
         _unbuilt(rows),
+        _parts(rows),
     ]
     path.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -76,7 +87,17 @@ def _totals(rows: Sequence[Row]) -> str:
             f"{_sum(ran, 'rewritten')} of them rewritten. Largest error of an output that counts as equal: "
             f"{max(equal, default=0):.1e}.",
             "",
+            _share(ran),
+            "",
         ]
+    )
+
+
+def _share(rows: Sequence[Row]) -> str:
+    expressible, rewritten = _sum(rows, "expressible"), _sum(rows, "expressible_rewritten")
+    return (
+        f"**{rewritten} of {expressible} expressible calls are rewritten: {rewritten / max(expressible, 1):.1%}.** "
+        f"{_sum(rows, 'contradictions')} calls were rewritten whose mask, by value, is another."
     )
 
 
@@ -84,29 +105,38 @@ def _sum(rows: Iterable[Row], name: str) -> int:
     return sum(getattr(row, name) for row in rows)
 
 
+_COLUMNS = ("ran", "found", "rewritten", "left", "not_found", "expressible", "expressible_rewritten")
+
+
 def _table(rows: Sequence[Row], title: str, group: Callable[[Row], str]) -> str:
     lines = [
-        f"| {title} | architectures | runs | ran | found | rewritten | left | not found | differs | errors |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {title} | architectures | runs | ran | found | rewritten | left | not found | expressible "
+        "| of these rewritten | differs | errors |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted({group(row) for row in rows}):
         own = [row for row in rows if group(row) == name]
         cells = [name, len({row.architecture for row in own}), len(own)]
-        cells += [_sum(own, column) for column in ("ran", "found", "rewritten", "left", "not_found")]
+        cells += [_sum(own, column) for column in _COLUMNS]
         cells += [sum(row.status == status for row in own) for status in ("differs", "error")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join([*lines, ""])
 
 
+_NUMBER = re.compile(r"(?<=[a-z_])_\d+\b")
+
+
 def _ranking(title: str, texts: Iterable[str]) -> str:
-    """Counts of "3 x reason; 1 x other" summed up."""
+    """Counts of "3 x reason; 1 x other" summed up; nodes that differ by their number alone are one reason."""
     sites, runs = Counter[str](), Counter[str]()
     for text in filter(None, texts):
+        own = Counter[str]()
         for part in text.split("; "):
             count, _, reason = part.partition(" x ")
             if count.isdigit():
-                sites[reason] += int(count)
-                runs[reason] += 1
+                own[_NUMBER.sub("", reason)] += int(count)
+        sites += own
+        runs += Counter(own.keys())
     if not sites:
         return "None.\n"
     lines = [f"| {title} | sites | runs |", "|---|---|---|"]
@@ -141,6 +171,16 @@ def _unbuilt(rows: Sequence[Row]) -> str:
     lines = [f"{len(reasons)} architectures.", "", "| architecture | reason |", "|---|---|"]
     lines += [f"| {name} | {_cell(reason)} |" for name, reason in sorted(reasons.items())]
     return "\n".join([*lines, ""])
+
+
+def _parts(rows: Sequence[Row]) -> str:
+    names = sorted(row.architecture for row in rows if row.status == "part")
+    if not names:
+        return ""
+    listed = ", ".join(names)
+    return (
+        f"{len(names)} configurations are parts of models and none of their own (no Auto class knows them): {listed}.\n"
+    )
 
 
 def _cell(text: str) -> str:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 VOCABULARY, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, LAYERS = 256, 64, 4, 16, 96, 2
-WINDOW, POSITIONS, PATCHES = 48, 512, 13  # 13 x 13 patches: 169 tokens, more than a tile of the operator
+WINDOW, POSITIONS, PATCHES = 48, 512, 12  # 12 x 12 patches: 144 tokens, more than a tile of the operator
 
 _RULES: tuple[tuple[str, Any], ...] = (
     (r"(text_|d_|decoder_|encoder_)?vocab_size(_per_layer_input)?$|^(n_)?words$", VOCABULARY),
@@ -41,28 +41,44 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(text_dim|mm_hidden_size|projector_hidden_size|conv_hidden_size)$", HIDDEN),
     (r"(output_hidden_size|pooler_output_size)$", HIDDEN),
     (r"(linear_(key|value)_head_dim|mamba_head_dim|mamba_d_head|mamba_headdim)$", HEAD_DIM),
+    (r"(upsample_groups|intra_bottleneck_size|neck_hidden_size|fusion_hidden_size|bottleneck_features)$", HIDDEN),
+    (r"num_kv_shared_layers$", 0),
+    (r"num_(object_)?queries$", 20),
+    (r"attn_layer_period$", 2),
+    (r"attn_layer_offset$", 1),
     (r"(mamba_d_state|ssm_state_size|state_size|mamba_state_dim)$", 8),
 )  # fmt: skip
-_PER_CHANNEL = re.compile(r"(conv_dim|tdnn_dim)$")
+_OPEN = 1 << 20  # stands for a number that a configuration leaves open
+_LISTS = ((r"(conv_dim|tdnn_dim)$", 32), (r"^decoder_in_channels$", HIDDEN))
 
 
-def shrink(defaults: dict[str, Any], special: dict[str, Any] | None = None) -> dict[str, Any]:
+def shrink(defaults: dict[str, Any], special: dict[str, Any] | None = None, *, fill: bool = False) -> dict[str, Any]:
     """Keyword arguments for a configuration class.
 
     Args:
         defaults: The default configuration's ``to_dict()``.
         special: What overrides the rules; a dict for the sub-configuration of that name.
+        fill: Whether the rules also answer for fields that the default configuration leaves open.
     """
     special = special or {}
-    small = {name: _shrunk(name, value, defaults, special) for name, value in defaults.items() if name not in _DROPPED}
-    small.update(
-        {name: value for name, value in special.items() if not isinstance(value, dict) or name not in defaults}
-    )
+    small = {
+        name: _shrunk(name, value, defaults, special, fill) for name, value in defaults.items() if name not in _DROPPED
+    }
+    small.update({name: value for name, value in special.items() if not _is_configuration(defaults.get(name))})
     _shrink_layers(defaults, small, special)
+    _shrink_stages(defaults, small)
     _shrink_vocabulary(small)
     patch = small.get("patch_size")
-    if isinstance(patch, int) and isinstance(small.get("image_size"), int) and "image_size" not in special:
-        small["image_size"] = PATCHES * patch
+    pyramid = isinstance(defaults.get("depths"), list)  # its windows fit the size that it has
+    if (
+        isinstance(patch, int)
+        and isinstance(small.get("image_size"), int)
+        and not pyramid
+        and "image_size" not in special
+    ):
+        small["image_size"] = PATCHES * patch if patch > 2 else 128
+    if "use_pretrained_backbone" in small:
+        small["use_pretrained_backbone"] = False
     return {name: value for name, value in small.items() if value is not None or defaults.get(name) is not None}
 
 
@@ -75,21 +91,26 @@ _DROPPED = frozenset(
 )  # fmt: skip
 
 
-def _shrunk(name: str, value: Any, siblings: dict[str, Any], special: dict[str, Any]) -> Any:  # noqa: ANN401
+def _is_configuration(value: object) -> bool:
+    return isinstance(value, dict) and "model_type" in value
+
+
+def _shrunk(name: str, value: Any, siblings: dict[str, Any], special: dict[str, Any], fill: bool) -> Any:  # noqa: ANN401
+    if _is_configuration(value):
+        return {"model_type": value["model_type"], **shrink(value, special.get(name), fill=fill)}
     if isinstance(value, dict):
-        if "model_type" in value:
-            own = special.get(name, {})
-            kept = {"model_type": value["model_type"]}
-            return {**kept, **shrink(value, own if isinstance(own, dict) else {})}
         return _rope(value) if name.startswith("rope") else value
     if name == "head_dim" and (value is None or value == siblings.get("qk_rope_head_dim")):
         return HEAD_DIM if value is None else 8
     if name == "depths" and isinstance(value, list):
         return [1] * len(value)
-    if isinstance(siblings.get("depths"), list) and name in ("embed_dim", "hidden_size"):
+    stages = siblings.get("depths") or siblings.get("blocks_per_stage")
+    if isinstance(stages, list) and name in ("embed_dim", "hidden_size", "num_layers"):
         return value  # a pyramid: its heads are a list that fits this width
-    if isinstance(value, list) and _PER_CHANNEL.search(name):
-        return [32] * len(value)
+    if isinstance(value, list | tuple):
+        return next(([small] * len(value) for pattern, small in _LISTS if re.search(pattern, name)), value)
+    if value is None and fill:
+        value = _OPEN
     if isinstance(value, bool) or not isinstance(value, int) or value == 0:
         return value
     for pattern, small in _RULES:
@@ -98,7 +119,7 @@ def _shrunk(name: str, value: Any, siblings: dict[str, Any], special: dict[str, 
                 heads = next((siblings[n] for n in ("num_attention_heads", "n_head", "num_heads") if n in siblings), 0)
                 return 1 if value == 1 else HEADS if value == heads else HEADS // 2
             return min(value, small) if small is WINDOW else small
-    return value
+    return None if value is _OPEN else value
 
 
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +139,8 @@ def _shrink_layers(defaults: dict[str, Any], small: dict[str, Any], special: dic
     count = next(
         (n for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth") if n in defaults), None
     )
-    if count is None or not isinstance(defaults[count], int):
-        return
+    if count is None or not isinstance(defaults[count], int) or isinstance(defaults.get("depths"), list):
+        return  # stages have depths, and stay as many
     total = defaults[count]
     lists = [n for n, v in defaults.items() if isinstance(v, list) and len(v) == total and total > LAYERS]
     typed = [n for n in lists if all(isinstance(x, str) for x in defaults[n])]
@@ -133,6 +154,17 @@ def _shrink_layers(defaults: dict[str, Any], small: dict[str, Any], special: dic
             small[name] = [defaults[name][index] for index in kept]
     if count not in special and lists:
         small[count] = len(kept)
+
+
+def _shrink_stages(defaults: dict[str, Any], small: dict[str, Any]) -> None:
+    """A backbone with several outputs: as many layers as outputs, where stages are layers."""
+    outputs = defaults.get("out_indices")
+    if not isinstance(outputs, list | tuple) or len(outputs) < 2:
+        return
+    layered = isinstance(defaults.get("num_hidden_layers"), int) and not isinstance(defaults.get("depths"), list)
+    if layered:
+        small["num_hidden_layers"] = len(outputs)
+    small["out_indices"] = list(range(1, len(outputs) + 1)) if layered else list(outputs)
 
 
 def _shrink_vocabulary(small: dict[str, Any]) -> None:

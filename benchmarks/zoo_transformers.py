@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,13 +12,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from benchmarks.zoo_measure import Subject
-from benchmarks.zoo_shrink import VOCABULARY, shrink
+from benchmarks import zoo_inputs
+from benchmarks.zoo_inputs import LENGTH
+from benchmarks.zoo_measure import Subject, stir
+from benchmarks.zoo_shrink import shrink
 from benchmarks.zoo_special import SPECIAL, UNBUILT
 
-BATCH, LENGTH, PADDED = 2, 160, 23
+PADDED, LARGEST = 23, 200_000_000
 # The first family that lists an architecture decides its class: what it was made for comes before what it can also do.
 FAMILIES = (
     ("encoder-decoder", "SEQ_TO_SEQ_CAUSAL_LM"),
@@ -43,37 +45,45 @@ class CannotBuildError(Exception):
 
 
 def architectures() -> dict[str, tuple[str, str]]:
-    """Model type -> (kind, class name)."""
+    """Model type -> (kind, class name), of every model type that some Auto class knows."""
     found: dict[str, tuple[str, str]] = {}
-    for kind, family in FAMILIES:
-        name = f"MODEL_FOR_{family}_MAPPING_NAMES" if family else "MODEL_MAPPING_NAMES"
+    families = [
+        (kind, f"MODEL_FOR_{family}_MAPPING_NAMES" if family else "MODEL_MAPPING_NAMES") for kind, family in FAMILIES
+    ]
+    families += [("other", name) for name in sorted(vars(modeling_auto)) if re.match(r"MODEL_.*_MAPPING_NAMES$", name)]
+    for kind, name in families:
         for architecture, classes in getattr(modeling_auto, name).items():
             found.setdefault(architecture, (kind, classes if isinstance(classes, str) else classes[0]))
     return found
 
 
-def build(architecture: str, implementation: str) -> nn.Module:
-    """A tiny random model in eval mode.
+def parts() -> list[str]:
+    """Model types whose configuration no Auto class knows: parts of other models, and no model of their own."""
+    return sorted(set(CONFIG_MAPPING_NAMES) - set(architectures()))
+
+
+def build(architecture: str, implementation: str, *, fill: bool = False) -> nn.Module:
+    """A tiny random model in eval mode; ``fill`` as in `shrink`.
 
     Raises:
         CannotBuildError: With the reason.
     """
     if architecture in UNBUILT:
         raise CannotBuildError(UNBUILT[architecture])
-    name = architectures()[architecture][1]
     try:
-        kind = getattr(transformers, name)
+        kind = getattr(transformers, architectures()[architecture][1])
         configuration = CONFIG_MAPPING[architecture]
-        small = configuration(**shrink(configuration().to_dict(), SPECIAL.get(architecture)))
+        small = configuration(**shrink(configuration().to_dict(), SPECIAL.get(architecture), fill=fill))
         small._attn_implementation = implementation
         torch.manual_seed(0)
         model = kind(small).float().eval()
         _name_tokens(model)
+        stir(model)
     except Exception as error:  # a configuration that cannot be shrunk fails in its own way
         text = " ".join(str(error).split())
         raise CannotBuildError(f"{type(error).__name__}: {text[:160]}") from error
-    if sum(p.numel() for p in model.parameters()) > 50_000_000:
-        raise CannotBuildError("the shrunk model still has more than 50 million parameters")
+    if sum(p.numel() for p in model.parameters()) > LARGEST:
+        raise CannotBuildError(f"the shrunk model still has more than {LARGEST // 10**6} million parameters")
     if implementation != getattr(model.config, "_attn_implementation", None):
         raise CannotBuildError(f"has no {implementation} attention")
     return model
@@ -96,11 +106,11 @@ def supports(architecture: str, implementation: str) -> bool:
 
 def subjects(architecture: str, implementation: str) -> Iterator[tuple[str, Subject]]:
     """The cases of one architecture: (name of the case, subject)."""
-    model = build(architecture, implementation)
-    plain = _accepted(model)
+    plain = _plain(architecture, implementation)
+    model: Any = plain.model
     yield "no mask", plain
     inputs = plain.inputs
-    if "input_ids" not in inputs or plain.note:
+    if not {"input_ids"} <= inputs.keys() <= {"input_ids", "decoder_input_ids"}:
         return
     left = not architectures()[architecture][0].startswith("encoder")
     mask = _padding(inputs["input_ids"], left=left)
@@ -115,88 +125,21 @@ def subjects(architecture: str, implementation: str) -> Iterator[tuple[str, Subj
         yield "generate", replace(plain, inputs=padded, generate=True)
 
 
+def _plain(architecture: str, implementation: str) -> Subject:
+    """The case without a mask; the first failure is the one to tell."""
+    failure = None
+    for fill in (False, True):
+        try:
+            return zoo_inputs.accepted(build(architecture, implementation, fill=fill))
+        except CannotBuildError as error:
+            failure = failure or error
+        except zoo_inputs.NoInputsError as error:
+            failure = failure or CannotBuildError(str(error))
+    raise failure or CannotBuildError("not tried")
+
+
 def _padding(ids: Tensor, *, left: bool) -> Tensor:
     """int64 [B, N]: the first of the batch is shorter."""
     mask = torch.ones_like(ids)
     mask[0, slice(0, PADDED) if left else slice(LENGTH - PADDED, LENGTH)] = 0
     return mask
-
-
-def _accepted(model: nn.Module) -> Subject:
-    """The first of the likely inputs that the model runs with.
-
-    Raises:
-        CannotBuildError: With what the last try said.
-    """
-    reason = "no input fits its signature"
-    for note, inputs in _candidates(model):
-        subject = Subject(model, inputs, note=note)
-        try:
-            torch.manual_seed(0)
-            with torch.no_grad():
-                model(**inputs)
-        except Exception as error:  # not the inputs that this model wants
-            text = " ".join(str(error).split())
-            reason = f"accepts none of the inputs tried; last: {type(error).__name__}: {text[:120]}"
-            continue
-        return subject
-    raise CannotBuildError(reason)
-
-
-def _candidates(model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:  # noqa: ANN401 (a transformers model)
-    accepted = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCABULARY - 32, (BATCH, LENGTH), generator=generator)
-    pixels = _pixels(model.config, generator)
-    available = {
-        "input_ids": [ids],
-        "decoder_input_ids": [ids.flip(1)],
-        "pixel_values": pixels,
-        "input_features": _features(model.config, generator),
-        "input_values": [0.1 * torch.randn(1, 320 * LENGTH + 80, generator=generator)],
-        "pixel_values_videos": [],
-        "hidden_states": [torch.randn(1, LENGTH, 64, generator=generator)],
-        "inputs_embeds": [torch.randn(1, LENGTH, 64, generator=generator)],
-    }
-    combinations = (
-        ("input_ids", "decoder_input_ids"),
-        ("input_ids",),
-        ("input_features", "decoder_input_ids"),
-        ("input_features",),
-        ("input_values", "decoder_input_ids"),
-        ("input_values",),
-        ("pixel_values",),
-        ("pixel_values", "decoder_input_ids"),
-        ("input_ids", "pixel_values"),
-        ("hidden_states",),
-        ("inputs_embeds",),
-    )
-    main = getattr(model, "main_input_name", "input_ids")
-    for names in sorted(combinations, key=lambda names: main not in names):
-        if not all(name in accepted for name in names):
-            continue
-        for values in itertools.product(*(available[name] for name in names)):
-            yield "", dict(zip(names, values, strict=True))
-
-
-def _pixels(config: Any, generator: torch.Generator) -> list[Tensor]:  # noqa: ANN401 (a configuration)
-    """Images and videos of the sizes that a vision configuration speaks of."""
-    vision = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None) or config
-    size = getattr(vision, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", None) or 3
-    frames = getattr(vision, "num_frames", None) or getattr(vision, "frames_per_clip", None) or 0
-    sizes = [(1, channels, height, width)]
-    if frames:
-        sizes.insert(0, (1, frames, channels, height, width))
-    return [torch.randn(size, generator=generator) for size in sizes]
-
-
-def _features(config: Any, generator: torch.Generator) -> list[Tensor]:  # noqa: ANN401 (a configuration)
-    """Spectrograms, channels first (as Whisper) and last."""
-    audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", "feature_size")
-    bins = next((getattr(audio, name) for name in names if isinstance(getattr(audio, name, None), int)), 80)
-    frames = 2 * (getattr(audio, "max_source_positions", None) or LENGTH)
-    shapes = ((1, bins, frames), (1, 2 * LENGTH, bins), (1, 4 * LENGTH, bins))
-    return [torch.randn(shape, generator=generator) for shape in shapes]

@@ -15,7 +15,7 @@ from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.compiled_copy import Model, compiled_copy
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import NothingRewrittenWarning, OptionError
-from s2o_compile.passes.site import unique_names
+from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 
@@ -119,10 +119,16 @@ class Watch:
 
         return counted
 
+    def joined(self, ran: Sequence[census.Ran]) -> tuple[tuple[census.Ran, SiteRecord | None], ...]:
+        """Every call that ran with the record that covers it; None for what was not found."""
+        graphs = zip(self.recording.graphs, self._runs, strict=True)
+        return tuple(
+            zip(ran, census.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph]), strict=True)
+        )
+
     def report(self, ran: Sequence[census.Ran], census_error: str = "") -> Report:
         """The report of what was compiled, and of what ran and was not found."""
-        graphs = zip(self.recording.graphs, self._runs, strict=True)
-        calls = census.missing(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
+        calls = [call for call, entry in self.joined(ran) if entry is None]
         names = unique_names([call.path or call.kind for call in calls])
         sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
         report = self.recording.report

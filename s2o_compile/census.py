@@ -14,7 +14,7 @@ import copy
 import random
 import sys
 import warnings
-from collections import Counter
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,6 +75,7 @@ class Ran:
         query_shape: [..., Nq, D]; D is absent where the scores are no matrix product.
         key_shape: [..., Nk, D].
         dtype: Of the query or the scores.
+        mask: What a counter that looks at values says of its mask; the census itself does not look.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Ran:
     query_shape: tuple[str, ...]
     key_shape: tuple[str, ...]
     dtype: str
+    mask: str = ""
 
     @property
     def reason(self) -> str:
@@ -89,7 +91,7 @@ class Ran:
         return f"not found: {self.kind} ran here, and the pass saw it in no captured graph"
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Counts attention operators and follows scores and weights from product to product."""
 
     supports_higher_order_operators = True
@@ -114,7 +116,7 @@ class _Counter(TorchDispatchMode):
         name, space = _name(func), getattr(func, "namespace", "")
         kind = _kind(name, space)
         if kind:
-            self._count(kind, args, kwargs or {})
+            self._count(func, kind, args, kwargs or {})
         elif name in _SOFTMAXES:
             self._softmax(args, output)
         elif name in _PRODUCTS:
@@ -123,7 +125,7 @@ class _Counter(TorchDispatchMode):
             self._keep(args, output)
         return output
 
-    def _count(self, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _count(self, _: object, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
         query, key = (tensors[0], tensors[1]) if len(tensors) > 1 else (None, None)
         if "encoder_layer" in kind:
@@ -227,13 +229,19 @@ class _ModulePath:
                 handle.remove()
 
 
-def take(model: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Ran, ...]:
+def take(
+    model: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    counter: Callable[[Callable[[], str]], Counter] = Counter,
+) -> tuple[Ran, ...]:
     """Run a model once, uncompiled, and return every attention that ran, in order.
 
     Grad mode, autocast and training mode are the caller's. The run works on copies of the inputs (so caches among
     them are not filled) and on a twin of the model that shares its parameters but no buffer and no other state; a
     model that cannot be copied runs itself and gets its buffers back. Random numbers are drawn from a fork.
-    What a plain function keeps outside its arguments is not protected.
+    What a plain function keeps outside its arguments is not protected. ``counter`` makes what counts, from a function
+    that names the module that runs.
     """
     with ExitStack() as stack:
         stack.enter_context(_forked_random_state())
@@ -243,9 +251,9 @@ def take(model: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[st
         path = _ModulePath(twin if isinstance(twin, nn.Module) else getattr(twin, "__self__", None))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # also for what is compiled inside the model
         stack.enter_context(path.watching())
-        counter = stack.enter_context(_Counter(path))
+        counting = stack.enter_context(counter(path))
         twin(*args, **kwargs)
-        return tuple(counter.ran)
+        return tuple(counting.ran)
 
 
 @contextmanager
@@ -297,8 +305,8 @@ def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
                 buffer.copy_(values)
 
 
-def missing(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tuple[Ran, ...]:
-    """The calls that no record of the pass covers.
+def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tuple[SiteRecord | None, ...]:
+    """For each call the record of the pass that covers it; None where none does.
 
     Args:
         ran: The census.
@@ -308,19 +316,22 @@ def missing(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tu
     and a fused encoder layer is recorded where its attention's parent is: so what the exact path leaves is matched by
     the end or the beginning of a path, and then, for graphs that several layers share, by shape alone.
     """
-    left = Counter({index: runs for index, (_, runs) in enumerate(covered) if runs})
+    left = Counts({index: runs for index, (_, runs) in enumerate(covered) if runs})
     names = [record.name.partition("#")[0] for record, _ in covered]
-    open_calls = list(ran)
-    for covers in (_same_path, _related_path, _same_shape):
-        still = []
-        for call in open_calls:
-            index = next((i for i in left if left[i] > 0 and covers(call, names[i], covered[i][0])), None)
-            if index is None:
-                still.append(call)
-            else:
-                left[index] -= 1
-        open_calls = still
-    return tuple(open_calls)
+    found: list[SiteRecord | None] = [None] * len(ran)
+    for covers in (_same_path_and_shape, _same_path, _related_path, _same_shape):
+        for place, call in enumerate(ran):
+            if found[place] is None:
+                index = next((i for i in left if left[i] > 0 and covers(call, names[i], covered[i][0])), None)
+                if index is not None:
+                    left[index] -= 1
+                    found[place] = covered[index][0]
+    return tuple(found)
+
+
+def _same_path_and_shape(call: Ran, name: str, record: SiteRecord) -> bool:
+    """First: prefill and decode are two records of one module."""
+    return _same_path(call, name, record) and _same_shape(call, name, record)
 
 
 def _same_path(call: Ran, name: str, _: SiteRecord) -> bool:

@@ -236,7 +236,7 @@ def test_a_recorded_compilation_knows_the_share_of_the_passes():
     assert "of compiling" in str(report)
 
 
-def test_missing_matches_paths_before_shapes():
+def test_cover_matches_paths_before_shapes():
     def ran(path):
         return census.Ran(path, census.SDPA, ("1", "2", "12", "8"), ("1", "2", "12", "8"), "float32")
 
@@ -244,7 +244,15 @@ def test_missing_matches_paths_before_shapes():
         return SiteRecord(name=name, rewritten=True, query_shape=("1", "2", "s7", "8"), key_shape=("1", "1", "s7", "8"))
 
     calls = [ran("a.attn"), ran("b.attn"), ran("b.attn")]
-    assert census.missing(calls, [(site("b.attn"), 1), (site("b.attn#2"), 1)]) == (calls[0],)
-    assert census.missing(calls, [(site("attn"), 3)]) == ()
-    assert census.missing(calls, [(site("other"), 2)]) == (calls[2],)
-    assert census.missing(calls, []) == tuple(calls)
+    first, second, other = site("b.attn"), site("b.attn#2"), site("other")
+    assert census.cover(calls, [(first, 1), (second, 1)]) == (None, first, second)
+    assert census.cover(calls, [(site("attn"), 3)]) == (site("attn"),) * 3
+    assert census.cover(calls, [(other, 2)]) == (other, other, None)
+    assert census.cover(calls, []) == (None,) * 3
+    prefill = SiteRecord(
+        name="b.attn", rewritten=True, query_shape=("1", "2", "12", "8"), key_shape=("1", "1", "12", "8")
+    )
+    decode = SiteRecord(
+        name="b.attn", rewritten=False, query_shape=("1", "2", "1", "8"), key_shape=("1", "1", "13", "8")
+    )
+    assert census.cover(calls[1:2], [(decode, 1), (prefill, 1)]) == (prefill,)

@@ -1,5 +1,6 @@
 """A sample of the zoo, and the zoo's own tools. `make zoo` runs all of it."""
 
+import argparse
 import os
 import time
 
@@ -55,6 +56,7 @@ def check(row):
     if row.graphs == 1:  # a graph that runs once: sites are calls
         assert row.found + row.not_found == row.ran
     assert row.rewritten + row.left == row.found
+    assert row.contradictions == 0
 
 
 @pytest.mark.parametrize("architecture", SDPA)
@@ -64,6 +66,7 @@ def test_sdpa(architecture):
     for case, row in found.items():
         check(row)
         assert row.not_found == 0
+        assert row.expressible_rewritten == row.expressible
         if expected[case] is not None:
             assert masks(row) == expected[case]
             assert case == "generate" or row.left == 0
@@ -122,7 +125,8 @@ def test_jobs_crash_and_hang_alone_and_never_exceed_the_workers(monkeypatch):
 
     monkeypatch.setattr(zoo, "run_job", run_job)
     names = ["crash", "hang", "a", "b", "c", "d"]
-    found = {row.architecture: row for row in zoo.run_all([("any", name, "") for name in names], 2, limit=3)}
+    ended = zoo.run_all([("any", name, "") for name in names], 2, limit=3)
+    found = {row.architecture: row for rows in ended for row in rows}
     assert sorted(found) == sorted(names)
     assert "exit code 3" in found["crash"].note
     assert "stopped after 3 seconds" in found["hang"].note
@@ -130,18 +134,45 @@ def test_jobs_crash_and_hang_alone_and_never_exceed_the_workers(monkeypatch):
     assert all(end <= start for (_, end), (start, _) in zip(ran, ran[2:], strict=False))
 
 
+def test_a_job_of_several_files_is_the_last_one(tmp_path):
+    a, b = ([Row("any", "a", implementation=i, case=c, ran=n) for i, c, n in rows] for rows in (
+        [("sdpa", "no mask", 1), ("sdpa", "padded", 2), ("eager", "no mask", 3)],
+        [("sdpa", "no mask", 4)],
+    ))  # fmt: skip
+    zoo.write(tmp_path / "a.csv", a)
+    zoo.write(tmp_path / "b.csv", b)
+    together = zoo.merged([tmp_path / "a.csv", tmp_path / "b.csv"])
+    assert sorted((row.implementation, row.ran) for row in together) == [("eager", 3), ("sdpa", 4)]
+
+
+def test_shards_are_all_jobs_once():
+    every = zoo.jobs(["llama", "bert", "gpt2"])
+    assert len(every) > 4
+    shards = [every[i - 1 :: n] for i, n in map(zoo._shard, ("1/3", "2/3", "3/3"))]
+    assert sorted(job for shard in shards for job in shard) == sorted(every)
+    for wrong in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a shard"):
+            zoo._shard(wrong)
+
+
 def test_the_page_counts_what_the_rows_say(tmp_path):
     found = [
         Row("causal LM", "a", implementation="sdpa", case="no mask", ran=3, found=2, rewritten=1, left=1, not_found=1,
-            left_reasons="1 x because | of this", not_found_kinds="1 x flex_attention", error=0.0),
+            left_reasons="1 x because | of this", not_found_kinds="1 x flex_attention", error=0.0, expressible=2,
+            expressible_rewritten=1, missed_reasons="1 x mask_3 of 17; 1 x mask_12 of 17", seen_masks="3 x causal"),
         Row("causal LM", "b", implementation="sdpa", case="no mask", status="differs", error=0.5, control=0.25),
         Row("vision", "c", implementation="sdpa", status="cannot build", note="too <odd>"),
+        Row("part", "d", status="part"),
     ]  # fmt: skip
     zoo_page.write_page(tmp_path / "zoo.md", found, not_started=7)
     text = (tmp_path / "zoo.md").read_text()
     assert "**2 architectures of transformers and 0 models from elsewhere, 2 runs**: 1 equal" in text
-    assert "| causal LM, sdpa | 2 | 2 | 3 | 2 | 1 | 1 | 1 | 1 | 0 |" in text
+    assert "| causal LM, sdpa | 2 | 2 | 3 | 2 | 1 | 1 | 1 | 2 | 1 | 1 | 0 |" in text
+    assert "**1 of 2 expressible calls are rewritten: 50.0%.** 0 calls" in text
+    assert "| mask of 17 | 2 | 1 |" in text
+    assert "| causal | 3 | 1 |" in text
     assert "| because \\| of this | 1 | 1 |" in text
     assert "| b | sdpa | no mask | differs | 5.0e-01 | 2.5e-01 |" in text
     assert "| c | too &lt;odd> |" in text
     assert "7 jobs" in text
+    assert "1 configurations are parts of models and none of their own (no Auto class knows them): d." in text
