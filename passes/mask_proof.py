@@ -38,11 +38,14 @@ class MaskPart:
         node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
         hidden: What scores are filled with where the condition holds.
         negated: Whether the fill is where the condition does *not* hold.
+        axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1; None
+            if the last ones are the last ones.
     """
 
     node: fx.Node
     hidden: float | None = None
     negated: bool = False
+    axes: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
