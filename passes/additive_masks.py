@@ -127,9 +127,14 @@ class AdditiveEvaluator:
                 return self._hide(base, condition, hidden, value, True)
         if name == "mul" and len(node.args) == 2:
             for factor, fill in (node.args, node.args[::-1]):
-                hidden = self._hiding(fill, value.dtype)  # 0 * -inf is NaN
-                if hidden is not None and math.isfinite(hidden) and is_bits(factor, self._terms.indices):
+                number, hidden = self._fill(fill), self._hiding(fill, value.dtype)  # 0 * -inf is NaN
+                if number is None or hidden == -math.inf or not is_bits(factor, self._terms.indices):
+                    continue
+                if hidden is not None:
                     return self._choice(factor, hidden, value, negated=True)
+                if isinstance(factor, fx.Node) and self._terms.terms(factor, negated=True) == ():
+                    return AdditiveMask((), frozenset(), value.dtype)  # 0 everywhere
+                return self._outweighed(node, (fill,), name)
         if name == "log" and len(node.args) == 1 and is_bits(node.args[0], self._terms.indices):
             return self._choice(node.args[0], -math.inf, value, negated=False)
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:

@@ -76,7 +76,10 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
     query, key = (_without_upcast(operand, value, values.node, prover) for operand in (query, key))
     scores, weights = value_of(chain.product.node).shape, value_of(values.left.node).shape
-    heads = to_heads(query, key, value, chain.heads, scores, weights)
+    sizes = [shape[1:-2] for shape in (scores, weights) if len(shape) > 3]
+    split = [math.prod(heads) for heads in sizes if all(isinstance(size, int) for size in heads)]
+    count = next(iter(split), None) if chain.heads is None else chain.heads
+    heads = to_heads(query, key, value, count, scores, weights)
     if isinstance(heads, Rejected):
         return heads
     query, key, value = heads.query, heads.key, heads.value
@@ -92,10 +95,11 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     output = value_of(values.node).shape
     if not restore and not (len(output) == 4 and all(known(a == b) for a, b in zip(output, shape, strict=True))):
         return Rejected("its output %s is broadcast to %s", shape, tuple(output))
-    runs = {}
+    masks = [part.node for part in chain.masks]
+    runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
-        found = axes(value_of(node_met), scores_met, query.value.shape[:2], split=chain.heads is not None)
-        if found is None:
+        found = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
+        if found is None and node_met not in masks:
             return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
         runs[node_met] = found
     for factor in chain.factors:
@@ -111,12 +115,9 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     mask = _mask(chain, behind, runs, (*query.value.shape[:3], key.value.shape[-2]), query.value.dtype, prover)
     if isinstance(mask, Rejected):
         return mask
-    unwrapped = [
-        Operand(repeat_kv.unwrap(operand.node, values.node, prover)) if not operand.steps else operand
-        for operand in (key, value)
-    ]
-    if known(unwrapped[0].value.shape[1] == unwrapped[1].value.shape[1]):
-        key, value = unwrapped
+    once = [repeat_kv.unwrapped(operand, values.node, prover) for operand in (key, value)]
+    if known(once[0].value.shape[1] == once[1].value.shape[1]):
+        key, value = once
     return AttentionSite(
         name=module_path(node),
         node=values.node,
@@ -135,23 +136,32 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
 def _mask(
     chain: ScoreChain,
     behind: Probabilities,
-    runs: Mapping[fx.Node, Axes],
+    runs: Mapping[fx.Node, Axes | None],
     shape: Sequence[Size],
     dtype: torch.dtype,
     prover: MaskProver,
 ) -> MaskProof | Rejected:
     parts = []
     for part in chain.masks:
-        along = None if broadcasts(runs[part.node]) else runs[part.node]
+        along = runs[part.node]
+        if along is None:
+            along = ()  # it fits nothing, and is rejected for what it is or for its shape
+        elif broadcasts(along):
+            along = None
         fill = (None, False) if isinstance(part, Bias) else (part.hidden, part.negated)
         parts.append(MaskPart(part.node, *fill, axes=along))
-    for zeroed in behind.zeroed:
+    for zeroed, probabilities_shape in behind.zeroed:
         filled = [part for part in chain.masks if isinstance(part, Fill) and part.node is zeroed.node]
-        if not any(part.negated == zeroed.negated for part in filled) or prover.mutations.writers(zeroed.node):
+        alike = any(part.negated == zeroed.negated for part in filled) and not prover.mutations.writers(zeroed.node)
+        met = [scores for node, scores in chain.met if node is zeroed.node]
+        if not alike or any(tuple(scores) != tuple(probabilities_shape) for scores in met):
             return Rejected("%s hides probabilities behind the softmax, and not in its scores alike", zeroed.node)
         if len(parts) == 1:  # what hides a key makes zeros of a row without any, whatever the scores were filled with
             parts = [dataclasses.replace(parts[0], hidden=-math.inf)]
-    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=chain.floored)
+        elif chain.floored:
+            return Rejected("several masks hide scores above a floor, and one of them probabilities")
+    floored = chain.floored and not behind.zeroed
+    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored)
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:
@@ -213,15 +223,16 @@ def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> Rejected | Non
     """A detour through fewer bits than the operands have is a rounding that the operator does not make."""
     for node in nodes:
         value = value_of(node)
-        if isinstance(value, torch.Tensor) and value.dtype not in (dtype, torch.float32, torch.float64):
+        floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+        if floating and value.dtype not in (dtype, torch.float32, torch.float64):
             return Rejected("%s rounds to %s between operands of %s", node, value.dtype, dtype)
     return None
 
 
-def _scaled(query: Operand, factor: fx.Node, runs: Axes) -> Operand | Rejected:
+def _scaled(query: Operand, factor: fx.Node, runs: Axes | None) -> Operand | Rejected:
     """The query times a factor of the scores, which must be one for all keys and change neither shape nor dtype."""
     value = value_of(factor)
-    if not broadcasts(runs):
+    if runs is None or not broadcasts(runs):
         return Rejected("%s scales scores of another split into heads", factor)
     if isinstance(value, torch.Tensor) and value.ndim and not known(value.shape[-1] == 1):
         return Rejected("%s scales scores by a tensor that varies along the keys", factor)

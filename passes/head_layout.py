@@ -74,7 +74,19 @@ def to_heads(
         3: ((torch.flatten, (0, 1)),),
         5: ((torch.unflatten, (1, groups)),),
     }
-    return Heads(*_broadcast(*found), restore.get(rank, ()))
+    return Heads(*broadcast(*found), restore.get(rank, ()))
+
+
+def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:
+    """Operands in four dimensions with one batch, and one number of heads for keys and values."""
+    batch = _largest(operand.value.shape[0] for operand in (query, key, value))
+    key_heads = _largest(operand.value.shape[1] for operand in (key, value))
+    one_query = known(query.value.shape[1] == 1)
+    return (
+        _expanded(query, batch, key_heads if one_query else query.value.shape[1]),
+        _expanded(key, batch, key_heads),
+        _expanded(value, batch, key_heads),
+    )
 
 
 def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split: bool) -> Axes | None:
@@ -107,11 +119,11 @@ def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split
     return tuple(found)
 
 
-def broadcasts(found: Axes | None) -> bool:
+def broadcasts(found: Axes) -> bool:
     """Whether what runs along these axes meets [B, Hq, Nq, Nk] as it is."""
-    if found is None or len(found) > 4:
-        return False
-    return all(axis in (None, wanted) for axis, wanted in zip(reversed(found), (3, 2, 1, 0), strict=False))
+    return len(found) <= 4 and all(
+        axis in (None, wanted) for axis, wanted in zip(reversed(found), (3, 2, 1, 0), strict=False)
+    )
 
 
 def _lifted(operand: Operand, rank: int) -> Operand:
@@ -139,18 +151,6 @@ def _four(operand: Operand, heads: int, groups: Sequence[Size] | None) -> Operan
     if shape[2] == 1 and shape[1] in (1, groups[0]):
         return operand.then(torch.select, 2, 0)
     return None
-
-
-def _broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:
-    """One batch for all, one number of heads for key and value; the heads of one query head are those of the keys."""
-    batch = _largest(operand.value.shape[0] for operand in (query, key, value))
-    key_heads = _largest(operand.value.shape[1] for operand in (key, value))
-    one_query = known(query.value.shape[1] == 1)
-    return (
-        _expanded(query, batch, key_heads if one_query else query.value.shape[1]),
-        _expanded(key, batch, key_heads),
-        _expanded(value, batch, key_heads),
-    )
 
 
 def _largest(sizes: Iterable[Size]) -> Size:

@@ -2,6 +2,7 @@
 
     softmax(...)  [[..., :-1], the sinks]  [nan_to_num]  [masked_fill(hidden, 0)]  [dropout that is off]  @ v
 
+``masked_fill(isnan(x), 0)`` is ``nan_to_num``, and both say what the operator does anyway with rows that -inf hides.
 Brackets are optional; casts, copies and reshapes of leading dimensions may stand anywhere.
 """
 
@@ -22,6 +23,7 @@ from s2o_compile.passes.site import Rejected
 _PASSED_ON = frozenset(
     {"contiguous", "clone", "view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "detach", *views.CASTS}
 )
+_QUESTIONS = frozenset({"isnan", "zeros_like"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +33,12 @@ class Probabilities:
     Attributes:
         product: Probabilities times values.
         nodes: The nodes between, first to last.
-        zeroed: Where probabilities are set to zero.
+        zeroed: Where probabilities are set to zero, and their shape there.
     """
 
     product: Product
     nodes: tuple[fx.Node, ...]
-    zeroed: tuple[Fill, ...]
+    zeroed: tuple[tuple[Fill, torch.Size], ...]
 
 
 def feed_product(node: fx.Node, depth: int = 6) -> bool:
@@ -65,6 +67,10 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         users = sorted(
             {user for node in holders for user in _live_users(node)} - set(nodes), key=prover.mutations.position
         )
+        # Questions that the next step asks: where is it NaN, what is a zero of its shape.
+        asked = [user for user in users if function_name(user) in _QUESTIONS and set(user.users) <= set(users)]
+        nodes += asked
+        users = [user for user in users if user not in asked]
         writes = bool(users) and any(node in written_arguments(users[0]) for node in holders)
         if len(users) != 1 and not writes:
             others = [user for user in users if product.read(user) is None]
@@ -87,7 +93,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             step = _step(user, node, prover)
             if isinstance(step, Rejected):
                 return step
-            zeroed += [] if step is None else [step]
+            zeroed += [] if step is None else [(step, value_of(user).shape)]
         nodes.append(user)
         holders = [*holders, user] if writes else [user]
 
@@ -115,6 +121,8 @@ def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected |
     zero = source is node and isinstance(condition, fx.Node) and prover.indices.fill(fill) == 0
     if not zero or not _keeps_rows(user, node):
         return Rejected("its probabilities pass %s (%s) before they meet the values", user, name)
+    if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
+        return None
     return Fill(condition, 0.0, negated)
 
 

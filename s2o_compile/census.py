@@ -65,7 +65,8 @@ _KEEPING = frozenset(
         "alias", "detach", "contiguous", "_to_copy", "slice", "native_dropout", "dropout", "bernoulli", "mul", "mul_",
         "div", "div_", "add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where", "nan_to_num", "tanh",
         "cat", "copy_", "constant_pad_nd", "clamp", "clamp_min", "rsub", "lift_fresh", "_reshape_alias", "neg",
-        "select", "_log_softmax", "split", "split_with_sizes", "unbind", "tril", "maximum", "view_as", "flatten", "index_select",
+        "select", "split", "split_with_sizes", "unbind", "tril", "maximum", "view_as", "flatten", "index_select",
+        "_log_softmax",
     )
 )  # fmt: skip
 

@@ -105,10 +105,26 @@ def without_nan(q, k, v):
     return torch.nan_to_num(scores.softmax(-1)) @ v
 
 
+def without_nan_by_hand(q, k, v):
+    weights = (scores_of(q, k) + bias(q) + torch.where(padded(LEFT_PADDING), NINF, 0.0)).softmax(-1)
+    return torch.where(torch.isnan(weights), torch.zeros_like(weights), weights) @ v
+
+
+def without_nan_by_fill(q, k, v):
+    weights = scores_of(q, k).masked_fill(padded(ALL_PADDING), NINF).softmax(-1)
+    return weights.masked_fill(weights.isnan(), 0.0) @ v
+
+
 def zeroed(q, k, v):
     """Padding behind and before the softmax: rows without any key are zeros, not means."""
     mask = padded(ALL_PADDING)
     return scores_of(q, k).masked_fill(mask, LOWEST).softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+def zeroed_above_a_floor(q, k, v):
+    mask = padded(ALL_PADDING)
+    weights = scores_of(q, k).masked_fill(mask, LOWEST).clamp_min(LOWEST).softmax(-1)
+    return weights.masked_fill(mask, 0.0) @ v
 
 
 def zeroed_in_place(q, k, v):
@@ -141,7 +157,14 @@ def fused_under_a_billion(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias(q, -1e9))
 
 
+def lowered_by_nothing(q, k, v):
+    """The mask of a model that got none: (1 - ones) * -10000, as MarkupLM's."""
+    mask = torch.ones(2, 40).unsqueeze(1).unsqueeze(2).to(q.dtype)
+    return (scores_of(q, k) + (1.0 - mask) * -10000.0).softmax(-1) @ v
+
+
 REWRITTEN = {
+    "lowered-by-nothing": (lowered_by_nothing, "bidirectional"),
     "filled-in-place": (filled_in_place, "causal"),
     "filled-in-place-by-shape": (filled_in_place_by_shape, "bidirectional, key padding"),
     "several-in-place": (several_in_place, "causal, key padding"),
@@ -156,7 +179,10 @@ REWRITTEN = {
     "sinks-first": (sinks_first, "causal"),
     "sinks-cut-by-length": (sinks_cut_by_length, "causal"),
     "nan-to-num": (without_nan, "causal, key padding"),
+    "nan-to-num-by-hand": (without_nan_by_hand, "causal, key padding"),
+    "nan-to-num-by-fill": (without_nan_by_fill, "bidirectional, key padding"),
     "zeroed": (zeroed, "bidirectional, key padding"),
+    "zeroed-above-a-floor": (zeroed_above_a_floor, "bidirectional, key padding"),
     "zeroed-in-place": (zeroed_in_place, "bidirectional, key padding"),
     "zeroed-by-where": (zeroed_by_where, "bidirectional, key padding"),
     "filled-by-a-billion": (filled_by_a_billion, "causal"),
@@ -252,6 +278,17 @@ def nan_to_one(q, k, v):
     return torch.nan_to_num(scores_of(q, k).masked_fill(padded(), NINF).softmax(-1), nan=1.0) @ v
 
 
+def zeroed_but_nan(q, k, v):
+    weights = scores_of(q, k).masked_fill(padded(), NINF).softmax(-1)
+    return torch.where(weights.isnan(), weights, 0.0) @ v
+
+
+def nan_reported(q, k, v):
+    weights = scores_of(q, k).softmax(-1)
+    broken = weights.isnan()
+    return weights.masked_fill(broken, 0.0) @ v + broken.sum()
+
+
 def zeroed_by_another_mask(q, k, v):
     weights = scores_of(q, k).masked_fill(padded(), LOWEST).softmax(-1)
     return weights.masked_fill(padded(LEFT_PADDING), 0.0) @ v
@@ -271,6 +308,12 @@ def zeroed_under_two_masks(q, k, v):
     """A row without any key: a mean over the keys that are no padding."""
     mask = padded(LEFT_PADDING)
     weights = (scores_of(q, k).masked_fill(mask, LOWEST) + bias(q, LOWEST)).softmax(-1)
+    return weights.masked_fill(mask, 0.0) @ v
+
+
+def zeroed_under_two_masks_above_a_floor(q, k, v):
+    mask = padded(LEFT_PADDING)
+    weights = (scores_of(q, k).masked_fill(mask, NINF) + bias(q)).clamp(LOWEST).softmax(-1)
     return weights.masked_fill(mask, 0.0) @ v
 
 
@@ -303,13 +346,16 @@ DENSE = {
     "sinks-first-cut-last": (sinks_first_cut_last, "getitem"),
     "sinks-scaled-too": (sinks_scaled_too, "after sinks were joined"),
     "nan-to-one": (nan_to_one, "pass nan_to_num"),
+    "zeroed-but-nan": (zeroed_but_nan, "hides probabilities behind the softmax"),
+    "nan-reported": (nan_reported, "read by"),
     "zeroed-by-another-mask": (zeroed_by_another_mask, "behind the softmax"),
     "zeroed-where-it-is-seen": (zeroed_where_it_is_seen, "behind the softmax"),
     "filled-by-one": (filled_by_one, "(masked_fill) before they meet"),
     "zeroed-under-two-masks": (zeroed_under_two_masks, "several finite numbers"),
+    "zeroed-under-two-masks-above-a-floor": (zeroed_under_two_masks_above_a_floor, "above a floor"),
     "lowered-by-a-billion-blind": (lowered_by_a_billion_blind, "which rows without any key show"),
     "filled-by-ten-thousand": (filled_by_ten_thousand, "-10000.0"),
-    "lowered-by-ten-thousand": (lowered_by_ten_thousand, "adds numbers to the scores"),
+    "lowered-by-ten-thousand": (lowered_by_ten_thousand, "-10000.0, which large scores outweigh"),
 }
 
 
