@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from s2o_compile.passes.graph_values import Size, known
+from s2o_compile.passes.mask_proof import MERGED
 from s2o_compile.passes.operand import Operand, Step
 from s2o_compile.passes.site import Rejected
 
@@ -90,7 +91,7 @@ def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Op
 
 
 def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split: bool) -> Axes | None:
-    """Along which axis of [B, Hq, Nq, Nk] each dimension of a mask or factor runs; an axis of None has size 1.
+    """Along which axis of [B, Hq, Nq, Nk] each dimension of a mask or factor runs; None for a size of 1, else `MERGED`.
 
     Args:
         operand: Its fake value, or a number.
@@ -106,15 +107,13 @@ def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split
     if len(scores) == 4:
         runs, same = (0, 1, 2, 3), known(scores[0] == batch) and known(scores[1] == heads)
     elif len(scores) == 5:
-        runs, same = (0, None, None, 2, 3), known(scores[0] == batch) and known(scores[1] * scores[2] == heads)
+        runs, same = (0, MERGED, MERGED, 2, 3), known(scores[0] == batch) and known(scores[1] * scores[2] == heads)
     else:
-        runs, same = (None if split else 0, 2, 3)[-len(scores) :], len(scores) in (2, 3)
+        runs, same = (MERGED if split else 0, 2, 3)[-len(scores) :], len(scores) in (2, 3)
     if not same or len(shape) > len(runs):
         return None
     found: list[int | None] = []
     for size, axis in zip(shape, runs[len(runs) - len(shape) :], strict=True):
-        if axis is None and not known(size == 1):
-            return None
         found.append(None if known(size == 1) else axis)
     return tuple(found)
 

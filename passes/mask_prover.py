@@ -24,7 +24,7 @@ from s2o_compile.passes.additive_masks import AdditiveEvaluator, hides
 from s2o_compile.passes.graph_values import Size, known, simplified, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import IndexTensor
-from s2o_compile.passes.mask_proof import KeyMask, MaskPart, MaskProof
+from s2o_compile.passes.mask_proof import MERGED, KeyMask, MaskPart, MaskProof
 from s2o_compile.passes.mask_terms import Comparison, LookUp, TermEvaluator, Terms
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -108,11 +108,15 @@ class MaskProver:
                 return Rejected("the mask %s is not proven: %s", part.node, found)
             own = value_of(part.node).shape
             axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
-            runs = [(size, axis) for size, axis in zip(own, axes, strict=False) if not known(size == 1)]
-            if len(own) > len(axes) or any(axis is None or not known(size == shape[axis]) for size, axis in runs):
+            if len(own) > len(axes) or not all(
+                known(size == 1) or (not _varies_along(found[0], dim) if axis == MERGED else _runs(size, axis, shape))
+                for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
+            ):
                 return Rejected("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
             indices = tuple(
-                IndexTensor.constant(0, shape) if axis is None or known(size == 1) else IndexTensor.axis(shape, axis)
+                IndexTensor.constant(0, shape)
+                if axis is None or axis == MERGED or known(size == 1)
+                else IndexTensor.axis(shape, axis)
                 for size, axis in zip(own, axes, strict=True)
             )
             terms += [term.at(indices, shape) for term in found[0]]
@@ -199,6 +203,16 @@ class MaskProver:
         # A padding mask spread over the queries is no causal mask, whatever was promised.
         along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
         return all(along) and self.mutations.writer(mask) is None
+
+
+def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
+    return axis is not None and known(size == shape[axis])
+
+
+def _varies_along(terms: Terms, dim: int) -> bool:
+    """Whether a term reads other values at other positions of a dimension."""
+    indices = [index for term in terms for index in ((term.index,) if isinstance(term, Comparison) else term.indices)]
+    return any(index.steps[dim] for index in indices)
 
 
 def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:

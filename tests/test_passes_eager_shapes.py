@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tests.capture import heads, rewritten
 
 PADDING = torch.arange(40)[None] >= torch.tensor([[40], [30]])
-HIDDEN = torch.ones(40, 40, dtype=torch.bool)
+BY_GROUP = torch.arange(40) >= torch.tensor([[[40]], [[30]]])
 PER_GROUP = torch.rand(2, 2, 1, 1)
 NINF = float("-inf")
 
@@ -150,7 +150,15 @@ def baddbmm_into_zeros(q, k, v):
     return (scores.view(2, 4, 40, 40) + bias()).softmax(-1) @ v
 
 
+def baddbmm_into_an_expanded_mask(q, k, v):
+    q, k = (x.flatten(0, 1) for x in (q, k))
+    mask = torch.zeros(40, 40).masked_fill(~below(), -1e9).expand(8, -1, -1)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), beta=1.0, alpha=0.25)
+    return scores.view(2, 4, 40, 40).softmax(-1) @ v
+
+
 REWRITTEN = {
+    "baddbmm-expanded-mask": (baddbmm_into_an_expanded_mask, "causal"),
     "one-batch-of-keys": (one_batch_of_keys, "bidirectional"),
     "one-batch-of-queries": (one_batch_of_queries, "bidirectional, key padding"),
     "one-batch-of-values": (one_batch_of_values, "causal"),
@@ -207,8 +215,7 @@ def group_factor(q, k, v):
 def mask_by_group(q, k, v):
     """A mask whose second dimension is the groups, not the heads."""
     q = q.unflatten(1, (2, 2))
-    mask = HIDDEN.triu(1).expand(2, 40, 40)
-    return (q @ k[:, :2, None].mT).masked_fill(mask, NINF).softmax(-1) @ v[:, :2, None]
+    return (q @ k[:, :2, None].mT).masked_fill(BY_GROUP, NINF).softmax(-1) @ v[:, :2, None]
 
 
 def groups_first(q, k, v):
