@@ -3,7 +3,8 @@
 Which number that is matters for a *blind* row, one that sees no key. Under -inf its output is zero. Under a finite
 number as large as ``finfo(float32).min`` the scores vanish beside it, so that all keys weigh the same and the output is
 the mean of all values: all keys, padding too. Two such masks added up hide some keys by that number and some by twice
-as much, which overflows: no mean, no zero, and only harmless where no row is blind.
+as much, which overflows: no mean, no zero, and only harmless where no row is blind. The same holds of -1e9, which hides
+a key as well unless scores differ by a billion, but is too small to make its scores vanish. -1e4 hides nothing surely.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ from s2o_compile.passes.site import Rejected
 # In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number.
 _ABSORBING = (torch.float32, torch.bfloat16)
 _ABSORBS = torch.finfo(torch.bfloat16).min
+# The one numeric assumption of the passes: no score that a row sees lies a billion below one that it does not see. Then
+# exp(hidden - seen) is zero in every dtype. -1e9 in its coarsest dtype.
+_OUTWEIGHS = torch.tensor(-1e9, dtype=torch.bfloat16).item()
+
+
+def hides(number: float, dtype: torch.dtype) -> bool:
+    """Whether a number, added to a score of a dtype or put in its place, hides it behind every score that is seen."""
+    return number <= (_OUTWEIGHS if dtype in _ABSORBING else torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +127,14 @@ class AdditiveEvaluator:
                 return self._hide(base, condition, hidden, value, True)
         if name == "mul" and len(node.args) == 2:
             for factor, fill in (node.args, node.args[::-1]):
-                hidden = self._hiding(fill, value.dtype)  # 0 * -inf is NaN
-                if hidden is not None and math.isfinite(hidden) and is_bits(factor, self._terms.indices):
+                number, hidden = self._fill(fill), self._hiding(fill, value.dtype)  # 0 * -inf is NaN
+                if number is None or hidden == -math.inf or not is_bits(factor, self._terms.indices):
+                    continue
+                if hidden is not None:
                     return self._choice(factor, hidden, value, negated=True)
+                if isinstance(factor, fx.Node) and self._terms.terms(factor, negated=True) == ():
+                    return AdditiveMask((), frozenset(), value.dtype)  # 0 everywhere
+                return self._outweighed(node, (fill,), name)
         if name == "log" and len(node.args) == 1 and is_bits(node.args[0], self._terms.indices):
             return self._choice(node.args[0], -math.inf, value, negated=False)
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:
@@ -142,7 +156,7 @@ class AdditiveEvaluator:
         if number is None or isinstance(number, bool):
             return None
         (number,) = _rounded((number,), dtype)
-        return number if number <= torch.finfo(dtype).min else None
+        return number if hides(number, dtype) else None
 
     def _choice(
         self, condition: object, hidden: float | None, value: torch.Tensor, *, negated: bool

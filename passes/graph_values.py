@@ -100,12 +100,28 @@ def function_name(node: fx.Node) -> str:
     return _SYNONYMS.get(name, name)
 
 
+def arguments(node: fx.Node, *names: str) -> tuple[Any, ...]:
+    """The arguments of a call for the parameters of these names, however they are passed; None for one not given.
+
+    Alternative names are joined by a bar: ``other|mat2``. The tensor of a method is its first argument.
+    """
+    positional = node.args[: len(names)]
+    keyword = (
+        next((node.kwargs[part] for part in name.split("|") if part in node.kwargs), None)
+        for name in names[len(positional) :]
+    )
+    return (*positional, *keyword)
+
+
 def choice(node: fx.Node) -> tuple[Any, Any, Any] | None:
     """Condition, chosen and otherwise of a ``where``; None if it is spelt in a way that is not read."""
-    if node.kwargs or len(node.args) != 3:
+    method = node.op == "call_method"
+    first, second, third = arguments(
+        node, *(("input", "condition") if method else ("condition", "input|self")), "other"
+    )
+    if second is None or third is None or "out" in node.kwargs:
         return None
-    first, second, third = node.args
-    return (second, first, third) if node.op == "call_method" else (first, second, third)
+    return (second, first, third) if method else (first, second, third)
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:

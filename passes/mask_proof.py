@@ -30,6 +30,11 @@ class KeyMask:
     negated: bool
 
 
+MERGED = -1
+"""The axis of a mask's dimension that is one of several which the scores have as one, or one that they have as several:
+the mask must not vary along it."""
+
+
 @dataclass(frozen=True, eq=False)
 class MaskPart:
     """One of several masks that must all let a key through.
@@ -38,11 +43,14 @@ class MaskPart:
         node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
         hidden: What scores are filled with where the condition holds.
         negated: Whether the fill is where the condition does *not* hold.
+        axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
+            `MERGED`; None if the last ones are the last ones.
     """
 
     node: fx.Node
     hidden: float | None = None
     negated: bool = False
+    axes: tuple[int | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,11 +20,11 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.additive_masks import AdditiveEvaluator
+from s2o_compile.passes.additive_masks import AdditiveEvaluator, hides
 from s2o_compile.passes.graph_values import Size, known, simplified, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
-from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.mask_proof import KeyMask, MaskPart, MaskProof
+from s2o_compile.passes.index_tensor import IndexTensor
+from s2o_compile.passes.mask_proof import MERGED, KeyMask, MaskPart, MaskProof
 from s2o_compile.passes.mask_terms import Comparison, LookUp, TermEvaluator, Terms
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -74,31 +74,51 @@ class MaskProver:
             self._proofs[memo] = proof
         return self._proofs[memo]
 
-    def prove_parts(self, parts: Sequence[MaskPart], shape: Sequence[Size], dtype: torch.dtype) -> MaskProof | Rejected:
+    def prove_parts(
+        self,
+        parts: Sequence[MaskPart],
+        shape: Sequence[Size],
+        dtype: torch.dtype,
+        *,
+        factor: float = 1.0,
+        floored: bool = False,
+    ) -> MaskProof | Rejected:
         """Proves the conjunction of the masks that hand-written attention applies to its scores.
 
         Args:
             parts: The masks; none is a proof, too.
             shape: Of the scores, [B, Hq, Nq, Nk].
             dtype: Of the scores.
+            factor: A positive number that multiplies masked scores.
+            floored: Whether masked scores are raised to the dtype's lowest number, so that all hidden ones are it.
         """
         query_len, key_len = shape[-2:]
         for part in parts:
             if value_of(part.node).dtype is torch.bool and part.hidden is None:
                 return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
-        if len(parts) == 1 and parts[0].hidden is None:
+        if floored and factor != 1:
+            return Rejected("masked scores are clamped and multiplied by %s", factor)
+        if len(parts) == 1 and parts[0].hidden is None and parts[0].axes is None and factor == 1 and not floored:
             return self.prove(parts[0].node, query_len, key_len)
         terms: list[Comparison | LookUp] = []
         blinds: list[str | None] = []
         for part in parts:
-            found = self._part(part, dtype)
+            found = self._part(part, dtype, factor, floored=floored)
             if isinstance(found, Rejected):
                 return Rejected("the mask %s is not proven: %s", part.node, found)
             own = value_of(part.node).shape
-            aligned = zip(reversed(own), reversed(shape), strict=False)
-            if len(own) > len(shape) or not all(known(size == 1) or known(size == wanted) for size, wanted in aligned):
+            axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
+            if len(own) > len(axes) or not all(
+                known(size == 1) or (not _varies_along(found[0], dim) if axis == MERGED else _runs(size, axis, shape))
+                for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
+            ):
                 return Rejected("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
-            indices = broadcast_indices(own, shape)
+            indices = tuple(
+                IndexTensor.constant(0, shape)
+                if axis is None or axis == MERGED or known(size == 1)
+                else IndexTensor.axis(shape, axis)
+                for size, axis in zip(own, axes, strict=True)
+            )
             terms += [term.at(indices, shape) for term in found[0]]
             blinds.append(found[1])
         proof = _classify(tuple(terms), shape, query_len, key_len)
@@ -106,20 +126,33 @@ class MaskProver:
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
         if all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
-        if len(blinds) == 1 and blinds[0] is not None:
-            return dataclasses.replace(proof, blind=blinds[0])
+        # Several numbers are no mean, unless the same floor lies under all of them.
+        if blinds in (["mean"], ["lowest"] * len(blinds)):
+            return dataclasses.replace(proof, blind="mean")
         return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
-    def _part(self, part: MaskPart, dtype: torch.dtype) -> tuple[Terms, str | None] | Rejected:
+    def _part(
+        self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool
+    ) -> tuple[Terms, str | None] | Rejected:
         """Terms of one mask, and what it makes of a row without any key."""
         if part.hidden is None:
             additive = self._additive.evaluate(part.node)
-            return additive if isinstance(additive, Rejected) else (additive.terms, additive.blind)
-        if part.hidden > torch.finfo(dtype).min:
-            return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", part.hidden)
-        terms = self._terms.terms(part.node, negated=not part.negated)
-        # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
-        return terms if isinstance(terms, Rejected) else (terms, "zeros" if math.isinf(part.hidden) else "mean")
+            if isinstance(additive, Rejected):
+                return additive
+            terms, hidden, blind = additive.terms, additive.hidden, additive.blind
+            dtype = additive.dtype
+        else:
+            terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
+            # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
+            blind = "zeros" if math.isinf(part.hidden) else "mean"
+        for number in hidden:
+            if not hides(number * factor, dtype):
+                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", number * factor)
+        if isinstance(terms, Rejected):
+            return terms
+        if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
+            blind = "lowest"
+        return terms, None if blind == "mean" and factor > 1 else blind  # it may overflow, then the mean is NaN
 
     def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
         value = value_of(mask)
@@ -170,6 +203,16 @@ class MaskProver:
         # A padding mask spread over the queries is no causal mask, whatever was promised.
         along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
         return all(along) and self.mutations.writer(mask) is None
+
+
+def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
+    return axis is not None and known(size == shape[axis])
+
+
+def _varies_along(terms: Terms, dim: int) -> bool:
+    """Whether a term reads other values at other positions of a dimension."""
+    indices = [index for term in terms for index in ((term.index,) if isinstance(term, Comparison) else term.indices)]
+    return any(index.steps[dim] for index in indices)
 
 
 def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:

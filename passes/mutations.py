@@ -60,6 +60,15 @@ class Mutations:
         start, stop = self._position[after], self._position[before]
         return any(start < self._position[writer] < stop for writer in self._writers.get(_storage(node) or 0, ()))
 
+    def position(self, node: fx.Node) -> int:
+        """Where a node stands in the graph."""
+        return self._position[node]
+
+    def last_write(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
+        """The last node that writes to the tensor of ``node`` between it and another node, or None."""
+        start, stop = self._position[node], self._position[before]
+        return next((w for w in reversed(self.writers(node)) if start < self._position[w] < stop), None)
+
     def settled(self, node: fx.Node) -> fx.Node | Rejected:
         """The node that, read as a function, says what the tensor of ``node`` holds: its last write, or itself.
 

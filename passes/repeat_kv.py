@@ -20,6 +20,7 @@ from s2o_compile.passes import views
 from s2o_compile.passes.graph_values import Size, function_name, known, value_of
 from s2o_compile.passes.index_tensor import IndexTensor
 from s2o_compile.passes.mask_prover import MaskProver
+from s2o_compile.passes.operand import Operand
 
 _COPIES = ("contiguous", "clone")
 
@@ -37,6 +38,11 @@ def unwrap(node: fx.Node, site: fx.Node, prover: MaskProver) -> fx.Node:
         repeated = repeated.args[0]
     base = _interleaved(repeated) or _grouped(repeated, prover) or _one_head(repeated, prover)
     return node if base is None or not is_untouched(node, base, site, prover) else base
+
+
+def unwrapped(operand: Operand, site: fx.Node, prover: MaskProver) -> Operand:
+    """An operand without the copies of its heads; one that is seen through steps is left as it is."""
+    return operand if operand.steps else Operand(unwrap(operand.node, site, prover))
 
 
 def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver) -> bool:

@@ -16,7 +16,7 @@ from s2o_compile.passes import sizes
 from s2o_compile.passes.assumptions import check_causal
 from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
 from s2o_compile.passes.mask_proof import KeyMask
-from s2o_compile.passes.operand import Operand, computed
+from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
@@ -63,7 +63,11 @@ class Rewriter:
     def rewrite(self, site: AttentionSite) -> Rejected | None:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
         node = site.node
-        arguments = self._arguments(site)
+        restored = _restored(site) if site.restore else (_layout(value_of(node)), ())
+        if restored is None:
+            return Rejected("the operator cannot reproduce the shape and strides of its output")
+        layout, restore = restored
+        arguments = self._arguments(site, layout)
         if isinstance(arguments, Rejected):
             return arguments
         if self._check_assumptions and site.mask.promised is not None:
@@ -79,7 +83,7 @@ class Rewriter:
         if values is not None:
             _set_value(node, call, values)
         # The node stays and becomes the last step: other sites, matched before this one changed, may refer to it.
-        *first, last = ((operator.getitem, (0,)), *site.restore)
+        *first, last = ((operator.getitem, (0,)), *restore)
         before = call
         for function, args in first:
             before = self._insert(node, function, before, *args)
@@ -93,10 +97,7 @@ class Rewriter:
         remove_dead(self._graph, inputs)
         return None
 
-    def _arguments(self, site: AttentionSite) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
-        layout = _restored_layout(site) if site.restore else _layout(value_of(site.node))
-        if layout is None:
-            return Rejected("the operator cannot reproduce the shape and strides of its output")
+    def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
         keyword: dict[str, Any] = {
             **self._options,
             "causal": site.mask.causal,
@@ -120,13 +121,20 @@ class Rewriter:
                 return operand
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
         operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
+        refused = next((operand for operand in operands if isinstance(operand, Rejected)), None)
+        if refused is not None:
+            return refused
         sinks = () if site.sinks is None else (site.sinks,)
         return (*operands, key_mask, *sinks), keyword
 
-    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node:
+    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
         node = operand.node
         for function, args in operand.steps:
-            node = self._insert(before, function, node, *args)
+            emitted = [self._size(arg, before) if isinstance(arg, torch.SymInt) else arg for arg in args]
+            refused = next((arg for arg in emitted if isinstance(arg, Rejected)), None)
+            if refused is not None:
+                return refused
+            node = self._insert(before, function, node, *emitted)
         return node
 
     def _check(self, mask: fx.Node, site: AttentionSite) -> Rejected | None:
@@ -197,21 +205,35 @@ def _layout(output: object) -> str:
     return "BNHD" if known(heads < length) else "BHND" if known(length < heads) else "auto"
 
 
-def _restored_layout(site: AttentionSite) -> str | None:
-    """The layout that, after the steps behind the operator, lies in memory as the replaced value did."""
-    query, value, wanted = site.query.value, site.value.value, value_of(site.node)
-    for layout in ("BHND", "BNHD"):
-        output = computed(query, empty_output, (query, value.shape[-1], layout))
-        for function, args in site.restore:
-            output = computed(query, function, (output, *args))
-        same = output is not None and output.ndim == wanted.ndim
-        if (
-            same
-            and all(known(a == b) for a, b in zip(output.shape, wanted.shape, strict=True))
-            and all(known(a == b) for a, b in zip(output.stride(), wanted.stride(), strict=True))
-        ):
-            return layout
+def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
+    """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do."""
+    wanted = value_of(site.node)
+    for order in ((), _memory_order(wanted)):
+        # No layout of the operator's is the wanted one: a copy is.
+        inverse = [order.index(dim) for dim in range(len(order))]
+        copied = (
+            ((torch.permute, (order,)), (torch.Tensor.contiguous, ()), (torch.permute, (inverse,))) if order else ()
+        )
+        for layout in ("BHND", "BNHD"):
+            query, restore = site.query.value, (*site.restore, *copied)
+            output = computed(query, empty_output, (query, site.value.value.shape[-1], layout))
+            for function, args in restore:
+                output = computed(query, function, (output, *args))
+            if output is not None and output.ndim == wanted.ndim and _equal(output, wanted):
+                return layout, restore
     return None
+
+
+def _equal(output: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two values have the same shape and strides."""
+    pairs = zip((*output.shape, *output.stride()), (*wanted.shape, *wanted.stride()), strict=True)
+    return all(known(a == b) for a, b in pairs)
+
+
+def _memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    strides = value.stride()
+    return sorted(range(value.ndim), key=lambda dim: sum(known(strides[dim] < other) for other in strides))
 
 
 def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:

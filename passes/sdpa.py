@@ -10,6 +10,7 @@ from torch import fx
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import Size, known, value_of
+from s2o_compile.passes.head_layout import broadcast
 from s2o_compile.passes.mask_proof import MaskProof
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand
@@ -45,26 +46,28 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
         prover: The mask prover of the graph.
     """
     call = operands(node)
-    query, key, value = call["query"], call["key"], call["value"]
+    query, key, value = (Operand(call[name]) for name in _POSITIONAL[:3])
+    if all(getattr(operand.value, "ndim", 0) == 4 for operand in (query, key, value)):
+        query, key, value = broadcast(query, key, value)
     rejected = _check_call(call)
     if rejected is None:  # not `or`: a rejection is false
-        rejected = check_tensors(value_of(query), value_of(key), value_of(value), node)
+        rejected = check_tensors(query.value, key.value, value.value, node)
     if rejected is None:
-        rejected = _check_groups(value_of(query), value_of(key), enable_gqa=call["enable_gqa"])
+        rejected = _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
     if rejected is not None:
         return rejected
-    mask = _mask(call, value_of(query).shape[-2], value_of(key).shape[-2], prover)
+    mask = _mask(call, query.value.shape[-2], key.value.shape[-2], prover)
     if isinstance(mask, Rejected):
         return mask
-    keys, values = (repeat_kv.unwrap(operand, node, prover) for operand in (key, value))
-    if known(value_of(keys).shape[1] == value_of(values).shape[1]):
-        key, value = keys, values
+    once = [repeat_kv.unwrapped(operand, node, prover) for operand in (key, value)]
+    if known(once[0].value.shape[1] == once[1].value.shape[1]):
+        key, value = once
     return AttentionSite(
         name=module_path(node),
         node=node,
-        query=Operand(query),
-        key=Operand(key),
-        value=Operand(value),
+        query=query,
+        key=key,
+        value=value,
         mask=mask,
         scale=call["scale"],
     )

@@ -6,6 +6,8 @@ torch's fused attentions are one operator each, below which this mode sees nothi
 (Not a `TorchFunctionMode`: under one, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` leave their fused
 paths.) An attention that is spelt out is a softmax over the last dimension that reaches a matrix product with values
 through operators that keep it the same matrix of weights: a router's softmax ends in ``topk``, a classifier's nowhere.
+So is ``exp`` of scores, a softmax written by hand. Where the weights are no product of queries and keys (token mergers,
+hyper-connections, additive attention) the call has a kind of its own: no pass looks for it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"
 SPELT_OUT = "softmax attention"
+MIXING = "softmax mixing"
+"""A sum of values whose softmax weights are no product of queries and keys."""
 
 _LIBRARIES = (
     "flash_attn",
@@ -51,6 +55,7 @@ _FUSED = {
     "_efficient_attention_forward": "aten._efficient_attention_forward",
 }
 _SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
+_EXPONENTIALS = frozenset({"exp", "exp_"})
 _PRODUCTS = frozenset({"mm", "bmm", "baddbmm", "addmm", "matmul"})
 # What the weights pass between the softmax and the values, and the scores before the softmax: every operator that keeps
 # a matrix of queries x keys what it is.
@@ -61,6 +66,7 @@ _KEEPING = frozenset(
         "div", "div_", "add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where", "nan_to_num", "tanh",
         "cat", "copy_", "constant_pad_nd", "clamp", "clamp_min", "rsub", "lift_fresh", "_reshape_alias", "neg",
         "select", "split", "split_with_sizes", "unbind", "tril", "maximum", "view_as", "flatten", "index_select",
+        "_log_softmax",
     )
 )  # fmt: skip
 
@@ -88,6 +94,8 @@ class Ran:
     @property
     def reason(self) -> str:
         """Why this is in the report, if no record of the pass covers it."""
+        if self.kind == MIXING:
+            return "not found: values are mixed here by a softmax of what is seen to be no product of queries and keys"
         return f"not found: {self.kind} ran here, and the pass saw it in no captured graph"
 
 
@@ -101,9 +109,9 @@ class Counter(TorchDispatchMode):
         self.ran: list[Ran] = []
         self._path = path
         self._scores: Any = WeakIdKeyDictionary()  # tensor -> contracted size of the product that it is
-        self._weights: Any = (
-            WeakIdKeyDictionary()
-        )  # tensor -> the softmax that it is, counted once a product consumes it
+        # tensor -> the softmax that it is, counted once a product consumes it
+        self._weights: Any = WeakIdKeyDictionary()
+        self._learned: Any = WeakIdKeyDictionary()  # what is made of one parameter alone, by views and casts
 
     def __torch_dispatch__(
         self,
@@ -118,11 +126,13 @@ class Counter(TorchDispatchMode):
         if kind:
             self._count(func, kind, args, kwargs or {})
         elif name in _SOFTMAXES:
-            self._softmax(args, output)
+            self._softmax(args[0], args[1], output)
+        elif name in _EXPONENTIALS and isinstance(args[0], Tensor) and args[0] in self._scores:
+            self._softmax(args[0], -1, output)
         elif name in _PRODUCTS:
             self._product(name, args, output)
         elif name in _KEEPING:
-            self._keep(args, output)
+            self._keep(args, output, in_place=name.endswith("_"))
         return output
 
     def _count(self, _: object, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -132,31 +142,39 @@ class Counter(TorchDispatchMode):
             key = query
         self.ran.append(Ran(self._path(), kind, _shape(query), _shape(key), _dtype(query)))
 
-    def _softmax(self, args: Sequence[Any], weights: Tensor) -> None:
-        scores, dim = args[0], args[1]
+    def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
         if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
             return
         *rows, keys = map(str, scores.shape)
         contracted = self._scores.get(scores)
         depth = () if contracted is None else (str(contracted),)
         shapes = (*rows, *depth), (*rows[:-1], keys, *depth)
-        self._weights[weights] = Ran(self._path(), SPELT_OUT, *shapes, _dtype(scores))
+        kind = MIXING if contracted is None else SPELT_OUT
+        self._weights[weights] = Ran(self._path(), kind, *shapes, _dtype(scores))
 
     def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
         left, right = args[1:3] if name in ("baddbmm", "addmm") else args[:2]
         # Either order: values may stand on the left, transposed. A parameter is no tensor of values.
         for weights, values in ((left, right), (right, left)):
             pending = self._weights.get(weights)
-            if pending is not None and not _is_parameter(values):
+            if pending is not None and not self._is_learned(values):
                 self.ran.append(pending)
                 for tensor in [t for t, other in self._weights.items() if other is pending]:
                     del self._weights[tensor]  # two products with the same weights are one attention
                 return
-        self._scores[output] = left.shape[-1]
+        if not self._is_learned(right):  # else it is a projection
+            self._scores[output] = left.shape[-1]
 
-    def _keep(self, args: Sequence[Any], output: object) -> None:
+    def _is_learned(self, tensor: Tensor) -> bool:
+        return _is_parameter(tensor) or tensor in self._learned
+
+    def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+        if len(inputs) == 1 and self._is_learned(inputs[0]):
+            self._learned.update((x, True) for x in outputs)
+        # Scores copied into a part of a larger tensor make that one scores, too.
+        outputs += [x._base for x in outputs if in_place and x._base is not None]
         for table in (self._weights, self._scores):
             known = next((table[x] for x in inputs if x in table), None)
             if known is not None:
@@ -314,12 +332,13 @@ def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tupl
 
     A record covers as many calls of its module as its graph ran. Dynamo names modules from the frame that it captured,
     and a fused encoder layer is recorded where its attention's parent is: so what the exact path leaves is matched by
-    the end or the beginning of a path, and then, for graphs that several layers share, by shape alone.
+    the end or the beginning of a path, and then, for graphs that several layers share, by shape alone. What ran in no
+    submodule is recorded under a node's name.
     """
     left = Counts({index: runs for index, (_, runs) in enumerate(covered) if runs})
     names = [record.name.partition("#")[0] for record, _ in covered]
     found: list[SiteRecord | None] = [None] * len(ran)
-    for covers in (_same_path_and_shape, _same_path, _related_path, _same_shape):
+    for covers in (_same_path_and_shape, _same_path, _related_path, _same_shape, _outside_modules):
         for place, call in enumerate(ran):
             if found[place] is None:
                 index = next((i for i in left if left[i] > 0 and covers(call, names[i], covered[i][0])), None)
@@ -341,6 +360,10 @@ def _same_path(call: Ran, name: str, _: SiteRecord) -> bool:
 def _related_path(call: Ran, name: str, _: SiteRecord) -> bool:
     path = call.path
     return path.endswith("." + name) or name.endswith("." + path) or path.startswith(name + ".")
+
+
+def _outside_modules(call: Ran, name: str, _: SiteRecord) -> bool:
+    return not call.path and "." not in name
 
 
 def _same_shape(call: Ran, _: str, record: SiteRecord) -> bool:

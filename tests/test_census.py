@@ -41,6 +41,15 @@ SPELLINGS = {
     ),
     "sinks": lambda q, k, v: torch.cat([q @ k.mT, torch.zeros(1, 2, 12, 1)], -1).softmax(-1)[..., :-1] @ v,
     "softcap": lambda q, k, v: torch.tanh(q @ k.mT / 30).mul(30).add(0.0).softmax(-1, torch.float32) @ v,
+    "grouped": lambda q, k, v: (q[:, :, None] @ k[:, :, None].mT).softmax(-1) @ v[:, :, None],
+    "one-key-head": lambda q, k, v: torch.einsum(
+        "bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1), v[:, 0]
+    ),
+    "ellipsis": lambda q, k, v: torch.einsum("...ij,...jd->...id", torch.einsum("...id,...jd", q, k).softmax(-1), v),
+    "sinks-first": lambda q, k, v: torch.cat([torch.zeros(1, 2, 12, 1), q @ k.mT], -1).softmax(-1)[..., 1:] @ v,
+    "nan-to-num": lambda q, k, v: (q @ k.mT).softmax(-1).nan_to_num() @ v,
+    "by-hand": lambda q, k, v: (lambda e: e / e.sum(-1, keepdim=True))((q @ k.mT).exp()) @ v,
+    "log-softmax": lambda q, k, v: torch.log_softmax(q @ k.mT, -1).exp() @ v,
     "values-first": lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT,
 }
 
@@ -49,9 +58,45 @@ SPELLINGS = {
 def test_every_spelling_is_one_attention(spelling):
     (ran,) = counted(SPELLINGS[spelling], *qkv())
     assert ran.kind == census.SPELT_OUT
-    keys = "13" if spelling == "sinks" else "12"
+    keys = "13" if "sinks" in spelling else "12"
     assert ran.query_shape[-2:] == ("12", "8")
     assert ran.key_shape[-2:] == (keys, "8")
+
+
+class Mixer(nn.Module):
+    """Tokens are merged by weights that a projection gives, in another dtype: no queries meet keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(4, 8, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return F.linear(x, self.weights.float()).mT.softmax(-1) @ x
+
+
+def test_mixing_without_queries_and_keys_is_another_kind():
+    (ran,) = counted(Mixer(), torch.randn(2, 12, 8))
+    assert ran.kind == census.MIXING
+    assert "no product of queries and keys" in ran.reason
+
+
+def test_scores_copied_into_a_larger_tensor_are_scores():
+    def chunked(q, k, v):
+        scores = q.new_zeros(1, 2, 12, 12)
+        for start in (0, 6):
+            scores[:, :, start : start + 6].copy_(q[:, :, start : start + 6] @ k.mT)
+        return scores.transpose(1, 2).softmax(-1).transpose(1, 2) @ v
+
+    (ran,) = counted(chunked, *qkv())
+    assert ran.kind == census.SPELT_OUT
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["no-weights", "weights"])
+def test_a_module_without_parent_is_found_by_its_record(need_weights):
+    module, x = nn.MultiheadAttention(32, 4, batch_first=True).eval(), torch.randn(1, 12, 32)
+    with torch.no_grad():
+        report = s2o_compile.explain(module, x, x, x, need_weights=need_weights)
+    assert [len(report.sites), len(report.not_found)] == [1, 0]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

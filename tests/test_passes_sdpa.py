@@ -80,7 +80,6 @@ DENSE = {
         lambda q, k, v: F.scaled_dot_product_attention(*(x.repeat(1, 1, 1, 33) for x in (q, k, v))),
         "at most 512",
     ),
-    "batch-broadcast": (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), "different batch sizes"),
     "opaque-mask": (
         lambda q, k, v: masked(q, k, v, (q @ k.transpose(-1, -2)) > 0),
         "matmul (matmul) is not index arithmetic",
