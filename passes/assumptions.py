@@ -40,7 +40,7 @@ def check_causal(mask: Tensor, query_len: int, key_len: int) -> None:
 
 
 def check_blocks(
-    mask: Tensor | None, query_len: int, key_len: int, query_block: int, key_block: int, counts: Tensor, order: Tensor,
+    mask: Tensor, query_len: int, key_len: int, query_block: int, key_block: int, counts: Tensor, order: Tensor,
     full_counts: Tensor | None = None, full_order: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fails, on the device and without waiting for it, unless tables of blocks list what a mask leaves visible.
@@ -49,7 +49,7 @@ def check_blocks(
     are visible as a whole may stand there.
 
     Args:
-        mask: bool, broadcastable to [B, H, Nq, Nk]; None if everything is visible.
+        mask: bool, broadcastable to [B, H, Nq, Nk].
         query_len: Nq.
         key_len: Nk.
         query_block: Queries of a block.
@@ -62,8 +62,8 @@ def check_blocks(
     Raises:
         RuntimeError: They do not; on CUDA at the next synchronisation.
     """
-    visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=counts.device) if mask is None else mask
-    visible = visible.expand(*visible.shape[:2], query_len, key_len)
+    lead = mask.shape[:2] if mask.ndim == 4 else (1, 1)
+    visible = mask.expand(*lead, query_len, key_len)
     some = ~_whole_blocks(~visible, query_block, key_block)
     times = _times_listed(counts, order, some.shape[-1])
     holds = times <= 1
@@ -78,7 +78,8 @@ def _whole_blocks(mask: Tensor, query_block: int, key_block: int) -> Tensor:
     """Which blocks of [B, H, Nq, Nk] are True as a whole, [B, H, Nq blocks, Nk blocks]; what lies outside counts."""
     rows, columns = -mask.shape[-2] % query_block, -mask.shape[-1] % key_block
     padded = F.pad(mask, (0, columns, 0, rows), value=True)
-    return padded.unflatten(-1, (-1, key_block)).unflatten(-3, (-1, query_block)).all(-1).all(-2)
+    blocks = padded.shape[-2] // query_block, query_block, padded.shape[-1] // key_block, key_block
+    return padded.reshape(*padded.shape[:2], *blocks).all(-1).all(-2)
 
 
 def _times_listed(counts: Tensor, order: Tensor, blocks: int) -> Tensor:

@@ -25,6 +25,7 @@ from s2o_compile.passes.site import Rejected
 WHOLE = 1 << 30
 """Block size of the table that torch makes where no block mask is given."""
 _FACTORIES = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
+_SPELLINGS = {"index": "getitem", "mod": "remainder"}  # under vmap, and outside
 _LAYOUTS = (13, 17)  # entries of BlockMask.as_tuple(): torch 2.11, torch 2.13
 
 
@@ -35,13 +36,13 @@ class BlockTables:
     Attributes:
         partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
         full: The same for key blocks that are visible as a whole; (None, None) if there is no such table.
-        sizes: Queries and keys of a block.
+        sizes: Queries and keys of a block; integers, or nodes where they are symbolic.
         mask_mod: The get_attr node of the function.
     """
 
     partial: tuple[object, object]
     full: tuple[object, object]
-    sizes: tuple[int, int]
+    sizes: tuple[Any, Any]
     mask_mod: fx.Node
 
     @property
@@ -56,7 +57,7 @@ def read(block_mask: object) -> BlockTables | Rejected:
         return Rejected("its block mask is laid out as no torch version does that this pass knows")
     _, _, counts, order, full_counts, full_order, *_, query_block, key_block, mask_mod = block_mask
     found = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
-    kinds = all(isinstance(size, int) for size in found.sizes) and _is_get_attr(mask_mod)
+    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in found.sizes) and _is_get_attr(mask_mod)
     tensors = all(_is_table(table) for table in found.partial) and (
         all(_is_table(table) for table in found.full) or found.full == (None, None)
     )
@@ -90,6 +91,8 @@ def follow(
         lengths: [B, Hq, Nq, Nk] of the scores.
         prover: Of the graph.
     """
+    if not all(isinstance(size, int) for size in tables.sizes):
+        return Rejected("its block size %s is no constant", tables.sizes)
     partial, full = _blocks(tables.partial, prover), _blocks(tables.full, prover)
     sums = None if partial is None else _partial_sums(partial, tables.sizes, separate=full is not None)
     if sums is None or (tables.full[0] is not None and (full is None or _full_sums(full, tables.sizes) is not sums)):
@@ -253,12 +256,12 @@ class _Comparison:
                 untouched = self._prover.mutations.writer(left) is None
                 return untouched and left is self._arguments[at - 4]
             return self._is_position(left, at)
-        name = function_name(left)
+        name, other = (_SPELLINGS.get(function_name(node), function_name(node)) for node in (left, right))
         if self._prover.mutations.writer(left) is not None:
             return False
-        if name in ("getitem", "index") and function_name(right) in ("getitem", "index"):
+        if name == other == "getitem":
             return self._equal_parts((left.args[0], *_items(left)), (right.args[0], *_items(right)))
-        if not name or name != function_name(right):
+        if not name or name != other:
             return False
         if name in _FACTORIES:  # they take a shape and a device from their first argument, and no value
             return self._equal_parts(left.args[1:], right.args[1:]) and self._equal_options(left, right)

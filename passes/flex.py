@@ -40,13 +40,13 @@ class _Opened:
     Attributes:
         call: The flex_attention node.
         tables: Of its block mask.
-        mask: The mask_mod for all scores, a bool node; None if it is constantly true.
+        mask: The mask_mod for all scores, a bool node.
         scores: The nodes of the score_mod.
     """
 
     call: fx.Node
     tables: BlockTables
-    mask: fx.Node | None
+    mask: fx.Node
     scores: tuple[fx.Node, ...]
 
 
@@ -110,14 +110,14 @@ def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | Rejected:
     mask = _written(mask_mod, where, call["mask_mod_other_buffers"], insert)
     if isinstance(mask, Rejected):
         return Rejected("its mask_mod is not understood: %s", mask)
-    if not isinstance(scores, fx.Node) or not (isinstance(mask, fx.Node) or mask is True):
+    if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
         return Rejected("its score_mod or mask_mod returns a constant")
-    if isinstance(mask, fx.Node):
-        if value_of(mask).dtype is not torch.bool:
-            return Rejected("its mask_mod returns %s, expected bool", value_of(mask).dtype)
+    if value_of(mask).dtype is not torch.bool:
+        return Rejected("its mask_mod returns %s, expected bool", value_of(mask).dtype)
+    if function_name(mask) not in ("ones", "new_ones"):
         scores = insert.call(torch.where, mask, scores, float("-inf"))
     softmax = insert.call(torch.softmax, scores, -1)
-    softmax.meta[_OPENED] = _Opened(node, tables, mask if isinstance(mask, fx.Node) else None, modified)
+    softmax.meta[_OPENED] = _Opened(node, tables, mask, modified)
     output = insert.call(torch.matmul, insert.call("to", softmax, value.dtype), repeated[1])
     key = "example_value" if "example_value" in node.meta else "val"
     output.meta[key] = value_of(outputs[0])  # as flex_attention lays it out

@@ -53,13 +53,13 @@ class BlockPromise:
         mask: The bool mask, broadcastable to [B, Hq, Nq, Nk]; None if it hides nothing.
         partial: How many key blocks, and which, hold a visible score.
         full: The same for blocks that are visible as a whole, which ``partial`` leaves out; (None, None) for no such.
-        sizes: Queries and keys of a block.
+        sizes: Queries and keys of a block, integers or nodes.
     """
 
-    mask: fx.Node | None
+    mask: fx.Node
     partial: tuple[object, object]
     full: tuple[object, object]
-    sizes: tuple[int, int]
+    sizes: tuple[object, object]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
