@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 MESSAGE = (
     "assume_causal_mask=True promises that attention masks are causal, aligned to the bottom right; this one is not. "
@@ -76,10 +75,11 @@ def check_blocks(
 
 def _whole_blocks(mask: Tensor, query_block: int, key_block: int) -> Tensor:
     """Which blocks of [B, H, Nq, Nk] are True as a whole, [B, H, Nq blocks, Nk blocks]; what lies outside counts."""
-    rows, columns = -mask.shape[-2] % query_block, -mask.shape[-1] % key_block
-    padded = F.pad(mask, (0, columns, 0, rows), value=True)
-    blocks = padded.shape[-2] // query_block, query_block, padded.shape[-1] // key_block, key_block
-    return padded.reshape(*padded.shape[:2], *blocks).all(-1).all(-2)
+    lead, queries, keys = mask.shape[:2], mask.shape[-2], mask.shape[-1]
+    rows, columns = (queries + query_block - 1) // query_block, (keys + key_block - 1) // key_block
+    padded = mask.new_ones(*lead, rows * query_block, columns * key_block)
+    padded[:, :, :queries, :keys] = mask
+    return padded.view(*lead, rows, query_block, columns, key_block).all(-1).all(-2)
 
 
 def _times_listed(counts: Tensor, order: Tensor, blocks: int) -> Tensor:
