@@ -144,6 +144,14 @@ def tables_half(q, k, v):
     )
 
 
+def tables_doubled(q, k, v):
+    blocks = create_block_mask(causal, None, None, QUERIES, KEYS, device="cpu")
+    tables = (blocks.kv_num_blocks, blocks.kv_indices) * 2
+    return flex_attention(
+        q, k, v, block_mask=BlockMask.from_kv_blocks(*tables, mask_mod=causal, seq_lengths=(QUERIES, KEYS))
+    )
+
+
 def tables_written(q, k, v):
     blocks = create_block_mask(causal, None, None, QUERIES, KEYS, device="cpu")
     blocks.kv_num_blocks[:, :, -1] = 0
@@ -184,6 +192,7 @@ LEFT = {
     "another-mask-mod": (another_mask_mod, "made of its own mask_mod"),
     "tables-swapped": (tables_swapped, "not by create_block_mask"),
     "tables-half": (tables_half, "not by create_block_mask"),
+    "tables-doubled": (tables_doubled, "not by create_block_mask"),
     "tables-written": (tables_written, "not by create_block_mask"),
     "tables-cropped": (tables_cropped, "not by create_block_mask"),
     "tables-computed": (tables_computed, "not by create_block_mask"),
