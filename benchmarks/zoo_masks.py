@@ -20,6 +20,7 @@ from s2o_compile.census import SDPA, Counter, Ran
 from s2o_compile.passes.site import SiteRecord
 
 UNREAD, DECODE, NUMBERS, OTHER = "not read", "one query", "numbers added to the scores", "another mask"
+NO_SCORES = "no product of queries and keys"
 BOTH, CAUSAL, WINDOW, PADDING = "bidirectional", "causal", "sliding", ", padded"
 HIDING = -1e3
 """A number added to a score, or the distance of a score to its row's largest, from which it hides a key."""
@@ -38,12 +39,12 @@ def expressible(call: Ran, record: SiteRecord | None) -> bool:
     if record is not None and record.rewritten:
         return True  # proven, so it is such a mask; `contradicts` compares
     exempt = record is not None and record.reason.startswith(EXEMPT)
-    return not exempt and call.mask not in (DECODE, NUMBERS, OTHER)
+    return not exempt and call.mask not in (DECODE, NUMBERS, OTHER, NO_SCORES)
 
 
 def contradicts(call: Ran, record: SiteRecord | None) -> bool:
     """Whether a call was rewritten whose mask, by value, is none that the operator has: never."""
-    return record is not None and record.rewritten and call.mask in (NUMBERS, OTHER)
+    return record is not None and record.rewritten and call.mask in (NUMBERS, OTHER, NO_SCORES)
 
 
 class MaskCounter(Counter):
@@ -83,22 +84,22 @@ class MaskCounter(Counter):
         if output in self._scores:
             self._width[output] = output.shape[-1]
 
-    def _keep(self, args: Sequence[Any], output: object) -> None:
+    def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        super()._keep(args, output)
+        super()._keep(args, output, in_place=in_place)
         for table in (self._numbers, self._width):
             known = next((table[x] for x in inputs if x in table), None)
             for x in tree_leaves(output) if known is not None else ():
                 if isinstance(x, Tensor) and x in self._scores:
                     table[x] = known
 
-    def _softmax(self, args: Sequence[Any], weights: Tensor) -> None:
-        super()._softmax(args, weights)
-        if weights in self._weights:
-            scores = args[0]
+    def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
+        super()._softmax(scores, dim, weights)
+        if isinstance(scores, Tensor) and weights in self._weights:
             keys = self._width.get(scores, scores.shape[-1])
             mask = NUMBERS if scores in self._numbers else _of_scores(scores[..., :keys])
-            self._weights[weights] = replace(self._weights[weights], mask=DECODE if scores.shape[-2] == 1 else mask)
+            mask = DECODE if scores.shape[-2] == 1 else NO_SCORES if scores not in self._scores else mask
+            self._weights[weights] = replace(self._weights[weights], mask=mask)
 
     def _count(self, func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
         super()._count(func, kind, args, kwargs)

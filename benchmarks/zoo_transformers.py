@@ -70,6 +70,8 @@ def build(architecture: str, implementation: str, *, fill: bool = False) -> nn.M
     """
     if architecture in UNBUILT:
         raise CannotBuildError(UNBUILT[architecture])
+    if implementation == "flex_attention":
+        _without_inductor()
     try:
         kind = getattr(transformers, architectures()[architecture][1])
         configuration = CONFIG_MAPPING[architecture]
@@ -87,6 +89,14 @@ def build(architecture: str, implementation: str, *, fill: bool = False) -> nn.M
     if implementation != getattr(model.config, "_attn_implementation", None):
         raise CannotBuildError(f"has no {implementation} attention")
     return model
+
+
+def _without_inductor() -> None:
+    """The original's flex_attention without the compilation of its own, which g++ rejects for cached lengths."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    WrappedFlexAttention.__call__ = lambda self: flex_attention
 
 
 def _name_tokens(model: Any) -> None:  # noqa: ANN401 (a transformers model)

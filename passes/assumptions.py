@@ -1,4 +1,4 @@
-"""The run-time check of a promise: a mask that the user said is causal is compared with the causal mask."""
+"""The run-time checks of promises: what the user said of a mask is compared with what it holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from torch import Tensor
 MESSAGE = (
     "assume_causal_mask=True promises that attention masks are causal, aligned to the bottom right; this one is not. "
     "Set assume_causal_mask=False (the attention then stays dense), or pass a causal mask."
+)
+
+BLOCKS_MESSAGE = (
+    "assume_block_masks=True promises that every BlockMask lists exactly the blocks that its mask_mod leaves visible; "
+    "this one does not. Make it by create_block_mask from the same mask_mod, or set assume_block_masks=False (the "
+    "attention then stays as it is)."
 )
 
 
@@ -30,3 +36,56 @@ def check_causal(mask: Tensor, query_len: int, key_len: int) -> None:
     else:
         holds = torch.where(causal, mask == 0, mask <= torch.finfo(mask.dtype).min)
     torch._assert_async(holds.all(), MESSAGE)
+
+
+def check_blocks(
+    mask: Tensor, query_len: int, key_len: int, query_block: int, key_block: int, counts: Tensor, order: Tensor,
+    full_counts: Tensor | None = None, full_order: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fails, on the device and without waiting for it, unless tables of blocks list what a mask leaves visible.
+
+    Every block with a visible score must be listed once. Under ``full`` the mask is not looked at: only blocks that
+    are visible as a whole may stand there.
+
+    Args:
+        mask: bool, broadcastable to [B, H, Nq, Nk].
+        query_len: Nq.
+        key_len: Nk.
+        query_block: Queries of a block.
+        key_block: Keys of a block.
+        counts: int32 [B, H, Nq blocks], how many of the key blocks ``order`` [.., Nk blocks] begins with are listed.
+        order: int32 [B, H, Nq blocks, Nk blocks].
+        full_counts: The same for blocks visible as a whole, or None.
+        full_order: See ``full_counts``.
+
+    Raises:
+        RuntimeError: They do not; on CUDA at the next synchronisation.
+    """
+    lead = mask.shape[:2] if mask.ndim == 4 else (1, 1)
+    visible = mask.expand(*lead, query_len, key_len)
+    some = ~_whole_blocks(~visible, query_block, key_block)
+    times = _times_listed(counts, order, some.shape[-1])
+    holds = times <= 1
+    if full_counts is not None and full_order is not None:
+        full_times = _times_listed(full_counts, full_order, some.shape[-1])
+        holds = (times + full_times <= 1) & ((full_times == 0) | _whole_blocks(visible, query_block, key_block))
+        times = times + full_times
+    torch._assert_async((holds & ((times == 1) | ~some)).all(), BLOCKS_MESSAGE)
+
+
+def _whole_blocks(mask: Tensor, query_block: int, key_block: int) -> Tensor:
+    """Which blocks of [B, H, Nq, Nk] are True as a whole, [B, H, Nq blocks, Nk blocks]; what lies outside counts."""
+    lead, queries, keys = mask.shape[:2], mask.shape[-2], mask.shape[-1]
+    rows, columns = (queries + query_block - 1) // query_block, (keys + key_block - 1) // key_block
+    padded = mask.new_ones(*lead, rows * query_block, columns * key_block)
+    padded[:, :, :queries, :keys] = mask
+    return padded.view(*lead, rows, query_block, columns, key_block).all(-1).all(-2)
+
+
+def _times_listed(counts: Tensor, order: Tensor, blocks: int) -> Tensor:
+    """How often each of the key blocks is listed, [B, H, Nq blocks, Nk blocks]; a block out of range is twice each."""
+    listed = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
+    outside = listed & ((order < 0) | (order >= blocks))
+    times = torch.zeros(*order.shape[:-1], blocks, dtype=torch.int64, device=order.device)
+    times = times.scatter_add(-1, order.clamp(0, blocks - 1).long(), listed.long())
+    return times + 2 * outside.any(-1, keepdim=True)

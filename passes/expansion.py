@@ -2,6 +2,7 @@
 
     F.multi_head_attention_forward            nn.MultiheadAttention, nn.TransformerDecoderLayer
     torch._transformer_encoder_layer_fwd      nn.TransformerEncoderLayer in eval mode ("fast path")
+    flex_attention                            written out by its own frontend
 
 What the node computes is spelt out around SDPA, traced and inlined ahead of it. If the attention in it is rewritten,
 the inlined nodes take the node's place; else they are erased and the node runs as it was.
@@ -21,7 +22,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from s2o_compile.passes import flex
 from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.rewrite import remove_dead
 from s2o_compile.passes.site import Rejected
 
 
@@ -136,7 +139,9 @@ class Expansion:
                 self.node.graph.erase_node(user)
         else:
             self.node.replace_all_uses_with(self.outputs)
+        inputs = self.node.all_input_nodes
         self.node.graph.erase_node(self.node)
+        remove_dead(self.node.graph, inputs)
 
     def erase(self) -> None:
         """Leave the opaque node as it was."""
@@ -147,7 +152,7 @@ class Expansion:
 
 def is_opaque(node: fx.Node) -> bool:
     """Whether a node is one that can be opened."""
-    return node.op == "call_function" and node.target in OPENED
+    return node.op == "call_function" and (node.target in OPENED or flex.is_call(node))
 
 
 def expand(node: fx.Node) -> Expansion | Rejected:
@@ -163,8 +168,10 @@ def expand(node: fx.Node) -> Expansion | Rejected:
         for user in node.users:
             if user.target is not operator.getitem:
                 return Rejected("its result is passed on whole to %s", user)
-            if user.args[1] == 1 and user.users:
+            if user.args[1] == 1 and user.users and not flex.is_call(node):
                 return Rejected("its attention weights are read: pass need_weights=False")
+    if flex.is_call(node):
+        return _flex(node)
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
     inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
     values = [value_of(leaf) for leaf in inputs]
@@ -183,6 +190,19 @@ def expand(node: fx.Node) -> Expansion | Rejected:
     except UnsupportedError as error:
         return Rejected(str(error))
     return _inline(node, body, inputs)
+
+
+def _flex(node: fx.Node) -> Expansion | Rejected:
+    nodes: list[fx.Node] = []
+    try:
+        output = flex.write(node, nodes)
+    except Exception as error:  # whatever a user's functions ask of fake tensors
+        output = Rejected("its score_mod or mask_mod could not be written out (%s: %s)", type(error).__name__, error)
+    expansion = Expansion(node, nodes, (output, None, None))
+    if isinstance(output, Rejected):
+        expansion.erase()
+        return output
+    return expansion
 
 
 def _inline(node: fx.Node, body: fx.GraphModule, inputs: list[fx.Node]) -> Expansion:

@@ -145,6 +145,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
             if argument.name in node.kwargs and argument.alias_info and argument.alias_info.is_write
         ]
         return [value for value in written if isinstance(value, fx.Node)]
+    if target is torch.ops.higher_order.flex_attention:
+        return []  # Dynamo refuses functions that write to what they capture
     if isinstance(target, torch._ops.HigherOrderOperator) or not is_understood(target):
         return inputs
     name = getattr(target, "__name__", "")

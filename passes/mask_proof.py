@@ -53,6 +53,23 @@ class MaskPart:
     axes: tuple[int | None, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class BlockPromise:
+    """Tables of blocks that enter the graph, promised to list what a mask leaves visible.
+
+    Attributes:
+        mask: The bool mask, broadcastable to [B, Hq, Nq, Nk]; None if it hides nothing.
+        partial: How many key blocks, and which, hold a visible score.
+        full: The same for blocks that are visible as a whole, which ``partial`` leaves out; (None, None) for no such.
+        sizes: Queries and keys of a block, integers or nodes.
+    """
+
+    mask: fx.Node
+    partial: tuple[object, object]
+    full: tuple[object, object]
+    sizes: tuple[object, object]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskProof:
     """The proven mask: key j is visible to query i iff every term given here holds.
@@ -65,6 +82,7 @@ class MaskProof:
         blind: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
         promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
+        blocks: Tables of blocks that the user promised to be those of this mask.
     """
 
     causal: bool = False
@@ -74,6 +92,7 @@ class MaskProof:
     blind: str = "zeros"
     ahead: Size = 0
     promised: fx.Node | None = None
+    blocks: BlockPromise | None = None
 
     def __str__(self) -> str:
         if self.window is not None and isinstance(self.ahead, int) and self.ahead > 0:
@@ -88,4 +107,4 @@ class MaskProof:
                 parts.append(f"window {self.window}")
         if self.key_masks:
             parts.append("key padding")
-        return ", ".join(parts) + (" (promised)" if self.promised is not None else "")
+        return ", ".join(parts) + (" (promised)" if self.promised is not None or self.blocks is not None else "")

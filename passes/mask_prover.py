@@ -39,12 +39,14 @@ class MaskProver:
     Args:
         graph: The captured graph.
         assume_causal: Whether the user promised that masks which enter the graph are causal.
+        assume_block_masks: Whether the user promised that block masks which enter the graph are their mask_mods'.
     """
 
-    def __init__(self, graph: fx.Graph, *, assume_causal: bool = False) -> None:
+    def __init__(self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False) -> None:
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
         self._additive = AdditiveEvaluator(self._terms, self.mutations)
+        self.assume_block_masks = assume_block_masks
         self._assume_causal = assume_causal
         self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
 

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 FRONTENDS = (
     sdpa,  # torch's fused call: mask, scale and groups are operands of one node
+    flex,  # the higher-order operator, written out for the next one
     eager,  # product, softmax, product
-    flex,  # the higher-order operator
     foreign,  # kernels of other packages: named, never rewritten
 )
 
@@ -31,6 +31,7 @@ def run(
     op_options: Mapping[str, object],
     *,
     assume_causal_mask: bool = False,
+    assume_block_masks: bool = False,
     check_assumptions: bool = False,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
@@ -39,16 +40,20 @@ def run(
         gm: A Dynamo graph, changed in place and recompiled.
         op_options: Keyword arguments for every call of the operator, such as ``tau``.
         assume_causal_mask: Whether masks that enter the graph are taken as causal where nothing can be proven.
-        check_assumptions: Whether the rewritten graph compares such masks with the causal mask.
+        assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
+        check_assumptions: Whether the rewritten graph compares such masks with what was promised.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
     """
     start = time.perf_counter()
     expansions = [(node, expansion.expand(node)) for node in gm.graph.nodes if expansion.is_opaque(node)]
-    found = [(node, frontend) for node in gm.graph.nodes for frontend in FRONTENDS if frontend.is_attention(node)]
+    opaque = {node for node, _ in expansions}
+    found = [
+        (node, frontend) for node in gm.graph.nodes if node not in opaque and (frontend := _frontend(node)) is not None
+    ]
     names = unique_names([module_path(node) for node, _ in found])
-    prover = MaskProver(gm.graph, assume_causal=assume_causal_mask)
+    prover = MaskProver(gm.graph, assume_causal=assume_causal_mask, assume_block_masks=assume_block_masks)
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = [_match(frontend, node, prover) for node, frontend in found]
     rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
@@ -77,6 +82,11 @@ def run(
     return result
 
 
+def _frontend(node: fx.Node) -> ModuleType | None:
+    """The first frontend that takes a node for an attention."""
+    return next((frontend for frontend in FRONTENDS if frontend.is_attention(node)), None)
+
+
 def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     """A frontend's answer; a failure of the pass itself must not fail the user's compilation."""
     try:
@@ -89,7 +99,10 @@ def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> Attention
 def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
     """Keep what was inlined for an opaque node if its attentions are rewritten, else take it out again."""
     if isinstance(opened, Rejected):
-        records[node] = record(node, query=None, key=None, reason=opened.reason)
+        frontend = _frontend(node)
+        call = {} if frontend is None else frontend.operands(node)
+        query, key = value_of(call.get("query")), value_of(call.get("key"))
+        records[node] = record(node, query=query, key=key, reason=opened.reason)
         return
     inside = [records[inner] for inner in opened.nodes if inner in records]
     if inside and all(entry.rewritten for entry in inside):
@@ -128,10 +141,10 @@ def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
         holder = getattr(users[0].target, "__name__", str(users[0].target)) if users else child
         reason = f"it is inside {holder}, whose body is left as it is"
         for node in body.graph.nodes:
-            for frontend in FRONTENDS:
-                if frontend.is_attention(node):
-                    call = frontend.operands(node)
-                    query, key = value_of(call.get("query")), value_of(call.get("key"))
-                    records.append(record(node, query=query, key=key, reason=reason))
+            frontend = _frontend(node)
+            if frontend is not None:
+                call = frontend.operands(node)
+                query, key = value_of(call.get("query")), value_of(call.get("key"))
+                records.append(record(node, query=query, key=key, reason=reason))
         records += _inside(body)
     return records

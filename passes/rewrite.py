@@ -13,7 +13,7 @@ from torch.fx.node import Argument
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.passes import sizes
-from s2o_compile.passes.assumptions import check_causal
+from s2o_compile.passes.assumptions import check_blocks, check_causal
 from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
 from s2o_compile.passes.mask_proof import KeyMask
 from s2o_compile.passes.operand import Operand, Step, computed
@@ -33,6 +33,7 @@ _EFFECT_PREFIXES = (
     "assert",
     "check",
 )
+_FRESH = frozenset({"zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", "new_empty"})
 
 
 class Rewriter:
@@ -42,7 +43,7 @@ class Rewriter:
         graph: The graph, changed in place.
         options: Keyword arguments for every call of the operator, such as ``tau``.
         operator_call: The operator; its first output is the attention.
-        check_assumptions: Whether masks that are causal by promise are compared with the causal mask at run time.
+        check_assumptions: Whether masks are compared at run time with what was promised of them.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Rewriter:
         self._options = options
         self._operator = operator_call or torch.ops.s2o.attention.default
         self._check_assumptions = check_assumptions
-        self._checked: set[tuple[fx.Node, str, str]] = set()
+        self._checked: set[tuple[tuple[object, ...], str, str]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
 
     def rewrite(self, site: AttentionSite) -> Rejected | None:
@@ -70,10 +71,9 @@ class Rewriter:
         arguments = self._arguments(site, layout)
         if isinstance(arguments, Rejected):
             return arguments
-        if self._check_assumptions and site.mask.promised is not None:
-            refused = self._check(site.mask.promised, site)
-            if refused is not None:
-                return refused
+        refused = self._check(site) if self._check_assumptions else None
+        if refused is not None:
+            return refused
         positional, keyword = arguments
         with self._graph.inserting_before(node):
             call = self._graph.call_function(self._operator, positional, keyword)
@@ -137,10 +137,14 @@ class Rewriter:
             node = self._insert(before, function, node, *emitted)
         return node
 
-    def _check(self, mask: fx.Node, site: AttentionSite) -> Rejected | None:
-        """Compares a mask with the causal mask, once for all layers that share it."""
+    def _check(self, site: AttentionSite) -> Rejected | None:
+        """Compares a mask with what was promised of it, once for all layers that share it."""
+        promised, blocks = site.mask.promised, site.mask.blocks
+        if promised is None and blocks is None:
+            return None
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
-        memo = mask, str(lengths[0]), str(lengths[1])
+        watched = (promised,) if blocks is None else (*blocks.partial, *blocks.full)
+        memo = watched, str(lengths[0]), str(lengths[1])
         if memo in self._checked:
             return None
         query_len, key_len = (self._size(length, site.node) for length in lengths)
@@ -148,7 +152,10 @@ class Rewriter:
             return query_len
         if isinstance(key_len, Rejected):
             return key_len
-        self._insert(site.node, check_causal, mask, query_len, key_len)
+        if promised is not None:
+            self._insert(site.node, check_causal, promised, query_len, key_len)
+        if blocks is not None:
+            self._insert(site.node, check_blocks, blocks.mask, query_len, key_len, *blocks.sizes, *watched)
         self._checked.add(memo)
         return None
 
@@ -245,10 +252,30 @@ def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
     pending = list(candidates)
     while pending:
         node = pending.pop()
+        if not node._erased and node.users and (written := _only_written(node)):
+            for user in written:
+                pending += user.all_input_nodes
+                graph.erase_node(user)
         if node.graph is not graph or node._erased or node.users or not _is_pure(node):
             continue
         pending += node.all_input_nodes
         graph.erase_node(node)
+
+
+def _only_written(node: fx.Node) -> list[fx.Node]:
+    """What uses a tensor made in the graph, last to first, if all of it only prepares writes to that tensor."""
+    if function_name(node) not in _FRESH:
+        return []
+    users, pending = set(), list(node.users)
+    while pending:
+        user = pending.pop()
+        written = written_arguments(user)
+        if user.op == "output" or not (_is_pure(user) or (written == [node] and not user.users)):
+            return []
+        if user not in users:
+            users.add(user)
+            pending += user.users
+    return [user for user in reversed(node.graph.nodes) if user in users]
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -73,6 +73,7 @@ def s2o(
         gm,
         config.operator_options(),
         assume_causal_mask=config.assume_causal_mask,
+        assume_block_masks=config.assume_block_masks,
         check_assumptions=config.check_assumptions,
     )
     notify(records, time.perf_counter() - start)

@@ -36,9 +36,13 @@ class S2OConfig(OperatorOptions):
             to two leading dimensions, bool or additive) is causal: query i sees exactly the keys j <= i + Nk - Nq.
             Such a mask cannot be proven, and its attention stays dense otherwise. If the promise is wrong, so is the
             result. Reports say "causal (promised)". A causal mask with padding in it is not causal.
-        check_assumptions: Compare promised masks with the causal mask at run time; where one differs, a RuntimeError
-            says so. On CUDA nothing waits for the check: the error comes with the next synchronisation. Costs
-            Nq x Nk flags of memory.
+        assume_block_masks: Your promise that every BlockMask that *enters* a graph lists exactly the blocks its
+            mask_mod leaves visible, as ``create_block_mask`` makes them. The mask_mod of a ``flex_attention`` is
+            proven, but its tables of blocks are data, and the attention stays as it is otherwise. If the promise is
+            wrong, so is the result. Reports say "(promised)". Tables made inside the compiled function need none.
+        check_assumptions: Compare promised masks with what was promised of them at run time; where one differs, a
+            RuntimeError says so. On CUDA nothing waits for the check: the error comes with the next synchronisation.
+            Costs Nq x Nk flags of memory.
 
     Raises:
         ValueError: A value out of range; the message says expected, got, and what to do.
@@ -46,11 +50,12 @@ class S2OConfig(OperatorOptions):
 
     inner_backend: str = "inductor"
     assume_causal_mask: bool = False
+    assume_block_masks: bool = False
     check_assumptions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("assume_causal_mask", "check_assumptions"):
+        for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         known = torch._dynamo.list_backends(exclude_tags=None)

@@ -11,6 +11,7 @@ VALUES = [
     pytest.param({"tau": 2, "segment_len": 256, "ranking": "mean_query", "query_order": "mean_query"}, id="paper"),
     pytest.param({"implementation": "torch", "inner_backend": "eager"}, id="torch-eager"),
     pytest.param({"assume_causal_mask": True, "check_assumptions": True}, id="promise"),
+    pytest.param({"assume_block_masks": True, "check_assumptions": True}, id="promise-of-blocks"),
 ]
 
 
@@ -38,6 +39,7 @@ def test_missing_fields_take_defaults():
         ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'torch'"),
         ({"inner_backend": "inductr"}, "Did you mean 'inductor'"),
         ({"assume_causal_mask": 1}, "assume_causal_mask: expected True or False, got 1"),
+        ({"assume_block_masks": 1}, "assume_block_masks: expected True or False, got 1"),
         ({"inner_backend": "s2o"}, "unknown inner_backend 's2o'"),
     ],
 )
