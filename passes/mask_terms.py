@@ -1,7 +1,7 @@
 """Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
 
-A term is either a comparison of index tensors, kept as ``index >= 0``, or a look-up in a tensor whose values are
-unknown (a padding mask, say), kept as that tensor and the position read. Anything not understood is a look-up in itself
+A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up in
+a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not understood is a look-up in itself
 with the reason remembered: whether that matters is for the prover to decide, from what the look-up varies along.
 """
 
@@ -16,7 +16,7 @@ from torch import fx
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import complement, is_bits
 from s2o_compile.passes.graph_values import Size, choice, function_name, known, value_of
-from s2o_compile.passes.index_arithmetic import CHUNKED, INDEX_DTYPES, IndexEvaluator, unknown_values
+from s2o_compile.passes.index_arithmetic import INDEX_DTYPES, IndexEvaluator, is_floor_division, unknown_values
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -32,6 +32,20 @@ class Comparison:
     def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Comparison:
         """The term seen through a view."""
         return Comparison(self.node, self.index.at(indices, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class SameChunk:
+    """True where ``left // size == right // size``."""
+
+    node: fx.Node
+    left: IndexTensor
+    right: IndexTensor
+    size: int
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> SameChunk:
+        """The term seen through a view."""
+        return SameChunk(self.node, self.left.at(indices, shape), self.right.at(indices, shape), self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +69,8 @@ class LookUp:
         return LookUp(self.node, tuple(index.at(indices, shape) for index in self.indices), self.negated, self.why)
 
 
-Terms = tuple[Comparison | LookUp, ...]
+Term = Comparison | SameChunk | LookUp
+Terms = tuple[Term, ...]
 _SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
@@ -154,7 +169,7 @@ class TermEvaluator:
         return tuple(term.at(indices, shape) for term in terms)
 
     def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms | Rejected:
-        found: list[Comparison | LookUp] = []
+        found: list[Term] = []
         for argument, negated in arguments:
             terms = self._argument(argument, shape, negated)
             if isinstance(terms, Rejected):
@@ -204,10 +219,14 @@ class TermEvaluator:
         distance, limit = self._distance(left), right
         if distance is None:
             distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
+        if distance is None and spelling == "eq":
+            chunks = self._chunk(left), self._chunk(right)
+            if all(chunk is not None for chunk in chunks):
+                return self._same_chunk(node, chunks, shape)
         if distance is None:
             root, other = _viewed(left), _viewed(right)
             same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
-            if same and spelling == "eq" and why.template is not CHUNKED:
+            if same and spelling == "eq":
                 return Rejected(
                     "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
                     "not have (%s); give every sequence a row of its own, with padding",
@@ -224,6 +243,43 @@ class TermEvaluator:
         distance, bound = distance.broadcast(shape), bound.broadcast(shape)
         bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
         return self._bounds(node, bounds)
+
+    def _same_chunk(
+        self, node: fx.Node, chunks: Sequence[tuple[IndexTensor, int] | Rejected | None], shape: Sequence[Size]
+    ) -> Terms | Rejected:
+        """``a // size == b // size``."""
+        found = [chunk for chunk in chunks if isinstance(chunk, tuple)]
+        if len(found) < 2:
+            return next(chunk for chunk in chunks if isinstance(chunk, Rejected))
+        (left, size), (right, other) = found
+        if size != other:
+            return Rejected("%s compares chunks of %s keys with chunks of %s", node, size, other)
+        return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
+
+    def _chunk(self, argument: object) -> tuple[IndexTensor, int] | Rejected | None:
+        """``x`` and ``c`` of ``x // c``, possibly seen through views; None if it is no such quotient."""
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
+            return None
+        if is_floor_division(argument):
+            dividend, size = argument.args if len(argument.args) == 2 else (None, None)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                return Rejected("%s divides by %s, expected a positive constant", argument, size)
+            inner = self.indices.evaluate(dividend)
+            if not isinstance(inner, Rejected):
+                return inner, size
+            return Rejected(
+                "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
+                "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
+                inner,
+            )
+        source = views.source(argument, self.indices)
+        base = self._chunk(source.node) if isinstance(source, views.Source) else None
+        if not isinstance(base, tuple) or not isinstance(source, views.Source):
+            return base
+        return base[0].at(source.indices, value.shape), base[1]
 
     def _distance(self, argument: object) -> IndexTensor | None:
         """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
