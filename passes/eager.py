@@ -17,7 +17,7 @@ from torch import fx
 
 from s2o_compile.passes import product, repeat_kv, views
 from s2o_compile.passes.checks import check_tensors
-from s2o_compile.passes.graph_values import Size, function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, function_name, known, same_sizes, value_of
 from s2o_compile.passes.mask_proof import MaskPart
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand
@@ -99,7 +99,10 @@ def _site(
         return Rejected("its output %s is broadcast to %s", shape, tuple(output))
     for node_met, scores_met in chain.met:
         if not _is_aligned(value_of(node_met), scores_met, query.value.shape[:2]):
-            return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
+            split = Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
+            added = any(isinstance(part, Bias) and part.node is node_met for part in chain.masks)
+            bias = prover.bias(node_met) if added else None
+            return split if bias is None else bias
     for factor in chain.factors:
         scaled = _scaled(query, factor)
         if isinstance(scaled, Rejected):
@@ -168,7 +171,7 @@ def _feeds_product(node: fx.Node, depth: int = 6) -> bool:
         if found is not None and found.left.node is node:
             return True
         value = value_of(user)
-        same_rows = isinstance(value, torch.Tensor) and value.shape[-2:-1] == value_of(node).shape[-2:-1]
+        same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
         if depth and found is None and same_rows and _feeds_product(user, depth - 1):
             return True
     return False

@@ -22,6 +22,7 @@ from s2o_compile.passes.site import Rejected
 # Narrower integers wrap around at lengths this package is made for, and floats stop counting at 2**24.
 INDEX_DTYPES = (torch.int64, torch.int32)
 
+
 class IndexEvaluator:
     """Evaluates nodes to `IndexTensor` or `Rejected`; remembers what it has evaluated.
 

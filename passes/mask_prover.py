@@ -111,6 +111,14 @@ class MaskProver:
             return dataclasses.replace(proof, blind=blinds[0])
         return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
+    def bias(self, node: fx.Node) -> Rejected | None:
+        """Why a tensor that is added to the scores is no mask, whatever its shape; None if it may be one."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            return None
+        additive = self._additive.evaluate(node)
+        return additive if isinstance(additive, Rejected) else None
+
     def _part(self, part: MaskPart, dtype: torch.dtype) -> tuple[Terms, str | None] | Rejected:
         """Terms of one mask, and what it makes of a row without any key."""
         if part.hidden is None:
@@ -282,6 +290,13 @@ def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], ke
     base = value_of(term.node).shape
     for dim, index in enumerate(term.indices):
         steps = _steps(index, singleton)
+        if steps[QUERY] and term.node.op == "placeholder":
+            return Rejected(
+                "%s varies along queries, and %s: let the model make its mask of a 2-D attention_mask, inside the "
+                "compiled region, or promise that it is causal (assume_causal_mask=True)",
+                term.node,
+                term.why,
+            )
         if steps[QUERY] or steps[HEAD]:
             return Rejected("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
         if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0) and known(base[dim] == shape[-4]):

@@ -1,8 +1,9 @@
 """Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
 
-A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up in
-a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not understood is a look-up in itself
-with the reason remembered: whether that matters is for the prover to decide, from what the look-up varies along.
+A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up
+in a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not
+understood is a look-up in itself with the reason remembered: whether that matters is for the prover to decide, from
+what the look-up varies along.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import complement, is_bits
-from s2o_compile.passes.graph_values import Size, choice, function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, choice, function_name, known, same_sizes, value_of
 from s2o_compile.passes.index_arithmetic import INDEX_DTYPES, IndexEvaluator, is_floor_division, unknown_values
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
 from s2o_compile.passes.mutations import Mutations
@@ -131,7 +132,7 @@ class TermEvaluator:
             if value.dtype is not torch.bool and name != "mul":
                 return Rejected("%s works on the bits of integers", node)
             if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
-                return Rejected("%s (%s) is a union of masks", node, name)
+                return _union(node, name)
             return self._conjunction([(argument, negated) for argument in node.args[:2]], value.shape)
         if name in COMPARISONS:
             return self._comparison(node, name, value, negated)
@@ -142,10 +143,14 @@ class TermEvaluator:
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
             base, condition, fill = node.args
             if self.indices.fill(fill) is None or bool(self.indices.fill(fill)) != negated:
-                return Rejected("%s (masked_fill) is a union of masks", node)
+                return _union(node, name)
             return self._conjunction([(base, negated), (condition, True)], value.shape)
         if name == "setitem" and value.dtype is torch.bool:
             return self._setitem(node, value.shape, negated)
+        if name == "remove_batch_dim":
+            return Rejected(
+                "%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node
+            )
         return Rejected("%s (%s) is not a mask this pass understands", node, name or node.op)
 
     def _view(self, source: views.Source | Rejected, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
@@ -182,14 +187,13 @@ class TermEvaluator:
         base, index, value = node.args
         items = index if isinstance(index, tuple) else (index,)
         if all(item is Ellipsis or item == slice(None) for item in items if not isinstance(item, fx.Node)):
-            condition = value_of(items[0])
             if not any(isinstance(item, fx.Node) for item in items):
                 return self._argument(value, shape, negated)
             fill = self.indices.fill(value)
-            of_the_shape = len(items) == 1 and isinstance(condition, torch.Tensor) and condition.dtype is torch.bool
-            if of_the_shape and tuple(condition.shape) == tuple(shape) and fill is not None and bool(fill) == negated:
+            chosen = len(items) == 1 and is_bool_of(value_of(items[0]), shape)
+            if chosen and fill is not None and bool(fill) == negated:
                 return self._conjunction([(base, negated), (items[0], True)], shape)
-        return Rejected("%s is changed in place by %s, in a part of it", base, node)
+        return written_in_part(base, node)
 
     def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
         spelling = COMPARISONS[name] if negated else name
@@ -200,7 +204,7 @@ class TermEvaluator:
         if spelling == "ne":
             if always_differ(*operands):
                 return ()
-            return Rejected("%s (%s) is a union of masks", node, name)
+            return _union(node, name)
         return self._bounds(node, bounds)
 
     def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms | Rejected:
@@ -314,7 +318,31 @@ class TermEvaluator:
             return self._conjunction([(condition, False), (chosen, negated)], shape)
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
-        return Rejected("%s (where) is a union of masks", node)
+        return _union(node, "where")
+
+
+def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
+    """Whether a fake value is a bool tensor of a shape, for every length."""
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool and same_sizes(value.shape, shape)
+
+
+def written_in_part(base: object, node: fx.Node) -> Rejected:
+    """The reason why a mask that is put together from parts proves nothing."""
+    return Rejected(
+        "%s is changed in place by %s, in a part of it, as masks of images or sequences packed into one row are; give "
+        "each a row of its own, with padding",
+        base,
+        node,
+    )
+
+
+def _union(node: fx.Node, name: str) -> Rejected:
+    return Rejected(
+        "%s (%s) is a union of masks, as prefix-bidirectional ones are (a prefix or an image that sees all of itself, "
+        "causal behind it); the sparse operator has intersections only",
+        node,
+        name,
+    )
 
 
 def _call(argument: object) -> str:

@@ -91,9 +91,7 @@ ACCEPTED = {
         "causal, chunk 4",
     ),
     "chunks-and-window": (
-        lambda q, k: (
-            (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)) & (k_index(k) > q_index(q) - 2)
-        ),
+        lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)) & (k_index(k) > q_index(q) - 2),
         "offset 0, window 2, chunk 4",
     ),
     "chunks-float-min": (
@@ -363,8 +361,13 @@ REJECTED = {
     "triangle-of-a-changed-tensor": (triangle_of_a_changed_tensor, (), "not the triangle of a constant"),
     "padding-written-later": (padding_written_later, (PAD,), "changed in place by fill_"),
     "float-bias": (lambda q, k: torch.where(k_index(k) <= q_index(q), 0.0, -1.0), (), "adds numbers to the scores"),
-    "alibi": (lambda q, k: (k_index(k) - q_index(q)).float(), (), "adds numbers to the scores"),
-    "float-input": (lambda q, k, bias: bias, (torch.zeros(5, 9),), "adds numbers to the scores"),
+    "alibi-in-one-dimension": (
+        lambda q, k, slopes: (slopes[:, None] * torch.arange(9)).view(2, 4, 1, 9).reshape(8, 1, 9).view(2, 4, 1, 9),
+        (torch.ones(8),),
+        "ALiBi and other position biases",
+    ),
+    "alibi": (lambda q, k: (k_index(k) - q_index(q)).float(), (), "ALiBi and other position biases"),
+    "float-input": (lambda q, k, bias: bias, (torch.zeros(5, 9),), "let the model make its mask"),
     "finite-half": (
         lambda q, k: (
             torch.zeros(q, k).half().masked_fill(k_index(k) >= q_index(q), torch.finfo(torch.half).min).float()

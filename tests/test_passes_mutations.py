@@ -214,7 +214,20 @@ def mutations(graph):
     return changes
 
 
-_SHIFTABLE = (*COMPARISONS, "add", "radd", "sub", "rsub", "tril", "triu", "arange", "ne", "floordiv", "floor_divide", "div")
+_SHIFTABLE = (
+    *COMPARISONS,
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "tril",
+    "triu",
+    "arange",
+    "ne",
+    "floordiv",
+    "floor_divide",
+    "div",
+)
 
 
 def mutant(graph, place, change):
