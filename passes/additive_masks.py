@@ -20,7 +20,7 @@ from s2o_compile.passes import views
 from s2o_compile.passes.bits import is_bits
 from s2o_compile.passes.graph_values import choice, function_name, value_of
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.mask_terms import TermEvaluator, Terms
+from s2o_compile.passes.mask_terms import TermEvaluator, Terms, is_bool_of, written_in_part
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
 
@@ -85,7 +85,7 @@ class AdditiveEvaluator:
         name = function_name(settled)
         value = value_of(settled.args[0] if name == "setitem" else settled)
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            return Rejected("%s adds numbers to the scores", settled)
+            return _numbers(settled, name)
         fill = self._terms.indices.filled(settled)
         if fill is not None:
             return AdditiveMask((), frozenset(), value.dtype) if fill == 0 else _numbers(settled, name)
@@ -98,7 +98,8 @@ class AdditiveEvaluator:
     def _take_apart(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask | Rejected:
         source = views.source(node, self._terms.indices)
         if isinstance(source, Rejected):
-            return source
+            base = self.evaluate(node.args[0]) if isinstance(node.args[0], fx.Node) else source
+            return base if isinstance(base, Rejected) else source  # what it views may be no mask at all
         if source is not None:
             inner = self.evaluate(source.node)
             return inner if isinstance(inner, Rejected) else inner.at(source.indices, value)
@@ -114,13 +115,9 @@ class AdditiveEvaluator:
             hidden = self._hiding(fill, value.dtype)
             if hidden is None:
                 return self._outweighed(node, (fill,), name)
-            shaped = name == "masked_fill" or (
-                isinstance(value_of(condition), torch.Tensor)
-                and value_of(condition).dtype is torch.bool
-                and tuple(value_of(condition).shape) == tuple(value.shape)
-            )
+            shaped = name == "masked_fill" or is_bool_of(value_of(condition), value.shape)
             if name == "setitem" and not shaped:
-                return Rejected("%s is changed in place by %s, in a part of it", base, node)
+                return written_in_part(base, node)
             if shaped and self._is_truth_of(condition, base):
                 return self._choice(condition, hidden, value, negated=True)
             if shaped:
@@ -222,8 +219,15 @@ class AdditiveEvaluator:
 
 
 def _numbers(node: fx.Node, name: str) -> Rejected:
+    if node.op in ("placeholder", "get_attr"):
+        return Rejected(
+            "%s enters the graph as it is and adds numbers to the scores: a position bias, or a mask that was made "
+            "elsewhere; let the model make its mask of a 2-D attention_mask, inside the compiled region",
+            node,
+        )
     return Rejected(
-        "%s (%s) adds numbers to the scores; only 0 where a key is visible and -inf where it is not is a mask",
+        "%s (%s) adds numbers to the scores, as ALiBi and other position biases do, which the sparse operator does not "
+        "have; a float mask holds only 0 where a key is visible and -inf where it is not",
         node,
         name or node.op,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import Size, choice, function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, choice, function_name, known, same_sizes, value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.site import Rejected
 
@@ -179,7 +179,7 @@ def _dense(sums: fx.Node, sizes: tuple[int, int]) -> fx.Node | None:
         return None
     regular = (shape[0], shape[1], shape[2] * sizes[0], shape[4] * sizes[1])
     same = all(known(a == b) for a, b in zip(whole, regular, strict=True))
-    if not same or shape[3] != sizes[0] or shape[5] != sizes[1] or not _pads_behind(padded):
+    if not same or not same_sizes((shape[3], shape[5]), sizes) or not _pads_behind(padded):
         return None
     return mask
 

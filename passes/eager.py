@@ -99,8 +99,13 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
         found = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
-        if found is None and node_met not in masks:
-            return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
+        if found is None:
+            added = any(isinstance(part, Bias) and part.node is node_met for part in chain.masks)
+            bias = prover.bias(node_met) if added else None
+            if bias is not None:
+                return bias
+            if node_met not in masks:
+                return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
         runs[node_met] = found
     for factor in chain.factors:
         scaled = _scaled(query, factor, runs[factor])

@@ -7,6 +7,7 @@ question is answered here, the second in `mutations`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ def value_of(node: object) -> Any:  # noqa: ANN401 (a tensor, a number, a tuple 
 def known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for every length the graph accepts; adds no guard."""
     return statically_known_true(condition)
+
+
+def same_sizes(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Whether two shapes are equal for every length the graph accepts; ``==`` of shapes would add a guard."""
+    return len(left) == len(right) and all(known(a == b) for a, b in zip(left, right, strict=True))
 
 
 def is_size(value: object) -> bool:

@@ -22,11 +22,6 @@ from s2o_compile.passes.site import Rejected
 # Narrower integers wrap around at lengths this package is made for, and floats stop counting at 2**24.
 INDEX_DTYPES = (torch.int64, torch.int32)
 
-CHUNKED = (
-    "%s (%s) cuts positions into chunks: chunked attention, where a query sees the keys of its own chunk only, is a "
-    "mask that the sparse operator does not have; such layers stay dense"
-)
-
 
 class IndexEvaluator:
     """Evaluates nodes to `IndexTensor` or `Rejected`; remembers what it has evaluated.
@@ -59,8 +54,8 @@ class IndexEvaluator:
         if node.op in ("placeholder", "get_attr"):
             return unknown_values(node)
         name, fill = function_name(node), self.fill(node)
-        if name in ("floordiv", "floor_divide") or (name == "div" and node.kwargs.get("rounding_mode") == "floor"):
-            return Rejected(CHUNKED, node, name)
+        if is_floor_division(node):
+            return Rejected("%s (%s) cuts positions into chunks, which only a comparison of two may do", node, name)
         if fill is None and name not in _HANDLERS and name not in views.VIEWS and name not in COMPARISONS:
             return Rejected("%s (%s) is not index arithmetic", node, name or node.op)
         if value.dtype not in (*INDEX_DTYPES, torch.bool):
@@ -144,6 +139,12 @@ class IndexEvaluator:
         if isinstance(right, Rejected):
             return right
         return left.broadcast(shape), right.broadcast(shape)
+
+
+def is_floor_division(node: fx.Node) -> bool:
+    """Whether a node divides and rounds down."""
+    name = function_name(node)
+    return name in ("floordiv", "floor_divide") or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
 
 
 def unknown_values(node: fx.Node) -> Rejected:

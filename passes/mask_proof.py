@@ -78,6 +78,7 @@ class MaskProof:
         causal: Whether ``j <= i + offset``.
         offset: The causal offset; None for bottom-right alignment, Nk - Nq.
         window: If given, also ``j > i + offset - window``; needs ``causal``.
+        chunk: If given, also ``j // chunk == (i + offset) // chunk``; needs ``causal``.
         key_masks: Tensors that must all allow the key.
         blind: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
@@ -88,6 +89,7 @@ class MaskProof:
     causal: bool = False
     offset: Size | None = None
     window: Size | None = None
+    chunk: int | None = None
     key_masks: tuple[KeyMask, ...] = ()
     blind: str = "zeros"
     ahead: Size = 0
@@ -105,6 +107,8 @@ class MaskProof:
                 parts.append(f"offset {self.offset}")
             if self.window is not None:
                 parts.append(f"window {self.window}")
+        if self.chunk is not None:
+            parts.append(f"chunk {self.chunk}")
         if self.key_masks:
             parts.append("key padding")
         return ", ".join(parts) + (" (promised)" if self.promised is not None or self.blocks is not None else "")

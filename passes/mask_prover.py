@@ -2,9 +2,10 @@
 
 A mask is proven when each of its terms is one of
 
-    j <= i + c            causal, with offset c
-    j >= i - c            sliding window; with c' > 0 above, a window around the query
-    look-up in [B, Nk]    key padding: constant along heads and queries; the tensor stays an operand
+    j <= i + c                causal, with offset c
+    j >= i - c                sliding window; with c' > 0 above, a window around the query
+    j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
+    look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
 
 where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`: an attention that stays
 dense costs time, one rewritten under the wrong mask costs the result.
@@ -25,7 +26,7 @@ from s2o_compile.passes.graph_values import Size, known, simplified, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import IndexTensor
 from s2o_compile.passes.mask_proof import MERGED, KeyMask, MaskPart, MaskProof
-from s2o_compile.passes.mask_terms import Comparison, LookUp, TermEvaluator, Terms
+from s2o_compile.passes.mask_terms import LookUp, SameChunk, Term, TermEvaluator, Terms
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
 
@@ -102,7 +103,7 @@ class MaskProver:
             return Rejected("masked scores are clamped and multiplied by %s", factor)
         if len(parts) == 1 and parts[0].hidden is None and parts[0].axes is None and factor == 1 and not floored:
             return self.prove(parts[0].node, query_len, key_len)
-        terms: list[Comparison | LookUp] = []
+        terms: list[Term] = []
         blinds: list[str | None] = []
         for part in parts:
             found = self._part(part, dtype, factor, floored=floored)
@@ -132,6 +133,14 @@ class MaskProver:
         if blinds in (["mean"], ["lowest"] * len(blinds)):
             return dataclasses.replace(proof, blind="mean")
         return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
+
+    def bias(self, node: fx.Node) -> Rejected | None:
+        """Why a tensor that is added to the scores is no mask, whatever its shape; None if it may be one."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            return None
+        additive = self._additive.evaluate(node)
+        return additive if isinstance(additive, Rejected) else None
 
     def _part(
         self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool
@@ -213,7 +222,7 @@ def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
 
 def _varies_along(terms: Terms, dim: int) -> bool:
     """Whether a term reads other values at other positions of a dimension."""
-    indices = [index for term in terms for index in ((term.index,) if isinstance(term, Comparison) else term.indices)]
+    indices = [index for term in terms for index in term.read]
     return any(index.steps[dim] for index in indices)
 
 
@@ -224,6 +233,8 @@ def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> b
     if not proof.causal:
         return True
     offset = key_len - query_len if proof.offset is None else proof.offset
+    if proof.chunk is not None and not known(query_len + offset <= key_len):
+        return False
     return known(offset >= 0) and (proof.window is None or known(query_len + offset - proof.window < key_len))
 
 
@@ -233,8 +244,12 @@ def _classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Siz
     singleton = [True] * lead + [known(size == 1) for size in shape]
     offsets: list[Size] = []  # j <= i + offset
     reaches: list[Size] = []  # j >= i - reach
+    chunks: list[SameChunk] = []
     key_masks: list[KeyMask] = []
     for term in terms:
+        if isinstance(term, SameChunk):
+            chunks.append(term)
+            continue
         if isinstance(term, LookUp):
             key_mask = _key_mask(term, shape, singleton, key_len)
             if isinstance(key_mask, Rejected):
@@ -261,12 +276,16 @@ def _classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Siz
         window = simplified(offset + reach + 1)
         if not known(window >= 1):
             return Rejected("its sliding window of %s tokens may be empty", window)
+    chunk = _chunk(chunks, singleton, offset)
+    if isinstance(chunk, Rejected):
+        return chunk
     bottom_right = offset is not None and known(offset == key_len - query_len)
     ahead = 0 if offset is None else simplified(offset - (key_len - query_len))
     return MaskProof(
         causal=offset is not None,
         offset=None if bottom_right or offset is None else simplified(offset),
         window=window,
+        chunk=chunk,
         key_masks=tuple(key_masks),
         ahead=ahead if known(ahead > 0) else 0,
     )
@@ -293,6 +312,22 @@ def _least(bounds: Sequence[Size]) -> Size | Rejected | None:
     return Rejected("which of its bounds %s is the tightest depends on the lengths", ", ".join(map(str, bounds)))
 
 
+def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size | None) -> int | Rejected | None:
+    """The length of the chunks, provided that key j is compared with the query's own position i + offset."""
+    for term in terms:
+        sides = {_steps(side, singleton): side for side in (term.left, term.right)}
+        key, query = sides.get((0, 0, 0, 1)), sides.get((0, 0, 1, 0))
+        if key is None or query is None:
+            return Rejected("%s compares chunks of other things than queries and keys", term.node)
+        if not known(key.const == 0):
+            return Rejected("%s counts its chunks from position %s, expected the first key", term.node, key.const)
+        if offset is None or not known(query.const == offset):
+            return Rejected("%s cuts chunks (%s) without a causal mask of the same offset", term.node, term.size)
+        if term.size != terms[0].size:
+            return Rejected("%s and %s cut chunks of different lengths", terms[0].node, term.node)
+    return terms[0].size if terms else None
+
+
 def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], key_len: Size) -> KeyMask | Rejected:
     """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
     batch_dim, key_dim, key_start = None, None, 0
@@ -300,6 +335,13 @@ def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], ke
     base = value_of(term.node).shape
     for dim, index in enumerate(term.indices):
         steps = _steps(index, singleton)
+        if steps[QUERY] and term.node.op == "placeholder":
+            return Rejected(
+                "%s varies along queries, and %s: let the model make its mask of a 2-D attention_mask, inside the "
+                "compiled region, or promise that it is causal (assume_causal_mask=True)",
+                term.node,
+                term.why,
+            )
         if steps[QUERY] or steps[HEAD]:
             return Rejected("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
         if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0) and known(base[dim] == shape[-4]):

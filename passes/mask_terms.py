@@ -1,8 +1,9 @@
 """Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
 
-A term is either a comparison of index tensors, kept as ``index >= 0``, or a look-up in a tensor whose values are
-unknown (a padding mask, say), kept as that tensor and the position read. Anything not understood is a look-up in itself
-with the reason remembered: whether that matters is for the prover to decide, from what the look-up varies along.
+A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up
+in a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not
+understood is a look-up in itself with the reason remembered: whether that matters is for the prover to decide, from
+what the look-up varies along.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import complement, is_bits
-from s2o_compile.passes.graph_values import Size, choice, function_name, known, value_of
-from s2o_compile.passes.index_arithmetic import CHUNKED, INDEX_DTYPES, IndexEvaluator, unknown_values
+from s2o_compile.passes.graph_values import Size, choice, function_name, known, same_sizes, value_of
+from s2o_compile.passes.index_arithmetic import INDEX_DTYPES, IndexEvaluator, is_floor_division, unknown_values
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -29,9 +30,33 @@ class Comparison:
     node: fx.Node
     index: IndexTensor
 
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return (self.index,)
+
     def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Comparison:
         """The term seen through a view."""
         return Comparison(self.node, self.index.at(indices, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class SameChunk:
+    """True where ``left // size == right // size``."""
+
+    node: fx.Node
+    left: IndexTensor
+    right: IndexTensor
+    size: int
+
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return self.left, self.right
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> SameChunk:
+        """The term seen through a view."""
+        return SameChunk(self.node, self.left.at(indices, shape), self.right.at(indices, shape), self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +75,18 @@ class LookUp:
     negated: bool
     why: Rejected
 
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return tuple(self.indices)
+
     def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> LookUp:
         """The term seen through a view."""
         return LookUp(self.node, tuple(index.at(indices, shape) for index in self.indices), self.negated, self.why)
 
 
-Terms = tuple[Comparison | LookUp, ...]
+Term = Comparison | SameChunk | LookUp
+Terms = tuple[Term, ...]
 _SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
@@ -116,7 +147,7 @@ class TermEvaluator:
             if value.dtype is not torch.bool and name != "mul":
                 return Rejected("%s works on the bits of integers", node)
             if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
-                return Rejected("%s (%s) is a union of masks", node, name)
+                return _union(node, name)
             return self._conjunction([(argument, negated) for argument in node.args[:2]], value.shape)
         if name in COMPARISONS:
             return self._comparison(node, name, value, negated)
@@ -127,10 +158,14 @@ class TermEvaluator:
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
             base, condition, fill = node.args
             if self.indices.fill(fill) is None or bool(self.indices.fill(fill)) != negated:
-                return Rejected("%s (masked_fill) is a union of masks", node)
+                return _union(node, name)
             return self._conjunction([(base, negated), (condition, True)], value.shape)
         if name == "setitem" and value.dtype is torch.bool:
             return self._setitem(node, value.shape, negated)
+        if name == "remove_batch_dim":
+            return Rejected(
+                "%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node
+            )
         return Rejected("%s (%s) is not a mask this pass understands", node, name or node.op)
 
     def _view(self, source: views.Source | Rejected, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
@@ -154,7 +189,7 @@ class TermEvaluator:
         return tuple(term.at(indices, shape) for term in terms)
 
     def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms | Rejected:
-        found: list[Comparison | LookUp] = []
+        found: list[Term] = []
         for argument, negated in arguments:
             terms = self._argument(argument, shape, negated)
             if isinstance(terms, Rejected):
@@ -167,14 +202,13 @@ class TermEvaluator:
         base, index, value = node.args
         items = index if isinstance(index, tuple) else (index,)
         if all(item is Ellipsis or item == slice(None) for item in items if not isinstance(item, fx.Node)):
-            condition = value_of(items[0])
             if not any(isinstance(item, fx.Node) for item in items):
                 return self._argument(value, shape, negated)
             fill = self.indices.fill(value)
-            of_the_shape = len(items) == 1 and isinstance(condition, torch.Tensor) and condition.dtype is torch.bool
-            if of_the_shape and tuple(condition.shape) == tuple(shape) and fill is not None and bool(fill) == negated:
+            chosen = len(items) == 1 and is_bool_of(value_of(items[0]), shape)
+            if chosen and fill is not None and bool(fill) == negated:
                 return self._conjunction([(base, negated), (items[0], True)], shape)
-        return Rejected("%s is changed in place by %s, in a part of it", base, node)
+        return written_in_part(base, node)
 
     def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
         spelling = COMPARISONS[name] if negated else name
@@ -185,7 +219,7 @@ class TermEvaluator:
         if spelling == "ne":
             if always_differ(*operands):
                 return ()
-            return Rejected("%s (%s) is a union of masks", node, name)
+            return _union(node, name)
         return self._bounds(node, bounds)
 
     def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms | Rejected:
@@ -204,10 +238,14 @@ class TermEvaluator:
         distance, limit = self._distance(left), right
         if distance is None:
             distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
+        if distance is None and spelling == "eq":
+            chunks = self._chunk(left), self._chunk(right)
+            if all(chunk is not None for chunk in chunks):
+                return self._same_chunk(node, chunks, shape)
         if distance is None:
             root, other = _viewed(left), _viewed(right)
             same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
-            if same and spelling == "eq" and why.template is not CHUNKED:
+            if same and spelling == "eq":
                 return Rejected(
                     "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
                     "not have (%s); give every sequence a row of its own, with padding",
@@ -224,6 +262,43 @@ class TermEvaluator:
         distance, bound = distance.broadcast(shape), bound.broadcast(shape)
         bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
         return self._bounds(node, bounds)
+
+    def _same_chunk(
+        self, node: fx.Node, chunks: Sequence[tuple[IndexTensor, int] | Rejected | None], shape: Sequence[Size]
+    ) -> Terms | Rejected:
+        """``a // size == b // size``."""
+        found = [chunk for chunk in chunks if isinstance(chunk, tuple)]
+        if len(found) < 2:
+            return next(chunk for chunk in chunks if isinstance(chunk, Rejected))
+        (left, size), (right, other) = found
+        if size != other:
+            return Rejected("%s compares chunks of %s keys with chunks of %s", node, size, other)
+        return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
+
+    def _chunk(self, argument: object) -> tuple[IndexTensor, int] | Rejected | None:
+        """``x`` and ``c`` of ``x // c``, possibly seen through views; None if it is no such quotient."""
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
+            return None
+        if is_floor_division(argument):
+            dividend, size = argument.args if len(argument.args) == 2 else (None, None)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                return Rejected("%s divides by %s, expected a positive constant", argument, size)
+            inner = self.indices.evaluate(dividend)
+            if not isinstance(inner, Rejected):
+                return inner, size
+            return Rejected(
+                "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
+                "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
+                inner,
+            )
+        source = views.source(argument, self.indices)
+        base = self._chunk(source.node) if isinstance(source, views.Source) else None
+        if not isinstance(base, tuple) or not isinstance(source, views.Source):
+            return base
+        return base[0].at(source.indices, value.shape), base[1]
 
     def _distance(self, argument: object) -> IndexTensor | None:
         """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
@@ -258,7 +333,31 @@ class TermEvaluator:
             return self._conjunction([(condition, False), (chosen, negated)], shape)
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
-        return Rejected("%s (where) is a union of masks", node)
+        return _union(node, "where")
+
+
+def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
+    """Whether a fake value is a bool tensor of a shape, for every length."""
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool and same_sizes(value.shape, shape)
+
+
+def written_in_part(base: object, node: fx.Node) -> Rejected:
+    """The reason why a mask that is put together from parts proves nothing."""
+    return Rejected(
+        "%s is changed in place by %s, in a part of it, as masks of images or sequences packed into one row are; give "
+        "each a row of its own, with padding",
+        base,
+        node,
+    )
+
+
+def _union(node: fx.Node, name: str) -> Rejected:
+    return Rejected(
+        "%s (%s) is a union of masks, as prefix-bidirectional ones are (a prefix or an image that sees all of itself, "
+        "causal behind it); the sparse operator has intersections only",
+        node,
+        name,
+    )
 
 
 def _call(argument: object) -> str:

@@ -7,6 +7,7 @@ be [B, N, H, D]. So a frontend describes the steps to [B, H, N, D], and the rewr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,5 +52,8 @@ def computed(
     # Not torch._guards.detect_fake_mode: Dynamo gives its backends a fresh mode, which refuses the captured values.
     if not isinstance(like, FakeTensor):
         return None
-    with like.fake_mode, torch.no_grad():
+    environment = like.fake_mode.shape_env
+    unguarded = nullcontext() if environment is None else environment.suppress_guards()
+    # What the checks inside ask of sizes, such as whether a slice ends within a buffer, must not become a guard.
+    with like.fake_mode, torch.no_grad(), unguarded:
         return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs or {}, value_of))

@@ -14,7 +14,15 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import arguments, choice, function_name, known, value_of, written_arguments
+from s2o_compile.passes.graph_values import (
+    arguments,
+    choice,
+    function_name,
+    known,
+    same_sizes,
+    value_of,
+    written_arguments,
+)
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.product import Product
 from s2o_compile.passes.score_chain import Fill
@@ -48,7 +56,7 @@ def feed_product(node: fx.Node, depth: int = 6) -> bool:
         if found is not None and node in (found.left.node, found.right.node):
             return True
         value = value_of(user)
-        same_rows = isinstance(value, torch.Tensor) and value.shape[-2:-1] == value_of(node).shape[-2:-1]
+        same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
         if depth and found is None and same_rows and feed_product(user, depth - 1):
             return True
     return False

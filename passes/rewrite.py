@@ -112,6 +112,8 @@ class Rewriter:
                 keyword[name] = self._size(size, site.node)
                 if isinstance(keyword[name], Rejected):
                     return keyword[name]
+        if site.mask.chunk is not None:
+            keyword["attention_chunk"] = site.mask.chunk
         if site.mask.blind == "mean":
             keyword["blind"] = "mean"
         key_mask = None

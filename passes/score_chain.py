@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import arguments, choice, function_name, known, value_of
+from s2o_compile.passes.graph_values import arguments, choice, function_name, known, same_sizes, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.product import Product
@@ -106,7 +106,7 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     return any(
         leads_to_product(source, depth - 1)
         for source in node.all_input_nodes
-        if isinstance(value_of(source), torch.Tensor) and value_of(source).shape[-1:] == value.shape[-1:]
+        if isinstance(value_of(source), torch.Tensor) and same_sizes(value_of(source).shape[-1:], value.shape[-1:])
     )
 
 

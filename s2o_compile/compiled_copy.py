@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from s2o_compile.generation_masks import build_inside
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -24,6 +26,7 @@ def compiled_copy(
     """
     compiled = copy.copy(model)  # drops compiled state, shares everything else
     _make_traceable(compiled)
+    build_inside(compiled)
     compiled.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     encoder = _encoder(model)
     if encoder is not None:  # generate() calls it by itself, past the model's own forward

@@ -52,6 +52,8 @@ def visible(proof, symbols, lengths, key_mask=None):
         seen = seen & (j <= i + offset)
         if proof.window is not None:
             seen = seen & (j > i + offset - number(proof.window))
+        if proof.chunk is not None:
+            seen = seen & (j // proof.chunk == (i + offset) // proof.chunk)
     return seen if key_mask is None else seen & key_mask[:, None, None]
 
 

@@ -1,7 +1,5 @@
 """generate() with every cache: prefill through S2O, decode dense; tokens and compilations as with torch.compile."""
 
-import re
-
 import pytest
 import torch
 
@@ -31,25 +29,30 @@ def llama(implementation):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def prompts(padded):
-    ids = torch.randint(1, 97, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+def gemma3(implementation):
+    """Sliding and full attention by turns: generate makes a dict of masks."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 2, "sliding_window": 40, "head_dim": 8}
+    layers = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(**sizes, layer_types=layers, attn_implementation=implementation)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def prompts(padded, length=PROMPT):
+    ids = torch.randint(1, 97, (2, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :30], ids[0, :30] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def generated(model, cache, inputs):
-    options = {"cache_implementation": "static"} if cache == "static" else {}
+def generated(model, cache, inputs, **options):
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, disable_compile=True, **options)
     return tokens, torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-# For a static cache transformers builds the mask outside the model: it arrives as an input, whose values prove nothing.
-MASK_IS_AN_INPUT = [("sdpa", "static", True), ("eager", "static", False), ("eager", "static", True)]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
@@ -69,11 +72,79 @@ def test_tokens_and_compilations_are_those_of_torch_compile(implementation, cach
     assert torch.equal(tokens, expected)
     assert ours == compilations
     prefill = [call.path for call in recording.calls if call.n_queries == PROMPT]
-    if (implementation, cache, padded) in MASK_IS_AN_INPUT:
-        assert not prefill
-        assert re.search("graph input|placeholder", recording.report.sites[0].reason)
-    else:
-        assert prefill == ["s2o"]
+    assert prefill == ["s2o"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_layers_of_two_kinds_in_a_static_cache(implementation):
+    model, inputs = gemma3(implementation), prompts(padded=True)
+    expected, _ = generated(model, "static", inputs)
+    plain = gemma3(implementation)
+    plain.compile(backend="eager")
+    _, compilations = generated(plain, "static", inputs)
+    with s2o_compile.record() as recording:
+        tokens, ours = generated(s2o_compile.optimize(model, EXACT), "static", inputs)
+    assert torch.equal(tokens, expected)
+    assert ours == compilations
+    masks = [site.mask for site in recording.report.sites if site.rewritten]
+    assert sorted(masks) == ["causal, offset 0, key padding", "causal, window 40, key padding"]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_chunked_prefill(cache):
+    model, inputs, chunk = llama("sdpa"), prompts(padded=True, length=3 * PROMPT), {"prefill_chunk_size": PROMPT}
+    expected, _ = generated(model, cache, inputs)
+    plain = llama("sdpa")
+    plain.compile(backend="eager")
+    _, compilations = generated(plain, cache, inputs, **chunk)
+    with s2o_compile.record() as recording:
+        tokens, ours = generated(s2o_compile.optimize(model, EXACT), cache, inputs, **chunk)
+    assert torch.equal(tokens, expected)
+    assert ours == compilations
+    chunks = [call.path for call in recording.calls if call.n_queries == PROMPT]
+    assert chunks == ["s2o"] * 3
+
+
+class Overlaid(transformers.LlamaForCausalLM):
+    """A model with a hook of its own, which sees the arguments that generate passes."""
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, token_type_ids=None, **kwargs
+    ):
+        visible = attention_mask if token_type_ids is None else attention_mask * token_type_ids
+        return transformers.masking_utils.create_causal_mask(config, inputs_embeds, visible, past_key_values)
+
+    def forward(self, input_ids, token_type_ids=None, **kwargs):
+        return super().forward(input_ids, **kwargs)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_models_own_masks_are_built_by_its_own_function():
+    model = llama("sdpa")
+    model.__class__ = Overlaid
+    inputs = prompts(padded=True)
+    ordinary, _ = generated(model, "static", inputs)
+    inputs["token_type_ids"] = (inputs["input_ids"] % 8 == 1).long()
+    expected, _ = generated(model, "static", inputs)
+    assert not torch.equal(expected, ordinary), "its masks must matter"
+    with s2o_compile.record() as recording:
+        tokens, _ = generated(s2o_compile.optimize(model, EXACT), "static", inputs)
+    assert torch.equal(tokens, expected)
+    assert [call.path for call in recording.calls if call.n_queries == PROMPT] == ["s2o"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_model_that_generates_by_itself_keeps_its_masks():
+    class Own(transformers.LlamaForCausalLM):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    model = llama("sdpa")
+    model.__class__ = Own
+    assert "create_masks_for_generate" not in vars(s2o_compile.optimize(model, EXACT))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

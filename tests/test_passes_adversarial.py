@@ -125,8 +125,10 @@ def dropped(q, k, v, pad):
     return sdpa(q, k, v, is_causal=True, dropout_p=0.0 if pad.shape[0] == 1 else 1e-9)
 
 
-def chunked(q, k, v, pad):
-    return sdpa(q, k, v, attn_mask=causal(q, k) & (index(k) // 8 == index(q)[:, None] // 8))
+def chunked_behind_padding(q, k, v, pad):
+    first = pad.long().argmax(-1)[:, None, None, None]  # of the tokens that are no padding
+    own = (index(k) - first) // 8 == (index(q)[:, None] - first) // 8
+    return sdpa(q, k, v, attn_mask=causal(q, k) & own)
 
 
 def packed(q, k, v, pad):
@@ -145,7 +147,7 @@ DENSE = {
     written_after: "changed in place by fill_",
     written_in_part: "changed in place by setitem",
     dropped: "call model.eval()",
-    chunked: "chunked attention",
+    chunked_behind_padding: "leave attention_mask unset",
     packed: "packed sequences",
 }
 
@@ -175,6 +177,10 @@ def around(q, k, v):
 
 def ahead_only(q, k, v):
     return sdpa(q, k, v, attn_mask=causal(q, k, 4) & (index(k) >= index(q)[:, None]))
+
+
+def chunked(q, k, v):
+    return sdpa(q, k, v, attn_mask=causal(q, k) & (index(k) // 8 == index(q)[:, None] // 8))
 
 
 def written_before(q, k, v):
@@ -209,6 +215,7 @@ HANDLED = {
     strict: ["causal, offset -1"],
     one_ahead: ["causal, offset 1"],
     around: ["sliding window -3..+3"],
+    chunked: ["causal, chunk 8"],
     ahead_only: ["sliding window -0..+4"],
     written_before: ["causal, window 6"],
     two_masks: ["causal", "causal, window 5", "causal, offset 2"],
@@ -280,3 +287,14 @@ def test_a_window_around_the_query_is_exact_at_lengths_that_run_sparse(width):
 
     records, _ = compare(function, heads(400), heads(400), heads(400))
     assert [record.mask for record in records] == [f"sliding window -{width}..+{width}"]
+
+
+def test_chunks_are_exact_at_lengths_that_run_sparse():
+    def function(q, k, v, pad):
+        near = index(k) // 150 == (index(q)[:, None] + 100) // 150
+        return sdpa(q, k, v, attn_mask=causal(q, k, 100) & near & pad[:, None, None])
+
+    pad = torch.ones(2, 400, dtype=torch.bool)
+    pad[0, 290:310] = False
+    records, _ = compare(function, heads(300), heads(400), heads(400), pad)
+    assert [record.mask for record in records] == ["causal, chunk 150, key padding"]

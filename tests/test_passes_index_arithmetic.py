@@ -111,7 +111,7 @@ UNKNOWN = {
     "float": (lambda n: torch.arange(n, dtype=torch.float32).long(), "float32"),
     "float-step": (lambda n: torch.arange(0, 1, 0.25).long(), "float32"),
     "through-bool": (lambda n: torch.arange(n).bool().long(), "not a constant"),
-    "floor-divide": (lambda n: torch.arange(n) // 4, "chunked attention"),
+    "floor-divide": (lambda n: torch.arange(n) // 4, "cuts positions into chunks"),
     "remainder": (lambda n: torch.arange(n) % 4, "not index arithmetic"),
     "product": (lambda n: torch.arange(n) * torch.arange(n), "multiplies two index tensors"),
     "add-alpha": (lambda n: torch.add(torch.arange(n), 2, alpha=3), "alpha"),

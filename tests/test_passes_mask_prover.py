@@ -74,6 +74,32 @@ ACCEPTED = {
     ),
     "sliced": (lambda q, k: (torch.arange(k + 4) <= torch.arange(q + 2)[:, None])[:q, :k], "causal, offset 0"),
     "rows-cut-off": (lambda q, k: (torch.arange(k) <= torch.arange(q + 2)[:, None])[2:], "causal, offset 2"),
+    "chunks": (lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), "offset 0, chunk 4"),
+    "chunks-div": (
+        lambda q, k: (
+            (k_index(k) <= q_index(q))
+            & (torch.div(k_index(k), 4, rounding_mode="floor") == torch.floor_divide(q_index(q), 4))
+        ),
+        "offset 0, chunk 4",
+    ),
+    "chunks-swapped-view": (
+        lambda q, k: ((torch.arange(q) // 3)[:, None] == (torch.arange(k) // 3)[None]) & (k_index(k) <= q_index(q)),
+        "offset 0, chunk 3",
+    ),
+    "chunks-bottom-right": (
+        lambda q, k: (k_index(k) // 4 == (q_index(q) + (k - q)) // 4) & (k_index(k) <= q_index(q) + (k - q)),
+        "causal, chunk 4",
+    ),
+    "chunks-and-window": (
+        lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)) & (k_index(k) > q_index(q) - 2),
+        "offset 0, window 2, chunk 4",
+    ),
+    "chunks-float-min": (
+        lambda q, k: torch.where(
+            (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), 0.0, torch.finfo(torch.float32).min
+        ),
+        "offset 0, chunk 4",
+    ),
     "ones": (lambda q, k: torch.ones(q, k, dtype=torch.bool), "bidirectional"),
     "always": (lambda q, k: (q_index(q) >= 0).expand(q, k), "bidirectional"),
     "beyond-the-keys": (lambda q, k: k_index(k) <= q_index(q) + k, "bidirectional"),
@@ -233,12 +259,53 @@ REJECTED = {
         (torch.zeros(2, dtype=torch.long),),
         "chunked attention",
     ),
-    "chunks-div": (
-        lambda q, k: torch.div(k_index(k), 4, rounding_mode="floor") == torch.floor_divide(q_index(q), 4),
+    "chunks-not-causal": (
+        lambda q, k: (k_index(k) // 4 == q_index(q) // 4).expand(q, k),
         (),
-        "chunked attention",
+        "without a causal mask of the same offset",
     ),
-    "chunks": (lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)), (), "chunked attention"),
+    "chunks-of-another-offset": (
+        lambda q, k: (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q) + (k - q)),
+        (),
+        "without a causal mask of the same offset",
+    ),
+    "chunks-shifted": (
+        lambda q, k: ((k_index(k) + 1) // 4 == (q_index(q) + 1) // 4) & (k_index(k) <= q_index(q)),
+        (),
+        "counts its chunks from position 1",
+    ),
+    "chunks-of-two-lengths": (
+        lambda q, k: (k_index(k) // 4 == q_index(q) // 5) & (k_index(k) <= q_index(q)),
+        (),
+        "chunks of 4 keys with chunks of 5",
+    ),
+    "chunks-and-chunks": (
+        lambda q, k: (
+            (k_index(k) // 4 == q_index(q) // 4) & (k_index(k) // 6 == q_index(q) // 6) & (k_index(k) <= q_index(q))
+        ),
+        (),
+        "chunks of different lengths",
+    ),
+    "chunks-of-queries": (
+        lambda q, k: (q_index(q) // 4 == q_index(q) // 4) & (k_index(k) <= q_index(q)),
+        (),
+        "chunks of other things",
+    ),
+    "chunks-of-floats": (
+        lambda q, k: (k_index(k).float() // 4 == q_index(q).float() // 4) & (k_index(k) <= q_index(q)),
+        (),
+        "varies along queries",
+    ),
+    "chunks-trunc": (
+        lambda q, k: torch.div(k_index(k), 4, rounding_mode="trunc") == torch.div(q_index(q), 4, rounding_mode="trunc"),
+        (),
+        "not index arithmetic",
+    ),
+    "chunks-before": (
+        lambda q, k: (k_index(k) // 4 <= q_index(q) // 4).expand(q, k),
+        (),
+        "only a comparison of two",
+    ),
     "strided": (lambda q, k: 2 * k_index(k) <= q_index(q), (), "neither a causal bound nor a sliding window"),
     "anti-diagonal": (lambda q, k: k_index(k) + q_index(q) <= k, (), "varies along queries and keys"),
     "first-keys": (lambda q, k: (k_index(k) < 3).expand(q, k), (), "varies along keys"),
@@ -294,8 +361,13 @@ REJECTED = {
     "triangle-of-a-changed-tensor": (triangle_of_a_changed_tensor, (), "not the triangle of a constant"),
     "padding-written-later": (padding_written_later, (PAD,), "changed in place by fill_"),
     "float-bias": (lambda q, k: torch.where(k_index(k) <= q_index(q), 0.0, -1.0), (), "adds numbers to the scores"),
-    "alibi": (lambda q, k: (k_index(k) - q_index(q)).float(), (), "adds numbers to the scores"),
-    "float-input": (lambda q, k, bias: bias, (torch.zeros(5, 9),), "adds numbers to the scores"),
+    "alibi-in-one-dimension": (
+        lambda q, k, slopes: (slopes[:, None] * torch.arange(9)).view(2, 4, 1, 9).reshape(8, 1, 9).view(2, 4, 1, 9),
+        (torch.ones(8),),
+        "ALiBi and other position biases",
+    ),
+    "alibi": (lambda q, k: (k_index(k) - q_index(q)).float(), (), "ALiBi and other position biases"),
+    "float-input": (lambda q, k, bias: bias, (torch.zeros(5, 9),), "let the model make its mask"),
     "finite-half": (
         lambda q, k: (
             torch.zeros(q, k).half().masked_fill(k_index(k) >= q_index(q), torch.finfo(torch.half).min).float()

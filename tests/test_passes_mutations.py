@@ -65,6 +65,13 @@ AROUND = (
     lambda i, j, w: ~(torch.abs(i - j) > w),
 )
 
+SAME_CHUNK = (
+    lambda i, j, n: j // n == i // n,
+    lambda i, j, n: torch.eq(torch.div(i, n, rounding_mode="floor"), torch.floor_divide(j, n)),
+    lambda i, j, n: ~((i // n).expand(i.shape[0], 1) != (j // n)),
+    lambda i, j, n: (0 + j) // n == (1 + i - 1) // n,
+)
+
 
 def in_place(a, b):
     mask = torch.ones_like(a & b)
@@ -112,11 +119,12 @@ PADDING = (
 
 
 def random_mask(rng):
-    """A causal, windowed, two-sided or bidirectional mask, with or without padding, in a random spelling."""
-    kind = rng.choice(("causal", "window", "band", "around", "none"))
+    """A causal, windowed, chunked, two-sided or bidirectional mask, with or without padding, in a random spelling."""
+    kind = rng.choice(("causal", "window", "band", "chunk", "around", "none"))
     aligned, shift, width = rng.random() < 0.5, rng.choice((0, 0, 0, -1, 2)), rng.choice((1, 2, 4))
     index, column, row = (rng.choice(ways) for ways in (INDEX, COLUMN, ROW))
     most, least, around, join, form = (rng.choice(ways) for ways in (AT_MOST, AT_LEAST, AROUND, JOIN, FORM))
+    same_chunk = rng.choice(SAME_CHUNK)
     padding, join_padding = rng.choice(PADDING), rng.choice(JOIN[:5])
     padded, swapped = rng.random() < 0.35 or kind == "none", rng.random() < 0.5
 
@@ -129,6 +137,9 @@ def random_mask(rng):
         if kind in ("window", "band"):
             far = least(i, j, c - width + 1)
             mask = join(far, mask) if swapped else join(mask, far)
+        if kind == "chunk":
+            near = same_chunk(i + c, j, width + 1)
+            mask = join(near, mask) if swapped else join(mask, near)
         return form(join_padding(mask[None, None], padding(pad)) if padded else mask)
 
     return mask_of
@@ -177,7 +188,7 @@ def result(graph):
     return graph.output_node().args[0]
 
 
-COMPARISONS = {"le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt}
+COMPARISONS = {"eq": operator.eq, "le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt}
 
 
 def mutations(graph):
@@ -203,7 +214,20 @@ def mutations(graph):
     return changes
 
 
-_SHIFTABLE = (*COMPARISONS, "add", "radd", "sub", "rsub", "tril", "triu", "arange", "eq", "ne")
+_SHIFTABLE = (
+    *COMPARISONS,
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "tril",
+    "triu",
+    "arange",
+    "ne",
+    "floordiv",
+    "floor_divide",
+    "div",
+)
 
 
 def mutant(graph, place, change):

@@ -1,0 +1,122 @@
+"""generate() with a static cache: the prefill's mask is built inside the graph, where it can be proven.
+
+With a cache that can be compiled, ``generate`` builds the 4-D masks ahead of the forward, by the model's own
+``create_masks_for_generate`` or by transformers' function of that name. They enter the graph as inputs, which prove
+nothing. A compiled copy puts that call off: for a prefill it answers with the call's arguments, and its forward makes
+the call. The masks are the same ones by the same function, but the graph shows how they are made.
+
+A static cache counts its tokens in a tensor, whose value proves nothing either. Where it holds some already (a second
+turn, chunked prefill), their number is read once ahead of the forward and enters the graph as a size.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOK = "create_masks_for_generate"
+_MARK = "inputs_embeds"  # an argument of the call; dicts of finished masks have layer types for keys
+_FILLED = "filled"  # a tensor with two rows more than the cache has tokens: graphs specialise on sizes of 0 and 1
+_FIRST = "is_first_iteration"  # generate keeps tensors and None in a dict: a tensor for True
+_OPERANDS = ("attention_mask", "decoder_attention_mask")
+
+
+def build_inside(model: nn.Module) -> None:
+    """Makes a model of transformers build the masks of a prefill in its forward; leaves every other module alone.
+
+    A model with a ``generate`` of its own may look into masks between the two, and is left alone too.
+
+    Args:
+        model: The module, changed in place.
+    """
+    generation = sys.modules.get("transformers.generation.utils")
+    build: Callable[..., object] | None = getattr(model, _HOOK, getattr(generation, _HOOK, None))
+    plain = getattr(getattr(generation, "GenerationMixin", None), "generate", None)
+    if build is None or plain is None or getattr(type(model), "generate", None) is not plain:
+        return
+    inner, config, filled_cache = model.forward, model.config, _filled_cache()
+
+    def create_masks_for_generate(**call: Any) -> object:  # noqa: ANN401 (what generate passes)
+        if not _is_prefill(call, config):
+            return build(**call)
+        tokens = _tokens(call["past_key_values"])
+        return build(**call) if tokens is None else _postponed(call, tokens)
+
+    @functools.wraps(inner)  # generate reads the signature
+    def forward(*args: object, **kwargs: Any) -> object:  # noqa: ANN401 (what the model accepts)
+        for name in _OPERANDS:
+            call = kwargs.get(name)
+            if isinstance(call, dict) and _MARK in call:
+                arguments = {key: value for key, value in call.items() if key not in (_FILLED, _FIRST)}
+                cache, filled = kwargs["past_key_values"], call.get(_FILLED)
+                if filled is not None:
+                    cache = filled_cache(cache, filled.shape[0] - 2)
+                first = call[_FIRST] is not None
+                kwargs[name] = build(config=config, past_key_values=cache, is_first_iteration=first, **arguments)
+        return inner(*args, **kwargs)
+
+    object.__setattr__(model, _HOOK, create_masks_for_generate)
+    object.__setattr__(model, "forward", forward)
+
+
+def _is_prefill(call: dict[str, Any], config: object) -> bool:
+    """Whether the masks are those of several queries, made of arguments that the forward can repeat."""
+    others = {name for name, value in call.items() if value is not None and not isinstance(value, Tensor)}
+    queries = call.get(_MARK)
+    return (
+        others == {"config", "past_key_values", _FIRST}
+        and call["config"] is config
+        and isinstance(call[_FIRST], bool)
+        and isinstance(queries, Tensor)
+        and queries.shape[1] > 1
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _tokens(cache: Any) -> int | None:  # noqa: ANN401 (a cache of transformers)
+    """How many tokens a cache holds: 0 if it is not allocated yet, None if its layers do not say, or not the same."""
+    if not cache.is_initialized:
+        return 0
+    caches = sys.modules["transformers.cache_utils"]
+    if type(cache) is not caches.StaticCache:
+        return None
+    if any(type(layer) not in (caches.StaticLayer, caches.StaticSlidingWindowLayer) for layer in cache.layers):
+        return None
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
+    """The arguments for the forward; sizes that grow from chunk to chunk are dynamic from the start."""
+    arguments = {name: value for name, value in call.items() if value is None or isinstance(value, Tensor)}
+    arguments[_FIRST] = call[_MARK] if call[_FIRST] else None
+    if not call["past_key_values"].is_initialized:
+        return arguments
+    arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
+    torch._dynamo.maybe_mark_dynamic(arguments[_FILLED], 0)
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        # The mark is for this call, not for the caller's tensor, and generate makes what it hands on contiguous.
+        arguments["attention_mask"] = mask = mask.clone(memory_format=torch.contiguous_format)
+        torch._dynamo.maybe_mark_dynamic(mask, 1)
+    return arguments
+
+
+def _filled_cache() -> Callable[[Any, int], object]:
+    """The class of a static cache whose number of tokens is a size of the graph."""
+
+    class FilledCache(sys.modules["transformers.cache_utils"].Cache):
+        def __init__(self, cache: Any, tokens: int) -> None:  # noqa: ANN401 (a cache of transformers)
+            self.layers = cache.layers
+            self.tokens = tokens
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            length = self.layers[layer_idx].get_seq_length()
+            return self.tokens if isinstance(length, Tensor) else length
+
+    return FilledCache
