@@ -25,7 +25,7 @@ from s2o_compile.passes.site import Rejected
 WHOLE = 1 << 30
 """Block size of the table that torch makes where no block mask is given."""
 _FACTORIES = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
-_SPELLINGS = {"index": "getitem", "mod": "remainder"}  # under vmap, and outside
+_SPELLINGS = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide"}  # under vmap, and outside
 _LAYOUTS = (13, 17)  # entries of BlockMask.as_tuple(): torch 2.11, torch 2.13
 
 
