@@ -10,10 +10,10 @@ from torch import fx
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import Size, known, value_of
-from s2o_compile.passes.head_layout import broadcast
+from s2o_compile.passes.head_layout import broadcast, to_heads
 from s2o_compile.passes.mask_proof import MaskProof
 from s2o_compile.passes.mask_prover import MaskProver
-from s2o_compile.passes.operand import Operand
+from s2o_compile.passes.operand import Operand, Step
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
 
 _SDPA = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
@@ -47,12 +47,20 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     """
     call = operands(node)
     query, key, value = (Operand(call[name]) for name in _POSITIONAL[:3])
-    if all(getattr(operand.value, "ndim", 0) == 4 for operand in (query, key, value)):
+    restore: tuple[Step, ...] = ()
+    ranks = {getattr(operand.value, "ndim", 0) for operand in (query, key, value)}
+    if ranks == {4}:
         query, key, value = broadcast(query, key, value)
+    elif ranks in ({3}, {5}) and call["attn_mask"] is None and call["enable_gqa"] is False:
+        scores = (*query.value.shape[:-1], key.value.shape[-2])
+        heads = to_heads(query, key, value, None, scores, scores)
+        if isinstance(heads, Rejected):
+            return heads
+        query, key, value, restore = heads.query, heads.key, heads.value, heads.restore
     rejected = _check_call(call)
     if rejected is None:  # not `or`: a rejection is false
         rejected = check_tensors(query.value, key.value, value.value, node)
-    if rejected is None:
+    if rejected is None and not restore:
         rejected = _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
     if rejected is not None:
         return rejected
@@ -70,6 +78,7 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
         value=value,
         mask=mask,
         scale=call["scale"],
+        restore=restore,
     )
 
 

@@ -37,6 +37,27 @@ def test_every_spelling_is_rewritten(function):
     assert len(capture.calls) == 1
 
 
+RANKS = {
+    "batch-of-heads": lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True),
+    "windows": lambda q, k, v: F.scaled_dot_product_attention(*(x.unflatten(2, (5, 8)) for x in (q, k, v))),
+    "windows-moved": lambda q, k, v: F.scaled_dot_product_attention(
+        *(x.unflatten(2, (8, 5)).transpose(2, 3) for x in (q, k, v)), scale=0.3, is_causal=True
+    ),
+    "windows-of-all-keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q.unflatten(2, (5, 8)), k[:, :, None], v[:, :, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("function", RANKS.values(), ids=RANKS)
+def test_other_ranks(function, dynamic):
+    q, k, v = heads(), heads(), heads()
+    capture = rewritten(function, q, k, v, mark=[(x, 0) for x in (q, k, v)] if dynamic else [])
+    assert [record.reason for record in capture.records] == [""]
+    assert len(capture.calls) == 1
+
+
 @pytest.mark.parametrize("layout", ["transposed", "contiguous"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_output_keeps_the_strides_of_sdpa(layout, dynamic):
@@ -75,7 +96,12 @@ DENSE = {
     "dropout": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.1), "model.eval()"),
     "one-token": (lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :1], k, v), "decode stays dense"),
     "float64": (lambda q, k, v: F.scaled_dot_product_attention(q.double(), k.double(), v.double()), "float64"),
-    "rank-3": (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), "ranks 3, 3, 3, expected 4"),
+    "rank-2": (lambda q, k, v: F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]), "ranks 2, 2, 2, expected 4"),
+    "masked-rank-3": (
+        lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0], torch.ones(40, 40, dtype=torch.bool).tril()),
+        "ranks 3, 3, 3, expected 4",
+    ),
+    "mixed-ranks": (lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v[0]), "ranks 4, 3, 3, expected 4"),
     "wide-heads": (
         lambda q, k, v: F.scaled_dot_product_attention(*(x.repeat(1, 1, 1, 33) for x in (q, k, v))),
         "at most 512",
