@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from s2o_compile.census import SDPA, Counter, Ran
+from s2o_compile.census import FLEX, SDPA, Counter, Ran
 from s2o_compile.passes.site import SiteRecord
 
 UNREAD, DECODE, NUMBERS, OTHER = "not read", "one query", "numbers added to the scores", "another mask"
@@ -104,7 +104,9 @@ class MaskCounter(Counter):
     def _count(self, func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
         super()._count(func, kind, args, kwargs)
         mask = UNREAD
-        if kind == SDPA:
+        if kind == FLEX:
+            mask = _of_flex(args)
+        elif kind == SDPA:
             names = [argument.name for argument in func._schema.arguments]
             mask = _of_sdpa({**dict(zip(names, args, strict=False)), **kwargs})
         self.ran[-1] = replace(self.ran[-1], mask=mask)
@@ -130,6 +132,24 @@ def _of_sdpa(call: Mapping[str, Any]) -> str:
     if added.dtype is not torch.bool and not _only_hides(added.expand(*added.shape[:-1], key_len)):
         return NUMBERS
     return of_visible(visible.to(added.device) & (added if added.dtype is torch.bool else added > HIDING))
+
+
+def _of_flex(args: Sequence[Any]) -> str:
+    """Of flex_attention's functions over all positions at once; its block tables are not looked at."""
+    query, key, _, score_mod, block_mask = args[:5]
+    sizes = (*query.shape[:3], key.shape[-2])
+    if sizes[2] == 1:
+        return DECODE
+    score_captures, mask_captures = (*args[7:], (), ())[:2]
+    positions = [torch.arange(n).view([-1 if at == dim else 1 for at in range(4)]) for dim, n in enumerate(sizes)]
+    try:
+        scores = score_mod(torch.zeros(sizes), *positions, *score_captures)
+        visible = block_mask[-1](*positions, *mask_captures)
+    except Exception:  # a function that wants its positions one by one
+        return UNREAD
+    if not _only_hides(scores.expand(sizes)):
+        return NUMBERS
+    return of_visible(visible.expand(sizes) & (scores > HIDING))
 
 
 def _of_scores(scores: Tensor) -> str:

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"
+FLEX = "flex_attention"
 SPELT_OUT = "softmax attention"
 MIXING = "softmax mixing"
 """A sum of values whose softmax weights are no product of queries and keys."""
@@ -190,7 +191,7 @@ def _name(func: Any) -> str:  # noqa: ANN401 (an operator of any kind)
 def _kind(name: str, space: str) -> str:
     if name.startswith("_scaled_dot_product_") and "backward" not in name:
         return SDPA
-    if name == "flex_attention":
+    if name == FLEX:
         return name
     if space == "aten":
         return _FUSED.get(name, "")

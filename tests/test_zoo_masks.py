@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks import zoo_masks
 from benchmarks.zoo_masks import BOTH, CAUSAL, DECODE, NUMBERS, OTHER, PADDING, UNREAD, WINDOW, MaskCounter
@@ -136,3 +137,30 @@ def test_every_exempt_reason_is_a_text_of_the_passes():
     }
     for beginning in zoo_masks.EXEMPT:
         assert any(text.startswith(beginning) for text in texts), beginning
+
+
+def flex(score_mod=None, mask_mod=None):
+    def call(q, k, v):
+        blocks = None if mask_mod is None else create_block_mask(mask_mod, None, None, 160, 160, device="cpu")
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("call", "mask"),
+    [
+        (flex(), "bidirectional"),
+        (flex(mask_mod=lambda b, h, i, j: i >= j), "causal"),
+        (flex(mask_mod=lambda b, h, i, j: (i >= j) & (i - j < 9)), "sliding"),
+        (flex(lambda s, b, h, i, j: torch.where(i >= j, s, -torch.inf)), "causal"),
+        (flex(lambda s, b, h, i, j: s - 0.1 * (i - j)), "numbers added to the scores"),
+        (flex(mask_mod=lambda b, h, i, j: (i >= j) | (j < 50)), "another mask"),
+    ],
+)
+@torch.no_grad()
+def test_masks_of_flex_attention(call, mask):
+    q = torch.randn(1, 2, 160, 16)
+    (ran,) = census.take(call, (q, q, q), {}, MaskCounter)
+    assert ran.mask == mask
