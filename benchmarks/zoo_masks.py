@@ -44,7 +44,13 @@ def expressible(call: Ran, record: SiteRecord | None) -> bool:
 
 def contradicts(call: Ran, record: SiteRecord | None) -> bool:
     """Whether a call was rewritten whose mask, by value, is none that the operator has: never."""
-    return record is not None and record.rewritten and call.mask in (NUMBERS, OTHER, NO_SCORES)
+    # Chunks are no mask of the judge's, and one that the operator has.
+    return (
+        record is not None
+        and record.rewritten
+        and "chunk" not in record.mask
+        and call.mask in (NUMBERS, OTHER, NO_SCORES)
+    )
 
 
 class MaskCounter(Counter):

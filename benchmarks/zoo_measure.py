@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks import zoo_masks
 from s2o_compile import Report, S2OConfig, census
@@ -58,6 +59,7 @@ class Row:
     graph_breaks: int = 0
     error: float | None = None
     control: float | None = None  # the same without the pass, measured where the output differs
+    rounding: float | None = None  # the original in float32 against itself in float64, measured where it differs
     seconds: float = 0.0
     note: str = ""
 
@@ -127,6 +129,19 @@ def _measure(subject: Subject, row: Row) -> None:
         torch._dynamo.reset()
         row.control = distance(_call(subject, compiled_copy(subject.model, "eager")), expected, subject.keep)
         torch._dynamo.reset()
+        row.rounding = _rounding(subject, expected)
+
+
+def _rounding(subject: Subject, expected: object) -> float | None:
+    """How far the original in float32 is from itself in float64; None where it does not run in float64."""
+    args, inputs = tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, (subject.args, subject.inputs)
+    )
+    wide = dataclasses.replace(subject, args=args, inputs=inputs)
+    try:
+        return distance(_call(wide, copy.deepcopy(subject.model).double()), expected, subject.keep)
+    except Exception:  # a buffer made in float32 on the way, most often
+        return None
 
 
 def _options(subject: Subject) -> dict[str, Any]:

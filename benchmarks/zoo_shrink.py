@@ -25,6 +25,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank)$", 32),
     (r"(^num_local_experts|^num_experts|^n_routed_experts|^moe_num_experts|^num_routed_experts)$", 4),
     (r"(num_experts_per_tok|top_k_experts|moe_k|moe_top_?k|num_selected_experts|^top_k$)", 2),
+    (r"^index_top_?k$", 32),  # fewer keys than there are, or what is chosen by data would look causal
     (r"^(n_group|topk_group|num_expert_group)s?$", 1),
     (r"(intermediate_size(_mlp)?|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim)$", FEED_FORWARD),
     (r"feed_forward_(proj_)?dim$", FEED_FORWARD),
