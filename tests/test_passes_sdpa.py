@@ -388,3 +388,11 @@ def test_sequence_first_code_may_view_the_output(spelling, dynamic):
         capture = rewritten(attend, x, mark=[(x, 0)] if dynamic else ())
         assert [record.rewritten for record in capture.records] == [True]
         assert torch.compile(attend, backend=Capture())(x).stride() == attend(x).stride()
+
+
+@pytest.mark.parametrize("empty", [(0, 2), (2, 0)], ids=["batch", "queries"])
+def test_an_attention_over_nothing_is_left(empty):
+    batch, length = empty
+    q, k = torch.randn(batch, 4, length, 16), torch.randn(batch, 4, 40, 16)
+    capture = rewritten(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k)
+    assert "no element" in capture.records[0].reason
