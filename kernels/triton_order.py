@@ -37,8 +37,8 @@ def load_scores(score_ptr, poisoned_ptr, keys, present):
 
 @triton.jit
 def select_keys_kernel(
-    score_ptr, threshold_ptr, poisoned_ptr, key_mask_ptr, own_start_ptr, own_stop_ptr, kept_ptr, kept_count_ptr,
-    prefix_count_ptr, stride_mb, n_keys, segments, kv_heads, capacity,
+    score_ptr, threshold_ptr, room_ptr, poisoned_ptr, key_mask_ptr, own_start_ptr, own_stop_ptr, kept_ptr,
+    kept_count_ptr, prefix_count_ptr, stride_mb, n_keys, segments, kv_heads, capacity,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The prefix keys of one list whose score reaches the last threshold, in natural order, and how many there are."""
@@ -48,7 +48,9 @@ def select_keys_kernel(
     own_start, own_stop = tl.load(own_start_ptr + segment), tl.load(own_stop_ptr + segment)
     stop = own_start if CAUSAL else n_keys
     threshold = tl.load(threshold_ptr + row * CLASSES + CLASSES - 1)
+    room = tl.load(room_ptr + row)
     count = segment * 0
+    equals = segment * 0
     prefix = segment * 0
     for j in range(0, stop, BLOCK):
         keys = j + tl.arange(0, BLOCK)
@@ -61,6 +63,10 @@ def select_keys_kernel(
             )
         score = load_scores(score_ptr + row * n_keys, poisoned_ptr + head * n_keys, keys, present)
         kept = present & (score >= threshold)
+        if room < capacity:
+            equal = (present & (score == threshold)).to(tl.int32)
+            kept = kept & ((score > threshold) | (equals + tl.cumsum(equal, 0) <= room))
+            equals += tl.sum(equal, 0)
         place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(kept_ptr + row * capacity + place, keys, mask=kept & (place < capacity))
         count += tl.sum(kept.to(tl.int32), 0)
@@ -116,9 +122,13 @@ def sample_positions(n_keys: int, device: torch.device) -> tuple[Tensor, int]:
 
 
 def thresholds(
-    scores: Tensor, mask: AttentionMask, starts: Tensor, stops: Tensor, reached: Tensor, longest: int
-) -> Tensor:
-    """Descending lower bounds of the classes, float32 [B, Hkv, P, CLASSES]; -inf last where a list holds everything."""
+    scores: Tensor, mask: AttentionMask, starts: Tensor, stops: Tensor, reached: Tensor, longest: int, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """Descending lower bounds of the classes, float32 [B, Hkv, P, CLASSES]; -inf last where a list holds everything.
+
+    And how many keys that equal the last bound may be kept, int32 [B, Hkv, P]: ``capacity``, but where that many are
+    seen among the samples, the first of them must leave room for the better ones behind them.
+    """
     n_keys = scores.shape[3]
     positions, step = sample_positions(n_keys, scores.device)
     prefix = positions < starts[:, None]
@@ -127,13 +137,18 @@ def thresholds(
     prefix = prefix[None] if mask.key_mask is None else prefix[None] & mask.key_mask[:, None, positions]
     sample = scores[..., positions].nan_to_num_(nan=0.0).masked_fill_(~prefix[:, None], float("-inf"))
     best = min(int(longest * SLACK) // step + 1, len(positions))
-    sample = sample.topk(best, dim=-1, sorted=True).values
+    best_samples = sample.topk(best, dim=-1, sorted=True).values
     parts = torch.arange(1, CLASSES + 1, device=scores.device) / CLASSES
     rank = (reached[:, None] * (SLACK / step) * parts).long().clamp_(max=best - 1)
-    bounds = sample.gather(-1, rank.expand(*scores.shape[:3], CLASSES)).float()
+    bounds = best_samples.gather(-1, rank.expand(*scores.shape[:3], CLASSES)).float()
+    last = bounds[..., -1:].to(sample.dtype)
+    crowded = (sample >= last).sum(-1) * step > capacity
+    room = (capacity - 64 - (sample > last).sum(-1) * (step * SLACK)).clamp(min=0)
+    above = torch.nextafter(bounds[..., -1:], torch.full_like(bounds[..., -1:], float("inf")))
+    bounds[..., :-1] = torch.maximum(bounds[..., :-1], above)  # what equals the last bound belongs into the last class
     whole = starts if mask.causal else n_keys - (stops - starts)
     bounds[..., -1].masked_fill_(reached >= whole, float("-inf"))
-    return bounds
+    return bounds, torch.where(crowded & (reached < whole), room, capacity).to(torch.int32)
 
 
 def order_keys(
@@ -148,17 +163,18 @@ def order_keys(
     starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, scores.device)
     reached = reached_keys(mask, starts, stops, n_keys, tau, chunk_len).to(torch.int32)
     longest = longest_list(mask, n_queries, n_keys, segment_len, tau, chunk_len)
-    bounds = thresholds(scores, mask, starts, stops, reached, longest)
-    poisoned = poisoned_keys(key, value)
     capacity = min(int(longest * SLACK * SLACK) + 64, n_keys)
+    bounds, room = thresholds(scores, mask, starts, stops, reached, longest, capacity)
+    poisoned = poisoned_keys(key, value)
     kept = torch.empty(batch, heads, segments, capacity, device=scores.device, dtype=torch.int32)
     key_index = kept.new_empty(batch, heads, segments, max(longest, 1))
     kept_count, key_count, prefix_count = (kept.new_empty(batch, heads, segments) for _ in range(3))
     grid = (segments, batch * heads)
     select_keys_kernel[grid](
-        scores, bounds, poisoned, poisoned if mask.key_mask is None else mask.key_mask, starts, stops, kept, kept_count,
-        prefix_count, 0 if mask.key_mask is None else mask.key_mask.stride(0), n_keys, segments, heads, capacity,
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, CLASSES=CLASSES, BLOCK=4096, num_warps=8,
+        scores, bounds, room, poisoned, poisoned if mask.key_mask is None else mask.key_mask, starts, stops, kept,
+        kept_count, prefix_count, 0 if mask.key_mask is None else mask.key_mask.stride(0), n_keys, segments, heads,
+        capacity, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, CLASSES=CLASSES, BLOCK=4096,
+        num_warps=8,
     )  # fmt: skip
     order_keys_kernel[grid](
         scores, bounds, poisoned, kept, kept_count, reached, key_index, key_count, n_keys, segments, capacity,

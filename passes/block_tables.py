@@ -263,8 +263,9 @@ class _Comparison:
             return self._equal_parts((left.args[0], *_items(left)), (right.args[0], *_items(right)))
         if not name or name != other:
             return False
-        if name in _FACTORIES:  # they take a shape and a device from their first argument, and no value
-            return self._equal_parts(left.args[1:], right.args[1:]) and self._equal_options(left, right)
+        if name in _FACTORIES:  # they take a shape, a device and a dtype from their first argument, and no value
+            alike = value_of(left).dtype is value_of(right).dtype
+            return alike and self._equal_parts(left.args[1:], right.args[1:]) and self._equal_options(left, right)
         if name == "where":
             return choice(left) is not None and self._equal_parts(choice(left), choice(right))
         return self._equal_parts(left.args, right.args) and self._equal_options(left, right)

@@ -43,6 +43,8 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)
         return Rejected("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)
+    if any(known(size == 0) for tensor in tensors for size in tensor.shape):
+        return Rejected("its query, key or value holds no element")
     if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors):
         return Rejected("dtype %s is not one of float16, bfloat16, float32 for all operands", query.dtype)
     if any(tensor.device != query.device for tensor in tensors):

@@ -153,7 +153,7 @@ def _mask(
             along = ()  # it fits nothing, and is rejected for what it is or for its shape
         elif broadcasts(along):
             along = None
-        fill = (None, False) if isinstance(part, Bias) else (part.hidden, part.negated)
+        fill = (None, False, None) if isinstance(part, Bias) else (part.hidden, part.negated, part.dtype)
         parts.append(MaskPart(part.node, *fill, axes=along))
     for zeroed, probabilities_shape in behind.zeroed:
         filled = [part for part in chain.masks if isinstance(part, Fill) and part.node is zeroed.node]

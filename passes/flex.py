@@ -195,7 +195,8 @@ def _check_fills(opened: _Opened, prover: MaskProver) -> Rejected | None:
     """Scores of float16 tensors are float32 here, so that the smallest float16 hides nothing."""
     if value_of(operands(opened.call)["query"]).dtype is not torch.float16:
         return None
-    fills = [prover.indices.fill(argument) for node in opened.scores for argument in node.args]
+    arguments = (argument for node in opened.scores for argument in (*node.args, *node.kwargs.values()))
+    fills = [prover.indices.fill(argument) for argument in arguments]
     if any(fill is not None and -math.inf < fill < _LARGE for fill in fills):
         return Rejected("its score_mod hides float16 scores by a finite number; use -inf")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from s2o_compile.passes.graph_values import Size, simplified
@@ -43,6 +44,7 @@ class MaskPart:
         node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
         hidden: What scores are filled with where the condition holds.
         negated: Whether the fill is where the condition does *not* hold.
+        dtype: Of the scores that are filled; they may be wider than the attention's operands.
         axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
             `MERGED`; None if the last ones are the last ones.
     """
@@ -50,6 +52,7 @@ class MaskPart:
     node: fx.Node
     hidden: float | None = None
     negated: bool = False
+    dtype: torch.dtype | None = None
     axes: tuple[int | None, ...] | None = None
 
 

@@ -157,8 +157,11 @@ class MaskProver:
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
             blind = "zeros" if math.isinf(part.hidden) else "mean"
         for number in hidden:
-            if not hides(number * factor, dtype):
-                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", number * factor)
+            shown = [held for held in (part.dtype, dtype) if held and not hides(number * factor, held)]
+            if shown:
+                return Rejected(
+                    "it hides scores by %s, expected -inf or torch.finfo(%s).min", number * factor, shown[0]
+                )
         if isinstance(terms, Rejected):
             return terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):

@@ -14,7 +14,15 @@ import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.passes import sizes
 from s2o_compile.passes.assumptions import check_blocks, check_causal
-from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
+from s2o_compile.passes.graph_values import (
+    Size,
+    function_name,
+    is_understood,
+    known,
+    same_sizes,
+    value_of,
+    written_arguments,
+)
 from s2o_compile.passes.mask_proof import KeyMask
 from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
@@ -64,7 +72,7 @@ class Rewriter:
     def rewrite(self, site: AttentionSite) -> Rejected | None:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
         node = site.node
-        restored = _restored(site) if site.restore else (_layout(value_of(node)), ())
+        restored = _restored(site)
         if restored is None:
             return Rejected("the operator cannot reproduce the shape and strides of its output")
         layout, restore = restored
@@ -206,17 +214,15 @@ class Rewriter:
         return node
 
 
-def _layout(output: object) -> str:
-    """How the replaced attention laid its output out: which of SDPA's kernels would have run decides it."""
-    if not isinstance(output, torch.Tensor):
-        return "auto"
-    heads, length = output.stride(1), output.stride(2)
-    return "BNHD" if known(heads < length) else "BHND" if known(length < heads) else "auto"
-
-
 def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
-    """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do."""
+    """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do.
+
+    Which of SDPA's kernels would have run decides how that is, and legal code behind it may count on it: a query stored
+    as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
+    """
     wanted = value_of(site.node)
+    if not isinstance(wanted, torch.Tensor):
+        return ("auto", ()) if not site.restore else None
     for order in ((), _memory_order(wanted)):
         # No layout of the operator's is the wanted one: a copy is.
         inverse = [order.index(dim) for dim in range(len(order))]
@@ -234,9 +240,9 @@ def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
 
 
 def _equal(output: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two values have the same shape and strides."""
-    pairs = zip((*output.shape, *output.stride()), (*wanted.shape, *wanted.stride()), strict=True)
-    return all(known(a == b) for a, b in pairs)
+    """Whether two values have the same shape and strides; the stride of a single element means nothing."""
+    strides = zip(output.stride(), wanted.stride(), wanted.shape, strict=True)
+    return same_sizes(output.shape, wanted.shape) and all(known(a == b) or known(size == 1) for a, b, size in strides)
 
 
 def _memory_order(value: torch.Tensor) -> list[int]:

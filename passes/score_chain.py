@@ -45,6 +45,7 @@ class Fill:
     node: fx.Node
     hidden: float
     negated: bool
+    dtype: torch.dtype
 
 
 @dataclass(eq=False)
@@ -353,7 +354,7 @@ class ScoreReader:
         hidden = self._indices.fill(fill)
         if hidden is None or not isinstance(condition, fx.Node) or not isinstance(scores, fx.Node):
             return Rejected("%s fills scores with values that are no constant", node)
-        return scores, Fill(condition, float(hidden), negated)
+        return scores, Fill(condition, float(hidden), negated, value_of(node).dtype)
 
     def _factor(self, node: fx.Node, name: str) -> tuple[fx.Node, float | fx.Node] | Rejected:
         """The scores and the factor of a multiplication or division."""

@@ -97,6 +97,22 @@ class TestLists:
             if place[:2] in poisoned:
                 assert poisoned[place[:2]] in index[place][:64], place
 
+    @pytest.mark.parametrize("good", ["poisoned", "better"])
+    def test_equals_push_no_better_key_out(self, device, good, monkeypatch):
+        """Most keys score the same, and the ones that must be visited stand behind more of them than a list holds."""
+        key = torch.zeros(2, 2, LENGTH, 16, device=device)
+        made = scores(device, "ties")
+        if good == "poisoned":
+            key[:, :, 2000] = torch.nan
+        else:
+            made[..., 2000] = 1.0
+        monkeypatch.setattr(f"{__name__}.scores", lambda *_: made)
+        _, _, (index, count, prefix), _ = lists(device, "ties", key=key)
+        for place in places(count):
+            whole = count[place] == prefix[place[0], place[2]]
+            assert whole or 2000 in index[place][:64] or place[2] * SEGMENT <= 2000, place
+            assert len(index[place][: count[place]].unique()) == count[place]
+
     def test_are_the_same_twice(self, device):
         first, second = (lists(device, "heavy")[2] for _ in range(2))
         for place in places(first[1]):

@@ -383,3 +383,16 @@ def test_a_billion_in_bfloat16_is_less():
     with torch.no_grad():
         capture = rewritten(function, *(heads(dtype=torch.bfloat16) for _ in range(3)), tolerance=5e-2)
     assert [record.reason for record in capture.records] == [""]
+
+
+def test_the_smallest_float16_hides_no_float32_scores():
+    """A product of float16 numbers, computed in float32, may lie far below -65504."""
+
+    def function(q, k, v):
+        return scores_of(q.float(), k.float()).masked_fill(above(q), -65504.0).softmax(-1).to(v.dtype) @ v
+
+    q, k, v = (heads(dtype=torch.float16) for _ in range(3))
+    with torch.no_grad():
+        capture = rewritten(function, 600 * q, 600 * k, v, tolerance=1e-2)
+    assert [record.rewritten for record in capture.records] == [False]
+    assert "hides scores by -65504.0, expected -inf or torch.finfo(torch.float32).min" in capture.records[0].reason

@@ -152,12 +152,19 @@ def test_other_score_mods_are_left_and_named(score_mod, reason):
     assert not [node for node in capture.nodes if node.target in (torch.matmul, torch.softmax)], "inlined nodes remain"
 
 
-def test_float16_scores_are_float32_inside():
-    lowest = torch.finfo(torch.float16).min
-    capture = rewritten(
-        scored(lambda s, b, h, i, j: torch.where(i >= j, s, lowest)), *sized(dtype=torch.float16), tolerance=2e-2
-    )
-    assert "use -inf" in capture.records[0].reason
+FLOAT16_FILLS = {
+    "positional": lambda s, b, h, i, j: torch.where(i >= j, s, -65504.0),
+    "keyword": lambda s, b, h, i, j: s.masked_fill(mask=i < j, value=-65504.0),
+    "factor": lambda s, b, h, i, j: 32 * torch.where(i >= j, s, -2047.0),
+    "cast": lambda s, b, h, i, j: s + torch.where(i >= j, input=torch.zeros(()), other=-65504.0).half(),
+}
+
+
+@pytest.mark.parametrize("score_mod", FLOAT16_FILLS.values(), ids=FLOAT16_FILLS)
+def test_float16_scores_are_float32_inside(score_mod):
+    q, k, v = sized(dtype=torch.float16)
+    capture = rewritten(scored(score_mod), 300 * q, 300 * k, v, tolerance=2e-2)
+    assert "use -inf" in capture.records[0].reason or "expected -inf" in capture.records[0].reason
 
 
 def test_the_log_sum_exp_stays():

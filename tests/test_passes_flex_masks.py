@@ -24,6 +24,7 @@ DOCUMENTS = torch.arange(KEYS) // 70
 VISIBLE = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril()
 SHIFT = torch.tensor(3)
 GATE = torch.arange(QUERIES) > 3
+NUMBER = torch.zeros(())
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +130,15 @@ def another_mask_mod(q, k, v):
     )
 
 
+def factory_of_another_dtype(q, k, v):
+    """0.7 beside an integer is 0."""
+    blocks = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (j * b.new_full((), 0.7) >= 0), None, None, QUERIES, KEYS, device="cpu"
+    )
+    blocks.mask_mod = lambda b, h, i, j: (i >= j) & (j * NUMBER.new_full((), 0.7) >= 0)
+    return flex_attention(q, k, v, block_mask=blocks)
+
+
 def tables_swapped(q, k, v):
     blocks = create_block_mask(causal, None, None, QUERIES, KEYS, device="cpu")
     tables = (blocks.full_kv_num_blocks, blocks.full_kv_indices, blocks.kv_num_blocks, blocks.kv_indices)
@@ -190,6 +200,7 @@ LEFT = {
     "swapped": (masked(lambda b, h, i, j: j >= i), None),
     "batch-not-given": (masked(padding), "B and H where the mask_mod looks at b and h"),
     "another-mask-mod": (another_mask_mod, "made of its own mask_mod"),
+    "factory-of-another-dtype": (factory_of_another_dtype, "made of its own mask_mod"),
     "tables-swapped": (tables_swapped, "not by create_block_mask"),
     "tables-half": (tables_half, "not by create_block_mask"),
     "tables-doubled": (tables_doubled, "not by create_block_mask"),

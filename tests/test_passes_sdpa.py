@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.graph_values import value_of
@@ -390,3 +391,34 @@ def test_inductor_compiles_the_rewritten_graph():
     torch.testing.assert_close(
         torch.compile(function, backend=backend)(q, k, v), function(q, k, v), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+@pytest.mark.parametrize("spelling", ["sdpa", "flex", "eager"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_sequence_first_code_may_view_the_output(spelling, dynamic):
+    """A query that lies as [N, B, H, D] gives an output that lies so, and a view that joins N and B is legal."""
+
+    def attend(x):
+        q = x.view(*x.shape[:2], 4, 16).permute(1, 2, 0, 3)
+        if spelling == "sdpa":
+            output = F.scaled_dot_product_attention(q, q, q)
+        elif spelling == "flex":
+            output = flex_attention(q, q, q)
+        else:
+            return (q @ q.transpose(-2, -1)).softmax(-1) @ q
+        return output.permute(2, 0, 1, 3).view(-1, 64)
+
+    x = torch.randn(40, 2, 64)
+    with torch.no_grad():
+        capture = rewritten(attend, x, mark=[(x, 0)] if dynamic else ())
+        assert [record.rewritten for record in capture.records] == [True]
+        assert torch.compile(attend, backend=Capture())(x).stride() == attend(x).stride()
+
+
+@pytest.mark.parametrize("empty", [(0, 2), (2, 0)], ids=["batch", "queries"])
+def test_an_attention_over_nothing_is_left(empty):
+    batch, length = empty
+    q, k = torch.randn(batch, 4, length, 16), torch.randn(batch, 4, 40, 16)
+    capture = rewritten(lambda q, k: F.scaled_dot_product_attention(q, k, k), q, k)
+    assert "no element" in capture.records[0].reason
