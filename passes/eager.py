@@ -10,7 +10,6 @@ operator, as behind ``nan_to_num``.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -161,12 +160,12 @@ def _mask(
         met = [scores for node, scores in chain.met if node is zeroed.node]
         if not alike or any(tuple(scores) != tuple(probabilities_shape) for scores in met):
             return Rejected("%s hides probabilities behind the softmax, and not in its scores alike", zeroed.node)
-        if len(parts) == 1:  # what hides a key makes zeros of a row without any, whatever the scores were filled with
-            parts = [dataclasses.replace(parts[0], hidden=-math.inf)]
-        elif chain.floored:
+        if len(parts) > 1 and chain.floored:
             return Rejected("several masks hide scores above a floor, and one of them probabilities")
+    # What hides a key, and nothing else does, makes zeros of a row without any, whatever its scores were filled with.
+    zeroed = bool(behind.zeroed) and len(parts) == 1
     floored = chain.floored and not behind.zeroed
-    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored)
+    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored, zeroed=zeroed)
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:

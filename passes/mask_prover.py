@@ -85,6 +85,7 @@ class MaskProver:
         *,
         factor: float = 1.0,
         floored: bool = False,
+        zeroed: bool = False,
     ) -> MaskProof | Rejected:
         """Proves the conjunction of the masks that hand-written attention applies to its scores.
 
@@ -94,6 +95,7 @@ class MaskProver:
             dtype: Of the scores.
             factor: A positive number that multiplies masked scores.
             floored: Whether masked scores are raised to the dtype's lowest number, so that all hidden ones are it.
+            zeroed: Whether the probabilities of hidden keys are set to zero behind the softmax.
         """
         query_len, key_len = shape[-2:]
         for part in parts:
@@ -127,7 +129,7 @@ class MaskProver:
         proof = _classify(tuple(terms), shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
-        if all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
+        if zeroed or all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
         # Several numbers are no mean, unless the same floor lies under all of them.
         if blinds in (["mean"], ["lowest"] * len(blinds)):
@@ -157,8 +159,9 @@ class MaskProver:
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
             blind = "zeros" if math.isinf(part.hidden) else "mean"
         for number in hidden:
-            if not hides(number * factor, dtype):
-                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", number * factor)
+            least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
+            if not hides(least, dtype):
+                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", least)
         if isinstance(terms, Rejected):
             return terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):

@@ -64,7 +64,7 @@ class Rewriter:
     def rewrite(self, site: AttentionSite) -> Rejected | None:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
         node = site.node
-        restored = _restored(site) if site.restore else (_layout(value_of(node)), ())
+        restored = _restored(site) if site.restore or not _lies_alike(site) else (_layout(value_of(node)), ())
         if restored is None:
             return Rejected("the operator cannot reproduce the shape and strides of its output")
         layout, restore = restored
@@ -212,6 +212,16 @@ def _layout(output: object) -> str:
         return "auto"
     heads, length = output.stride(1), output.stride(2)
     return "BNHD" if known(heads < length) else "BHND" if known(length < heads) else "auto"
+
+
+def _lies_alike(site: AttentionSite) -> bool:
+    """Whether the operator's output may lie in memory as the replaced value did: no stride is known to differ."""
+    query, wanted = site.query.value, value_of(site.node)
+    output = computed(query, empty_output, (query, site.value.value.shape[-1], _layout(wanted)))
+    if output is None or not isinstance(wanted, torch.Tensor):
+        return True
+    strides = zip(wanted.shape, output.stride(), wanted.stride(), strict=True)
+    return not any(known(size > 1) and known(own != other) for size, own, other in strides)
 
 
 def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:

@@ -308,6 +308,8 @@ class ScoreReader:
             return None
         if any(function_name(step) == "getitem" and step.args[1] != 0 for step in between):
             return None  # the positions of the maxima
+        if any(function_name(step) == "getattr" and step.args[1] != "values" for step in between):
+            return None  # transposed, they vary along the keys
         chain.nodes += [node, *between, maximum]
         return scores
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.capture import heads, rewritten
+from tests.capture import Capture, heads, rewritten
 
 HIDDEN = torch.ones(40, 40, dtype=torch.bool).triu(1)
 CAUSAL = torch.zeros(40, 40).masked_fill(HIDDEN, float("-inf"))
@@ -106,7 +106,50 @@ def einsum_one_value_head(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, v[:, :1].transpose(1, 2)).flatten(2)
 
 
+def below():
+    return torch.arange(40)[None] <= torch.arange(40)[:, None]
+
+
+def zeroed_behind_a_small_fill(fill, factor=1.0):
+    def function(q, k, v):
+        hidden = ~below()
+        return ((q @ k.mT).masked_fill(hidden, fill) * factor).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    return function
+
+
+def one_row_of_heads_for_each_batch(q, k, v):
+    """[R, N, N] @ [B, R, N, D]: the rows are heads, not batch entries."""
+    return (q[0, :2] @ k[0, :2].mT).softmax(-1) @ v[:, :2]
+
+
+def batch_entries_as_heads_of_the_values(q, k, v):
+    return (q[:, :1] @ k[:, :1].mT).softmax(-1).view(2, 40, 40) @ v[:, :2]
+
+
+def minus_the_transposed_maximum(q, k, v):
+    scores = q @ k.mT
+    return (scores - scores.amax(-1, keepdim=True).mT).softmax(-1) @ v
+
+
+def squared_in_place(q, k, v):
+    scores = q @ k.mT
+    scores.add_(torch.where(below(), 0.0, NINF))
+    probabilities = scores.softmax(-1)
+    return probabilities @ probabilities
+
+
 CASES = {
+    "zeroed-behind-a-small-fill": zeroed_behind_a_small_fill(-5.0),
+    "zeroed-behind-a-fill-by-zero": zeroed_behind_a_small_fill(0.0),
+    "zeroed-behind-a-shrunk-fill": zeroed_behind_a_small_fill(-1e9, 1e-9),
+    "filled-by-a-number-that-grows": lambda q, k, v: ((q @ k.mT).masked_fill(~below(), -1.0) * 1e9).softmax(-1) @ v,
+    "one-row-of-heads-for-each-batch": one_row_of_heads_for_each_batch,
+    "batch-entries-as-heads-of-the-values": batch_entries_as_heads_of_the_values,
+    "probabilities-split-another-way": lambda q, k, v: (q @ k.mT).softmax(-1).view(4, 2, 1, 40, 40) @ v[0, 0],
+    "minus-the-transposed-maximum": minus_the_transposed_maximum,
+    "squared-in-place": squared_in_place,
+    "softmax-of-an-attention": lambda q, k, v: ((q @ k.mT).softmax(-1) @ v).softmax(-1) @ v[0, 0].mT,
     "written-copy": written_copy,
     "written-copy-by-hand": written_copy_by_hand,
     "base-written-after-the-copy": base_written_after_the_copy,
@@ -151,3 +194,16 @@ def test_a_buffer_of_the_user_is_written():
 
     with torch.no_grad():
         rewritten(function, heads(), heads(), heads(), torch.zeros(8, 40, 40))
+
+
+def test_its_output_lies_in_memory_as_the_original_does():
+    def function(q, k, v):
+        scores = torch.einsum("...id,...jd->...ij", q, k)
+        return torch.einsum("...ij,...jd->...id", scores.softmax(-1), v)
+
+    inputs = heads(), heads()[0], heads()[0]
+    with torch.no_grad():
+        capture = rewritten(function, *inputs)
+        output = torch.compile(function, backend=Capture())(*inputs)
+    assert len(capture.calls) == 1
+    assert output.stride() == function(*inputs).stride()
