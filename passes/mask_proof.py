@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from s2o_compile.passes.graph_values import Size, simplified
@@ -45,12 +46,14 @@ class MaskPart:
         negated: Whether the fill is where the condition does *not* hold.
         axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
             `MERGED`; None if the last ones are the last ones.
+        dtype: Of the masked scores; None if it is that of the query.
     """
 
     node: fx.Node
     hidden: float | None = None
     negated: bool = False
     axes: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)

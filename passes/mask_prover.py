@@ -103,7 +103,7 @@ class MaskProver:
                 return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
         if floored and factor != 1:
             return Rejected("masked scores are clamped and multiplied by %s", factor)
-        if len(parts) == 1 and parts[0].hidden is None and parts[0].axes is None and factor == 1 and not floored:
+        if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
             return self.prove(parts[0].node, query_len, key_len)
         terms: list[Term] = []
         blinds: list[str | None] = []
@@ -153,8 +153,9 @@ class MaskProver:
             if isinstance(additive, Rejected):
                 return additive
             terms, hidden, blind = additive.terms, additive.hidden, additive.blind
-            dtype = additive.dtype
+            dtype = part.dtype or additive.dtype
         else:
+            dtype = part.dtype or dtype
             terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
             blind = "zeros" if math.isinf(part.hidden) else "mean"
@@ -217,6 +218,11 @@ class MaskProver:
         # A padding mask spread over the queries is no causal mask, whatever was promised.
         along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
         return all(along) and self.mutations.writer(mask) is None
+
+
+def _as_it_is(part: MaskPart) -> bool:
+    """Whether a mask is added to the scores as fused attention adds its own, in the dtype of both."""
+    return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
 
 
 def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:

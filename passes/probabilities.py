@@ -133,7 +133,7 @@ def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected |
         return Rejected("its probabilities pass %s (%s) before they meet the values", user, name)
     if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
         return None
-    return Fill(condition, 0.0, negated)
+    return Fill(condition, 0.0, negated, value_of(user).dtype)
 
 
 def _live_users(node: fx.Node) -> list[fx.Node]:

@@ -14,7 +14,15 @@ import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.passes import sizes
 from s2o_compile.passes.assumptions import check_blocks, check_causal
-from s2o_compile.passes.graph_values import Size, function_name, is_understood, known, value_of, written_arguments
+from s2o_compile.passes.graph_values import (
+    Size,
+    function_name,
+    is_understood,
+    known,
+    same_sizes,
+    value_of,
+    written_arguments,
+)
 from s2o_compile.passes.mask_proof import KeyMask
 from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
@@ -227,7 +235,9 @@ def _lies_alike(site: AttentionSite) -> bool:
 def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
     """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do."""
     wanted = value_of(site.node)
-    for order in ((), _memory_order(wanted)):
+    memory = _memory_order(wanted)
+    # Strides of dimensions of one element mean nothing, but are kept where they can be.
+    for order, exact in (((), True), (memory, True), ((), False), (memory, False)):
         # No layout of the operator's is the wanted one: a copy is.
         inverse = [order.index(dim) for dim in range(len(order))]
         copied = (
@@ -238,15 +248,17 @@ def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
             output = computed(query, empty_output, (query, site.value.value.shape[-1], layout))
             for function, args in restore:
                 output = computed(query, function, (output, *args))
-            if output is not None and output.ndim == wanted.ndim and _equal(output, wanted):
+            if output is not None and output.ndim == wanted.ndim and _equal(output, wanted, exact=exact):
                 return layout, restore
     return None
 
 
-def _equal(output: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two values have the same shape and strides."""
-    pairs = zip((*output.shape, *output.stride()), (*wanted.shape, *wanted.stride()), strict=True)
-    return all(known(a == b) for a, b in pairs)
+def _equal(output: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> bool:
+    """Whether two values have the same shape and strides; if not exact, but for dimensions of one element."""
+    pairs = zip(output.stride(), wanted.stride(), wanted.shape, strict=True)
+    return same_sizes(output.shape, wanted.shape) and all(
+        known(a == b) or (not exact and known(size == 1)) for a, b, size in pairs
+    )
 
 
 def _memory_order(value: torch.Tensor) -> list[int]:

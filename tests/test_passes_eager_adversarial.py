@@ -207,3 +207,40 @@ def test_its_output_lies_in_memory_as_the_original_does():
         output = torch.compile(function, backend=Capture())(*inputs)
     assert len(capture.calls) == 1
     assert output.stride() == function(*inputs).stride()
+
+
+def half_numbers_in_single_scores(q, k, v):
+    """float16's lowest number hides nothing among scores of float32."""
+    scores = (q @ k.mT).float() * 100
+    return scores.masked_fill(~below(), torch.finfo(torch.float16).min).softmax(-1).to(q.dtype) @ v
+
+
+def blind_in_half(q, k, v, padded):
+    """float32's lowest number is -inf in float16: a row without any key is zero, and no mean."""
+    fill = torch.finfo(torch.float32).min
+    return torch.where(padded[:, None, None], fill, q @ k.mT).softmax(-1).nan_to_num() @ v
+
+
+def test_numbers_that_hide_in_one_dtype():
+    q, k, v = (heads(dtype=torch.float16) * factor for factor in (20, 60, 1))
+    with torch.no_grad():
+        rewritten(half_numbers_in_single_scores, q, k, v, tolerance=1e-2)
+        rewritten(blind_in_half, q, k, v, torch.ones(2, 40, dtype=torch.bool), tolerance=1e-2)
+
+
+def test_values_of_another_dtype_are_named():
+    q, k, v = (heads(dtype=torch.float16) for _ in range(3))
+    with torch.no_grad():
+        capture = rewritten(lambda q, k, v: (q @ k.mT).float().softmax(-1) @ v.float(), q, k, v, tolerance=1e-2)
+    assert "query, key and value are torch.float16, torch.float16, torch.float32" in capture.records[0].reason
+
+
+def test_one_row_of_dynamic_length_by_einsum():
+    def function(q, k, v):
+        scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        return torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v).flatten(2)
+
+    inputs = [heads(batch=1) for _ in range(3)]
+    with torch.no_grad():
+        capture = rewritten(function, *inputs, mark=[(x, 2) for x in inputs])
+    assert len(capture.calls) == 1
