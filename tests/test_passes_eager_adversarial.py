@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.capture import Capture, heads, rewritten
+from s2o_compile.passes import rewrite
+from s2o_compile.passes.operand import computed
+from tests.capture import OPERATOR, Capture, heads, rewritten
 
 HIDDEN = torch.ones(40, 40, dtype=torch.bool).triu(1)
 CAUSAL = torch.zeros(40, 40).masked_fill(HIDDEN, float("-inf"))
@@ -243,4 +245,27 @@ def test_one_row_of_dynamic_length_by_einsum():
     inputs = [heads(batch=1) for _ in range(3)]
     with torch.no_grad():
         capture = rewritten(function, *inputs, mark=[(x, 2) for x in inputs])
+    assert len(capture.calls) == 1
+
+
+def test_a_failing_rewrite_leaves_the_graph_alone(monkeypatch):
+    def function(q, k, v, padded):
+        def attend(q):
+            return (q @ k.mT).masked_fill(padded[:, None, None], NINF).softmax(-1) @ v
+
+        return attend(attend(q))
+
+    def fail_once(like, call, args, kwargs=None):
+        if call is OPERATOR and not failed:
+            failed.append(call)
+            raise ValueError("no such value")
+        return computed(like, call, args, kwargs)
+
+    failed = []
+    monkeypatch.setattr(rewrite, "computed", fail_once)
+    padded = torch.arange(40).expand(2, -1) > 30
+    with torch.no_grad():
+        capture = rewritten(function, heads(), heads(), heads(), padded, tolerance=2e-5)
+    assert [record.rewritten for record in capture.records] == [False, True]
+    assert "the pass failed on it (ValueError: no such value)" in capture.records[0].reason
     assert len(capture.calls) == 1
