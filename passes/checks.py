@@ -26,7 +26,8 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
     output = value_of(node)
     if isinstance(output, torch.Tensor) and output.requires_grad:
         return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
-    if isinstance(output, torch.Tensor) and isinstance(query, torch.Tensor) and output.dtype != query.dtype:
+    dtypes = {operand.dtype for operand in (query, key, value) if isinstance(operand, torch.Tensor)}
+    if isinstance(output, torch.Tensor) and len(dtypes) == 1 and output.dtype not in dtypes:
         return Rejected(
             "autocast turns its %s query into %s; convert the model to %s instead",
             query.dtype,
@@ -45,8 +46,9 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
         return Rejected("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)
     if any(known(size == 0) for tensor in tensors for size in tensor.shape):
         return Rejected("its query, key or value holds no element")
-    if query.dtype not in DTYPES or any(tensor.dtype != query.dtype for tensor in tensors):
-        return Rejected("dtype %s is not one of float16, bfloat16, float32 for all operands", query.dtype)
+    if query.dtype not in DTYPES or len(dtypes) > 1:
+        found = ", ".join(str(tensor.dtype) for tensor in tensors)
+        return Rejected("query, key and value are %s, expected one of float16, bfloat16, float32 for all", found)
     if any(tensor.device != query.device for tensor in tensors):
         return Rejected("query, key and value are on different devices")
     if not known(key.shape[-1] == query.shape[-1]):

@@ -10,7 +10,6 @@ operator, as behind ``nan_to_num``.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from torch import fx
 
 from s2o_compile.passes import probabilities, product, repeat_kv, views
 from s2o_compile.passes.checks import check_tensors
-from s2o_compile.passes.graph_values import Size, arguments, function_name, known, value_of
+from s2o_compile.passes.graph_values import Size, arguments, function_name, known, same_sizes, value_of
 from s2o_compile.passes.head_layout import Axes, axes, broadcasts, to_heads
 from s2o_compile.passes.mask_proof import MaskPart, MaskProof
 from s2o_compile.passes.mask_prover import MaskProver
@@ -153,20 +152,20 @@ def _mask(
             along = ()  # it fits nothing, and is rejected for what it is or for its shape
         elif broadcasts(along):
             along = None
-        fill = (None, False, None) if isinstance(part, Bias) else (part.hidden, part.negated, part.dtype)
-        parts.append(MaskPart(part.node, *fill, axes=along))
+        fill = (None, False) if isinstance(part, Bias) else (part.hidden, part.negated)
+        parts.append(MaskPart(part.node, *fill, axes=along, dtype=part.dtype))
     for zeroed, probabilities_shape in behind.zeroed:
         filled = [part for part in chain.masks if isinstance(part, Fill) and part.node is zeroed.node]
         alike = any(part.negated == zeroed.negated for part in filled) and not prover.mutations.writers(zeroed.node)
         met = [scores for node, scores in chain.met if node is zeroed.node]
-        if not alike or any(tuple(scores) != tuple(probabilities_shape) for scores in met):
+        if not alike or not all(same_sizes(scores, probabilities_shape) for scores in met):
             return Rejected("%s hides probabilities behind the softmax, and not in its scores alike", zeroed.node)
-        if len(parts) == 1:  # what hides a key makes zeros of a row without any, whatever the scores were filled with
-            parts = [dataclasses.replace(parts[0], hidden=-math.inf)]
-        elif chain.floored:
+        if len(parts) > 1 and chain.floored:
             return Rejected("several masks hide scores above a floor, and one of them probabilities")
+    # What hides a key, and nothing else does, makes zeros of a row without any, whatever its scores were filled with.
+    zeroed = bool(behind.zeroed) and len(parts) == 1
     floored = chain.floored and not behind.zeroed
-    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored)
+    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored, zeroed=zeroed)
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:

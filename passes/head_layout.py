@@ -10,6 +10,7 @@ Everything is a view step of an operand, inserted when the attention is rewritte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ def to_heads(
     rank = max(len(weights), value.value.ndim)
     if len(scores) > 5 or rank > 5:
         return Rejected("query, key and value have shapes %s, expected at most [B, Hkv, G, N, D]", shapes)
+    if value.value.ndim > len(weights) > 2 and not known(weights[0] == 1):
+        return Rejected("its probabilities of shape %s are broadcast to values of a higher rank", tuple(weights))
     lifted = [_lifted(operand, at) for operand, at in zip(operands, (len(scores), len(scores), rank), strict=True)]
     rows = [operand.value.shape[0] for operand in lifted if operand.value.ndim == 3]
     several = [count for count in rows if not known(count == 1)]
@@ -75,7 +78,10 @@ def to_heads(
         3: ((torch.flatten, (0, 1)),),
         5: ((torch.unflatten, (1, groups)),),
     }
-    return Heads(*broadcast(*found), restore.get(rank, ()))
+    brought = broadcast(*found)
+    if rank == 5 and not known(math.prod(groups or ()) == brought[0].value.shape[1]):
+        return Rejected("query, key and value of shapes %s have no common split into heads", shapes)
+    return Heads(*brought, restore.get(rank, ()))
 
 
 def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:

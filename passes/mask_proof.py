@@ -44,16 +44,16 @@ class MaskPart:
         node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
         hidden: What scores are filled with where the condition holds.
         negated: Whether the fill is where the condition does *not* hold.
-        dtype: Of the scores that are filled; they may be wider than the attention's operands.
         axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
             `MERGED`; None if the last ones are the last ones.
+        dtype: Of the masked scores; None if it is that of the query.
     """
 
     node: fx.Node
     hidden: float | None = None
     negated: bool = False
-    dtype: torch.dtype | None = None
     axes: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)

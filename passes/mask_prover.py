@@ -85,6 +85,7 @@ class MaskProver:
         *,
         factor: float = 1.0,
         floored: bool = False,
+        zeroed: bool = False,
     ) -> MaskProof | Rejected:
         """Proves the conjunction of the masks that hand-written attention applies to its scores.
 
@@ -94,6 +95,7 @@ class MaskProver:
             dtype: Of the scores.
             factor: A positive number that multiplies masked scores.
             floored: Whether masked scores are raised to the dtype's lowest number, so that all hidden ones are it.
+            zeroed: Whether the probabilities of hidden keys are set to zero behind the softmax.
         """
         query_len, key_len = shape[-2:]
         for part in parts:
@@ -101,7 +103,7 @@ class MaskProver:
                 return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
         if floored and factor != 1:
             return Rejected("masked scores are clamped and multiplied by %s", factor)
-        if len(parts) == 1 and parts[0].hidden is None and parts[0].axes is None and factor == 1 and not floored:
+        if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
             return self.prove(parts[0].node, query_len, key_len)
         terms: list[Term] = []
         blinds: list[str | None] = []
@@ -127,7 +129,7 @@ class MaskProver:
         proof = _classify(tuple(terms), shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
-        if all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
+        if zeroed or all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
         # Several numbers are no mean, unless the same floor lies under all of them.
         if blinds in (["mean"], ["lowest"] * len(blinds)):
@@ -151,17 +153,16 @@ class MaskProver:
             if isinstance(additive, Rejected):
                 return additive
             terms, hidden, blind = additive.terms, additive.hidden, additive.blind
-            dtype = additive.dtype
+            dtype = part.dtype or additive.dtype
         else:
+            dtype = part.dtype or dtype
             terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
             blind = "zeros" if math.isinf(part.hidden) else "mean"
         for number in hidden:
-            shown = [held for held in (part.dtype, dtype) if held and not hides(number * factor, held)]
-            if shown:
-                return Rejected(
-                    "it hides scores by %s, expected -inf or torch.finfo(%s).min", number * factor, shown[0]
-                )
+            least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
+            if not hides(least, dtype):
+                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", least)
         if isinstance(terms, Rejected):
             return terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
@@ -217,6 +218,11 @@ class MaskProver:
         # A padding mask spread over the queries is no causal mask, whatever was promised.
         along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
         return all(along) and self.mutations.writer(mask) is None
+
+
+def _as_it_is(part: MaskPart) -> bool:
+    """Whether a mask is added to the scores as fused attention adds its own, in the dtype of both."""
+    return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
 
 
 def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:

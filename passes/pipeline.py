@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from torch import fx
@@ -55,17 +55,16 @@ def run(
     names = unique_names([module_path(node) for node, _ in found])
     prover = MaskProver(gm.graph, assume_causal=assume_causal_mask, assume_block_masks=assume_block_masks)
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
-    matches = [_match(frontend, node, prover) for node, frontend in found]
+    matches = _apart([_match(frontend, node, prover) for node, frontend in found])
+    calls = [frontend.operands(node) for node, frontend in found]
     rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
     # In the order of what is replaced: later sites share the key masks that earlier ones made.
     position = {node: at for at, node in enumerate(gm.graph.nodes)}
     sites = sorted(
-        zip(found, matches, names, strict=True),
-        key=lambda site: position[site[1].node if isinstance(site[1], AttentionSite) else site[0][0]],
+        zip((node for node, _ in found), calls, matches, names, strict=True),
+        key=lambda site: position[site[2].node if isinstance(site[2], AttentionSite) else site[0]],
     )
-    rewritten = {
-        node: _rewrite(node, frontend.operands(node), match, name, rewriter) for (node, frontend), match, name in sites
-    }
+    rewritten = {node: _rewrite(node, call, match, name, rewriter) for node, call, match, name in sites}
     records = {node: rewritten[node] for node, _ in found}
     for node, opened in expansions:
         _close(node, opened, records)
@@ -94,6 +93,17 @@ def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> Attention
     except Exception as error:
         logger.exception("%s: the pass failed", node)
         return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
+
+
+def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | Rejected]:
+    """The matches without those that take another one's output for their scores: its operands would be gone."""
+    outputs = {match.node for match in matches if isinstance(match, AttentionSite)}
+    return [
+        Rejected("its scores %s are the output of another attention", shared[0])
+        if isinstance(match, AttentionSite) and (shared := [node for node in match.interior if node in outputs])
+        else match
+        for match in matches
+    ]
 
 
 def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:

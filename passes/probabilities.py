@@ -94,6 +94,8 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
                 return Rejected("the probabilities of its sinks are not cut off before %s", user)
             if found.added is not None or found.alpha != 1:
                 return Rejected("%s adds a tensor to the output, or scales it", user)
+            if found.right.node in (softmax, *nodes):
+                return Rejected("%s multiplies its probabilities by themselves", user)
             return Probabilities(found, tuple(nodes), tuple(zeroed))
         if cut is not None and _cuts(user, node, first=cut):
             cut = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from s2o_compile.passes.graph_values import (
 from s2o_compile.passes.mask_proof import KeyMask
 from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
+
+logger = logging.getLogger(__name__)
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
 # Calls with an effect of their own although they write to none of their arguments.
@@ -68,9 +71,22 @@ class Rewriter:
         self._check_assumptions = check_assumptions
         self._checked: set[tuple[tuple[object, ...], str, str]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
+        self._inserted: list[fx.Node] = []  # for the attention that is being rewritten
 
     def rewrite(self, site: AttentionSite) -> Rejected | None:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
+        self._inserted = []
+        try:
+            return self._replace(site)
+        except Exception as error:  # a failure of the pass itself must not fail the user's compilation
+            logger.exception("%s: the pass failed", site.node)
+            for node in reversed(self._inserted):
+                if not node.users:
+                    self._graph.erase_node(node)
+            self._key_masks = {memo: node for memo, node in self._key_masks.items() if not node._erased}
+            return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
+
+    def _replace(self, site: AttentionSite) -> Rejected | None:
         node = site.node
         restored = _restored(site)
         if restored is None:
@@ -85,6 +101,7 @@ class Rewriter:
         positional, keyword = arguments
         with self._graph.inserting_before(node):
             call = self._graph.call_function(self._operator, positional, keyword)
+        self._inserted.append(call)
         _copy_meta(node, call)
         values = computed(value_of(node), self._operator, positional, keyword)
         inputs = node.all_input_nodes
@@ -95,9 +112,10 @@ class Rewriter:
         before = call
         for function, args in first:
             before = self._insert(node, function, before, *args)
+        result = None if values is None else computed(values[0], last[0], (before, *last[1]))
         node.op, node.target, node.args, node.kwargs = "call_function", last[0], (before, *last[1]), {}
         if values is not None:
-            _set_value(node, node, computed(values[0], node.target, node.args))
+            _set_value(node, node, result)
         for part in reversed(site.interior):  # in-place steps too: the frontend has proven that they serve it alone
             if not part.users:
                 inputs += part.all_input_nodes
@@ -209,6 +227,7 @@ class Rewriter:
     def _insert(self, before: fx.Node, function: Callable[..., Any], *args: Argument) -> fx.Node:
         with self._graph.inserting_before(before):
             node = self._graph.call_function(function, args)
+        self._inserted.append(node)
         _copy_meta(before, node)
         _set_value(before, node, computed(value_of(before), function, args))
         return node
@@ -223,7 +242,9 @@ def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
     wanted = value_of(site.node)
     if not isinstance(wanted, torch.Tensor):
         return ("auto", ()) if not site.restore else None
-    for order in ((), _memory_order(wanted)):
+    memory = _memory_order(wanted)
+    # Strides of dimensions of one element mean nothing, but are kept where they can be.
+    for order, exact in (((), True), (memory, True), ((), False), (memory, False)):
         # No layout of the operator's is the wanted one: a copy is.
         inverse = [order.index(dim) for dim in range(len(order))]
         copied = (
@@ -234,15 +255,17 @@ def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
             output = computed(query, empty_output, (query, site.value.value.shape[-1], layout))
             for function, args in restore:
                 output = computed(query, function, (output, *args))
-            if output is not None and output.ndim == wanted.ndim and _equal(output, wanted):
+            if output is not None and output.ndim == wanted.ndim and _equal(output, wanted, exact=exact):
                 return layout, restore
     return None
 
 
-def _equal(output: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two values have the same shape and strides; the stride of a single element means nothing."""
-    strides = zip(output.stride(), wanted.stride(), wanted.shape, strict=True)
-    return same_sizes(output.shape, wanted.shape) and all(known(a == b) or known(size == 1) for a, b, size in strides)
+def _equal(output: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> bool:
+    """Whether two values have the same shape and strides; if not exact, but for dimensions of one element."""
+    pairs = zip(output.stride(), wanted.stride(), wanted.shape, strict=True)
+    return same_sizes(output.shape, wanted.shape) and all(
+        known(a == b) or (not exact and known(size == 1)) for a, b, size in pairs
+    )
 
 
 def _memory_order(value: torch.Tensor) -> list[int]:

@@ -33,9 +33,10 @@ _SEARCH_DEPTH = 16
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """A mask added to the scores."""
+    """A mask added to the scores, and the dtype of their sum."""
 
     node: fx.Node
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +185,7 @@ class ScoreReader:
         if found.added is not None and self._indices.fill(found.added) != 0:
             if softcap is not None or scale != chain.tail or chain.factors or chain.tail <= 0:
                 return Rejected("%s is scaled after a tensor was added to it", found.node)
-            chain.masks.append(Bias(found.added))
+            chain.masks.append(Bias(found.added, value_of(found.node).dtype))
             chain.met.append((found.added, value_of(found.node).shape))
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
         chain.scale = scale * found.alpha * (softcap or 1.0)
@@ -309,6 +310,8 @@ class ScoreReader:
             return None
         if any(function_name(step) == "getitem" and step.args[1] != 0 for step in between):
             return None  # the positions of the maxima
+        if any(function_name(step) == "getattr" and step.args[1] != "values" for step in between):
+            return None  # transposed, they vary along the keys
         chain.nodes += [node, *between, maximum]
         return scores
 
@@ -338,7 +341,7 @@ class ScoreReader:
                 left, right = right, left
             if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
                 return Rejected("%s adds a number to the scores", node)
-            return left, Bias(right)
+            return left, Bias(right, value_of(node).dtype)
         if name == "masked_fill":
             return self._filled(node, *arguments(node, "input|self", "mask", "value"), negated=False)
         if name == "where" and (arms := choice(node)) is not None:
@@ -354,7 +357,10 @@ class ScoreReader:
         hidden = self._indices.fill(fill)
         if hidden is None or not isinstance(condition, fx.Node) or not isinstance(scores, fx.Node):
             return Rejected("%s fills scores with values that are no constant", node)
-        return scores, Fill(condition, float(hidden), negated, value_of(node).dtype)
+        dtype = value_of(node).dtype
+        # As the scores hold it: float32's lowest number is -inf in bfloat16.
+        hidden = torch.tensor(hidden, dtype=torch.float64).to(dtype).item()
+        return scores, Fill(condition, hidden, negated, dtype)
 
     def _factor(self, node: fx.Node, name: str) -> tuple[fx.Node, float | fx.Node] | Rejected:
         """The scores and the factor of a multiplication or division."""

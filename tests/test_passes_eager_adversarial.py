@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.capture import heads, rewritten
+from s2o_compile.passes import rewrite
+from s2o_compile.passes.operand import computed
+from tests.capture import OPERATOR, Capture, heads, rewritten
 
 HIDDEN = torch.ones(40, 40, dtype=torch.bool).triu(1)
 CAUSAL = torch.zeros(40, 40).masked_fill(HIDDEN, float("-inf"))
@@ -106,7 +108,50 @@ def einsum_one_value_head(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, v[:, :1].transpose(1, 2)).flatten(2)
 
 
+def below():
+    return torch.arange(40)[None] <= torch.arange(40)[:, None]
+
+
+def zeroed_behind_a_small_fill(fill, factor=1.0):
+    def function(q, k, v):
+        hidden = ~below()
+        return ((q @ k.mT).masked_fill(hidden, fill) * factor).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    return function
+
+
+def one_row_of_heads_for_each_batch(q, k, v):
+    """[R, N, N] @ [B, R, N, D]: the rows are heads, not batch entries."""
+    return (q[0, :2] @ k[0, :2].mT).softmax(-1) @ v[:, :2]
+
+
+def batch_entries_as_heads_of_the_values(q, k, v):
+    return (q[:, :1] @ k[:, :1].mT).softmax(-1).view(2, 40, 40) @ v[:, :2]
+
+
+def minus_the_transposed_maximum(q, k, v):
+    scores = q @ k.mT
+    return (scores - scores.amax(-1, keepdim=True).mT).softmax(-1) @ v
+
+
+def squared_in_place(q, k, v):
+    scores = q @ k.mT
+    scores.add_(torch.where(below(), 0.0, NINF))
+    probabilities = scores.softmax(-1)
+    return probabilities @ probabilities
+
+
 CASES = {
+    "zeroed-behind-a-small-fill": zeroed_behind_a_small_fill(-5.0),
+    "zeroed-behind-a-fill-by-zero": zeroed_behind_a_small_fill(0.0),
+    "zeroed-behind-a-shrunk-fill": zeroed_behind_a_small_fill(-1e9, 1e-9),
+    "filled-by-a-number-that-grows": lambda q, k, v: ((q @ k.mT).masked_fill(~below(), -1.0) * 1e9).softmax(-1) @ v,
+    "one-row-of-heads-for-each-batch": one_row_of_heads_for_each_batch,
+    "batch-entries-as-heads-of-the-values": batch_entries_as_heads_of_the_values,
+    "probabilities-split-another-way": lambda q, k, v: (q @ k.mT).softmax(-1).view(4, 2, 1, 40, 40) @ v[0, 0],
+    "minus-the-transposed-maximum": minus_the_transposed_maximum,
+    "squared-in-place": squared_in_place,
+    "softmax-of-an-attention": lambda q, k, v: ((q @ k.mT).softmax(-1) @ v).softmax(-1) @ v[0, 0].mT,
     "written-copy": written_copy,
     "written-copy-by-hand": written_copy_by_hand,
     "base-written-after-the-copy": base_written_after_the_copy,
@@ -151,3 +196,76 @@ def test_a_buffer_of_the_user_is_written():
 
     with torch.no_grad():
         rewritten(function, heads(), heads(), heads(), torch.zeros(8, 40, 40))
+
+
+def test_its_output_lies_in_memory_as_the_original_does():
+    def function(q, k, v):
+        scores = torch.einsum("...id,...jd->...ij", q, k)
+        return torch.einsum("...ij,...jd->...id", scores.softmax(-1), v)
+
+    inputs = heads(), heads()[0], heads()[0]
+    with torch.no_grad():
+        capture = rewritten(function, *inputs)
+        output = torch.compile(function, backend=Capture())(*inputs)
+    assert len(capture.calls) == 1
+    assert output.stride() == function(*inputs).stride()
+
+
+def half_numbers_in_single_scores(q, k, v):
+    """float16's lowest number hides nothing among scores of float32."""
+    scores = (q @ k.mT).float() * 100
+    return scores.masked_fill(~below(), torch.finfo(torch.float16).min).softmax(-1).to(q.dtype) @ v
+
+
+def blind_in_half(q, k, v, padded):
+    """float32's lowest number is -inf in float16: a row without any key is zero, and no mean."""
+    fill = torch.finfo(torch.float32).min
+    return torch.where(padded[:, None, None], fill, q @ k.mT).softmax(-1).nan_to_num() @ v
+
+
+def test_numbers_that_hide_in_one_dtype():
+    q, k, v = (heads(dtype=torch.float16) * factor for factor in (20, 60, 1))
+    with torch.no_grad():
+        rewritten(half_numbers_in_single_scores, q, k, v, tolerance=1e-2)
+        rewritten(blind_in_half, q, k, v, torch.ones(2, 40, dtype=torch.bool), tolerance=1e-2)
+
+
+def test_values_of_another_dtype_are_named():
+    q, k, v = (heads(dtype=torch.float16) for _ in range(3))
+    with torch.no_grad():
+        capture = rewritten(lambda q, k, v: (q @ k.mT).float().softmax(-1) @ v.float(), q, k, v, tolerance=1e-2)
+    assert "query, key and value are torch.float16, torch.float16, torch.float32" in capture.records[0].reason
+
+
+def test_one_row_of_dynamic_length_by_einsum():
+    def function(q, k, v):
+        scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        return torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v).flatten(2)
+
+    inputs = [heads(batch=1) for _ in range(3)]
+    with torch.no_grad():
+        capture = rewritten(function, *inputs, mark=[(x, 2) for x in inputs])
+    assert len(capture.calls) == 1
+
+
+def test_a_failing_rewrite_leaves_the_graph_alone(monkeypatch):
+    def function(q, k, v, padded):
+        def attend(q):
+            return (q @ k.mT).masked_fill(padded[:, None, None], NINF).softmax(-1) @ v
+
+        return attend(attend(q))
+
+    def fail_once(like, call, args, kwargs=None):
+        if call is OPERATOR and not failed:
+            failed.append(call)
+            raise ValueError("no such value")
+        return computed(like, call, args, kwargs)
+
+    failed = []
+    monkeypatch.setattr(rewrite, "computed", fail_once)
+    padded = torch.arange(40).expand(2, -1) > 30
+    with torch.no_grad():
+        capture = rewritten(function, heads(), heads(), heads(), padded, tolerance=2e-5)
+    assert [record.rewritten for record in capture.records] == [False, True]
+    assert "the pass failed on it (ValueError: no such value)" in capture.records[0].reason
+    assert len(capture.calls) == 1
