@@ -25,12 +25,13 @@ RANKINGS: dict[str, Callable[..., Tensor]] = {
 QUERY_ORDERS = ("none", "mean_query")
 
 SCRATCH_SHARE = 8
-"""Scores that are held at once take at most 1/8 of the memory of key and value, or those of one head."""
+SCRATCH_BYTES = 64 * 2**20
+"""Scores that are held at once take at most 1/8 of the memory of key and value, or 64 MiB, or those of one head."""
 
 
 def heads_together(key: Tensor, value: Tensor, segments: int) -> int:
     """Key/value heads that are ranked at a time, so that their scores stay small beside key and value."""
-    held = (key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE
+    held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
     of_one_head = key.shape[0] * segments * key.shape[2] * 2
     return max(1, min(key.shape[1], held // of_one_head))
 
