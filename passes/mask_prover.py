@@ -162,7 +162,7 @@ class MaskProver:
         for number in hidden:
             least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
             if not hides(least, dtype):
-                return Rejected("it hides scores by %s, expected -inf or torch.finfo(dtype).min", least)
+                return Rejected("it hides scores by %s, expected -inf or torch.finfo(%s).min", least, dtype)
         if isinstance(terms, Rejected):
             return terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
