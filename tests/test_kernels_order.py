@@ -119,7 +119,9 @@ class TestLists:
             assert torch.equal(first[0][place][: first[1][place]], second[0][place][: second[1][place]])
 
 
-@pytest.mark.parametrize(("kv_heads", "length", "together"), [(8, 131072, 2), (8, 16384, 8), (3, 65536, 3), (1, 131072, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "length", "together"), [(8, 131072, 2), (8, 16384, 8), (3, 65536, 3), (1, 131072, 1)]
+)
 def test_heads_are_ranked_a_few_at_a_time(kv_heads, length, together):
     key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
     assert heads_together(key, key, length // plan.default_segment_len(length)) == together
