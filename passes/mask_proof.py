@@ -30,6 +30,11 @@ class KeyMask:
     selected: tuple[tuple[int, int], ...]
     negated: bool
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for masks that read the same values."""
+        return self.node, self.batch_dim, self.key_dim, str(self.key_start), self.selected, self.negated
+
 
 MERGED = -1
 """The axis of a mask's dimension that is one of several which the scores have as one, or one that they have as several:

@@ -69,7 +69,7 @@ class Rewriter:
         self._options = options
         self._operator = operator_call or torch.ops.s2o.attention.default
         self._check_assumptions = check_assumptions
-        self._checked: set[tuple[tuple[object, ...], str, str]] = set()
+        self._checked: set[tuple[object, ...]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
         self._inserted: list[fx.Node] = []  # for the attention that is being rewritten
 
@@ -172,7 +172,8 @@ class Rewriter:
             return None
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
         watched = (promised,) if blocks is None else (*blocks.partial, *blocks.full)
-        memo = watched, str(lengths[0]), str(lengths[1])
+        # The same tables may be promised of two masks: each is compared.
+        memo = watched, str(site.mask), *(part.identity for part in site.mask.key_masks), *map(str, lengths)
         if memo in self._checked:
             return None
         query_len, key_len = (self._size(length, site.node) for length in lengths)
@@ -190,10 +191,7 @@ class Rewriter:
     def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
         """The mask as a [B, Nk] tensor, computed once for all layers."""
         batch, key_len = site.query.value.shape[0], site.key.value.shape[-2]
-        memo = (
-            mask.node, mask.batch_dim, mask.key_dim, str(mask.key_start), mask.selected, mask.negated,
-            str(batch), str(key_len),
-        )  # fmt: skip
+        memo = (*mask.identity, str(batch), str(key_len))
         if memo in self._key_masks:
             return self._key_masks[memo]
         node, at = mask.node, site.node

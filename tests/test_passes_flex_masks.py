@@ -305,6 +305,22 @@ def test_a_broken_promise_is_an_error(breach, fresh_dynamo):
         run(q, k, v, blocks)
 
 
+def test_tables_promised_of_two_masks_are_compared_with_both(fresh_dynamo):
+    def attend(q, k, v, tables):
+        for mask_mod in (causal, and_masks(causal, window)):
+            blocks = BlockMask.from_kv_blocks(*tables, 32, mask_mod, (QUERIES, KEYS))
+            q = flex_attention(q, k, v, block_mask=blocks)
+        return q
+
+    blocks = made(causal, BLOCK_SIZE=32)
+    tables = (blocks.kv_num_blocks, blocks.kv_indices, blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    options = {f"s2o.{name}": value for name, value in CONFIG.items()}
+    promised = {"s2o.assume_block_masks": True, "s2o.check_assumptions": True}
+    run = torch.compile(attend, backend="s2o", options=options | promised)
+    with pytest.raises(RuntimeError, match="assume_block_masks=True promises"):
+        run(*sized(), tables)
+
+
 @pytest.mark.parametrize("size", [(128, 128), (32, 64), (256, 16)], ids=str)
 @pytest.mark.parametrize("mask_mod", [causal, padding, and_masks(causal, window), noop_mask])
 def test_the_check_accepts_what_create_block_mask_makes(mask_mod, size):
