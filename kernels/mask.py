@@ -42,6 +42,23 @@ class AttentionMask:
     attention_chunk: int | None = None
     key_mask: Tensor | None = None
 
+    @classmethod
+    def aligned(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        causal: bool,
+        causal_offset: int | None,
+        window: int | None,
+        attention_chunk: int | None,
+        key_mask: Tensor | None,
+    ) -> AttentionMask:
+        """The mask of a call on [.., Nq, D] and [.., Nk, D]; no offset aligns the last query with the last key."""
+        offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
+        offset = offset if causal else 0
+        return cls(causal=causal, offset=offset, window=window, attention_chunk=attention_chunk, key_mask=key_mask)
+
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Bool [queries, keys] of the terms on positions; the key mask is a column and applied apart."""
         i, j = query_positions[:, None] + self.offset, key_positions[None, :]

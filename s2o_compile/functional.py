@@ -85,10 +85,11 @@ def attention(
             softcap=softcap,
             blind=blind,
         )
-        offset = key.shape[2] - query.shape[2] if causal_offset is None else causal_offset
-        mask = AttentionMask(
+        mask = AttentionMask.aligned(
+            query,
+            key,
             causal=causal,
-            offset=offset if causal else 0,
+            causal_offset=causal_offset,
             window=window,
             attention_chunk=attention_chunk,
             key_mask=key_mask,
