@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import triton_forward, triton_ranking
+from s2o_compile.kernels import triton_forward, triton_order, triton_ranking
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, Plan, default_segment_len, order_keys
+from s2o_compile.kernels.plan import TILE_LEN, Plan, default_segment_len
 from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.statistics import record_calls
 
@@ -155,7 +155,9 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         milliseconds(partial(triton_ranking.score_keys, query, key, CAUSAL, scale=scale, segment_len=segment_len)),
         0.0,
     )
-    order = partial(order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len, tau=args.tau)
+    order = partial(
+        triton_order.order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len, tau=args.tau
+    )
     row("S2O index work: order", milliseconds(order), 0.0)
     del scores, order
     for kind in ("topical", "random"):
