@@ -36,7 +36,7 @@ EXEMPT = (
 
 def expressible(call: Ran, record: SiteRecord | None) -> bool:
     """Whether the pass should have rewritten this call; ``record`` is what it made of it, None for not found."""
-    if record is not None and record.rewritten:
+    if record is not None and record.rewritten and not record.unproven:
         return True  # proven, so it is such a mask; `contradicts` compares
     exempt = record is not None and record.reason.startswith(EXEMPT)
     return not exempt and call.mask not in (DECODE, NUMBERS, OTHER, NO_SCORES)
@@ -48,6 +48,7 @@ def contradicts(call: Ran, record: SiteRecord | None) -> bool:
     return (
         record is not None
         and record.rewritten
+        and not record.unproven  # SDPA runs under such masks
         and "chunk" not in record.mask
         and call.mask in (NUMBERS, OTHER, NO_SCORES)
     )

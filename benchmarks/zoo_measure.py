@@ -45,6 +45,7 @@ class Row:
     ran: int = 0
     found: int = 0
     rewritten: int = 0
+    read: int = 0  # of the rewritten: sites whose mask is read at run time
     left: int = 0
     not_found: int = 0
     masks: str = ""
@@ -122,7 +123,7 @@ def _measure(subject: Subject, row: Row) -> None:
         )
         actual = _call(subject, compiled_copy(subject.model, watch.backend))
     _fill(row, watch.report(ran), len(ran))
-    _judge(row, watch.joined(ran))
+    _judge(row, watch.joined(ran), {call.site for call in watch.recording.calls if call.path == "masked"})
     row.error = distance(actual, expected, subject.keep)
     if row.error > (0 if subject.generate else TOLERANCE):
         row.status = "differs"
@@ -161,6 +162,7 @@ def _fill(row: Row, report: Report, ran: int) -> None:
     found = [site for site in report.sites if site.found]
     row.ran, row.found, row.rewritten = ran, len(found), report.rewritten
     row.left, row.not_found = len(found) - report.rewritten, len(report.not_found)
+    row.read = sum(bool(site.unproven) for site in found)
     row.masks = _ranked(site.mask for site in found if site.rewritten)
     row.left_reasons = _ranked(site.reason for site in found if not site.rewritten)
     row.not_found_kinds = _ranked(
@@ -169,13 +171,21 @@ def _fill(row: Row, report: Report, ran: int) -> None:
     row.graphs, row.graph_breaks = report.graphs, len(report.graph_breaks)
 
 
-def _judge(row: Row, calls: Sequence[tuple[census.Ran, SiteRecord | None]]) -> None:
+def _judge(row: Row, calls: Sequence[tuple[census.Ran, SiteRecord | None]], masked: set[str]) -> None:
+    """Count expressible calls; ``masked`` names the sites whose masks were read, and taken for no known mask."""
     judged = [(call, site) for call, site in calls if zoo_masks.expressible(call, site)]
-    missed = [(call, site) for call, site in judged if site is None or not site.rewritten]
+    missed = [
+        (call, site)
+        for call, site in judged
+        if site is None or not site.rewritten or (site.unproven and site.name in masked)
+    ]
     row.expressible, row.expressible_rewritten = len(judged), len(judged) - len(missed)
     row.contradictions = sum(zoo_masks.contradicts(*pair) for pair in calls)
     row.seen_masks = _ranked(call.mask for call, _ in calls)
-    row.missed_reasons = _ranked(f"not found: {call.kind}" if site is None else site.reason for call, site in missed)
+    row.missed_reasons = _ranked(
+        f"not found: {call.kind}" if site is None else site.reason or "read, and taken for no known mask"
+        for call, site in missed
+    )
 
 
 def _ranked(texts: Any) -> str:  # noqa: ANN401 (an iterable of texts)

@@ -36,6 +36,11 @@ def fill_blind_rows(output: Tensor, value: Tensor, mask: AttentionMask) -> Tenso
     n_queries, n_keys = output.shape[2], value.shape[2]
     if all_rows_see(mask, n_queries, n_keys):
         return output
+    blind = blind_rows(mask, n_queries, n_keys, output.device)
+    return torch.where(blind[:, None, :, None], value_mean(value, output), output)
+
+
+def value_mean(value: Tensor, output: Tensor) -> Tensor:
+    """The mean of all values [B, Hkv, Nk, Dv] for the heads of an output [B, Hq, Nq, Dv], [B, Hq, 1, Dv]."""
     mean = value.mean(2, keepdim=True, dtype=torch.float32).to(output.dtype)
-    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)
-    return torch.where(blind_rows(mask, n_queries, n_keys, output.device)[:, None, :, None], mean, output)
+    return mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)

@@ -28,7 +28,8 @@ def attend_differentiably(
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, None]:
         if softcap is None and sinks is None:
             return dense_attention(query, key, value, mask, scale=scale), None
-        return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks), None
+        visible = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
+        return plain_attention(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks), None
 
     chunked = mask.attention_chunk is not None
     output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
@@ -41,19 +42,24 @@ def plain_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: AttentionMask,
+    mask: Tensor,
     *,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The formula itself, logits and softmax in float32; all Nq x Nk logits are held."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
+    """The formula itself under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
+
+    A row that sees no key, or to which -inf is added everywhere, gets zeros.
+    """
+    n_keys = key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     logits = (query @ key.transpose(-1, -2)).float() * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    hidden = ~mask.visible_pairs(n_queries, n_keys, query.device)
+    hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+    if mask.dtype is not torch.bool:
+        logits = logits + mask
     # Finite, and the weights masked once more: no NaN on the way, forth or back, where a row sees nothing.
     logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     if sinks is not None:

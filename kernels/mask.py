@@ -59,6 +59,18 @@ class AttentionMask:
         offset = offset if causal else 0
         return cls(causal=causal, offset=offset, window=window, attention_chunk=attention_chunk, key_mask=key_mask)
 
+    def text(self, n_queries: int, n_keys: int) -> str:
+        """The mask in words, such as ``causal, window 4096, key padding``."""
+        shift = n_keys - n_queries
+        return describe(
+            causal=self.causal,
+            offset=None if self.offset == shift else self.offset,
+            window=self.window,
+            attention_chunk=self.attention_chunk,
+            padded=self.key_mask is not None,
+            ahead=max(self.offset - shift, 0) if self.causal else 0,
+        )
+
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Bool [queries, keys] of the terms on positions; the key mask is a column and applied apart."""
         i, j = query_positions[:, None] + self.offset, key_positions[None, :]
@@ -118,3 +130,39 @@ class AttentionMask:
         """
         start, stop = self.row_ranges(n_queries, n_keys, torch.device("cpu"))
         return (stop - start).sum().double().expand(batch)
+
+
+def describe(
+    *,
+    causal: bool,
+    offset: object | None,
+    window: int | torch.SymInt | None,
+    attention_chunk: int | None,
+    padded: bool,
+    ahead: object,
+) -> str:
+    """A mask in words.
+
+    Args:
+        causal: See `AttentionMask`.
+        offset: None if the last query is aligned with the last key.
+        window: See `AttentionMask`.
+        attention_chunk: See `AttentionMask`.
+        padded: Whether there is a key mask.
+        ahead: Keys behind its own position that a query sees, if that is a number.
+    """
+    if window is not None and isinstance(ahead, int) and ahead > 0:
+        behind = window - 1 - ahead
+        first = f"+{-behind}" if isinstance(behind, int) and behind < 0 else f"-{behind}"
+        parts = [f"sliding window {first}..+{ahead}"]
+    else:
+        parts = ["causal" if causal else "bidirectional"]
+        if causal and offset is not None:
+            parts.append(f"offset {offset}")
+        if window is not None:
+            parts.append(f"window {window}")
+    if attention_chunk is not None:
+        parts.append(f"chunk {attention_chunk}")
+    if padded:
+        parts.append("key padding")
+    return ", ".join(parts)

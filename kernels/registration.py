@@ -1,4 +1,4 @@
-"""``s2o::attention``: the operator as one opaque node that torch.compile keeps whole.
+"""``s2o::attention`` and ``s2o::masked_attention``: the operator as one opaque node that torch.compile keeps whole.
 
 Opaque on purpose: which path runs (S2O, sliding window, dense) is decided from lengths inside, so a graph needs no
 guard and no recompilation. Inference only: the public function and the graph pass send anything that wants gradients
@@ -8,18 +8,21 @@ to dense SDPA.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.masked import run_masked
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.validation import check_sinks
 
 _DEFAULT = OperatorOptions()
+_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
 @torch.library.custom_op("s2o::attention", mutates_args=())
@@ -86,6 +89,56 @@ def attention(
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
+# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
+@torch.library.custom_op("s2o::masked_attention", mutates_args=(), tags=_UNSAFE)
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = _DEFAULT.min_seq_len,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    query_order: str = _DEFAULT.query_order,
+    implementation: str = _DEFAULT.implementation,
+    site: str = "",
+    layout: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention under a mask that is read when it runs; see ``s2o_compile.attention`` for the arguments.
+
+    Returns:
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
+    """
+    options = OperatorOptions(
+        tau=tau,
+        min_seq_len=min_seq_len,
+        segment_len=segment_len,
+        ranking=ranking,
+        query_order=query_order,
+        implementation=implementation,
+    )
+    output = run_masked(
+        query,
+        key,
+        value,
+        attn_mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        options=options,
+        site=site,
+    )
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+@masked_attention.register_fake
 @attention.register_fake
 def _(
     query: Tensor,
@@ -100,16 +153,18 @@ def _(
     return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
 
 
+def _stacked(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A tensor with the mapped dimension first, repeated where it is not mapped."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
 @attention.register_vmap
 def _(
     info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Fold the mapped dimension into the batch."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-    given = [
-        (None if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), dim)
-        for x, dim in zip(tensors, in_dims, strict=True)
-    ]
+    given = [(None if x is None else _stacked(x, dim, size), dim) for x, dim in zip(tensors, in_dims, strict=True)]
     stacked, mapped = zip(*given, *[(None, None)] * (5 - len(given)), strict=True)
     query, key, value, key_mask, sinks = stacked
     if key_mask is not None:  # one row may serve the whole batch
@@ -126,16 +181,28 @@ def _(
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
-def _autocast(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def call(query: Tensor, key: Tensor, value: Tensor, *rest: object, **keywords: object) -> tuple[Tensor, Tensor]:
-        """Under autocast SDPA runs in the autocast dtype, and so does the operator."""
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return attention(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
+@masked_attention.register_vmap
+def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object) -> tuple[Tensor, int]:
+    """One call for each entry: every one has a mask of its own."""
+    size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
+    stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
+    outputs = [masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
+    return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
 
-    return call
+
+def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
+        """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
+        dtype = torch.get_autocast_dtype(device_type)
+        if call is masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
+            rest = (rest[0].to(dtype), *rest[1:])
+        with torch.autocast(device_type, enabled=False):
+            return call(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
+
+    return in_its_dtype
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention", _autocast(_device_type), _key)
+    _library.impl("attention", _autocast(_device_type, attention), _key)
+    _library.impl("masked_attention", _autocast(_device_type, masked_attention), _key)

@@ -18,11 +18,12 @@ class Call:
 
     Attributes:
         site: Module path of the attention, "" for eager calls.
-        path: "s2o", "window" or "dense".
+        path: "s2o", "window", "dense", or "masked": dense under a mask that was read and is none of the operator's.
         n_queries: Number of queries.
         n_keys: Number of keys.
         computed: int32 [B, Hq, tiles], keys each tile computed, on the device; None where nothing was skipped.
         area: Query-key pairs a dense kernel computes per head, float64 [B].
+        mask: What the mask is, as text; empty where that is not known.
     """
 
     site: str
@@ -31,6 +32,7 @@ class Call:
     n_keys: int
     computed: Tensor | None
     area: Tensor
+    mask: str
 
     @property
     def density(self) -> float:
@@ -58,9 +60,9 @@ def record_calls() -> Iterator[list[Call]]:
 
 
 def record(
-    site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask, computed: Tensor | None = None
+    site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask | None, computed: Tensor | None = None
 ) -> None:
-    """Tell every open recording about a call; costs nothing when there is none."""
+    """Tell every open recording about a call under a mask, None for any other; costs nothing when there is none."""
     if not _recordings:
         return
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -70,7 +72,8 @@ def record(
         n_queries=n_queries,
         n_keys=n_keys,
         computed=computed,
-        area=mask.area(query.shape[0], n_queries, n_keys),
+        area=(mask or AttentionMask()).area(query.shape[0], n_queries, n_keys),
+        mask="" if mask is None else mask.text(n_queries, n_keys),
     )
     for calls in _recordings:
         calls.append(call)

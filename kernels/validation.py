@@ -156,3 +156,30 @@ def check_sinks(sinks: Tensor, query: Tensor) -> None:
             got=sinks.device,
             remedy="Move them with .to(device).",
         )
+
+
+def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise InputError unless this is a mask that SDPA takes, for [B, Hq, Nq, D] and [B, Hkv, Nk, D]."""
+    wanted = (*query.shape[:3], key.shape[2])
+    given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if not 2 <= attn_mask.dim() <= 4 or any(a not in (1, b) for a, b in zip(given, wanted, strict=True)):
+        raise InputError(
+            "shape of attn_mask",
+            expected=f"2 to 4 dimensions that broadcast to {wanted}, [batch, heads, queries, keys]",
+            got=tuple(attn_mask.shape),
+            remedy="Pass padding [batch, keys] as key_mask, or as attn_mask[:, None, None, :].",
+        )
+    if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise InputError(
+            "dtype of attn_mask",
+            expected=f"bool (True for a key to attend), or {query.dtype} as the query",
+            got=attn_mask.dtype,
+            remedy="Compare a mask of numbers with 0, or convert it with .to(query.dtype).",
+        )
+    if attn_mask.device != query.device:
+        raise InputError(
+            "device of attn_mask",
+            expected=f"{query.device}, as the query",
+            got=attn_mask.device,
+            remedy="Move it with .to(device).",
+        )

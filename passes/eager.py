@@ -119,6 +119,9 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     mask = _mask(chain, behind, runs, (*query.value.shape[:3], key.value.shape[-2]), query.value.dtype, prover)
     if isinstance(mask, Rejected):
         return mask
+    for part in () if mask.read is None else mask.read.parts:
+        if prover.mutations.changed(part.node, after=chain.nodes[0], before=values.node):
+            return Rejected("%s is changed in place before the values are read (%s)", part.node, mask.read.why)
     once = [repeat_kv.unwrapped(operand, values.node, prover) for operand in (key, value)]
     if known(once[0].value.shape[1] == once[1].value.shape[1]):
         key, value = once
@@ -146,7 +149,7 @@ def _mask(
     prover: MaskProver,
 ) -> MaskProof | Rejected:
     parts = []
-    for part in chain.masks:
+    for part in reversed(chain.masks):  # as the scores meet them
         along = runs[part.node]
         if along is None:
             along = ()  # it fits nothing, and is rejected for what it is or for its shape

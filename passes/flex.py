@@ -136,6 +136,8 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     if rejected is not None:
         return rejected
     site = eager.match(node, prover)
+    if not isinstance(site, Rejected) and site.mask.read is not None:
+        site = site.mask.read.why  # written out, its mask would be there as a whole, which flex_attention avoids
     if isinstance(site, Rejected):
         return _with_bias(opened, site)
     if block_tables.is_whole(opened.tables):

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from s2o_compile.kernels.mask import describe
 from s2o_compile.passes.graph_values import Size, simplified
+from s2o_compile.passes.site import Rejected
+
+READ = "read at run time"
+"""The mask column of attentions whose mask is not proven."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +83,21 @@ class BlockPromise:
     sizes: tuple[object, object]
 
 
+@dataclass(frozen=True, eq=False)
+class MaskReading:
+    """Masks of which nothing is proven: the operator looks at their values whenever it runs.
+
+    Attributes:
+        parts: In the order in which the scores meet them.
+        blind: What a query gets that sees no key, where a single bool mask leaves that open.
+        why: Why nothing is proven.
+    """
+
+    parts: tuple[MaskPart, ...]
+    blind: str
+    why: Rejected
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskProof:
     """The proven mask: key j is visible to query i iff every term given here holds.
@@ -92,6 +112,7 @@ class MaskProof:
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
         promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
         blocks: Tables of blocks that the user promised to be those of this mask.
+        read: The masks that are read when they are there, if nothing is proven and nothing else given here.
     """
 
     causal: bool = False
@@ -103,20 +124,17 @@ class MaskProof:
     ahead: Size = 0
     promised: fx.Node | None = None
     blocks: BlockPromise | None = None
+    read: MaskReading | None = None
 
     def __str__(self) -> str:
-        if self.window is not None and isinstance(self.ahead, int) and self.ahead > 0:
-            behind = simplified(self.window - 1 - self.ahead)
-            first = f"+{-behind}" if isinstance(behind, int) and behind < 0 else f"-{behind}"
-            parts = [f"sliding window {first}..+{self.ahead}"]
-        else:
-            parts = ["causal" if self.causal else "bidirectional"]
-            if self.causal and self.offset is not None:
-                parts.append(f"offset {self.offset}")
-            if self.window is not None:
-                parts.append(f"window {self.window}")
-        if self.chunk is not None:
-            parts.append(f"chunk {self.chunk}")
-        if self.key_masks:
-            parts.append("key padding")
-        return ", ".join(parts) + (" (promised)" if self.promised is not None or self.blocks is not None else "")
+        if self.read is not None:
+            return READ
+        text = describe(
+            causal=self.causal,
+            offset=self.offset,
+            window=None if self.window is None else simplified(self.window),
+            attention_chunk=self.chunk,
+            padded=bool(self.key_masks),
+            ahead=self.ahead,
+        )
+        return text + (" (promised)" if self.promised is not None or self.blocks is not None else "")

@@ -7,8 +7,9 @@ A mask is proven when each of its terms is one of
     j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
     look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
 
-where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`: an attention that stays
-dense costs time, one rewritten under the wrong mask costs the result.
+where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`, or left to the operator,
+which reads the mask whenever it runs (`MaskReading`): an attention that stays dense costs time, one rewritten under the
+wrong mask costs the result.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from s2o_compile.kernels.mask_reading import ABSORBS
 from s2o_compile.passes import views
 from s2o_compile.passes.additive_masks import AdditiveEvaluator, hides
-from s2o_compile.passes.graph_values import Size, known, simplified, value_of
+from s2o_compile.passes.graph_values import Size, known, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import IndexTensor
-from s2o_compile.passes.mask_proof import MERGED, KeyMask, MaskPart, MaskProof
-from s2o_compile.passes.mask_terms import LookUp, SameChunk, Term, TermEvaluator, Terms
+from s2o_compile.passes.mask_classes import classify
+from s2o_compile.passes.mask_proof import MERGED, MaskPart, MaskProof, MaskReading
+from s2o_compile.passes.mask_terms import Term, TermEvaluator, Terms
 from s2o_compile.passes.mutations import Mutations
+from s2o_compile.passes.readable_masks import is_readable
 from s2o_compile.passes.site import Rejected
-
-BATCH, HEAD, QUERY, KEY = range(4)
-_AXES = ("batch entries", "heads", "queries", "keys")
 
 
 class MaskProver:
@@ -41,14 +42,18 @@ class MaskProver:
         graph: The captured graph.
         assume_causal: Whether the user promised that masks which enter the graph are causal.
         assume_block_masks: Whether the user promised that block masks which enter the graph are their mask_mods'.
+        read: Whether the operator may read masks that are not proven.
     """
 
-    def __init__(self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False) -> None:
+    def __init__(
+        self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False, read: bool = False
+    ) -> None:
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
         self._additive = AdditiveEvaluator(self._terms, self.mutations)
         self.assume_block_masks = assume_block_masks
         self._assume_causal = assume_causal
+        self._read = read
         self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
 
     @property
@@ -74,6 +79,8 @@ class MaskProver:
             proof = self._prove(mask, query_len, key_len)
             if isinstance(proof, Rejected) and self._assume_causal and self._is_input(mask, query_len, key_len):
                 proof = MaskProof(causal=True, promised=mask)
+            elif isinstance(proof, Rejected) and self._fits(mask, query_len, key_len):
+                proof = self._reading((MaskPart(mask),), "zeros", proof)
             self._proofs[memo] = proof
         return self._proofs[memo]
 
@@ -104,7 +111,27 @@ class MaskProver:
         if floored and factor != 1:
             return Rejected("masked scores are clamped and multiplied by %s", factor)
         if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
-            return self.prove(parts[0].node, query_len, key_len)
+            proof = self.prove(parts[0].node, query_len, key_len)
+            rounds = dtype is torch.float16 and not isinstance(proof, Rejected) and proof.read is not None
+            return proof.read.why if rounds else proof  # sums of scores and low numbers are rounded in float16
+        proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
+        if isinstance(proof, Rejected) and factor == 1 and not floored:
+            blind = _blind_if_read(parts, dtype, zeroed=zeroed)
+            if blind is not None and all(self._fits(part.node, query_len, key_len) for part in parts):
+                return self._reading(tuple(parts), blind, proof)
+        return proof
+
+    def _conjunction(
+        self,
+        parts: Sequence[MaskPart],
+        shape: Sequence[Size],
+        dtype: torch.dtype,
+        factor: float,
+        *,
+        floored: bool,
+        zeroed: bool,
+    ) -> MaskProof | Rejected:
+        query_len, key_len = shape[-2:]
         terms: list[Term] = []
         blinds: list[str | None] = []
         for part in parts:
@@ -126,7 +153,7 @@ class MaskProver:
             )
             terms += [term.at(indices, shape) for term in found[0]]
             blinds.append(found[1])
-        proof = _classify(tuple(terms), shape, query_len, key_len)
+        proof = classify(tuple(terms), shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
         if zeroed or all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
@@ -187,7 +214,7 @@ class MaskProver:
             return Rejected("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
         if isinstance(terms, Rejected):
             return Rejected("the mask %s is not proven: %s", mask, terms)
-        proof = _classify(terms, value.shape, query_len, key_len)
+        proof = classify(terms, value.shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the mask %s is not proven: %s", mask, proof)
         if blind == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
@@ -200,6 +227,20 @@ class MaskProver:
                 value.dtype,
             )
         return dataclasses.replace(proof, blind=blind)
+
+    def _fits(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
+        """Whether a mask broadcasts to [.., Nq, Nk] for every length."""
+        value = value_of(mask)
+        if not isinstance(value, torch.Tensor) or not 2 <= value.ndim <= 4:
+            return False
+        rows, columns = value.shape[-2:]
+        return known(columns == key_len) and (known(rows == query_len) or known(rows == 1))
+
+    def _reading(self, parts: tuple[MaskPart, ...], blind: str, why: Rejected) -> MaskProof | Rejected:
+        """Masks left to be read, if that may be done and promises anything; else why nothing is proven."""
+        if not self._read or not all(is_readable(part.node, self.indices) for part in parts):
+            return why
+        return MaskProof(read=MaskReading(parts, blind, why))
 
     def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
@@ -225,6 +266,23 @@ def _as_it_is(part: MaskPart) -> bool:
     return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
 
 
+def _blind_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
+    """What rows without any key get, if several masks, or fills, can be read as one mask; None if they cannot.
+
+    Fills replace scores and masks are added to them, which is one only where the number leaves nothing of a score.
+    """
+    absorbing = dtype in (torch.float32, torch.bfloat16)
+    exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)
+    fills = [part.hidden for part in parts if part.hidden is not None]
+    added = [value_of(part.node).dtype for part in parts if part.hidden is None]
+    low = all(math.isinf(fill) or (fill <= ABSORBS and absorbing) for fill in fills)
+    if not exact or not low or any(own != dtype for own in added):
+        return None
+    if zeroed and (added or len(fills) > 1):
+        return None
+    return "mean" if fills and not zeroed and not added and not math.isinf(fills[0]) else "zeros"
+
+
 def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
     return axis is not None and known(size == shape[axis])
 
@@ -245,129 +303,3 @@ def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> b
     if proof.chunk is not None and not known(query_len + offset <= key_len):
         return False
     return known(offset >= 0) and (proof.window is None or known(query_len + offset - proof.window < key_len))
-
-
-def _classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof | Rejected:
-    """What a conjunction of terms over a mask's shape says about queries and keys."""
-    lead = 4 - len(shape)
-    singleton = [True] * lead + [known(size == 1) for size in shape]
-    offsets: list[Size] = []  # j <= i + offset
-    reaches: list[Size] = []  # j >= i - reach
-    chunks: list[SameChunk] = []
-    key_masks: list[KeyMask] = []
-    for term in terms:
-        if isinstance(term, SameChunk):
-            chunks.append(term)
-            continue
-        if isinstance(term, LookUp):
-            key_mask = _key_mask(term, shape, singleton, key_len)
-            if isinstance(key_mask, Rejected):
-                return key_mask
-            key_masks.append(key_mask)
-            continue
-        steps = _steps(term.index, singleton)
-        if steps == (0, 0, 1, -1):
-            offsets.append(term.index.const)
-        elif steps == (0, 0, -1, 1):
-            reaches.append(term.index.const)
-        else:
-            return Rejected("%s is neither a causal bound nor a sliding window%s", term.node, _varies(steps))
-    offset, reach = _least(offsets), _least(reaches)
-    if isinstance(offset, Rejected):
-        return offset
-    if isinstance(reach, Rejected):
-        return reach
-    if reach is not None and offset is None:
-        return Rejected("it hides keys before a sliding window but no keys after the query")
-    if offset is None or reach is None:
-        window = None
-    else:
-        window = simplified(offset + reach + 1)
-        if not known(window >= 1):
-            return Rejected("its sliding window of %s tokens may be empty", window)
-    chunk = _chunk(chunks, singleton, offset)
-    if isinstance(chunk, Rejected):
-        return chunk
-    bottom_right = offset is not None and known(offset == key_len - query_len)
-    ahead = 0 if offset is None else simplified(offset - (key_len - query_len))
-    return MaskProof(
-        causal=offset is not None,
-        offset=None if bottom_right or offset is None else simplified(offset),
-        window=window,
-        chunk=chunk,
-        key_masks=tuple(key_masks),
-        ahead=ahead if known(ahead > 0) else 0,
-    )
-
-
-def _steps(index: IndexTensor, singleton: Sequence[bool]) -> tuple[int, ...]:
-    """Steps along batch, head, query and key; 0 along dimensions of one element."""
-    steps = (0,) * (4 - len(index.steps)) + index.steps
-    return tuple(0 if single else step for step, single in zip(steps, singleton, strict=True))
-
-
-def _varies(steps: Sequence[int]) -> str:
-    axes = [axis for axis, step in zip(_AXES, steps, strict=True) if step]
-    return f": it varies along {' and '.join(axes)}" if axes else ""
-
-
-def _least(bounds: Sequence[Size]) -> Size | Rejected | None:
-    """The tightest of several bounds that all hold."""
-    if not bounds:
-        return None
-    for bound in bounds:
-        if all(known(bound <= other) for other in bounds):
-            return bound
-    return Rejected("which of its bounds %s is the tightest depends on the lengths", ", ".join(map(str, bounds)))
-
-
-def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size | None) -> int | Rejected | None:
-    """The length of the chunks, provided that key j is compared with the query's own position i + offset."""
-    for term in terms:
-        sides = {_steps(side, singleton): side for side in (term.left, term.right)}
-        key, query = sides.get((0, 0, 0, 1)), sides.get((0, 0, 1, 0))
-        if key is None or query is None:
-            return Rejected("%s compares chunks of other things than queries and keys", term.node)
-        if not known(key.const == 0):
-            return Rejected("%s counts its chunks from position %s, expected the first key", term.node, key.const)
-        if offset is None or not known(query.const == offset):
-            return Rejected("%s cuts chunks (%s) without a causal mask of the same offset", term.node, term.size)
-        if term.size != terms[0].size:
-            return Rejected("%s and %s cut chunks of different lengths", terms[0].node, term.node)
-    return terms[0].size if terms else None
-
-
-def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], key_len: Size) -> KeyMask | Rejected:
-    """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
-    batch_dim, key_dim, key_start = None, None, 0
-    selected: list[tuple[int, int]] = []
-    base = value_of(term.node).shape
-    for dim, index in enumerate(term.indices):
-        steps = _steps(index, singleton)
-        if steps[QUERY] and term.node.op == "placeholder":
-            return Rejected(
-                "%s varies along queries, and %s: let the model make its mask of a 2-D attention_mask, inside the "
-                "compiled region, or promise that it is causal (assume_causal_mask=True)",
-                term.node,
-                term.why,
-            )
-        if steps[QUERY] or steps[HEAD]:
-            return Rejected("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
-        if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0) and known(base[dim] == shape[-4]):
-            batch_dim = dim
-        elif steps == (0, 0, 0, 1) and key_dim is None:
-            key_dim, key_start = dim, simplified(index.const)
-        elif not any(steps) and isinstance(simplified(index.const), int):
-            selected.append((dim, int(index.const)))
-        else:
-            return Rejected("%s is read at positions that are no plain batch and key positions", term.node)
-    if key_dim is None:
-        return Rejected("%s does not vary along the keys, and %s", term.node, term.why)
-    return KeyMask(
-        node=term.node,
-        batch_dim=batch_dim,
-        key_dim=key_dim,
-        key_start=key_start,
-        selected=tuple(selected),
-        negated=term.negated,
-    )

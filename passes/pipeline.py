@@ -33,6 +33,7 @@ def run(
     assume_causal_mask: bool = False,
     assume_block_masks: bool = False,
     check_assumptions: bool = False,
+    read_masks: bool = False,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
@@ -42,6 +43,7 @@ def run(
         assume_causal_mask: Whether masks that enter the graph are taken as causal where nothing can be proven.
         assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
+        read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
@@ -53,7 +55,9 @@ def run(
         (node, frontend) for node in gm.graph.nodes if node not in opaque and (frontend := _frontend(node)) is not None
     ]
     names = unique_names([module_path(node) for node, _ in found])
-    prover = MaskProver(gm.graph, assume_causal=assume_causal_mask, assume_block_masks=assume_block_masks)
+    prover = MaskProver(
+        gm.graph, assume_causal=assume_causal_mask, assume_block_masks=assume_block_masks, read=read_masks
+    )
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = _apart([_match(frontend, node, prover) for node, frontend in found])
     calls = [frontend.operands(node) for node, frontend in found]
@@ -130,9 +134,10 @@ def _rewrite(
     if isinstance(match, Rejected):
         logger.debug("%s stays dense: %s", name, match)
         return record(node, query=query, key=key, reason=match.reason, name=name)
-    query, key, mask = match.query.value, match.key.value, str(match.mask)
+    query, key, mask, read = match.query.value, match.key.value, str(match.mask), match.mask.read
     # The record is made first: rewriting erases the node.
-    rewritten = record(node, query=query, key=key, mask=mask, name=name)
+    unproven = "" if read is None else read.why.reason
+    rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven)
     refused = rewriter.rewrite(dataclasses.replace(match, name=name))
     if refused is not None:
         logger.debug("%s stays dense: %s", name, refused)

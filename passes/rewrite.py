@@ -24,7 +24,7 @@ from s2o_compile.passes.graph_values import (
     value_of,
     written_arguments,
 )
-from s2o_compile.passes.mask_proof import KeyMask
+from s2o_compile.passes.mask_proof import KeyMask, MaskPart
 from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
 
@@ -53,7 +53,6 @@ class Rewriter:
     Args:
         graph: The graph, changed in place.
         options: Keyword arguments for every call of the operator, such as ``tau``.
-        operator_call: The operator; its first output is the attention.
         check_assumptions: Whether masks are compared at run time with what was promised of them.
     """
 
@@ -61,16 +60,15 @@ class Rewriter:
         self,
         graph: fx.Graph,
         options: Mapping[str, object],
-        operator_call: Callable[..., Any] | None = None,
         *,
         check_assumptions: bool = False,
     ) -> None:
         self._graph = graph
         self._options = options
-        self._operator = operator_call or torch.ops.s2o.attention.default
         self._check_assumptions = check_assumptions
         self._checked: set[tuple[object, ...]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
+        self._read: dict[tuple[object, ...], fx.Node] = {}
         self._inserted: list[fx.Node] = []  # for the attention that is being rewritten
 
     def rewrite(self, site: AttentionSite) -> Rejected | None:
@@ -84,6 +82,7 @@ class Rewriter:
                 if not node.users:
                     self._graph.erase_node(node)
             self._key_masks = {memo: node for memo, node in self._key_masks.items() if not node._erased}
+            self._read = {memo: node for memo, node in self._read.items() if not node._erased}
             return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
     def _replace(self, site: AttentionSite) -> Rejected | None:
@@ -92,6 +91,8 @@ class Rewriter:
         if restored is None:
             return Rejected("the operator cannot reproduce the shape and strides of its output")
         layout, restore = restored
+        read = site.mask.read is not None
+        function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
         arguments = self._arguments(site, layout)
         if isinstance(arguments, Rejected):
             return arguments
@@ -100,10 +101,10 @@ class Rewriter:
             return refused
         positional, keyword = arguments
         with self._graph.inserting_before(node):
-            call = self._graph.call_function(self._operator, positional, keyword)
+            call = self._graph.call_function(function, positional, keyword)
         self._inserted.append(call)
         _copy_meta(node, call)
-        values = computed(value_of(node), self._operator, positional, keyword)
+        values = computed(value_of(node), function, positional, keyword)
         inputs = node.all_input_nodes
         if values is not None:
             _set_value(node, call, values)
@@ -124,15 +125,22 @@ class Rewriter:
         return None
 
     def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
-        keyword: dict[str, Any] = {
-            **self._options,
-            "causal": site.mask.causal,
-            "scale": site.scale,
-            "site": site.name,
-            "layout": layout,
-        }
+        keyword: dict[str, Any] = {**self._options, "scale": site.scale, "site": site.name, "layout": layout}
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
+        mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
+        if isinstance(mask, Rejected):
+            return mask
+        operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
+        refused = next((operand for operand in operands if isinstance(operand, Rejected)), None)
+        if refused is not None:
+            return refused
+        sinks = () if site.sinks is None else (site.sinks,)
+        return (*operands, mask, *sinks), keyword
+
+    def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected | None:
+        """The key mask [B, Nk], if there is one; the rest of the mask becomes keyword arguments."""
+        keyword["causal"] = site.mask.causal
         for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
             if size is not None:
                 keyword[name] = self._size(size, site.node)
@@ -148,12 +156,40 @@ class Rewriter:
             if isinstance(operand, Rejected):
                 return operand
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
-        operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
-        refused = next((operand for operand in operands if isinstance(operand, Rejected)), None)
-        if refused is not None:
-            return refused
-        sinks = () if site.sinks is None else (site.sinks,)
-        return (*operands, key_mask, *sinks), keyword
+        return key_mask
+
+    def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected:
+        """A mask that the operator reads: the only one as it is, several as what they make of scores of zero."""
+        reading, query = site.mask.read, site.query.value
+        assert reading is not None
+        for part in reading.parts:
+            leading = value_of(part.node).shape[:-2][::-1]
+            if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
+                return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
+        at, first = site.node, reading.parts[0]
+        memo = tuple((part.node, part.hidden, part.negated) for part in reading.parts)
+        if len(reading.parts) == 1 and first.hidden is not None and reading.blind == "mean":
+            keyword["blind"] = "mean"
+        if memo not in self._read:
+            masked = None
+            if len(reading.parts) == 1:
+                masked = first.node
+                if first.hidden is not None and not first.negated:  # the fill is where the condition holds
+                    masked = self._insert(at, torch.logical_not, masked)
+            else:
+                for part in reading.parts:
+                    masked = self._added(part, masked, query, at)
+            self._read[memo] = masked
+        return self._read[memo]
+
+    def _added(self, part: MaskPart, masked: fx.Node | None, query: torch.Tensor, at: fx.Node) -> fx.Node:
+        """What the next of several masks makes of scores that were zero before the first."""
+        if part.hidden is None:
+            return part.node if masked is None else self._insert(at, torch.add, masked, part.node)
+        before = 0.0 if masked is None else masked
+        arms = (before, part.hidden) if part.negated else (part.hidden, before)
+        chosen = self._insert(at, torch.where, part.node, *arms)
+        return chosen if masked is not None else self._insert(at, torch.Tensor.to, chosen, query.dtype)
 
     def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
         node = operand.node

@@ -61,7 +61,7 @@ class ScoreChain:
         floored: Whether hidden scores are raised to the dtype's lowest number.
         factors: Further factors: 0-d tensors, tensors that are constant along the keys, or symbolic numbers.
         softcap: Cap of ``softcap * tanh(x)``.
-        masks: In no order: all must let a key through.
+        masks: From the softmax back; all must let a key through.
         sinks: The tensor [..., Nq, 1] joined to the scores as one more key.
         sinks_first: Whether it stands before the keys.
         nodes: Every node of the chain, the product included, first to last.

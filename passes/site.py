@@ -88,7 +88,8 @@ class SiteRecord:
         name: Module path of the attention.
         rewritten: Whether it now runs the sparse operator.
         reason: Why it stayed dense; empty when rewritten.
-        mask: The proven mask, such as ``causal, window 4096``; empty when nothing was proven.
+        mask: The proven mask, such as ``causal, window 4096``, or ``read at run time``; empty when left dense.
+        unproven: Why the mask is read at run time; empty where it is not.
         query_shape: [B, Hq, Nq, D], each size printed; symbolic sizes as such (``s50``).
         key_shape: [B, Hkv, Nk, D] as the operator sees it.
         dtype: Of the query, such as ``bfloat16``.
@@ -98,6 +99,7 @@ class SiteRecord:
     rewritten: bool
     reason: str = ""
     mask: str = ""
+    unproven: str = ""
     query_shape: tuple[str, ...] = ()
     key_shape: tuple[str, ...] = ()
     dtype: str = ""
@@ -123,7 +125,14 @@ def shape_text(value: object) -> tuple[str, ...]:
 
 
 def record(
-    node: fx.Node, *, query: object, key: object, reason: str = "", mask: str = "", name: str | None = None
+    node: fx.Node,
+    *,
+    query: object,
+    key: object,
+    reason: str = "",
+    mask: str = "",
+    unproven: str = "",
+    name: str | None = None,
 ) -> SiteRecord:
     """The report line of one attention; ``query`` and ``key`` are its (fake) tensors or None."""
     return SiteRecord(
@@ -131,6 +140,7 @@ def record(
         rewritten=not reason,
         reason=reason,
         mask=mask,
+        unproven=unproven,
         query_shape=shape_text(query),
         key_shape=shape_text(key),
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",

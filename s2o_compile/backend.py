@@ -75,6 +75,7 @@ def s2o(
         assume_causal_mask=config.assume_causal_mask,
         assume_block_masks=config.assume_block_masks,
         check_assumptions=config.check_assumptions,
+        read_masks=config.read_masks,
     )
     notify(records, time.perf_counter() - start)
     _warn_if_nothing(records)

@@ -40,6 +40,10 @@ class S2OConfig(OperatorOptions):
             mask_mod leaves visible, as ``create_block_mask`` makes them. The mask_mod of a ``flex_attention`` is
             proven, but its tables of blocks are data, and the attention stays as it is otherwise. If the promise is
             wrong, so is the result. Reports say "(promised)". Tables made inside the compiled function need none.
+        read_masks: Whether the operator reads masks that could not be proven (they enter a graph behind a graph break,
+            or are made of data) when it runs, from ``min_seq_len`` on: where every value agrees with a causal, sliding
+            or padding mask it runs sparse, elsewhere SDPA runs under the mask. Reports say "(read at run time)". Costs
+            one pass over the mask and one wait for the device a call. False leaves such attentions as they are.
         check_assumptions: Compare promised masks with what was promised of them at run time; where one differs, a
             RuntimeError says so. On CUDA nothing waits for the check: the error comes with the next synchronisation.
             Costs Nq x Nk flags of memory.
@@ -52,10 +56,11 @@ class S2OConfig(OperatorOptions):
     assume_causal_mask: bool = False
     assume_block_masks: bool = False
     check_assumptions: bool = False
+    read_masks: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions"):
+        for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         known = torch._dynamo.list_backends(exclude_tags=None)

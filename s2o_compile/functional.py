@@ -9,8 +9,10 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.kernels import registration
 from s2o_compile.kernels.differentiable import attend_differentiably
 from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.validation import check_inputs
+from s2o_compile.kernels.masked import under_mask
+from s2o_compile.kernels.validation import check_attn_mask, check_inputs
 
 
 def attention(
@@ -19,6 +21,7 @@ def attention(
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     causal: bool = False,
     causal_offset: int | None = None,
@@ -39,6 +42,10 @@ def attention(
         key: [B, Hkv, Nk, D], Hq divisible by Hkv; heads are shared, never repeated.
         value: [B, Hkv, Nk, Dv]; Dv may be larger or smaller than D.
         key_mask: bool [B, Nk] or [1, Nk], True where a key may be attended (padding is False).
+        attn_mask: Any mask that SDPA takes, instead of all arguments about which keys are seen: bool (True for a key to
+            attend) or added to the scores, of rank 2 to 4 and broadcastable to [B, Hq, Nq, Nk]. From ``min_seq_len`` on
+            it is read, which waits for the device: if every value agrees with a causal, sliding or padding mask, that
+            runs; under any other mask SDPA does.
         sinks: Floating [Hq], one more logit for each query head: it takes its share of the softmax, and its value is
             zero. With sinks every query sees something: one that sees no key gets zeros.
         causal: Key j is visible to query i iff ``j <= i + causal_offset``.
@@ -68,7 +75,19 @@ def attention(
     sinks in plain torch, which holds all Nq x Nk logits.
     """
     config = config or S2OConfig()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+    if attn_mask is not None:
+        others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window}
+        others |= {"attention_chunk": attention_chunk, "causal": causal or None, "return_lse": return_lse or None}
+        given = [name for name, argument in others.items() if argument is not None]
+        if given:
+            raise InputError(
+                "attn_mask",
+                expected="no other argument about which keys are seen, and no return_lse",
+                got=", ".join(given),
+                remedy="Merge them into attn_mask, or leave it out.",
+            )
+        return _masked(query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, config=config)
+    if _wants_gradients(query, key, value, sinks):
         if return_lse:
             raise InputError(
                 "return_lse", expected="no gradients", got="inputs that require grad", remedy="Use torch.no_grad()."
@@ -121,3 +140,32 @@ def attention(
         **config.operator_options(),
     )
     return (output, lse) if return_lse else output
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    blind: str,
+    config: S2OConfig,
+) -> Tensor:
+    if not _wants_gradients(query, key, value, sinks, attn_mask):
+        output, _ = registration.masked_attention(
+            query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **config.operator_options()
+        )
+        return output
+    check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
+    check_attn_mask(attn_mask, query, key)
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = under_mask(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks, blind=blind)
+    return as_sdpa(output, query)

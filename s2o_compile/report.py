@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +15,8 @@ class Site(SiteRecord):
     """One attention: what the compiler did with it, and what the operator did at run time.
 
     Attributes:
-        path: "s2o", "window" (exact sliding window) or "dense", as it ran; empty if it did not run or was left alone.
+        path: "s2o", "window" (exact sliding window), "dense", or "masked" (dense, under a mask that was read and is no
+            other), as it ran; empty if it did not run or was left alone.
         density: Computed query-key pairs over those a dense kernel computes, mean over calls; None if not rewritten.
         found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
     """
@@ -89,6 +91,10 @@ class Report:
         notes = []
         if self.census_error:
             notes.append(f"not checked for attentions that were not found: {self.census_error}")
+        unproven = Counter(site.unproven for site in self.sites if site.unproven)
+        if unproven:
+            notes.append("masks read at run time, for they could not be proven:")
+            notes += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
         if self.graph_breaks:
             notes.append(f"captured in {self.graphs} graphs; breaks:")
             notes += [f"  - {reason}" for reason in self.graph_breaks]
@@ -101,7 +107,13 @@ class Report:
 
 
 def _row(site: Site) -> tuple[str, ...]:
-    result = {"": "rewritten", "s2o": "rewritten", "window": "rewritten", "dense": "rewritten, ran dense (short)"}
+    result = {
+        "": "rewritten",
+        "s2o": "rewritten",
+        "window": "rewritten",
+        "dense": "rewritten, ran dense (short)",
+        "masked": "rewritten, ran dense (its mask)",
+    }
     return (
         site.name,
         "x".join(site.query_shape),
@@ -118,5 +130,8 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
     for record in records:
         own = [call for call in calls if record.rewritten and call.site == record.name]
         density = sum(call.density for call in own) / len(own) if own else None
-        sites.append(Site(**asdict(record), path=own[-1].path if own else "", density=density))
+        fields = asdict(record)
+        if record.unproven and own and own[-1].path != "dense":
+            fields["mask"] = f"{own[-1].mask or 'another mask'} ({record.mask})"
+        sites.append(Site(**fields, path=own[-1].path if own else "", density=density))
     return tuple(sites)

@@ -1,0 +1,120 @@
+"""Attention under a mask of unknown origin: read where attention is long, handed to SDPA where it is not a known mask.
+
+A mask that cannot be proven when a model is compiled (it enters a graph behind a graph break, or is put together from
+data) may still be causal, a sliding window or padding in every call. So it is looked at: then the sparse operator runs
+under what it says. If it says anything else, or attention is short, SDPA runs under the mask itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_compile.kernels.blind_rows import value_mean
+from s2o_compile.kernels.differentiable import plain_attention
+from s2o_compile.kernels.equal_dims import pad_to_equal
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.mask_reading import ReadMask, outweighs, read_mask
+from s2o_compile.kernels.operator import choose_path, run
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.statistics import record
+from s2o_compile.kernels.validation import check_attn_mask, check_inputs
+
+
+def run_masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    *,
+    scale: float | None,
+    options: OperatorOptions,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    blind: str = "zeros",
+    site: str = "",
+) -> Tensor:
+    """Attention output [B, Hq, Nq, Dv].
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        attn_mask: bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to
+            [B, Hq, Nq, Nk].
+        scale: Softmax scale, None for 1 / sqrt(D).
+        options: How to rank, order, stop and run.
+        softcap: Bound of the logits, None for none.
+        sinks: Floating [Hq], one more logit a head.
+        blind: What a query gets that sees no key, under a bool mask; a float mask says it itself.
+        site: Module path for the report.
+    """
+    check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
+    check_attn_mask(attn_mask, query, key)
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    found = None
+    path = choose_path(query, key, AttentionMask(), scale=scale, min_seq_len=options.min_seq_len)
+    if path != "dense" and not _capturing(query):
+        found = _read(query, key, attn_mask, scale=scale, softcap=softcap)
+        path = "masked" if found is None else path
+    if found is None:
+        record(site, path, query, key, None)
+        return under_mask(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks, blind=blind)
+    blind = found.blind if attn_mask.dtype is not torch.bool else blind
+    output, _ = run(
+        query,
+        key,
+        value,
+        found.mask,
+        scale=scale,
+        return_lse=False,
+        options=options,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        site=site,
+    )
+    if found.hidden_rows is not None:
+        filled = value_mean(value, output) if blind == "mean" and sinks is None else output.new_zeros(())
+        output = torch.where(found.hidden_rows[..., None], filled, output)
+    return output
+
+
+def under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blind: str = "zeros",
+) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] under a mask of rank 4 as it is; arguments as `run_masked`."""
+    if softcap is not None or sinks is not None:
+        output = plain_attention(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks)
+    else:
+        group = query.shape[1] // key.shape[1]
+        padded = pad_to_equal(query, key, value)
+        # With a mask, SDPA's fused backends want equal head counts.
+        repeated = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in padded[1:])
+        output = scaled_dot_product_attention(padded[0], *repeated, attn_mask=attn_mask, scale=scale)
+        output = output[..., : value.shape[3]]
+    if blind == "mean" and sinks is None and attn_mask.dtype is torch.bool:
+        output = torch.where(attn_mask.any(-1, keepdim=True), output, value_mean(value, output))
+    return output
+
+
+def _read(query: Tensor, key: Tensor, attn_mask: Tensor, *, scale: float, softcap: float | None) -> ReadMask | None:
+    found = read_mask(attn_mask, query.shape[2], key.shape[2], query.dtype)
+    if found is None or not outweighs(found.weakest, query, key, scale=scale, softcap=softcap):
+        return None
+    return found
+
+
+def _capturing(query: Tensor) -> bool:
+    """Whether a CUDA graph records: it cannot wait for what a mask says."""
+    return query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
