@@ -32,7 +32,7 @@ class Call:
     n_keys: int
     computed: Tensor | None
     area: Tensor
-    mask: str
+    mask: str = ""
 
     @property
     def density(self) -> float:
