@@ -9,7 +9,7 @@ stops) against SDPA in the same run. Inputs are synthetic; what they can and can
     topical, tau    tokens come in runs of one topic and look for their topic: early stopping as it runs in practice
     random, tau     Gaussian noise, on which nothing stops early: the worst case, long tiles restart densely
 
-Medians in milliseconds by ``triton.testing.do_bench``; TFLOP/s count the computed area only (4 D flops a pair).
+Medians in milliseconds (``calls.milliseconds``); TFLOP/s count the computed area only (4 D flops a pair).
 """
 
 from __future__ import annotations
