@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--only short graphs] [--json benchmarks/results/overhead-h100.json]
 
-    short         default configuration, N up to the dispatch length: GPU time by CUDA graphs, host time by issuing calls
-                  without waiting; against SDPA's own choice and against its fastest backend
+    short         default configuration, N up to the dispatch length: GPU time by CUDA graphs, host time by issuing
+                  calls without waiting; against SDPA's own choice and against its fastest backend
     compiled      host and GPU time of one attention in a compiled graph of 32, dense and through backend="s2o"
     graphs        the same with mode="reduce-overhead", where the host does nothing
     same bits     the same input twice gives the same bits
@@ -40,7 +40,7 @@ from s2o_compile.kernels.statistics import record_calls
 CHAIN = 32
 """Attentions of a compiled graph, as many as a model has layers: what entering the graph costs is shared by them."""
 
-ISSUED = 100
+ISSUED = 50
 """Calls issued without waiting: few enough for the queue of launches to take them all."""
 
 HEADS = (32, 8, 128)
@@ -66,7 +66,7 @@ def host_microseconds(call: Callable[[], object], calls_in_one: int = 1) -> floa
     issued = max(ISSUED // calls_in_one, 5)
     times = []
     call()
-    for _ in range(15):
+    for _ in range(9):
         calls.synchronize()
         start = time.perf_counter()
         for _ in range(issued):
