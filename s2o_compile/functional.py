@@ -67,7 +67,6 @@ def attention(
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
     sinks in plain torch, which holds all Nq x Nk logits.
     """
-    config = config or S2OConfig()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         if return_lse:
             raise InputError(
@@ -118,6 +117,6 @@ def attention(
         softcap=softcap,
         blind=blind,
         return_lse=return_lse,
-        **config.operator_options(),
+        **({} if config is None else config.operator_options()),
     )
     return (output, lse) if return_lse else output
