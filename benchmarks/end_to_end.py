@@ -134,13 +134,14 @@ def measure(
         repeats: Prefills, of which the fastest counts.
     """
     gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
     runs = []
     with inside:
         if first is not None:
             prefill(model, first)
         for _ in range(repeats):
             if ON_GPU:
-                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             watch = Stopwatch()
             logits = []
