@@ -72,7 +72,32 @@ def _cell(row: dict) -> str:
     return f"{row['ms']:.{digits}f} ({row['tflops']:.0f}{density}{error})"
 
 
-_WRITERS = {"what": _attention_lines, "pass_seconds": _compile_lines, "tau": _model_lines}
+def _section_lines(rows: list[dict]) -> list[str]:
+    """A table a section, its columns the names in its rows; in order of appearance."""
+    lines = []
+    for section in dict.fromkeys(row["section"] for row in rows):
+        members = [row for row in rows if row["section"] == section]
+        names = list(dict.fromkeys(name for row in members for name in row if name != "section"))
+        lines += ["", f"**{section}**", "", f"| {' | '.join(map(_heading, names))} |", "|---" * len(names) + "|"]
+        lines += ["| " + " | ".join(_text(row.get(name, "")) for name in names) + " |" for row in members]
+    return lines[1:]
+
+
+def _heading(name: str) -> str:
+    """A row's name as a heading, units behind a comma."""
+    head, _, unit = name.rpartition("_")
+    units = {"ms": "ms", "s": "s", "GiB": "GiB", "tflops": "TFLOP/s"}
+    return f"{head.replace('_', ' ')}, {units[unit]}" if unit in units else name.replace("_", " ")
+
+
+def _text(value: object) -> str:
+    """A cell; a failure keeps its first words."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("|", "/")[:120]
+
+
+_WRITERS = {"section": _section_lines, "what": _attention_lines, "pass_seconds": _compile_lines, "tau": _model_lines}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMa
     shortcut = not causal or (mask.offset == 0 and scale > 0)  # SDPA's is_causal hides by adding before it scales
     if mask.window is None and mask.attention_chunk is None and mask.key_mask is None and shortcut:
         output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return output[..., :value_dim]
+        return output if output.shape[3] == value_dim else output[..., :value_dim]
     visible = mask.visible_pairs(n_queries, n_keys, query.device)
     if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 
 def pad_to_equal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key [..., D] and value [..., Dv] with zero columns up to the larger of the two; themselves if equal."""
-    width = max(query.shape[-1], value.shape[-1])
-    query, key, value = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    missing = query.shape[-1] - value.shape[-1]
+    if missing > 0:
+        value = pad(value, (0, missing))
+    elif missing < 0:
+        query, key = pad(query, (0, -missing)), pad(key, (0, -missing))
     return query, key, value

@@ -26,19 +26,28 @@ def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
     versions always write [B, N, H, D]. Where Dv is not D only plain matrix products, which write [B, H, N, Dv], serve
     the CPU.
     """
-    batch, heads, length, dim = query.shape
-    on_cpu = query.device.type == "cpu"
-    if layout == "auto" and on_cpu and value_dim != dim:
-        layout = "BHND"
-    elif layout == "auto":
-        follows = CPU_FOLLOWS_QUERY if on_cpu else query.dtype != torch.float32
-        layout = "BHND" if follows and query.stride(1) >= query.stride(2) else "BNHD"
-    if layout == "BNHD":
+    batch, heads, length, _ = query.shape
+    if memory_order(query, value_dim, layout) == "BNHD":
         return query.new_empty(batch, length, heads, value_dim).transpose(1, 2)
     return query.new_empty(batch, heads, length, value_dim)
 
 
+def memory_order(query: Tensor, value_dim: int, layout: str = "auto") -> str:
+    """How ``empty_output`` lays out, "BHND" or "BNHD"; arguments as there."""
+    if layout != "auto":
+        return layout
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and value_dim != query.shape[3]:
+        return "BHND"
+    follows = CPU_FOLLOWS_QUERY if on_cpu else query.dtype != torch.float32
+    return "BHND" if follows and query.stride(1) >= query.stride(2) else "BNHD"
+
+
 def as_sdpa(output: Tensor, query: Tensor, layout: str = "auto") -> Tensor:
     """The output itself if it lies as ``empty_output`` says, else a copy that does: the graph counts on it."""
-    expected = empty_output(query, output.shape[-1], layout)
-    return output if output.stride() == expected.stride() else expected.copy_(output)
+    _, heads, length, value_dim = output.shape
+    order = memory_order(query, value_dim, layout)
+    inner = (value_dim, heads * value_dim) if order == "BNHD" else (length * value_dim, value_dim)
+    if output.stride() == (heads * length * value_dim, *inner, 1):
+        return output
+    return empty_output(query, value_dim, layout).copy_(output)

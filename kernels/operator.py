@@ -47,14 +47,13 @@ def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float
 
 def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Choose "triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
         if triton_forward is None:
             raise ImplementationUnavailableError(
                 'implementation="triton": expected the triton package, got none. Install triton, or use "auto".'
             )
-        if device.type != "cuda" and not interpreted:
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ImplementationUnavailableError(
                 f'implementation="triton": expected CUDA tensors, got {device.type}. Move the model to a GPU, use '
                 '"auto", or set TRITON_INTERPRET=1 before the first import to interpret the kernels.'
@@ -125,8 +124,10 @@ def run(
             query, key, value, mask, scale=scale, softcap=softcap, return_lse=wants_lse, options=options, site=site
         )
 
-    if mask.attention_chunk is None or 0 <= mask.offset <= mask.attention_chunk - query.shape[2]:
-        output, lse = attend(query, key, value, replace(mask, attention_chunk=None))
+    if mask.attention_chunk is not None and 0 <= mask.offset <= mask.attention_chunk - query.shape[2]:
+        mask = replace(mask, attention_chunk=None)  # one chunk holds all queries
+    if mask.attention_chunk is None:
+        output, lse = attend(query, key, value, mask)
     else:
         output, lse = attend_chunks(query, key, value, mask, attend)
     if sinks is not None and lse is not None:

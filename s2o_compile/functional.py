@@ -74,7 +74,6 @@ def attention(
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
     sinks in plain torch, which holds all Nq x Nk logits.
     """
-    config = config or S2OConfig()
     if attn_mask is not None:
         others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window}
         others |= {"attention_chunk": attention_chunk, "causal": causal or None, "return_lse": return_lse or None}
@@ -137,7 +136,7 @@ def attention(
         softcap=softcap,
         blind=blind,
         return_lse=return_lse,
-        **config.operator_options(),
+        **({} if config is None else config.operator_options()),
     )
     return (output, lse) if return_lse else output
 
@@ -156,11 +155,12 @@ def _masked(
     scale: float | None,
     softcap: float | None,
     blind: str,
-    config: S2OConfig,
+    config: S2OConfig | None,
 ) -> Tensor:
     if not _wants_gradients(query, key, value, sinks, attn_mask):
+        options = {} if config is None else config.operator_options()
         output, _ = registration.masked_attention(
-            query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **config.operator_options()
+            query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options
         )
         return output
     check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)

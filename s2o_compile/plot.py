@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-STYLES = {
+Row = dict[str, Any]
+DENSE = {
     "SDPA flash": ("dense, SDPA flash", "#9a9a9a", "o"),
     "SDPA cuDNN": ("dense, SDPA cuDNN", "#6b6b6b", "s"),
     "FlashAttention-3": ("dense, FlashAttention-3", "#2b2b2b", "^"),
-    "S2O forward, density 0.1": ("S2O kernel alone, density 0.1", "#1f9e89", "v"),
 }
+KERNEL = "S2O forward, density "
 WHOLE = "S2O whole op, topical"
+GREEN, RED = "#1f9e89", "#d1495b"
+DRAWN_DENSITY = 0.1
+"""The kernel's line over the length; the benchmark measures others too."""
+
+PEAK_TFLOPS = {"H100": 989.0}
+"""Dense bf16 tensor-core peak by a word of the device's name, TFLOP/s (data sheet of the SXM card)."""
 
 
 def plot_attention(results: Path, picture: Path) -> None:
-    """Draw the time of one attention call against its length.
+    """Draw time against length, speed-up against density, and the share of the device's peak.
 
     Args:
         results: JSON of ``benchmarks/attention.py``.
@@ -29,26 +37,82 @@ def plot_attention(results: Path, picture: Path) -> None:
 
     data = json.loads(results.read_text())
     about, rows = data["about"], data["rows"]
-    whole = next(row["what"] for row in rows if row["what"].startswith(WHOLE) and row["what"].endswith("per_query"))
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), dpi=150)
-    styles = {**STYLES, whole: (f"S2O, ranking included ({whole.split(', ')[2]})", "#d1495b", "D")}
-    for name, (label, colour, marker) in styles.items():
-        points = [(row["length"], row["ms"]) for row in rows if row["what"] == name]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, linewidth=1.8, markersize=5)
-    lengths = sorted({row["length"] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("milliseconds, one attention call")
+    figure, axes = plt.subplot_mosaic("TT;DP", figsize=(9.0, 8.4), dpi=130, height_ratios=(1.15, 1))
+    _draw_time(axes["T"], rows)
+    _draw_speedup(axes["D"], rows)
+    _draw_peak(axes["P"], rows, about["device"])
+    for one in axes.values():
+        one.grid(visible=True, which="major", alpha=0.3)
+        one.legend(fontsize=8, frameon=False)
     shape = about["shape"]
     heads = f"Hq={shape['heads']} Hkv={shape['kv_heads']} D={shape['head_dim']}"
-    axes.set_title(f"{about['device']}, {about['dtype']}, causal, {heads}", fontsize=10)
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"One attention call: {about['device']}, {about['dtype']}, causal, {heads}", fontsize=11)
     figure.tight_layout()
     figure.savefig(picture)
+
+
+def _styles(rows: list[Row]) -> dict[str, tuple[str, str, str]]:
+    """Label, colour and marker by the name of what was timed."""
+    whole = next(row["what"] for row in rows if row["what"].startswith(WHOLE) and row["what"].endswith("per_query"))
+    return {
+        **DENSE,
+        f"{KERNEL}{DRAWN_DENSITY}": (f"S2O kernel alone, density {DRAWN_DENSITY}", GREEN, "v"),
+        whole: (f"S2O, ranking included ({whole.split(', ')[2]})", RED, "D"),
+    }
+
+
+def _draw_time(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
+    """Milliseconds over tokens."""
+    for name, (label, colour, marker) in _styles(rows).items():
+        _line(axes, [(row["length"], row["ms"]) for row in rows if row["what"] == name], label, colour, marker)
+    axes.set_yscale("log")
+    axes.set_ylabel("milliseconds")
+    _token_axis(axes, rows)
+
+
+def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
+    """Speed-up over the fastest dense kernel against the measured density, for the three longest lengths."""
+    lengths = sorted({row["length"] for row in rows})[-3:]
+    for length, colour, marker in zip(lengths, ("#9bd8c8", "#4fb7a1", GREEN), "osv", strict=False):
+        here = [row for row in rows if row["length"] == length]
+        dense = min(row["ms"] for row in here if row["what"] in DENSE)
+        points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(KERNEL)]
+        _line(axes, sorted(points), f"S2O kernel alone, {length // 1024}K", colour, marker)
+        points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(WHOLE)]
+        axes.plot(*zip(*points, strict=True), marker, color=RED, markersize=5)
+    axes.plot([], [], "v", color=RED, markersize=5, label="ranking included, same markers")
+    ends = [edge(row["density"] for row in rows if 0 < row["density"] < 1) for edge in (min, max)]
+    axes.plot(ends, [1 / density for density in ends], ":", color="#2b2b2b", linewidth=1, label="1 / density")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.set_xlabel("density, computed over causal area")
+    axes.set_ylabel("times the fastest dense kernel")
+
+
+def _draw_peak(axes: Any, rows: list[Row], device: str) -> None:  # noqa: ANN401 (matplotlib's axes)
+    """TFLOP/s of the computed area over the device's peak; plain TFLOP/s where that is not known."""
+    peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in device), None)
+    for name, (label, colour, marker) in _styles(rows).items():
+        points = [(row["length"], row["tflops"] / (peak or 1.0)) for row in rows if row["what"] == name]
+        _line(axes, points, label.partition(" (")[0], colour, marker)
+    axes.set_ylim(0, 1 if peak else None)
+    axes.set_ylabel(f"share of {peak:.0f} TFLOP/s, computed area only" if peak else "TFLOP/s of the computed area")
+    _token_axis(axes, rows)
+
+
+def _line(axes: Any, points: list[tuple[float, float]], label: str, colour: str, marker: str) -> None:  # noqa: ANN401
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, linewidth=1.8, markersize=5)
+
+
+def _token_axis(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    axes.set_xlabel("tokens")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,15 @@ def test_attention_function_under_vmap():
     torch.testing.assert_close(mapped, looped)
 
 
+def test_attention_function_in_a_compiled_function_breaks_no_graph():
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, h, 40, 16) for h in (4, 2, 2))
+    compiled = torch.compile(
+        lambda q, k, v: s2o_compile.attention(q, k, v, causal=True), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(q, k, v), s2o_compile.attention(q, k, v, causal=True))
+
+
 def bare(kind):
     """A module of torch.nn itself, its inputs and options."""
     x = torch.randn(2, 140, 32)

@@ -1,0 +1,209 @@
+"""Attention calls that the benchmarks share: inputs, dense rivals, the operator at a held density, and the clock.
+
+Without a GPU everything runs in float32 and by the torch implementation: small shapes then try a benchmark out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_compile.kernels import operator, torch_forward, triton_forward
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.plan import TILE_LEN, Plan
+from s2o_compile.kernels.statistics import record_calls
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+CAUSAL = AttentionMask(causal=True)
+SDPA_BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION} | (
+    {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION} if ON_GPU else {}
+)
+TOPIC_LEN = 256
+LONG_CALL = 100.0
+"""Milliseconds from which three runs give a call's time well enough."""
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def make_inputs(kind: str, length: int, heads: int, kv_heads: int, head_dim: int, batch: int = 1) -> Inputs:
+    """Query, key, value, laid out [B, N, H, D] as a model's projections leave them: "topical", or "random" noise."""
+    torch.manual_seed(0)
+
+    def noise(h: int) -> Tensor:
+        return torch.randn(batch, length, h, head_dim, device=DEVICE, dtype=DTYPE).transpose(1, 2)
+
+    query, key, value = noise(heads), noise(kv_heads), noise(kv_heads)
+    if kind == "topical":
+        topics = torch.randn(64, head_dim, device=DEVICE, dtype=DTYPE)
+        topics[:, head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
+        topic = torch.randint(64, (-(-length // TOPIC_LEN),), device=DEVICE).repeat_interleave(TOPIC_LEN)[:length]
+        key += 1.8 * topics[topic]
+        query += 1.8 * topics[topic]
+        sink = 3 * query.mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
+        key[:, :, 0] = sink  # an attention sink
+    return query, key, value
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Time of one call, the device's work included."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call, after one that does not count."""
+    call()
+    first = seconds(call) * 1e3
+    if first < LONG_CALL and ON_GPU:
+        return triton.testing.do_bench(call, warmup=50, rep=300, return_mode="median")
+    return statistics.median([first, *(seconds(call) * 1e3 for _ in range(2))])
+
+
+def sdpa_calls(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True) -> dict[str, Callable[[], Tensor]]:
+    """SDPA by each of its fast backends."""
+
+    def through(backend: SDPBackend) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+        return call
+
+    return {name: through(backend) for name, backend in SDPA_BACKENDS.items()}
+
+
+def fastest(calls: dict[str, Callable[[], Tensor]], clock: Callable[..., float] = milliseconds) -> tuple[str, float]:
+    """Name and time of the fastest call; a backend that refuses these inputs does not take part."""
+    times = {}
+    for name, call in calls.items():
+        try:
+            times[name] = clock(call)
+        except RuntimeError as error:
+            print(f"  {name} does not run here: {str(error).partition(chr(10))[0]}", flush=True)
+    if not times:
+        raise RuntimeError("no dense backend runs on these inputs")
+    return min(times.items(), key=lambda item: item[1])
+
+
+def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = True) -> Plan:
+    """The plan with every list cut so that all passes together compute ``density`` of the visible area.
+
+    Lists end where a tile would stop, between two chunks, and are complete: no tile restarts.
+    """
+    own, prefix = plan.segment_len, length - plan.segment_len
+    area = length * density
+    if causal:
+        own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
+    chunks = plan.prefix_count[:, None] * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
+    count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.key_count)
+    return dataclasses.replace(plan, key_count=count, prefix_count=count[:, 0].contiguous())
+
+
+@contextmanager
+def held_density(density: float, *, causal: bool = True) -> Iterator[None]:
+    """Inside the block the operator cuts its lists to a density and walks them to the end, whatever the input.
+
+    Ranking and ordering are as ever, for lists of the length that early stopping can reach: 1/8 of the prefix at most.
+    """
+    build = operator.build_plan
+
+    def build_plan(query: Tensor, *rest: object, **keywords: object) -> Plan:
+        return cut_to_density(build(query, *rest, **keywords), density, query.shape[2], causal=causal)  # pyright: ignore
+
+    def never_stop(attend: Callable[..., object]) -> Callable[..., object]:
+        return lambda *args, **keywords: attend(*args, **{**keywords, "tau": 0.0})
+
+    with (
+        patch.object(operator, "build_plan", build_plan),
+        patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
+        patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
+    ):
+        yield
+
+
+def run(inputs: Inputs, mask: AttentionMask = CAUSAL, **options: object) -> Tensor:
+    """The operator's output; it is never dense for being short."""
+    chosen = OperatorOptions(**{"min_seq_len": 0, **options})  # pyright: ignore
+    return operator.run(*inputs, mask, scale=None, return_lse=False, options=chosen)[0]
+
+
+def time_held(inputs: Inputs, density: float, mask: AttentionMask = CAUSAL) -> dict[str, float]:
+    """The operator at a held density: its time, that of the forward kernel in it, and what was computed."""
+    query, key, value = inputs
+    batch, heads, length, head_dim = query.shape
+    implementation = "triton" if ON_GPU else "torch"
+    executor = triton_forward if ON_GPU else torch_forward
+    scale, options = head_dim**-0.5, OperatorOptions()
+    with held_density(density, causal=mask.causal):
+        with record_calls() as calls:
+            run(inputs, mask)
+        real = calls[0].density
+        whole_ms = milliseconds(partial(run, inputs, mask))
+        plan = operator.build_plan(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            tau=options.tau,
+            ranking=options.ranking,
+            query_order=options.query_order,
+            implementation=implementation,
+        )
+        forward = partial(executor.attend, query, key, value, mask, plan, scale=scale, tau=0.0)
+        forward_ms = milliseconds(forward)
+    flops = 4 * head_dim * heads * real * mask.area(batch, length, length).sum().item()
+    return {
+        "density": round(real, 4),
+        "s2o_ms": round(whole_ms, 3),
+        "forward_ms": round(forward_ms, 3),
+        "forward_tflops": round(flops / forward_ms / 1e9, 1),
+    }
+
+
+def check_exact(inputs: Inputs, mask: AttentionMask = CAUSAL, *, prefix: int = 4096) -> float:
+    """Largest error of the operator at tau=0 relative to SDPA's own, on a prefix; both against float64.
+
+    Raises:
+        RuntimeError: It is not below 2: nothing should be reported then.
+    """
+    query, key, value = (x[:, :, :prefix] for x in inputs)
+    ours = run((query, key, value), mask, tau=0.0)
+    if mask.window is None and mask.key_mask is None:
+        dense, sees = partial(scaled_dot_product_attention, is_causal=mask.causal, enable_gqa=True), torch.tensor(True)
+    else:  # with a mask, SDPA's fused kernels want equal head counts
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        seen = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
+        dense, sees = partial(scaled_dot_product_attention, attn_mask=seen), seen.any(-1, keepdim=True)
+    exact = dense(query.double(), key.double(), value.double())
+
+    def error(output: Tensor) -> float:
+        """The largest, over the rows that see a key: backends differ in what the others get."""
+        return (output - exact).masked_fill(~sees.to(output.device), 0.0).abs().max().item()
+
+    ratio = error(ours) / error(dense(query, key, value))
+    if not ratio < 2:
+        raise RuntimeError(f"S2O at tau=0 is {ratio:.1f}x further from float64 than SDPA: no time is reported")
+    return ratio
