@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels import natural_forward, torch_forward
+from s2o_compile.kernels import head_slices, natural_forward, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
@@ -17,7 +17,6 @@ from s2o_compile.kernels.errors import ImplementationUnavailableError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import check_inputs
@@ -182,17 +181,5 @@ def _execute(
     if path != "s2o":
         natural = triton_natural if implementation == "triton" else natural_forward
         return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
-    plan = build_plan(
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        tau=options.tau,
-        ranking=options.ranking,
-        query_order=options.query_order,
-        segment_len=options.segment_len,
-        implementation=implementation,
-    )
     executor = triton_forward if implementation == "triton" else torch_forward
-    return executor.attend(query, key, value, mask, plan, scale=scale, tau=options.tau, softcap=softcap)
+    return head_slices.attend(query, key, value, mask, scale=scale, softcap=softcap, options=options, executor=executor)

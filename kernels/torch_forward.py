@@ -34,11 +34,12 @@ def attend(
     scale: float,
     tau: float,
     softcap: float | None = None,
+    output: Tensor | None = None,
 ) -> Result:
-    """Attention over a plan; arguments and results as ``definition.attend``."""
+    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     into = Result(
-        empty_output(query, value.shape[3]),
+        empty_output(query, value.shape[3]) if output is None else output,
         query.new_empty(batch, heads, n_queries, dtype=torch.float32),
         torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )

@@ -178,12 +178,13 @@ def attend(
     scale: float,
     tau: float,
     softcap: float | None = None,
+    output: Tensor | None = None,
 ) -> Result:
-    """Attention over a plan; arguments and results as ``definition.attend``."""
+    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
-    result = empty_result(query, value)
+    result = empty_result(query, value, output)
     order = plan.query_order
     for part, into in value_parts(value, result):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](

@@ -192,12 +192,12 @@ def launch_natural(
     )  # fmt: skip
 
 
-def empty_result(query: Tensor, value: Tensor) -> Result:
-    """Uninitialised results."""
+def empty_result(query: Tensor, value: Tensor, output: Tensor | None = None) -> Result:
+    """Uninitialised results, the output in the given tensor."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query, value.shape[3]), lse, computed)
+    return Result(empty_output(query, value.shape[3]) if output is None else output, lse, computed)
 
 
 def attend_natural(

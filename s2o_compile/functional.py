@@ -166,6 +166,6 @@ def _masked(
     check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
     check_attn_mask(attn_mask, query, key)
     attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output = under_mask(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks, blind=blind)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    output = under_mask(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     return as_sdpa(output, query)

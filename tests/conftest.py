@@ -328,6 +328,7 @@ def build_plan(monkeypatch):
         monkeypatch.setattr(rank, "default_chunk_len", lambda _: chunk_len)
         if min_reach is not None:
             monkeypatch.setattr(plan_module, "MIN_REACH", min_reach)
+            monkeypatch.setattr(plan_module, "REACH_FRACTION", 8)
         return rank.build_plan(
             *inputs.tensors,
             inputs.mask,
