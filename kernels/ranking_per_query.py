@@ -51,11 +51,15 @@ class Moments(NamedTuple):
 def second_moments(query: Tensor, key: Tensor) -> Moments:
     """Estimated from every DIM_STRIDE-th query and key, fewer of long sequences; what is not finite counts as zero."""
     batch, kv_heads, n_keys, head_dim = key.shape
-    query = query[:, :, :: max(DIM_STRIDE, query.shape[2] // DIM_SAMPLES)].float()
-    key = key[:, :, :: max(DIM_STRIDE, n_keys // DIM_SAMPLES)].float()
-    power = query.square().mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
-    variance, mean = torch.var_mean(key, 2, correction=0)
-    return Moments(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (power, variance + mean.square(), variance)))
+    query = query[:, :, :: max(DIM_STRIDE, query.shape[2] // DIM_SAMPLES)]
+    key = key[:, :, :: max(DIM_STRIDE, n_keys // DIM_SAMPLES)]
+    # Norms, for they are summed in float32 without a float32 copy of the tensors.
+    query_power, key_power = (
+        torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2] for x in (query, key)
+    )
+    query_power = query_power.view(batch, kv_heads, -1, head_dim).mean(2)
+    variance = (key_power - key.mean(2, dtype=torch.float32).square()).clamp_min(0.0)
+    return Moments(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (query_power, key_power, variance)))
 
 
 def choose_dims(moments: Moments, count: int) -> Tensor:

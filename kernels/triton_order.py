@@ -24,6 +24,9 @@ CLASSES = 32
 PART = 8192
 """Keys of one program."""
 
+BLOCK = 128
+"""Keys of one step of a program, one warp: what lies before a key in its class is counted without shared memory."""
+
 SAMPLES = 4096
 """Scores of a row that the thresholds are taken from, at most."""
 
@@ -53,6 +56,24 @@ def load_classes(
 
 
 @triton.jit
+def packed_ones(place, CLASSES: tl.constexpr):
+    """A one in the field of each key's class: 8 fields of 8 bits in an int64, [keys, CLASSES / 8].
+
+    Sums of them count all classes at once; a block of 128 keys overflows no field.
+    """
+    word = tl.arange(0, CLASSES // 8)
+    one = tl.full([1], 1, tl.int64) << (place % 8 * 8).to(tl.int64)
+    return tl.where(place[:, None] // 8 == word[None, :], one[:, None], 0)
+
+
+@triton.jit
+def unpacked(sums, CLASSES: tl.constexpr):
+    """The fields of int64 [CLASSES / 8] as int32 [CLASSES]."""
+    fields = sums[:, None] >> (tl.arange(0, 8) * 8).to(tl.int64)[None, :] & 255
+    return tl.reshape(fields.to(tl.int32), [CLASSES])
+
+
+@triton.jit
 def count_classes_kernel(
     score_ptr, threshold_ptr, poisoned_ptr, key_mask_ptr, own_start_ptr, own_stop_ptr, count_ptr, prefix_ptr,
     stride_mb, n_keys, segments, kv_heads, parts,
@@ -72,7 +93,7 @@ def count_classes_kernel(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
             threshold, j + tl.arange(0, BLOCK), stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK, CLASSES,
         )  # fmt: skip
-        sizes += tl.sum((place[:, None] == classes[None, :]).to(tl.int32), 0)
+        sizes += unpacked(tl.sum(packed_ones(place, CLASSES), 0), CLASSES)
         prefix += tl.sum(present.to(tl.int32), 0)
     tl.store(count_ptr + (row * CLASSES + classes) * parts + part, sizes)
     tl.store(prefix_ptr + row * parts + part, prefix)
@@ -99,10 +120,12 @@ def write_classes_kernel(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
             threshold, keys, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK, CLASSES,
         )  # fmt: skip
-        mine = (place[:, None] == classes[None, :]).to(tl.int32)
-        entry = tl.sum(mine * (first[None, :] + tl.cumsum(mine, 0) - 1), 1)
+        ones = packed_ones(place, CLASSES)
+        up_to = tl.sum(tl.where(ones != 0, tl.cumsum(ones, 0), 0), 1) >> (place % 8 * 8).to(tl.int64) & 255
+        before = tl.sum(tl.where(place[:, None] == classes[None, :], first[None, :], 0), 1)
+        entry = before + up_to.to(tl.int32) - 1
         tl.store(key_index_ptr + row * list_len + entry, keys, mask=(place < CLASSES) & (entry < length))
-        first += tl.sum(mine, 0)
+        first += unpacked(tl.sum(ones, 0), CLASSES)
 
 
 def sample_positions(n_keys: int, device: torch.device) -> tuple[Tensor, int]:
@@ -156,11 +179,10 @@ def order_keys(
     given = scores, bounds, poisoned, poisoned if mask.key_mask is None else mask.key_mask, starts, stops
     sizes = 0 if mask.key_mask is None else mask.key_mask.stride(0), n_keys, segments, heads, parts
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "CLASSES": CLASSES, "PART": PART}
+    kind |= {"BLOCK": BLOCK, "num_warps": 1}
     grid = (parts, segments, batch * heads)
-    count_classes_kernel[grid](*given, counts, prefix, *sizes, **kind, BLOCK=512, num_warps=8)
+    count_classes_kernel[grid](*given, counts, prefix, *sizes, **kind)
     ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and part by part inside a class
     key_count = torch.minimum(ends[..., -1], reached)
-    write_classes_kernel[grid](
-        *given, ends - counts, key_count, key_index, *sizes, key_index.shape[3], **kind, BLOCK=512, num_warps=8
-    )
+    write_classes_kernel[grid](*given, ends - counts, key_count, key_index, *sizes, key_index.shape[3], **kind)
     return key_index, key_count, prefix[:, 0].sum(-1, dtype=torch.int32)
