@@ -101,7 +101,10 @@ def longest_list(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: 
     """Length of the longest list, from lengths alone: nothing waits for the device."""
     last = (n_segments(n_queries, segment_len) - 1) * segment_len
     last_start, _ = mask.own_range(last, n_queries - 1, n_queries, n_keys)
-    return int(reach(torch.tensor(last_start if mask.causal else n_keys), tau, chunk_len).item())
+    prefix_len = last_start if mask.causal else n_keys
+    if tau == 0.0:
+        return prefix_len
+    return min(prefix_len, -(-max(prefix_len // REACH_FRACTION, MIN_REACH) // chunk_len) * chunk_len)
 
 
 def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:

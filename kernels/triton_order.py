@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2o_compile.kernels import plan
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import default_chunk_len, longest_list, own_starts_stops, poisoned_keys, reached_keys
+from s2o_compile.kernels.plan import default_chunk_len, longest_list
+from s2o_compile.kernels.triton_tile import load_rows, needs_wide
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -25,7 +27,7 @@ PART = 8192
 """Keys of one program."""
 
 BLOCK = 128
-"""Keys of one step of a program, one warp: what lies before a key in its class is counted without shared memory."""
+"""Keys of one step of a program: as many as a field of ``packed_ones`` can count."""
 
 SAMPLES = 4096
 """Scores of a row that the thresholds are taken from, at most."""
@@ -35,11 +37,43 @@ SLACK = 1.1
 
 
 @triton.jit
-def load_classes(
-    score_ptr, poisoned_ptr, key_mask_ptr, threshold, keys, stop, own_start, own_stop,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, CLASSES: tl.constexpr,
+def find_poisoned_kernel(
+    key_ptr, value_ptr, poisoned_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, n_keys,
+    kv_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Class of each key, CLASSES where no class takes it, and whether it is a prefix key.
+    """Which keys hold NaN or inf, or whose value does: ``plan.poisoned_keys``."""
+    head = tl.program_id(1).to(tl.int64)
+    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    rows = tl.minimum(keys, n_keys - 1)
+    key = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh
+    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
+    total = tl.sum(load_rows(key, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32), 1)
+    total += tl.sum(load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32), 1)
+    finite = tl.abs(total) < float("inf")
+    tl.store(poisoned_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
+
+
+@triton.jit
+def list_bounds(
+    segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Own keys [start, stop) of a segment, how many others there are, and how many its list may hold."""
+    own_start = tl.minimum(tl.maximum(segment * SEGMENT + own_offset, 0), n_keys)
+    own_stop = tl.minimum(tl.maximum(tl.minimum(segment * SEGMENT + SEGMENT, n_queries) + own_offset, 0), n_keys)
+    own_stop = tl.maximum(own_start, own_stop)
+    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
+    reached = tl.minimum(whole, tl.cdiv(tl.maximum(whole // fraction, min_reach), CHUNK) * CHUNK)
+    return own_start, own_stop, whole, reached
+
+
+@triton.jit
+def load_scores(
+    score_ptr, poisoned_ptr, key_mask_ptr, keys, stop, own_start, own_stop,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """Scores as float32, -inf for what is no prefix key, and what is one.
 
     A key that holds NaN or inf must be visited, so it comes first.
     """
@@ -50,9 +84,50 @@ def load_classes(
         present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
     score = tl.load(score_ptr + keys, mask=present, other=-float("inf")).to(tl.float32)
     score = tl.where(score == score, score, 0.0)
-    score = tl.where(tl.load(poisoned_ptr + keys, mask=present, other=0) != 0, float("inf"), score)
-    place = tl.sum((score[:, None] < threshold[None, :]).to(tl.int32), 1)
-    return tl.where(present, place, CLASSES), present
+    return tl.where(tl.load(poisoned_ptr + keys, mask=present, other=0) != 0, float("inf"), score), present
+
+
+@triton.jit
+def sample_scores_kernel(
+    score_ptr, poisoned_ptr, key_mask_ptr, sample_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores of one of every ``step`` keys of a row, -inf for what is no prefix key.
+
+    Not always at the same place: a fixed stride would see one phase only of inputs that repeat, such as the rows of an
+    image.
+    """
+    segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = head * segments + segment
+    own_start, own_stop, _, _ = list_bounds(
+        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
+    )
+    stop = own_start if CAUSAL else n_keys
+    for j in range(0, samples, BLOCK):
+        sample = j + tl.arange(0, BLOCK)
+        score, _ = load_scores(
+            score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
+            tl.minimum(sample * step + sample * 7919 % step, n_keys - 1), stop, own_start, own_stop, CAUSAL,
+            HAS_KEY_MASK,
+        )  # fmt: skip
+        tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
+
+
+@triton.jit
+def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.constexpr):
+    """Descending lower bounds of the classes of one row; -inf last where a list holds everything."""
+    number = tl.arange(0, CLASSES)
+    share = (number + 1).to(tl.float32) / CLASSES
+    rank = (reached.to(tl.float32) * slack / step * share * share).to(tl.int32)
+    bound = tl.load(sorted_ptr + tl.minimum(rank, samples - 1)).to(tl.float32)
+    last = tl.max(tl.where(number == CLASSES - 1, bound, -float("inf")), 0)
+    # Only the last class is cut: what equals its bound belongs there. Scores are float16, so nothing lies in between.
+    finite = tl.maximum(last, -1e38)
+    above = finite + tl.maximum(tl.abs(finite) / 4096, 1e-8)
+    bound = tl.where(number < CLASSES - 1, tl.maximum(bound, above), bound)
+    return tl.where((number == CLASSES - 1) & (reached >= whole), -float("inf"), bound)
 
 
 @triton.jit
@@ -75,24 +150,28 @@ def unpacked(sums, CLASSES: tl.constexpr):
 
 @triton.jit
 def count_classes_kernel(
-    score_ptr, threshold_ptr, poisoned_ptr, key_mask_ptr, own_start_ptr, own_stop_ptr, count_ptr, prefix_ptr,
-    stride_mb, n_keys, segments, kv_heads, parts,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, prefix_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, parts,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many keys of one part of a row are in each class, and how many are prefix keys."""
     part, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop = tl.load(own_start_ptr + segment), tl.load(own_stop_ptr + segment)
+    own_start, own_stop, whole, reached = list_bounds(
+        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
+    )
     stop = tl.minimum(own_start if CAUSAL else n_keys, part * PART + PART)
     classes = tl.arange(0, CLASSES)
-    threshold = tl.load(threshold_ptr + row * CLASSES + classes)
+    threshold = load_thresholds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
     sizes = tl.zeros([CLASSES], tl.int32)
     prefix = part * 0
     for j in range(part * PART, stop, BLOCK):
-        place, present = load_classes(
+        score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            threshold, j + tl.arange(0, BLOCK), stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK, CLASSES,
+            j + tl.arange(0, BLOCK), stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
+        place = tl.where(present, tl.sum((score[:, None] < threshold[None, :]).to(tl.int32), 1), CLASSES)
         sizes += unpacked(tl.sum(packed_ones(place, CLASSES), 0), CLASSES)
         prefix += tl.sum(present.to(tl.int32), 0)
     tl.store(count_ptr + (row * CLASSES + classes) * parts + part, sizes)
@@ -101,25 +180,33 @@ def count_classes_kernel(
 
 @triton.jit
 def write_classes_kernel(
-    score_ptr, threshold_ptr, poisoned_ptr, key_mask_ptr, own_start_ptr, own_stop_ptr, first_ptr, length_ptr,
-    key_index_ptr, stride_mb, n_keys, segments, kv_heads, parts, list_len,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, end_ptr, key_index_ptr, key_count_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, parts,
+    list_len,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys of one part of a row, written to their places in the list."""
     part, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop = tl.load(own_start_ptr + segment), tl.load(own_stop_ptr + segment)
+    own_start, own_stop, whole, reached = list_bounds(
+        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
+    )
     stop = tl.minimum(own_start if CAUSAL else n_keys, part * PART + PART)
     classes = tl.arange(0, CLASSES)
-    threshold = tl.load(threshold_ptr + row * CLASSES + classes)
-    first = tl.load(first_ptr + (row * CLASSES + classes) * parts + part)
-    length = tl.load(length_ptr + row)
+    threshold = load_thresholds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
+    cell = (row * CLASSES + classes) * parts + part
+    first = tl.load(end_ptr + cell) - tl.load(count_ptr + cell)
+    length = tl.minimum(tl.load(end_ptr + (row + 1) * CLASSES * parts - 1), reached)
+    if part == 0:
+        tl.store(key_count_ptr + row, length)
     for j in range(part * PART, stop, BLOCK):
         keys = j + tl.arange(0, BLOCK)
-        place, _ = load_classes(
+        score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            threshold, keys, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK, CLASSES,
+            keys, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
+        place = tl.where(present, tl.sum((score[:, None] < threshold[None, :]).to(tl.int32), 1), CLASSES)
         ones = packed_ones(place, CLASSES)
         up_to = tl.sum(tl.where(ones != 0, tl.cumsum(ones, 0), 0), 1) >> (place % 8 * 8).to(tl.int64) & 255
         before = tl.sum(tl.where(place[:, None] == classes[None, :], first[None, :], 0), 1)
@@ -128,61 +215,41 @@ def write_classes_kernel(
         first += unpacked(tl.sum(ones, 0), CLASSES)
 
 
-def sample_positions(n_keys: int, device: torch.device) -> tuple[Tensor, int]:
-    """Positions to sample, int64 [M], and keys per sample: one of every ``step`` keys, not always at the same place.
-
-    A fixed stride would see one phase only of inputs that repeat, such as the rows of an image.
-    """
-    step = max(1, -(-n_keys // SAMPLES))
-    first = torch.arange(0, n_keys, step, device=device)
-    return (first + first // step * 7919 % step).clamp_(max=n_keys - 1), step
-
-
-def thresholds(scores: Tensor, mask: AttentionMask, starts: Tensor, stops: Tensor, reached: Tensor) -> Tensor:
-    """Descending lower bounds of the classes, float32 [B, Hkv, P, CLASSES]; -inf last where a list holds everything."""
-    n_keys = scores.shape[3]
-    positions, step = sample_positions(n_keys, scores.device)
-    prefix = positions < starts[:, None]
-    if not mask.causal:
-        prefix |= positions >= stops[:, None]
-    prefix = prefix[None] if mask.key_mask is None else prefix[None] & mask.key_mask[:, None, positions]
-    sample = scores[..., positions].nan_to_num_(nan=0.0).masked_fill_(~prefix[:, None], float("-inf"))
-    sample = sample.sort(-1, descending=True).values
-    parts = (torch.arange(1, CLASSES + 1, device=scores.device) / CLASSES) ** 2
-    rank = (reached[:, None] * (SLACK / step) * parts).long().clamp_(max=len(positions) - 1)
-    bounds = sample.gather(-1, rank.expand(*scores.shape[:3], CLASSES)).float()
-    above = torch.nextafter(bounds[..., -1:], torch.full_like(bounds[..., -1:], float("inf")))
-    bounds[..., :-1] = torch.maximum(bounds[..., :-1], above)  # ties with the last bound are cut first
-    whole = starts if mask.causal else n_keys - (stops - starts)
-    bounds[..., -1].masked_fill_(reached >= whole, float("-inf"))
-    return bounds
-
-
 def order_keys(
     scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, tau: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn importance scores into lists; arguments and results as ``plan.order_keys``.
+    """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``.
 
     A list may fall short of its reach by what the thresholds miss it by; it is never longer.
     """
     batch, heads, segments, n_keys = scores.shape
     chunk_len = default_chunk_len(n_keys)
-    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, scores.device)
-    reached = reached_keys(mask, starts, stops, n_keys, tau, chunk_len).to(torch.int32)
     longest = longest_list(mask, n_queries, n_keys, segment_len, tau, chunk_len)
-    bounds = thresholds(scores, mask, starts, stops, reached)
-    poisoned = poisoned_keys(key, value)
+    poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=scores.device)
+    find_poisoned_kernel[(triton.cdiv(n_keys, 64), batch * heads)](
+        key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=key.shape[3],
+        BLOCK_DIM=triton.next_power_of_2(key.shape[3]), VALUE_DIM=value.shape[3],
+        BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
+    )  # fmt: skip
     parts = triton.cdiv(n_keys, PART)
-    counts = reached.new_empty(batch, heads, segments, CLASSES * parts)
-    prefix = reached.new_empty(batch, heads, segments, parts)
-    key_index = reached.new_empty(batch, heads, segments, max(longest, 1))
-    given = scores, bounds, poisoned, poisoned if mask.key_mask is None else mask.key_mask, starts, stops
-    sizes = 0 if mask.key_mask is None else mask.key_mask.stride(0), n_keys, segments, heads, parts
-    kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "CLASSES": CLASSES, "PART": PART}
-    kind |= {"BLOCK": BLOCK, "num_warps": 1}
-    grid = (parts, segments, batch * heads)
-    count_classes_kernel[grid](*given, counts, prefix, *sizes, **kind)
+    counts = scores.new_empty(batch, heads, segments, CLASSES * parts, dtype=torch.int32)
+    prefix = counts.new_empty(batch, heads, segments, parts)
+    key_index = counts.new_empty(batch, heads, segments, max(longest, 1))
+    key_count = counts.new_empty(batch, heads, segments)
+    rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
+    sizes = 0 if mask.key_mask is None else mask.key_mask.stride(0), n_queries, n_keys, segments, heads
+    reach = (0, 1) if tau == 0.0 else (plan.MIN_REACH, plan.REACH_FRACTION)
+    sizes = *sizes, mask.own_offset(n_queries, n_keys), *reach
+    kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
+    kind["CHUNK"] = chunk_len
+    step = triton.cdiv(n_keys, SAMPLES)
+    samples = triton.cdiv(n_keys, step)
+    sample = scores.new_empty(batch, heads, segments, samples)
+    sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, step, samples, **kind, BLOCK=1024)
+    rows, sizes = (*rows, sample.sort(-1, descending=True).values), (*sizes, step, samples, SLACK, parts)
+    kind |= {"CLASSES": CLASSES, "PART": PART, "BLOCK": BLOCK, "num_warps": 2}
+    grid = parts, segments, batch * heads
+    count_classes_kernel[grid](*rows, counts, prefix, *sizes, **kind)
     ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and part by part inside a class
-    key_count = torch.minimum(ends[..., -1], reached)
-    write_classes_kernel[grid](*given, ends - counts, key_count, key_index, *sizes, key_index.shape[3], **kind)
+    write_classes_kernel[grid](*rows, counts, ends, key_index, key_count, *sizes, longest, **kind)
     return key_index, key_count, prefix[:, 0].sum(-1, dtype=torch.int32)
