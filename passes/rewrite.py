@@ -167,7 +167,7 @@ class Rewriter:
             if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
                 return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
-        memo = tuple((part.node, part.hidden, part.negated) for part in reading.parts)
+        memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.blind == "mean":
             keyword["blind"] = "mean"
         if memo not in self._read:
