@@ -113,7 +113,10 @@ class MaskProver:
         if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
             proof = self.prove(parts[0].node, query_len, key_len)
             read = None if isinstance(proof, Rejected) else proof.read
-            return proof if read is None or self._adds_alike(parts[0], dtype) else read.why
+            if read is None or self._adds_alike(parts[0], dtype):
+                return proof
+            needed = "float32 for mask and query, or in the query's dtype no numbers but 0 and the lowest"
+            return Rejected("%s (it is not read at run time, which needs %s)", read.why, needed)
         proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
         if isinstance(proof, Rejected) and factor == 1 and not floored:
             blind = _blind_if_read(parts, dtype, zeroed=zeroed)
