@@ -186,10 +186,10 @@ class Rewriter:
         """What the next of several masks makes of scores that were zero before the first."""
         if part.hidden is None:
             return part.node if masked is None else self._insert(at, torch.add, masked, part.node)
-        before = 0.0 if masked is None else masked
-        arms = (before, part.hidden) if part.negated else (part.hidden, before)
-        chosen = self._insert(at, torch.where, part.node, *arms)
-        return chosen if masked is not None else self._insert(at, torch.Tensor.to, chosen, query.dtype)
+        filled = self._insert(at, torch.logical_not, part.node) if part.negated else part.node
+        if masked is None:  # 0 wherever it is not filled
+            masked = self._insert(at, torch.Tensor.to, filled, query.dtype)
+        return self._insert(at, torch.masked_fill, masked, filled, part.hidden)
 
     def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
         node = operand.node

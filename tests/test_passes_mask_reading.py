@@ -330,3 +330,17 @@ def test_probabilities_zeroed_under_the_only_mask():
 
     (site,) = run(zeroed, *heads(), ~(CAUSAL & PADDING))
     assert (site.mask, site.path) == ("causal, key padding (read at run time)", "s2o")
+
+
+def test_the_numbers_of_fills_do_not_depend_on_the_default_dtype():
+    def chosen(q, k, v, seen, hidden):
+        scores = q @ k.transpose(-1, -2) * 0.25
+        return torch.where(seen, scores, LOWEST).masked_fill(hidden, LOWEST).softmax(-1) @ v
+
+    inputs = *heads(), ~CAUSAL[None, None], ~PADDING
+    torch.set_default_dtype(torch.bfloat16)  # in which float32's lowest is -inf
+    try:
+        run(fills, *inputs)
+        run(chosen, *inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
