@@ -138,12 +138,12 @@ def thresholds(
     sample = scores[..., positions].nan_to_num_(nan=0.0).masked_fill_(~prefix[:, None], float("-inf"))
     best = min(int(longest * SLACK) // step + 1, len(positions))
     best_samples = sample.topk(best, dim=-1, sorted=True).values
-    parts = torch.arange(1, CLASSES + 1, dtype=torch.float32, device=scores.device) / CLASSES
-    rank = (reached[:, None].float() * (SLACK / step) * parts).long().clamp_(max=best - 1)
+    parts = torch.arange(1, CLASSES + 1, device=scores.device) / CLASSES
+    rank = (reached[:, None] * (SLACK / step) * parts).long().clamp_(max=best - 1)
     bounds = best_samples.gather(-1, rank.expand(*scores.shape[:3], CLASSES)).float()
     last = bounds[..., -1:].to(sample.dtype)
     crowded = (sample >= last).sum(-1) * step > capacity
-    room = (capacity - 64 - (sample > last).sum(-1, dtype=torch.float32) * (step * SLACK)).clamp(min=0)
+    room = (capacity - 64 - (sample > last).sum(-1) * (step * SLACK)).clamp(min=0)
     above = torch.nextafter(bounds[..., -1:], torch.full_like(bounds[..., -1:], float("inf")))
     bounds[..., :-1] = torch.maximum(bounds[..., :-1], above)  # what equals the last bound belongs into the last class
     whole = starts if mask.causal else n_keys - (stops - starts)
