@@ -177,7 +177,7 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
         visible = is_visible(part)
         blind = ~visible.any(-1)
         differs = ((visible != shown).any(-1) & ~blind).any()
-        extremes = torch.tensor((torch.inf, -torch.inf), device=mask.device)
+        extremes = torch.tensor((torch.inf, -torch.inf), dtype=torch.float32, device=mask.device)
         if mask.dtype is not torch.bool:
             differs = differs | ~(visible | (part <= HIDES)).all()
             extremes = torch.stack([part.masked_fill(visible, x).flatten() for x in (torch.inf, -torch.inf)])

@@ -109,7 +109,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, _ = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
-    scores = torch.full((batch, kv_heads, len(starts), n_keys), float("-inf"), device=query.device)
+    shape = batch, kv_heads, len(starts), n_keys
+    scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
     starts = starts.tolist()
 
     def segment(s: int) -> None:

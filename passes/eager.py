@@ -168,7 +168,10 @@ def _mask(
     # What hides a key, and nothing else does, makes zeros of a row without any, whatever its scores were filled with.
     zeroed = bool(behind.zeroed) and len(parts) == 1
     floored = chain.floored and not behind.zeroed
-    return prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored, zeroed=zeroed)
+    proof = prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored, zeroed=zeroed)
+    if isinstance(proof, Rejected) or proof.read is None or zeroed or not behind.zeroed:
+        return proof
+    return proof.read.why  # read as one mask, they do not say which keys a row without any loses behind the softmax
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:

@@ -112,14 +112,37 @@ class MaskProver:
             return Rejected("masked scores are clamped and multiplied by %s", factor)
         if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
             proof = self.prove(parts[0].node, query_len, key_len)
-            rounds = dtype is torch.float16 and not isinstance(proof, Rejected) and proof.read is not None
-            return proof.read.why if rounds else proof  # sums of scores and low numbers are rounded in float16
+            read = None if isinstance(proof, Rejected) else proof.read
+            if read is None or self._adds_alike(parts[0], dtype):
+                return proof
+            needed = "float32 for mask and query, or in the query's dtype no numbers but 0 and the lowest"
+            return Rejected("%s (it is not read at run time, which needs %s)", read.why, needed)
         proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
         if isinstance(proof, Rejected) and factor == 1 and not floored:
             blind = _blind_if_read(parts, dtype, zeroed=zeroed)
-            if blind is not None and all(self._fits(part.node, query_len, key_len) for part in parts):
+            if blind is not None and all(
+                self._fits(part.node, query_len, key_len)
+                and self._adds_alike(part, dtype)
+                # Layers share what is made of the masks, so these must stay what they are.
+                and not isinstance(self.mutations.settled(part.node), Rejected)
+                for part in parts
+            ):
                 return self._reading(tuple(parts), blind, proof)
         return proof
+
+    def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
+        """Whether a mask, whatever it holds, added to scores of a dtype makes what fused attention makes of both.
+
+        Fused attention adds in float32. In fewer bits a score beside -1e4 is rounded, which rows without any key show.
+        """
+        if part.hidden is not None:
+            return True
+        if value_of(part.node).dtype != dtype:
+            return False
+        if dtype is torch.float32:
+            return True
+        additive = self._additive.evaluate(part.node)
+        return not isinstance(additive, Rejected) and additive.blind is not None
 
     def _conjunction(
         self,
@@ -274,9 +297,9 @@ def _blind_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: boo
     absorbing = dtype in (torch.float32, torch.bfloat16)
     exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)
     fills = [part.hidden for part in parts if part.hidden is not None]
-    added = [value_of(part.node).dtype for part in parts if part.hidden is None]
+    added = any(part.hidden is None for part in parts)
     low = all(math.isinf(fill) or (fill <= ABSORBS and absorbing) for fill in fills)
-    if not exact or not low or any(own != dtype for own in added):
+    if not exact or not low:
         return None
     if zeroed and (added or len(fills) > 1):
         return None

@@ -167,7 +167,7 @@ class Rewriter:
             if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
                 return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
-        memo = tuple((part.node, part.hidden, part.negated) for part in reading.parts)
+        memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.blind == "mean":
             keyword["blind"] = "mean"
         if memo not in self._read:
@@ -186,10 +186,10 @@ class Rewriter:
         """What the next of several masks makes of scores that were zero before the first."""
         if part.hidden is None:
             return part.node if masked is None else self._insert(at, torch.add, masked, part.node)
-        before = 0.0 if masked is None else masked
-        arms = (before, part.hidden) if part.negated else (part.hidden, before)
-        chosen = self._insert(at, torch.where, part.node, *arms)
-        return chosen if masked is not None else self._insert(at, torch.Tensor.to, chosen, query.dtype)
+        filled = self._insert(at, torch.logical_not, part.node) if part.negated else part.node
+        if masked is None:  # 0 wherever it is not filled
+            masked = self._insert(at, torch.Tensor.to, filled, query.dtype)
+        return self._insert(at, torch.masked_fill, masked, filled, part.hidden)
 
     def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
         node = operand.node

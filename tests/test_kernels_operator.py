@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+import s2o_compile
 from s2o_compile.kernels import operator, registration
 from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError
 from s2o_compile.kernels.mask import AttentionMask
@@ -574,3 +575,27 @@ class TestBlindRows:
 def test_custom_op_and_namespace_are_one_operator():
     inputs = Case(queries=200).inputs()
     assert torch.equal(registration.attention(*inputs.tensors, **arguments(inputs))[0], call(inputs)[0])
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranking", ["per_query", "mean_query", "sub_mean"])
+@pytest.mark.parametrize("masked", [False, True], ids=["keywords", "attn_mask"])
+def test_the_default_dtype_is_nobodys_business(default_dtype, dtype, ranking, masked):
+    length = 400
+    config = s2o_compile.S2OConfig(tau=0.0, min_seq_len=0, segment_len=128, ranking=ranking, query_order="mean_query")
+    query, key, value = (torch.randn(1, 2, length, 16, dtype=torch.float32).to(dtype) for _ in range(3))
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    visible[:, 7] = False
+    mask = {"attn_mask": visible} if masked else {"causal": True, "key_mask": visible[-1:]}
+    actual = s2o_compile.attention(query, key, value, **mask, config=config)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
