@@ -26,7 +26,7 @@ CLASSES = 32
 PART = 8192
 """Keys of one program."""
 
-BLOCK = 128
+BLOCK = 64
 """Keys of one step of a program: as many as a field of ``packed_ones`` can count."""
 
 SAMPLES = 4096
@@ -134,7 +134,7 @@ def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: t
 def packed_ones(place, CLASSES: tl.constexpr):
     """A one in the field of each key's class: 8 fields of 8 bits in an int64, [keys, CLASSES / 8].
 
-    Sums of them count all classes at once; a block of 128 keys overflows no field.
+    Sums of them count all classes at once; a block of fewer than 256 keys overflows no field.
     """
     word = tl.arange(0, CLASSES // 8)
     one = tl.full([1], 1, tl.int64) << (place % 8 * 8).to(tl.int64)
