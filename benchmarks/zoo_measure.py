@@ -105,15 +105,24 @@ def measure(subject: Subject, row: Row) -> Row:
     return row
 
 
+class SubjectError(Exception):
+    """An error that is not the pass's: the message says whose."""
+
+
 def describe(error: BaseException) -> str:
     """An exception in one line."""
+    if isinstance(error, SubjectError):
+        return str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
 
 def _measure(subject: Subject, row: Row) -> None:
     row.model, row.note = type(subject.model).__name__, subject.note
-    expected = _call(subject, subject.model)
+    try:
+        expected = _call(subject, subject.model)
+    except Exception as error:
+        raise SubjectError(f"the original raises it: {describe(error)}") from error
     with watched(EXACT) as watch:
         ran = census.take(
             subject.model.generate if subject.generate else subject.model,
@@ -121,7 +130,7 @@ def _measure(subject: Subject, row: Row) -> None:
             _options(subject),
             zoo_masks.MaskCounter,
         )
-        actual = _call(subject, compiled_copy(subject.model, watch.backend))
+        actual = _compiled(subject, watch.backend)
     _fill(row, watch.report(ran), len(ran))
     _judge(row, watch.joined(ran), {call.site for call in watch.recording.calls if call.path == "masked"})
     row.error = distance(actual, expected, subject.keep)
@@ -131,6 +140,20 @@ def _measure(subject: Subject, row: Row) -> None:
         row.control = distance(_call(subject, compiled_copy(subject.model, "eager")), expected, subject.keep)
         torch._dynamo.reset()
         row.rounding = _rounding(subject, expected)
+
+
+def _compiled(subject: Subject, backend: Any) -> object:  # noqa: ANN401 (a backend)
+    """The output through the pass; an error that plain torch.compile raises as well says so."""
+    try:
+        return _call(subject, compiled_copy(subject.model, backend))
+    except Exception as error:
+        torch._dynamo.reset()
+        try:
+            _call(subject, compiled_copy(subject.model, "eager"))
+        except Exception as control:
+            if type(control) is type(error):
+                raise SubjectError(f"plain torch.compile raises it, too: {describe(error)}") from error
+        raise
 
 
 def _rounding(subject: Subject, expected: object) -> float | None:

@@ -88,7 +88,8 @@ def _totals(rows: Sequence[Row]) -> str:
             f"({compiled} of them exactly as under plain torch.compile, {rounded} as far as rounding alone decides), "
             f"{status['error']} raise an error. {_sum(ran, 'ran')} attention calls ran, "
             f"{_sum(ran, 'not_found')} of them were not found; {_sum(ran, 'found')} sites were found, "
-            f"{_sum(ran, 'rewritten')} of them rewritten. Largest error of an output that counts as equal: "
+            f"{_sum(ran, 'rewritten')} of them rewritten, {_sum(ran, 'read')} of these with a mask that is read at run "
+            f"time. Largest error of an output that counts as equal: "
             f"{max(equal, default=0):.1e}.",
             "",
             _share(ran),
@@ -153,7 +154,8 @@ def _problems(rows: Sequence[Row]) -> str:
     if not rows:
         return "None.\n"
     lines = [
-        "The control is the same comparison for plain `torch.compile`, without the pass. *Rounding* is how far the",
+        "Notes of errors say whether the original, or plain `torch.compile` without the pass, raises them as well. The",
+        "control is the same comparison for plain `torch.compile`. *Rounding* is how far the",
         "original in float32 is from itself in float64: where it is of the error's size, a choice between nearly equal",
         "numbers (the best proposals of a detector, say) falls the other way under any rounding.",
         "",

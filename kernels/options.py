@@ -26,7 +26,7 @@ class OperatorOptions:
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
 
-    tau: float = 0.75
+    tau: float = 0.5
     min_seq_len: int | None = None
     segment_len: int | None = None
     ranking: str = "per_query"
