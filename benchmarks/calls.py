@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import operator, torch_forward, triton_forward
+from s2o_compile.kernels import head_slices, operator, torch_forward, triton_forward
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan
@@ -125,9 +125,9 @@ def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = Tr
 def held_density(density: float, *, causal: bool = True) -> Iterator[None]:
     """Inside the block the operator cuts its lists to a density and walks them to the end, whatever the input.
 
-    Ranking and ordering are as ever, for lists of the length that early stopping can reach: 1/8 of the prefix at most.
+    Ranking and ordering are as ever, for lists of the length that early stopping can reach: half of the prefix.
     """
-    build = operator.build_plan
+    build = head_slices.build_plan
 
     def build_plan(query: Tensor, *rest: object, **keywords: object) -> Plan:
         return cut_to_density(build(query, *rest, **keywords), density, query.shape[2], causal=causal)  # pyright: ignore
@@ -136,7 +136,7 @@ def held_density(density: float, *, causal: bool = True) -> Iterator[None]:
         return lambda *args, **keywords: attend(*args, **{**keywords, "tau": 0.0})
 
     with (
-        patch.object(operator, "build_plan", build_plan),
+        patch.object(head_slices, "build_plan", build_plan),
         patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
         patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
     ):
@@ -161,7 +161,7 @@ def time_held(inputs: Inputs, density: float, mask: AttentionMask = CAUSAL) -> d
             run(inputs, mask)
         real = calls[0].density
         whole_ms = milliseconds(partial(run, inputs, mask))
-        plan = operator.build_plan(
+        plan = head_slices.build_plan(
             query,
             key,
             value,

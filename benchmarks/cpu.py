@@ -18,7 +18,7 @@ import calls
 import torch
 from results_file import Rows
 
-from s2o_compile.kernels import operator, torch_forward
+from s2o_compile.kernels import head_slices, torch_forward
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.statistics import record_calls
 
@@ -30,7 +30,7 @@ def bench(length: int, density: float, args: argparse.Namespace) -> dict[str, ob
     options = OperatorOptions()
     (dense,) = calls.sdpa_calls(*inputs).values()
     with calls.held_density(density):
-        plan = operator.build_plan(
+        plan = head_slices.build_plan(
             *inputs,
             calls.CAUSAL,
             scale=args.head_dim**-0.5,
