@@ -37,10 +37,22 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 FIRST_TEST = 2
 """Chunks visited before the stop rule is tested."""
 
+GIVE_UP_SHARE = 8
+GIVE_UP_FACTOR = 1.25
+"""From an eighth of the prefix on, a tile gives up an incomplete list at whose end the rule would, by its own estimate,
+still miss tau by this factor: walking on would cost as much again as the dense restart."""
+
 
 def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
     """Mass of the unvisited chunks in units of the last visited one, if it falls off like 1 / rank."""
     return visited / chunk_len * max(math.log(prefix / visited), 0.0)
+
+
+def chunks_beyond(visited: int, count: int, prefix: int, chunk_len: int) -> float:
+    """The same of the chunks behind the end of a list; 0 where a tile must not give up yet."""
+    if count >= prefix or visited * GIVE_UP_SHARE < prefix:
+        return 0.0
+    return visited / chunk_len * math.log(prefix / count)
 
 
 class Result(NamedTuple):
@@ -142,6 +154,9 @@ def attend(
                     if tau > 0 and visited >= FIRST_TEST * plan.chunk_len:
                         gain = state.gain(m_before, l_before).max()
                         stopped = bool(gain * chunks_to_come(visited, prefix, plan.chunk_len) < tau)
+                        beyond = gain * chunks_beyond(visited, count, prefix, plan.chunk_len)
+                        if not stopped and beyond >= GIVE_UP_FACTOR * tau:
+                            break
                 area = len(own) + min(visited, count)
                 if not stopped and count < prefix:
                     state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)

@@ -62,7 +62,7 @@ def attend(
     group = query.shape[1] // key.shape[1]
     together = heads_together(key, value, n_segments(query.shape[2], segment_len))
     output = empty_output(query, value.shape[3])
-    results = []
+    results, orders = [], []
     for first in range(0, key.shape[1], together):
         heads, rows = slice(first, first + together), slice(first * group, (first + together) * group)
         some = query[:, rows], key[:, heads], value[:, heads], mask
@@ -78,8 +78,14 @@ def attend(
         results.append(
             executor.attend(*some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, rows])
         )
+        orders.append(plan.query_order)
         del plan  # before the next is made
-    if len(results) == 1:
-        return results[0]
-    lse, computed = torch.cat([part.lse for part in results], 1), torch.cat([part.computed for part in results], 1)
-    return Result(output, lse, computed)
+    lse, computed, order = (
+        parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 1)
+        for parts in ([part.lse for part in results], [part.computed for part in results], orders)
+    )
+    result = Result(output, lse, computed)
+    # A tile that restarts takes as long as hundreds that stop: those of all slices run side by side.
+    if executor is not torch_forward:
+        executor.restart(query, key, value, mask, result, segment_len, order, scale=scale, softcap=softcap)
+    return result

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come
+from s2o_compile.kernels.definition import FIRST_TEST, GIVE_UP_FACTOR, Result, chunks_beyond, chunks_to_come
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
@@ -203,19 +203,25 @@ class _Segment:
 
         Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
         """
-        walking = tiles
+        walking, given_up = tiles, []
         for start in range(0, self.count, self.chunk_len):
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
             gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
             area[walking.numbers] += len(chunk)
             if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
-                stay = (gain * chunks_to_come(start + self.chunk_len, self.prefix, self.chunk_len) >= tau).cpu()
+                visited = start + self.chunk_len
+                stopped = (gain * chunks_to_come(visited, self.prefix, self.chunk_len) < tau).cpu()
+                beyond = gain * chunks_beyond(visited, self.count, self.prefix, self.chunk_len)
+                hopeless = ~stopped & (beyond >= GIVE_UP_FACTOR * tau).cpu()
+                stay = ~stopped & ~hopeless
                 if stay.all():
                     continue
                 if walking is not tiles:
-                    tiles.put(walking.select((~stay).nonzero()[:, 0]))
+                    tiles.put(walking.select(stopped.nonzero()[:, 0]))
+                given_up.append(walking.numbers[hopeless])
                 walking = walking.select(stay.nonzero()[:, 0])
                 if not stay.any():
                     break
-        return walking
+        numbers = torch.cat([*given_up, walking.numbers])
+        return walking if len(numbers) == len(walking.numbers) else tiles.select(numbers)

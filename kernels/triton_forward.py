@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2o_compile.kernels import definition
 from s2o_compile.kernels.definition import FIRST_TEST, Result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
@@ -26,6 +27,7 @@ from s2o_compile.kernels.triton_natural import attend_range, empty_result, launc
 from s2o_compile.kernels.triton_tile import (
     LN2,
     NOTHING_SEEN,
+    WIDEST_VALUE,
     can_fix,
     cap_products,
     launch_config,
@@ -37,6 +39,8 @@ from s2o_compile.kernels.triton_tile import (
     store_tile,
     value_parts,
 )
+
+GIVE_UP_SHARE, GIVE_UP_FACTOR = tl.constexpr(definition.GIVE_UP_SHARE), tl.constexpr(definition.GIVE_UP_FACTOR)
 
 
 @triton.jit
@@ -132,6 +136,7 @@ def gathered_fwd_kernel(
     whole = count // CHUNK * CHUNK
     visited = whole * 0
     stopped = visited != 0
+    hopeless = visited != 0
     start = visited
     if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
@@ -139,7 +144,8 @@ def gathered_fwd_kernel(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
             False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
-    while (visited < whole) & (stopped == 0):
+    beyond = tl.math.log2(tl.maximum(prefix, 1).to(tl.float32) / tl.maximum(count, 1)) * (LN2 / CHUNK)
+    while (visited < whole) & (stopped == 0) & (hopeless == 0):
         m_before, l_before = m, l
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
@@ -150,9 +156,12 @@ def gathered_fwd_kernel(
         start = visited
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
         to_come = tl.math.log2(tl.maximum(prefix, visited).to(tl.float32) / visited) * (LN2 / CHUNK) * visited
-        unvisited = tl.max(gain, 0) * to_come
-        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (unvisited < tau)
-    if (stopped == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
+        worst = tl.max(gain, 0)
+        tested = (tau > 0.0) & (visited >= TESTED_FROM)
+        stopped = tested & (worst * to_come < tau)
+        late = (count < prefix) & (visited * GIVE_UP_SHARE >= prefix)
+        hopeless = tested & late & (worst * beyond * visited >= GIVE_UP_FACTOR * tau)
+    if (stopped == 0) & (hopeless == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
             True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
@@ -180,7 +189,10 @@ def attend(
     softcap: float | None = None,
     output: Tensor | None = None,
 ) -> Result:
-    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
+    """Attention over a plan; arguments and results as ``definition.attend``.
+
+    Into ``output``, if given: then tiles that must restart are left to `restart`, unless values are walked in parts.
+    """
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
@@ -200,5 +212,26 @@ def attend(
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part), **launch_config(query.shape[3], part.shape[3], query.dtype),
         )  # fmt: skip
-        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap, restart=plan)
+        if output is None or value.shape[3] > WIDEST_VALUE:
+            restart(query, key, part, mask, into, plan.segment_len, order, scale=scale, softcap=softcap)
     return result
+
+
+def restart(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    into: Result,
+    segment_len: int,
+    query_order: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Attend densely where a walk over segments of ``segment_len`` queries gave up; nothing elsewhere."""
+    for part, result in value_parts(value, into):
+        launch_natural(
+            query, key, part, mask, result, scale=scale, softcap=softcap, restart_len=segment_len,
+            query_order=query_order,
+        )  # fmt: skip

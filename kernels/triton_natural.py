@@ -16,7 +16,7 @@ from torch import Tensor
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.triton_tile import (
     NOTHING_SEEN,
     can_fix,
@@ -171,23 +171,23 @@ def launch_natural(
     *,
     scale: float,
     softcap: float | None,
-    restart: Plan | None,
+    restart_len: int | None = None,
+    query_order: Tensor | None = None,
 ) -> None:
-    """Fill ``into``: every tile, or with ``restart`` only the tiles that this plan's walk left unfinished."""
+    """Fill ``into``: every tile, or only those that a walk left unfinished over segments of ``restart_len`` queries."""
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
-    order = None if restart is None else restart.query_order
     natural_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
         query, key, value, into.output, into.lse, into.computed,
-        order if order is not None else into.computed,
+        query_order if query_order is not None else into.computed,
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, *logit_scales(scale, softcap),
-        0 if restart is None else restart.segment_len,
-        RESTART=restart is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
-        HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None, HAS_QUERY_ORDER=order is not None,
-        HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN, WIDE=needs_wide(query, key, value),
+        restart_len or 0, RESTART=restart_len is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
+        HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
+        HAS_QUERY_ORDER=query_order is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+        WIDE=needs_wide(query, key, value),
         **launch_config(query.shape[3], value.shape[3], query.dtype),
     )  # fmt: skip
 
@@ -208,5 +208,5 @@ def attend_natural(
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
     result = empty_result(query, value)
     for part, into in value_parts(value, result):
-        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap, restart=None)
+        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap)
     return result

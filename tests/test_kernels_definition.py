@@ -116,9 +116,16 @@ class TestStopRule:
 class TestRestart:
     def test_an_incomplete_list_that_does_not_stop_restarts_exactly(self, weighed):
         example = weighed((8,) * 8, reached=3)
-        assert example.stop(0.5, reached=3) is None
-        result = attend(example.inputs, example.plan, 0.5)
+        assert example.stop(0.85, reached=3) is None
+        result = attend(example.inputs, example.plan, 0.85)
         assert result.computed.item() == (TILE_LEN + 3 * 64) + (example.prefix + TILE_LEN)
+        assert_close(result, exact_attention(example.inputs), example.inputs, torch.float64)
+
+    def test_a_list_at_whose_end_too_much_would_be_missing_is_given_up(self, weighed):
+        """After two of three chunks 8 of 16 are new: 0.5 * 2 * log(8 / 3) = 0.98 would be left, and 0.63 is too much."""
+        example = weighed((8,) * 8, reached=3)
+        result = attend(example.inputs, example.plan, 0.5)
+        assert result.computed.item() == (TILE_LEN + 2 * 64) + (example.prefix + TILE_LEN)
         assert_close(result, exact_attention(example.inputs), example.inputs, torch.float64)
 
     def test_an_incomplete_list_that_stops_does_not_restart(self, weighed):
@@ -129,8 +136,8 @@ class TestRestart:
 
     def test_a_stop_on_the_last_listed_chunk_counts(self, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), reached=3)
-        assert example.stop(0.1) == 3
-        assert attend(example.inputs, example.plan, 0.1).computed.item() == TILE_LEN + 3 * 64
+        assert example.stop(0.2) == 3
+        assert attend(example.inputs, example.plan, 0.2).computed.item() == TILE_LEN + 3 * 64
 
     def test_a_complete_list_that_does_not_stop_is_already_exact(self, weighed):
         example = weighed((8,) * 4)

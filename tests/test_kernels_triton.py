@@ -194,10 +194,11 @@ class TestRanked:
         assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
 
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
-    def test_an_incomplete_list_restarts(self, device, weighed):
+    @pytest.mark.parametrize(("tau", "walked"), [(0.85, 3), (0.5, 2)], ids=["at its end", "given up"])
+    def test_an_incomplete_list_restarts(self, device, tau, walked, weighed):
         example = weighed((8,) * 8, reached=3, device=device)
-        actual = assert_like_definition(example.inputs, example.plan, 0.5)
-        assert actual.computed.item() == (TILE_LEN + 3 * 64) + (example.prefix + TILE_LEN)
+        actual = assert_like_definition(example.inputs, example.plan, tau)
+        assert actual.computed.item() == (TILE_LEN + walked * 64) + (example.prefix + TILE_LEN)
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")
