@@ -101,13 +101,13 @@ def sample_scores_kernel(
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop, whole, reached = list_bounds(
+    own_start, own_stop, _whole, _reached = list_bounds(
         segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
     )
     stop = own_start if CAUSAL else n_keys
     for j in range(0, samples, BLOCK):
         sample = j + tl.arange(0, BLOCK)
-        score, present = load_scores(
+        score, _present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
             tl.minimum(sample * step + sample * 7919 % step, n_keys - 1), stop, own_start, own_stop, CAUSAL,
             HAS_KEY_MASK,
