@@ -35,6 +35,9 @@ SAMPLES = 4096
 SLACK = 1.1
 """How many more keys than wanted the last threshold aims at: the worst of them are cut off."""
 
+LARGEST = tl.constexpr(65504.0)
+"""Clamp of scores, float16's largest number: inf is for keys that hold NaN or inf."""
+
 
 @triton.jit
 def find_poisoned_kernel(
@@ -83,7 +86,7 @@ def load_scores(
     if HAS_KEY_MASK:
         present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
     score = tl.load(score_ptr + keys, mask=present, other=-float("inf")).to(tl.float32)
-    score = tl.where(score == score, score, 0.0)
+    score = tl.where(score == score, tl.minimum(score, LARGEST), 0.0)
     return tl.where(tl.load(poisoned_ptr + keys, mask=present, other=0) != 0, float("inf"), score), present
 
 
@@ -117,7 +120,10 @@ def sample_scores_kernel(
 
 @triton.jit
 def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.constexpr):
-    """Descending lower bounds of the classes of one row; -inf last where a list holds everything."""
+    """Descending lower bounds of the classes of one row; -inf last where a list holds everything.
+
+    The first class is for keys that hold NaN or inf alone: the best scores may be many equal ones.
+    """
     number = tl.arange(0, CLASSES)
     share = (number + 1).to(tl.float32) / CLASSES
     rank = (reached.to(tl.float32) * slack / step * share * share).to(tl.int32)
@@ -127,6 +133,7 @@ def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: t
     finite = tl.maximum(last, -1e38)
     above = finite + tl.maximum(tl.abs(finite) / 4096, 1e-8)
     bound = tl.where(number < CLASSES - 1, tl.maximum(bound, above), bound)
+    bound = tl.where(number == 0, float("inf"), bound)
     return tl.where((number == CLASSES - 1) & (reached >= whole), -float("inf"), bound)
 
 

@@ -18,7 +18,7 @@ from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.validation import check_inputs
-from tests.conftest import CUDA, Case, assert_close, exact_attention, lay_out, visible_pairs
+from tests.conftest import CUDA, INTERPRETED, Case, assert_close, exact_attention, lay_out, visible_pairs
 
 OPERATOR = torch.ops.s2o.attention.default
 DEVICES = ["cpu", CUDA]
@@ -599,3 +599,15 @@ def test_the_default_dtype_is_nobodys_business(default_dtype, dtype, ranking, ma
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     tolerance = 1e-5 if dtype is torch.float32 else 2e-2
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+@pytest.mark.parametrize("offset", [2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+def test_offsets_at_the_end_of_32_bits(device, offset):
+    pytest.importorskip("triton")
+    x = torch.randn(1, 1, 128, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    config = s2o_compile.S2OConfig(tau=0.0, min_seq_len=1, segment_len=128, implementation="triton")
+    output = s2o_compile.attention(x, x, x, causal=True, causal_offset=offset, config=config)
+    expected = scaled_dot_product_attention(x, x, x) if offset > 0 else torch.zeros_like(x)
+    assert (output - expected).abs().max() < 1e-5

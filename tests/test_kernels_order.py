@@ -30,6 +30,8 @@ def scores(device, kind):
         "periodic": lambda: torch.arange(LENGTH).expand(shape) % 8 + torch.rand(shape, generator=generator) / 4,
         "ascending": lambda: torch.arange(LENGTH).expand(shape) / LENGTH,
         "ties": lambda: torch.zeros(shape),
+        "two_values": lambda: (torch.rand(shape, generator=generator) < 0.3).float(),
+        "infinite": lambda: torch.full(shape, torch.inf),
     }[kind]()
     return x.to(device, torch.float16)
 
@@ -90,14 +92,17 @@ class TestLists:
         for place in places(count):
             assert key_mask[place[0]][index[place][: count[place]].long()].all()
 
-    def test_start_with_keys_that_hold_nan(self, device):
+    @pytest.mark.parametrize("tau", [1.0, 0.0])
+    @pytest.mark.parametrize("kind", ["normal", "ties", "two_values", "infinite"])
+    def test_start_with_keys_that_hold_nan(self, device, kind, tau):
+        """However many keys share the best score: a tile may stop before it has seen them all."""
         key = torch.zeros(2, 2, LENGTH, 16, device=device)
-        key[0, 1, 300, 3], key[1, 0, 7, 0] = torch.nan, torch.inf
-        _, _, (index, count, _), _ = lists(device, "normal", key=key)
-        poisoned = {(0, 1): 300, (1, 0): 7}
+        key[0, 1, 500, 3], key[1, 0, 400, 0] = torch.nan, torch.inf
+        _, _, (index, count, _), _ = lists(device, kind, key=key, tau=tau)
+        poisoned = {(0, 1): 500, (1, 0): 400}
         for place in places(count):
             if place[:2] in poisoned:
-                assert poisoned[place[:2]] in index[place][:64], place
+                assert poisoned[place[:2]] == index[place][0], place
 
     @pytest.mark.parametrize("good", ["poisoned", "better"])
     def test_equals_push_no_better_key_out(self, device, good, monkeypatch):
