@@ -122,7 +122,7 @@ class TestRestart:
         assert_close(result, exact_attention(example.inputs), example.inputs, torch.float64)
 
     def test_a_list_at_whose_end_too_much_would_be_missing_is_given_up(self, weighed):
-        """After two of three chunks 8 of 16 are new: 0.5 * 2 * log(8 / 3) = 0.98 would be left, and 0.63 is too much."""
+        """After two of three chunks 8 of 16 are new: 0.5 * 2 * log(8 / 3) = 0.98 would be left, above 0.63."""
         example = weighed((8,) * 8, reached=3)
         result = attend(example.inputs, example.plan, 0.5)
         assert result.computed.item() == (TILE_LEN + 2 * 64) + (example.prefix + TILE_LEN)
