@@ -59,6 +59,7 @@ def small_lists():
         for module in (plan_module, rank):
             patch.setattr(module, "default_chunk_len", lambda _: 64)
         patch.setattr(plan_module, "MIN_REACH", 64)
+        patch.setattr(plan_module, "REACH_FRACTION", 8)
         yield
 
 
