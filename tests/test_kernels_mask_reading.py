@@ -64,6 +64,7 @@ UNKNOWN = {
     "a key too many": changed(200, 250),
     "nothing": torch.zeros(LENGTH, LENGTH, dtype=torch.bool),
     "one row of one head": by_head(3, changed(7, 0)),
+    "a row hidden from one head": by_head(2, CAUSAL & (ROW != 200)),
 }
 
 
