@@ -170,8 +170,9 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
     b, h, n_rows, n_keys = mask.shape
     columns = torch.arange(n_keys, device=mask.device)
     parts: list[Comparison] = []
-    for start in range(0, n_rows, max(CHUNK // (b * h * n_keys), 1)):
-        part = mask[:, :, start : start + max(CHUNK // (b * h * n_keys), 1)]
+    together = max(CHUNK // (b * h * n_keys), 1)
+    for start in range(0, n_rows, together):
+        part = mask[:, :, start : start + together]
         distance = columns - torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
         shown = band.keys[:, None, None] & (distance <= band.late) & (distance >= band.early)
         visible = is_visible(part)
