@@ -24,8 +24,8 @@ SCRATCH_BYTES = 64 * 2**20
 """Scores and lists that are held at once take at most 1/8 of the memory of key and value, or 64 MiB, or those of one
 head."""
 
-BYTES_A_SCORE = 4
-"""A score in float16, and half an entry of int32 in a list."""
+BYTES_A_SCORE = 5
+"""A score in float16, half an entry of int32 in a list, and the counts of classes that order it."""
 
 
 def heads_together(key: Tensor, value: Tensor, segments: int) -> int:

@@ -22,7 +22,8 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import own_starts_stops
 
 KEY_STRIDE = 64
-"""The normaliser samples every 64th key."""
+KEY_SAMPLES = 1024
+"""The normaliser samples every 64th key, or about 1024 of more than 64K."""
 
 DIM_STRIDE = 8
 DIM_SAMPLES = 4096
@@ -38,6 +39,11 @@ def few_dims(head_dim: int) -> int:
     The one is the normaliser's: together they fill the inner dimension of a product on the tensor cores.
     """
     return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
+
+
+def key_stride(n_keys: int) -> int:
+    """Of this many keys the normaliser sees one."""
+    return max(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
 class Moments(NamedTuple):
@@ -89,13 +95,14 @@ def row_normaliser(query: Tensor, key: Tensor, mask: AttentionMask, *, first_que
     n_keys = key.shape[2]
     rows = first_query + torch.arange(query.shape[3], device=query.device)
     end = min(first_query + query.shape[3] + mask.offset, n_keys) if mask.causal else n_keys
-    sampled = torch.arange(0, max(end, 0), KEY_STRIDE, device=query.device)
+    stride = key_stride(n_keys)
+    sampled = torch.arange(0, max(end, 0), stride, device=query.device)
     logits = query.flatten(2, 3) @ key[:, :, sampled].transpose(-1, -2)
     logits = logits.unflatten(2, query.shape[2:4])
     hidden = ~mask.visible(rows, sampled)
     if mask.key_mask is not None:
         hidden = hidden | ~mask.key_mask[:, None, None, None, sampled]
-    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1) + math.log(KEY_STRIDE)
+    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1) + math.log(stride)
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 

@@ -1,9 +1,10 @@
 """``plan.order_keys`` on the GPU: a counting sort of each list's keys by class of score.
 
-The stop rule is tested once a chunk, so the order inside a chunk is free. Keys fall into CLASSES classes, by thresholds
-taken from a sample of their row of scores, and keep their natural order inside a class: neighbours are gathered
-together, and the same scores always give the same list. A row is counted, and then written, in parts of PART keys, one
-program each, so that a few long lists keep the whole card busy; nothing waits for the device.
+The stop rule is tested once a chunk, so the order inside a chunk is free. Keys fall into CLASSES classes, by bounds
+taken from a sample of their row of scores. Every lane of a program counts, and then writes, LANE_KEYS keys of its own:
+no lane waits for another. Inside a class the keys stand lane by lane, and the same scores always give the same list. A
+row is cut into programs of LANES lanes, so that a few long lists keep the whole card busy; nothing waits for the
+device.
 
 score [B, Hkv, P, Nk], key_index int32 [B, Hkv, P, L].
 """
@@ -23,11 +24,11 @@ from s2o_compile.kernels.triton_tile import load_rows, needs_wide
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
 
-PART = 8192
-"""Keys of one program."""
+LANES = 64
+"""Lanes of one program, a thread each."""
 
-BLOCK = 64
-"""Keys of one step of a program: as many as a field of ``packed_ones`` can count."""
+LANE_KEYS = 128
+"""Keys of one lane, every LANES-th of the program's, for a load takes neighbours; a counter's field holds up to 255."""
 
 SAMPLES = 4096
 """Scores of a row that the thresholds are taken from, at most."""
@@ -119,7 +120,7 @@ def sample_scores_kernel(
 
 
 @triton.jit
-def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.constexpr):
+def load_bounds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.constexpr):
     """Descending lower bounds of the classes of one row; -inf last where a list holds everything.
 
     The first class is for keys that hold NaN or inf alone: the best scores may be many equal ones.
@@ -138,88 +139,88 @@ def load_thresholds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: t
 
 
 @triton.jit
-def packed_ones(place, CLASSES: tl.constexpr):
-    """A one in the field of each key's class: 8 fields of 8 bits in an int64, [keys, CLASSES / 8].
-
-    Sums of them count all classes at once; a block of fewer than 256 keys overflows no field.
-    """
-    word = tl.arange(0, CLASSES // 8)
-    one = tl.full([1], 1, tl.int64) << (place % 8 * 8).to(tl.int64)
-    return tl.where(place[:, None] // 8 == word[None, :], one[:, None], 0)
+def find_class(score, present, bound, CLASSES: tl.constexpr):
+    """Class of each key [LANES]: how many of the bounds it falls short of. CLASSES for what is in no list."""
+    return tl.where(present, tl.sum((score[None, :] < bound[:, None]).to(tl.int32), 0), CLASSES)
 
 
 @triton.jit
-def unpacked(sums, CLASSES: tl.constexpr):
-    """The fields of int64 [CLASSES / 8] as int32 [CLASSES]."""
-    fields = sums[:, None] >> (tl.arange(0, 8) * 8).to(tl.int64)[None, :] & 255
-    return tl.reshape(fields.to(tl.int32), [CLASSES])
+def counter_of(place, CLASSES: tl.constexpr):
+    """Where a key's class is counted, bool [CLASSES / 4, LANES], and the shift of its field: 4 fields in an int32."""
+    word = tl.arange(0, CLASSES // 4)
+    return word[:, None] == (place // 4)[None, :], place % 4 * 8
 
 
 @triton.jit
 def count_classes_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, prefix_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, parts,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
-    CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """How many keys of one part of a row are in each class, and how many are prefix keys."""
-    part, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """How many keys of each lane of a row are in each class, and how many are prefix keys."""
+    program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
     own_start, own_stop, whole, reached = list_bounds(
         segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
     )
-    stop = tl.minimum(own_start if CAUSAL else n_keys, part * PART + PART)
-    classes = tl.arange(0, CLASSES)
-    threshold = load_thresholds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
-    sizes = tl.zeros([CLASSES], tl.int32)
-    prefix = part * 0
-    for j in range(part * PART, stop, BLOCK):
+    start = program * LANES * LANE_KEYS
+    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    lane = tl.arange(0, LANES)
+    bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
+    counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
+    prefix = tl.zeros([LANES], tl.int32)
+    for j in range(start, stop, LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            j + tl.arange(0, BLOCK), stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
+            j + lane, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
-        place = tl.where(present, tl.sum((score[:, None] < threshold[None, :]).to(tl.int32), 1), CLASSES)
-        sizes += unpacked(tl.sum(packed_ones(place, CLASSES), 0), CLASSES)
-        prefix += tl.sum(present.to(tl.int32), 0)
-    tl.store(count_ptr + (row * CLASSES + classes) * parts + part, sizes)
-    tl.store(prefix_ptr + row * parts + part, prefix)
+        here, shift = counter_of(find_class(score, present, bound, CLASSES), CLASSES)
+        counts += tl.where(here, (1 << shift)[None, :], 0)
+        prefix += present.to(tl.int32)
+    lanes = tl.num_programs(0) * LANES
+    for field in tl.static_range(4):
+        place = tl.arange(0, CLASSES // 4) * 4 + field
+        cell = (row * CLASSES + place)[:, None] * lanes + (program * LANES + lane)[None, :]
+        tl.store(count_ptr + cell, counts >> field * 8 & 255)
+    tl.store(prefix_ptr + row * tl.num_programs(0) + program, tl.sum(prefix, 0))
 
 
 @triton.jit
 def write_classes_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, end_ptr, key_index_ptr, key_count_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, parts,
-    list_len,
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr, key_count_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, list_len,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
-    CLASSES: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The keys of one part of a row, written to their places in the list."""
-    part, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The keys of each lane of a row, written to their places in the list."""
+    program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
     own_start, own_stop, whole, reached = list_bounds(
         segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
     )
-    stop = tl.minimum(own_start if CAUSAL else n_keys, part * PART + PART)
-    classes = tl.arange(0, CLASSES)
-    threshold = load_thresholds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
-    cell = (row * CLASSES + classes) * parts + part
-    first = tl.load(end_ptr + cell) - tl.load(count_ptr + cell)
-    length = tl.minimum(tl.load(end_ptr + (row + 1) * CLASSES * parts - 1), reached)
-    if part == 0:
+    start = program * LANES * LANE_KEYS
+    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    lane = tl.arange(0, LANES)
+    bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
+    written = tl.zeros([CLASSES // 4, LANES], tl.int32)
+    lanes = tl.num_programs(0) * LANES
+    end_ptr += row * CLASSES * lanes
+    length = tl.minimum(tl.load(end_ptr + CLASSES * lanes - 1), reached)
+    if program == 0:
         tl.store(key_count_ptr + row, length)
-    for j in range(part * PART, stop, BLOCK):
-        keys = j + tl.arange(0, BLOCK)
+    for j in range(start, stop, LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            keys, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
+            j + lane, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
-        place = tl.where(present, tl.sum((score[:, None] < threshold[None, :]).to(tl.int32), 1), CLASSES)
-        ones = packed_ones(place, CLASSES)
-        up_to = tl.sum(tl.where(ones != 0, tl.cumsum(ones, 0), 0), 1) >> (place % 8 * 8).to(tl.int64) & 255
-        before = tl.sum(tl.where(place[:, None] == classes[None, :], first[None, :], 0), 1)
-        entry = before + up_to.to(tl.int32) - 1
-        tl.store(key_index_ptr + row * list_len + entry, keys, mask=(place < CLASSES) & (entry < length))
-        first += unpacked(tl.sum(ones, 0), CLASSES)
+        place = find_class(score, present, bound, CLASSES)
+        here, shift = counter_of(place, CLASSES)
+        cell = place * lanes + program * LANES + lane
+        first = tl.load(end_ptr + cell - 1, mask=(place < CLASSES) & (cell > 0), other=0)  # where the cell before ends
+        entry = first + (tl.sum(tl.where(here, written, 0), 0) >> shift & 255)
+        tl.store(key_index_ptr + row * list_len + entry, j + lane, mask=(place < CLASSES) & (entry < length))
+        written += tl.where(here, (1 << shift)[None, :], 0)
 
 
 def order_keys(
@@ -227,7 +228,7 @@ def order_keys(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``.
 
-    A list may fall short of its reach by what the thresholds miss it by; it is never longer.
+    A list may fall short of its reach by what the bounds miss it by; it is never longer.
     """
     batch, heads, segments, n_keys = scores.shape
     chunk_len = default_chunk_len(n_keys)
@@ -238,25 +239,25 @@ def order_keys(
         BLOCK_DIM=triton.next_power_of_2(key.shape[3]), VALUE_DIM=value.shape[3],
         BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
     )  # fmt: skip
-    parts = triton.cdiv(n_keys, PART)
-    counts = scores.new_empty(batch, heads, segments, CLASSES * parts, dtype=torch.int32)
-    prefix = counts.new_empty(batch, heads, segments, parts)
+    programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
+    counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
+    prefix = counts.new_empty(batch, heads, segments, programs)
     key_index = counts.new_empty(batch, heads, segments, max(longest, 1))
     key_count = counts.new_empty(batch, heads, segments)
     rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
-    sizes = 0 if mask.key_mask is None else mask.key_mask.stride(0), n_queries, n_keys, segments, heads
+    stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
     reach = (0, 1) if tau == 0.0 else (plan.MIN_REACH, plan.REACH_FRACTION)
-    sizes = *sizes, mask.own_offset(n_queries, n_keys), *reach
+    sizes = stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys), *reach
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     kind["CHUNK"] = chunk_len
     step = triton.cdiv(n_keys, SAMPLES)
     samples = triton.cdiv(n_keys, step)
     sample = scores.new_empty(batch, heads, segments, samples)
     sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, step, samples, **kind, BLOCK=1024)
-    rows, sizes = (*rows, sample.sort(-1, descending=True).values), (*sizes, step, samples, SLACK, parts)
-    kind |= {"CLASSES": CLASSES, "PART": PART, "BLOCK": BLOCK, "num_warps": 2}
-    grid = parts, segments, batch * heads
+    rows, sizes = (*rows, sample.sort(-1, descending=True).values), (*sizes, step, samples, SLACK)
+    kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "num_warps": LANES // 32}
+    grid = programs, segments, batch * heads
     count_classes_kernel[grid](*rows, counts, prefix, *sizes, **kind)
-    ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and part by part inside a class
-    write_classes_kernel[grid](*rows, counts, ends, key_index, key_count, *sizes, longest, **kind)
+    ends = counts.cumsum_(-1)  # class by class, and lane by lane inside a class
+    write_classes_kernel[grid](*rows, ends, key_index, key_count, *sizes, longest, **kind)
     return key_index, key_count, prefix[:, 0].sum(-1, dtype=torch.int32)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import KEY_STRIDE, choose_dims, few_dims, second_moments
+from s2o_compile.kernels.ranking_per_query import choose_dims, few_dims, key_stride, second_moments
 from s2o_compile.kernels.triton_tile import LN2, LOG2E
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -101,10 +101,21 @@ def row_normaliser_kernel(
 
 
 @triton.jit
+def largest_of_three(a, b, c, PTX: tl.constexpr):
+    """Elementwise maximum of fp16 numbers; in PTX, for the compiler seldom sees the one instruction for two of each."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; max.f16x2 t, $1, $2; max.f16x2 $0, t, $3; }", "=r,r,r,r", [a, b, c], dtype=tl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
 def score_keys_kernel(
     few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, own_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix: one program keeps its keys on chip."""
     head = tl.program_id(1).to(tl.int64)
@@ -120,9 +131,11 @@ def score_keys_kernel(
     for segment in range(first, n_segments):
         base = few_query_ptr + (head * n_segments + segment) * rows * PACKED
         best = tl.full([ROW_BLOCK, KEY_BLOCK], -60000.0, tl.float16)
-        for row in tl.range(0, rows, ROW_BLOCK, num_stages=STAGES):
-            query = tl.load(base + (row + tl.arange(0, ROW_BLOCK))[:, None] * PACKED + dims[None, :])
-            best = tl.maximum(best, tl.dot(query, key, out_dtype=tl.float16))
+        for row in tl.range(0, rows, 2 * ROW_BLOCK, num_stages=STAGES):
+            query = base + (row + tl.arange(0, ROW_BLOCK))[:, None] * PACKED + dims[None, :]
+            one = tl.dot(tl.load(query), key, out_dtype=tl.float16)
+            other = tl.dot(tl.load(query + ROW_BLOCK * PACKED), key, out_dtype=tl.float16)
+            best = largest_of_three(one, other, best, PTX)
         tl.store(score_ptr + (head * n_segments + segment) * n_keys + keys, tl.max(best, 0), mask=inside)
 
 
@@ -130,6 +143,11 @@ def packed_dtype(device: torch.device) -> torch.dtype:
     """8-bit floats where the tensor cores multiply them (compute capability 8.9 and later), else float16."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return torch.float8_e4m3fn if fast else torch.float16
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether ``max.f16x2`` exists: on NVIDIA's devices from compute capability 8.0 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_width(head_dim: int) -> int:
@@ -175,11 +193,12 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, segments, rows, kv_heads, mask.offset, LARGEST[dtype],
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, STRIDE=KEY_STRIDE, TILE=128,
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, STRIDE=key_stride(n_keys), TILE=128,
         KEY_BLOCK=128, PACKED=width, num_warps=4,
     )  # fmt: skip
-    score_keys_kernel[(triton.cdiv(n_keys, 256), batch * kv_heads)](
+    score_keys_kernel[(triton.cdiv(n_keys, 128), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=256, ROW_BLOCK=64, STAGES=3, PACKED=width, num_warps=4,
+        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=128, ROW_BLOCK=64, STAGES=3, PACKED=width,
+        PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip
     return score
