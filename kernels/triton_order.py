@@ -30,6 +30,9 @@ LANES = 64
 LANE_KEYS = 128
 """Keys of one lane, every LANES-th of the program's, for a load takes neighbours; a counter's field holds up to 255."""
 
+STEPS = 4
+"""Keys of a lane that are loaded together: the loop waits for memory."""
+
 SAMPLES = 4096
 """Scores of a row that the thresholds are taken from, at most."""
 
@@ -139,16 +142,23 @@ def load_bounds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.co
 
 
 @triton.jit
-def find_class(score, present, bound, CLASSES: tl.constexpr):
-    """Class of each key [LANES]: how many of the bounds it falls short of. CLASSES for what is in no list."""
-    return tl.where(present, tl.sum((score[None, :] < bound[:, None]).to(tl.int32), 0), CLASSES)
+def find_classes(score, present, bound, CLASSES: tl.constexpr):
+    """Class of each key [STEPS, LANES]: how many of the bounds it falls short of. CLASSES for what is in no list."""
+    return tl.where(present, tl.sum((score[None, :, :] < bound[:, None, None]).to(tl.int32), 0), CLASSES)
 
 
 @triton.jit
-def counter_of(place, CLASSES: tl.constexpr):
-    """Where a key's class is counted, bool [CLASSES / 4, LANES], and the shift of its field: 4 fields in an int32."""
-    word = tl.arange(0, CLASSES // 4)
-    return word[:, None] == (place // 4)[None, :], place % 4 * 8
+def take_step(x, step):
+    """Row ``step`` of int32 [STEPS, LANES]: every lane's own, so nothing moves."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == step, x, 0), 0)
+
+
+@triton.jit
+def one_in_class(places, step, CLASSES: tl.constexpr):
+    """A one in the field of the class of each lane's key at this step: int32 [CLASSES / 4, LANES], 4 fields each."""
+    place = take_step(places, step)
+    one = 1 << place % 4 * 8
+    return tl.where(tl.arange(0, CLASSES // 4)[:, None] == (place // 4)[None, :], one[None, :], 0)
 
 
 @triton.jit
@@ -156,7 +166,7 @@ def count_classes_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, prefix_ptr,
     stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
-    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """How many keys of each lane of a row are in each class, and how many are prefix keys."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -167,23 +177,25 @@ def count_classes_kernel(
     start = program * LANES * LANE_KEYS
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
+    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
     bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
     counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
-    prefix = tl.zeros([LANES], tl.int32)
-    for j in range(start, stop, LANES):
+    prefix = tl.zeros([STEPS, LANES], tl.int32)
+    for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            j + lane, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
+            j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
-        here, shift = counter_of(find_class(score, present, bound, CLASSES), CLASSES)
-        counts += tl.where(here, (1 << shift)[None, :], 0)
+        places = find_classes(score, present, bound, CLASSES)
+        for nth in tl.static_range(STEPS):
+            counts += one_in_class(places, nth, CLASSES)
         prefix += present.to(tl.int32)
     lanes = tl.num_programs(0) * LANES
     for field in tl.static_range(4):
         place = tl.arange(0, CLASSES // 4) * 4 + field
         cell = (row * CLASSES + place)[:, None] * lanes + (program * LANES + lane)[None, :]
         tl.store(count_ptr + cell, counts >> field * 8 & 255)
-    tl.store(prefix_ptr + row * tl.num_programs(0) + program, tl.sum(prefix, 0))
+    tl.store(prefix_ptr + row * tl.num_programs(0) + program, tl.sum(tl.sum(prefix, 0), 0))
 
 
 @triton.jit
@@ -191,7 +203,7 @@ def write_classes_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr, key_count_ptr,
     stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, list_len,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
-    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The keys of each lane of a row, written to their places in the list."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -202,6 +214,7 @@ def write_classes_kernel(
     start = program * LANES * LANE_KEYS
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
+    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
     bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
@@ -209,18 +222,27 @@ def write_classes_kernel(
     length = tl.minimum(tl.load(end_ptr + CLASSES * lanes - 1), reached)
     if program == 0:
         tl.store(key_count_ptr + row, length)
-    for j in range(start, stop, LANES):
+    for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            j + lane, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
+            j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
-        place = find_class(score, present, bound, CLASSES)
-        here, shift = counter_of(place, CLASSES)
-        cell = place * lanes + program * LANES + lane
-        first = tl.load(end_ptr + cell - 1, mask=(place < CLASSES) & (cell > 0), other=0)  # where the cell before ends
-        entry = first + (tl.sum(tl.where(here, written, 0), 0) >> shift & 255)
-        tl.store(key_index_ptr + row * list_len + entry, j + lane, mask=(place < CLASSES) & (entry < length))
-        written += tl.where(here, (1 << shift)[None, :], 0)
+        places = find_classes(score, present, bound, CLASSES)
+        first = tl.zeros([STEPS, LANES], tl.int32)
+        for nth in tl.static_range(STEPS):  # all loads before the first store, which they would wait for
+            place = take_step(places, nth)
+            cell = place * lanes + program * LANES + lane
+            end = tl.load(end_ptr + cell - 1, mask=(place < CLASSES) & (cell > 0), other=0)  # of the cell before
+            first += tl.where(tl.arange(0, STEPS)[:, None] == nth, end[None, :], 0)
+        for nth in tl.static_range(STEPS):
+            place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
+            before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
+            entry = take_step(first, nth) + before
+            tl.store(
+                key_index_ptr + row * list_len + entry, j + nth * LANES + lane,
+                mask=(place < CLASSES) & (entry < length),
+            )  # fmt: skip
+            written += one
 
 
 def order_keys(
@@ -255,7 +277,7 @@ def order_keys(
     sample = scores.new_empty(batch, heads, segments, samples)
     sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, step, samples, **kind, BLOCK=1024)
     rows, sizes = (*rows, sample.sort(-1, descending=True).values), (*sizes, step, samples, SLACK)
-    kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "num_warps": LANES // 32}
+    kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
     grid = programs, segments, batch * heads
     count_classes_kernel[grid](*rows, counts, prefix, *sizes, **kind)
     ends = counts.cumsum_(-1)  # class by class, and lane by lane inside a class
