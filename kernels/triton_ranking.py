@@ -193,8 +193,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, segments, rows, kv_heads, mask.offset, LARGEST[dtype],
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, STRIDE=key_stride(n_keys), TILE=128,
-        KEY_BLOCK=128, PACKED=width, num_warps=4,
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len,
+        STRIDE=key_stride(n_keys), TILE=128, KEY_BLOCK=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     score_keys_kernel[(triton.cdiv(n_keys, 128), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
