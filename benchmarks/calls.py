@@ -149,7 +149,9 @@ def run(inputs: Inputs, mask: AttentionMask = CAUSAL, **options: object) -> Tens
     return operator.run(*inputs, mask, scale=None, return_lse=False, options=chosen)[0]
 
 
-def time_held(inputs: Inputs, density: float, mask: AttentionMask = CAUSAL) -> dict[str, float]:
+def time_held(
+    inputs: Inputs, density: float, mask: AttentionMask = CAUSAL, *, ranking: str = OperatorOptions().ranking
+) -> dict[str, float]:
     """The operator at a held density: its time, that of the forward kernel in it, and what was computed."""
     query, key, value = inputs
     batch, heads, length, head_dim = query.shape
@@ -158,9 +160,9 @@ def time_held(inputs: Inputs, density: float, mask: AttentionMask = CAUSAL) -> d
     scale, options = head_dim**-0.5, OperatorOptions()
     with held_density(density, causal=mask.causal):
         with record_calls() as calls:
-            run(inputs, mask)
+            run(inputs, mask, ranking=ranking)
         real = calls[0].density
-        whole_ms = milliseconds(partial(run, inputs, mask))
+        whole_ms = milliseconds(partial(run, inputs, mask, ranking=ranking))
         plan = head_slices.build_plan(
             query,
             key,
@@ -168,7 +170,7 @@ def time_held(inputs: Inputs, density: float, mask: AttentionMask = CAUSAL) -> d
             mask,
             scale=scale,
             tau=options.tau,
-            ranking=options.ranking,
+            ranking=ranking,
             query_order=options.query_order,
             implementation=implementation,
         )

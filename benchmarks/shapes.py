@@ -8,6 +8,7 @@
     mask       non-causal
     head dim   64 (32/8 heads, and SmolLM2's 9/3) beside 128
     window     sliding window, exact, against compiled FlexAttention with a sliding block mask
+    ranking    per_query and mean_query at the greatest length
     padding    left-padded batch, against SDPA with the mask it then needs
 
 Outside ``window`` the density is held (``calls.held_density``): lists are cut and nothing stops, so that shapes compare
@@ -48,6 +49,7 @@ def held_row(
     kv_heads: int = 8,
     head_dim: int = 128,
     causal: bool = True,
+    ranking: str = "per_query",
 ) -> Row:
     """The operator at a held density against SDPA."""
 
@@ -56,11 +58,11 @@ def held_row(
         mask = CAUSAL if causal else AttentionMask()
         check_exact(inputs, mask, prefix=PREFIX)
         rival, dense_ms = calls.fastest(calls.sdpa_calls(*inputs, causal=causal))
-        held = calls.time_held(inputs, density, mask)
+        held = calls.time_held(inputs, density, mask, ranking=ranking)
         return {"rival": rival, "rival_ms": round(dense_ms, 3), **held, "speedup": round(dense_ms / held["s2o_ms"], 2)}
 
     what: dict[str, object] = {"N": length, "B": batch, "Hq": heads, "Hkv": kv_heads, "D": head_dim}
-    return {**what, "mask": "causal" if causal else "none"}, measure
+    return {**what, "mask": "causal" if causal else "none", "ranking": ranking}, measure
 
 
 def window_row(length: int, window: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Row:
@@ -143,6 +145,7 @@ def sections(density: float, scale: int) -> dict[str, list[Row]]:
         "mask": [held(short, causal=causal) for causal in (True, False)],
         "head dim": [held(middle, heads=h, kv_heads=kv, head_dim=d) for h, kv, d in head_dims],
         "window": [window_row(n, 4 * K // scale) for n in (short, long)],
+        "ranking": [held(long, ranking=ranking) for ranking in ("per_query", "mean_query")],
         "padding": [padding_row(16 * K // scale, density)],
     }
 

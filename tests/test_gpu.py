@@ -5,6 +5,8 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from s2o_compile.kernels import plan
+from s2o_compile.kernels.mask import AttentionMask
 from tests.tiny import tiny_input, tiny_model
 
 pytestmark = [
@@ -64,3 +66,32 @@ def test_rows_beyond_two_to_the_31_elements():
     compact = key.contiguous()
     expected = torch.nn.functional.scaled_dot_product_attention(query, compact, compact, attn_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_quarter_of_a_million_tokens():
+    """Scores, lists and rows of 32 heads of 256K tokens: 2^31 elements and more, in all."""
+    triton_order = pytest.importorskip("s2o_compile.kernels.triton_order")
+    n, heads, dim = 2**18, 32, 64
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    segment_len = plan.default_segment_len(n)
+    segments = n // segment_len
+    scores = torch.empty(1, heads, segments, n, device="cuda", dtype=torch.float16)
+    assert scores.numel() >= 2**31
+    last = scores[0, -1, -1].normal_()
+    index, count, _ = triton_order.order_keys(
+        scores, key, value, AttentionMask(causal=True), n_queries=n, segment_len=segment_len, tau=1.0
+    )
+    listed = index[0, -1, -1, : count[0, -1, -1]].long()
+    best = last[: n - segment_len].topk(len(listed)).values
+    assert len(listed) > 0.4 * n
+    assert len(listed.unique()) == len(listed)
+    assert last[listed].float().mean() > 0.98 * best.float().mean()
+    del scores, last, index
+    actual = s2o_compile.attention(query, key, value, causal=True, config=S2OConfig(tau=0.0))
+    for head in (0, heads - 1):
+        rows = query[0, head, -128:].double() @ key[0, head].double().T * dim**-0.5
+        hidden = torch.ones(128, n, dtype=torch.bool, device="cuda").triu(n - 127)
+        expected = rows.masked_fill_(hidden, -torch.inf).softmax(-1) @ value[0, head].double()
+        torch.testing.assert_close(actual[0, head, -128:].double(), expected, rtol=2e-2, atol=1e-4)
