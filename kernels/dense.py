@@ -16,12 +16,20 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMa
     query, key, value = pad_to_equal(query, key, value)
     n_queries, n_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
-    causal = mask.causal and mask.offset < n_keys - 1  # else the first query already sees every key
-    shortcut = not causal or (mask.offset == 0 and scale > 0)  # SDPA's is_causal hides by adding before it scales
-    if mask.window is None and mask.attention_chunk is None and mask.key_mask is None and shortcut:
-        output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+    is_causal = sdpa_causal(mask.causal, mask.offset, n_keys, scale)
+    if mask.window is mask.attention_chunk is mask.key_mask is None and is_causal is not None:
+        output = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
         return output if output.shape[3] == value_dim else output[..., :value_dim]
     visible = mask.visible_pairs(n_queries, n_keys, query.device)
     if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)[..., :value_dim]
+
+
+def sdpa_causal(causal: bool, offset: int, n_keys: int, scale: float | None) -> bool | None:
+    """SDPA's ``is_causal`` for a causal mask with this offset, or for none; None where SDPA needs the mask itself."""
+    if not causal or offset >= n_keys - 1:  # the first query already sees every key
+        return False
+    if offset == 0 and (scale is None or scale > 0):  # is_causal hides by adding before it scales
+        return True
+    return None

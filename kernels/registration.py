@@ -8,24 +8,28 @@ to dense SDPA.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import run_masked
-from s2o_compile.kernels.operator import run
-from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.opaque import define_operator
+from s2o_compile.kernels.operator import run, run_short
+from s2o_compile.kernels.options import OperatorOptions, options_of
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.validation import check_sinks
 
 _DEFAULT = OperatorOptions()
 _UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+_library = torch.library.Library("s2o", "FRAGMENT")
 
 
-@torch.library.custom_op("s2o::attention", mutates_args=())
+@partial(define_operator, _library)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -55,42 +59,48 @@ def attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
-    options = OperatorOptions(
-        tau=tau,
-        min_seq_len=min_seq_len,
-        segment_len=segment_len,
-        ranking=ranking,
-        query_order=query_order,
-        implementation=implementation,
-    )
-    mask = AttentionMask.aligned(
-        query,
-        key,
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        key_mask=key_mask,
-    )
-    output, lse = run(
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        blind=blind,
-        return_lse=return_lse,
-        options=options,
-        site=site,
-    )
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
+    output = lse = None
+    if key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and blind in BLIND:
+        output = run_short(
+            query,
+            key,
+            value,
+            causal=causal,
+            causal_offset=causal_offset,
+            scale=scale,
+            options=options,
+            site=site,
+        )
+    if output is None:
+        mask = AttentionMask.aligned(
+            query,
+            key,
+            causal=causal,
+            causal_offset=causal_offset,
+            window=window,
+            attention_chunk=attention_chunk,
+            key_mask=key_mask,
+        )
+        output, lse = run(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            blind=blind,
+            return_lse=return_lse,
+            options=options,
+            site=site,
+        )
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 # It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
-@torch.library.custom_op("s2o::masked_attention", mutates_args=(), tags=_UNSAFE)
+@partial(define_operator, _library, tags=_UNSAFE)
 def masked_attention(
     query: Tensor,
     key: Tensor,
@@ -115,14 +125,7 @@ def masked_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    options = OperatorOptions(
-        tau=tau,
-        min_seq_len=min_seq_len,
-        segment_len=segment_len,
-        ranking=ranking,
-        query_order=query_order,
-        implementation=implementation,
-    )
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
     output = run_masked(
         query,
         key,
@@ -138,8 +141,8 @@ def masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
-@masked_attention.register_fake
-@attention.register_fake
+@torch.library.register_fake("s2o::masked_attention", lib=_library)
+@torch.library.register_fake("s2o::attention", lib=_library)
 def _(
     query: Tensor,
     key: Tensor,
@@ -158,7 +161,7 @@ def _stacked(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-@attention.register_vmap
+@torch.library.register_vmap("s2o::attention", lib=_library)
 def _(
     info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -181,7 +184,7 @@ def _(
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
-@masked_attention.register_vmap
+@torch.library.register_vmap("s2o::masked_attention", lib=_library)
 def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object) -> tuple[Tensor, int]:
     """One call for each entry: every one has a mask of its own."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
@@ -202,7 +205,6 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return in_its_dtype
 
 
-_library = torch.library.Library("s2o", "FRAGMENT")
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("attention", _autocast(_device_type, attention), _key)
     _library.impl("masked_attention", _autocast(_device_type, masked_attention), _key)
