@@ -1,12 +1,10 @@
-"""An operator that is one opaque node to whoever looks on, and costs little more than its function where nobody does.
-
-``torch.library.custom_op`` gives the first. Its calls cost three times as much, for it looks for aliases in every
-output and dispatches twice where autograd has nothing to do.
-"""
+"""An operator that is one opaque node to whoever looks on, and costs little beside its function where nobody does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -15,12 +13,20 @@ from torch._C import DispatchKey, DispatchKeySet
 
 from s2o_compile.kernels.errors import NoGradientError
 
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset.raw_repr()
-_BACKENDS = {DispatchKeySet(key).raw_repr() for key in (DispatchKey.CPU, DispatchKey.CUDA)}
-"""What is left of a call's keys below autograd if its tensors are plain: every mode, transform, subclass and pending
-conjugation or negation adds a key of its own."""
+_OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
+_PLAIN_CPU, _PLAIN_CUDA = (
+    reduce(or_, (DispatchKeySet(getattr(DispatchKey, key)) for key in keys)).raw_repr()
+    for keys in (
+        ("CPU", "AutogradCPU", "AutocastCPU", *_OF_EVERY_CALL),
+        ("CUDA", "AutogradCUDA", "AutocastCUDA", *_OF_EVERY_CALL),
+    )
+)
+"""The dispatch keys of a call on plain tensors. Every mode, transform, tracer and subclass, and a conjugation or
+negation that is still to be done, has a key of its own."""
 
-_OF_EVERY_CALL = (DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()
+
+def _is_plain(keys: int) -> bool:
+    return keys | _PLAIN_CPU == _PLAIN_CPU or keys | _PLAIN_CUDA == _PLAIN_CUDA
 
 
 def define_operator(
@@ -28,7 +34,8 @@ def define_operator(
 ) -> torch._ops.OpOverload:
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    It has no gradient: a backward through it raises NoGradientError.
+    It has no gradient: a backward through it raises NoGradientError. A call costs a third of one that goes through
+    ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
     schema = name + torch.library.infer_schema(function, mutates_args=())
@@ -42,7 +49,7 @@ def define_operator(
     def below_autograd(keys: DispatchKeySet, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
             return _WithoutGradient.apply(redispatch, keywords, keys, *given)
-        if keys.raw_repr() & _BELOW_AUTOGRAD in _BACKENDS:
+        if _is_plain(keys.raw_repr()):
             return function(*given, **keywords)
         return redispatch(keys, *given, **keywords)
 
@@ -66,17 +73,23 @@ class _WithoutGradient(torch.autograd.Function):
         raise NoGradientError
 
 
-def nobody_looks(*tensors: Tensor) -> bool:
+def nobody_looks(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
 
-    Then what a call is made of cannot be told from its result, and it needs no node around it.
+    Then an operator's function may be called without the operator around it: no result tells.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
-        and torch._C._dispatch_tls_local_include_set().raw_repr() | _OF_EVERY_CALL == _OF_EVERY_CALL
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.autograd._profiler_enabled()
-        and all(type(x) is Tensor for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_any_autocast_enabled()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for x in tensors:
+        if x is not None:
+            if type(x) is not Tensor:
+                return False
+            keys |= torch._C._dispatch_keys(x).raw_repr()
+    return _is_plain(keys)

@@ -152,8 +152,9 @@ def run(
         blind=blind,
     )
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    if mask.key_mask is not None:
-        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
+    key_mask = mask.key_mask
+    if key_mask is not None and (key_mask.shape[0] != query.shape[0] or not key_mask.is_contiguous()):
+        mask = replace(mask, key_mask=key_mask.expand(query.shape[0], -1).contiguous())
     wants_lse = return_lse or sinks is not None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:

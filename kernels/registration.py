@@ -1,5 +1,7 @@
 """``s2o::attention`` and ``s2o::masked_attention``: the operator as one opaque node that torch.compile keeps whole.
 
+The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
+
 Opaque on purpose: which path runs (S2O, sliding window, dense) is decided from lengths inside, so a graph needs no
 guard and no recompilation. Inference only: the public function and the graph pass send anything that wants gradients
 to dense SDPA.
@@ -8,7 +10,6 @@ to dense SDPA.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,8 @@ from s2o_compile.kernels.validation import check_sinks
 
 _DEFAULT = OperatorOptions()
 _UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
-_library = torch.library.Library("s2o", "FRAGMENT")
 
 
-@partial(define_operator, _library)
 def attention(
     query: Tensor,
     key: Tensor,
@@ -99,8 +98,6 @@ def attention(
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
-@partial(define_operator, _library, tags=_UNSAFE)
 def masked_attention(
     query: Tensor,
     key: Tensor,
@@ -141,6 +138,12 @@ def masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
+_library = torch.library.Library("s2o", "FRAGMENT")
+_attention = define_operator(_library, attention)
+# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
+_masked_attention = define_operator(_library, masked_attention, tags=_UNSAFE)
+
+
 @torch.library.register_fake("s2o::masked_attention", lib=_library)
 @torch.library.register_fake("s2o::attention", lib=_library)
 def _(
@@ -175,11 +178,11 @@ def _(
     flat = *(x.flatten(0, 1) for x in (query, key, value)), key_mask
     wants_lse = bool(keywords.get("return_lse"))
     if sinks is None or mapped[4] is None:
-        output, lse = attention(*flat, None if sinks is None else sinks[0], **keywords)
+        output, lse = _attention(*flat, None if sinks is None else sinks[0], **keywords)
         output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
     else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
         check_sinks(sinks[0], query)
-        output, lse = attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        output, lse = _attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
         output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
@@ -189,7 +192,7 @@ def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **
     """One call for each entry: every one has a mask of its own."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
     stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
-    outputs = [masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
+    outputs = [_masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
     return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
 
 
@@ -197,7 +200,7 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
         dtype = torch.get_autocast_dtype(device_type)
-        if call is masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
+        if call is _masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
             rest = (rest[0].to(dtype), *rest[1:])
         with torch.autocast(device_type, enabled=False):
             return call(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
@@ -206,5 +209,5 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention", _autocast(_device_type, attention), _key)
-    _library.impl("masked_attention", _autocast(_device_type, masked_attention), _key)
+    _library.impl("attention", _autocast(_device_type, _attention), _key)
+    _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)

@@ -7,18 +7,13 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.kernels import registration
-from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.differentiable import attend_differentiably
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import under_mask
 from s2o_compile.kernels.opaque import nobody_looks
-from s2o_compile.kernels.operator import run_short
-from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.validation import check_attn_mask, check_inputs
-
-_DEFAULT = OperatorOptions()
 
 
 def attention(
@@ -128,13 +123,9 @@ def attention(
             sinks=sinks,
             blind=blind,
         )
-    short = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and blind in BLIND
-    if short and nobody_looks(query, key, value):  # then SDPA needs no operator around it
-        options = _DEFAULT if config is None else config
-        output = run_short(query, key, value, causal=causal, causal_offset=causal_offset, scale=scale, options=options)
-        if output is not None:
-            return as_sdpa(output, query)
-    output, lse = registration.attention(
+    plain = nobody_looks(query, key, value, key_mask, sinks)
+    attend = registration.attention if plain else torch.ops.s2o.attention.default
+    output, lse = attend(
         query,
         key,
         value,
@@ -171,9 +162,9 @@ def _masked(
 ) -> Tensor:
     if not _wants_gradients(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
-        output, _ = registration.masked_attention(
-            query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options
-        )
+        plain = nobody_looks(query, key, value, attn_mask, sinks)
+        attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
+        output, _ = attend(query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options)
         return output
     check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
     check_attn_mask(attn_mask, query, key)
