@@ -34,7 +34,7 @@ def define_operator(
 ) -> torch._ops.OpOverload:
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    It has no gradient: a backward through it raises NoGradientError. A call costs less than half of one that goes through
+    It has no gradient: a backward through it raises NoGradientError. A call costs less than half of what it costs with
     ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
