@@ -11,17 +11,40 @@ from s2o_compile.kernels.mask import AttentionMask
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    is_causal = sdpa_causal(mask.causal, mask.offset, n_keys, scale)
+    if mask.window is mask.attention_chunk is mask.key_mask is None and is_causal is not None:
+        return sdpa(query, key, value, is_causal=is_causal, scale=scale)
+    return sdpa(query, key, value, mask.visible_pairs(n_queries, n_keys, query.device), scale=scale)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float,
+) -> Tensor:
+    """SDPA's output [B, Hq, Nq, Dv] by its fused kernels, also for grouped heads and for two head dims."""
     value_dim = value.shape[3]
     # SDPA has no fused kernel for two head dims on a CPU, nor on CUDA with grouped heads: it would hold all logits.
     query, key, value = pad_to_equal(query, key, value)
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    causal = mask.causal and mask.offset < n_keys - 1  # else the first query already sees every key
-    shortcut = not causal or (mask.offset == 0 and scale > 0)  # SDPA's is_causal hides by adding before it scales
-    if mask.window is None and mask.attention_chunk is None and mask.key_mask is None and shortcut:
-        output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return output if output.shape[3] == value_dim else output[..., :value_dim]
-    visible = mask.visible_pairs(n_queries, n_keys, query.device)
-    if grouped:  # with a mask, SDPA's fused backends want equal head counts; at these lengths the copy is small
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)[..., :value_dim]
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and attn_mask is not None:  # nor with a mask for grouped heads; at these lengths the copy is small
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        group = 1
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1
+    )
+    return output if output.shape[3] == value_dim else output[..., :value_dim]
+
+
+def sdpa_causal(causal: bool, offset: int, n_keys: int, scale: float | None) -> bool | None:
+    """SDPA's ``is_causal`` for a causal mask with this offset, or for none; None where SDPA needs the mask itself."""
+    if not causal or offset >= n_keys - 1:  # the first query already sees every key
+        return False
+    if offset == 0 and (scale is None or scale > 0):  # is_causal hides by adding before it scales
+        return True
+    return None

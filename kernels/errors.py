@@ -14,3 +14,13 @@ class InputError(S2OError, ValueError):
 
 class ImplementationUnavailableError(S2OError, RuntimeError):
     """An implementation was asked for by name and cannot run here. It is never replaced silently."""
+
+
+class NoGradientError(S2OError, RuntimeError):
+    """A backward came through the operator."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "s2o attention: expected no backward through torch.ops.s2o, got one. Call s2o_compile.attention, which is "
+            "dense where an input requires grad, or run the forward under torch.no_grad()."
+        )

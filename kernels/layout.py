@@ -36,7 +36,7 @@ def memory_order(query: Tensor, value_dim: int, layout: str = "auto") -> str:
     """How ``empty_output`` lays out, "BHND" or "BNHD"; arguments as there."""
     if layout != "auto":
         return layout
-    on_cpu = query.device.type == "cpu"
+    on_cpu = query.is_cpu
     if on_cpu and value_dim != query.shape[3]:
         return "BHND"
     follows = CPU_FOLLOWS_QUERY if on_cpu else query.dtype != torch.float32

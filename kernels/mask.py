@@ -97,9 +97,18 @@ class AttentionMask:
 
     def visible_pairs(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
         """Bool [B or 1, 1, Nq, Nk] of all terms."""
-        positions = torch.arange(max(n_queries, n_keys), device=device)
-        seen = self.visible(positions[:n_queries], positions[:n_keys])[None, None]
-        return seen if self.key_mask is None else seen & self.key_mask[:, None, None, :]
+        padding = None if self.key_mask is None else self.key_mask[:, None, None, :]
+        causal = self.causal and self.offset < n_keys - 1  # else the first query already sees every key
+        if padding is not None and not causal and self.window is self.attention_chunk is None:
+            return padding.expand(-1, -1, n_queries, -1)
+        if self.attention_chunk is None:
+            seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+            seen = seen.tril(self.offset) if causal else seen
+            seen = seen if self.window is None else seen.triu(self.offset - self.window + 1)
+        else:
+            positions = torch.arange(max(n_queries, n_keys), device=device)
+            seen = self.visible(positions[:n_queries], positions[:n_keys])
+        return seen[None, None] if padding is None else seen & padding
 
     def visible_range(self, first: int, last: int, n_keys: int) -> tuple[int, int]:
         """Keys [start, stop) that some query of first..last may see, padding aside."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.kernels.blind_rows import value_mean
+from s2o_compile.kernels.dense import sdpa
 from s2o_compile.kernels.differentiable import plain_attention
-from s2o_compile.kernels.equal_dims import pad_to_equal
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.mask_reading import ReadMask, outweighs, read_mask
 from s2o_compile.kernels.operator import choose_path, run
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import check_attn_mask, check_inputs
+
+_NO_MASK = AttentionMask()
 
 
 def run_masked(
@@ -52,10 +53,11 @@ def run_masked(
     """
     check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
     check_attn_mask(attn_mask, query, key)
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     scale = query.shape[3] ** -0.5 if scale is None else scale
     found = None
-    path = choose_path(query, key, AttentionMask(), scale=scale, min_seq_len=options.min_seq_len)
+    path = choose_path(query, key, _NO_MASK, scale=scale, min_seq_len=options.min_seq_len)
     if path != "dense" and not _capturing(query):
         found = _read(query, key, attn_mask, scale=scale, softcap=softcap)
         path = "masked" if found is None else path
@@ -97,12 +99,7 @@ def under_mask(
     if softcap is not None or sinks is not None:
         output = plain_attention(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks)
     else:
-        group = query.shape[1] // key.shape[1]
-        padded = pad_to_equal(query, key, value)
-        # With a mask, SDPA's fused backends want equal head counts.
-        repeated = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in padded[1:])
-        output = scaled_dot_product_attention(padded[0], *repeated, attn_mask=attn_mask, scale=scale)
-        output = output[..., : value.shape[3]]
+        output = sdpa(query, key, value, attn_mask, scale=scale)
     if blind == "mean" and sinks is None and attn_mask.dtype is torch.bool:
         output = torch.where(attn_mask.any(-1, keepdim=True), output, value_mean(value, output))
     return output

@@ -7,19 +7,20 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.kernels import head_slices, natural_forward, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.dense import dense_attention
+from s2o_compile.kernels.dense import dense_attention, sdpa_causal
 from s2o_compile.kernels.errors import ImplementationUnavailableError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.sinks import add_sinks
-from s2o_compile.kernels.statistics import record
-from s2o_compile.kernels.validation import check_inputs
+from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.validation import check_inputs, sizes_of
 
 try:
     from s2o_compile.kernels import triton_forward, triton_natural
@@ -37,11 +38,15 @@ WIDEST_FLOAT32 = 256
 
 def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
     """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    shortest = CROSSOVER.get(query.device.type, CROSSOVER["cuda"]) if min_seq_len is None else min_seq_len
-    if n_queries < TILE_LEN or n_keys < shortest or scale <= 0:
+    if scale <= 0 or is_short(query, query.shape[2], key.shape[2], min_seq_len):
         return "dense"
     return "s2o" if mask.window is None else "window"
+
+
+def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | None) -> bool:
+    """Whether dense attention is the faster one at these lengths on the query's device."""
+    shortest = CROSSOVER["cpu" if query.is_cpu else "cuda"] if min_seq_len is None else min_seq_len
+    return n_queries < TILE_LEN or n_keys < shortest
 
 
 def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -70,6 +75,39 @@ def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype,
     if wanted == "auto":
         return "triton" if device.type == "cuda" and triton_forward is not None and fits else "torch"
     return wanted
+
+
+def run_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    causal_offset: int | None,
+    scale: float | None,
+    options: OperatorOptions,
+    site: str = "",
+) -> Tensor | None:
+    """SDPA's output [B, Hq, Nq, D] for the usual short call, at SDPA's host time; None for every other call.
+
+    A call whose attention takes a few microseconds cannot afford a mask, a plan of what to do, or a second look at its
+    tensors. So what SDPA alone can do, `run` would do the same way, and nobody objects to, is done here; anything else,
+    errors included, is left to `run`. Arguments as there, under no mask but the causal one; no row of these is blind.
+    """
+    sizes = sizes_of(query, key, value)
+    if sizes is None or options.implementation == "triton":
+        return None
+    _, heads, kv_heads, n_queries, n_keys, head_dim, value_dim = sizes
+    if head_dim != value_dim or not is_short(query, n_queries, n_keys, options.min_seq_len):
+        return None
+    offset = n_keys - n_queries if causal_offset is None else causal_offset
+    is_causal = sdpa_causal(causal, offset, n_keys, scale)
+    if is_causal is None:
+        return None
+    if recording():
+        record(site, "dense", query, key, AttentionMask(causal=causal, offset=offset if causal else 0))
+    grouped = heads != kv_heads
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def run(
@@ -114,8 +152,9 @@ def run(
         blind=blind,
     )
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    if mask.key_mask is not None:
-        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
+    key_mask = mask.key_mask
+    if key_mask is not None and (key_mask.shape[0] != query.shape[0] or not key_mask.is_contiguous()):
+        mask = replace(mask, key_mask=key_mask.expand(query.shape[0], -1).contiguous())
     wants_lse = return_lse or sinks is not None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.plan import TILE_LEN
@@ -68,3 +69,23 @@ class OperatorOptions:
                     got=repr(getattr(self, name)),
                     remedy="Choose one of these names.",
                 )
+
+
+@lru_cache(maxsize=256, typed=True)
+def options_of(
+    tau: float,
+    min_seq_len: int | None,
+    segment_len: int | None,
+    ranking: str,
+    query_order: str,
+    implementation: str,
+) -> OperatorOptions:
+    """The options of a call, checked when they are first met: a model's calls all have the same ones."""
+    return OperatorOptions(
+        tau=tau,
+        min_seq_len=min_seq_len,
+        segment_len=segment_len,
+        ranking=ranking,
+        query_order=query_order,
+        implementation=implementation,
+    )

@@ -1,5 +1,7 @@
 """``s2o::attention`` and ``s2o::masked_attention``: the operator as one opaque node that torch.compile keeps whole.
 
+The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
+
 Opaque on purpose: which path runs (S2O, sliding window, dense) is decided from lengths inside, so a graph needs no
 guard and no recompilation. Inference only: the public function and the graph pass send anything that wants gradients
 to dense SDPA.
@@ -13,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import run_masked
-from s2o_compile.kernels.operator import run
-from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.opaque import define_operator
+from s2o_compile.kernels.operator import run, run_short
+from s2o_compile.kernels.options import OperatorOptions, options_of
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.validation import check_sinks
 
@@ -25,7 +29,6 @@ _DEFAULT = OperatorOptions()
 _UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
-@torch.library.custom_op("s2o::attention", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
@@ -55,42 +58,46 @@ def attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
-    options = OperatorOptions(
-        tau=tau,
-        min_seq_len=min_seq_len,
-        segment_len=segment_len,
-        ranking=ranking,
-        query_order=query_order,
-        implementation=implementation,
-    )
-    mask = AttentionMask.aligned(
-        query,
-        key,
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        key_mask=key_mask,
-    )
-    output, lse = run(
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        blind=blind,
-        return_lse=return_lse,
-        options=options,
-        site=site,
-    )
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
+    output = lse = None
+    if key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and blind in BLIND:
+        output = run_short(
+            query,
+            key,
+            value,
+            causal=causal,
+            causal_offset=causal_offset,
+            scale=scale,
+            options=options,
+            site=site,
+        )
+    if output is None:
+        mask = AttentionMask.aligned(
+            query,
+            key,
+            causal=causal,
+            causal_offset=causal_offset,
+            window=window,
+            attention_chunk=attention_chunk,
+            key_mask=key_mask,
+        )
+        output, lse = run(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            blind=blind,
+            return_lse=return_lse,
+            options=options,
+            site=site,
+        )
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
-@torch.library.custom_op("s2o::masked_attention", mutates_args=(), tags=_UNSAFE)
 def masked_attention(
     query: Tensor,
     key: Tensor,
@@ -115,14 +122,7 @@ def masked_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    options = OperatorOptions(
-        tau=tau,
-        min_seq_len=min_seq_len,
-        segment_len=segment_len,
-        ranking=ranking,
-        query_order=query_order,
-        implementation=implementation,
-    )
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
     output = run_masked(
         query,
         key,
@@ -138,8 +138,14 @@ def masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
-@masked_attention.register_fake
-@attention.register_fake
+_library = torch.library.Library("s2o", "FRAGMENT")
+_attention = define_operator(_library, attention)
+# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
+_masked_attention = define_operator(_library, masked_attention, tags=_UNSAFE)
+
+
+@torch.library.register_fake("s2o::masked_attention", lib=_library)
+@torch.library.register_fake("s2o::attention", lib=_library)
 def _(
     query: Tensor,
     key: Tensor,
@@ -158,7 +164,7 @@ def _stacked(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-@attention.register_vmap
+@torch.library.register_vmap("s2o::attention", lib=_library)
 def _(
     info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -172,21 +178,21 @@ def _(
     flat = *(x.flatten(0, 1) for x in (query, key, value)), key_mask
     wants_lse = bool(keywords.get("return_lse"))
     if sinks is None or mapped[4] is None:
-        output, lse = attention(*flat, None if sinks is None else sinks[0], **keywords)
+        output, lse = _attention(*flat, None if sinks is None else sinks[0], **keywords)
         output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
     else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
         check_sinks(sinks[0], query)
-        output, lse = attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        output, lse = _attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
         output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
-@masked_attention.register_vmap
+@torch.library.register_vmap("s2o::masked_attention", lib=_library)
 def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object) -> tuple[Tensor, int]:
     """One call for each entry: every one has a mask of its own."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
     stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
-    outputs = [masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
+    outputs = [_masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
     return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
 
 
@@ -194,7 +200,7 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
     def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
         dtype = torch.get_autocast_dtype(device_type)
-        if call is masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
+        if call is _masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
             rest = (rest[0].to(dtype), *rest[1:])
         with torch.autocast(device_type, enabled=False):
             return call(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
@@ -202,7 +208,6 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return in_its_dtype
 
 
-_library = torch.library.Library("s2o", "FRAGMENT")
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention", _autocast(_device_type, attention), _key)
-    _library.impl("masked_attention", _autocast(_device_type, masked_attention), _key)
+    _library.impl("attention", _autocast(_device_type, _attention), _key)
+    _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)

@@ -59,6 +59,11 @@ def record_calls() -> Iterator[list[Call]]:
         _recordings[:] = [other for other in _recordings if other is not calls]
 
 
+def recording() -> bool:
+    """Whether anybody wants to know about calls."""
+    return bool(_recordings)
+
+
 def record(
     site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask | None, computed: Tensor | None = None
 ) -> None:

@@ -28,6 +28,88 @@ def check_inputs(
     blind: str = "zeros",
 ) -> None:
     """Raise InputError unless the operator can run on these tensors."""
+    if sizes_of(query, key, value) is None:
+        _refuse(query, key, value)
+    batch, n_keys = key.shape[0], key.shape[2]
+    if window is not None and (not causal or window < 1):
+        raise InputError(
+            "window",
+            expected="at least 1, together with causal=True",
+            got=f"window={window}, causal={causal}",
+            remedy="A sliding window looks back from the causal diagonal.",
+        )
+    if attention_chunk is not None and (not causal or attention_chunk < 1):
+        raise InputError(
+            "attention_chunk",
+            expected="at least 1, together with causal=True",
+            got=f"attention_chunk={attention_chunk}, causal={causal}",
+            remedy="Chunks are cut from the keys before the causal diagonal.",
+        )
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys))
+    ):
+        raise InputError(
+            "key_mask",
+            expected=f"bool of shape ({batch}, {n_keys}) or (1, {n_keys}), True for a key to attend",
+            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
+            remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
+        )
+    if key_mask is not None and key_mask.device != query.device:
+        raise InputError(
+            "device of key_mask",
+            expected=f"{query.device}, as the query",
+            got=key_mask.device,
+            remedy="Move it with .to(device).",
+        )
+    if sinks is not None:
+        check_sinks(sinks, query)
+    if softcap is not None and (
+        isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
+    ):
+        raise InputError(
+            "softcap",
+            expected="a positive finite number, or None",
+            got=repr(softcap),
+            remedy="Leave it None for logits without a bound.",
+        )
+    if blind not in BLIND:
+        raise InputError(
+            "blind",
+            expected=f"one of {', '.join(map(repr, BLIND))}",
+            got=repr(blind),
+            remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
+        )
+
+
+def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int, int] | None:
+    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others, and `_refuse` says why.
+
+    Every attribute is read once: a short call cannot afford more.
+    """
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
+        return None
+    batch, heads, n_queries, head_dim = query_shape
+    key_batch, kv_heads, n_keys, key_dim = key_shape
+    value_batch, value_heads, n_values, value_dim = value_shape
+    accepted = (
+        batch == key_batch == value_batch
+        and kv_heads == value_heads
+        and n_keys == n_values
+        and head_dim == key_dim
+        and batch * heads * n_queries * kv_heads * n_keys > 0
+        and heads % kv_heads == 0
+        and 0 < head_dim <= MAX_HEAD_DIM
+        and 0 < value_dim <= MAX_HEAD_DIM
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in DTYPES
+        and query.device == key.device == value.device
+    )
+    return (batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim) if accepted else None
+
+
+def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise InputError for the first thing that `sizes_of` does not accept."""
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if x.dim() != 4:
@@ -89,54 +171,6 @@ def check_inputs(
                 got=x.shape[3],
                 remedy="Call dense attention.",
             )
-    if window is not None and (not causal or window < 1):
-        raise InputError(
-            "window",
-            expected="at least 1, together with causal=True",
-            got=f"window={window}, causal={causal}",
-            remedy="A sliding window looks back from the causal diagonal.",
-        )
-    if attention_chunk is not None and (not causal or attention_chunk < 1):
-        raise InputError(
-            "attention_chunk",
-            expected="at least 1, together with causal=True",
-            got=f"attention_chunk={attention_chunk}, causal={causal}",
-            remedy="Chunks are cut from the keys before the causal diagonal.",
-        )
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, key.shape[2]), (1, key.shape[2]))
-    ):
-        raise InputError(
-            "key_mask",
-            expected=f"bool of shape ({batch}, {key.shape[2]}) or (1, {key.shape[2]}), True for a key to attend",
-            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
-            remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
-        )
-    if key_mask is not None and key_mask.device != query.device:
-        raise InputError(
-            "device of key_mask",
-            expected=f"{query.device}, as the query",
-            got=key_mask.device,
-            remedy="Move it with .to(device).",
-        )
-    if sinks is not None:
-        check_sinks(sinks, query)
-    if softcap is not None and (
-        isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
-    ):
-        raise InputError(
-            "softcap",
-            expected="a positive finite number, or None",
-            got=repr(softcap),
-            remedy="Leave it None for logits without a bound.",
-        )
-    if blind not in BLIND:
-        raise InputError(
-            "blind",
-            expected=f"one of {', '.join(map(repr, BLIND))}",
-            got=repr(blind),
-            remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
-        )
 
 
 def check_sinks(sinks: Tensor, query: Tensor) -> None:

@@ -64,7 +64,11 @@ class Rewriter:
         check_assumptions: bool = False,
     ) -> None:
         self._graph = graph
-        self._options = options
+        # Only what is not the default: every argument that a graph names is read again in each of its calls.
+        defaults = {
+            argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
+        }
+        self._options = {name: value for name, value in options.items() if value != defaults[name]}
         self._check_assumptions = check_assumptions
         self._checked: set[tuple[object, ...]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}

@@ -14,6 +14,8 @@ import torch
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
 
+_OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
+
 
 @dataclass(frozen=True, kw_only=True)
 class S2OConfig(OperatorOptions):
@@ -71,7 +73,7 @@ class S2OConfig(OperatorOptions):
 
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(OperatorOptions)}
+        return {name: getattr(self, name) for name in _OPERATOR_FIELDS}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""

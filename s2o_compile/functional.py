@@ -12,6 +12,7 @@ from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import under_mask
+from s2o_compile.kernels.opaque import nobody_looks
 from s2o_compile.kernels.validation import check_attn_mask, check_inputs
 
 
@@ -122,7 +123,9 @@ def attention(
             sinks=sinks,
             blind=blind,
         )
-    output, lse = registration.attention(
+    plain = nobody_looks(query, key, value, key_mask, sinks)
+    attend = registration.attention if plain else torch.ops.s2o.attention.default
+    output, lse = attend(
         query,
         key,
         value,
@@ -159,9 +162,9 @@ def _masked(
 ) -> Tensor:
     if not _wants_gradients(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
-        output, _ = registration.masked_attention(
-            query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options
-        )
+        plain = nobody_looks(query, key, value, attn_mask, sinks)
+        attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
+        output, _ = attend(query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options)
         return output
     check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
     check_attn_mask(attn_mask, query, key)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+import s2o_compile
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.graph_values import value_of
 from tests.capture import EXACT, Capture, heads, rewritten
@@ -366,6 +367,18 @@ def test_the_report_names_modules_and_the_operator_carries_the_names(caplog):
     assert capture.calls[0].kwargs["tau"] == 0.0
     assert "nn_module_stack" in capture.calls[0].meta
     assert any("4 of 4 attentions rewritten" in message for message in caplog.messages)
+
+
+def test_a_call_names_no_option_that_is_the_default():
+    """Every argument that a graph names is read again in each of its calls."""
+    defaults = s2o_compile.S2OConfig().operator_options()
+    gm = torch.fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    for options, named in ((defaults, set()), (defaults | {"tau": 0.25}, {"tau"})):
+        capture = Capture(options)
+        torch._dynamo.reset()
+        torch.compile(gm, backend=capture)(heads(), heads(), heads())
+        (call,) = capture.calls
+        assert set(call.kwargs) & set(defaults) == named
 
 
 def test_a_graph_without_attention_is_left_alone():
