@@ -7,7 +7,7 @@ to dense SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def attention(
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,7 @@ def attention(
         blind=blind,
         return_lse=return_lse,
         options=options,
+        dense_heads=dense_heads or (),
         site=site,
     )
     output = as_sdpa(output, query, layout)
@@ -107,6 +109,7 @@ def masked_attention(
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,7 @@ def masked_attention(
         sinks=sinks,
         blind=blind,
         options=options,
+        dense_heads=dense_heads or (),
         site=site,
     )
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)

@@ -13,6 +13,7 @@ from s2o_compile.errors import (
     NothingRewrittenWarning,
     OptionError,
     S2OError,
+    UnknownSiteWarning,
 )
 from s2o_compile.functional import attention
 from s2o_compile.recording import Recording, record
@@ -29,6 +30,7 @@ __all__ = [
     "S2OConfig",
     "S2OError",
     "Site",
+    "UnknownSiteWarning",
     "attention",
     "explain",
     "optimize",

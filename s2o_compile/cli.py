@@ -87,6 +87,7 @@ def explain(
                     "graphs": report.graphs,
                     "graph_breaks": report.graph_breaks,
                     "pass_seconds": report.pass_seconds,
+                    "unknown_sites": report.unknown_sites,
                     "census_error": report.census_error,
                 }
             )
@@ -149,7 +150,11 @@ def _print_report(console: Console, report: Report) -> None:
         known = [d for d in densities if d is not None]
         low, high = (min(known), max(known)) if known else (0.0, 0.0)
         density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
-        result = "[green]rewritten" if site.rewritten else f"[red]{'dense: ' if site.found else ''}{site.reason}"
+        result = (
+            f"[green]rewritten{site.marks}"
+            if site.rewritten
+            else f"[red]{'dense: ' if site.found else ''}{site.reason}"
+        )
         table.add_row(
             label,
             str(len(names)),
@@ -166,7 +171,7 @@ def _print_report(console: Console, report: Report) -> None:
 def _runs(report: Report) -> list[tuple[list[str], Any, list[float | None]]]:
     runs: list[tuple[list[str], Any, list[float | None]]] = []
     for site in report.sites:
-        same = ("rewritten", "reason", "mask", "query_shape", "key_shape")
+        same = ("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
         if runs and all(getattr(runs[-1][1], name) == getattr(site, name) for name in same):
             runs[-1][0].append(site.name)
             runs[-1][2].append(site.density)

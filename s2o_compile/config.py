@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,45 @@ import torch
 
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
+
+_EXAMPLE = 'Give dense_heads={"model.layers.3.self_attn": (0, 2)}, with the names that s2o_compile.explain lists.'
+
+
+class SiteHeads(Mapping[str, tuple[int, ...]]):
+    """Key/value heads by site name: immutable, hashable, equal to any mapping of the same.
+
+    Args:
+        heads: Heads of every site, in any order; sites without any are dropped.
+
+    Raises:
+        OptionError: A name that is no text, or heads that are no integers >= 0.
+    """
+
+    def __init__(self, heads: Mapping[str, Sequence[int]]) -> None:
+        if not isinstance(heads, Mapping):
+            raise OptionError(f"dense_heads: expected site names and their key/value heads, got {heads!r}. {_EXAMPLE}")
+        for site, given in heads.items():
+            if not isinstance(site, str) or not site:
+                raise OptionError(f"dense_heads: expected a site name, got {site!r}. {_EXAMPLE}")
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            if not listed or any(isinstance(head, bool) or not isinstance(head, int) or head < 0 for head in given):
+                raise OptionError(f"dense_heads[{site!r}]: expected key/value heads >= 0, got {given!r}. {_EXAMPLE}")
+        self._heads = {site: tuple(sorted(set(heads[site]))) for site in sorted(heads) if heads[site]}
+
+    def __getitem__(self, site: str) -> tuple[int, ...]:
+        return self._heads[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._heads.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +69,11 @@ class S2OConfig(OperatorOptions):
             paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
         query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
+        dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
+            (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA;
+            a group is what is ranked, so a group is the unit. A window is exact already, marks change nothing there.
+            Reports list the marks, and names that no attention has. A head that a site does not have raises InputError
+            when it runs.
         inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
             compilation at all, or any other that torch knows.
         assume_causal_mask: Your promise that every mask over queries and keys that *enters* a graph ([Nq, Nk] with up
@@ -52,6 +96,7 @@ class S2OConfig(OperatorOptions):
         ValueError: A value out of range; the message says expected, got, and what to do.
     """
 
+    dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"
     assume_causal_mask: bool = False
     assume_block_masks: bool = False
@@ -60,6 +105,7 @@ class S2OConfig(OperatorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
@@ -75,7 +121,7 @@ class S2OConfig(OperatorOptions):
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), default=dict)
 
     @classmethod
     def from_json(cls, text: str) -> S2OConfig:

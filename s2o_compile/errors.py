@@ -11,4 +11,15 @@ class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
 
-__all__ = ["ImplementationUnavailableError", "InputError", "NothingRewrittenWarning", "OptionError", "S2OError"]
+class UnknownSiteWarning(UserWarning):
+    """The configuration names a site, and no attention of a captured graph has that name."""
+
+
+__all__ = [
+    "ImplementationUnavailableError",
+    "InputError",
+    "NothingRewrittenWarning",
+    "OptionError",
+    "S2OError",
+    "UnknownSiteWarning",
+]
