@@ -14,3 +14,7 @@ class InputError(S2OError, ValueError):
 
 class ImplementationUnavailableError(S2OError, RuntimeError):
     """An implementation was asked for by name and cannot run here. It is never replaced silently."""
+
+
+class TunedFileWarning(UserWarning):
+    """The user's file of launch configurations and crossover lengths cannot be used."""

@@ -20,6 +20,7 @@ from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import record
+from s2o_compile.kernels.tuned import crossover
 from s2o_compile.kernels.validation import check_inputs
 
 try:
@@ -28,18 +29,14 @@ except ImportError:  # no triton here: only the torch implementation can run
     triton_forward = triton_natural = None
 
 
-CROSSOVER = {"cuda": 16384, "cpu": 8192}
-"""Key length from which S2O beat SDPA's fastest backend (benchmarks/README.md): on CUDA with synthetic input, on
-a CPU with real text."""
-
 WIDEST_FLOAT32 = 256
 """Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
 
 
-def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
+def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | str) -> str:
     """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
     n_queries, n_keys = query.shape[2], key.shape[2]
-    shortest = CROSSOVER.get(query.device.type, CROSSOVER["cuda"]) if min_seq_len is None else min_seq_len
+    shortest = min_seq_len if isinstance(min_seq_len, int) else crossover(query.device)
     if n_queries < TILE_LEN or n_keys < shortest or scale <= 0:
         return "dense"
     return "s2o" if mask.window is None else "window"

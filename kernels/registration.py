@@ -42,7 +42,7 @@ def attention(
     blind: str = "zeros",
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
-    min_seq_len: int | None = _DEFAULT.min_seq_len,
+    min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
@@ -58,7 +58,7 @@ def attention(
     """
     options = OperatorOptions(
         tau=tau,
-        min_seq_len=min_seq_len,
+        min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,
         query_order=query_order,
@@ -104,7 +104,7 @@ def masked_attention(
     softcap: float | None = None,
     blind: str = "zeros",
     tau: float = _DEFAULT.tau,
-    min_seq_len: int | None = _DEFAULT.min_seq_len,
+    min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
@@ -120,7 +120,7 @@ def masked_attention(
     """
     options = OperatorOptions(
         tau=tau,
-        min_seq_len=min_seq_len,
+        min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,
         query_order=query_order,

@@ -13,6 +13,7 @@ from s2o_compile.errors import (
     NothingRewrittenWarning,
     OptionError,
     S2OError,
+    TunedFileWarning,
     UnknownSiteWarning,
 )
 from s2o_compile.functional import attention
@@ -30,6 +31,7 @@ __all__ = [
     "S2OConfig",
     "S2OError",
     "Site",
+    "TunedFileWarning",
     "UnknownSiteWarning",
     "attention",
     "explain",

@@ -62,7 +62,8 @@ class S2OConfig(OperatorOptions):
         tau: Quality against speed, a number >= 0. A tile of 128 queries stops once the estimated unvisited softmax
             mass, relative to the mass visited, falls below it in every row. The worst row decides, so values near 1
             leave far less unvisited on average; ``tau=0.0`` never stops and is exact.
-        min_seq_len: Key lengths below this run dense, in tokens. None takes the measured crossover of the device.
+        min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
+            16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
         segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
             32K queries, 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
@@ -104,6 +105,8 @@ class S2OConfig(OperatorOptions):
     read_masks: bool = True
 
     def __post_init__(self) -> None:
+        if self.min_seq_len is None:  # as configurations were written before "auto" had its name
+            object.__setattr__(self, "min_seq_len", "auto")
         super().__post_init__()
         object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
@@ -117,7 +120,8 @@ class S2OConfig(OperatorOptions):
 
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(OperatorOptions)}
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(OperatorOptions)}
+        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""

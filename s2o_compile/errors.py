@@ -1,6 +1,6 @@
 """Every error and warning this project raises on purpose."""
 
-from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError
+from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
 
 
 class OptionError(S2OError, ValueError):
@@ -21,5 +21,6 @@ __all__ = [
     "NothingRewrittenWarning",
     "OptionError",
     "S2OError",
+    "TunedFileWarning",
     "UnknownSiteWarning",
 ]

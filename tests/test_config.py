@@ -35,6 +35,7 @@ def test_missing_fields_take_defaults():
         ({"tau": "high"}, "tau: expected a finite number >= 0, got high"),
         ({"min_seq_len": -1}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": 1.5}, "min_seq_len: expected an integer >= 0"),
+        ({"min_seq_len": "short"}, "min_seq_len: expected an integer >= 0, or \"auto\", got 'short'"),
         ({"segment_len": 100}, "segment_len: expected a positive multiple of 128"),
         ({"ranking": "magic"}, "ranking: expected one of 'per_query', 'sub_mean', 'mean_query', got 'magic'"),
         ({"query_order": "random"}, "query_order: expected one of 'none', 'mean_query'"),
@@ -90,3 +91,8 @@ def test_dense_heads_are_sorted_unique_immutable_and_hashable():
     assert dataclasses.replace(config, tau=0.1).dense_heads == config.dense_heads
     with pytest.raises(TypeError):
         config.dense_heads["a"] = (0,)
+
+
+def test_no_min_seq_len_is_auto():
+    assert S2OConfig.from_json('{"min_seq_len": null}') == S2OConfig(min_seq_len="auto") == S2OConfig()
+    assert S2OConfig().operator_options()["min_seq_len"] is None

@@ -207,8 +207,8 @@ class TestDispatch:
             (Case(queries=4096, window=1024), 4096, "window"),
             (Case(queries=4096, window=1024), 4097, "dense"),
             (Case(queries=127, keys=4096, window=1024), 0, "dense"),
-            (Case(queries=operator.CROSSOVER["cpu"]), None, "s2o"),
-            (Case(queries=operator.CROSSOVER["cpu"] - 1), None, "dense"),
+            (Case(queries=8192), "auto", "s2o"),
+            (Case(queries=8191), "auto", "dense"),
         ],
         ids=str,
     )
@@ -223,8 +223,9 @@ class TestDispatch:
         assert operator.choose_path(x, x, AttentionMask(causal=True), scale=scale, min_seq_len=0) == "dense"
 
     def test_the_crossover_knows_every_device(self):
-        x = torch.empty(1, 1, operator.CROSSOVER["cuda"], 16, device="meta")
-        assert operator.choose_path(x, x, AttentionMask(causal=True), scale=1.0, min_seq_len=None) == "s2o"
+        for length, path in ((16383, "dense"), (16384, "s2o")):
+            x = torch.empty(1, 1, length, 16, device="meta")
+            assert operator.choose_path(x, x, AttentionMask(causal=True), scale=1.0, min_seq_len="auto") == path
 
     @pytest.mark.parametrize(
         ("case", "path"),
