@@ -21,7 +21,7 @@ from s2o_compile.kernels.errors import TunedFileWarning
 from s2o_compile.kernels.plan import TILE_LEN
 
 FILE_VARIABLE = "S2O_TUNED"
-"""Environment variable with the path of the user's file."""
+"""Environment variable with the path of the user's file; empty, none is read."""
 
 FORMAT = 1
 
@@ -151,8 +151,8 @@ def user_file() -> Path:
 @cache
 def user_entries() -> dict[str, Entry]:
     """The user's entries by device name, read once; a file that cannot be used is named in a warning, and ignored."""
-    path = user_file()
-    if not path.exists() and FILE_VARIABLE not in os.environ:
+    path, given = user_file(), os.environ.get(FILE_VARIABLE)
+    if given == "" or (given is None and not path.exists()):
         return {}
     try:
         return parse(path.read_text())
