@@ -23,7 +23,7 @@ from pathlib import Path
 import calls
 import results_file
 import torch
-from calls import CAUSAL, check_exact, cut_to_density, make_inputs, milliseconds
+from calls import CAUSAL, check_exact, make_inputs, milliseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,6 +33,7 @@ from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, default_segment_len
 from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.tune import cut_to_density
 
 
 def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:

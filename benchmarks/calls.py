@@ -5,7 +5,6 @@ Without a GPU everything runs in float32 and by the torch implementation: small 
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from s2o_compile.kernels import head_slices, operator, torch_forward, triton_forward
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, Plan
+from s2o_compile.kernels.plan import Plan
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.tune import cut_to_density
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -105,20 +105,6 @@ def fastest(calls: dict[str, Callable[[], Tensor]], clock: Callable[..., float] 
     if not times:
         raise RuntimeError("no dense backend runs on these inputs")
     return min(times.items(), key=lambda item: item[1])
-
-
-def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = True) -> Plan:
-    """The plan with every list cut so that all passes together compute ``density`` of the visible area.
-
-    Lists end where a tile would stop, between two chunks, and are complete: no tile restarts.
-    """
-    own, prefix = plan.segment_len, length - plan.segment_len
-    area = length * density
-    if causal:
-        own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
-    chunks = plan.prefix_count[:, None] * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
-    count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.key_count)
-    return dataclasses.replace(plan, key_count=count, prefix_count=count[:, 0].contiguous())
 
 
 @contextmanager

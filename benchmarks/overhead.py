@@ -34,8 +34,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.backend import s2o
-from s2o_compile.kernels.operator import CROSSOVER
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.tuned import crossover
 
 CHAIN = 32
 """Attentions of a compiled graph, as many as a model has layers: what entering the graph costs is shared by them."""
@@ -165,7 +165,7 @@ def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("short", "compiled", "graphs", "same bits", "worst case")
-    dispatch = CROSSOVER["cuda" if ON_GPU else "cpu"]
+    dispatch = crossover(torch.device("cuda" if ON_GPU else "cpu"))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
     parser.add_argument(
         "--short",

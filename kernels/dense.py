@@ -9,13 +9,20 @@ from s2o_compile.kernels.equal_dims import pad_to_equal
 from s2o_compile.kernels.mask import AttentionMask
 
 
+def needs_pairs(mask: AttentionMask, n_keys: int, scale: float) -> bool:
+    """Whether SDPA must be given the mask pair by pair, [B or 1, 1, Nq, Nk]."""
+    if mask.window is not None or mask.attention_chunk is not None or mask.key_mask is not None:
+        return True
+    return sdpa_causal(mask.causal, mask.offset, n_keys, scale) is None
+
+
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
     n_queries, n_keys = query.shape[2], key.shape[2]
+    if needs_pairs(mask, n_keys, scale):
+        return sdpa(query, key, value, mask.visible_pairs(n_queries, n_keys, query.device), scale=scale)
     is_causal = sdpa_causal(mask.causal, mask.offset, n_keys, scale)
-    if mask.window is mask.attention_chunk is mask.key_mask is None and is_causal is not None:
-        return sdpa(query, key, value, is_causal=is_causal, scale=scale)
-    return sdpa(query, key, value, mask.visible_pairs(n_queries, n_keys, query.device), scale=scale)
+    return sdpa(query, key, value, is_causal=bool(is_causal), scale=scale)
 
 
 def sdpa(

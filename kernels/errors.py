@@ -24,3 +24,7 @@ class NoGradientError(S2OError, RuntimeError):
             "s2o attention: expected no backward through torch.ops.s2o, got one. Call s2o_compile.attention, which is "
             "dense where an input requires grad, or run the forward under torch.no_grad()."
         )
+
+
+class TunedFileWarning(UserWarning):
+    """The user's file of launch configurations and crossover lengths cannot be used."""

@@ -7,6 +7,8 @@ under what it says. If it says anything else, or attention is short, SDPA runs u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def run_masked(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     blind: str = "zeros",
+    dense_heads: Sequence[int] = (),
     site: str = "",
 ) -> Tensor:
     """Attention output [B, Hq, Nq, Dv].
@@ -49,9 +52,21 @@ def run_masked(
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head.
         blind: What a query gets that sees no key, under a bool mask; a float mask says it itself.
+        dense_heads: Key/value heads whose groups run densely beside the others.
         site: Module path for the report.
     """
-    check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
+    check_inputs(
+        query,
+        key,
+        value,
+        None,
+        sinks,
+        causal=False,
+        window=None,
+        softcap=softcap,
+        blind=blind,
+        dense_heads=dense_heads,
+    )
     check_attn_mask(attn_mask, query, key)
     if attn_mask.dim() < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -76,6 +91,7 @@ def run_masked(
         softcap=softcap,
         sinks=sinks,
         blind=blind,
+        dense_heads=dense_heads,
         site=site,
     )
     if found.hidden_rows is not None:

@@ -31,7 +31,7 @@ def attend_natural(
     key, value = key.contiguous(), value.contiguous()
     output = empty_output(query, value_dim)
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
 
     def tile(place: tuple[int, int, int]) -> None:
         first, b, kv = place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,13 +14,14 @@ from s2o_compile.kernels import head_slices, natural_forward, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.dense import dense_attention, sdpa_causal
+from s2o_compile.kernels.dense import dense_attention, needs_pairs, sdpa_causal
 from s2o_compile.kernels.errors import ImplementationUnavailableError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.tuned import crossover
 from s2o_compile.kernels.validation import check_inputs, sizes_of
 
 try:
@@ -28,24 +30,20 @@ except ImportError:  # no triton here: only the torch implementation can run
     triton_forward = triton_natural = None
 
 
-CROSSOVER = {"cuda": 16384, "cpu": 8192}
-"""Key length from which S2O beat SDPA's fastest backend (benchmarks/README.md): on CUDA with synthetic input, on
-a CPU with real text."""
-
 WIDEST_FLOAT32 = 256
 """Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
 
 
-def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | None) -> str:
+def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | str) -> str:
     """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
     if scale <= 0 or is_short(query, query.shape[2], key.shape[2], min_seq_len):
         return "dense"
     return "s2o" if mask.window is None else "window"
 
 
-def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | None) -> bool:
+def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str) -> bool:
     """Whether dense attention is the faster one at these lengths on the query's device."""
-    shortest = CROSSOVER["cpu" if query.is_cpu else "cuda"] if min_seq_len is None else min_seq_len
+    shortest = min_seq_len if isinstance(min_seq_len, int) else crossover(query.device)
     return n_queries < TILE_LEN or n_keys < shortest
 
 
@@ -122,6 +120,7 @@ def run(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     blind: str = "zeros",
+    dense_heads: Sequence[int] = (),
     site: str = "",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
@@ -137,6 +136,7 @@ def run(
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head (``sinks.py``); with it no query is blind.
         blind: What a query that sees no key gets (``blind_rows.py``).
+        dense_heads: Key/value heads whose groups run densely beside the others (``dense_heads.py``).
         site: Module path for the report.
     """
     check_inputs(
@@ -150,7 +150,9 @@ def run(
         attention_chunk=mask.attention_chunk,
         softcap=softcap,
         blind=blind,
+        dense_heads=dense_heads,
     )
+    marked = sorted(set(dense_heads))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     key_mask = mask.key_mask
     if key_mask is not None and (key_mask.shape[0] != query.shape[0] or not key_mask.is_contiguous()):
@@ -159,7 +161,16 @@ def run(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
         return _attend(
-            query, key, value, mask, scale=scale, softcap=softcap, return_lse=wants_lse, options=options, site=site
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            return_lse=wants_lse,
+            options=options,
+            dense_heads=marked,
+            site=site,
         )
 
     if mask.attention_chunk is not None and 0 <= mask.offset <= mask.attention_chunk - query.shape[2]:
@@ -185,6 +196,7 @@ def _attend(
     softcap: float | None,
     return_lse: bool,
     options: OperatorOptions,
+    dense_heads: Sequence[int],
     site: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention without sinks and chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp."""
@@ -192,12 +204,26 @@ def _attend(
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
     path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
+    # A long mask, pair by pair, takes more memory than keys and values: there our own executor runs.
+    by_sdpa = not return_lse and softcap is None and (path == "dense" or not needs_pairs(mask, n_keys, scale))
+    if path == "s2o" and len(dense_heads) == key.shape[1]:
+        path = "dense"
     implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
-    if path == "dense" and not return_lse and softcap is None:
+    if path == "dense" and by_sdpa:
         record(site, path, query, key, mask)
         return dense_attention(query, key, value, mask, scale=scale), None
     result = _execute(
-        query, key, value, mask, path, scale=scale, softcap=softcap, options=options, implementation=implementation
+        query,
+        key,
+        value,
+        mask,
+        path,
+        scale=scale,
+        softcap=softcap,
+        return_lse=return_lse,
+        options=options,
+        implementation=implementation,
+        dense_heads=dense_heads,
     )
     record(site, path, query, key, mask, result.computed)
     return result.output, result.lse
@@ -212,15 +238,29 @@ def _execute(
     *,
     scale: float,
     softcap: float | None,
+    return_lse: bool,
     options: OperatorOptions,
     implementation: str,
+    dense_heads: Sequence[int],
 ) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else exactly in natural order."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask.causal and mask.window is None:  # beyond these nothing changes, and kernels count in 32 bits
         mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))
+    natural = triton_natural if implementation == "triton" else natural_forward
     if path != "s2o":
-        natural = triton_natural if implementation == "triton" else natural_forward
         return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
     executor = triton_forward if implementation == "triton" else torch_forward
-    return head_slices.attend(query, key, value, mask, scale=scale, softcap=softcap, options=options, executor=executor)
+    return head_slices.attend(
+        query,
+        key,
+        value,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        options=options,
+        executor=executor,
+        natural=natural,
+        dense_heads=dense_heads,
+        wants_lse=return_lse,
+    )

@@ -20,7 +20,7 @@ class OperatorOptions:
     Attributes:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
             every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited.
-        min_seq_len: Shorter key lengths run dense, in tokens; None takes the device's measured crossover.
+        min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query", "sub_mean" or "mean_query".
         query_order: "none" or "mean_query".
@@ -28,7 +28,7 @@ class OperatorOptions:
     """
 
     tau: float = 0.5
-    min_seq_len: int | None = None
+    min_seq_len: int | str = "auto"
     segment_len: int | None = None
     ranking: str = "per_query"
     query_order: str = "none"
@@ -40,12 +40,12 @@ class OperatorOptions:
                 "tau", expected="a finite number >= 0", got=self.tau, remedy="Use tau=0.0 for an exact result."
             )
         shortest = self.min_seq_len
-        if shortest is not None and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
+        if shortest != "auto" and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
             raise InputError(
                 "min_seq_len",
-                expected="an integer >= 0, or None",
+                expected='an integer >= 0, or "auto"',
                 got=repr(shortest),
-                remedy="Give a length in tokens; 0 never runs dense for being short, None chooses by device.",
+                remedy='Give a length in tokens; 0 never runs dense for being short, "auto" chooses by device.',
             )
         length = self.segment_len
         if length is not None and (
@@ -80,10 +80,13 @@ def options_of(
     query_order: str,
     implementation: str,
 ) -> OperatorOptions:
-    """The options of a call, checked when they are first met: a model's calls all have the same ones."""
+    """The options of a call, checked when they are first met: a model's calls all have the same ones.
+
+    Arguments as the operator has them: its schema knows no integer that may be a text, so None stands for "auto".
+    """
     return OperatorOptions(
         tau=tau,
-        min_seq_len=min_seq_len,
+        min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,
         query_order=query_order,

@@ -9,7 +9,7 @@ to dense SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,12 @@ def attention(
     blind: str = "zeros",
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
-    min_seq_len: int | None = _DEFAULT.min_seq_len,
+    min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,8 @@ def attention(
     """
     options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
     output = lse = None
-    if key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and blind in BLIND:
+    usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
+    if usual and blind in BLIND:
         output = run_short(
             query,
             key,
@@ -92,6 +94,7 @@ def attention(
             blind=blind,
             return_lse=return_lse,
             options=options,
+            dense_heads=dense_heads or (),
             site=site,
         )
     output = as_sdpa(output, query, layout)
@@ -109,11 +112,12 @@ def masked_attention(
     softcap: float | None = None,
     blind: str = "zeros",
     tau: float = _DEFAULT.tau,
-    min_seq_len: int | None = _DEFAULT.min_seq_len,
+    min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -133,6 +137,7 @@ def masked_attention(
         sinks=sinks,
         blind=blind,
         options=options,
+        dense_heads=dense_heads or (),
         site=site,
     )
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)

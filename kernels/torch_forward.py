@@ -41,7 +41,7 @@ def attend(
     into = Result(
         empty_output(query, value.shape[3]) if output is None else output,
         query.new_empty(batch, heads, n_queries, dtype=torch.float32),
-        torch.empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
+        query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
     )
     kv_heads = key.shape[1]
     keys, values = key.float().contiguous(), value.float().contiguous()

@@ -210,7 +210,8 @@ def attend(
             FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-            WIDE=needs_wide(query, key, part), **launch_config(query.shape[3], part.shape[3], query.dtype),
+            WIDE=needs_wide(query, key, part),
+            **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip
         if output is None or value.shape[3] > WIDEST_VALUE:
             restart(query, key, part, mask, into, plan.segment_len, order, scale=scale, softcap=softcap)

@@ -188,7 +188,7 @@ def launch_natural(
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_QUERY_ORDER=query_order is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
         WIDE=needs_wide(query, key, value),
-        **launch_config(query.shape[3], value.shape[3], query.dtype),
+        **launch_config(query.shape[3], value.shape[3], query.dtype, query.device),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from s2o_compile.kernels import tuned
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.mask import AttentionMask
 
@@ -111,23 +112,11 @@ def needs_wide(*tensors: torch.Tensor) -> bool:
     return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
 
 
-def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Head dims and block sizes by the larger head dim and the dtype.
-
-    Fixed, never tuned at run time: a tuner would time made-up indices.
-
-    Head dims beyond 256 are sound, and no register is spilled; they are not tuned.
-
-    For 16-bit heads of 64, 128 and 256 chosen by a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128,
-    4 to 16 warps, 2 and 3 stages. 8 warps of at most 128 registers leave room for two programs on a multiprocessor:
-    one multiplies while the other takes exponentials. Float32 is sound but not tuned.
-    """
+def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """Head dims and block sizes as the device's table has them (``tuned.py``), by the larger head dim and the dtype."""
     block_dim, block_value = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_dim))
+    chosen = tuned.launch(device, max(block_dim, block_value), dtype)
     dims = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "VALUE_DIM": value_dim, "BLOCK_VALUE": block_value}
-    common = dims | {"num_warps": 8}
-    largest = max(block_dim, block_value)
-    if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
-        return common | {"KEY_BLOCK": 32 if largest <= 128 else 16, "PRECISION": "ieee", "STAGES": 1}
-    key_block = 128 if largest <= 64 else 64 if largest <= 256 else 32
-    tuned = common | {"KEY_BLOCK": key_block, "PRECISION": "tf32", "STAGES": 2}
-    return tuned | {"maxnreg": 128} if largest <= 128 else tuned
+    steps = {"KEY_BLOCK": chosen.key_block, "STAGES": chosen.stages, "num_warps": chosen.num_warps}
+    registers = {} if chosen.maxnreg is None else {"maxnreg": chosen.maxnreg}
+    return dims | steps | registers | {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def check_inputs(
     attention_chunk: int | None = None,
     softcap: float | None = None,
     blind: str = "zeros",
+    dense_heads: Sequence[int] = (),
 ) -> None:
     """Raise InputError unless the operator can run on these tensors."""
     if sizes_of(query, key, value) is None:
@@ -78,6 +80,13 @@ def check_inputs(
             expected=f"one of {', '.join(map(repr, BLIND))}",
             got=repr(blind),
             remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
+        )
+    if any(not 0 <= head < key.shape[1] for head in dense_heads):
+        raise InputError(
+            "dense_heads",
+            expected=f"key/value heads from 0 to {key.shape[1] - 1}",
+            got=list(dense_heads),
+            remedy="A group of query heads is marked by the key/value head that it shares.",
         )
 
 

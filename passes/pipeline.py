@@ -34,6 +34,7 @@ def run(
     assume_block_masks: bool = False,
     check_assumptions: bool = False,
     read_masks: bool = False,
+    dense_heads: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
@@ -44,6 +45,7 @@ def run(
         assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
+        dense_heads: By site name, key/value heads that run dense.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
@@ -68,7 +70,11 @@ def run(
         zip((node for node, _ in found), calls, matches, names, strict=True),
         key=lambda site: position[site[2].node if isinstance(site[2], AttentionSite) else site[0]],
     )
-    rewritten = {node: _rewrite(node, call, match, name, rewriter) for node, call, match, name in sites}
+    marked = dense_heads or {}
+    rewritten = {
+        node: _rewrite(node, call, match, name, rewriter, tuple(marked.get(name, ())))
+        for node, call, match, name in sites
+    }
     records = {node: rewritten[node] for node, _ in found}
     for node, opened in expansions:
         _close(node, opened, records)
@@ -128,7 +134,12 @@ def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[
 
 
 def _rewrite(
-    node: fx.Node, operands: Mapping[str, object], match: AttentionSite | Rejected, name: str, rewriter: Rewriter
+    node: fx.Node,
+    operands: Mapping[str, object],
+    match: AttentionSite | Rejected,
+    name: str,
+    rewriter: Rewriter,
+    dense_heads: tuple[int, ...],
 ) -> SiteRecord:
     query, key = value_of(operands.get("query")), value_of(operands.get("key"))
     if isinstance(match, Rejected):
@@ -137,8 +148,8 @@ def _rewrite(
     query, key, mask, read = match.query.value, match.key.value, str(match.mask), match.mask.read
     # The record is made first: rewriting erases the node.
     unproven = "" if read is None else read.why.reason
-    rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven)
-    refused = rewriter.rewrite(dataclasses.replace(match, name=name))
+    rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven, dense_heads=dense_heads)
+    refused = rewriter.rewrite(dataclasses.replace(match, name=name, dense_heads=dense_heads))
     if refused is not None:
         logger.debug("%s stays dense: %s", name, refused)
         return record(node, query=query, key=key, reason=refused.reason, mask=mask, name=name)

@@ -132,6 +132,8 @@ class Rewriter:
         keyword: dict[str, Any] = {**self._options, "scale": site.scale, "site": site.name, "layout": layout}
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
+        if site.dense_heads:
+            keyword["dense_heads"] = list(site.dense_heads)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
         if isinstance(mask, Rejected):
             return mask

@@ -65,6 +65,7 @@ class AttentionSite:
         sinks: fx node [Hq], one more logit a head whose value is zero; None for none.
         restore: View steps from [B, Hq, Nq, Dv] to the value of ``node``.
         interior: Nodes that serve this attention alone, first to last; erased with it.
+        dense_heads: Key/value heads that the user wants dense.
     """
 
     name: str
@@ -78,6 +79,7 @@ class AttentionSite:
     sinks: fx.Node | None = None
     restore: tuple[Step, ...] = ()
     interior: tuple[fx.Node, ...] = ()
+    dense_heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class SiteRecord:
         query_shape: [B, Hq, Nq, D], each size printed; symbolic sizes as such (``s50``).
         key_shape: [B, Hkv, Nk, D] as the operator sees it.
         dtype: Of the query, such as ``bfloat16``.
+        dense_heads: Key/value heads that run dense because the user marked them.
     """
 
     name: str
@@ -103,6 +106,7 @@ class SiteRecord:
     query_shape: tuple[str, ...] = ()
     key_shape: tuple[str, ...] = ()
     dtype: str = ""
+    dense_heads: tuple[int, ...] = ()
 
 
 def module_path(node: fx.Node) -> str:
@@ -133,6 +137,7 @@ def record(
     mask: str = "",
     unproven: str = "",
     name: str | None = None,
+    dense_heads: tuple[int, ...] = (),
 ) -> SiteRecord:
     """The report line of one attention; ``query`` and ``key`` are its (fake) tensors or None."""
     return SiteRecord(
@@ -144,6 +149,7 @@ def record(
         query_shape=shape_text(query),
         key_shape=shape_text(key),
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
+        dense_heads=dense_heads,
     )
 
 

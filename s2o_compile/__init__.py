@@ -13,6 +13,8 @@ from s2o_compile.errors import (
     NothingRewrittenWarning,
     OptionError,
     S2OError,
+    TunedFileWarning,
+    UnknownSiteWarning,
 )
 from s2o_compile.functional import attention
 from s2o_compile.recording import Recording, record
@@ -29,6 +31,8 @@ __all__ = [
     "S2OConfig",
     "S2OError",
     "Site",
+    "TunedFileWarning",
+    "UnknownSiteWarning",
     "attention",
     "explain",
     "optimize",

@@ -14,7 +14,7 @@ from s2o_compile import census
 from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.compiled_copy import Model, compiled_copy
 from s2o_compile.config import S2OConfig
-from s2o_compile.errors import NothingRewrittenWarning, OptionError
+from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -143,7 +143,8 @@ def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
     torch._dynamo.reset()
     try:
         with record() as watch.recording, warnings.catch_warnings():
-            warnings.simplefilter("ignore", NothingRewrittenWarning)  # the report says it
+            for said in (NothingRewrittenWarning, UnknownSiteWarning):  # by the report
+                warnings.simplefilter("ignore", said)
             yield watch
     finally:
         torch._dynamo.reset()

@@ -11,13 +11,13 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
-from s2o_compile.errors import NothingRewrittenWarning, OptionError
+from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify
@@ -76,9 +76,11 @@ def s2o(
         assume_block_masks=config.assume_block_masks,
         check_assumptions=config.check_assumptions,
         read_masks=config.read_masks,
+        dense_heads=config.dense_heads,
     )
-    notify(records, time.perf_counter() - start)
+    notify(records, time.perf_counter() - start, config.dense_heads)
     _warn_if_nothing(records)
+    _warn_of_unknown_sites(records, config.dense_heads)
     if config.inner_backend != "inductor":
         if mode or inductor:
             raise OptionError(
@@ -104,3 +106,16 @@ def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
             NothingRewrittenWarning,
             stacklevel=2,
         )
+
+
+def _warn_of_unknown_sites(records: Sequence[SiteRecord], marked: Iterable[str]) -> None:
+    """Say aloud that a name in ``dense_heads`` is none of the graph's; a graph without attention holds nobody's."""
+    names = [record.name for record in records]
+    for name in marked if names else ():
+        if name not in names:
+            warnings.warn(
+                f"dense_heads: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
+                "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
+                UnknownSiteWarning,
+                stacklevel=2,
+            )

@@ -1,26 +1,30 @@
-"""The command line: ``s2o demo`` and ``s2o explain``. Needs the extra named cli."""
+"""The command line: ``s2o demo``, ``s2o explain`` and ``s2o tune``. Needs the extra named cli."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
+from s2o_compile import tune as tuning
 from s2o_compile.api import explain as explain_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.demo import QUESTION, DemoResult, DemoUnavailableError, load_model
 from s2o_compile.demo import run as run_demo
-from s2o_compile.errors import S2OError
+from s2o_compile.errors import OptionError, S2OError
+from s2o_compile.kernels import tuned
 from s2o_compile.report import Report
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(
@@ -87,12 +91,89 @@ def explain(
                     "graphs": report.graphs,
                     "graph_breaks": report.graph_breaks,
                     "pass_seconds": report.pass_seconds,
+                    "unknown_sites": report.unknown_sites,
                     "census_error": report.census_error,
                 }
             )
         )
     else:
         _print_report(Console(), report)
+
+
+@app.command()
+def tune(
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dims to tune; give it again for more.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help='"bfloat16", "float16", "float32"; may be repeated.')] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="Lengths to look for the crossover; repeat it.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.", min=1)] = 8,
+    output: Annotated[Path | None, typer.Option(help="File to write; by default the one that is read.")] = None,
+) -> None:
+    """Time kernel configurations and the crossover length on this device, and write them for the operator to read."""
+    on_gpu = torch.cuda.is_available()
+    device, path = torch.device("cuda" if on_gpu else "cpu"), output or tuned.user_file()
+    names = dtype or ["bfloat16" if on_gpu else "float32"]
+    unknown = [name for name in names if name not in ("bfloat16", "float16", "float32")]
+    if unknown:
+        raise OptionError(f'--dtype: expected "bfloat16", "float16" or "float32", got {unknown[0]!r}.')
+    if heads % kv_heads:
+        raise OptionError(f"--heads: expected a multiple of the {kv_heads} key/value heads, got {heads}.")
+    dims, tested = head_dim or [128], sorted(set(lengths or [2048, 4096, 8192, 16384, 32768][: 5 if on_gpu else 4]))
+    if tested[0] < 256 or any(dim not in tuned.HEAD_DIMS for dim in dims):
+        wanted = f"head dims out of {tuned.HEAD_DIMS} and lengths >= 256"
+        raise OptionError(f"tune: expected {wanted}, got {dims} and {tested}.")
+    console, launches = Console(), {}
+    shapes = {
+        (dim, name): tuning.Shape(
+            heads=heads, kv_heads=kv_heads, head_dim=dim, dtype=getattr(torch, name), device=device
+        )
+        for dim in dims
+        for name in names
+    }
+    if not on_gpu:
+        console.print(
+            "Kernel configurations: expected a CUDA device, got none, so there are none to time. The crossover of the "
+            "torch implementation is measured."
+        )
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(SpinnerColumn(), *columns, console=console) as progress:
+        for (dim, name), shape in shapes.items() if on_gpu else ():
+            tried = tuning.candidates()
+            task = progress.add_task(f"{dim} {name}: configurations", total=len(tried))
+            timings = []
+            for timing in tuning.sweep(shape, tested[-1], tried):
+                timings.append(timing)
+                progress.advance(task)
+                if timing.failed:
+                    progress.console.print(f"skipped {timing.launch}: {timing.failed}")
+            launches[dim, name] = tuning.best(timings)
+            _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
+        place, shape = next(iter(shapes.items()))
+        task = progress.add_task("crossover", total=len(tested))
+        compared = []
+        with tuning.launched(launches[place].launch) if on_gpu else nullcontext():
+            for length in tested:
+                compared.append(tuning.compare(shape, length))
+                progress.advance(task)
+    table = Table("tokens", "dense ms", "backend", "S2O ms")
+    for row in compared:
+        table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
+    console.print(table)
+    found = tuning.crossover(compared)
+    command = shlex.join(["s2o", *sys.argv[1:]])
+    tuning.write(path, shape, crossover=found, launches=launches, command=command)
+    beyond = ", for it won at none of these lengths" if found > tested[-1] else ""
+    console.print(f"S2O runs from {found} tokens on{beyond}. Written to {path}", soft_wrap=True)
+
+
+def _print_launches(console: Console, title: str, present: tuning.Timing, winner: tuning.Timing) -> None:
+    table = Table("", "key block", "warps", "stages", "maxnreg", "gathered ms", "natural ms", title=title)
+    for name, timing in (("present", present), ("fastest", winner)):
+        launch = timing.launch
+        figures = launch.key_block, launch.num_warps, launch.stages, launch.maxnreg or "-"
+        times = (timing.failed, "") if timing.failed else (f"{timing.gathered_ms:.3f}", f"{timing.natural_ms:.3f}")
+        table.add_row(name, *map(str, figures), *times)
+    console.print(table)
 
 
 def main() -> None:
@@ -149,7 +230,11 @@ def _print_report(console: Console, report: Report) -> None:
         known = [d for d in densities if d is not None]
         low, high = (min(known), max(known)) if known else (0.0, 0.0)
         density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
-        result = "[green]rewritten" if site.rewritten else f"[red]{'dense: ' if site.found else ''}{site.reason}"
+        result = (
+            f"[green]rewritten{site.marks}"
+            if site.rewritten
+            else f"[red]{'dense: ' if site.found else ''}{site.reason}"
+        )
         table.add_row(
             label,
             str(len(names)),
@@ -166,7 +251,7 @@ def _print_report(console: Console, report: Report) -> None:
 def _runs(report: Report) -> list[tuple[list[str], Any, list[float | None]]]:
     runs: list[tuple[list[str], Any, list[float | None]]] = []
     for site in report.sites:
-        same = ("rewritten", "reason", "mask", "query_shape", "key_shape")
+        same = ("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
         if runs and all(getattr(runs[-1][1], name) == getattr(site, name) for name in same):
             runs[-1][0].append(site.name)
             runs[-1][2].append(site.density)

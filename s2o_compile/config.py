@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,44 @@ from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
 
 _OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
+_EXAMPLE = 'Give dense_heads={"model.layers.3.self_attn": (0, 2)}, with the names that s2o_compile.explain lists.'
+
+
+class SiteHeads(Mapping[str, tuple[int, ...]]):
+    """Key/value heads by site name: immutable, hashable, equal to any mapping of the same.
+
+    Args:
+        heads: Heads of every site, in any order; sites without any are dropped.
+
+    Raises:
+        OptionError: A name that is no text, or heads that are no integers >= 0.
+    """
+
+    def __init__(self, heads: Mapping[str, Sequence[int]]) -> None:
+        if not isinstance(heads, Mapping):
+            raise OptionError(f"dense_heads: expected site names and their key/value heads, got {heads!r}. {_EXAMPLE}")
+        for site, given in heads.items():
+            if not isinstance(site, str) or not site:
+                raise OptionError(f"dense_heads: expected a site name, got {site!r}. {_EXAMPLE}")
+            listed = isinstance(given, Sequence) and not isinstance(given, str)
+            if not listed or any(isinstance(head, bool) or not isinstance(head, int) or head < 0 for head in given):
+                raise OptionError(f"dense_heads[{site!r}]: expected key/value heads >= 0, got {given!r}. {_EXAMPLE}")
+        self._heads = {site: tuple(sorted(set(heads[site]))) for site in sorted(heads) if heads[site]}
+
+    def __getitem__(self, site: str) -> tuple[int, ...]:
+        return self._heads[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._heads.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +63,19 @@ class S2OConfig(OperatorOptions):
         tau: Quality against speed, a number >= 0. A tile of 128 queries stops once the estimated unvisited softmax
             mass, relative to the mass visited, falls below it in every row. The worst row decides, so values near 1
             leave far less unvisited on average; ``tau=0.0`` never stops and is exact.
-        min_seq_len: Key lengths below this run dense, in tokens. None takes the measured crossover of the device.
+        min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
+            16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
         segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
             32K queries, 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
             paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
         query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
+        dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
+            (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA;
+            a group is what is ranked, so a group is the unit. A window is exact already, marks change nothing there.
+            Reports list the marks, and names that no attention has. A head that a site does not have raises InputError
+            when it runs.
         inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
             compilation at all, or any other that torch knows.
         assume_causal_mask: Your promise that every mask over queries and keys that *enters* a graph ([Nq, Nk] with up
@@ -54,6 +98,7 @@ class S2OConfig(OperatorOptions):
         ValueError: A value out of range; the message says expected, got, and what to do.
     """
 
+    dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"
     assume_causal_mask: bool = False
     assume_block_masks: bool = False
@@ -61,7 +106,10 @@ class S2OConfig(OperatorOptions):
     read_masks: bool = True
 
     def __post_init__(self) -> None:
+        if self.min_seq_len is None:  # as configurations were written before "auto" had its name
+            object.__setattr__(self, "min_seq_len", "auto")
         super().__post_init__()
+        object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
@@ -73,11 +121,12 @@ class S2OConfig(OperatorOptions):
 
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return {name: getattr(self, name) for name in _OPERATOR_FIELDS}
+        options = {name: getattr(self, name) for name in _OPERATOR_FIELDS}
+        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), default=dict)
 
     @classmethod
     def from_json(cls, text: str) -> S2OConfig:

@@ -1,6 +1,6 @@
 """Every error and warning this project raises on purpose."""
 
-from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError
+from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
 
 
 class OptionError(S2OError, ValueError):
@@ -11,4 +11,16 @@ class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
 
-__all__ = ["ImplementationUnavailableError", "InputError", "NothingRewrittenWarning", "OptionError", "S2OError"]
+class UnknownSiteWarning(UserWarning):
+    """The configuration names a site, and no attention of a captured graph has that name."""
+
+
+__all__ = [
+    "ImplementationUnavailableError",
+    "InputError",
+    "NothingRewrittenWarning",
+    "OptionError",
+    "S2OError",
+    "TunedFileWarning",
+    "UnknownSiteWarning",
+]

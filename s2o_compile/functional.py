@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def attention(
     softcap: float | None = None,
     blind: str = "zeros",
     return_lse: bool = False,
+    dense_heads: Sequence[int] = (),
     config: S2OConfig | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
@@ -62,6 +65,8 @@ def attention(
         blind: What a query gets that sees no key: "zeros", or "mean" for the mean of all Nk values of its head, which
             is what a finite additive mask (``finfo.min``) gives in SDPA and in eager attention.
         return_lse: Whether to return the log-sum-exp too.
+        dense_heads: Key/value heads whose groups of query heads run dense beside the sparse ones. It stands for
+            ``config.dense_heads``, which goes by the names of sites in a model: a call of this function has none.
         config: Quality and implementation; None for the defaults. Short lengths run dense, see ``min_seq_len``.
 
     Returns:
@@ -86,7 +91,18 @@ def attention(
                 got=", ".join(given),
                 remedy="Merge them into attn_mask, or leave it out.",
             )
-        return _masked(query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, config=config)
+        return _masked(
+            query,
+            key,
+            value,
+            attn_mask,
+            sinks,
+            scale=scale,
+            softcap=softcap,
+            blind=blind,
+            dense_heads=dense_heads,
+            config=config,
+        )
     if _wants_gradients(query, key, value, sinks):
         if return_lse:
             raise InputError(
@@ -103,6 +119,7 @@ def attention(
             attention_chunk=attention_chunk,
             softcap=softcap,
             blind=blind,
+            dense_heads=dense_heads,
         )
         mask = AttentionMask.aligned(
             query,
@@ -139,6 +156,7 @@ def attention(
         softcap=softcap,
         blind=blind,
         return_lse=return_lse,
+        dense_heads=list(dense_heads),
         **({} if config is None else config.operator_options()),
     )
     return (output, lse) if return_lse else output
@@ -158,15 +176,38 @@ def _masked(
     scale: float | None,
     softcap: float | None,
     blind: str,
+    dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
     if not _wants_gradients(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
         plain = nobody_looks(query, key, value, attn_mask, sinks)
         attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
-        output, _ = attend(query, key, value, attn_mask, sinks, scale=scale, softcap=softcap, blind=blind, **options)
+        output, _ = attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            sinks,
+            scale=scale,
+            softcap=softcap,
+            blind=blind,
+            dense_heads=list(dense_heads),
+            **options,
+        )
         return output
-    check_inputs(query, key, value, None, sinks, causal=False, window=None, softcap=softcap, blind=blind)
+    check_inputs(
+        query,
+        key,
+        value,
+        None,
+        sinks,
+        causal=False,
+        window=None,
+        softcap=softcap,
+        blind=blind,
+        dense_heads=dense_heads,
+    )
     check_attn_mask(attn_mask, query, key)
     attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from s2o_compile.report import Report, join_calls
 class Recording:
     """Everything that the backend compiled and the operator ran inside a ``with record()`` block.
 
-    ``compile_seconds`` is known after the block.
+    ``compile_seconds`` is known after the block. ``marked`` holds the site names of ``dense_heads``, in their order.
     """
 
     graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
@@ -25,6 +25,7 @@ class Recording:
     pass_seconds: float = 0.0
     compile_seconds: float = 0.0
     graph_breaks: tuple[str, ...] = ()
+    marked: dict[str, None] = field(default_factory=dict)
 
     @property
     def report(self) -> Report:
@@ -36,6 +37,7 @@ class Recording:
             graph_breaks=self.graph_breaks,
             pass_seconds=self.pass_seconds,
             compile_seconds=self.compile_seconds or None,
+            unknown_sites=tuple(name for name in self.marked if all(name != record.name for record in records)),
         )
 
 
@@ -64,11 +66,12 @@ def record() -> Iterator[Recording]:
         recording.graph_breaks = tuple(reason for reason, count in breaks.items() if count > before.get(reason, 0))
 
 
-def notify(records: Sequence[SiteRecord], pass_seconds: float) -> None:
-    """Tell every open recording about a graph that was compiled."""
+def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[str]) -> None:
+    """Tell every open recording about a graph that was compiled, and which sites have heads marked dense."""
     for recording in _open:
         recording.graphs.append(tuple(records))
         recording.pass_seconds += pass_seconds
+        recording.marked |= dict.fromkeys(marked)
 
 
 def _compile_seconds() -> float:

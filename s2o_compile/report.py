@@ -25,6 +25,11 @@ class Site(SiteRecord):
     density: float | None = None
     found: bool = True
 
+    @property
+    def marks(self) -> str:
+        """Which heads were marked dense, to be put behind "rewritten"."""
+        return f", kv heads {' '.join(map(str, self.dense_heads))} dense" if self.dense_heads else ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -37,6 +42,7 @@ class Report:
         pass_seconds: Time of all passes over all graphs.
         compile_seconds: Time of the compilation that they were part of, capture included; None where nothing was
             compiled behind them, as in ``explain``.
+        unknown_sites: Names in ``dense_heads`` that none of the captured attentions has.
         census_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
     """
 
@@ -45,6 +51,7 @@ class Report:
     graph_breaks: tuple[str, ...] = ()
     pass_seconds: float = 0.0
     compile_seconds: float | None = None
+    unknown_sites: tuple[str, ...] = ()
     census_error: str = ""
 
     @property
@@ -89,6 +96,9 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = []
+        if self.unknown_sites:
+            notes.append("NO SUCH SITE: no attention captured has these names of dense_heads, so they change nothing:")
+            notes += [f"  - {name}" for name in self.unknown_sites]
         if self.census_error:
             notes.append(f"not checked for attentions that were not found: {self.census_error}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
@@ -119,7 +129,7 @@ def _row(site: Site) -> tuple[str, ...]:
         "x".join(site.query_shape),
         "x".join(site.key_shape),
         site.mask or "-",
-        result[site.path] if site.rewritten else f"dense: {site.reason}" if site.found else site.reason,
+        result[site.path] + site.marks if site.rewritten else f"dense: {site.reason}" if site.found else site.reason,
         "-" if site.density is None else f"{site.density:.3f}",
     )
 

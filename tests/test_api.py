@@ -1,11 +1,13 @@
 """optimize, explain, attention: what users call."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import s2o_compile
-from s2o_compile import OptionError, S2OConfig
+from s2o_compile import InputError, OptionError, S2OConfig, UnknownSiteWarning
 from tests.tiny import tiny_input, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -183,3 +185,45 @@ def test_a_bare_module_of_torch_is_optimized(kind):
     if kind == "MultiheadAttention":
         actual, expected = actual[0], expected[0]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+class TestDenseHeads:
+    CONFIG = S2OConfig(tau=4.0, min_seq_len=0, segment_len=128, dense_heads={"layers.1": [1], "layers.7": (0,)})
+
+    @torch.no_grad()
+    def test_marks_reach_the_sites_that_they_name(self):
+        report = s2o_compile.explain(tiny_model(), tiny_input(1000), config=self.CONFIG)
+        assert [site.dense_heads for site in report.sites] == [(), (1,)]
+        assert report.sites[1].density > report.sites[0].density
+        assert "rewritten, kv heads 1 dense" in str(report)
+
+    @torch.no_grad()
+    def test_a_name_of_no_site_is_in_the_report(self):
+        report = s2o_compile.explain(tiny_model(), tiny_input(), config=self.CONFIG)
+        assert report.unknown_sites == ("layers.7",)
+        assert "NO SUCH SITE" in str(report)
+        assert "layers.7" in str(report)
+
+    @torch.no_grad()
+    def test_a_name_of_no_site_is_warned_of(self):
+        fast = s2o_compile.optimize(tiny_model(), dataclasses.replace(self.CONFIG, inner_backend="eager"))
+        said = "dense_heads: unknown site 'layers.7': expected one of layers.0, layers.1. Did you mean 'layers.[01]'"
+        with pytest.warns(UnknownSiteWarning, match=said):
+            fast(tiny_input())
+
+    @torch.no_grad()
+    def test_a_head_that_the_site_does_not_have(self):
+        config = S2OConfig(inner_backend="eager", dense_heads={"layers.0": (2,)})
+        with pytest.raises(InputError, match=r"dense_heads: expected key/value heads from 0 to 1, got .2."):
+            s2o_compile.optimize(tiny_model(), config)(tiny_input())
+
+    @torch.no_grad()
+    def test_compiled_with_every_head_marked_it_is_the_model_itself(self):
+        model, x = tiny_model(), tiny_input(600)
+        marks = {"layers.0": (0, 1), "layers.1": (1, 0)}
+        fast = torch.compile(
+            model, backend="s2o", options={"s2o.min_seq_len": 0, "s2o.tau": 4.0, "s2o.dense_heads": marks}
+        )
+        with s2o_compile.record() as recording:
+            torch.testing.assert_close(fast(x), model(x))
+        assert [call.path for call in recording.calls] == ["dense"] * 2

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -11,6 +12,7 @@ VALUES = [
     pytest.param({"tau": 2, "segment_len": 256, "ranking": "mean_query", "query_order": "mean_query"}, id="paper"),
     pytest.param({"implementation": "torch", "inner_backend": "eager"}, id="torch-eager"),
     pytest.param({"assume_causal_mask": True, "check_assumptions": True}, id="promise"),
+    pytest.param({"dense_heads": {"layers.1.attn": (3, 0, 0), "layers.0.attn": [2]}}, id="dense-heads"),
     pytest.param({"assume_block_masks": True, "check_assumptions": True}, id="promise-of-blocks"),
 ]
 
@@ -33,6 +35,7 @@ def test_missing_fields_take_defaults():
         ({"tau": "high"}, "tau: expected a finite number >= 0, got high"),
         ({"min_seq_len": -1}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": 1.5}, "min_seq_len: expected an integer >= 0"),
+        ({"min_seq_len": "short"}, "min_seq_len: expected an integer >= 0, or \"auto\", got 'short'"),
         ({"segment_len": 100}, "segment_len: expected a positive multiple of 128"),
         ({"ranking": "magic"}, "ranking: expected one of 'per_query', 'sub_mean', 'mean_query', got 'magic'"),
         ({"query_order": "random"}, "query_order: expected one of 'none', 'mean_query'"),
@@ -41,6 +44,12 @@ def test_missing_fields_take_defaults():
         ({"assume_causal_mask": 1}, "assume_causal_mask: expected True or False, got 1"),
         ({"assume_block_masks": 1}, "assume_block_masks: expected True or False, got 1"),
         ({"inner_backend": "s2o"}, "unknown inner_backend 's2o'"),
+        ({"dense_heads": ["a"]}, "dense_heads: expected site names and their key/value heads, got .'a'.. Give"),
+        ({"dense_heads": {3: (0,)}}, "dense_heads: expected a site name, got 3"),
+        ({"dense_heads": {"a": 0}}, "dense_heads.'a'.: expected key/value heads >= 0, got 0"),
+        ({"dense_heads": {"a": (0, -1)}}, "dense_heads.'a'.: expected key/value heads >= 0, got .0, -1."),
+        ({"dense_heads": {"a": (True,)}}, "dense_heads.'a'.: expected key/value heads >= 0"),
+        ({"dense_heads": {"a": "01"}}, "dense_heads.'a'.: expected key/value heads >= 0"),
     ],
 )
 def test_bad_values_say_expected_and_got(fields, message):
@@ -70,3 +79,20 @@ def test_frozen_and_keyword_only():
 
 def test_json_names_every_field():
     assert set(json.loads(S2OConfig().to_json())) == {field.name for field in dataclasses.fields(S2OConfig)}
+
+
+def test_dense_heads_are_sorted_unique_immutable_and_hashable():
+    given = {"b": [2, 0, 2], "a": (1,), "none": ()}
+    config = S2OConfig(dense_heads=given)
+    given["b"].append(5)
+    assert config.dense_heads == {"a": (1,), "b": (0, 2)}
+    assert hash(config) == hash(S2OConfig(dense_heads={"b": (0, 2), "a": (1,)}))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, tau=0.1).dense_heads == config.dense_heads
+    with pytest.raises(TypeError):
+        config.dense_heads["a"] = (0,)
+
+
+def test_no_min_seq_len_is_auto():
+    assert S2OConfig.from_json('{"min_seq_len": null}') == S2OConfig(min_seq_len="auto") == S2OConfig()
+    assert S2OConfig().operator_options()["min_seq_len"] is None

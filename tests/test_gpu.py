@@ -1,5 +1,7 @@
 """The public face on a GPU: compiled models, CUDA graphs, and no waiting for the device."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -35,16 +37,18 @@ def test_optimized_model_is_exact_at_tau_zero(mode):
         assert (actual - exact).abs().max() <= limit
 
 
+@pytest.mark.parametrize("dense_heads", [(), (1,), (0, 2)], ids=str)
 @torch.no_grad()
-def test_a_call_waits_for_nothing_and_is_deterministic():
+def test_a_call_waits_for_nothing_and_is_deterministic(dense_heads):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+    q, k, v = (torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 4, 4))
     config = S2OConfig(min_seq_len=0)
-    first = s2o_compile.attention(q, k, v, causal=True, config=config)  # compiles the kernels
+    call = partial(s2o_compile.attention, q, k, v, causal=True, dense_heads=dense_heads, config=config)
+    first = call()  # compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = s2o_compile.attention(q, k, v, causal=True, config=config)
+        second = call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)

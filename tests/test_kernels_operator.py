@@ -207,8 +207,8 @@ class TestDispatch:
             (Case(queries=4096, window=1024), 4096, "window"),
             (Case(queries=4096, window=1024), 4097, "dense"),
             (Case(queries=127, keys=4096, window=1024), 0, "dense"),
-            (Case(queries=operator.CROSSOVER["cpu"]), None, "s2o"),
-            (Case(queries=operator.CROSSOVER["cpu"] - 1), None, "dense"),
+            (Case(queries=8192), "auto", "s2o"),
+            (Case(queries=8191), "auto", "dense"),
         ],
         ids=str,
     )
@@ -223,8 +223,9 @@ class TestDispatch:
         assert operator.choose_path(x, x, AttentionMask(causal=True), scale=scale, min_seq_len=0) == "dense"
 
     def test_the_crossover_knows_every_device(self):
-        x = torch.empty(1, 1, operator.CROSSOVER["cuda"], 16, device="meta")
-        assert operator.choose_path(x, x, AttentionMask(causal=True), scale=1.0, min_seq_len=None) == "s2o"
+        for length, path in ((16383, "dense"), (16384, "s2o")):
+            x = torch.empty(1, 1, length, 16, device="meta")
+            assert operator.choose_path(x, x, AttentionMask(causal=True), scale=1.0, min_seq_len="auto") == path
 
     @pytest.mark.parametrize(
         ("case", "path"),
@@ -414,9 +415,9 @@ class TestErrors:
             ("tau", math.nan, ("finite number >= 0", "got nan", "tau=0.0")),
             ("tau", "1", ("finite number >= 0", "got 1", "tau=0.0")),
             ("tau", True, ("finite number >= 0", "got True", "tau=0.0")),
-            ("min_seq_len", -1, ("integer >= 0, or None", "got -1", "length in tokens")),
-            ("min_seq_len", 1.5, ("integer >= 0, or None", "got 1.5", "length in tokens")),
-            ("min_seq_len", True, ("integer >= 0, or None", "got True", "length in tokens")),
+            ("min_seq_len", -1, ('integer >= 0, or "auto"', "got -1", "length in tokens")),
+            ("min_seq_len", 1.5, ('integer >= 0, or "auto"', "got 1.5", "length in tokens")),
+            ("min_seq_len", True, ('integer >= 0, or "auto"', "got True", "length in tokens")),
             ("segment_len", 0, ("positive multiple of 128", "got 0", "None")),
             ("segment_len", -128, ("positive multiple of 128", "got -128", "None")),
             ("segment_len", 100, ("positive multiple of 128", "got 100", "None")),

@@ -1,0 +1,136 @@
+"""The table of devices: built-in entries, defaults, and the user's file."""
+
+import json
+import types
+
+import pytest
+import torch
+
+from s2o_compile import TunedFileWarning
+from s2o_compile.kernels import tuned
+from s2o_compile.kernels.tuned import Entry, Launch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CHOSEN = {"head_dim": 128, "dtype": "bfloat16", "key_block": 32, "num_warps": 4, "stages": 3, "maxnreg": None}
+
+
+@pytest.fixture
+def user_file(tmp_path, monkeypatch):
+    """The path that the operator reads; nothing read before counts, nothing read here stays."""
+    monkeypatch.setenv(tuned.FILE_VARIABLE, str(tmp_path / "tuned.json"))
+    tuned.forget()
+    yield tmp_path / "tuned.json"
+    tuned.forget()
+
+
+@pytest.fixture
+def gpu(monkeypatch, user_file):
+    """Pretends to be a GPU of this name and shared memory."""
+
+    def pretend(name, shared=99 * 1024):
+        properties = types.SimpleNamespace(shared_memory_per_block_optin=shared)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        user_file.write_text('{"format": 1, "devices": {}}')
+        return CUDA
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("NVIDIA H100 80GB HBM3", 16384), ("NVIDIA GeForce RTX 4090", tuned.UNKNOWN_CROSSOVER)]
+)
+def test_crossover_goes_by_the_beginning_of_the_name(gpu, name, expected):
+    assert tuned.crossover(gpu(name)) == expected
+
+
+def test_crossover_of_a_cpu(gpu):
+    gpu("none")
+    assert tuned.crossover(CPU) == 8192
+
+
+@pytest.mark.parametrize(
+    ("dim", "expected"),
+    [
+        (64, Launch(key_block=128, num_warps=8, stages=2, maxnreg=128)),
+        (128, Launch(key_block=64, num_warps=8, stages=2, maxnreg=128)),
+        (256, Launch(key_block=64, num_warps=8, stages=2, maxnreg=None)),
+        (512, Launch(key_block=32, num_warps=8, stages=2, maxnreg=None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_h100_runs_as_it_was_measured(gpu, dim, dtype, expected):
+    assert tuned.launch(gpu("NVIDIA H100 80GB HBM3"), dim, dtype) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", tuned.HEAD_DIMS)
+@pytest.mark.parametrize("shared", [64, 99, 163, 227])
+def test_another_gpu_gets_what_fits_its_shared_memory(gpu, shared, dim, dtype):
+    found = tuned.launch(gpu("NVIDIA Unheard-of", shared * 1024), dim, dtype)
+    assert found.maxnreg is None
+    if dtype == torch.float16:
+        held = (128 + 2 * found.stages * found.key_block) * dim * 2
+        assert held <= shared * 1024 or found == Launch(key_block=16, stages=1)
+
+
+def test_the_users_entries_win(gpu, user_file):
+    device = gpu("NVIDIA H100 80GB HBM3")
+    text = {"format": 1, "devices": {"NVIDIA H100 80GB HBM3": {"crossover": 12288, "launches": [CHOSEN]}}}
+    user_file.write_text(json.dumps(text))
+    assert tuned.crossover(device) == 12288
+    assert tuned.launch(device, 128, torch.bfloat16) == Launch(key_block=32, num_warps=4, stages=3)
+    assert tuned.launch(device, 128, torch.float16) == Launch(key_block=64, maxnreg=128)  # not tuned
+
+
+def test_an_entry_of_another_device_changes_nothing(gpu, user_file):
+    device = gpu("NVIDIA H100 80GB HBM3")
+    user_file.write_text(json.dumps({"format": 1, "devices": {"NVIDIA H100 PCIe": {"crossover": 12288}}}))
+    assert tuned.crossover(device) == 16384
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param(None, "No such file", id="missing"),
+        pytest.param("{", "no JSON", id="broken"),
+        pytest.param("[1]", 'no object with "format": 1', id="foreign"),
+        pytest.param('{"format": 2, "devices": {}}', 'no object with "format": 1', id="newer"),
+        pytest.param('{"format": 1, "devices": {"cpu": 3}}', "an entry of 'cpu' that is not understood", id="no-entry"),
+        pytest.param('{"format": 1, "devices": {"cpu": {"crossover": "8K"}}}', "got '8K'", id="bad-crossover"),
+        pytest.param(
+            json.dumps({"format": 1, "devices": {"cpu": {"launches": [CHOSEN | {"key_block": 100}]}}}),
+            r"key_block: expected one of \(16, 32, 64, 128\), got 100",
+            id="bad-launch",
+        ),
+        pytest.param(
+            json.dumps({"format": 1, "devices": {"cpu": {"launches": [CHOSEN | {"dtype": "int8"}]}}}),
+            "not understood",
+            id="bad-dtype",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_ignored(user_file, text, said):
+    if text is not None:
+        user_file.write_text(text)
+    with pytest.warns(TunedFileWarning, match=f"tuned.json: expected a file of `s2o tune`, got .*{said}.*delete it"):
+        assert tuned.crossover(CPU) == 8192
+    assert tuned.crossover(CPU) == 8192  # read once, said once
+
+
+def test_without_a_file_nothing_is_said(monkeypatch, tmp_path):
+    monkeypatch.delenv(tuned.FILE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.forget()
+    assert tuned.user_file() == tmp_path / "s2o_compile" / "tuned.json"
+    assert tuned.user_entries() == {}
+    tuned.forget()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"crossover": -1}, {"launches": {(100, torch.float16): Launch(key_block=16)}}], ids=str
+)
+def test_entries_are_checked(fields):
+    with pytest.raises(ValueError, match="expected"):
+        Entry(**fields)
