@@ -77,7 +77,6 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
             value,
             CAUSAL,
             scale=scale,
-            tau=1.0,
             ranking="per_query",
             query_order="none",
             implementation="triton",
@@ -98,9 +97,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         milliseconds(partial(triton_ranking.score_keys, query, key, CAUSAL, scale=scale, segment_len=segment_len)),
         0.0,
     )
-    order = partial(
-        triton_order.order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len, tau=args.tau
-    )
+    order = partial(triton_order.order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len)
     row("S2O index work: order", milliseconds(order), 0.0)
     del scores, order
     for kind in ("topical", "random"):

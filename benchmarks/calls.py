@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import head_slices, operator, torch_forward, triton_forward
+from s2o_compile.kernels import operator, slices, torch_forward, triton_forward
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import Plan
@@ -108,21 +108,21 @@ def fastest(calls: dict[str, Callable[[], Tensor]], clock: Callable[..., float] 
 
 
 @contextmanager
-def held_density(density: float, *, causal: bool = True) -> Iterator[None]:
-    """Inside the block the operator cuts its lists to a density and walks them to the end, whatever the input.
+def held_density(density: float, length: int, *, causal: bool = True) -> Iterator[None]:
+    """Inside the block calls of ``length`` tokens cut their lists to a density and walk them to the end.
 
-    Ranking and ordering are as ever, for lists of the length that early stopping can reach: half of the prefix.
+    Ranking and ordering are as ever.
     """
-    build = head_slices.build_plan
+    build = slices.build_plan
 
     def build_plan(query: Tensor, *rest: object, **keywords: object) -> Plan:
-        return cut_to_density(build(query, *rest, **keywords), density, query.shape[2], causal=causal)  # pyright: ignore
+        return cut_to_density(build(query, *rest, **keywords), density, length, causal=causal)  # pyright: ignore
 
     def never_stop(attend: Callable[..., object]) -> Callable[..., object]:
         return lambda *args, **keywords: attend(*args, **{**keywords, "tau": 0.0})
 
     with (
-        patch.object(head_slices, "build_plan", build_plan),
+        patch.object(slices, "build_plan", build_plan),
         patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
         patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
     ):
@@ -144,18 +144,17 @@ def time_held(
     implementation = "triton" if ON_GPU else "torch"
     executor = triton_forward if ON_GPU else torch_forward
     scale, options = head_dim**-0.5, OperatorOptions()
-    with held_density(density, causal=mask.causal):
+    with held_density(density, length, causal=mask.causal):
         with record_calls() as calls:
             run(inputs, mask, ranking=ranking)
         real = calls[0].density
         whole_ms = milliseconds(partial(run, inputs, mask, ranking=ranking))
-        plan = head_slices.build_plan(
+        plan = slices.build_plan(
             query,
             key,
             value,
             mask,
             scale=scale,
-            tau=options.tau,
             ranking=ranking,
             query_order=options.query_order,
             implementation=implementation,

@@ -18,7 +18,7 @@ import calls
 import torch
 from results_file import Rows
 
-from s2o_compile.kernels import head_slices, torch_forward
+from s2o_compile.kernels import slices, torch_forward
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.statistics import record_calls
 
@@ -29,12 +29,11 @@ def bench(length: int, density: float, args: argparse.Namespace) -> dict[str, ob
     calls.check_exact(inputs, prefix=2048)
     options = OperatorOptions()
     (dense,) = calls.sdpa_calls(*inputs).values()
-    with calls.held_density(density):
-        plan = head_slices.build_plan(
+    with calls.held_density(density, length):
+        plan = slices.build_plan(
             *inputs,
             calls.CAUSAL,
             scale=args.head_dim**-0.5,
-            tau=options.tau,
             ranking=options.ranking,
             query_order=options.query_order,
         )

@@ -185,7 +185,7 @@ def bench_length(length: int, model: Any, args: argparse.Namespace, rows: Rows) 
 
     torch._dynamo.reset()
     fast = s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend=args.inner_backend))
-    held = partial(calls.held_density, args.density)
+    held = partial(calls.held_density, args.density, length)
 
     def sparse(hold: Callable[[], AbstractContextManager[object]], first: Tensor | None) -> dict[str, Any]:
         with record_calls() as recorded:

@@ -9,7 +9,6 @@ For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and 
                  gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
                  unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
                  stop if unvisited < tau, from the second chunk on
-    restart  a tile that reaches the end of an incomplete list attends to all its keys in natural order instead
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
 
 Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they are capped (Gemma 2).
@@ -37,22 +36,10 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 FIRST_TEST = 2
 """Chunks visited before the stop rule is tested."""
 
-GIVE_UP_SHARE = 8
-GIVE_UP_FACTOR = 1.25
-"""From an eighth of the prefix on, a tile gives up an incomplete list at whose end the rule would, by its own estimate,
-still miss tau by this factor: walking on would cost as much again as the dense restart."""
-
 
 def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
     """Mass of the unvisited chunks in units of the last visited one, if it falls off like 1 / rank."""
     return visited / chunk_len * max(math.log(prefix / visited), 0.0)
-
-
-def chunks_beyond(visited: int, count: int, prefix: int, chunk_len: int) -> float:
-    """The same of the chunks behind the end of a list; 0 where a tile must not give up yet."""
-    if count >= prefix or visited * GIVE_UP_SHARE < prefix:
-        return 0.0
-    return visited / chunk_len * math.log(prefix / count)
 
 
 class Result(NamedTuple):
@@ -144,7 +131,7 @@ def attend(
                 state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
                 own = everything[a:stop]
                 state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
-                count, prefix = int(plan.key_count[b, kv, segment]), int(plan.prefix_count[b, segment])
+                count = int(plan.prefix_count[b, segment])
                 visited, stopped = 0, False
                 while visited < count and not stopped:
                     m_before, l_before = state.m, state.l
@@ -153,17 +140,8 @@ def attend(
                     visited += plan.chunk_len
                     if tau > 0 and visited >= FIRST_TEST * plan.chunk_len:
                         gain = state.gain(m_before, l_before).max()
-                        stopped = bool(gain * chunks_to_come(visited, prefix, plan.chunk_len) < tau)
-                        beyond = gain * chunks_beyond(visited, count, prefix, plan.chunk_len)
-                        if not stopped and beyond >= GIVE_UP_FACTOR * tau:
-                            break
-                area = len(own) + min(visited, count)
-                if not stopped and count < prefix:
-                    state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
-                    seen = everything[: stop if mask.causal else n_keys]
-                    state.update(key[b, kv, seen], value[b, kv, seen], mask.visible(rows, seen) & allowed[seen])
-                    area += len(seen)
+                        stopped = bool(gain * chunks_to_come(visited, count, plan.chunk_len) < tau)
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
-                computed[b, h, t] = area
+                computed[b, h, t] = len(own) + min(visited, count)
     return Result(output, lse, computed)

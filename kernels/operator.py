@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import head_slices, natural_forward, torch_forward
+from s2o_compile.kernels import natural_forward, slices, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
@@ -251,7 +251,7 @@ def _execute(
     if path != "s2o":
         return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
     executor = triton_forward if implementation == "triton" else torch_forward
-    return head_slices.attend(
+    return slices.attend(
         query,
         key,
         value,

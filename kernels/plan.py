@@ -18,13 +18,6 @@ from s2o_compile.kernels.mask import AttentionMask
 TILE_LEN = 128
 """Queries of one tile. A tile is what stops early, so every executor uses the same length."""
 
-MIN_REACH = 2048
-"""Shortest list, in keys, that early stopping may walk before a tile restarts densely."""
-
-REACH_FRACTION = 2
-"""Beyond MIN_REACH a list holds the better half of the prefix. With the best eighth, tiles on 18 % of the area reached
-its end (128K, topical input of benchmarks/attention.py), and cost more than all others."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -34,16 +27,13 @@ class Plan:
         segment_len: Queries per segment, a multiple of TILE_LEN.
         chunk_len: Keys between two tests of the stop rule, a multiple of 128.
         key_index: int32 [B, Hkv, P, L], prefix keys of the segment, most important first.
-        key_count: int32 [B, Hkv, P], how many entries of ``key_index`` are real.
-        prefix_count: int32 [B, P], visible prefix keys in all. A list is complete where ``key_count`` equals it; a
-            tile that reaches the end of an incomplete list without stopping restarts densely in natural order.
+        prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
         query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
     """
 
     segment_len: int
     chunk_len: int
     key_index: Tensor
-    key_count: Tensor
     prefix_count: Tensor
     query_order: Tensor | None
 
@@ -84,27 +74,10 @@ def own_starts_stops(
     return starts, torch.maximum(starts, stops)
 
 
-def reach(prefix_len: Tensor, tau: float, chunk_len: int) -> Tensor:
-    """Length of the list for a prefix: all of it when nothing may stop, else what early stopping can reach."""
-    if tau == 0.0:
-        return prefix_len
-    wanted = (prefix_len // REACH_FRACTION).clamp(min=MIN_REACH)
-    return torch.minimum(prefix_len, (wanted + chunk_len - 1) // chunk_len * chunk_len)
-
-
-def reached_keys(mask: AttentionMask, starts: Tensor, stops: Tensor, n_keys: int, tau: float, chunk_len: int) -> Tensor:
-    """int64 [P]: length of every segment's list, from its own keys' starts and stops and padding aside."""
-    return reach(starts if mask.causal else n_keys - (stops - starts), tau, chunk_len)
-
-
-def longest_list(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, tau: float, chunk_len: int) -> int:
+def longest_prefix(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int) -> int:
     """Length of the longest list, from lengths alone: nothing waits for the device."""
     last = (n_segments(n_queries, segment_len) - 1) * segment_len
-    last_start, _ = mask.own_range(last, n_queries - 1, n_queries, n_keys)
-    prefix_len = last_start if mask.causal else n_keys
-    if tau == 0.0:
-        return prefix_len
-    return min(prefix_len, -(-max(prefix_len // REACH_FRACTION, MIN_REACH) // chunk_len) * chunk_len)
+    return mask.own_range(last, n_queries - 1, n_queries, n_keys)[0] if mask.causal else n_keys
 
 
 def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:
@@ -126,8 +99,8 @@ def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: i
 
 
 def order_keys(
-    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
     """Turn importance scores into lists.
 
     Args:
@@ -137,22 +110,16 @@ def order_keys(
         mask: Which keys count as prefix.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
-        tau: Stop threshold; decides how far lists reach.
 
     Returns:
-        key_index int32 [B, Hkv, P, L], key_count int32 [B, Hkv, P], prefix_count int32 [B, P].
+        key_index int32 [B, Hkv, P, L], prefix_count int32 [B, P].
     """
-    batch, heads, segments, n_keys = scores.shape
-    chunk_len = default_chunk_len(n_keys)
+    batch, _, segments, n_keys = scores.shape
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
     scores.masked_fill_(poisoned_keys(key, value)[:, :, None, :], float("inf"))
     scores.masked_fill_(~prefix[:, None], float("-inf"))
-    prefix_count = prefix.sum(-1, dtype=torch.int32).expand(batch, segments)
-    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, scores.device)
-    reached = reached_keys(mask, starts, stops, n_keys, tau, chunk_len)
-    longest = longest_list(mask, n_queries, n_keys, segment_len, tau, chunk_len)
+    longest = longest_prefix(mask, n_queries, n_keys, segment_len)
     key_index = scores.topk(longest, dim=-1, sorted=True).indices.to(torch.int32)
-    key_count = torch.minimum(prefix_count, reached.to(torch.int32))[:, None].expand(batch, heads, segments)
-    return key_index, key_count.contiguous(), prefix_count.contiguous()
+    return key_index, prefix.sum(-1, dtype=torch.int32).expand(batch, segments).contiguous()

@@ -31,7 +31,6 @@ def build_plan(
     mask: AttentionMask,
     *,
     scale: float,
-    tau: float,
     ranking: str,
     query_order: str,
     segment_len: int | None = None,
@@ -45,7 +44,6 @@ def build_plan(
         value: [B, Hkv, Nk, Dv].
         mask: The proven mask, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
-        tau: Stop threshold, 0 for never.
         ranking: A key of RANKINGS.
         query_order: One of QUERY_ORDERS.
         segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
@@ -59,14 +57,11 @@ def build_plan(
         written = {"per_query": triton_ranking, "mean_query": triton_mean_query}
         score_keys = written[ranking].score_keys if ranking in written else score_keys
     scores = score_keys(query, key, mask, scale=scale, segment_len=segment_len)
-    key_index, key_count, prefix_count = order(
-        scores, key, value, mask, n_queries=n_queries, segment_len=segment_len, tau=tau
-    )
+    key_index, prefix_count = order(scores, key, value, mask, n_queries=n_queries, segment_len=segment_len)
     return Plan(
         segment_len=segment_len,
         chunk_len=default_chunk_len(n_keys),
         key_index=key_index,
-        key_count=key_count,
         prefix_count=prefix_count,
         query_order=order_queries(query, segment_len) if query_order == "mean_query" else None,
     )

@@ -1,12 +1,14 @@
 """Rank keys by every query of the segment, in a few dimensions and without an exponential.
 
-score[s, j] = max over queries i of segment s and heads h of the GQA group of
-              q_i[dims] . k_j[dims] * scale - normaliser_i
+p[i, j] = q_i[dims] . k_j[dims] * scale - normaliser_i
+score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the group's heads,
+              of p[i, j]
 
 ``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
-the log-sum-exp of the query's row from every KEY_STRIDE-th key, so that the score is the largest log-probability any
-query of the segment gives the key. A mean query cannot see the key that one query retrieves; this can. The normaliser
-rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are made.
+the log-sum-exp of the query's row from its segment's own keys, the first keys (trained models put much weight there)
+and a sample of the others, so that p is a log-probability. A mean query cannot see the key that one query retrieves;
+this can, and tells what one query wants from what many do: the sum over all queries, at one exponential a slot. The
+normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are made.
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from s2o_compile.kernels.plan import own_starts_stops
 
 KEY_STRIDE = 64
 KEY_SAMPLES = 1024
-"""The normaliser samples every 64th key, or about 1024 of more than 64K."""
+"""The normaliser samples every 64th prefix key, or about 1024 of more than 64K."""
+
+FIRST_KEYS = 4
+"""Keys that count once in the normaliser: as samples they would stand for their neighbours."""
+
+SLOTS = 64
+"""Queries of a segment are summed by place modulo SLOTS; 16 do as well (SmolLM2, 16K)."""
 
 DIM_STRIDE = 8
 DIM_SAMPLES = 4096
@@ -83,26 +91,33 @@ def take_dims(x: Tensor, dims: Tensor) -> Tensor:
     return x.gather(3, index).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def row_normaliser(query: Tensor, key: Tensor, mask: AttentionMask, *, first_query: int) -> Tensor:
-    """Estimated log-sum-exp of the rows of one segment, [B, Hkv, G, S]; +inf for a row that sees no sampled key.
+def row_normaliser(
+    query: Tensor, key: Tensor, mask: AttentionMask, *, first_query: int, own: tuple[int, int]
+) -> Tensor:
+    """Estimated log-sum-exp of the rows of one segment, [B, Hkv, G, S]; +inf for a row that sees none of these keys.
 
     Args:
         query: Scaled queries of the segment, float32 [B, Hkv, G, S, R].
         key: Keys, float32 [B, Hkv, Nk, R].
         mask: The mask.
         first_query: Position of the segment's first query.
+        own: Own keys [start, stop) of the segment.
     """
-    n_keys = key.shape[2]
-    rows = first_query + torch.arange(query.shape[3], device=query.device)
-    end = min(first_query + query.shape[3] + mask.offset, n_keys) if mask.causal else n_keys
-    stride = key_stride(n_keys)
-    sampled = torch.arange(0, max(end, 0), stride, device=query.device)
-    logits = query.flatten(2, 3) @ key[:, :, sampled].transpose(-1, -2)
+    n_keys, device = key.shape[2], query.device
+    stride, end = key_stride(n_keys), own[0] if mask.causal else n_keys
+    sampled = torch.arange(0, end, stride, device=device) + stride // 2
+    first = torch.arange(min(FIRST_KEYS, end), device=device)
+    own_keys = torch.arange(*own, device=device)
+    outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
+    outside = outside[(outside < own[0]) | (outside >= own[1])]
+    keys = torch.cat([own_keys, outside])
+    weight = torch.where((keys >= FIRST_KEYS) & ((keys < own[0]) | (keys >= own[1])), math.log(stride), 0.0)
+    logits = query.flatten(2, 3) @ key[:, :, keys].transpose(-1, -2) + weight
     logits = logits.unflatten(2, query.shape[2:4])
-    hidden = ~mask.visible(rows, sampled)
+    hidden = ~mask.visible(first_query + torch.arange(query.shape[3], device=device), keys)
     if mask.key_mask is not None:
-        hidden = hidden | ~mask.key_mask[:, None, None, None, sampled]
-    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1) + math.log(stride)
+        hidden = hidden | ~mask.key_mask[:, None, None, None, keys]
+    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1)
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
@@ -115,15 +130,19 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
-    starts, _ = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
+    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     shape = batch, kv_heads, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
-    starts = starts.tolist()
+    starts, stops = starts.tolist(), stops.tolist()
 
     def segment(s: int) -> None:
         rows = few_query[:, :, :, s * segment_len : (s + 1) * segment_len]
-        normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len)
-        rows = torch.cat([rows, normaliser[..., None]], dim=-1).flatten(2, 3)
+        normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len, own=(starts[s], stops[s]))
+        rows = torch.cat([rows, normaliser[..., None]], dim=-1)
+        missing = -rows.shape[3] % SLOTS  # silent queries
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        rows[..., rows.shape[3] - missing :, -1] = float("inf")
+        rows = rows.flatten(2, 3)
         end = starts[s] if mask.causal else n_keys
         products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
         for b in range(batch):
@@ -132,7 +151,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
                     step = slice(j, min(j + KEY_STEP, end))
                     columns = key_columns[b, kv, :, step]
                     out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
-                    torch.amax(torch.mm(rows[b, kv], columns, out=out), 0, out=scores[b, kv, s, step])
+                    best = torch.mm(rows[b, kv], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
+                    torch.logsumexp(best, 0, out=scores[b, kv, s, step])
 
     for_each(segment, reversed(range(len(starts))), query.device)
     return scores

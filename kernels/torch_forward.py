@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, GIVE_UP_FACTOR, Result, chunks_beyond, chunks_to_come
+from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
@@ -106,8 +106,7 @@ class _Segment:
         self.query = query[self.b, self.heads]
         self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
         self.index = plan.key_index[self.b, kv, segment]
-        self.count = int(plan.key_count[self.b, kv, segment])
-        self.prefix = int(plan.prefix_count[self.b, segment])
+        self.count = int(plan.prefix_count[self.b, segment])
         # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
         slots = slots.clamp(max=self.end - 1)
@@ -124,22 +123,14 @@ class _Segment:
         self.stops = self.stops.flatten()
 
     def attend(self, scale: float, tau: float, into: Result) -> None:
-        """Pass 1, pass 2, restart; fills the segment's rows of ``into``."""
+        """Pass 1 and pass 2; fills the segment's rows of ``into``."""
         query = self._load(scale)
         lse = query.new_full((len(query),), -torch.inf)
         output = query.new_zeros(len(query), self.value.shape[-1])
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
-        walking = self._walk(tiles, tau, area)
-        if self.count < self.prefix and len(walking.numbers):
-            walking.output.zero_()
-            walking.lse.fill_(-torch.inf)
-            stops = self.stops if self.mask.causal else torch.full_like(self.stops, len(self.key))
-            area[walking.numbers] += stops[walking.numbers]
-            self._in_natural_order(walking, 0, stops)
-        if walking is not tiles:
-            tiles.put(walking)
+        self._walk(tiles, tau, area)
         first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
         self._store(tiles, into)
@@ -198,30 +189,26 @@ class _Segment:
             tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
             tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
 
-    def _walk(self, tiles: _Tiles, tau: float, area: Tensor) -> _Tiles:
-        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds; returns those that did not stop.
+    def _walk(self, tiles: _Tiles, tau: float, area: Tensor) -> None:
+        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds.
 
         Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
         """
-        walking, given_up = tiles, []
+        walking = tiles
         for start in range(0, self.count, self.chunk_len):
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
             gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
             area[walking.numbers] += len(chunk)
             if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
-                visited = start + self.chunk_len
-                stopped = (gain * chunks_to_come(visited, self.prefix, self.chunk_len) < tau).cpu()
-                beyond = gain * chunks_beyond(visited, self.count, self.prefix, self.chunk_len)
-                hopeless = ~stopped & (beyond >= GIVE_UP_FACTOR * tau).cpu()
-                stay = ~stopped & ~hopeless
-                if stay.all():
+                to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
+                stopped = (gain * to_come < tau).cpu()
+                if not stopped.any():
                     continue
                 if walking is not tiles:
                     tiles.put(walking.select(stopped.nonzero()[:, 0]))
-                given_up.append(walking.numbers[hopeless])
-                walking = walking.select(stay.nonzero()[:, 0])
-                if not stay.any():
+                walking = walking.select((~stopped).nonzero()[:, 0])
+                if stopped.all():
                     break
-        numbers = torch.cat([*given_up, walking.numbers])
-        return walking if len(numbers) == len(walking.numbers) else tiles.select(numbers)
+        if walking is not tiles:
+            tiles.put(walking)

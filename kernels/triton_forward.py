@@ -6,11 +6,11 @@ key loop would end software pipelining: an outer ``while`` walks chunks, an inne
 blocks, and the rule is tested once per chunk.
 
 The reference of the softmax is FIXED once a tile has met its own keys (``triton_tile.softmax_update``), and the list is
-walked with it. The rare tile whose weights overflow is restarted like one that exhausts its list.
+walked with it. The rare tile whose weights overflow restarts in natural order, with the running maximum.
 
 Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
-computes one tile of one head. A tile that reaches the end of an incomplete list, or overflows, writes
-``-computed - 1``; a second launch restarts those tiles densely, and every other program of it ends at once.
+computes one tile of one head. A tile that overflows writes ``-computed - 1``; a second launch restarts those tiles, and
+every other program of it ends at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels import definition
 from s2o_compile.kernels.definition import FIRST_TEST, Result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
@@ -27,7 +26,6 @@ from s2o_compile.kernels.triton_natural import attend_range, empty_result, launc
 from s2o_compile.kernels.triton_tile import (
     LN2,
     NOTHING_SEEN,
-    WIDEST_VALUE,
     can_fix,
     cap_products,
     launch_config,
@@ -39,8 +37,6 @@ from s2o_compile.kernels.triton_tile import (
     store_tile,
     value_parts,
 )
-
-GIVE_UP_SHARE, GIVE_UP_FACTOR = tl.constexpr(definition.GIVE_UP_SHARE), tl.constexpr(definition.GIVE_UP_FACTOR)
 
 
 @triton.jit
@@ -73,7 +69,7 @@ def attend_list(
 @triton.jit
 def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
-    key_index_ptr, key_count_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
+    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
@@ -131,12 +127,10 @@ def gathered_fwd_kernel(
 
     list_row = (b * (heads // group) + kv) * n_segments + segment
     key_index = key_index_ptr + list_row * list_len
-    count = tl.load(key_count_ptr + list_row)
-    prefix = tl.load(prefix_count_ptr + b * n_segments + segment)
+    count = tl.load(prefix_count_ptr + b * n_segments + segment)
     whole = count // CHUNK * CHUNK
     visited = whole * 0
     stopped = visited != 0
-    hopeless = visited != 0
     start = visited
     if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
@@ -144,8 +138,7 @@ def gathered_fwd_kernel(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
             False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
-    beyond = tl.math.log2(tl.maximum(prefix, 1).to(tl.float32) / tl.maximum(count, 1)) * (LN2 / CHUNK)
-    while (visited < whole) & (stopped == 0) & (hopeless == 0):
+    while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
@@ -155,13 +148,10 @@ def gathered_fwd_kernel(
         visited += CHUNK
         start = visited
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
-        to_come = tl.math.log2(tl.maximum(prefix, visited).to(tl.float32) / visited) * (LN2 / CHUNK) * visited
+        to_come = tl.math.log2(count.to(tl.float32) / visited) * (LN2 / CHUNK) * visited
         worst = tl.max(gain, 0)
-        tested = (tau > 0.0) & (visited >= TESTED_FROM)
-        stopped = tested & (worst * to_come < tau)
-        late = (count < prefix) & (visited * GIVE_UP_SHARE >= prefix)
-        hopeless = tested & late & (worst * beyond * visited >= GIVE_UP_FACTOR * tau)
-    if (stopped == 0) & (hopeless == 0) & (whole < count):  # the end of a complete list, shorter than a chunk
+        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (worst * to_come < tau)
+    if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
             True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
@@ -171,10 +161,9 @@ def gathered_fwd_kernel(
     out = out_ptr + b * stride_ob + h * stride_oh
     store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     computed = visited + own_stop - own_start
-    restart = (stopped == 0) & (count < prefix)
     if FIXED:
-        restart = restart | overflowed(l, acc)
-    tl.store(computed_ptr + row_head * tiles + tile, tl.where(restart, -computed - 1, computed))
+        computed = tl.where(overflowed(l, acc), -computed - 1, computed)
+    tl.store(computed_ptr + row_head * tiles + tile, computed)
 
 
 def attend(
@@ -189,50 +178,31 @@ def attend(
     softcap: float | None = None,
     output: Tensor | None = None,
 ) -> Result:
-    """Attention over a plan; arguments and results as ``definition.attend``.
-
-    Into ``output``, if given: then tiles that must restart are left to `restart`, unless values are walked in parts.
-    """
+    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
     result = empty_result(query, value, output)
     order = plan.query_order
+    fixed = can_fix(query.dtype, mask)
     for part, into in value_parts(value, result):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
-            query, key, part, into.output, into.lse, into.computed, plan.key_index, plan.key_count, plan.prefix_count,
+            query, key, part, into.output, into.lse, into.computed, plan.key_index, plan.prefix_count,
             order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *into.output.stride()[:3],
             0 if mask.key_mask is None else mask.key_mask.stride(0),
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
-            FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+            FIXED=fixed, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip
-        if output is None or value.shape[3] > WIDEST_VALUE:
-            restart(query, key, part, mask, into, plan.segment_len, order, scale=scale, softcap=softcap)
+        if fixed:
+            launch_natural(
+                query, key, part, mask, into, scale=scale, softcap=softcap, restart_len=plan.segment_len,
+                query_order=order,
+            )  # fmt: skip
     return result
-
-
-def restart(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    into: Result,
-    segment_len: int,
-    query_order: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    """Attend densely where a walk over segments of ``segment_len`` queries gave up; nothing elsewhere."""
-    for part, result in value_parts(value, into):
-        launch_natural(
-            query, key, part, mask, result, scale=scale, softcap=softcap, restart_len=segment_len,
-            query_order=query_order,
-        )  # fmt: skip

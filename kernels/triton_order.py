@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels import plan
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import default_chunk_len, longest_list
-from s2o_compile.kernels.triton_tile import load_rows, needs_wide
+from s2o_compile.kernels.plan import longest_prefix
+from s2o_compile.kernels.triton_tile import load_rows, needs_wide, own_bounds
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -35,9 +34,6 @@ STEPS = 4
 
 SAMPLES = 4096
 """Scores of a row that the thresholds are taken from, at most."""
-
-SLACK = 1.1
-"""How many more keys than wanted the last threshold aims at: the worst of them are cut off."""
 
 LARGEST = tl.constexpr(65504.0)
 """Clamp of scores, float16's largest number: inf is for keys that hold NaN or inf."""
@@ -62,20 +58,6 @@ def find_poisoned_kernel(
 
 
 @triton.jit
-def list_bounds(
-    segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Own keys [start, stop) of a segment, how many others there are, and how many its list may hold."""
-    own_start = tl.minimum(tl.maximum(segment * SEGMENT + own_offset, 0), n_keys)
-    own_stop = tl.minimum(tl.maximum(tl.minimum(segment * SEGMENT + SEGMENT, n_queries) + own_offset, 0), n_keys)
-    own_stop = tl.maximum(own_start, own_stop)
-    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
-    reached = tl.minimum(whole, tl.cdiv(tl.maximum(whole // fraction, min_reach), CHUNK) * CHUNK)
-    return own_start, own_stop, whole, reached
-
-
-@triton.jit
 def load_scores(
     score_ptr, poisoned_ptr, key_mask_ptr, keys, stop, own_start, own_stop,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
@@ -90,15 +72,15 @@ def load_scores(
     if HAS_KEY_MASK:
         present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
     score = tl.load(score_ptr + keys, mask=present, other=-float("inf")).to(tl.float32)
-    score = tl.where(score == score, tl.minimum(score, LARGEST), 0.0)
+    score = tl.where(score == score, tl.minimum(tl.maximum(score, -LARGEST), LARGEST), 0.0)
     return tl.where(tl.load(poisoned_ptr + keys, mask=present, other=0) != 0, float("inf"), score), present
 
 
 @triton.jit
 def sample_scores_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sample_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scores of one of every ``step`` keys of a row, -inf for what is no prefix key.
@@ -108,9 +90,7 @@ def sample_scores_kernel(
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop, _whole, _reached = list_bounds(
-        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
-    )
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     stop = own_start if CAUSAL else n_keys
     for j in range(0, samples, BLOCK):
         sample = j + tl.arange(0, BLOCK)
@@ -123,28 +103,24 @@ def sample_scores_kernel(
 
 
 @triton.jit
-def load_bounds(sorted_ptr, whole, reached, step, samples, slack, CLASSES: tl.constexpr):
-    """Descending lower bounds of the classes of one row; -inf last where a list holds everything.
+def load_bounds(sorted_ptr, whole, step, samples, CLASSES: tl.constexpr):
+    """Descending lower bounds of the classes of one row with ``whole`` prefix keys, -inf last.
 
-    The first class is for keys that hold NaN or inf alone: the best scores may be many equal ones.
+    A key belongs above its class's bound: where many scores are equal, the better ones still come first. The first
+    class is for keys that hold NaN or inf alone.
     """
     number = tl.arange(0, CLASSES)
     share = (number + 1).to(tl.float32) / CLASSES
-    rank = (reached.to(tl.float32) * slack / step * share * share).to(tl.int32)
+    rank = (whole.to(tl.float32) / step * share * share).to(tl.int32)
     bound = tl.load(sorted_ptr + tl.minimum(rank, samples - 1)).to(tl.float32)
-    last = tl.max(tl.where(number == CLASSES - 1, bound, -float("inf")), 0)
-    # Only the last class is cut: what equals its bound belongs there. Scores are float16, so nothing lies in between.
-    finite = tl.maximum(last, -1e38)
-    above = finite + tl.maximum(tl.abs(finite) / 4096, 1e-8)
-    bound = tl.where(number < CLASSES - 1, tl.maximum(bound, above), bound)
-    bound = tl.where(number == 0, float("inf"), bound)
-    return tl.where((number == CLASSES - 1) & (reached >= whole), -float("inf"), bound)
+    bound = tl.where(number == 0, LARGEST, tl.minimum(bound, LARGEST))
+    return tl.where(number == CLASSES - 1, -float("inf"), bound)
 
 
 @triton.jit
 def find_classes(score, present, bound, CLASSES: tl.constexpr):
-    """Class of each key [STEPS, LANES]: how many of the bounds it falls short of. CLASSES for what is in no list."""
-    return tl.where(present, tl.sum((score[None, :, :] < bound[:, None, None]).to(tl.int32), 0), CLASSES)
+    """Class of each key [STEPS, LANES]: how many of the bounds it is not above. CLASSES for what is in no list."""
+    return tl.where(present, tl.sum((score[None, :, :] <= bound[:, None, None]).to(tl.int32), 0), CLASSES)
 
 
 @triton.jit
@@ -163,24 +139,22 @@ def one_in_class(places, step, CLASSES: tl.constexpr):
 
 @triton.jit
 def count_classes_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr, prefix_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """How many keys of each lane of a row are in each class, and how many are prefix keys."""
+    """How many keys of each lane of a row are in each class."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop, whole, reached = list_bounds(
-        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
-    )
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     start = program * LANES * LANE_KEYS
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
+    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
+    bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
     counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
-    prefix = tl.zeros([STEPS, LANES], tl.int32)
     for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
@@ -189,39 +163,33 @@ def count_classes_kernel(
         places = find_classes(score, present, bound, CLASSES)
         for nth in tl.static_range(STEPS):
             counts += one_in_class(places, nth, CLASSES)
-        prefix += present.to(tl.int32)
     lanes = tl.num_programs(0) * LANES
     for field in tl.static_range(4):
         place = tl.arange(0, CLASSES // 4) * 4 + field
         cell = (row * CLASSES + place)[:, None] * lanes + (program * LANES + lane)[None, :]
         tl.store(count_ptr + cell, counts >> field * 8 & 255)
-    tl.store(prefix_ptr + row * tl.num_programs(0) + program, tl.sum(tl.sum(prefix, 0), 0))
 
 
 @triton.jit
 def write_classes_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr, key_count_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, min_reach, fraction, step, samples, slack, list_len,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
+    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples, list_len,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The keys of each lane of a row, written to their places in the list."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop, whole, reached = list_bounds(
-        segment, n_queries, n_keys, own_offset, min_reach, fraction, CAUSAL, SEGMENT, CHUNK
-    )
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     start = program * LANES * LANE_KEYS
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    bound = load_bounds(sorted_ptr + row * samples, whole, reached, step, samples, slack, CLASSES)
+    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
+    bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
     end_ptr += row * CLASSES * lanes
-    length = tl.minimum(tl.load(end_ptr + CLASSES * lanes - 1), reached)
-    if program == 0:
-        tl.store(key_count_ptr + row, length)
     for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
             score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
@@ -238,23 +206,15 @@ def write_classes_kernel(
             place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
             before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
             entry = take_step(first, nth) + before
-            tl.store(
-                key_index_ptr + row * list_len + entry, j + nth * LANES + lane,
-                mask=(place < CLASSES) & (entry < length),
-            )  # fmt: skip
+            tl.store(key_index_ptr + row * list_len + entry, j + nth * LANES + lane, mask=place < CLASSES)
             written += one
 
 
 def order_keys(
-    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``.
-
-    A list may fall short of its reach by what the bounds miss it by; it is never longer.
-    """
+    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``."""
     batch, heads, segments, n_keys = scores.shape
-    chunk_len = default_chunk_len(n_keys)
-    longest = longest_list(mask, n_queries, n_keys, segment_len, tau, chunk_len)
     poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=scores.device)
     find_poisoned_kernel[(triton.cdiv(n_keys, 64), batch * heads)](
         key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=key.shape[3],
@@ -263,23 +223,20 @@ def order_keys(
     )  # fmt: skip
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
-    prefix = counts.new_empty(batch, heads, segments, programs)
-    key_index = counts.new_empty(batch, heads, segments, max(longest, 1))
-    key_count = counts.new_empty(batch, heads, segments)
+    longest = max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
+    key_index = counts.new_empty(batch, heads, segments, longest)
     rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
     stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
-    reach = (0, 1) if tau == 0.0 else (plan.MIN_REACH, plan.REACH_FRACTION)
-    sizes = stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys), *reach
-    kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
-    kind["CHUNK"] = chunk_len
     step = triton.cdiv(n_keys, SAMPLES)
     samples = triton.cdiv(n_keys, step)
+    sizes = stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys), step, samples
+    kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     sample = scores.new_empty(batch, heads, segments, samples)
-    sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, step, samples, **kind, BLOCK=1024)
-    rows, sizes = (*rows, sample.sort(-1, descending=True).values), (*sizes, step, samples, SLACK)
+    sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, **kind, BLOCK=1024)
+    rows = *rows, sample.sort(-1, descending=True).values
     kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
     grid = programs, segments, batch * heads
-    count_classes_kernel[grid](*rows, counts, prefix, *sizes, **kind)
+    count_classes_kernel[grid](*rows, counts, *sizes, **kind)
     ends = counts.cumsum_(-1)  # class by class, and lane by lane inside a class
-    write_classes_kernel[grid](*rows, ends, key_index, key_count, *sizes, longest, **kind)
-    return key_index, key_count, prefix[:, 0].sum(-1, dtype=torch.int32)
+    write_classes_kernel[grid](*rows, ends, key_index, *sizes, longest, **kind)
+    return key_index, ends[:, 0, :, -1].contiguous()

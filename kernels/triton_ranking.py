@@ -1,11 +1,11 @@
 """``ranking_per_query`` on the GPU: every query against every earlier key in few dimensions, nothing of size N^2 kept.
 
-    score[s, j] = max over rows r of segment s of  few_query[s, r] . few_key[j]
+    score[s, j] = log sum over slots t of exp max over rows r = t mod SLOTS of  few_query[s, r] . few_key[j]
 
 Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
 for the row normaliser (its value and what rounding left of it), -1 in the keys. So the last kernel's product is already
-normalised and needs no exponential. Where the tensor cores multiply 8-bit floats rows are packed in them: twice the
-rate, and a rank needs no more. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED],
+normalised, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
+them: twice the rate, and a rank needs no more. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED],
 score fp16 [B * Hkv, P, Nk].
 """
 
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import choose_dims, few_dims, key_stride, second_moments
-from s2o_compile.kernels.triton_tile import LN2, LOG2E
+from s2o_compile.kernels.ranking_per_query import FIRST_KEYS, SLOTS, choose_dims, few_dims, key_stride, second_moments
+from s2o_compile.kernels.triton_tile import LN2, LOG2E, own_bounds
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
 """Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
+
+
+KEY_BLOCK = 128
+"""Keys of one program of the last kernel."""
 
 
 @triton.jit
@@ -53,12 +57,35 @@ def pack_rows_kernel(
 
 
 @triton.jit
+def add_keys(m, l, query, key_ptr, keys, seen, weight, PACKED: tl.constexpr):
+    """Fold some keys [C] of few dimensions into the rows' maximum m and sum l [TILE]; ``seen`` is [TILE, C]."""
+    dims = tl.arange(0, PACKED)
+    key = tl.load(key_ptr + keys.to(tl.int64)[None, :] * PACKED + dims[:, None])
+    logits = tl.where(seen, tl.dot(query, key) * LOG2E, -float("inf"))
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    finite = tl.where(m_new == -float("inf"), 0.0, m_new)
+    l = l * tl.math.exp2(m - finite) + tl.sum(tl.math.exp2(logits - finite[:, None]), 1) * weight
+    return m_new, l
+
+
+@triton.jit
+def present_keys(key_mask, keys, n_keys, HAS_KEY_MASK: tl.constexpr):
+    """Which keys [C] there are, padding aside, and where they can be read."""
+    present = (keys >= 0) & (keys < n_keys)
+    keys = tl.minimum(tl.maximum(keys, 0), n_keys - 1)
+    if HAS_KEY_MASK:
+        present = present & (tl.load(key_mask + keys) != 0)
+    return present, keys
+
+
+@triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, kv_heads, offset, largest,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, kv_heads, offset,
+    own_offset, stride, largest,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, FIRST: tl.constexpr, TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of TILE rows over every STRIDE-th key, written to the last two columns of the rows."""
+    """Log-sum-exp of TILE rows over own keys, the FIRST keys and a sample, to the last two columns of the rows."""
     segment = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -66,33 +93,34 @@ def row_normaliser_kernel(
     dims = tl.arange(0, PACKED)
     query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
     query = tl.load(query_ptr + dims[None, :])
+    few_key = few_key_ptr + head * n_keys * PACKED
+    key_mask = key_mask_ptr + head // kv_heads * stride_mb
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     m = tl.full([TILE], -float("inf"), tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    end = n_keys
-    if CAUSAL:
-        last = tl.minimum(segment * SEGMENT + SEGMENT, n_queries) - 1 + offset
-        end = tl.minimum(tl.maximum(last, -1) + 1, n_keys)
-    for j in range(0, end, KEY_BLOCK * STRIDE):
-        sample = j + tl.arange(0, KEY_BLOCK) * STRIDE
-        present = sample < n_keys
-        key = tl.load(
-            few_key_ptr + (head * n_keys + sample)[None, :] * PACKED + dims[:, None], mask=present[None, :], other=0.0
-        )
-        logits = tl.dot(query, key) * LOG2E
-        if HAS_KEY_MASK:
-            kept = tl.load(key_mask_ptr + head // kv_heads * stride_mb + sample, mask=present, other=0)
-            present = present & (kept != 0)
-        seen = present[None, :]
+    for j in range(own_start, own_stop, KEY_BLOCK):
+        keys = j + tl.arange(0, KEY_BLOCK)
+        present, place = present_keys(key_mask, keys, own_stop, HAS_KEY_MASK)
+        seen = present[None, :] & (position < n_queries)[:, None]
         if CAUSAL:
-            seen = seen & (sample[None, :] <= position[:, None] + offset)
-        logits = tl.where(seen, logits, -float("inf"))
-        m_new = tl.maximum(m, tl.max(logits, 1))
-        finite = tl.where(m_new == -float("inf"), 0.0, m_new)
-        l = l * tl.math.exp2(m - finite) + tl.sum(tl.math.exp2(logits - finite[:, None]), 1)
-        m = m_new
-    # A row that sees no sampled key, or lies beyond the last query, has no say.
-    normaliser = (m + tl.math.log2(l * STRIDE)) * LN2
-    silent = (l == 0.0) | (position >= n_queries)
+            seen = seen & (keys[None, :] <= position[:, None] + offset)
+        m, l = add_keys(m, l, query, few_key, place, seen, 1.0, PACKED)
+    end = own_start if CAUSAL else n_keys
+    for j in range(0, end, KEY_BLOCK * stride):
+        # The first keys, which trained models make sinks of, count once; of the others every stride-th for all.
+        keys = j + tl.arange(0, KEY_BLOCK) * stride + stride // 2
+        present, place = present_keys(key_mask, keys, end, HAS_KEY_MASK)
+        present = present & ((keys < own_start) | (keys >= own_stop)) & (keys >= FIRST)
+        seen = present[None, :] & (position < n_queries)[:, None]
+        m, l = add_keys(m, l, query, few_key, place, seen, stride, PACKED)
+    keys = tl.arange(0, 16)
+    present, place = present_keys(key_mask, keys, tl.minimum(end, FIRST), HAS_KEY_MASK)
+    present = present & ((keys < own_start) | (keys >= own_stop))
+    seen = present[None, :] & (position < n_queries)[:, None]
+    m, l = add_keys(m, l, query, few_key, place, seen, 1.0, PACKED)
+    # A row that sees none of these keys, or lies beyond the last query, has no say.
+    normaliser = (m + tl.math.log2(l)) * LN2
+    silent = l == 0.0
     packed = few_query_ptr.dtype.element_ty
     whole = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
     rest = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
@@ -114,7 +142,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 @triton.jit
 def score_keys_kernel(
     few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, own_offset,
-    CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix: one program keeps its keys on chip."""
@@ -123,20 +151,23 @@ def score_keys_kernel(
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
     key = tl.load(
-        few_key_ptr + (head * n_keys + keys)[None, :] * PACKED + dims[:, None], mask=inside[None, :], other=0.0
+        few_key_ptr + (head * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
     )
     first = 0
     if CAUSAL:  # the first segment whose own keys start behind the first key of this block
         first = tl.maximum(tl.program_id(0) * KEY_BLOCK - own_offset, 0) // SEGMENT
     for segment in range(first, n_segments):
         base = few_query_ptr + (head * n_segments + segment) * rows * PACKED
-        best = tl.full([ROW_BLOCK, KEY_BLOCK], -60000.0, tl.float16)
-        for row in tl.range(0, rows, 2 * ROW_BLOCK, num_stages=STAGES):
-            query = base + (row + tl.arange(0, ROW_BLOCK))[:, None] * PACKED + dims[None, :]
-            one = tl.dot(tl.load(query), key, out_dtype=tl.float16)
-            other = tl.dot(tl.load(query + ROW_BLOCK * PACKED), key, out_dtype=tl.float16)
+        best = tl.full([KEY_BLOCK, SLOTS], -60000.0, tl.float16)  # a key's numbers lie side by side in few threads
+        for row in tl.range(0, rows, 2 * SLOTS, num_stages=STAGES):
+            query = base + (row + tl.arange(0, SLOTS))[None, :] * PACKED + dims[:, None]
+            one = tl.dot(key, tl.load(query), out_dtype=tl.float16)
+            other = tl.dot(key, tl.load(query + SLOTS * PACKED), out_dtype=tl.float16)
             best = largest_of_three(one, other, best, PTX)
-        tl.store(score_ptr + (head * n_segments + segment) * n_keys + keys, tl.max(best, 0), mask=inside)
+        most = tl.max(best, 1)
+        total = tl.sum(tl.math.exp2((best - most[:, None]).to(tl.float32) * LOG2E), 1)
+        score = most + tl.math.log2(total) * LN2
+        tl.store(score_ptr + (head * n_segments + segment) * n_keys + keys, score.to(tl.float16), mask=inside)
 
 
 def packed_dtype(device: torch.device) -> torch.dtype:
@@ -192,13 +223,13 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
     row_normaliser_kernel[(rows // 128, segments, batch * kv_heads)](
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, n_keys, segments, rows, kv_heads, mask.offset, LARGEST[dtype],
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len,
-        STRIDE=key_stride(n_keys), TILE=128, KEY_BLOCK=128, PACKED=width, num_warps=4,
+        n_queries, n_keys, segments, rows, kv_heads, mask.offset, mask.own_offset(n_queries, n_keys),
+        key_stride(n_keys), LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+        SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=128, PACKED=width, num_warps=4,
     )  # fmt: skip
-    score_keys_kernel[(triton.cdiv(n_keys, 128), batch * kv_heads)](
+    score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=128, ROW_BLOCK=64, STAGES=3, PACKED=width,
+        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
         PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip
     return score

@@ -36,6 +36,14 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 
 
 @triton.jit
+def own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT: tl.constexpr):
+    """Own keys [start, stop) of a segment."""
+    own_start = tl.minimum(tl.maximum(segment * SEGMENT + own_offset, 0), n_keys)
+    own_stop = tl.minimum(tl.maximum(tl.minimum(segment * SEGMENT + SEGMENT, n_queries) + own_offset, 0), n_keys)
+    return own_start, tl.maximum(own_start, own_stop)
+
+
+@triton.jit
 def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
     """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
 

@@ -108,15 +108,16 @@ def milliseconds(call: Callable[[], object]) -> float:
 def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = True) -> Plan:
     """The plan with every list cut so that all passes together compute ``density`` of the visible area.
 
-    Lists end where a tile would stop, between two chunks, and are complete: no tile restarts.
+    Lists end where a tile would stop, between two chunks. ``length`` is that of the whole call, of whose queries the
+    plan may hold a part.
     """
     own, prefix = plan.segment_len, length - plan.segment_len
     area = length * density
     if causal:
         own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
-    chunks = plan.prefix_count[:, None] * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
-    count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.key_count)
-    return dataclasses.replace(plan, key_count=count, prefix_count=count[:, 0].contiguous())
+    chunks = plan.prefix_count * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
+    count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.prefix_count)
+    return dataclasses.replace(plan, prefix_count=count)
 
 
 def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:
@@ -131,7 +132,7 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
     from s2o_compile.kernels import triton_forward, triton_natural
 
     calls = []
-    for n, tau, density in ((CHECKED_LEN, 0.0, 1.0), (length, 0.5, DENSITY)):
+    for n, density in ((CHECKED_LEN, 1.0), (length, DENSITY)):
         query, key, value = shape.inputs(n)
         scale = shape.head_dim**-0.5
         plan = build_plan(
@@ -140,7 +141,6 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
             value,
             CAUSAL,
             scale=scale,
-            tau=tau,
             ranking="per_query",
             query_order="none",
             segment_len=default_segment_len(n),

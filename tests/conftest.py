@@ -313,29 +313,23 @@ def move_plan(plan, device):
 
 @pytest.fixture
 def build_plan(monkeypatch):
-    """``rank.build_plan`` with small chunks and, if asked, short lists, so that short inputs stop and restart."""
+    """``rank.build_plan`` with small chunks, so that short inputs stop."""
 
     def build(
         inputs,
         *,
-        tau,
         ranking="per_query",
         query_order="none",
         segment_len=256,
         chunk_len=64,
-        min_reach=None,
         by="torch",
     ):
         monkeypatch.setattr(plan_module, "default_chunk_len", lambda _: chunk_len)
         monkeypatch.setattr(rank, "default_chunk_len", lambda _: chunk_len)
-        if min_reach is not None:
-            monkeypatch.setattr(plan_module, "MIN_REACH", min_reach)
-            monkeypatch.setattr(plan_module, "REACH_FRACTION", 8)
         return rank.build_plan(
             *inputs.tensors,
             inputs.mask,
             scale=inputs.scale,
-            tau=tau,
             ranking=ranking,
             query_order=query_order,
             segment_len=segment_len,
@@ -363,9 +357,9 @@ class Weighed:
         """Share of the mass of ``row`` that the chunk brought."""
         return self.masses[chunk] / (row + 1 + sum(self.masses[: chunk + 1]))
 
-    def stop(self, tau, reached=None):
+    def stop(self, tau):
         """Chunks visited before the rule holds, tested from the second one on; None if it never does."""
-        for visited in range(2, (len(self.masses) if reached is None else reached) + 1):
+        for visited in range(2, len(self.masses) + 1):
             if max(self.gain(row, visited - 1) for row in range(128)) * self.to_come(visited) < tau:
                 return visited
         return None
@@ -379,7 +373,7 @@ class Weighed:
 def weighed():
     """Factory of ``Weighed``: chunks of the list lie backwards in memory, so that natural order is no help."""
 
-    def build(masses, *, reached=None, device="cpu"):
+    def build(masses, *, device="cpu"):
         chunks, dim = len(masses), 16
         prefix = 64 * chunks
         order = torch.arange(prefix).view(chunks, 64).flip(0).flatten()
@@ -388,12 +382,10 @@ def weighed():
         query = torch.zeros(1, 1, 128, dim)
         query[..., 0] = 1.0
         value = torch.randn(1, 1, prefix + 128, dim, generator=torch.Generator().manual_seed(1))
-        count = prefix if reached is None else 64 * reached
         plan = Plan(
             segment_len=128,
             chunk_len=64,
-            key_index=order[None, None, None, :count].int().contiguous(),
-            key_count=torch.full((1, 1, 1), count, dtype=torch.int32),
+            key_index=order[None, None, None].int(),
             prefix_count=torch.full((1, 1), prefix, dtype=torch.int32),
             query_order=None,
         )

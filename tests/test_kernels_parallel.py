@@ -23,7 +23,7 @@ class TestTwoThreads:
     @pytest.mark.parametrize("tau", [0.0, 0.5])
     def test_the_result_is_that_of_one_thread(self, tau, build_plan):
         inputs = Case(queries=1000, heads=4, kv_heads=2, batch=2, padding="left").inputs()
-        plan = build_plan(inputs, tau=tau)
+        plan = build_plan(inputs)
         results = []
         for threads in (2, 1):
             torch.set_num_threads(threads)

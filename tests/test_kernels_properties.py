@@ -53,13 +53,11 @@ def cases(draw, masks=("causal", "top_left", "offset", "window", "full", "cross"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_lists():
-    """Chunks and lists so short that small inputs walk, stop and restart."""
+def small_chunks():
+    """Chunks so short that small inputs walk and stop."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (plan_module, rank):
             patch.setattr(module, "default_chunk_len", lambda _: 64)
-        patch.setattr(plan_module, "MIN_REACH", 64)
-        patch.setattr(plan_module, "REACH_FRACTION", 8)
         yield
 
 
@@ -97,7 +95,7 @@ def bare(case, seed):
 
 
 def attend(inputs, tau, **options):
-    plan = build_plan(*inputs.tensors, inputs.mask, scale=inputs.scale, tau=tau, segment_len=SEGMENT, **options)
+    plan = build_plan(*inputs.tensors, inputs.mask, scale=inputs.scale, segment_len=SEGMENT, **options)
     given = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
     return plan, torch_forward.attend(*inputs.tensors, inputs.mask, plan, **given)
 

@@ -6,7 +6,6 @@ import torch
 from s2o_compile.kernels import block_attention, definition, natural_forward, torch_forward
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import QUERY_ORDERS
 from tests.conftest import (
     CUDA,
     Case,
@@ -89,39 +88,18 @@ class TestRanked:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_equals_definition(self, case, tau, build_plan, poison_empty):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, tau=tau), tau)
+        assert_like_definition(inputs, build_plan(inputs), tau)
 
     @pytest.mark.parametrize("tau", [0.0, 1.0])
     def test_equals_definition_at_length_4097(self, tau, build_plan):
         inputs = LONG.inputs()
-        assert_like_definition(inputs, build_plan(inputs, tau=tau, segment_len=512, chunk_len=256), tau)
+        assert_like_definition(inputs, build_plan(inputs, segment_len=512, chunk_len=256), tau)
 
     @pytest.mark.parametrize("tau", [0.0, 1.0])
     @pytest.mark.parametrize("case", [CASES[2], CASES[7], CASES[8], CASES[11], CASES[13]], ids=str)
     def test_equals_definition_with_permuted_queries(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, tau=tau, query_order="mean_query"), tau)
-
-    @pytest.mark.parametrize("query_order", QUERY_ORDERS)
-    @pytest.mark.parametrize(
-        ("case", "tau"),
-        [
-            (Case(queries=1400, heads=4, kv_heads=2), 0.1),
-            (Case(queries=1000, causal=False), 0.035),
-            (Case(queries=300, keys=1200, causal=False), 0.035),
-            (Case(queries=1000, batch=2, padding="left"), 0.01),
-            (Case(queries=1000, dtype="bf16"), 1e-9),
-        ],
-        ids=str,
-    )
-    def test_restarts_like_the_definition(self, case, tau, query_order, build_plan):
-        inputs = case.inputs()
-        plan = build_plan(inputs, tau=tau, query_order=query_order, segment_len=128, min_reach=128)
-        actual = assert_like_definition(inputs, plan, tau)
-        listed = plan.key_count.repeat_interleave(inputs.query.shape[1] // inputs.key.shape[1], dim=1)
-        restarted = actual.computed > listed + TILE_LEN
-        assert restarted.any()
-        assert tau == 1e-9 or not restarted.all()
+        assert_like_definition(inputs, build_plan(inputs, query_order="mean_query"), tau)
 
     @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
     def test_stops_where_the_arithmetic_says(self, tau, weighed):
@@ -132,7 +110,7 @@ class TestRanked:
     def test_inputs_are_left_alone(self, build_plan):
         inputs = CASES[2].inputs()
         before = [x.clone() for x in inputs.tensors]
-        plan = build_plan(inputs, tau=1.0)
+        plan = build_plan(inputs)
         torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=1.0)
         assert all(torch.equal(x, y) for x, y in zip(inputs.tensors, before, strict=True))
 
@@ -140,7 +118,7 @@ class TestRanked:
     @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[14]], ids=str)
     def test_equals_definition_on_cuda(self, case, device, build_plan):
         inputs = case.inputs(device)
-        assert_like_definition(inputs, build_plan(inputs, tau=1.0), 1.0)
+        assert_like_definition(inputs, build_plan(inputs), 1.0)
 
 
 class TestNatural:
@@ -157,11 +135,6 @@ class TestNatural:
         monkeypatch.setattr(natural_forward, "KEY_STEP", 96)
         actual = natural_forward.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
-
-    def test_long_restarts_are_merged_from_steps(self, monkeypatch, build_plan):
-        inputs = Case(queries=700, batch=2, padding="left").inputs()
-        monkeypatch.setattr(torch_forward, "KEY_STEP", 96)
-        assert_like_definition(inputs, build_plan(inputs, tau=1e-9, segment_len=128, min_reach=64), 1e-9)
 
     def test_equals_dense_attention_at_length_4097(self):
         inputs = Case(queries=4097, heads=1, window=1000, dtype="bf16").inputs()
@@ -180,7 +153,7 @@ class TestWithoutTheFusedOp:
     @pytest.mark.parametrize("case", [*CASES[:4], CASES[8], CASES[11], CASES[13], CASES[15]], ids=str)
     def test_ranked(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, tau=tau), tau)
+        assert_like_definition(inputs, build_plan(inputs), tau)
 
     @pytest.mark.parametrize("case", [WINDOWED[2], WINDOWED[6], WINDOWED[8]], ids=str)
     def test_natural(self, case):

@@ -1,0 +1,130 @@
+"""S2O for some heads and some queries at a time: ranked, attended, forgotten.
+
+Scores and lists grow with segments times keys. Held for the whole call they would take as much memory as key and value;
+held for as many heads, or segments of one head, as keep the card busy they stay a fraction of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels import torch_forward
+from s2o_compile.kernels.definition import Result
+from s2o_compile.kernels.dense_heads import attend_dense, query_heads, runs
+from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_segments, n_tiles
+from s2o_compile.kernels.rank import build_plan
+
+SCRATCH_SHARE = 8
+SCRATCH_BYTES = 64 * 2**20
+"""Scores and lists that are held at once take at most 1/8 of the memory of key and value, or 64 MiB."""
+
+BYTES_A_SCORE = 7
+"""A score in float16, an entry of int32 in a list, and the counts of classes that order it."""
+
+
+def slices(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, segment_len: int, heads: Iterable[int]
+) -> Iterator[tuple[slice, slice]]:
+    """Key/value heads and queries that are ranked at a time, so that scores and lists stay small beside key and value.
+
+    Queries are cut between segments and only under a causal mask: the others' own keys go by the whole call's length.
+    """
+    n_queries = query.shape[2]
+    held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
+    segments = n_segments(n_queries, segment_len)
+    together = held // (key.shape[0] * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
+    length = n_queries if not mask.causal else max(min(together, segments), 1) * segment_len
+    for some in runs(heads, max(together // segments, 1)):
+        for first in range(0, n_queries, length):
+            yield some, slice(first, min(first + length, n_queries))
+
+
+def cut(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, heads: slice, rows: slice
+) -> tuple[Tensor, Tensor, Tensor, AttentionMask]:
+    """Query, key, value and mask of one slice: the keys that its queries see."""
+    some = query[:, query_heads(heads, query.shape[1] // key.shape[1]), rows], key[:, heads], value[:, heads]
+    if not mask.causal:
+        return *some, mask
+    stop = min(max(rows.stop + mask.offset, 1), key.shape[2])
+    key_mask = None if mask.key_mask is None else mask.key_mask[:, :stop]
+    mask = replace(mask, offset=mask.offset + rows.start, key_mask=key_mask)
+    return some[0], some[1][:, :, :stop], some[2][:, :, :stop], mask
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    options: OperatorOptions,
+    executor: ModuleType,
+    natural: ModuleType,
+    dense_heads: Sequence[int] = (),
+    wants_lse: bool = True,
+) -> Result:
+    """Attention over plans, but for heads marked dense; arguments and results as ``definition.attend``.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: The proven mask, without a window.
+        scale: Softmax scale.
+        softcap: Bound of the logits, None for none.
+        options: How to rank, order and stop.
+        executor: `torch_forward` or `triton_forward`.
+        natural: The same implementation's executor in natural order.
+        dense_heads: Key/value heads that run densely (``dense_heads.py``), ascending.
+        wants_lse: Whether the log-sum-exp is wanted; if not, that of dense heads may be uninitialised.
+    """
+    batch, n_heads, n_queries, _ = query.shape
+    segment_len = options.segment_len or default_segment_len(n_queries)
+    group = n_heads // key.shape[1]
+    output = empty_output(query, value.shape[3])
+    lse = query.new_empty(batch, n_heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, n_heads, n_tiles(n_queries), dtype=torch.int32)
+    if dense_heads:
+        parts = attend_dense(
+            query,
+            key,
+            value,
+            mask,
+            output,
+            dense_heads,
+            scale=scale,
+            softcap=softcap,
+            wants_lse=wants_lse,
+            natural=natural,
+        )
+        for first, part in parts.items():
+            into = slice(first * group, first * group + part.computed.shape[1])
+            lse[:, into], computed[:, into] = part.lse, part.computed
+    sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
+    for heads, rows in slices(query, key, value, mask, segment_len, sparse):
+        some = cut(query, key, value, mask, heads, rows)
+        plan = build_plan(
+            *some,
+            scale=scale,
+            ranking=options.ranking,
+            query_order=options.query_order,
+            segment_len=segment_len,
+            implementation="torch" if executor is torch_forward else "triton",
+        )
+        into = query_heads(heads, group)
+        part = executor.attend(*some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows])
+        del plan  # before the next is made
+        lse[:, into, rows] = part.lse
+        computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
+    return Result(output, lse, computed)
