@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels import torch_forward
+from s2o_compile.kernels import streams, torch_forward
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.layout import empty_output
@@ -24,7 +24,7 @@ from s2o_compile.kernels.rank import build_plan
 
 SCRATCH_SHARE = 8
 SCRATCH_BYTES = 64 * 2**20
-"""Scores and lists that are held at once take at most 1/8 of the memory of key and value, or 64 MiB."""
+"""Scores and lists of one slice take at most 1/8 of the memory of key and value, or 64 MiB; two are held at once."""
 
 BYTES_A_SCORE = 7
 """A score in float16, an entry of int32 in a list, and the counts of classes that order it."""
@@ -112,19 +112,26 @@ def attend(
             into = slice(first * group, first * group + part.computed.shape[1])
             lse[:, into], computed[:, into] = part.lse, part.computed
     sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
-    for heads, rows in slices(query, key, value, mask, segment_len, sparse):
-        some = cut(query, key, value, mask, heads, rows)
-        plan = build_plan(
-            *some,
-            scale=scale,
-            ranking=options.ranking,
-            query_order=options.query_order,
-            segment_len=segment_len,
-            implementation="torch" if executor is torch_forward else "triton",
-        )
-        into = query_heads(heads, group)
-        part = executor.attend(*some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows])
-        del plan  # before the next is made
-        lse[:, into, rows] = part.lse
-        computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
+    places = list(slices(query, key, value, mask, segment_len, sparse))
+    # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
+    forked = streams.fork(query.device, len(places))
+    for number, (heads, rows) in enumerate(places):
+        with streams.turn(forked, number):
+            some = cut(query, key, value, mask, heads, rows)
+            plan = build_plan(
+                *some,
+                scale=scale,
+                ranking=options.ranking,
+                query_order=options.query_order,
+                segment_len=segment_len,
+                implementation="torch" if executor is torch_forward else "triton",
+            )
+            into = query_heads(heads, group)
+            part = executor.attend(
+                *some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows]
+            )
+            lse[:, into, rows] = part.lse
+            computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
+            del plan, part  # before the next is made
+    streams.join(forked)
     return Result(output, lse, computed)

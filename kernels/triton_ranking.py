@@ -57,25 +57,23 @@ def pack_rows_kernel(
 
 
 @triton.jit
-def add_keys(m, l, query, key_ptr, keys, seen, weight, PACKED: tl.constexpr):
-    """Fold some keys [C] of few dimensions into the rows' maximum m and sum l [TILE]; ``seen`` is [TILE, C]."""
+def add_keys(
+    m, l, query, few_key, key_mask, keys, present, weight, last_seen,
+    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Fold present keys [C] into maximum m and sum l of the rows [TILE]; MASKED hides those behind ``last_seen``."""
     dims = tl.arange(0, PACKED)
-    key = tl.load(key_ptr + keys.to(tl.int64)[None, :] * PACKED + dims[:, None])
-    logits = tl.where(seen, tl.dot(query, key) * LOG2E, -float("inf"))
-    m_new = tl.maximum(m, tl.max(logits, 1))
-    finite = tl.where(m_new == -float("inf"), 0.0, m_new)
-    l = l * tl.math.exp2(m - finite) + tl.sum(tl.math.exp2(logits - finite[:, None]), 1) * weight
-    return m_new, l
-
-
-@triton.jit
-def present_keys(key_mask, keys, n_keys, HAS_KEY_MASK: tl.constexpr):
-    """Which keys [C] there are, padding aside, and where they can be read."""
-    present = (keys >= 0) & (keys < n_keys)
-    keys = tl.minimum(tl.maximum(keys, 0), n_keys - 1)
     if HAS_KEY_MASK:
-        present = present & (tl.load(key_mask + keys) != 0)
-    return present, keys
+        present = present & (tl.load(key_mask + keys, mask=present, other=0) != 0)
+    pointers = few_key + keys.to(tl.int64)[None, :] * PACKED + dims[:, None]
+    logits = tl.dot(query, tl.load(pointers, mask=present[None, :], other=0.0))
+    logits += tl.where(present, 0.0, -float("inf"))[None, :]
+    if MASKED:
+        logits = tl.where(keys[None, :] <= last_seen[:, None], logits, -float("inf"))
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    reference = tl.where(m_new == -float("inf"), 0.0, m_new) * LOG2E
+    weights = tl.math.exp2(logits * LOG2E - reference[:, None])
+    return m_new, l * tl.math.exp2(m * LOG2E - reference) + tl.sum(weights, 1) * weight
 
 
 @triton.jit
@@ -96,31 +94,43 @@ def row_normaliser_kernel(
     few_key = few_key_ptr + head * n_keys * PACKED
     key_mask = key_mask_ptr + head // kv_heads * stride_mb
     own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    tile_first = segment * SEGMENT + tl.program_id(0) * TILE % SEGMENT
+    free_stop, end = own_stop, n_keys  # all rows of the tile see what lies before free_stop
+    if CAUSAL:
+        own_stop = tl.maximum(tl.minimum(own_stop, tile_first + TILE + offset), own_start)
+        free_stop = tl.minimum(tl.maximum(tile_first + offset + 1, own_start), own_stop)
+        free_stop = own_start + (free_stop - own_start) // KEY_BLOCK * KEY_BLOCK
+        end = own_start
     m = tl.full([TILE], -float("inf"), tl.float32)
     l = tl.zeros([TILE], tl.float32)
-    for j in range(own_start, own_stop, KEY_BLOCK):
-        keys = j + tl.arange(0, KEY_BLOCK)
-        present, place = present_keys(key_mask, keys, own_stop, HAS_KEY_MASK)
-        seen = present[None, :] & (position < n_queries)[:, None]
-        if CAUSAL:
-            seen = seen & (keys[None, :] <= position[:, None] + offset)
-        m, l = add_keys(m, l, query, few_key, place, seen, 1.0, PACKED)
-    end = own_start if CAUSAL else n_keys
+    columns = tl.arange(0, KEY_BLOCK)
+    for j in range(own_start, free_stop, KEY_BLOCK):
+        keys = j + columns
+        m, l = add_keys(
+            m, l, query, few_key, key_mask, keys, keys < free_stop, 1.0, position, False, HAS_KEY_MASK, PACKED
+        )
+    if CAUSAL:
+        for j in range(free_stop, own_stop, KEY_BLOCK):
+            keys = j + columns
+            m, l = add_keys(
+                m, l, query, few_key, key_mask, keys, keys < own_stop, 1.0, position + offset, True, HAS_KEY_MASK,
+                PACKED,
+            )  # fmt: skip
+    # Of the prefix, the first keys count once, for trained models put much weight there, and of the others a sample.
     for j in range(0, end, KEY_BLOCK * stride):
-        # The first keys, which trained models make sinks of, count once; of the others every stride-th for all.
-        keys = j + tl.arange(0, KEY_BLOCK) * stride + stride // 2
-        present, place = present_keys(key_mask, keys, end, HAS_KEY_MASK)
-        present = present & ((keys < own_start) | (keys >= own_stop)) & (keys >= FIRST)
-        seen = present[None, :] & (position < n_queries)[:, None]
-        m, l = add_keys(m, l, query, few_key, place, seen, stride, PACKED)
+        keys = j + columns * stride + stride // 2
+        present = (keys >= FIRST) & (keys < end)
+        if not CAUSAL:
+            present = present & ((keys < own_start) | (keys >= own_stop))
+        m, l = add_keys(m, l, query, few_key, key_mask, keys, present, stride, position, False, HAS_KEY_MASK, PACKED)
     keys = tl.arange(0, 16)
-    present, place = present_keys(key_mask, keys, tl.minimum(end, FIRST), HAS_KEY_MASK)
-    present = present & ((keys < own_start) | (keys >= own_stop))
-    seen = present[None, :] & (position < n_queries)[:, None]
-    m, l = add_keys(m, l, query, few_key, place, seen, 1.0, PACKED)
+    present = (keys < FIRST) & (keys < end)
+    if not CAUSAL:
+        present = present & ((keys < own_start) | (keys >= own_stop))
+    m, l = add_keys(m, l, query, few_key, key_mask, keys, present, 1.0, position, False, HAS_KEY_MASK, PACKED)
     # A row that sees none of these keys, or lies beyond the last query, has no say.
-    normaliser = (m + tl.math.log2(l)) * LN2
-    silent = l == 0.0
+    normaliser = m + tl.math.log2(l) * LN2
+    silent = (l == 0.0) | (position >= n_queries)
     packed = few_query_ptr.dtype.element_ty
     whole = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
     rest = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
@@ -225,7 +235,7 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, segments, rows, kv_heads, mask.offset, mask.own_offset(n_queries, n_keys),
         key_stride(n_keys), LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-        SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=128, PACKED=width, num_warps=4,
+        SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * kv_heads)](
         few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),

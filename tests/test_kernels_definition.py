@@ -213,7 +213,7 @@ class TestPlan:
         ids=str,
     )
     def test_per_query_score_can_be_written_out(self, case):
-        """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th of the others for 64."""
+        """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64."""
         inputs, segment_len = case.inputs(), 256
         actual = ranking_per_query.score_keys(
             inputs.query, inputs.key, inputs.mask, scale=inputs.scale, segment_len=segment_len
