@@ -7,7 +7,7 @@ stops) against SDPA in the same run. Inputs are synthetic; what they can and can
 
     fixed density   lists cut to a share of the prefix, nothing stops: the speed of the kernel, whatever the model
     topical, tau    tokens come in runs of one topic and look for their topic: early stopping as it runs in practice
-    random, tau     Gaussian noise, on which nothing stops early: the worst case, long tiles restart densely
+    random, tau     Gaussian noise, on which little can be left out: the worst case
 
 Medians in milliseconds (``calls.milliseconds``); TFLOP/s count the computed area only (4 D flops a pair).
 """

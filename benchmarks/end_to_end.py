@@ -14,7 +14,7 @@ One prefill as ``generate`` does it: the key/value cache is filled, logits of th
 
 "attention" is the time inside SDPA or the operator, by events; the bound on the speed-up is that of dense attention
 removed altogether (Amdahl). Dense rows say how far their logits are from the first row's. Peak memory includes weights
-and cache. ``--free`` adds a row with nothing cut, where random weights make long tiles restart densely: the worst case.
+and cache. ``--free`` adds a row with nothing cut: with random weights tiles walk most of their lists, the worst case.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def same_bits_row(inputs_of: Callable[[], Inputs], options: dict[str, Any]) -> d
 
 
 def worst_row(length: int, ranking: str) -> dict[str, object]:
-    """Random input, default tau: long tiles walk their lists and restart densely."""
+    """Random input, default tau: where nothing stands out, tiles walk most of their lists."""
     inputs = make_inputs("random", length, *HEADS)
     check_exact(inputs)
     rival, fastest = calls.fastest(calls.sdpa_calls(*inputs))
