@@ -248,19 +248,20 @@ def _execute(
     if mask.causal and mask.window is None:  # beyond these nothing changes, and kernels count in 32 bits
         mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))
     natural = triton_natural if implementation == "triton" else natural_forward
-    if path != "s2o":
-        return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
-    executor = triton_forward if implementation == "triton" else torch_forward
-    return slices.attend(
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        options=options,
-        executor=executor,
-        natural=natural,
-        dense_heads=dense_heads,
-        wants_lse=return_lse,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        if path != "s2o":
+            return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
+        executor = triton_forward if implementation == "triton" else torch_forward
+        return slices.attend(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            options=options,
+            executor=executor,
+            natural=natural,
+            dense_heads=dense_heads,
+            wants_lse=return_lse,
+        )

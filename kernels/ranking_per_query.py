@@ -111,8 +111,8 @@ def row_normaliser(
     outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
     outside = outside[(outside < own[0]) | (outside >= own[1])]
     keys = torch.cat([own_keys, outside])
-    weight = torch.where((keys >= FIRST_KEYS) & ((keys < own[0]) | (keys >= own[1])), math.log(stride), 0.0)
-    logits = query.flatten(2, 3) @ key[:, :, keys].transpose(-1, -2) + weight
+    stand_for_others = (keys >= FIRST_KEYS) & ((keys < own[0]) | (keys >= own[1]))
+    logits = query.flatten(2, 3) @ key[:, :, keys].transpose(-1, -2) + stand_for_others.to(key.dtype) * math.log(stride)
     logits = logits.unflatten(2, query.shape[2:4])
     hidden = ~mask.visible(first_query + torch.arange(query.shape[3], device=device), keys)
     if mask.key_mask is not None:

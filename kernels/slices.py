@@ -1,7 +1,8 @@
 """S2O for some heads and some queries at a time: ranked, attended, forgotten.
 
 Scores and lists grow with segments times keys. Held for the whole call they would take as much memory as key and value;
-held for as many heads, or segments of one head, as keep the card busy they stay a fraction of them.
+held for as many heads, or segments of one head, as keep the card busy they stay a fraction of them. A slice is ranked
+by itself: its dimensions, chunks and samples go by its own queries and the keys that they see.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def slices(
 ) -> Iterator[tuple[slice, slice]]:
     """Key/value heads and queries that are ranked at a time, so that scores and lists stay small beside key and value.
 
-    Queries are cut between segments and only under a causal mask: the others' own keys go by the whole call's length.
+    Queries are cut between segments and only under a causal mask: the others' own keys go by the whole call's length,
+    and the lists of one head are the least that is held for them.
     """
     n_queries = query.shape[2]
     held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
@@ -114,24 +116,23 @@ def attend(
     sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
     places = list(slices(query, key, value, mask, segment_len, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
-    forked = streams.fork(query.device, len(places))
-    for number, (heads, rows) in enumerate(places):
-        with streams.turn(forked, number):
-            some = cut(query, key, value, mask, heads, rows)
-            plan = build_plan(
-                *some,
-                scale=scale,
-                ranking=options.ranking,
-                query_order=options.query_order,
-                segment_len=segment_len,
-                implementation="torch" if executor is torch_forward else "triton",
-            )
-            into = query_heads(heads, group)
-            part = executor.attend(
-                *some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows]
-            )
-            lse[:, into, rows] = part.lse
-            computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
-            del plan, part  # before the next is made
-    streams.join(forked)
+    with streams.side_by_side(query.device, len(places)) as turn:
+        for number, (heads, rows) in enumerate(places):
+            with turn(number):
+                some = cut(query, key, value, mask, heads, rows)
+                plan = build_plan(
+                    *some,
+                    scale=scale,
+                    ranking=options.ranking,
+                    query_order=options.query_order,
+                    segment_len=segment_len,
+                    implementation="torch" if executor is torch_forward else "triton",
+                )
+                into = query_heads(heads, group)
+                part = executor.attend(
+                    *some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows]
+                )
+                lse[:, into, rows] = part.lse
+                computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
+                del plan, part  # before the next is made
     return Result(output, lse, computed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -12,26 +13,26 @@ STREAMS = 2
 
 
 @cache
-def _streams_of(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, ...]:
+    """A thread's own: another thread's may be capturing a CUDA graph."""
     return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
 
 
-def fork(device: torch.device, count: int) -> Sequence[torch.cuda.Stream]:
-    """Streams for ``count`` pieces of work, behind all that the current one has to do; none for one piece, or a CPU."""
-    if device.type != "cuda" or count < 2:
-        return ()
-    streams = _streams_of(device)
+@contextmanager
+def side_by_side(device: torch.device, pieces: int) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
+    """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
+
+    The streams start behind all that the current one has to do, and at the end, whatever happens inside, the current
+    one waits for them; the host does not wait. One piece, and a CPU, need no other stream.
+    """
+    if device.type != "cuda" or pieces < 2:
+        yield lambda _: nullcontext()
+        return
+    current, streams = torch.cuda.current_stream(device), _streams_of(device, threading.get_ident())
     for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream(device))
-    return streams
-
-
-def turn(streams: Sequence[torch.cuda.Stream], number: int) -> AbstractContextManager[object]:
-    """A block whose kernels go to the stream whose turn it is."""
-    return torch.cuda.stream(streams[number % len(streams)]) if streams else nullcontext()
-
-
-def join(streams: Sequence[torch.cuda.Stream]) -> None:
-    """Let the current stream wait for all of them; the host does not wait."""
-    for stream in streams:
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        stream.wait_stream(current)
+    try:
+        yield lambda number: torch.cuda.stream(streams[number % STREAMS])
+    finally:
+        for stream in streams:
+            current.wait_stream(stream)

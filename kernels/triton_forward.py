@@ -73,7 +73,8 @@ def gathered_fwd_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_mb,
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
-    FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr,
+    FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_QUERY_ORDER: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,7 +133,7 @@ def gathered_fwd_kernel(
     visited = whole * 0
     stopped = visited != 0
     start = visited
-    if FIXED and (HAS_KEY_MASK or not CAUSAL):  # some row may have no own key: the best block gives it a reference
+    if FIXED and BLIND_START:  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
@@ -185,6 +186,8 @@ def attend(
     result = empty_result(query, value, output)
     order = plan.query_order
     fixed = can_fix(query.dtype, mask)
+    last_segment = (plan.n_segments - 1) * plan.segment_len
+    blind_start = mask.key_mask is not None or not mask.causal or last_segment + mask.offset >= n_keys
     for part, into in value_parts(value, result):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
             query, key, part, into.output, into.lse, into.computed, plan.key_index, plan.prefix_count,
@@ -194,7 +197,7 @@ def attend(
             0 if mask.key_mask is None else mask.key_mask.stride(0),
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
-            FIXED=fixed, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+            FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),

@@ -68,10 +68,11 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
     extremes = torch.empty(b * h * blocks, 2, dtype=torch.float32, device=mask.device)
     is_bool = mask.dtype is torch.bool
     keys = band.keys.expand(b, -1).contiguous().view(torch.uint8)
-    compare_kernel[(blocks, b * h)](
-        mask.view(torch.uint8) if is_bool else mask, keys, band.late, band.early, state, extremes,
-        *mask.stride(), h, n_rows, n_keys, HIDES, BOOL=is_bool, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(mask):  # Triton launches on the current device
+        compare_kernel[(blocks, b * h)](
+            mask.view(torch.uint8) if is_bool else mask, keys, band.late, band.early, state, extremes,
+            *mask.stride(), h, n_rows, n_keys, HIDES, BOOL=is_bool, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
     visible, different, shown, strange = (state & bit.value != 0 for bit in (VISIBLE, DIFFERENT, SHOWN, STRANGE))
     return Comparison(
         differs=((different & visible) | strange).any(),

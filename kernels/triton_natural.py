@@ -1,4 +1,4 @@
-"""Exact attention in natural order on the GPU: sliding windows, and tiles that restart densely.
+"""Exact attention in natural order on the GPU: sliding windows, dense heads, and tiles that overflowed.
 
     out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
 

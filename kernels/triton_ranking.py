@@ -24,7 +24,6 @@ from s2o_compile.kernels.triton_tile import LN2, LOG2E, own_bounds
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
 """Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
 
-
 KEY_BLOCK = 128
 """Keys of one program of the last kernel."""
 

@@ -33,11 +33,11 @@ def main():
         compiled.append(launch(self, *args, grid=grid, warmup=True, **options).metadata.name)
 
     JITFunction.run = compile_only
-    for causal, padded, batch, heads, n_queries, n_keys, tau in (
-        (True, False, 1, 1, 128, 128, 0.0),  # one head, one segment, one part, every key sampled: all sizes are 1
-        (True, True, 2, 2, 1024, 20000, 0.5),
-        (False, False, 1, 2, 1024, 1024, 0.5),
-        (False, True, 1, 1, 1024, 20001, 0.0),
+    for causal, padded, batch, heads, n_queries, n_keys in (
+        (True, False, 1, 1, 128, 128),  # one head, one segment, one part, every key sampled: all sizes are 1
+        (True, True, 2, 2, 1024, 20000),
+        (False, False, 1, 2, 1024, 1024),
+        (False, True, 1, 1, 1024, 20001),
     ):
         mask = AttentionMask(
             causal=causal,
@@ -46,7 +46,7 @@ def main():
         )
         scores = torch.zeros(batch, heads, -(-n_queries // 512), n_keys, dtype=torch.float16)
         key = torch.zeros(batch, heads, n_keys, 16, dtype=torch.bfloat16)
-        triton_order.order_keys(scores, key, key, mask, n_queries=n_queries, segment_len=512, tau=tau)
+        triton_order.order_keys(scores, key, key, mask, n_queries=n_queries, segment_len=512)
     print(*compiled)
 
 

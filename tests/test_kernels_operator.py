@@ -531,7 +531,7 @@ class TestPoison:
         assert rows[:, :, 2000].all()
         assert rows.sum().item() == rows[:, :, 2000].numel()
         assert (~lse.isfinite()).sum().item() == rows.sum().item()
-        assert statistics.density < 0.6 + 2 * TILE_LEN / LENGTH * 2  # its tile may restart, no other
+        assert statistics.density < 0.6 + 2 * TILE_LEN / LENGTH * 2  # its tile may walk to the end, no other
 
     @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
     @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")

@@ -9,7 +9,6 @@ pytest.importorskip("triton")
 
 from s2o_compile.kernels import plan, triton_order
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.slices import slices
 from tests.conftest import CUDA, INTERPRETED
 
 LENGTH, SEGMENT = 2200, 512
@@ -105,16 +104,3 @@ class TestLists:
         (first, count), (second, _) = (lists(device, "heavy")[1] for _ in range(2))
         for (_, one), (place, other) in zip(each(first, count), each(second, count), strict=True):
             assert torch.equal(one, other), place
-
-
-@pytest.mark.parametrize(
-    ("kv_heads", "length", "heads", "queries"),
-    [(8, 131072, 1, 73 * 1024), (8, 32768, 4, 32768), (8, 16384, 8, 16384), (1, 131072, 1, 73 * 1024)],
-)
-def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, length, heads, queries):
-    key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
-    segment_len = plan.default_segment_len(length)
-    found = list(slices(key, key, key, AttentionMask(causal=True), segment_len, range(kv_heads)))
-    assert found[0] == (slice(0, heads), slice(0, queries))
-    covered = sum((some.stop - some.start) * (rows.stop - rows.start) for some, rows in found)
-    assert covered == kv_heads * length

@@ -107,16 +107,14 @@ ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), lo
 @given(case=ranked_cases, tau=st.sampled_from([0.01, 0.1, 0.5, 1.5, 10.0]), seed=st.integers(0, 99), **choices)
 def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order):
     inputs = bare(case, seed)
-    plan, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
+    _, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
     output, lse = exact_attention(inputs)
     assert result.output.isfinite().all()
 
-    # Work: a tile never computes more than its dense range, and what it did in vain: its own segment and its list.
+    # Work: a tile never computes more than its dense range; a permuted one spans its whole segment.
     last = torch.arange(TILE_LEN, case.queries + TILE_LEN, TILE_LEN).clamp(max=case.queries)
     dense = (last + case.causal_offset).clamp(0, case.n_keys) if case.causal else torch.tensor(case.n_keys)
-    reach = plan.key_index.shape[-1]
-    assert reach < max(case.n_keys // 8, 64) + 64
-    assert (result.computed <= dense + SEGMENT + reach).all()
+    assert (result.computed <= dense + (SEGMENT if query_order != "none" else 0)).all()
 
     # Error: leaving out a share of the mass moves a weighted mean by at most that share of the values' range.
     limit, lse_limit = bounds(inputs)

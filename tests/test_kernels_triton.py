@@ -312,3 +312,16 @@ class TestRanking:
             eighth = theirs.prefix_count[b, segment].item() // 8
             best, slack = theirs.key_index[b, h, segment, :eighth], ours.key_index[b, h, segment, : 2 * eighth]
             assert set(best.tolist()) <= set(slack.tolist())
+
+
+class TestWithoutOwnKeys:
+    """Causal segments whose own positions lie behind the last key: their lists give the fixed reference."""
+
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    @pytest.mark.parametrize("case", [Case(queries=640, keys=300, offset=0), Case(queries=256, keys=512, offset=512)])
+    def test_nothing_overflows(self, device, case, build_plan):
+        inputs = case.inputs(device)
+        plan = build_plan(inputs, segment_len=128, chunk_len=CHUNK_LEN)
+        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        assert_close(actual, exact_attention(inputs), inputs)
+        assert (actual.computed <= case.n_keys).all()

@@ -1,0 +1,82 @@
+"""A call cut into slices of heads and queries: the same attention, in bounded memory, on streams that always join."""
+
+import contextlib
+
+import pytest
+import torch
+
+from s2o_compile.kernels import operator, plan, slices, streams
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.options import OperatorOptions
+from tests.conftest import Case, assert_close, exact_attention
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "length", "heads", "queries"),
+    [(8, 131072, 1, 73 * 1024), (8, 32768, 4, 32768), (8, 16384, 8, 16384), (1, 131072, 1, 73 * 1024)],
+)
+def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, length, heads, queries):
+    key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
+    segment_len = plan.default_segment_len(length)
+    found = list(slices.slices(key, key, key, AttentionMask(causal=True), segment_len, range(kv_heads)))
+    assert found[0] == (slice(0, heads), slice(0, queries))
+    covered = sum((some.stop - some.start) * (rows.stop - rows.start) for some, rows in found)
+    assert covered == kv_heads * length
+
+
+@pytest.mark.parametrize("query_order", ["none", "mean_query"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(queries=700, heads=4, kv_heads=2),
+        Case(queries=700, heads=4, kv_heads=2, batch=2, padding="left"),
+        Case(queries=300, keys=900),
+        Case(queries=700, keys=300, offset=-100),
+        Case(queries=400, keys=500, offset=900),
+        Case(queries=700, causal=False, batch=2, padding="right"),
+    ],
+    ids=str,
+)
+def test_many_slices_together_are_dense_attention(case, query_order, monkeypatch, poison_empty):
+    monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
+    inputs = case.inputs()
+    found = list(slices.slices(*inputs.tensors, inputs.mask, 128, range(inputs.key.shape[1])))
+    assert len(found) == inputs.key.shape[1] * (-(-case.queries // 128) if case.causal else 1)
+    options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, query_order=query_order)
+    result = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
+    assert_close(result, exact_attention(inputs), inputs)
+
+
+class Stream:
+    """What a stream waits for, and nothing else."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
+    current, sides = Stream(), (Stream(), Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(streams, "_streams_of", lambda *_: sides)
+    with (
+        pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(),
+        streams.side_by_side(torch.device("cuda"), 3) as turn,
+    ):
+        assert [turn(number) for number in range(3)] == [sides[0], sides[1], sides[0]]
+        assert all(side.waited == [current] for side in sides)
+        assert not current.waited
+        1 / (not fails)  # noqa: B018 (raises)
+    assert current.waited == list(sides)
+
+
+@pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("cuda", 1)])
+def test_one_piece_and_a_cpu_need_no_stream(device, pieces, monkeypatch):
+    monkeypatch.setattr(streams, "_streams_of", None)
+    with streams.side_by_side(torch.device(device), pieces) as turn, turn(0):
+        pass
