@@ -23,9 +23,10 @@ def side_by_side(device: torch.device, pieces: int) -> Iterator[Callable[[int], 
     """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
 
     The streams start behind all that the current one has to do, and at the end, whatever happens inside, the current
-    one waits for them; the host does not wait. One piece, and a CPU, need no other stream.
+    one waits for them; the host does not wait. One piece, and a CPU, need no other stream; a CUDA graph is captured on
+    one.
     """
-    if device.type != "cuda" or pieces < 2:
+    if device.type != "cuda" or pieces < 2 or torch.cuda.is_current_stream_capturing():
         yield lambda _: nullcontext()
         return
     current, streams = torch.cuda.current_stream(device), _streams_of(device, threading.get_ident())

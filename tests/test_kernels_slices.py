@@ -63,6 +63,7 @@ def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
     current, sides = Stream(), (Stream(), Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(streams, "_streams_of", lambda *_: sides)
     with (
         pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(),
@@ -71,12 +72,13 @@ def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
         assert [turn(number) for number in range(3)] == [sides[0], sides[1], sides[0]]
         assert all(side.waited == [current] for side in sides)
         assert not current.waited
-        1 / (not fails)  # noqa: B018 (raises)
+        1 / (not fails)
     assert current.waited == list(sides)
 
 
-@pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("cuda", 1)])
-def test_one_piece_and_a_cpu_need_no_stream(device, pieces, monkeypatch):
+@pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("cuda", 1), ("cuda", 3)])
+def test_one_piece_and_a_cpu_and_a_capture_need_no_stream(device, pieces, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(streams, "_streams_of", None)
     with streams.side_by_side(torch.device(device), pieces) as turn, turn(0):
         pass
