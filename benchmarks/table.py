@@ -18,7 +18,8 @@ def table(data: dict) -> str:
     about, rows = data["about"], data["rows"]
     lines = next(write(rows) for name, write in _WRITERS.items() if name in rows[0])
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "transformers") if name in about)
-    return "\n".join([*lines, "", f"{about['device']}, {versions}, {about['date']}: `{about['command']}`"])
+    note = f" ({about['note']})" if "note" in about else ""
+    return "\n".join([*lines, "", f"{about['device']}, {versions}, {about['date']}: `{about['command']}`{note}"])
 
 
 def _model_lines(rows: list[dict]) -> list[str]:
