@@ -33,7 +33,7 @@ STEPS = 4
 """Keys of a lane that are loaded together: the loop waits for memory."""
 
 SAMPLES = 4096
-"""Scores of a row that the thresholds are taken from, at most."""
+"""Scores of a row that the bounds are taken from, at most."""
 
 LARGEST = tl.constexpr(65504.0)
 """Clamp of scores, float16's largest number: inf is for keys that hold NaN or inf."""
