@@ -13,6 +13,7 @@ normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: pro
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.cpu_parallel import for_each
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import own_starts_stops
+from s2o_compile.kernels.plan import TILE_LEN, own_starts_stops
 
 KEY_STRIDE = 64
 KEY_SAMPLES = 1024
@@ -107,17 +108,24 @@ def row_normaliser(
     stride, end = key_stride(n_keys), own[0] if mask.causal else n_keys
     sampled = torch.arange(0, end, stride, device=device) + stride // 2
     first = torch.arange(min(FIRST_KEYS, end), device=device)
-    own_keys = torch.arange(*own, device=device)
     outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
     outside = outside[(outside < own[0]) | (outside >= own[1])]
-    keys = torch.cat([own_keys, outside])
-    stand_for_others = (keys >= FIRST_KEYS) & ((keys < own[0]) | (keys >= own[1]))
-    logits = query.flatten(2, 3) @ key[:, :, keys].transpose(-1, -2) + stand_for_others.to(key.dtype) * math.log(stride)
-    logits = logits.unflatten(2, query.shape[2:4])
-    hidden = ~mask.visible(first_query + torch.arange(query.shape[3], device=device), keys)
-    if mask.key_mask is not None:
-        hidden = hidden | ~mask.key_mask[:, None, None, None, keys]
-    normaliser = logits.masked_fill_(hidden, float("-inf")).logsumexp(-1)
+    keys = torch.cat([outside, torch.arange(*own, device=device)])
+    columns = key[:, :, keys].transpose(-1, -2)
+    weight = torch.zeros(len(keys), dtype=key.dtype, device=device)
+    weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log(stride), 0.0)
+    visible = mask.visible(first_query + torch.arange(query.shape[3], device=device), keys)
+    normaliser = query.new_empty(query.shape[:4])
+    for b in range(len(query)):
+        seen = visible if mask.key_mask is None else visible & mask.key_mask[b, keys]
+        hidden = torch.where(seen, weight, float("-inf"))
+        for first_row in range(0, query.shape[3], TILE_LEN):  # logits stay in cache, few of them hidden: -inf is slow
+            rows, stop = slice(first_row, first_row + TILE_LEN), len(keys)
+            if mask.causal:
+                stop -= max(own[1] - max(first_query + rows.stop + mask.offset, own[0]), 0)
+            for h, g in itertools.product(*map(range, query.shape[1:3])):
+                logits = torch.addmm(hidden[rows, :stop], query[b, h, g, rows], columns[b, h, :, :stop])
+                normaliser[b, h, g, rows] = logits.logsumexp(-1)
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
