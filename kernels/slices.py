@@ -23,9 +23,10 @@ from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_segments, n_tiles
 from s2o_compile.kernels.rank import build_plan
 
-SCRATCH_SHARE = 8
-SCRATCH_BYTES = 64 * 2**20
-"""Scores and lists of one slice take at most 1/8 of the memory of key and value, or 64 MiB; two are held at once."""
+SCRATCH_SHARE = 5
+SCRATCH_BYTES = 128 * 2**20
+"""Scores and lists that are held at once take at most 1/5 of the memory of key and value, or 128 MiB: those of one slice
+on each stream."""
 
 BYTES_A_SCORE = 7
 """A score in float16, an entry of int32 in a list, and the counts of classes that order it."""
@@ -42,7 +43,7 @@ def slices(
     n_queries = query.shape[2]
     held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
     segments = n_segments(n_queries, segment_len)
-    together = held // (key.shape[0] * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
+    together = held // streams.STREAMS // (key.shape[0] * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
     length = n_queries if not mask.causal else max(min(together, segments), 1) * segment_len
     for some in runs(heads, max(together // segments, 1)):
         for first in range(0, n_queries, length):
