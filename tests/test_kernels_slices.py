@@ -13,7 +13,7 @@ from tests.conftest import Case, assert_close, exact_attention
 
 @pytest.mark.parametrize(
     ("kv_heads", "length", "heads", "queries"),
-    [(8, 131072, 1, 58 * 1024), (8, 32768, 4, 32768), (8, 16384, 8, 16384), (1, 131072, 1, 73 * 1024)],
+    [(8, 131072, 1, 58 * 1024), (8, 32768, 3, 32768), (8, 16384, 8, 16384), (1, 131072, 1, 54 * 1024)],
 )
 def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, length, heads, queries):
     key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
