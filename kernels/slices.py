@@ -25,8 +25,8 @@ from s2o_compile.kernels.rank import build_plan
 
 SCRATCH_SHARE = 5
 SCRATCH_BYTES = 96 * 2**20
-"""Scores and lists that are held at once, of a slice on each stream, take at most 1/5 of the memory of key and value, or
-96 MiB."""
+"""Scores and lists that are held at once, of one slice a stream, take at most 1/5 of the memory of key and value, or 96
+MiB."""
 
 BYTES_A_SCORE = 7
 """A score in float16, an entry of int32 in a list, and the counts of classes that order it."""
