@@ -162,8 +162,12 @@ def tune(
     found = tuning.crossover(compared)
     command = shlex.join(["s2o", *sys.argv[1:]])
     tuning.write(path, shape, crossover=found, launches=launches, command=command)
-    beyond = ", for it won at none of these lengths" if found > tested[-1] else ""
-    console.print(f"S2O runs from {found} tokens on{beyond}. Written to {path}", soft_wrap=True)
+    says = f"S2O runs from {found} tokens on."
+    if found is None:
+        says = (
+            f"S2O lost at {tested[-1]} tokens: the crossover stays the built-in one. Give longer --lengths to find it."
+        )
+    console.print(f"{says} Written to {path}", soft_wrap=True)
 
 
 def _print_launches(console: Console, title: str, present: tuning.Timing, winner: tuning.Timing) -> None:

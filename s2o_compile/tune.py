@@ -207,9 +207,9 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
     return Length(length=length, s2o_ms=s2o_ms, dense_ms=times[name], backend=name)
 
 
-def crossover(lengths: Sequence[Length]) -> int:
-    """The length from which S2O won at every longer one, too; twice the longest if it never did."""
-    won = 2 * max(entry.length for entry in lengths)
+def crossover(lengths: Sequence[Length]) -> int | None:
+    """The length from which S2O won at every longer one, too; None if it lost at the longest: nothing is known then."""
+    won = None
     for entry in sorted(lengths, key=lambda entry: -entry.length):
         if entry.s2o_ms >= entry.dense_ms:
             break
@@ -218,7 +218,7 @@ def crossover(lengths: Sequence[Length]) -> int:
 
 
 def write(
-    path: Path, shape: Shape, *, crossover: int, launches: dict[tuple[int, str], Timing], command: str
+    path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing], command: str
 ) -> dict[str, object]:
     """Put what was found into the file beside what it holds already; returns the device's entry.
 

@@ -82,9 +82,9 @@ class TestSweep:
         ({1024: (1, 2), 2048: (1, 2)}, 1024),
         ({1024: (3, 2), 2048: (1, 2), 4096: (1, 2)}, 2048),
         ({1024: (1, 2), 2048: (3, 2), 4096: (1, 2)}, 4096),
-        ({1024: (1, 2), 2048: (3, 2)}, 4096),
+        ({1024: (1, 2), 2048: (3, 2)}, None),
     ],
-    ids=["always", "late", "with-an-exception", "never"],
+    ids=["always", "late", "with-an-exception", "not-at-the-longest"],
 )
 def test_crossover(times, expected):
     lengths = [Length(length=n, s2o_ms=ours, dense_ms=dense, backend="") for n, (ours, dense) in times.items()]
@@ -120,6 +120,12 @@ class TestFile:
         assert about["command"] == "s2o tune"
         assert about["torch"] == torch.__version__
         assert about["date"]
+
+    def test_no_crossover_found_leaves_the_built_in_one(self, path):
+        built_in = tuned.crossover(torch.device("cpu"))
+        tuned.forget()
+        self.write(path, 64, Launch(key_block=16), crossover=None)
+        assert tuned.crossover(torch.device("cpu")) == built_in
 
     def test_other_entries_stay(self, path):
         self.write(path, 64, Launch(key_block=16))
