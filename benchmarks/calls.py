@@ -23,7 +23,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import Plan
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.tune import cut_to_density
+from s2o_compile.tune import add_topics, cut_to_density
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -31,7 +31,6 @@ CAUSAL = AttentionMask(causal=True)
 SDPA_BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION} | (
     {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION} if ON_GPU else {}
 )
-TOPIC_LEN = 256
 LONG_CALL = 100.0
 """Milliseconds from which three runs give a call's time well enough."""
 
@@ -47,13 +46,7 @@ def make_inputs(kind: str, length: int, heads: int, kv_heads: int, head_dim: int
 
     query, key, value = noise(heads), noise(kv_heads), noise(kv_heads)
     if kind == "topical":
-        topics = torch.randn(64, head_dim, device=DEVICE, dtype=DTYPE)
-        topics[:, head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
-        topic = torch.randint(64, (-(-length // TOPIC_LEN),), device=DEVICE).repeat_interleave(TOPIC_LEN)[:length]
-        key += 1.8 * topics[topic]
-        query += 1.8 * topics[topic]
-        sink = 3 * query.mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
-        key[:, :, 0] = sink  # an attention sink
+        add_topics(query, key)
     return query, key, value
 
 

@@ -64,13 +64,20 @@ class Shape:
             return torch.randn(1, length, heads, self.head_dim, **options).transpose(1, 2)
 
         query, key, value = noise(self.heads), noise(self.kv_heads), noise(self.kv_heads)
-        topics = torch.randn(64, self.head_dim, **options)
-        topics[:, self.head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
-        topic = torch.randint(64, (-(-length // TOPIC_LEN),), device=self.device, generator=generator)
-        shared = 1.8 * topics[topic.repeat_interleave(TOPIC_LEN)[:length]]
-        query, key = query + shared, key + shared
-        key[:, :, 0] = 3 * query.mean(2).view(1, self.kv_heads, -1, self.head_dim).mean(2)
+        add_topics(query, key, generator)
         return query, key, value
+
+
+def add_topics(query: Tensor, key: Tensor, generator: torch.Generator | None = None) -> None:
+    """Give noise [B, H, N, D] structure that early stopping can use, in place: runs of one topic, and a sink."""
+    batch, kv_heads, length, head_dim = key.shape
+    topics = torch.randn(64, head_dim, device=key.device, dtype=key.dtype, generator=generator)
+    topics[:, head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
+    topic = torch.randint(64, (-(-length // TOPIC_LEN),), device=key.device, generator=generator)
+    shared = 1.8 * topics[topic.repeat_interleave(TOPIC_LEN)[:length]]
+    query += shared
+    key += shared
+    key[:, :, 0] = 3 * query.mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
 
 
 @dataclass(frozen=True, kw_only=True)
