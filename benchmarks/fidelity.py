@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ from s2o_compile.kernels import operator, slices, torch_forward, triton_forward
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.plan import TILE_LEN, n_tiles
 
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 ERRORS = (0.02, 0.05, 0.1)
@@ -51,8 +52,8 @@ def capture(tokens: int, every: int) -> Captured:
             found.append(tuple(x.contiguous() for x in (query, key, value)))
         output = torch.empty_like(query)
         output.copy_(scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True))
-        computed = torch.zeros(query.shape[0], query.shape[1], -(-query.shape[2] // TILE_LEN), device=query.device)
-        return Result(output, output.new_zeros(query.shape[:3], dtype=torch.float32), computed.int())
+        computed = torch.zeros(*query.shape[:2], n_tiles(query.shape[2]), dtype=torch.int32, device=query.device)
+        return Result(output, output.new_zeros(query.shape[:3], dtype=torch.float32), computed)
 
     with patch.object(operator.slices, "attend", exact):
         s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend="eager"))(ids, logits_to_keep=1)
@@ -89,6 +90,20 @@ def density_at(error: float, errors: list[float], densities: list[float]) -> flo
     return densities[-1] if error > errors[-1] else densities[0]
 
 
+def densities_at(captured: Captured, ranking: str, segment_len: int) -> dict[str, object]:
+    """One row: densities at ERRORS, and what the default tau gives."""
+    errors, densities = curve(captured, ranking, segment_len)
+    means = errors.mean(1).tolist(), densities.mean(1).tolist()
+    heads = [(x.tolist(), y.tolist()) for x, y in zip(errors.T, densities.T, strict=True)]
+    found: dict[str, object] = {}
+    for error in ERRORS:
+        by_head = [density_at(error, *head) for head in heads]
+        found[f"at {error:.0%}"] = round(density_at(error, *means), 4)
+        found[f"at {error:.0%} by head"] = round(sum(by_head) / len(by_head), 4)
+    default = TAUS.index(OperatorOptions().tau)
+    return found | {"default tau error": round(means[0][default], 4), "density": round(means[1][default], 4)}
+
+
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,23 +117,7 @@ def main() -> None:
     for tokens in args.tokens:
         captured = capture(tokens, args.layers)
         for ranking, segment_len in itertools.product(args.rankings, args.segments):
-
-            def measure(ranking: str = ranking, segment_len: int = segment_len) -> dict[str, object]:
-                errors, densities = curve(captured, ranking, segment_len)  # noqa: B023 (runs at once)
-                means = errors.mean(1).tolist(), densities.mean(1).tolist()
-                found: dict[str, object] = {}
-                for error in ERRORS:
-                    by_head = [
-                        density_at(error, *x.tolist()) for x in torch.stack([errors, densities]).permute(2, 0, 1)
-                    ]
-                    found[f"at {error:.0%}"] = round(density_at(error, *means), 4)
-                    found[f"at {error:.0%} by head"] = round(sum(by_head) / len(by_head), 4)
-                default = TAUS.index(OperatorOptions().tau)
-                return found | {
-                    "default tau error": round(means[0][default], 4),
-                    "density": round(means[1][default], 4),
-                }
-
+            measure = partial(densities_at, captured, ranking, segment_len)
             rows.measure("density at error", {"tokens": tokens, "ranking": ranking, "S": segment_len}, measure)
 
 
