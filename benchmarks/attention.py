@@ -7,7 +7,8 @@ stops) against SDPA in the same run. Inputs are synthetic; what they can and can
 
     fixed density   lists cut to a share of the prefix, nothing stops: the speed of the kernel, whatever the model
     topical, tau    tokens come in runs of one topic and look for their topic: early stopping as it runs in practice
-    random, tau     Gaussian noise, on which little can be left out: the worst case
+    random, tau     Gaussian noise, on which little can be left out
+    never stops     the same at a tau of 1e-9: everything is ranked, tested and walked to the end, the worst case
 
 Medians in milliseconds (``calls.milliseconds``); TFLOP/s count the computed area only (4 D flops a pair).
 """
@@ -15,6 +16,7 @@ Medians in milliseconds (``calls.milliseconds``); TFLOP/s count the computed are
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,15 +25,15 @@ from pathlib import Path
 import calls
 import results_file
 import torch
-from calls import CAUSAL, check_exact, make_inputs, milliseconds
+from calls import CAUSAL, check_exact, held_density, make_inputs, milliseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import triton_forward, triton_order, triton_ranking
+from s2o_compile.kernels import triton_forward, triton_order
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, default_segment_len
-from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.plan import TILE_LEN, ScoreKeys, default_segment_len
+from s2o_compile.kernels.rank import TRITON_RANKINGS, build_plan
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.tune import cut_to_density
 
@@ -49,6 +51,17 @@ def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callabl
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return rivals | {"FlashAttention-3": flash3}
+
+
+def score_all(prepare: Callable[..., ScoreKeys], query: Tensor, key: Tensor, scale: float, segment_len: int) -> Tensor:
+    """Scores of a whole call, all heads at once."""
+    return prepare(query, key, scale=scale, segment_len=segment_len)(query, key, CAUSAL, slice(None))
+
+
+def order_all(scores: Tensor, key: Tensor, value: Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
+    """Lists of a whole call, all heads at once."""
+    poisoned = triton_order.find_poisoned(key, value)
+    return triton_order.order_keys(scores, poisoned, CAUSAL, n_queries=key.shape[2], segment_len=segment_len)
 
 
 def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object]]:
@@ -91,19 +104,23 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         row(f"S2O forward, density {density}", ms, real)
         del full, plan, result
     segment_len = default_segment_len(length)
-    scores = triton_ranking.score_keys(query, key, CAUSAL, scale=scale, segment_len=segment_len)
-    row(
-        "S2O index work: score",
-        milliseconds(partial(triton_ranking.score_keys, query, key, CAUSAL, scale=scale, segment_len=segment_len)),
-        0.0,
-    )
-    order = partial(triton_order.order_keys, scores, key, value, CAUSAL, n_queries=length, segment_len=segment_len)
-    row("S2O index work: order", milliseconds(order), 0.0)
-    del scores, order
-    for kind in ("topical", "random"):
+    scores = torch.empty(0)
+    for ranking, prepare in TRITON_RANKINGS.items():
+        score = partial(score_all, prepare, query, key, scale, segment_len)
+        scores = score()
+        row(f"S2O index work: score, {ranking}", milliseconds(score), 0.0)
+    row("S2O index work: order", milliseconds(partial(order_all, scores, key, value, segment_len)), 0.0)
+    del scores
+    for density, ranking in itertools.product(args.densities, ("per_query", "mean_query")):
+        with held_density(density, length):
+            with record_calls() as recorded:
+                calls.run((query, key, value), ranking=ranking)
+            ms = milliseconds(partial(calls.run, (query, key, value), ranking=ranking))
+        row(f"S2O whole op, held density {density}, {ranking}", ms, recorded[0].density)
+    for kind, tau in (("topical", args.tau), ("random", args.tau), ("never stops", 1e-9)):
         query, key, value = make_inputs(kind, length, *shape)
         for ranking in ("per_query", "mean_query"):
-            options = OperatorOptions(tau=args.tau, min_seq_len=0, ranking=ranking)
+            options = OperatorOptions(tau=tau, min_seq_len=0, ranking=ranking)
             whole = partial(run, query, key, value, CAUSAL, scale=None, return_lse=False, options=options)
 
             with record_calls() as recorded:
@@ -117,7 +134,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
             extra = torch.cuda.max_memory_allocated() - before - query.numel() * query.element_size()
             extra /= 2 * key.numel() * key.element_size()
             row(
-                f"S2O whole op, {kind}, tau {args.tau}, {ranking}",
+                f"S2O whole op, {kind}, tau {tau}, {ranking}",
                 milliseconds(whole),
                 recorded[0].density,
                 relative_error=round(error, 5),

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import operator, slices, torch_forward, triton_forward
+from s2o_compile.kernels import operator, torch_forward, triton_forward
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import Plan
+from s2o_compile.kernels.rank import Planner, build_plan
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.tune import add_topics, cut_to_density
 
@@ -106,16 +107,16 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
 
     Ranking and ordering are as ever.
     """
-    build = slices.build_plan
+    plan = Planner.plan
 
-    def build_plan(query: Tensor, *rest: object, **keywords: object) -> Plan:
-        return cut_to_density(build(query, *rest, **keywords), density, length, causal=causal)  # pyright: ignore
+    def cut_plan(*given: object) -> Plan:
+        return cut_to_density(plan(*given), density, length, causal=causal)  # pyright: ignore
 
     def never_stop(attend: Callable[..., object]) -> Callable[..., object]:
         return lambda *args, **keywords: attend(*args, **{**keywords, "tau": 0.0})
 
     with (
-        patch.object(slices, "build_plan", build_plan),
+        patch.object(Planner, "plan", cut_plan),
         patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
         patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
     ):
@@ -142,7 +143,7 @@ def time_held(
             run(inputs, mask, ranking=ranking)
         real = calls[0].density
         whole_ms = milliseconds(partial(run, inputs, mask, ranking=ranking))
-        plan = slices.build_plan(
+        plan = build_plan(
             query,
             key,
             value,

@@ -18,8 +18,9 @@ import calls
 import torch
 from results_file import Rows
 
-from s2o_compile.kernels import slices, torch_forward
+from s2o_compile.kernels import torch_forward
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.statistics import record_calls
 
 
@@ -30,7 +31,7 @@ def bench(length: int, density: float, args: argparse.Namespace) -> dict[str, ob
     options = OperatorOptions()
     (dense,) = calls.sdpa_calls(*inputs).values()
     with calls.held_density(density, length):
-        plan = slices.build_plan(
+        plan = build_plan(
             *inputs,
             calls.CAUSAL,
             scale=args.head_dim**-0.5,

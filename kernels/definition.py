@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 
@@ -54,6 +55,14 @@ class Result(NamedTuple):
     output: Tensor
     lse: Tensor
     computed: Tensor
+
+
+def empty_result(query: Tensor, value_dim: int) -> Result:
+    """Uninitialised results for a query [B, Hq, Nq, D], the output laid out as SDPA's."""
+    batch, heads, n_queries, _ = query.shape
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    return Result(empty_output(query, value_dim), lse, computed)
 
 
 class OnlineSoftmax:

@@ -44,26 +44,26 @@ def attend_dense(
     key: Tensor,
     value: Tensor,
     mask: AttentionMask,
-    output: Tensor,
+    into: Result,
     dense_heads: Sequence[int],
     *,
     scale: float,
     softcap: float | None,
     wants_lse: bool,
     natural: ModuleType,
-) -> dict[int, Result]:
-    """Fill the marked heads of ``output``; returns the results of every run of them by its first key/value head.
+) -> None:
+    """Fill the marked heads of ``into``.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
         mask: Without a window.
-        output: [B, Hq, Nq, Dv] of all heads.
+        into: Results of all heads.
         dense_heads: Key/value heads, ascending.
         scale: Softmax scale, positive.
         softcap: Bound of the logits, None for none.
-        wants_lse: Whether the log-sum-exp is wanted; uninitialised otherwise.
+        wants_lse: Whether the log-sum-exp is wanted; that of these heads may stay uninitialised otherwise.
         natural: `natural_forward` or `triton_natural`.
     """
     group = query.shape[1] // key.shape[1]
@@ -77,12 +77,10 @@ def attend_dense(
         every = whole_tiles(mask, query.shape[2], key.shape[2], query.device).expand(*heads[:2], -1)
         lse = query.new_empty(heads, dtype=torch.float32)
         exact = Result(dense_attention(*taken, mask, scale=scale), lse, every)
-    sizes = [into.stop - into.start for into in rows]
-    parts = {}
-    for heads, into, *part in zip(places, rows, *(x.split(sizes, 1) for x in exact), strict=True):
-        output[:, into] = part[0]
-        parts[heads.start] = Result(output[:, into], *part[1:])
-    return parts
+    sizes = [heads.stop - heads.start for heads in rows]
+    for whole, parts in zip(into, (x.split(sizes, 1) for x in exact), strict=True):
+        for heads, part in zip(rows, parts, strict=True):
+            whole[:, heads] = part
 
 
 def whole_tiles(mask: AttentionMask, n_queries: int, n_keys: int, device: torch.device) -> Tensor:

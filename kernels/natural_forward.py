@@ -13,10 +13,9 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.definition import Result, empty_result
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.plan import TILE_LEN
 
 KEY_STEP = 4096
 """Keys of one block: bounds the memory of the explicit mask."""
@@ -29,9 +28,7 @@ def attend_natural(
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
     key, value = key.contiguous(), value.contiguous()
-    output = empty_output(query, value_dim)
-    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    result = output, lse, computed = empty_result(query, value_dim)
 
     def tile(place: tuple[int, int, int]) -> None:
         first, b, kv = place
@@ -57,4 +54,4 @@ def attend_natural(
 
     last_first = reversed(range(0, n_queries, TILE_LEN))  # the longest rows first
     for_each(tile, itertools.product(last_first, range(batch), range(kv_heads)), query.device)
-    return Result(output, lse, computed)
+    return result

@@ -8,12 +8,16 @@ P segments of ``segment_len`` queries, L the longest list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
+
+ScoreKeys = Callable[[Tensor, Tensor, AttentionMask, slice], Tensor]
+"""Scores of a slice: (query [B, h, n, D], key [B, h_kv, n_k, D], mask, key/value heads) -> [B, h_kv, P, n_k]."""
 
 TILE_LEN = 128
 """Queries of one tile. A tile is what stops early, so every executor uses the same length."""
@@ -99,14 +103,13 @@ def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: i
 
 
 def order_keys(
-    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """Turn importance scores into lists.
 
     Args:
         scores: Floating [B, Hkv, P, Nk], larger is more important, any monotone scale. Overwritten.
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
+        poisoned: Bool [B, Hkv, Nk], of ``poisoned_keys``.
         mask: Which keys count as prefix.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
@@ -118,7 +121,7 @@ def order_keys(
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
-    scores.masked_fill_(poisoned_keys(key, value)[:, :, None, :], float("inf"))
+    scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
     scores.masked_fill_(~prefix[:, None], float("-inf"))
     longest = longest_prefix(mask, n_queries, n_keys, segment_len)
     key_index = scores.topk(longest, dim=-1, sorted=True).indices.to(torch.int32)

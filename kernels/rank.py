@@ -1,4 +1,4 @@
-"""Build the plan of one attention call: rank the keys, order the queries."""
+"""Plans of attention calls: keys ranked, queries ordered; whole or slice by slice."""
 
 from __future__ import annotations
 
@@ -6,62 +6,99 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s2o_compile.kernels import ranking_mean_query, ranking_per_query, ranking_sub_mean
+from s2o_compile.kernels import plan, ranking_mean_query, ranking_per_query, ranking_sub_mean
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import Plan, default_chunk_len, default_segment_len, order_keys
+from s2o_compile.kernels.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len
 from s2o_compile.kernels.query_order import order_queries
 
 try:
     from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking
-except ImportError:  # no triton here: build_plan is then never asked for it
+except ImportError:  # no triton here: Planner is then never asked for it
     triton_mean_query = triton_order = triton_ranking = None
 
-RANKINGS: dict[str, Callable[..., Tensor]] = {
-    "per_query": ranking_per_query.score_keys,
-    "sub_mean": ranking_sub_mean.score_keys,
-    "mean_query": ranking_mean_query.score_keys,
+
+def _slice_by_slice(score_keys: Callable[..., Tensor]) -> Callable[..., ScoreKeys]:
+    """``prepare`` of a ranking that has nothing to prepare."""
+
+    def prepare(_query: Tensor, _key: Tensor, **given: object) -> ScoreKeys:
+        return lambda query, key, mask, _heads: score_keys(query, key, mask, **given)
+
+    return prepare
+
+
+RANKINGS: dict[str, Callable[..., ScoreKeys]] = {
+    "per_query": ranking_per_query.prepare,
+    "sub_mean": _slice_by_slice(ranking_sub_mean.score_keys),
+    "mean_query": _slice_by_slice(ranking_mean_query.score_keys),
 }
+TRITON_RANKINGS: dict[str, Callable[..., ScoreKeys]] = {}
+if triton_ranking is not None and triton_mean_query is not None:
+    TRITON_RANKINGS["per_query"] = triton_ranking.prepare
+    TRITON_RANKINGS["mean_query"] = _slice_by_slice(triton_mean_query.score_keys)
 QUERY_ORDERS = ("none", "mean_query")
 
 
-def build_plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    ranking: str,
-    query_order: str,
-    segment_len: int | None = None,
-    implementation: str = "torch",
-) -> Plan:
-    """Plan of one attention call.
+class Planner:
+    """Plans the slices of one call.
+
+    What the whole call decides is made once: no result depends on how a call is cut.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        mask: The proven mask, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
         ranking: A key of RANKINGS.
         query_order: One of QUERY_ORDERS.
         segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
-        implementation: "triton" or "torch": who scores the keys where both can.
+        implementation: "triton" or "torch": who ranks where both can.
     """
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    segment_len = segment_len or default_segment_len(n_queries)
-    score_keys, order = RANKINGS[ranking], order_keys
-    if implementation == "triton":
-        order = triton_order.order_keys
-        written = {"per_query": triton_ranking, "mean_query": triton_mean_query}
-        score_keys = written[ranking].score_keys if ranking in written else score_keys
-    scores = score_keys(query, key, mask, scale=scale, segment_len=segment_len)
-    key_index, prefix_count = order(scores, key, value, mask, n_queries=n_queries, segment_len=segment_len)
-    return Plan(
-        segment_len=segment_len,
-        chunk_len=default_chunk_len(n_keys),
-        key_index=key_index,
-        prefix_count=prefix_count,
-        query_order=order_queries(query, segment_len) if query_order == "mean_query" else None,
-    )
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        ranking: str,
+        query_order: str,
+        segment_len: int | None = None,
+        implementation: str = "torch",
+    ) -> None:
+        self.segment_len = segment_len or default_segment_len(query.shape[2])
+        self._chunk_len = default_chunk_len(key.shape[2])
+        self._query_order = query_order
+        prepare, self._order_keys, poisoned = RANKINGS[ranking], plan.order_keys, plan.poisoned_keys
+        if implementation == "triton":
+            prepare = TRITON_RANKINGS.get(ranking, prepare)
+            self._order_keys, poisoned = triton_order.order_keys, triton_order.find_poisoned
+        self._score_keys = prepare(query, key, scale=scale, segment_len=self.segment_len)
+        self._poisoned = poisoned(key, value)
+
+    def plan(self, query: Tensor, key: Tensor, mask: AttentionMask, heads: slice = slice(None)) -> Plan:
+        """Plan of some key/value heads, some queries and the keys that these see (``slices.cut``).
+
+        Args:
+            query: [B, h, n, D], queries from the start of a segment on.
+            key: [B, h_kv, n_k, D], the first n_k keys.
+            mask: The proven mask of these, without a window (a window is computed exactly and needs no plan).
+            heads: Which key/value heads of the call these are.
+        """
+        n_queries, n_keys = query.shape[2], key.shape[2]
+        scores = self._score_keys(query, key, mask, heads)
+        key_index, prefix_count = self._order_keys(
+            scores, self._poisoned[:, heads, :n_keys], mask, n_queries=n_queries, segment_len=self.segment_len
+        )
+        return Plan(
+            segment_len=self.segment_len,
+            chunk_len=self._chunk_len,
+            key_index=key_index,
+            prefix_count=prefix_count,
+            query_order=order_queries(query, self.segment_len) if self._query_order == "mean_query" else None,
+        )
+
+
+def build_plan(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **options: object) -> Plan:
+    """Plan of a whole call; options as those of ``Planner``."""
+    return Planner(query, key, value, **options).plan(query, key, mask)  # pyright: ignore[reportArgumentType]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.cpu_parallel import for_each
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, own_starts_stops
+from s2o_compile.kernels.plan import TILE_LEN, ScoreKeys, own_starts_stops
 
 KEY_STRIDE = 64
 KEY_SAMPLES = 1024
@@ -93,7 +93,7 @@ def take_dims(x: Tensor, dims: Tensor) -> Tensor:
 
 
 def row_normaliser(
-    query: Tensor, key: Tensor, mask: AttentionMask, *, first_query: int, own: tuple[int, int]
+    query: Tensor, key: Tensor, mask: AttentionMask, *, first_query: int, own: tuple[int, int], stride: int
 ) -> Tensor:
     """Estimated log-sum-exp of the rows of one segment, [B, Hkv, G, S]; +inf for a row that sees none of these keys.
 
@@ -103,9 +103,9 @@ def row_normaliser(
         mask: The mask.
         first_query: Position of the segment's first query.
         own: Own keys [start, stop) of the segment.
+        stride: Of this many prefix keys one is sampled.
     """
-    n_keys, device = key.shape[2], query.device
-    stride, end = key_stride(n_keys), own[0] if mask.causal else n_keys
+    device, end = query.device, own[0] if mask.causal else key.shape[2]
     sampled = torch.arange(0, end, stride, device=device) + stride // 2
     first = torch.arange(min(FIRST_KEYS, end), device=device)
     outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
@@ -129,12 +129,24 @@ def row_normaliser(
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
-def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int) -> ScoreKeys:
+    """What scores the slices of a call; dimensions and samples go by the whole call. Arguments: ``rank.Planner``."""
+    head_dim = query.shape[3]
+    dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
+    stride = key_stride(key.shape[2])
+
+    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
+        return _score_keys(query, key, mask, dims[:, heads], stride, scale=scale, segment_len=segment_len)
+
+    return score_keys
+
+
+def _score_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, dims: Tensor, stride: int, *, scale: float, segment_len: int
+) -> Tensor:
     """Importance of every key for every segment, float32 [B, Hkv, P, Nk]; see the module docstring."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    head_dim = query.shape[3]
-    dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
     few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
@@ -145,7 +157,8 @@ def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float,
 
     def segment(s: int) -> None:
         rows = few_query[:, :, :, s * segment_len : (s + 1) * segment_len]
-        normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len, own=(starts[s], stops[s]))
+        own = starts[s], stops[s]
+        normaliser = row_normaliser(rows, few_key, mask, first_query=s * segment_len, own=own, stride=stride)
         rows = torch.cat([rows, normaliser[..., None]], dim=-1)
         missing = -rows.shape[3] % SLOTS  # silent queries
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))

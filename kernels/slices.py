@@ -1,8 +1,8 @@
 """S2O for some heads and some queries at a time: ranked, attended, forgotten.
 
 Scores and lists grow with segments times keys. Held for the whole call they would take as much memory as key and value;
-held for as many heads, or segments of one head, as keep the card busy they stay a fraction of them. A slice is ranked
-by itself: its dimensions, chunks and samples go by its own queries and the keys that they see.
+held for as many heads, or segments of one head, as keep the card busy they stay a fraction of them. How a call is cut
+changes no bit of its result.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from s2o_compile.kernels import streams, torch_forward
-from s2o_compile.kernels.definition import Result
+from s2o_compile.kernels.definition import Result, empty_result
 from s2o_compile.kernels.dense_heads import attend_dense, query_heads, runs
-from s2o_compile.kernels.layout import empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_segments, n_tiles
-from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.plan import TILE_LEN, n_segments, n_tiles
+from s2o_compile.kernels.rank import Planner
 
 SCRATCH_SHARE = 5
 SCRATCH_BYTES = 96 * 2**20
@@ -92,48 +90,54 @@ def attend(
         dense_heads: Key/value heads that run densely (``dense_heads.py``), ascending.
         wants_lse: Whether the log-sum-exp is wanted; if not, that of dense heads may be uninitialised.
     """
-    batch, n_heads, n_queries, _ = query.shape
-    segment_len = options.segment_len or default_segment_len(n_queries)
-    group = n_heads // key.shape[1]
-    output = empty_output(query, value.shape[3])
-    lse = query.new_empty(batch, n_heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, n_heads, n_tiles(n_queries), dtype=torch.int32)
+    group = query.shape[1] // key.shape[1]
+    result = empty_result(query, value.shape[3])
     if dense_heads:
-        parts = attend_dense(
+        attend_dense(
             query,
             key,
             value,
             mask,
-            output,
+            result,
             dense_heads,
             scale=scale,
             softcap=softcap,
             wants_lse=wants_lse,
             natural=natural,
         )
-        for first, part in parts.items():
-            into = slice(first * group, first * group + part.computed.shape[1])
-            lse[:, into], computed[:, into] = part.lse, part.computed
+    planner = Planner(
+        query,
+        key,
+        value,
+        scale=scale,
+        ranking=options.ranking,
+        query_order=options.query_order,
+        segment_len=options.segment_len,
+        implementation="torch" if executor is torch_forward else "triton",
+    )
     sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
-    places = list(slices(query, key, value, mask, segment_len, sparse))
+    places = list(slices(query, key, value, mask, planner.segment_len, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
     with streams.side_by_side(query.device, len(places)) as turn:
         for number, (heads, rows) in enumerate(places):
             with turn(number):
-                some = cut(query, key, value, mask, heads, rows)
-                plan = build_plan(
-                    *some,
+                some_query, some_key, some_value, some_mask = cut(query, key, value, mask, heads, rows)
+                plan = planner.plan(some_query, some_key, some_mask, heads)
+                members, tiles = query_heads(heads, group), slice(rows.start // TILE_LEN, n_tiles(rows.stop))
+                executor.attend(
+                    some_query,
+                    some_key,
+                    some_value,
+                    some_mask,
+                    plan,
                     scale=scale,
-                    ranking=options.ranking,
-                    query_order=options.query_order,
-                    segment_len=segment_len,
-                    implementation="torch" if executor is torch_forward else "triton",
+                    tau=options.tau,
+                    softcap=softcap,
+                    into=Result(
+                        result.output[:, members, rows],
+                        result.lse[:, members, rows],
+                        result.computed[:, members, tiles],
+                    ),
                 )
-                into = query_heads(heads, group)
-                part = executor.attend(
-                    *some, plan, scale=scale, tau=options.tau, softcap=softcap, output=output[:, into, rows]
-                )
-                lse[:, into, rows] = part.lse
-                computed[:, into, rows.start // TILE_LEN : n_tiles(rows.stop)] = part.computed
-                del plan, part  # before the next is made
-    return Result(output, lse, computed)
+                del plan  # before the next is made
+    return result

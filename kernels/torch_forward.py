@@ -15,8 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come
-from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come, empty_result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 
@@ -34,25 +33,20 @@ def attend(
     scale: float,
     tau: float,
     softcap: float | None = None,
-    output: Tensor | None = None,
+    into: Result | None = None,
 ) -> Result:
-    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
-    batch, heads, n_queries, _ = query.shape
-    into = Result(
-        empty_output(query, value.shape[3]) if output is None else output,
-        query.new_empty(batch, heads, n_queries, dtype=torch.float32),
-        query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32),
-    )
-    kv_heads = key.shape[1]
+    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
+    batch, kv_heads = key.shape[:2]
+    result = empty_result(query, value.shape[3]) if into is None else into
     keys, values = key.float().contiguous(), value.float().contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
         b, kv, _ = place
-        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, into)
+        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, result)
 
     last_first = reversed(range(plan.n_segments))  # the longest walks first
     for_each(segment, itertools.product(range(batch), range(kv_heads), last_first), query.device)
-    return into
+    return result
 
 
 @dataclass

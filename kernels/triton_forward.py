@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.definition import FIRST_TEST, Result
+from s2o_compile.kernels.definition import FIRST_TEST, Result, empty_result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
-from s2o_compile.kernels.triton_natural import attend_range, empty_result, launch_natural
+from s2o_compile.kernels.triton_natural import attend_range, launch_natural
 from s2o_compile.kernels.triton_tile import (
     LN2,
     NOTHING_SEEN,
@@ -71,7 +71,7 @@ def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
     key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_mb,
+    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_QUERY_ORDER: tl.constexpr,
@@ -160,11 +160,12 @@ def gathered_fwd_kernel(
         visited = count
 
     out = out_ptr + b * stride_ob + h * stride_oh
-    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
+    lse = lse_ptr + b * stride_lb + h * stride_lh
+    store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     computed = visited + own_stop - own_start
     if FIXED:
         computed = tl.where(overflowed(l, acc), -computed - 1, computed)
-    tl.store(computed_ptr + row_head * tiles + tile, computed)
+    tl.store(computed_ptr + b * stride_cb + h * stride_ch + tile, computed)
 
 
 def attend(
@@ -177,23 +178,24 @@ def attend(
     scale: float,
     tau: float,
     softcap: float | None = None,
-    output: Tensor | None = None,
+    into: Result | None = None,
 ) -> Result:
-    """Attention over a plan, written to ``output`` if given; arguments and results as ``definition.attend``."""
+    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
-    result = empty_result(query, value, output)
+    result = empty_result(query, value.shape[3]) if into is None else into
     order = plan.query_order
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
     blind_start = mask.key_mask is not None or not mask.causal or last_segment + mask.offset >= n_keys
-    for part, into in value_parts(value, result):
+    for part, piece in value_parts(value, result):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
-            query, key, part, into.output, into.lse, into.computed, plan.key_index, plan.prefix_count,
+            query, key, part, *piece, plan.key_index, plan.prefix_count,
             order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index,
-            *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *into.output.stride()[:3],
+            *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
+            *piece.lse.stride()[:2], *piece.computed.stride()[:2],
             0 if mask.key_mask is None else mask.key_mask.stride(0),
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
@@ -205,7 +207,7 @@ def attend(
         )  # fmt: skip
         if fixed:
             launch_natural(
-                query, key, part, mask, into, scale=scale, softcap=softcap, restart_len=plan.segment_len,
+                query, key, part, mask, piece, scale=scale, softcap=softcap, restart_len=plan.segment_len,
                 query_order=order,
             )  # fmt: skip
     return result

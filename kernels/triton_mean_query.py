@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.ranking_mean_query import segment_means
+from s2o_compile.kernels.plan import n_segments
 from s2o_compile.kernels.triton_tile import load_rows, needs_wide
 
 ROWS = 64
@@ -52,21 +52,47 @@ def score_means_kernel(
         tl.store(pointers, best.to(tl.float16), mask=(target < segments)[:, None] & inside[None, :])
 
 
+@triton.jit
+def segment_means_kernel(
+    query_ptr, mean_ptr, stride_qb, stride_qh, stride_qn, n_queries, heads, group, scale, SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Scaled mean query of one segment of one head."""
+    segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query = query_ptr + head // heads * stride_qb + head % heads * stride_qh
+    first = segment * SEGMENT
+    stop = tl.minimum(first + SEGMENT, n_queries)
+    total = tl.zeros([BLOCK_DIM], tl.float32)
+    for j in range(first, stop, ROWS):
+        rows = j + tl.arange(0, ROWS)
+        some = load_rows(query, tl.minimum(rows, stop - 1), stride_qn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32)
+        total += tl.sum(tl.where((rows < stop)[:, None], some, 0.0), 0)
+    dims = tl.arange(0, BLOCK_DIM)
+    target = ((head // group) * tl.num_programs(0) + segment) * group + head % group
+    mean = (total / (stop - first) * scale).to(mean_ptr.dtype.element_ty)
+    tl.store(mean_ptr + target * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
 def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
     batch, kv_heads, n_keys, head_dim = key.shape
-    means = (segment_means(query, segment_len) * scale).to(key.dtype)
-    segments, group = means.shape[2], query.shape[1] // kv_heads
-    means = means.view(batch, kv_heads, group, segments, head_dim).transpose(2, 3).contiguous()
+    heads, n_queries = query.shape[1:3]
+    segments, group = n_segments(n_queries, segment_len), heads // kv_heads
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    means = key.new_empty(batch * kv_heads, segments, group, head_dim)
+    segment_means_kernel[(segments, batch * heads)](
+        query, means, *query.stride()[:3], n_queries, heads, group, scale, SEGMENT=segment_len, ROWS=64,
+        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, WIDE=needs_wide(query), num_warps=4,
+    )  # fmt: skip
     score = torch.empty(batch, kv_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     members = triton.next_power_of_2(group)
     exact = key.dtype == torch.float32
     key_block = 32 if exact else 128
     score_means_kernel[(triton.cdiv(n_keys, key_block), batch * kv_heads)](
         means, key, score, *key.stride()[:3], n_keys, segments, group, kv_heads,
-        mask.own_offset(query.shape[2], n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
+        mask.own_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), PRECISION="ieee" if exact else "tf32",
+        BLOCK_DIM=block_dim, PRECISION="ieee" if exact else "tf32",
         WIDE=needs_wide(key), num_warps=4,
     )  # fmt: skip
     return score

@@ -8,13 +8,11 @@ Only the visible range of a tile is computed, and only the blocks at its edges a
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.definition import Result, empty_result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.triton_tile import (
@@ -102,7 +100,7 @@ def attend_parts(
 def natural_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, query_order_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_mb,
+    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     n_queries, n_keys, heads, group, offset, window, qk_scale, inner, segment_len,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -115,9 +113,10 @@ def natural_fwd_kernel(
     tile = tiles - 1 - tl.program_id(0) // group
     row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
+    computed = computed_ptr + b * stride_cb + h * stride_ch + tile
     visited = 0
     if RESTART:
-        flag = tl.load(computed_ptr + row_head * tiles + tile)
+        flag = tl.load(computed)
         if flag >= 0:
             return
         visited = -flag - 1
@@ -158,8 +157,9 @@ def natural_fwd_kernel(
         )  # fmt: skip
 
     out = out_ptr + b * stride_ob + h * stride_oh
-    store_tile(out, lse_ptr + row_head * n_queries, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
-    tl.store(computed_ptr + row_head * tiles + tile, visited + stop - start)
+    lse = lse_ptr + b * stride_lb + h * stride_lh
+    store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
+    tl.store(computed, visited + stop - start)
 
 
 def launch_natural(
@@ -182,7 +182,7 @@ def launch_natural(
         query_order if query_order is not None else into.computed,
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
-        0 if mask.key_mask is None else mask.key_mask.stride(0),
+        *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, *logit_scales(scale, softcap),
         restart_len or 0, RESTART=restart_len is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
@@ -192,21 +192,13 @@ def launch_natural(
     )  # fmt: skip
 
 
-def empty_result(query: Tensor, value: Tensor, output: Tensor | None = None) -> Result:
-    """Uninitialised results, the output in the given tensor."""
-    batch, heads, n_queries, _ = query.shape
-    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query, value.shape[3]) if output is None else output, lse, computed)
-
-
 def attend_natural(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
 ) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
     if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
-    result = empty_result(query, value)
+    result = empty_result(query, value.shape[3])
     for part, into in value_parts(value, result):
         launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap)
     return result

@@ -77,13 +77,19 @@ def load_scores(
 
 
 @triton.jit
+def sample_step(stop, samples):
+    """Of this many of the keys before ``stop`` one is sampled."""
+    return tl.maximum(tl.cdiv(stop, samples), 1)
+
+
+@triton.jit
 def sample_scores_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sample_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one of every ``step`` keys of a row, -inf for what is no prefix key.
+    """Scores of one of every few keys of a row's prefix, -inf for what is no prefix key.
 
     Not always at the same place: a fixed stride would see one phase only of inputs that repeat, such as the rows of an
     image.
@@ -92,12 +98,13 @@ def sample_scores_kernel(
     row = head * segments + segment
     own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     stop = own_start if CAUSAL else n_keys
+    step = sample_step(stop, samples)
+    b, h = head // kv_heads, head % kv_heads
     for j in range(0, samples, BLOCK):
         sample = j + tl.arange(0, BLOCK)
         score, _present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
-            tl.minimum(sample * step + sample * 7919 % step, n_keys - 1), stop, own_start, own_stop, CAUSAL,
-            HAS_KEY_MASK,
+            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
+            sample * step + sample * 7919 % step, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
         tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
 
@@ -140,7 +147,7 @@ def one_in_class(places, step, CLASSES: tl.constexpr):
 @triton.jit
 def count_classes_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -152,12 +159,15 @@ def count_classes_kernel(
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
+    b, h = head // kv_heads, head % kv_heads
+    whole, step = own_start, sample_step(own_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
     bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
     counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
     for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
+            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
             j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
         places = find_classes(score, present, bound, CLASSES)
@@ -173,7 +183,7 @@ def count_classes_kernel(
 @triton.jit
 def write_classes_kernel(
     score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
-    stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, step, samples, list_len,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples, list_len,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -185,14 +195,17 @@ def write_classes_kernel(
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole = own_start if CAUSAL else n_keys - (own_stop - own_start)
+    b, h = head // kv_heads, head % kv_heads
+    whole, step = own_start, sample_step(own_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
     bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
     end_ptr += row * CLASSES * lanes
     for j in range(start, stop, STEPS * LANES):
         score, present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + head * n_keys, key_mask_ptr + head // kv_heads * stride_mb,
+            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
             j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
         )  # fmt: skip
         places = find_classes(score, present, bound, CLASSES)
@@ -210,26 +223,34 @@ def write_classes_kernel(
             written += one
 
 
+def find_poisoned(key: Tensor, value: Tensor) -> Tensor:
+    """``plan.poisoned_keys`` in one launch."""
+    batch, heads, n_keys, head_dim = key.shape
+    poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
+    find_poisoned_kernel[(triton.cdiv(n_keys, 64), batch * heads)](
+        key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
+        BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
+        BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
+    )  # fmt: skip
+    return poisoned
+
+
 def order_keys(
-    scores: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``."""
     batch, heads, segments, n_keys = scores.shape
-    poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=scores.device)
-    find_poisoned_kernel[(triton.cdiv(n_keys, 64), batch * heads)](
-        key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=key.shape[3],
-        BLOCK_DIM=triton.next_power_of_2(key.shape[3]), VALUE_DIM=value.shape[3],
-        BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
-    )  # fmt: skip
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
     longest = max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
     key_index = counts.new_empty(batch, heads, segments, longest)
     rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
     stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
-    step = triton.cdiv(n_keys, SAMPLES)
-    samples = triton.cdiv(n_keys, step)
-    sizes = stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys), step, samples
+    samples = min(SAMPLES, n_keys)
+    sizes = (
+        *poisoned.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys),
+        samples,
+    )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     sample = scores.new_empty(batch, heads, segments, samples)
     sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, **kind, BLOCK=1024)

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import n_segments
-from s2o_compile.kernels.ranking_per_query import FIRST_KEYS, SLOTS, choose_dims, few_dims, key_stride, second_moments
+from s2o_compile.kernels.plan import ScoreKeys, n_segments
+from s2o_compile.kernels.ranking_per_query import FIRST_KEYS, SLOTS, few_dims, key_stride
+from s2o_compile.kernels.triton_few_dims import FewDims, choose_dims
 from s2o_compile.kernels.triton_tile import LN2, LOG2E, own_bounds
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -30,8 +31,8 @@ KEY_BLOCK = 128
 
 @triton.jit
 def pack_rows_kernel(
-    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, length, heads, group, segment_len, segments,
-    n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
+    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group,
+    segment_len, segments, n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -40,8 +41,9 @@ def pack_rows_kernel(
     list_head = b * (heads // group) + h // group
     column = tl.arange(0, PACKED)
     chosen = column < n_dims
-    dims = tl.load(dims_ptr + list_head * n_dims + column, mask=chosen, other=0)
-    factor = tl.load(factor_ptr + list_head * n_dims + column, mask=chosen, other=0.0)
+    place = b * stride_db + h // group * n_dims + column
+    dims = tl.load(dims_ptr + place, mask=chosen, other=0)
+    factor = tl.load(factor_ptr + place, mask=chosen, other=0.0)
     source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n + dims[None, :]
     x = tl.load(source, mask=(row < length)[:, None] & chosen[None, :], other=0.0).to(tl.float32)
     x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
@@ -200,8 +202,8 @@ def pack_rows(x: Tensor, dims: Tensor, factor: Tensor, *, segment_len: int, last
 
     Args:
         x: Queries or keys.
-        dims: int64 [B, Hkv, R], the dimensions to keep.
-        factor: float32 [B, Hkv, R], what each is multiplied by.
+        dims: int32 [B, Hkv, R], the dimensions to keep.
+        factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
         segment_len: Rows of one segment.
         last: Value of the two columns of the normaliser.
         dtype: Of the packed rows, a key of LARGEST.
@@ -211,29 +213,41 @@ def pack_rows(x: Tensor, dims: Tensor, factor: Tensor, *, segment_len: int, last
     group, segments = heads // kv_heads, n_segments(length, segment_len)
     packed = torch.empty(batch * kv_heads, segments, group * segment_len, width, device=x.device, dtype=dtype)
     pack_rows_kernel[(triton.cdiv(segments * segment_len, 128), batch * heads)](
-        x, dims, factor, packed, *x.stride()[:3], length, heads, group, segment_len, segments, dims.shape[2],
-        last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, group, segment_len, segments,
+        dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     return packed
 
 
-def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int) -> ScoreKeys:
+    """What scores the slices of a call; as ``ranking_per_query.prepare``."""
+    head_dim = query.shape[3]
+    chosen = choose_dims(query, key, min(packed_width(head_dim) - 2, head_dim), scale=scale)
+    stride = key_stride(key.shape[2])
+
+    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
+        some = FewDims(*(x[:, heads] for x in chosen))
+        return _score_keys(query, key, mask, some, stride, segment_len=segment_len)
+
+    return score_keys
+
+
+def _score_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, chosen: FewDims, stride: int, *, segment_len: int
+) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
-    batch, kv_heads, n_keys, head_dim = key.shape
+    batch, kv_heads, n_keys, _ = key.shape
     n_queries, dtype = query.shape[2], packed_dtype(query.device)
-    moments = second_moments(query, key)
-    dims = choose_dims(moments, min(packed_width(head_dim) - 2, head_dim))
-    query_size, key_size = (x.gather(-1, dims).sqrt_().clamp_min_(1e-6) for x in (moments.query, moments.key))
-    balance = (key_size / query_size / scale).sqrt_()
-    few_query = pack_rows(query, dims, balance * scale, segment_len=segment_len, last=0.0, dtype=dtype)
-    few_key = pack_rows(key, dims, 1 / balance, segment_len=n_keys, last=-1.0, dtype=dtype)
+    dims, query_factor, key_factor = chosen
+    few_query = pack_rows(query, dims, query_factor, segment_len=segment_len, last=0.0, dtype=dtype)
+    few_key = pack_rows(key, dims, key_factor, segment_len=n_keys, last=-1.0, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, kv_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     row_normaliser_kernel[(rows // 128, segments, batch * kv_heads)](
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, segments, rows, kv_heads, mask.offset, mask.own_offset(n_queries, n_keys),
-        key_stride(n_keys), LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+        stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * kv_heads)](

@@ -311,6 +311,12 @@ def move_plan(plan, device):
     return Plan(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in fields.items()})
 
 
+def score_all(prepare, inputs, segment_len):
+    """Scores of a whole call by a ranking."""
+    score_keys = prepare(inputs.query, inputs.key, scale=inputs.scale, segment_len=segment_len)
+    return score_keys(inputs.query, inputs.key, inputs.mask, slice(None))
+
+
 @pytest.fixture
 def build_plan(monkeypatch):
     """``rank.build_plan`` with small chunks, so that short inputs stop."""

@@ -10,7 +10,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
 from s2o_compile.kernels.statistics import Call
-from tests.conftest import Case, assert_close, bounds, dense_area, distance, exact_attention, visible_pairs
+from tests.conftest import Case, assert_close, bounds, dense_area, distance, exact_attention, score_all, visible_pairs
 
 MASKS = [
     Case(queries=1),
@@ -215,9 +215,7 @@ class TestPlan:
     def test_per_query_score_can_be_written_out(self, case):
         """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64."""
         inputs, segment_len = case.inputs(), 256
-        actual = ranking_per_query.score_keys(
-            inputs.query, inputs.key, inputs.mask, scale=inputs.scale, segment_len=segment_len
-        )
+        actual = score_all(ranking_per_query.prepare, inputs, segment_len)
         key = inputs.key.double().repeat_interleave(case.heads // case.kv_heads, dim=1)
         logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scale
         seen = logits.masked_fill(~visible_pairs(inputs), float("-inf"))

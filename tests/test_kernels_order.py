@@ -34,8 +34,11 @@ def lists(device, kind, *, key=None, **given):
     key = torch.zeros(2, 2, LENGTH, 16, device=device) if key is None else key
     made = scores(device, kind)
     ours, theirs = (
-        order_keys(made.clone(), key, torch.zeros_like(key), mask, n_queries=LENGTH, segment_len=SEGMENT)
-        for order_keys in (triton_order.order_keys, plan.order_keys)
+        order_keys(made.clone(), poisoned(key, torch.zeros_like(key)), mask, n_queries=LENGTH, segment_len=SEGMENT)
+        for order_keys, poisoned in (
+            (triton_order.order_keys, triton_order.find_poisoned),
+            (plan.order_keys, plan.poisoned_keys),
+        )
     )
     return made, ours, theirs
 

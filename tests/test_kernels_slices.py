@@ -5,10 +5,12 @@ import contextlib
 import pytest
 import torch
 
-from s2o_compile.kernels import operator, plan, slices, streams
+from s2o_compile.kernels import operator, plan, rank, slices, streams
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
-from tests.conftest import Case, assert_close, exact_attention
+from s2o_compile.kernels.rank import RANKINGS
+from s2o_compile.kernels.statistics import record_calls
+from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs, dense_area, exact_attention
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,41 @@ def test_many_slices_together_are_dense_attention(case, query_order, monkeypatch
     options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, query_order=query_order)
     result = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
     assert_close(result, exact_attention(inputs), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")  # as in test_kernels_triton.py
+@pytest.mark.parametrize(
+    ("device", "implementation"),
+    [("cpu", "torch"), *(pytest.param(*p.values, "triton", marks=p.marks) for p in (INTERPRETED, CUDA))],
+)
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(queries=700, keys=900, heads=4, kv_heads=2, batch=2, padding="left"),
+        Case(queries=512, keys=1200, heads=4, kv_heads=2, head_dim=32),
+    ],
+    ids=str,
+)
+def test_no_bit_depends_on_how_a_call_is_cut(case, ranking, device, implementation, monkeypatch, poison_empty):
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(rank, "default_chunk_len", lambda _: 128)
+    inputs = case.inputs(device)
+    inputs.query.mul_(4.0)  # few keys matter, so tiles stop
+    options = OperatorOptions(tau=1.0, min_seq_len=0, segment_len=128, ranking=ranking, implementation=implementation)
+
+    def run():
+        with record_calls() as calls:
+            found = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
+        return *found, calls[0].computed
+
+    whole = run()
+    assert computed_pairs(whole[2], case.queries) < 0.9 * dense_area(inputs)  # some tiles stop
+    monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
+    for one, other in zip(whole, run(), strict=True):
+        assert torch.equal(one, other)
 
 
 class Stream:

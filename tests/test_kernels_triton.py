@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 
 from s2o_compile.kernels import (
     definition,
+    rank,
     ranking_mean_query,
     ranking_per_query,
+    triton_few_dims,
     triton_forward,
-    triton_mean_query,
     triton_natural,
     triton_ranking,
 )
@@ -30,6 +31,7 @@ from tests.conftest import (
     exact_attention,
     move_plan,
     on,
+    score_all,
     visible_pairs,
 )
 
@@ -272,9 +274,8 @@ class TestRanking:
     def test_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
         inputs, segment_len = case.inputs(device), 256
-        arguments = (inputs.query, inputs.key, inputs.mask)
-        actual = triton_ranking.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
-        expected = ranking_per_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        actual = score_all(triton_ranking.prepare, inputs, segment_len)
+        expected = score_all(ranking_per_query.prepare, inputs, segment_len)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
@@ -291,9 +292,8 @@ class TestRanking:
     @pytest.mark.parametrize(("device", "case"), [*SCORED, *on(INTERPRETED, Case(queries=600, heads=6, kv_heads=2))])
     def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         inputs, segment_len = case.inputs(device), 256
-        arguments = (inputs.query, inputs.key, inputs.mask)
-        actual = triton_mean_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
-        expected = ranking_mean_query.score_keys(*arguments, scale=inputs.scale, segment_len=segment_len)
+        actual = score_all(rank.TRITON_RANKINGS["mean_query"], inputs, segment_len)
+        expected = score_all(rank.RANKINGS["mean_query"], inputs, segment_len)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
@@ -301,6 +301,18 @@ class TestRanking:
         largest = means.abs().sum(-1).max() * inputs.key.float().abs().max()
         eps = max(torch.finfo(inputs.query.dtype).eps, torch.finfo(torch.float16).eps)
         assert (actual[prefix].float() - expected[prefix].float()).abs().max().item() <= 2 * eps * largest.item()
+
+    @pytest.mark.parametrize(("device", "case"), SCORED)
+    def test_dimensions_and_factors_equal_the_torch_ranking(self, device, case, poison_empty):
+        inputs = case.inputs(device)
+        inputs.key[0, 0, ::8, 3] = torch.nan  # a dimension that is not finite is the last choice
+        count = min(case.head_dim, 7)
+        actual = triton_few_dims.choose_dims(inputs.query, inputs.key, count, scale=inputs.scale)
+        moments = ranking_per_query.second_moments(inputs.query, inputs.key)
+        assert torch.equal(actual.dims.long(), ranking_per_query.choose_dims(moments, count))
+        query, key = (x.gather(-1, actual.dims.long()).sqrt().clamp_min(1e-6) for x in (moments.query, moments.key))
+        torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
+        torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
 
     @pytest.mark.parametrize(("device", "case"), SCORED)
     def test_lists_are_those_of_the_torch_ranking(self, device, case, build_plan):
