@@ -7,10 +7,12 @@
     compiled      host and GPU time of one attention in a compiled graph of 32, dense and through backend="s2o"
     graphs        the same with mode="reduce-overhead", where the host does nothing
     same bits     the same input twice gives the same bits
-    worst case    random input above the dispatch length, on which nothing stops early, against the fastest backend
+    dense heads   half of the heads marked dense, the others at a density of 0.1, against both halves by themselves
+    worst case    random input above the dispatch length at a tau of 1e-9, so that nothing stops early, against the
+                  fastest backend
 
-Times in microseconds, medians; "worst case" in milliseconds. ``--scale 64`` divides the lengths of the long sections,
-to try the script out on a CPU.
+Times in microseconds, medians; of the last two sections in milliseconds. ``--scale 64`` divides the lengths of the long
+sections, to try the script out on a CPU.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.backend import s2o
+from s2o_compile.kernels import operator
+from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.tuned import crossover
 
@@ -45,6 +49,9 @@ ISSUED = 50
 
 HEADS = (32, 8, 128)
 """Hq, Hkv, D."""
+
+NEVER = 1e-9
+"""A tau at which the stop rule is tested and never holds."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -143,14 +150,45 @@ def same_bits_row(inputs_of: Callable[[], Inputs], options: dict[str, Any]) -> d
     return {"same_bits": torch.equal(first.view(torch.uint8), second.view(torch.uint8))}
 
 
+def dense_heads_row(length: int) -> dict[str, object]:
+    """A call with half of its heads marked, and what its halves take by themselves."""
+    query, key, value = make_inputs("topical", length, *HEADS)
+    half = HEADS[1] // 2
+    rows = HEADS[0] // 2
+    marked, others = ((query[:, q], key[:, k], value[:, k]) for q, k in _halves(rows, half))
+    options = OperatorOptions(min_seq_len=0)
+    call = partial(
+        operator.run, query, key, value, calls.CAUSAL, scale=None, return_lse=False, options=options,
+        dense_heads=range(half),
+    )  # fmt: skip
+    with calls.held_density(0.1, length):
+        torch.testing.assert_close(call()[0][:, :rows], dense(*marked))
+        together = milliseconds(call)
+        sparse_ms = milliseconds(partial(calls.run, others))
+    dense_ms = milliseconds(partial(dense, *marked))
+    return {
+        "together_ms": round(together, 3),
+        "marked_alone_ms": round(dense_ms, 3),
+        "others_alone_ms": round(sparse_ms, 3),
+        "over_the_sum": round(together / (dense_ms + sparse_ms), 3),
+        "over_their_share": round((together - sparse_ms) / dense_ms, 3),
+    }
+
+
+def _halves(rows: int, half: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Query and key/value heads of the first half, and of the second."""
+    return (slice(rows), slice(half)), (slice(rows, None), slice(half, None))
+
+
 def worst_row(length: int, ranking: str) -> dict[str, object]:
-    """Random input, default tau: where nothing stands out, tiles walk most of their lists."""
+    """Random input and a tau that no tile reaches."""
     inputs = make_inputs("random", length, *HEADS)
     check_exact(inputs)
     rival, fastest = calls.fastest(calls.sdpa_calls(*inputs))
+    call = partial(calls.run, inputs, ranking=ranking, tau=NEVER)
     with record_calls() as recorded:
-        calls.run(inputs, ranking=ranking)
-    s2o_ms = milliseconds(partial(calls.run, inputs, ranking=ranking))
+        call()
+    s2o_ms = milliseconds(call)
     return {
         "density": round(recorded[0].density, 3),
         "rival": rival,
@@ -164,7 +202,7 @@ def worst_row(length: int, ranking: str) -> dict[str, object]:
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("short", "compiled", "graphs", "same bits", "worst case")
+    names = ("short", "compiled", "graphs", "same bits", "dense heads", "worst case")
     dispatch = crossover(torch.device("cuda" if ON_GPU else "cpu"))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
     parser.add_argument(
@@ -175,7 +213,7 @@ def main() -> None:
         help="lengths below the dispatch length",
     )
     parser.add_argument("--compiled", type=int, nargs="+", default=[16, 2048], help="lengths in a compiled graph")
-    parser.add_argument("--scale", type=int, default=1, help="divisor of the lengths in the last two sections")
+    parser.add_argument("--scale", type=int, default=1, help="divisor of the lengths in the last three sections")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     about = {"heads": HEADS[0], "kv_heads": HEADS[1], "head_dim": HEADS[2], "dispatch_length": dispatch}
@@ -194,6 +232,9 @@ def main() -> None:
                 inputs_of = partial(make_inputs, "topical", length // args.scale, *shape)
                 given = ", ".join(f"{name}={value}" for name, value in options.items()) or "default"
                 rows.measure("same bits", {**what, "config": given}, partial(same_bits_row, inputs_of, options))
+    if "dense heads" in args.only:
+        for length in (16384, 32768, 131072):
+            rows.measure("dense heads", {"N": length // args.scale}, partial(dense_heads_row, length // args.scale))
     if "worst case" in args.only:
         for length in (16384, 32768, 65536, 131072):
             for ranking in ("per_query", "mean_query"):

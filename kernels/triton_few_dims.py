@@ -105,23 +105,19 @@ def load_moments(
 @triton.jit
 def choose_dims_kernel(
     sum_ptr, dims_ptr, query_factor_ptr, key_factor_ptr, query_samples, key_samples, scale, count,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The ``count`` most salient dimensions of one head, each to the place that its rank says; of equals the lower."""
+    """The ``count`` most salient dimensions of one head, of equals the lower first, and their factors."""
     head = tl.program_id(0).to(tl.int64)
     sums = sum_ptr + head * 3 * PARTS * BLOCK_DIM
-    dims = tl.arange(0, BLOCK_DIM)
-    query, key, salience = load_moments(sums, dims, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
-    rank = tl.zeros([BLOCK_DIM], tl.int32)
-    for first in range(0, BLOCK_DIM, STEP):
-        rivals = first + tl.arange(0, STEP)
-        _, _, rival = load_moments(sums, rivals, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
-        ahead = rival[None, :] > salience[:, None]
-        ahead = ahead | ((rival[None, :] == salience[:, None]) & (rivals[None, :] < dims[:, None]))
-        rank += tl.sum(ahead.to(tl.int32), 1)
+    place = tl.arange(0, BLOCK_DIM)
+    _, _, salience = load_moments(sums, place, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
+    # Sorted in one piece, number and all: ranks counted from two copies of a sum would not always be a permutation.
+    rank = (salience.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK_DIM - 1 - place)
+    dims = (BLOCK_DIM - 1 - (tl.sort(rank, descending=True) & 0xFFFFFFFF)).to(tl.int32)
+    query, key, _ = load_moments(sums, dims, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
     balance = tl.sqrt(tl.maximum(tl.sqrt(key), 1e-6) / tl.maximum(tl.sqrt(query), 1e-6) / scale)
-    target = head * count + rank
-    kept = rank < count
+    target, kept = head * count + place, place < count
     tl.store(dims_ptr + target, dims, mask=kept)
     tl.store(query_factor_ptr + target, balance * scale, mask=kept)
     tl.store(key_factor_ptr + target, 1.0 / balance, mask=kept)
@@ -141,6 +137,6 @@ def choose_dims(query: Tensor, key: Tensor, count: int, *, scale: float) -> FewD
     )  # fmt: skip
     choose_dims_kernel[(batch * kv_heads,)](
         sums, *chosen, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step), scale, count,
-        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, STEP=16, num_warps=4,
+        HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, num_warps=4,
     )  # fmt: skip
     return chosen
