@@ -101,7 +101,7 @@ def attend(
     plan: Plan,
     *,
     scale: float,
-    tau: float,
+    tau: float | Tensor,
     softcap: float | None = None,
 ) -> Result:
     """Attention over a plan, one tile at a time.
@@ -113,7 +113,7 @@ def attend(
         mask: Which keys a query sees.
         plan: Order of visits.
         scale: Softmax scale.
-        tau: Stop when the estimated unvisited mass is below it; 0 never stops.
+        tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
         softcap: Bound of the logits, None for none.
     """
     batch, heads, n_queries, _ = query.shape
@@ -127,6 +127,7 @@ def attend(
         allowed = torch.ones(n_keys, dtype=torch.bool) if mask.key_mask is None else mask.key_mask[b]
         for h in range(heads):
             kv = h // group
+            limit = float(tau[h]) if isinstance(tau, Tensor) else tau
             for t in range(n_tiles(n_queries)):
                 slots = torch.arange(t * TILE_LEN, min((t + 1) * TILE_LEN, n_queries))
                 rows = slots if plan.query_order is None else plan.query_order[b, h, slots].long()
@@ -147,9 +148,9 @@ def attend(
                     chunk = plan.key_index[b, kv, segment, visited : min(visited + plan.chunk_len, count)].long()
                     state.update(key[b, kv, chunk], value[b, kv, chunk])
                     visited += plan.chunk_len
-                    if tau > 0 and visited >= FIRST_TEST * plan.chunk_len:
+                    if limit > 0 and visited >= FIRST_TEST * plan.chunk_len:
                         gain = state.gain(m_before, l_before).max()
-                        stopped = bool(gain * chunks_to_come(visited, count, plan.chunk_len) < tau)
+                        stopped = bool(gain * chunks_to_come(visited, count, plan.chunk_len) < limit)
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
                 computed[b, h, t] = len(own) + min(visited, count)

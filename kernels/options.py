@@ -13,13 +13,19 @@ from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 
+def is_tau(x: object) -> bool:
+    """Whether this is a finite number >= 0."""
+    return not isinstance(x, bool) and isinstance(x, (int, float)) and 0 <= x < math.inf
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperatorOptions:
     """How the operator ranks, orders, stops and runs; every field is a keyword of ``s2o::attention``.
 
     Attributes:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
-            every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited.
+            every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
+            number, or a tuple with one for each query head.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query", "sub_mean" or "mean_query".
@@ -27,7 +33,7 @@ class OperatorOptions:
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
 
-    tau: float = 0.5
+    tau: float | tuple[float, ...] = 0.5
     min_seq_len: int | str = "auto"
     segment_len: int | None = None
     ranking: str = "per_query"
@@ -35,9 +41,16 @@ class OperatorOptions:
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau < math.inf:
+        if not isinstance(self.tau, tuple) and not is_tau(self.tau):
             raise InputError(
                 "tau", expected="a finite number >= 0", got=self.tau, remedy="Use tau=0.0 for an exact result."
+            )
+        if isinstance(self.tau, tuple) and not (self.tau and all(map(is_tau, self.tau))):
+            raise InputError(
+                "tau",
+                expected="finite numbers >= 0, one for each query head",
+                got=self.tau,
+                remedy="Give one number for all heads, or 0.0 for those that must be exact.",
             )
         shortest = self.min_seq_len
         if shortest != "auto" and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
@@ -71,7 +84,7 @@ class OperatorOptions:
                 )
 
 
-@lru_cache(maxsize=256, typed=True)
+@lru_cache(maxsize=1024, typed=True)
 def options_of(
     tau: float,
     min_seq_len: int | None,
@@ -79,13 +92,15 @@ def options_of(
     ranking: str,
     query_order: str,
     implementation: str,
+    head_tau: tuple[float, ...] = (),
 ) -> OperatorOptions:
-    """The options of a call, checked when they are first met: a model's calls all have the same ones.
+    """The options of a call, checked when they are first met: a model's calls have few different ones.
 
-    Arguments as the operator has them: its schema knows no integer that may be a text, so None stands for "auto".
+    Arguments as the operator has them. Its schema knows no integer that may be a text, so None stands for "auto", and
+    no number that may be several, so ``head_tau`` stands for ``tau`` where it is given.
     """
     return OperatorOptions(
-        tau=tau,
+        tau=head_tau or tau,
         min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,

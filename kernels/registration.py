@@ -50,6 +50,7 @@ def attention(
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
@@ -59,7 +60,8 @@ def attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
-    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
+    head_taus = () if head_tau is None else tuple(head_tau)
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation, head_taus)
     output = lse = None
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and blind in BLIND:
@@ -117,6 +119,7 @@ def masked_attention(
     ranking: str = _DEFAULT.ranking,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
@@ -126,7 +129,8 @@ def masked_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation)
+    head_taus = () if head_tau is None else tuple(head_tau)
+    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation, head_taus)
     output = run_masked(
         query,
         key,

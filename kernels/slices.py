@@ -13,7 +13,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from s2o_compile.kernels import streams, torch_forward
+from s2o_compile.kernels import head_tau, streams, torch_forward
 from s2o_compile.kernels.definition import Result, empty_result
 from s2o_compile.kernels.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.mask import AttentionMask
@@ -115,6 +115,7 @@ def attend(
         segment_len=options.segment_len,
         implementation="torch" if executor is torch_forward else "triton",
     )
+    tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
     sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
     places = list(slices(query, key, value, mask, planner.segment_len, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
@@ -131,7 +132,7 @@ def attend(
                     some_mask,
                     plan,
                     scale=scale,
-                    tau=options.tau,
+                    tau=tau[members] if isinstance(tau, Tensor) else tau,
                     softcap=softcap,
                     into=Result(
                         result.output[:, members, rows],

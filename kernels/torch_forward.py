@@ -31,7 +31,7 @@ def attend(
     plan: Plan,
     *,
     scale: float,
-    tau: float,
+    tau: float | Tensor,
     softcap: float | None = None,
     into: Result | None = None,
 ) -> Result:
@@ -116,7 +116,7 @@ class _Segment:
             self.stops = ends.clamp(self.own_start, own_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
-    def attend(self, scale: float, tau: float, into: Result) -> None:
+    def attend(self, scale: float, tau: float | Tensor, into: Result) -> None:
         """Pass 1 and pass 2; fills the segment's rows of ``into``."""
         query = self._load(scale)
         lse = query.new_full((len(query),), -torch.inf)
@@ -124,7 +124,8 @@ class _Segment:
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
-        self._walk(tiles, tau, area)
+        taus = tau[self.heads] if isinstance(tau, Tensor) else area.new_full((self.group,), tau, dtype=torch.float32)
+        self._walk(tiles, taus.repeat_interleave(self.tiles), area)
         first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
         self._store(tiles, into)
@@ -183,8 +184,8 @@ class _Segment:
             tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
             tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
 
-    def _walk(self, tiles: _Tiles, tau: float, area: Tensor) -> None:
-        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds.
+    def _walk(self, tiles: _Tiles, taus: Tensor, area: Tensor) -> None:
+        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds, each with its own of ``taus``.
 
         Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
         """
@@ -194,9 +195,10 @@ class _Segment:
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
             gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
             area[walking.numbers] += len(chunk)
-            if tau > 0 and start + self.chunk_len >= FIRST_TEST * self.chunk_len:
+            if start + self.chunk_len >= FIRST_TEST * self.chunk_len:
                 to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
-                stopped = (gain * to_come < tau).cpu()
+                limit = taus[walking.numbers]
+                stopped = ((gain * to_come < limit) & (limit > 0)).cpu()
                 if not stopped.any():
                     continue
                 if walking is not tiles:

@@ -69,12 +69,12 @@ def attend_list(
 @triton.jit
 def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
-    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr,
+    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr, tau_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_QUERY_ORDER: tl.constexpr,
+    HAS_QUERY_ORDER: tl.constexpr, HAS_HEAD_TAU: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -126,6 +126,8 @@ def gathered_fwd_kernel(
         BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
 
+    if HAS_HEAD_TAU:
+        tau = tl.load(tau_ptr + h)
     list_row = (b * (heads // group) + kv) * n_segments + segment
     key_index = key_index_ptr + list_row * list_len
     count = tl.load(prefix_count_ptr + b * n_segments + segment)
@@ -176,7 +178,7 @@ def attend(
     plan: Plan,
     *,
     scale: float,
-    tau: float,
+    tau: float | Tensor,
     softcap: float | None = None,
     into: Result | None = None,
 ) -> Result:
@@ -186,6 +188,7 @@ def attend(
     group = heads // key.shape[1]
     result = empty_result(query, value.shape[3]) if into is None else into
     order = plan.query_order
+    by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
     blind_start = mask.key_mask is not None or not mask.causal or last_segment + mask.offset >= n_keys
@@ -193,14 +196,14 @@ def attend(
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
             query, key, part, *piece, plan.key_index, plan.prefix_count,
             order if order is not None else plan.key_index,
-            mask.key_mask if mask.key_mask is not None else plan.key_index,
+            mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
             *piece.lse.stride()[:2], *piece.computed.stride()[:2],
             0 if mask.key_mask is None else mask.key_mask.stride(0),
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
-            mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), tau,
+            mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
             FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-            HAS_QUERY_ORDER=order is not None, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
+            HAS_QUERY_ORDER=order is not None, HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),

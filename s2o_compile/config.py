@@ -122,7 +122,8 @@ class S2OConfig(OperatorOptions):
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
         options = {name: getattr(self, name) for name in _OPERATOR_FIELDS}
-        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
+        by_head = {"tau": OperatorOptions.tau, "head_tau": list(self.tau)} if isinstance(self.tau, tuple) else {}
+        return options | by_head | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""
