@@ -108,7 +108,8 @@ def draw_depth(evaluation: Evaluation, picture: Path) -> None:
     axes.set_ylabel("keys computed per query, mean over heads")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
-    scale = cm.ScalarMappable(mpl.colors.BoundaryNorm([x - 0.5 for x in range(len(sites) + 1)], len(sites)), colours)
+    edges = [place - 0.5 for place in range(len(sites) + 1)]
+    scale = cm.ScalarMappable(colors.BoundaryNorm(edges, len(sites)), colours)
     shown = range(0, len(labels), -(-len(labels) // 8))
     bar = figure.colorbar(scale, ax=axes, label=axis, pad=0.02, ticks=list(shown))
     bar.minorticks_off()

@@ -72,7 +72,7 @@ def plant(ids: Tensor, *, seed: int, strings: int = STRINGS, string_len: int = S
     if cell < string_len:
         raise EvaluationError(
             f"planted: expected at least {2 * strings * string_len} tokens, which hold {strings} strings of "
-            f"{string_len} twice, got {length}. Give longer batches, or planted=False."
+            f"{string_len} twice, got {length}. Give longer batches, or planted=False (--no-planted)."
         )
     generator, vocabulary = torch.Generator().manual_seed(seed), int(ids.max()) + 1
     into, first, repeated = ids.cpu().clone(), *(torch.zeros(batch, length, dtype=torch.bool) for _ in range(2))
