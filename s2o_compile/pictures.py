@@ -54,26 +54,22 @@ def draw_density(evaluation: Evaluation, picture: Path) -> None:
 def draw_error(evaluation: Evaluation, picture: Path) -> None:
     """Error against density: the mean of all sites over the taus, and every head at the evaluation's own tau."""
     sites = evaluation.sites
-    figure, axes = _figure(1, 1, (5.2, 3.9))
     heads = [pair for site in sites for pair in zip(site.head_density, site.head_error, strict=True) if pair[1] > 0]
-    if heads:
-        axes.scatter(*zip(*heads, strict=True), s=9, color=BLUE, alpha=0.25, linewidths=0, label="one head")
     means = {evaluation.config.tau: (evaluation.density, evaluation.error)}
     for points in zip(*(site.curve for site in sites), strict=True):
         means[points[0].tau] = (_mean([p.density for p in points]), _mean([p.error for p in points]))
     curve = [(tau, *point) for tau, point in sorted(means.items()) if point[1] > 0]
-    for tau, density, error in curve:
+    if not heads:
+        raise OptionError("plot error: expected errors above zero, got an exact evaluation. Evaluate with a tau > 0.")
+    figure, axes = _figure(1, 1, (5.2, 3.9))
+    axes.scatter(*zip(*heads, strict=True), s=9, color=BLUE, alpha=0.25, linewidths=0, label="one head")
+    axes.plot(
+        *zip(*(point for _, *point in curve), strict=True), "o-", color=ORANGE, markersize=4, label="mean of heads"
+    )
+    for tau, *point in curve:
         bold = "bold" if tau == evaluation.config.tau else "normal"
-        axes.annotate(f"τ = {tau:g}", (density, error), (5, 4), textcoords="offset points", fontsize=8, fontweight=bold)
-    if curve:
-        axes.plot(
-            [x for _, x, _ in curve],
-            [y for *_, y in curve],
-            "o-",
-            color=ORANGE,
-            markersize=4,
-            label="mean of the layers",
-        )
+        style = {"fontsize": 7, "fontweight": bold, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+        axes.annotate(f"τ = {tau:g}", point, (7, 3), textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes.xaxis, lambda x: f"{x:g}")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,3 +319,18 @@ def test_a_model_that_calls_the_operator_itself():
     assert [site.name for site in found.sites] == [""]
     assert found.kl > 1e-6
     assert "s2o_compile.attention" in str(found)
+
+
+DOCS = Path(__file__).parent.parent / "docs" / "evaluate.md"
+
+
+def test_the_documentation_runs(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    model, ids = tiny_language_model(), tiny_tokens(1920)
+    names = {"torch": torch, "model": model, "batches": [ids], "ids": ids, "fast": s2o_compile.optimize(model, CONFIG)}
+    for snippet in snippets:
+        exec(snippet, names)
+    said = capsys.readouterr().out
+    assert str(names["evaluation"]) in said
+    assert said.count("layers.1") == 2
