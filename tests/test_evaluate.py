@@ -90,6 +90,9 @@ def test_batches_count_by_their_tokens():
     assert joint.loss_s2o == pytest.approx(sum(one.loss_s2o * one.tokens for one in alone) / joint.tokens)
     for site, *parts in zip(joint.sites, *(one.sites for one in alone), strict=True):
         assert site.worst_row == max(part.worst_row for part in parts)
+        areas = 700 * 701, 300 * 301
+        pairs = sum(part.density * area for part, area in zip(parts, areas, strict=True))
+        assert site.density == pytest.approx(pairs / sum(areas))
         first, second = (part.tile_keys for part in parts)
         mean = [(a + b) / 2 for a, b in zip(first, second, strict=False)]
         assert site.tile_keys == pytest.approx((*mean, *first[len(second) :]), abs=0.1)
@@ -212,6 +215,7 @@ class TestPlanted:
         for row in range(2):
             first, repeated = (text.ids[row][marks[row]].view(5, 39) for marks in (text.first, text.repeated))
             assert sorted(first.tolist()) == sorted(repeated.tolist())
+            assert not torch.equal(first, repeated)  # in another order
         assert not torch.equal(text.ids[0], text.ids[1])
 
     def test_a_seed_decides(self):

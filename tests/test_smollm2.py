@@ -81,7 +81,7 @@ def test_demo_runs_and_reports():
 
 @pytest.mark.slow
 def test_evaluation_of_a_trained_model(smollm2):
-    """Measured: density 0.66, error 2.4 %, loss +0.0004, planted strings 5.1 dense, 5.8 S2O, 13.2 where they are new."""
+    """Measured: density 0.66, error 2.4 %, loss +0.0004, planted strings 5.1 dense, 5.8 S2O, 13.2 if new."""
     model, tokenizer = smollm2
     ids = build_prompt(tokenizer, 1920)
     found = s2o_compile.evaluate(model, ids, S2OConfig(min_seq_len=0, segment_len=256))
