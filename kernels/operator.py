@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.dense import dense_attention, needs_pairs, sdpa_causal
 from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.observation import ObservedCall, observe, observing
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.sinks import add_sinks
@@ -215,23 +217,28 @@ def _attend(
     by_sdpa = not return_lse and softcap is None and (path == "dense" or not needs_pairs(mask, n_keys, scale))
     if path == "s2o" and len(dense_heads) == key.shape[1]:
         path = "dense"
-    implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
     if path == "dense" and by_sdpa:
+        choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])  # or refuse
         record(site, path, query, key, mask)
         return dense_attention(query, key, value, mask, scale=scale), None
-    result = _execute(
-        query,
-        key,
-        value,
-        mask,
-        path,
-        scale=scale,
-        softcap=softcap,
-        return_lse=return_lse,
-        options=options,
-        implementation=implementation,
-        dense_heads=dense_heads,
-    )
+    execute = partial(_execute, query, key, value, mask, scale=scale, softcap=softcap)
+    if path == "s2o" and observing():
+        call = ObservedCall(
+            site=site,
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scale=scale,
+            softcap=softcap,
+            options=options,
+            dense_heads=dense_heads,
+            wants_lse=return_lse,
+            execute=execute,
+        )
+        result = observe(call)
+    else:
+        result = execute(path, options=options, dense_heads=dense_heads, return_lse=return_lse)
     record(site, path, query, key, mask, result.computed)
     return result.output, result.lse
 
@@ -247,10 +254,10 @@ def _execute(
     softcap: float | None,
     return_lse: bool,
     options: OperatorOptions,
-    implementation: str,
     dense_heads: Sequence[int],
 ) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else exactly in natural order."""
+    implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask.causal and mask.window is None:  # beyond these nothing changes, and kernels count in 32 bits
         mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))

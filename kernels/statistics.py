@@ -39,10 +39,14 @@ class Call:
         """Computed pairs over the pairs a dense kernel computes, all passes counted. Waits for the device."""
         if self.computed is None:
             return 1.0
-        tile_rows = [min(TILE_LEN, self.n_queries - first) for first in range(0, self.n_queries, TILE_LEN)]
-        rows = self.computed.new_tensor(tile_rows).double()
-        pairs = (self.computed.double() * rows).sum(-1).mean(-1).sum().item()
+        pairs = pairs_by_head(self.computed, self.n_queries).mean(-1).sum().item()
         return pairs / max(self.area.sum().item(), 1.0)
+
+
+def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
+    """Query-key pairs float64 [B, Hq] out of the keys that each tile computed, int32 [B, Hq, tiles]."""
+    tile_rows = [min(TILE_LEN, n_queries - first) for first in range(0, n_queries, TILE_LEN)]
+    return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
 _recordings: list[list[Call]] = []

@@ -3,11 +3,13 @@
 model = s2o_compile.optimize(model)               # wrap
 model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
 print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
+print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
 """
 
 from s2o_compile.api import explain, optimize
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    EvaluationError,
     ImplementationUnavailableError,
     InputError,
     NothingRewrittenWarning,
@@ -16,12 +18,16 @@ from s2o_compile.errors import (
     TunedFileWarning,
     UnknownSiteWarning,
 )
+from s2o_compile.evaluate import evaluate
+from s2o_compile.evaluation import Evaluation
 from s2o_compile.functional import attention
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 
 __version__ = "0.1.0"
 __all__ = [
+    "Evaluation",
+    "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",
     "NothingRewrittenWarning",
@@ -34,6 +40,7 @@ __all__ = [
     "TunedFileWarning",
     "UnknownSiteWarning",
     "attention",
+    "evaluate",
     "explain",
     "optimize",
     "record",

@@ -1,12 +1,11 @@
-"""The command line: ``s2o demo``, ``s2o explain`` and ``s2o tune``. Needs the extra named cli."""
+"""The command line: ``s2o demo``, ``explain``, ``evaluate``, ``plot`` and ``tune``. Needs the extra named cli."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,49 +13,50 @@ import torch
 
 from s2o_compile import tune as tuning
 from s2o_compile.api import explain as explain_model
+from s2o_compile.cli_evaluate import evaluate, plot
+from s2o_compile.cli_options import (
+    BarColumn,
+    Console,
+    Device,
+    Progress,
+    SpinnerColumn,
+    Table,
+    Tau,
+    TextColumn,
+    TimeElapsedColumn,
+    choose_config,
+    choose_device,
+    load,
+    show_steps,
+    typer,
+)
 from s2o_compile.config import S2OConfig
-from s2o_compile.demo import QUESTION, DemoResult, DemoUnavailableError, load_model
+from s2o_compile.demo import QUESTION, DemoResult
 from s2o_compile.demo import run as run_demo
 from s2o_compile.errors import OptionError, S2OError
 from s2o_compile.kernels import tuned
 from s2o_compile.report import Report
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(
-        f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`."
-    ) from error
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+app.command()(evaluate)
+app.command()(plot)
 
 
 @app.command()
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=512)] = 8192,
     tau: Tau = None,
-    device: Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')] = "",
+    device: Device = "",
     inner_backend: Annotated[
         str, typer.Option(help='Compiler of the rewritten graph: "eager" (none, as on the dense side) or "inductor".')
     ] = "eager",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Read a long document with SmolLM2, densely and through S2O, and compare."""
-    device = _device(device)
-    config = _config(tau, min_seq_len=min(tokens, 2048), inner_backend=inner_backend)
+    device = choose_device(device)
+    config = choose_config(tau, min_seq_len=min(tokens, 2048), inner_backend=inner_backend)
     console = Console(stderr=as_json)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-
-        @contextmanager
-        def step(name: str) -> Iterator[None]:
-            task = progress.add_task(name, total=1)
-            yield
-            progress.update(task, completed=1)
-
+    with show_steps(console) as step:
         result = run_demo(tokens=tokens, device=device, config=config, step=step)
     if as_json:
         print(json.dumps(result.figures))
@@ -71,13 +71,13 @@ def explain(
     batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
     random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,
     tau: Tau = None,
-    device: Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')] = "",
+    device: Device = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List every attention of a causal language model: rewritten, or left dense and why."""
-    device = _device(device)
-    config = _config(tau, min_seq_len=0)
-    loaded = _load(model, tokens, device, random_weights=random_weights)
+    device = choose_device(device)
+    config = choose_config(tau, min_seq_len=0)
+    loaded, _ = load(model, tokens, device, random_weights=random_weights)
     ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (batch, tokens), device=device)
     with torch.no_grad():
         report = explain_model(loaded, ids, config=config)
@@ -186,39 +186,6 @@ def main() -> None:
         app()
     except S2OError as error:
         sys.exit(str(error))
-
-
-def _device(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted not in ("", "cpu", "cuda") or (wanted == "cuda" and not available):
-        got = f"{wanted!r}{'' if available else ' on a machine without a CUDA device'}"
-        raise DemoUnavailableError(f'--device: expected "cpu" or "cuda", got {got}. Leave it out to choose by machine.')
-    return wanted or ("cuda" if available else "cpu")
-
-
-def _config(tau: float | None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (fields of S2OConfig)
-    return S2OConfig(**fields) if tau is None else S2OConfig(tau=tau, **fields)
-
-
-def _load(model: str, tokens: int, device: str, *, random_weights: bool) -> Any:  # noqa: ANN401 (a transformers model)
-    if model == "smollm2":
-        return load_model(tokens, device)[0]
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise DemoUnavailableError(
-            "explain: expected transformers, got none. Run `pip install transformers`."
-        ) from error
-    try:
-        if random_weights:
-            loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DemoUnavailableError(
-            f'explain: expected "smollm2", a model directory or a hub name, got {model!r}. {error}'
-        ) from error
-    return loaded.eval().to(device)  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
 def _print_report(console: Console, report: Report) -> None:

@@ -98,21 +98,26 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     return model.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
-def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)
-    """Exactly ``tokens`` ids [1, tokens]: a chat with the beginning of Python's language reference, then QUESTION."""
+def document() -> str:
+    """Python's language reference."""
     from pydoc_data.topics import topics
 
-    document = tokenizer("\n\n".join(topics[name] for name in sorted(topics)), verbose=False).input_ids
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)
+    """Exactly ``tokens`` ids [1, tokens]: a chat with the beginning of Python's language reference, then QUESTION."""
+    body = tokenizer(document(), verbose=False).input_ids
     head = tokenizer("<|im_start|>user\n").input_ids
     tail = tokenizer(f"\n\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n").input_ids
     room = tokens - len(head) - len(tail)
-    if not 0 < room <= len(document):
-        limit = len(document) + len(head) + len(tail)
+    if not 0 < room <= len(body):
+        limit = len(body) + len(head) + len(tail)
         raise DemoUnavailableError(
             f"demo: expected between {len(head) + len(tail) + 1} and {limit} tokens, got {tokens}. "
             "Choose another --tokens."
         )
-    return torch.tensor([head + document[:room] + tail])
+    return torch.tensor([head + body[:room] + tail])
 
 
 def timed(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, float]:  # noqa: ANN401 (a transformers model)

@@ -7,6 +7,10 @@ class OptionError(S2OError, ValueError):
     """An option or a configuration field that does not exist, or a value it cannot take."""
 
 
+class EvaluationError(S2OError, ValueError):
+    """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -16,6 +20,7 @@ class UnknownSiteWarning(UserWarning):
 
 
 __all__ = [
+    "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",
     "NothingRewrittenWarning",

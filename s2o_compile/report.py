@@ -81,10 +81,7 @@ class Report:
                 ]
             )
         header = ("site", "query", "key", "mask", "result", "density")
-        rows = [header, *(_row(site) for site in self.sites)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = table(header, [_row(site) for site in self.sites])
         missed, rewritten = len(self.not_found), self.rewritten
         found = len(self.sites) - missed
         summary = f"{found} attention sites found, {rewritten} rewritten, {found - rewritten} left dense"
@@ -114,6 +111,14 @@ class Report:
                 share = f", {self.pass_seconds / self.compile_seconds:.1%} of {self.compile_seconds:.1f} s of compiling"
             notes.append(f"passes: {1e3 * self.pass_seconds:.1f} ms{share}")
         return notes
+
+
+def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table."""
+    rows = [header, *body]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _row(site: Site) -> tuple[str, ...]:

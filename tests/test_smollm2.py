@@ -79,6 +79,20 @@ def test_demo_runs_and_reports():
     assert len(steps) == 5
 
 
+@pytest.mark.slow
+def test_evaluation_of_a_trained_model(smollm2):
+    """Measured: density 0.66, error 2.4 %, loss +0.0004, planted strings 5.1 dense, 5.8 S2O, 13.2 if new."""
+    model, tokenizer = smollm2
+    ids = build_prompt(tokenizer, 1920)
+    found = s2o_compile.evaluate(model, ids, S2OConfig(min_seq_len=0, segment_len=256))
+    assert [site.name for site in found.sites] == [f"model.layers.{layer}.self_attn" for layer in range(30)]
+    assert found.density < 0.8
+    assert found.error < 0.05
+    assert abs(found.loss_difference) < 0.02
+    assert found.planted.loss_dense < found.planted.loss_s2o < found.planted.loss_dense + 1.4
+    assert found.planted.loss_first > found.planted.loss_dense + 5
+
+
 @pytest.mark.parametrize("tokens", [10, 10_000_000])
 def test_prompt_length_out_of_range(smollm2, tokens):
     with pytest.raises(s2o_compile.S2OError, match=r"expected between \d+ and \d+ tokens, got"):

@@ -43,3 +43,28 @@ def tiny_model():
 
 def tiny_input(length=200, batch=1):
     return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(1))
+
+
+class TinyLanguageModel(nn.Module):
+    """Token ids in, logits out; positions are embedded, so that attention differs from row to row."""
+
+    def __init__(self, vocabulary=50, dim=32):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, dim), nn.Embedding(4096, dim)
+        self.layers = nn.ModuleList(TinyAttention(dim) for _ in range(2))
+        self.head = nn.Linear(dim, vocabulary)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def tiny_language_model():
+    torch.manual_seed(0)
+    return TinyLanguageModel().eval()
+
+
+def tiny_tokens(length=700, batch=1, vocabulary=50):
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))

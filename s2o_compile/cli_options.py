@@ -1,0 +1,103 @@
+"""What the commands share: their packages, options, and how they load a model and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.config import S2OConfig
+from s2o_compile.demo import DemoUnavailableError, Step, document, load_model
+from s2o_compile.errors import OptionError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`."
+    ) from error
+
+__all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextColumn", "TimeElapsedColumn", "typer"]
+
+Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]
+Model = Annotated[str, typer.Option(help='"smollm2", or a transformers model: a directory or a hub name.')]
+Text = Annotated[Path | None, typer.Option(help="Text to read; by default Python's language reference.")]
+Tokens = Annotated[int, typer.Option(help="Tokens of the text that are read.", min=2)]
+
+
+def choose_device(wanted: str) -> str:
+    """The device asked for, or the best there is."""
+    available = torch.cuda.is_available()
+    if wanted not in ("", "cpu", "cuda") or (wanted == "cuda" and not available):
+        got = f"{wanted!r}{'' if available else ' on a machine without a CUDA device'}"
+        raise DemoUnavailableError(f'--device: expected "cpu" or "cuda", got {got}. Leave it out to choose by machine.')
+    return wanted or ("cuda" if available else "cpu")
+
+
+def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
+    """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
+    config = S2OConfig(**fields) if file is None else S2OConfig.from_json(read_file("--config", file))
+    return config if tau is None else dataclasses.replace(config, tau=tau)
+
+
+def read_file(option: str, file: Path) -> str:
+    """The text of a file that an option names."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{option}: expected a text file, got {str(file)!r} ({error}). Give another path.") from error
+
+
+def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
+    """Model and, unless its weights are random, tokenizer."""
+    if model == "smollm2":
+        return load_model(tokens, device)
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise DemoUnavailableError(
+            "--model: expected transformers, got none. Run `pip install transformers`."
+        ) from error
+    try:
+        if random_weights:
+            loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)), None
+        else:
+            loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DemoUnavailableError(
+            f'expected "smollm2", a model directory or a hub name, got {model!r}. {error}'
+        ) from error
+    return loaded.eval().to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
+
+
+def tokenize(tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)
+    """Exactly ``tokens`` ids [1, tokens] from the beginning of a file, or of the demo's document."""
+    text = document() if file is None else read_file("--text", file)
+    ids = tokenizer(text, verbose=False).input_ids[:tokens]
+    if len(ids) < tokens:
+        raise OptionError(f"--tokens: expected at most the {len(ids)} of the text, got {tokens}. Give a longer --text.")
+    return torch.tensor([ids])
+
+
+@contextmanager
+def show_steps(console: Console) -> Iterator[Step]:
+    """A display of steps: call what this yields with the name of each, and do it inside the context."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            task = progress.add_task(name, total=1)
+            yield
+            progress.update(task, completed=1)
+
+        yield step
