@@ -12,7 +12,7 @@ from tests.conftest import CUDA, INTERPRETED, Case, assert_close, move_plan
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")  # interpreted, as elsewhere
 
 CASE = Case(queries=900, heads=4, kv_heads=2, batch=2, padding="left")
-TAUS = (0.0, 1.5, 0.2, 0.7)
+TAUS = (0.0, 1.5, 0.2, 0.4)
 DEVICES = [("cpu", "torch"), *(pytest.param(*p.values, "triton", marks=p.marks) for p in (INTERPRETED, CUDA))]
 
 
@@ -47,7 +47,7 @@ def run(inputs, tau, implementation):
 @pytest.mark.parametrize(("device", "implementation"), DEVICES)
 def test_executors_equal_the_definition(device, implementation, inputs_of, build_plan):
     inputs = inputs_of(device)
-    plan = build_plan(inputs, segment_len=256, chunk_len=128)
+    plan = build_plan(inputs, segment_len=128, chunk_len=128)
     if implementation == "triton":
         executor = pytest.importorskip("s2o_compile.kernels.triton_forward")
     else:
