@@ -35,6 +35,7 @@ def run(
     check_assumptions: bool = False,
     read_masks: bool = False,
     dense_heads: Mapping[str, Sequence[int]] | None = None,
+    site_tau: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
@@ -46,6 +47,7 @@ def run(
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
         dense_heads: By site name, key/value heads that run dense.
+        site_tau: By site name, tau of each query head.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
@@ -70,9 +72,9 @@ def run(
         zip((node for node, _ in found), calls, matches, names, strict=True),
         key=lambda site: position[site[2].node if isinstance(site[2], AttentionSite) else site[0]],
     )
-    marked = dense_heads or {}
+    marked, taus = dense_heads or {}, site_tau or {}
     rewritten = {
-        node: _rewrite(node, call, match, name, rewriter, tuple(marked.get(name, ())))
+        node: _rewrite(node, call, match, name, rewriter, tuple(marked.get(name, ())), tuple(taus.get(name, ())))
         for node, call, match, name in sites
     }
     records = {node: rewritten[node] for node, _ in found}
@@ -140,6 +142,7 @@ def _rewrite(
     name: str,
     rewriter: Rewriter,
     dense_heads: tuple[int, ...],
+    head_tau: tuple[float, ...],
 ) -> SiteRecord:
     query, key = value_of(operands.get("query")), value_of(operands.get("key"))
     if isinstance(match, Rejected):
@@ -149,7 +152,7 @@ def _rewrite(
     # The record is made first: rewriting erases the node.
     unproven = "" if read is None else read.why.reason
     rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven, dense_heads=dense_heads)
-    refused = rewriter.rewrite(dataclasses.replace(match, name=name, dense_heads=dense_heads))
+    refused = rewriter.rewrite(dataclasses.replace(match, name=name, dense_heads=dense_heads, head_tau=head_tau))
     if refused is not None:
         logger.debug("%s stays dense: %s", name, refused)
         return record(node, query=query, key=key, reason=refused.reason, mask=mask, name=name)

@@ -134,6 +134,8 @@ class Rewriter:
             keyword["softcap"] = site.softcap
         if site.dense_heads:
             keyword["dense_heads"] = list(site.dense_heads)
+        if site.head_tau:
+            keyword["head_tau"] = list(site.head_tau)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
         if isinstance(mask, Rejected):
             return mask

@@ -66,6 +66,7 @@ class AttentionSite:
         restore: View steps from [B, Hq, Nq, Dv] to the value of ``node``.
         interior: Nodes that serve this attention alone, first to last; erased with it.
         dense_heads: Key/value heads that the user wants dense.
+        head_tau: Tau of each query head, empty for that of the options.
     """
 
     name: str
@@ -80,6 +81,7 @@ class AttentionSite:
     restore: tuple[Step, ...] = ()
     interior: tuple[fx.Node, ...] = ()
     dense_heads: tuple[int, ...] = ()
+    head_tau: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

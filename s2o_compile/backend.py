@@ -77,10 +77,13 @@ def s2o(
         check_assumptions=config.check_assumptions,
         read_masks=config.read_masks,
         dense_heads=config.dense_heads,
+        site_tau=config.site_tau,
     )
-    notify(records, time.perf_counter() - start, config.dense_heads)
+    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
+    notify(records, time.perf_counter() - start, [name for sites in settings.values() for name in sites])
     _warn_if_nothing(records)
-    _warn_of_unknown_sites(records, config.dense_heads)
+    for field, sites in settings.items():
+        _warn_of_unknown_sites(records, field, sites)
     if config.inner_backend != "inductor":
         if mode or inductor:
             raise OptionError(
@@ -108,13 +111,13 @@ def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
         )
 
 
-def _warn_of_unknown_sites(records: Sequence[SiteRecord], marked: Iterable[str]) -> None:
-    """Say aloud that a name in ``dense_heads`` is none of the graph's; a graph without attention holds nobody's."""
+def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: Iterable[str]) -> None:
+    """Say aloud that a name in a field is none of the graph's; a graph without attention holds nobody's."""
     names = [record.name for record in records]
     for name in marked if names else ():
         if name not in names:
             warnings.warn(
-                f"dense_heads: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
+                f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
                 "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
                 UnknownSiteWarning,
                 stacklevel=2,

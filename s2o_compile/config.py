@@ -5,54 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from s2o_compile.by_site import SiteHeads, SiteTaus
+from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
 
 _OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
-_EXAMPLE = 'Give dense_heads={"model.layers.3.self_attn": (0, 2)}, with the names that s2o_compile.explain lists.'
-
-
-class SiteHeads(Mapping[str, tuple[int, ...]]):
-    """Key/value heads by site name: immutable, hashable, equal to any mapping of the same.
-
-    Args:
-        heads: Heads of every site, in any order; sites without any are dropped.
-
-    Raises:
-        OptionError: A name that is no text, or heads that are no integers >= 0.
-    """
-
-    def __init__(self, heads: Mapping[str, Sequence[int]]) -> None:
-        if not isinstance(heads, Mapping):
-            raise OptionError(f"dense_heads: expected site names and their key/value heads, got {heads!r}. {_EXAMPLE}")
-        for site, given in heads.items():
-            if not isinstance(site, str) or not site:
-                raise OptionError(f"dense_heads: expected a site name, got {site!r}. {_EXAMPLE}")
-            listed = isinstance(given, Sequence) and not isinstance(given, str)
-            if not listed or any(isinstance(head, bool) or not isinstance(head, int) or head < 0 for head in given):
-                raise OptionError(f"dense_heads[{site!r}]: expected key/value heads >= 0, got {given!r}. {_EXAMPLE}")
-        self._heads = {site: tuple(sorted(set(heads[site]))) for site in sorted(heads) if heads[site]}
-
-    def __getitem__(self, site: str) -> tuple[int, ...]:
-        return self._heads[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._heads)
-
-    def __len__(self) -> int:
-        return len(self._heads)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._heads.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +26,14 @@ class S2OConfig(OperatorOptions):
     Attributes:
         tau: Quality against speed, a number >= 0. A tile of 128 queries stops once the estimated unvisited softmax
             mass, relative to the mass visited, falls below it in every row. The worst row decides, so values near 1
-            leave far less unvisited on average; ``tau=0.0`` never stops and is exact.
+            leave far less unvisited on average; ``tau=0.0`` never stops and is exact. Or a tuple with one for each
+            query head of every attention.
+        error: Quality as a budget instead of a tau: the relative L2 error of an attention's output, a number from 0
+            (exact) to 1. None goes by tau. By itself it takes the tau that gave this error on the models measured
+            (``error_budget.py``), and yours may differ twofold and more; `s2o_compile.calibrate` measures yours and
+            returns a configuration that keeps the budget layer by layer.
+        site_tau: By site name, as ``explain`` lists it, tau of each of its query heads, as ``calibrate`` finds them;
+            other sites go by ``error`` or ``tau``.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
             16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
         segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
@@ -98,6 +69,8 @@ class S2OConfig(OperatorOptions):
         ValueError: A value out of range; the message says expected, got, and what to do.
     """
 
+    error: float | None = None
+    site_tau: Mapping[str, Sequence[float]] = SiteTaus({})
     dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"
     assume_causal_mask: bool = False
@@ -108,8 +81,18 @@ class S2OConfig(OperatorOptions):
     def __post_init__(self) -> None:
         if self.min_seq_len is None:  # as configurations were written before "auto" had its name
             object.__setattr__(self, "min_seq_len", "auto")
+        if isinstance(self.tau, list):  # JSON knows no tuples
+            object.__setattr__(self, "tau", tuple(self.tau))
         super().__post_init__()
         object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
+        object.__setattr__(self, "site_tau", SiteTaus(self.site_tau))
+        if self.error is not None:
+            check_error("error", self.error)
+            if self.tau != OperatorOptions.tau:
+                raise OptionError(
+                    f"error={self.error!r}: expected no tau beside it, got tau={self.tau!r}. Give one of them: the "
+                    "budget chooses a tau."
+                )
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
@@ -122,8 +105,11 @@ class S2OConfig(OperatorOptions):
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
         options = {name: getattr(self, name) for name in _OPERATOR_FIELDS}
-        by_head = {"tau": OperatorOptions.tau, "head_tau": list(self.tau)} if isinstance(self.tau, tuple) else {}
-        return options | by_head | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
+        if self.error is not None:
+            options["tau"] = tau_for(self.error)
+        if isinstance(self.tau, tuple):
+            options |= {"tau": OperatorOptions.tau, "head_tau": list(self.tau)}
+        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""
@@ -148,6 +134,15 @@ class S2OConfig(OperatorOptions):
             if name not in known:
                 raise OptionError(unknown_name("configuration field", name, known))
         return cls(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def check_error(name: str, error: object, *, least: float = 0.0) -> None:
+    """Refuse what is no error budget."""
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or not least <= error <= 1.0:
+        raise OptionError(
+            f"{name}: expected a relative error between {least:g} and 1, got {error!r}. 0.02 allows the output of an "
+            "attention to be 2 % off."
+        )
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

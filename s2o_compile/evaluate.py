@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,19 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import EvaluationError
 from s2o_compile.evaluation import Evaluation
 from s2o_compile.kernels.observation import Observer, observe_attention
-from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.tuned import crossover
 from s2o_compile.next_token import NextToken
 from s2o_compile.planted import STRING_LEN, STRINGS, PlantedRecall, plant
-from s2o_compile.report import Report
 from s2o_compile.site_quality import SiteMeter
-
-Batch = Tensor | Mapping[str, Tensor]
-Progress = Callable[[str], AbstractContextManager[object]]
+from s2o_compile.texts import (
+    Batch,
+    Progress,
+    Text,
+    check_lengths,
+    check_model,
+    exact_sites,
+    nothing_sparse,
+    texts_of,
+)
 
 
 @torch.no_grad()
@@ -66,9 +69,9 @@ def evaluate(
         EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
     """
     config, progress = config or S2OConfig(), progress or nullcontext
-    _check_model(model)
-    texts = _texts(model, batches)
-    _check_lengths(texts, config)
+    check_model("evaluate", model)
+    texts = texts_of("evaluate", model, batches)
+    check_lengths("evaluate", texts, config)
     planted_texts = [plant(text.ids, seed=seed + place) for place, text in enumerate(texts) if planted]
     if planted and not all(text.real.all() for text in texts):
         raise EvaluationError(
@@ -79,13 +82,13 @@ def evaluate(
     with watched(config) as watch:
         sparse_model = compiled_copy(model, watch.backend)
 
-        def read(text: _Text, name: str, observer: Observer) -> tuple[Tensor, Tensor]:
+        def read(text: Text, name: str, observer: Observer) -> tuple[Tensor, Tensor]:
             with progress(f"{name}: S2O"), observe_attention(observer):
-                sparse = text.logits(sparse_model)
+                sparse = text.logits(sparse_model, "evaluate")
             if not meter.seen:
-                raise _nothing_sparse(watch.recording.report)
+                raise nothing_sparse("evaluate", watch.recording.report)
             with progress(f"{name}: dense"), observe_attention(lambda call: call.exact()):
-                return text.logits(model), sparse
+                return text.logits(model, "evaluate"), sparse
 
         for place, text in enumerate(texts):
             name = f"batch {place + 1} of {len(texts)}"
@@ -97,7 +100,7 @@ def evaluate(
                 firsts.add(*logits, strings.ids, strings.first)
                 del logits  # before the next are made
         sites = meter.sites()
-        exact_sites = _exact_sites(watch.recording.report, {site.name for site in sites})
+        left_exact = exact_sites(watch.recording.report, {site.name for site in sites})
     recall = PlantedRecall(
         strings=STRINGS,
         string_len=STRING_LEN,
@@ -116,118 +119,9 @@ def evaluate(
         top1_agreement=next_token.mean("agreed"),
         kl=next_token.mean("kl"),
         sites=sites,
-        exact_sites=exact_sites,
+        exact_sites=left_exact,
         planted=recall if planted else None,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """A batch: token ids [B, N], and the other keyword inputs; None if the model takes ids alone, by position."""
-
-    ids: Tensor
-    keywords: Mapping[str, Tensor] | None
-
-    @property
-    def real(self) -> Tensor:
-        """Bool [B, N]: no padding."""
-        mask = (self.keywords or {}).get("attention_mask")
-        return torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
-
-    @property
-    def counted(self) -> Tensor:
-        """Bool [B, N]: tokens that a token before them predicts."""
-        real = self.real
-        return real & real.roll(1, 1)
-
-    def logits(self, model: nn.Module) -> Tensor:
-        """The model's logits [B, N, V]."""
-        options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        if self.keywords is None:
-            output = model(self.ids, **options)
-        else:
-            output = model(input_ids=self.ids, **{**self.keywords, **options})
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != self.ids.shape:
-            got = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-            batch, length = self.ids.shape
-            raise EvaluationError(
-                f"evaluate: expected logits [{batch}, {length}, vocabulary], or an object with such .logits, from the "
-                f"model, got {got}. Wrap the model in a module that returns its logits."
-            )
-        return logits
-
-
-def _texts(model: nn.Module, batches: Batch | Iterable[Batch]) -> list[_Text]:
-    """The batches on the model's device, checked."""
-    device = next((parameter.device for parameter in model.parameters()), None)
-    listed: list[Batch] = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)  # pyright: ignore
-    texts = []
-    for batch in listed:
-        keywords = {name: x.to(device) for name, x in batch.items()} if isinstance(batch, Mapping) else None
-        ids = batch if keywords is None else keywords.pop("input_ids", None)
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{type(batch).__name__} without"
-            raise EvaluationError(
-                f"evaluate: expected batches of token ids int64 [B, N], or mappings with input_ids, got {got}. Give "
-                "what a tokenizer returns with return_tensors='pt'."
-            )
-        text = _Text(ids=ids.to(device), keywords=keywords)
-        if text.real.shape != ids.shape:
-            raise EvaluationError(
-                f"evaluate: expected an attention_mask {tuple(ids.shape)}, as input_ids, got {tuple(text.real.shape)}. "
-                "Give the tokenizer's."
-            )
-        texts.append(text)
-    if not texts:
-        raise EvaluationError("evaluate: expected at least one batch of token ids, got none. Give some text to read.")
-    return texts
-
-
-def _check_model(model: nn.Module) -> None:
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None)
-    if not isinstance(model, nn.Module) or compiled:
-        got = "a compiled one" if compiled else type(model).__name__
-        raise EvaluationError(
-            f"evaluate: expected an uncompiled torch.nn.Module, got {got}. Give the original: it is what S2O is "
-            "compared with, and it is compiled inside."
-        )
-    if model.training:
-        raise EvaluationError("evaluate: expected a model in eval mode, got one in training mode. Call model.eval().")
-
-
-def _check_lengths(texts: Sequence[_Text], config: S2OConfig) -> None:
-    """Refuse batches so short that all attention runs dense."""
-    for place, text in enumerate(texts):
-        device, length = text.ids.device, text.ids.shape[1]
-        shortest = config.min_seq_len if isinstance(config.min_seq_len, int) else crossover(device)
-        shortest = max(shortest, TILE_LEN)
-        if length < shortest:
-            raise EvaluationError(
-                f"evaluate: expected batches of at least {shortest} tokens, got {length} in batch {place + 1}: all "
-                f"attention would run dense, by min_seq_len={config.min_seq_len!r} on {device.type}. Give longer "
-                f"batches, or S2OConfig(min_seq_len={TILE_LEN})."
-            )
-
-
-def _nothing_sparse(report: Report) -> EvaluationError:
-    reasons = sorted(set(_exact_sites(report, set()).values())) or ["no attention was captured"]
-    return EvaluationError(
-        f"evaluate: expected some attention to run sparse, got none of {len(report.sites)}: {'; '.join(reasons)}. "
-        "s2o_compile.explain(model, *inputs) lists them."
-    )
-
-
-def _exact_sites(report: Report, sparse: set[str]) -> dict[str, str]:
-    """Sites that did not run sparse, and why."""
-    by_path = {
-        "": "did not run",
-        "dense": "ran dense",
-        "window": "a sliding window, which is computed exactly",
-        "masked": "ran dense, under its mask",
-    }
-    left = [site for site in report.sites if site.name not in sparse]
-    return {site.name: by_path.get(site.path, site.path) if site.rewritten else site.reason for site in left}
 
 
 def _device_name(device: torch.device) -> str:

@@ -17,7 +17,8 @@ from s2o_compile.report import Report, join_calls
 class Recording:
     """Everything that the backend compiled and the operator ran inside a ``with record()`` block.
 
-    ``compile_seconds`` is known after the block. ``marked`` holds the site names of ``dense_heads``, in their order.
+    ``compile_seconds`` is known after the block. ``marked`` holds the site names that the configuration speaks of, in
+    their order.
     """
 
     graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
@@ -67,7 +68,7 @@ def record() -> Iterator[Recording]:
 
 
 def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[str]) -> None:
-    """Tell every open recording about a graph that was compiled, and which sites have heads marked dense."""
+    """Tell every open recording about a graph that was compiled, and of which sites the configuration speaks."""
     for recording in _open:
         recording.graphs.append(tuple(records))
         recording.pass_seconds += pass_seconds

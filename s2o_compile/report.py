@@ -42,7 +42,7 @@ class Report:
         pass_seconds: Time of all passes over all graphs.
         compile_seconds: Time of the compilation that they were part of, capture included; None where nothing was
             compiled behind them, as in ``explain``.
-        unknown_sites: Names in ``dense_heads`` that none of the captured attentions has.
+        unknown_sites: Names in ``dense_heads`` or ``site_tau`` that none of the captured attentions has.
         census_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
     """
 
@@ -94,7 +94,9 @@ class Report:
     def _notes(self) -> list[str]:
         notes = []
         if self.unknown_sites:
-            notes.append("NO SUCH SITE: no attention captured has these names of dense_heads, so they change nothing:")
+            notes.append(
+                "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:"
+            )
             notes += [f"  - {name}" for name in self.unknown_sites]
         if self.census_error:
             notes.append(f"not checked for attentions that were not found: {self.census_error}")

@@ -17,7 +17,7 @@ from s2o_compile.kernels.plan import TILE_LEN, n_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class TauPoint:
-    """Density and error of a site at another tau, means over heads, on the inputs that the site really had."""
+    """Density (mean over heads) and error of a site at another tau, on the inputs that the site really had."""
 
     tau: float
     density: float
@@ -29,11 +29,13 @@ class SiteQuality:
     """One attention, over all of its calls.
 
     An error is the relative L2 error of the attention output, S2O's against exact attention on the same inputs: the
-    norm of the difference over the norm of the exact output.
+    norm of the difference over the norm of the exact output. ``error`` is that of all heads and rows together, which
+    ``S2OConfig(error=...)`` and `calibrate` are about.
 
     Attributes:
         name: Module path of the attention, "" for calls of ``s2o_compile.attention``.
         head_density: Computed over visible query-key pairs by query head, all passes counted.
+        error: Error of the whole output.
         head_error: Error of every query head, all of its rows together.
         worst_tile: Largest error of a head's tile: 128 neighbouring queries.
         worst_row: Largest error of a head's row: one query.
@@ -44,6 +46,7 @@ class SiteQuality:
 
     name: str
     head_density: tuple[float, ...]
+    error: float
     head_error: tuple[float, ...]
     worst_tile: float
     worst_row: float
@@ -55,11 +58,6 @@ class SiteQuality:
     def density(self) -> float:
         """Mean over heads."""
         return sum(self.head_density) / len(self.head_density)
-
-    @property
-    def error(self) -> float:
-        """Mean over heads."""
-        return sum(self.head_error) / len(self.head_error)
 
     @property
     def worst_head(self) -> float:
@@ -104,13 +102,14 @@ class SiteMeter:
             SiteQuality(
                 name=name,
                 head_density=tuple(own.densities()),
+                error=own.error(),
                 head_error=tuple(own.errors()),
                 worst_tile=float(own.worst_tile),
                 worst_row=float(own.worst_row),
                 tile_keys=tuple(round(keys, 1) for keys in (own.tile_keys / own.tile_calls).tolist()),
                 tile_visible=tuple(round(keys, 1) for keys in (own.tile_visible / own.tile_calls).tolist()),
                 curve=tuple(
-                    TauPoint(tau=tau, density=_mean(other.densities()), error=_mean(other.errors()))
+                    TauPoint(tau=tau, density=_mean(other.densities()), error=other.error())
                     for tau, other in zip(self._taus, others, strict=True)
                 ),
             )
@@ -152,6 +151,10 @@ class _Sums:
         self.tile_keys = _add_at_front(self.tile_keys, result.computed.double().mean((0, 1)))
         self.tile_visible = _add_at_front(self.tile_visible, visible)
         self.tile_calls = _add_at_front(self.tile_calls, torch.ones_like(visible))
+
+    def error(self) -> float:
+        """Error of all heads together."""
+        return float(_ratio(self.difference.sum(), self.power.sum()))
 
     def errors(self) -> list[float]:
         """Error of every head."""

@@ -44,7 +44,7 @@ def test_missing_fields_take_defaults():
         ({"assume_causal_mask": 1}, "assume_causal_mask: expected True or False, got 1"),
         ({"assume_block_masks": 1}, "assume_block_masks: expected True or False, got 1"),
         ({"inner_backend": "s2o"}, "unknown inner_backend 's2o'"),
-        ({"dense_heads": ["a"]}, "dense_heads: expected site names and their key/value heads, got .'a'.. Give"),
+        ({"dense_heads": ["a"]}, "dense_heads: expected site names and their key/value heads >= 0, got .'a'.. Give"),
         ({"dense_heads": {3: (0,)}}, "dense_heads: expected a site name, got 3"),
         ({"dense_heads": {"a": 0}}, "dense_heads.'a'.: expected key/value heads >= 0, got 0"),
         ({"dense_heads": {"a": (0, -1)}}, "dense_heads.'a'.: expected key/value heads >= 0, got .0, -1."),

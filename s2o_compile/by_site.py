@@ -1,0 +1,92 @@
+"""Settings by site name, as a configuration holds them: immutable, hashable, and equal to any mapping of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, Generic, TypeVar
+
+from s2o_compile.errors import OptionError
+from s2o_compile.kernels.options import is_tau
+
+T = TypeVar("T", int, float)
+
+
+class _BySite(Mapping[str, tuple[T, ...]], Generic[T]):
+    """Numbers by site name; sites without any are dropped.
+
+    Args:
+        given: Numbers of every site.
+
+    Raises:
+        OptionError: A name that is no text, or numbers that are none of this setting's.
+    """
+
+    field: ClassVar[str]
+    wanted: ClassVar[str]
+    example: ClassVar[str]
+
+    def __init__(self, given: Mapping[str, Sequence[T]]) -> None:
+        remedy = f"Give {self.field}={self.example}, with the names that s2o_compile.explain lists."
+        if not isinstance(given, Mapping):
+            raise OptionError(f"{self.field}: expected site names and their {self.wanted}, got {given!r}. {remedy}")
+        for site, numbers in given.items():
+            if not isinstance(site, str) or not site:
+                raise OptionError(f"{self.field}: expected a site name, got {site!r}. {remedy}")
+            listed = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+            if not listed or not all(map(self.accepts, numbers)):
+                raise OptionError(f"{self.field}[{site!r}]: expected {self.wanted}, got {numbers!r}. {remedy}")
+        self._sites = {site: self.in_order(given[site]) for site in sorted(given) if given[site]}
+
+    @staticmethod
+    def accepts(number: object) -> bool:
+        """Whether this can be one of a site's numbers."""
+        raise NotImplementedError
+
+    @staticmethod
+    def in_order(numbers: Sequence[T]) -> tuple[T, ...]:
+        """The numbers as they are kept."""
+        return tuple(numbers)
+
+    def __getitem__(self, site: str) -> tuple[T, ...]:
+        return self._sites[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._sites.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._sites)
+
+
+class SiteHeads(_BySite[int]):
+    """Key/value heads by site name, in any order."""
+
+    field, wanted = "dense_heads", "key/value heads >= 0"
+    example = '{"model.layers.3.self_attn": (0, 2)}'
+
+    @staticmethod
+    def accepts(number: object) -> bool:
+        """A head's number."""
+        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+    @staticmethod
+    def in_order(numbers: Sequence[int]) -> tuple[int, ...]:
+        """Ascending, each once."""
+        return tuple(sorted(set(numbers)))
+
+
+class SiteTaus(_BySite[float]):
+    """By site name, tau of every query head."""
+
+    field, wanted = "site_tau", "a finite number >= 0 for each query head"
+    example = '{"model.layers.3.self_attn": (0.5, 0.2, 1.0)}'
+
+    @staticmethod
+    def accepts(number: object) -> bool:
+        """A tau."""
+        return is_tau(number)
