@@ -4,9 +4,11 @@ model = s2o_compile.optimize(model)               # wrap
 model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
 print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
 print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
+config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budget on your own text
 """
 
 from s2o_compile.api import explain, optimize
+from s2o_compile.calibrate import calibrate
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
     EvaluationError,
@@ -40,6 +42,7 @@ __all__ = [
     "TunedFileWarning",
     "UnknownSiteWarning",
     "attention",
+    "calibrate",
     "evaluate",
     "explain",
     "optimize",

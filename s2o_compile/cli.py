@@ -1,4 +1,7 @@
-"""The command line: ``s2o demo``, ``explain``, ``evaluate``, ``plot`` and ``tune``. Needs the extra named cli."""
+"""The command line: ``s2o demo``, ``explain``, ``calibrate``, ``evaluate``, ``plot`` and ``tune``.
+
+Needs the extra named cli.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 
 from s2o_compile import tune as tuning
 from s2o_compile.api import explain as explain_model
+from s2o_compile.cli_calibrate import calibrate
 from s2o_compile.cli_evaluate import evaluate, plot
 from s2o_compile.cli_options import (
     BarColumn,
@@ -38,6 +42,7 @@ from s2o_compile.kernels import tuned
 from s2o_compile.report import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(calibrate)
 app.command()(evaluate)
 app.command()(plot)
 
@@ -239,7 +244,7 @@ def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None
         "",
         "dense",
         "S2O",
-        title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, tau {config.tau}",
+        title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, {config.quality}",
     )
     table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
     table.add_row("top-1 agreement", "", f"{figures['top1_agreement']:.4f}")

@@ -85,7 +85,7 @@ def plot(
             )
         config = _config(tau, config_file, tokens)
         visits = _visits(model, tokens, text, config, device, site, head)
-        title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, τ = {config.tau:g}"
+        title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, {config.quality}"
         draw_attention(visits, out, title=title)
         return
     if evaluation is not None:

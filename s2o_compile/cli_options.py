@@ -47,7 +47,7 @@ def choose_device(wanted: str) -> str:
 def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
     """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
     config = S2OConfig(**fields) if file is None else S2OConfig.from_json(read_file("--config", file))
-    return config if tau is None else dataclasses.replace(config, tau=tau)
+    return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
 
 
 def read_file(option: str, file: Path) -> str:

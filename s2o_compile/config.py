@@ -29,9 +29,9 @@ class S2OConfig(OperatorOptions):
             leave far less unvisited on average; ``tau=0.0`` never stops and is exact. Or a tuple with one for each
             query head of every attention.
         error: Quality as a budget instead of a tau: the relative L2 error of an attention's output, a number from 0
-            (exact) to 1. None goes by tau. By itself it takes the tau that gave this error on the models measured
-            (``error_budget.py``), and yours may differ twofold and more; `s2o_compile.calibrate` measures yours and
-            returns a configuration that keeps the budget layer by layer.
+            (exact) to 1. None goes by tau. By itself it takes the tau that gave this error on a model measured
+            (``error_budget.py``), as a mean over layers; yours may differ twofold. `s2o_compile.calibrate` measures
+            your model and returns a configuration that keeps the budget layer by layer.
         site_tau: By site name, as ``explain`` lists it, tau of each of its query heads, as ``calibrate`` finds them;
             other sites go by ``error`` or ``tau``.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
@@ -101,6 +101,15 @@ class S2OConfig(OperatorOptions):
             raise OptionError(
                 unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"])
             )
+
+    @property
+    def quality(self) -> str:
+        """How the quality was chosen, in words: "tau 0.5", "error 0.02", "error 0.02, calibrated"."""
+        if self.site_tau:
+            return ("tau" if self.error is None else f"error {self.error:g},") + " calibrated"
+        if self.error is not None:
+            return f"error {self.error:g}"
+        return "tau by head" if isinstance(self.tau, tuple) else f"tau {self.tau:g}"
 
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-MEASURED = ((0.002, 0.01), (0.01, 0.06), (0.02, 0.15), (0.05, 0.5), (0.1, 1.2), (0.2, 3.0))
-"""PLACEHOLDER"""
+MEASURED = ((0.0053, 0.02), (0.009, 0.05), (0.0157, 0.12), (0.0259, 0.25), (0.042, 0.5), (0.0679, 1.0), (0.1013, 2.0))
+"""Error of an attention, mean over layers, and tau: SmolLM2-135M at 64K tokens, where errors are larger than at 16K
+(H100, bfloat16). The worst layer is off by two to three times the mean."""
 
 
 def tau_for(error: float) -> float:
-    """Tau at which a layer's output is expected to be off by this relative L2 error; 0 for 0."""
+    """Tau at which an attention's output is off by this relative L2 error, mean over layers; 0 for 0."""
     if error == 0.0:
         return 0.0
     points = [(math.log(at), math.log(tau)) for at, tau in MEASURED]

@@ -93,6 +93,11 @@ class Evaluation:
             f"next token, {self.tokens} of them: loss {self.loss_dense:.4f} dense, {self.loss_s2o:.4f} S2O "
             f"({self.loss_difference:+.4f}); same best {self.top1_agreement:.1%}; KL {self.kl:.2g}",
         ]
+        budget = self.config.error
+        if budget is not None and self.sites:
+            kept = sum(site.error <= budget for site in self.sites)
+            largest = max(site.error for site in self.sites)
+            lines.append(f"error budget {budget:.2%}: kept at {kept} of {count} sites, largest error {largest:.2%}")
         if self.planted is not None:
             recall = self.planted
             lines.append(

@@ -14,7 +14,7 @@ from s2o_compile.kernels.observation import ObservedCall
 STEPS = 8
 """Taus tried between two measured ones; what they give is interpolated."""
 
-HEAD_SHARE = 4.0
+HEAD_SHARE = 2.0
 """No head may be off by more than this many budgets, however little it weighs in its layer."""
 
 DENSE_FROM = 0.75

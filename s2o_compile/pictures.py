@@ -52,24 +52,27 @@ def draw_density(evaluation: Evaluation, picture: Path) -> None:
 
 
 def draw_error(evaluation: Evaluation, picture: Path) -> None:
-    """Error against density: the mean of all sites over the taus, and every head at the evaluation's own tau."""
+    """Error against density: the mean of all sites over the taus, and every head as the configuration has it."""
     sites = evaluation.sites
     heads = [pair for site in sites for pair in zip(site.head_density, site.head_error, strict=True) if pair[1] > 0]
-    means = {evaluation.config.tau: (evaluation.density, evaluation.error)}
-    for points in zip(*(site.curve for site in sites), strict=True):
-        means[points[0].tau] = (_mean([p.density for p in points]), _mean([p.error for p in points]))
-    curve = [(tau, *point) for tau, point in sorted(means.items()) if point[1] > 0]
+    means = {
+        f"tau {points[0].tau:g}": (_mean([p.density for p in points]), _mean([p.error for p in points]))
+        for points in zip(*(site.curve for site in sites), strict=True)
+    }
+    own = evaluation.config.quality
+    means[own] = evaluation.density, evaluation.error
+    curve = sorted(((*point, name) for name, point in means.items() if point[1] > 0), reverse=True)  # as tau grows
     if not heads:
         raise OptionError("plot error: expected errors above zero, got an exact evaluation. Evaluate with a tau > 0.")
     figure, axes = _figure(1, 1, (5.2, 3.9))
     axes.scatter(*zip(*heads, strict=True), s=9, color=BLUE, alpha=0.25, linewidths=0, label="one head")
     axes.plot(
-        *zip(*(point for _, *point in curve), strict=True), "o-", color=ORANGE, markersize=4, label="mean of heads"
+        *zip(*(point for *point, _ in curve), strict=True), "o-", color=ORANGE, markersize=4, label="mean of layers"
     )
-    for tau, *point in curve:
-        bold = "bold" if tau == evaluation.config.tau else "normal"
+    for *point, name in curve:
+        bold = "bold" if name == own else "normal"
         style = {"fontsize": 7, "fontweight": bold, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-        axes.annotate(f"τ = {tau:g}", point, (7, 3), textcoords="offset points", **style)
+        axes.annotate(_symbols(name), point, (7, 3), textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes.xaxis, lambda x: f"{x:g}")
@@ -198,10 +201,14 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return plt.subplots(rows, columns, figsize=size, dpi=200, layout="constrained", **options)
 
 
+def _symbols(quality: str) -> str:
+    return quality.replace("tau ", "τ = ")
+
+
 def _finish(figure: Any, evaluation: Evaluation, picture: Path) -> None:  # noqa: ANN401 (matplotlib's)
     lengths = sorted(set(evaluation.lengths))
     tokens = _tokens(lengths[0]) if len(lengths) == 1 else f"{_tokens(lengths[0])} to {_tokens(lengths[-1])}"
-    figure.suptitle(f"{evaluation.model}, {tokens} tokens, τ = {evaluation.config.tau:g}", fontsize=10)
+    figure.suptitle(f"{evaluation.model}, {tokens} tokens, {_symbols(evaluation.config.quality)}", fontsize=10)
     figure.savefig(picture)
 
 
