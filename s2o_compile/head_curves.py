@@ -64,6 +64,14 @@ class HeadCurves:
             self._difference[place] += _squares(result.output, exact)
             self._density[place] += call.densities(result).cpu() * area
 
+    def errors(self) -> list[float]:
+        """Relative L2 error of all heads together at every tau."""
+        return (self._difference.sum(1) / self._power.sum()).sqrt().tolist()
+
+    def densities(self) -> list[float]:
+        """Computed over visible query-key pairs at every tau, mean over heads."""
+        return (self._density.mean(1) / max(self._area, 1.0)).tolist()
+
     def choose(self, budget: float) -> Choice:
         """The taus of the least density at which the site's error is ``budget``, a relative L2 error of all heads.
 
