@@ -43,7 +43,7 @@ def select_blocks(query: Tensor, key: Tensor, position: Tensor, *, scale: float,
     share, order = scores.double().softmax(-1).nan_to_num(0.0).sort(-1, descending=True)  # nan: nothing is earlier
     rest = share.flip(-1).cumsum(-1).flip(-1)  # of a block and all behind it
     kept = torch.empty_like(own).scatter_(-1, order, rest > 1 - threshold)
-    return (kept & earlier) | (position == 0).any(-1) | own
+    return kept | (position == 0).any(-1) | own
 
 
 def attend_head(
