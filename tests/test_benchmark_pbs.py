@@ -115,6 +115,17 @@ class TestComparison:
         with pytest.raises(ValueError, match=r"got 0\.25"):
             fidelity.compare(self.power_law(4, densities), self.power_law(1, [0.02, 0.9]), 0.25)
 
+    def test_a_sparsest_setting_that_is_better_gives_a_bound(self, fidelity):
+        row = fidelity.compare(self.power_law(4, [0.1, 0.5]), self.power_law(1, [0.2, 0.9]), 0.25)
+        assert row["S2O MSE"] == 16.0
+        assert row["S2O density"] == 0.2
+        assert row["density ratio"] == 1.25
+
+    def test_a_setting_that_was_not_measured_is_no_bound(self, fidelity):
+        """Beyond the dense end of the curve, S2O might need any density."""
+        with pytest.raises(ValueError, match="Extend the settings"):
+            fidelity.compare(self.power_law(0.1, [0.1, 0.5]), self.power_law(1, [0.1, 0.5]), 0.25)
+
     def test_mse_is_the_mean_of_squares(self, fidelity):
         """Not the square of the mean: a head that is far off counts for what it is."""
         errors = torch.tensor([[0.0, 0.1], [0.0, 0.2], [0.0, 0.4]], dtype=torch.float64)
