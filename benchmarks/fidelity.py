@@ -10,9 +10,9 @@ output against SDPA, density the share of query-key pairs computed; both are mea
     density at error    "at 2 %" is the density at which the mean error is 2 %, interpolated between taus in logarithms,
                         and "by head" the mean of what every head needs by itself, as a calibration would set it
     PBS-Attn            the same of the paper's rival (``pbs_attention.py``), its threshold in tau's place
-    against PBS-Attn    at a density of PBS-Attn, the MSE of both, and the density at which S2O has that MSE; where S2O at
-                        its sparsest has less, that density, and the ratio is a lower bound. MSE is relative to the exact
-                        output's power: the square of a head's error, mean over heads and layers
+    against PBS-Attn    at a density of PBS-Attn, the MSE of both, and the density at which S2O has that MSE; where S2O
+                        at its sparsest has less, that density, and the ratio is a lower bound. MSE is relative to the
+                        exact output's power: the square of a head's error, mean over heads and layers
 """
 
 from __future__ import annotations
