@@ -1,12 +1,18 @@
 """What a ranking is worth: density against error on a trained model's own queries, keys and values.
 
-    python benchmarks/fidelity.py [--tokens 16384 65536] [--layers 2] [--json benchmarks/results/fidelity-h100.json]
+    python benchmarks/fidelity.py [--only "density at error"] [--tokens 16384 65536] [--layers 2]
+                                  [--json benchmarks/results/fidelity-h100.json]
 
-SmolLM2-135M-Instruct reads the demo's prompt with exact attention; queries, keys and values of every ``--layers``-th
-layer are kept. Then the operator runs on them at every tau. Error is the relative L2 error of a head's output against
-SDPA, density the share of query-key pairs computed; both are means over heads and layers. "at 2 %" is the density at
-which the mean error is 2 %, interpolated between taus in logarithms, and "by head" the mean of what every head needs by
-itself, as a calibration would set it.
+SmolLM2-135M-Instruct reads the demo's prompt with exact attention; queries, keys, values and outputs of every
+``--layers``-th layer are kept. Then the operator runs on them at every tau. Error is the relative L2 error of a head's
+output against SDPA, density the share of query-key pairs computed; both are means over heads and layers.
+
+    density at error    "at 2 %" is the density at which the mean error is 2 %, interpolated between taus in logarithms,
+                        and "by head" the mean of what every head needs by itself, as a calibration would set it
+    PBS-Attn            the same of the paper's rival (``pbs_attention.py``), its threshold in tau's place
+    against PBS-Attn    at a density of PBS-Attn, the MSE of both, and the density at which S2O has that MSE; where S2O
+                        at its sparsest has less, that density, and the ratio is a lower bound. MSE is relative to the
+                        exact output's power: the square of a head's error, mean over heads and layers
 """
 
 from __future__ import annotations
@@ -14,12 +20,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from calls import DEVICE, ON_GPU
+from calls import CAUSAL, DEVICE, ON_GPU
+from pbs_attention import pbs_attention
 from results_file import Rows
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -29,29 +37,36 @@ from s2o_compile import S2OConfig
 from s2o_compile.demo import MODEL, build_prompt, load_model
 from s2o_compile.kernels import operator, slices, torch_forward, triton_forward
 from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.plan import n_tiles
+from s2o_compile.kernels.statistics import pairs_by_head
 
-TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
+TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0)
+THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 ERRORS = (0.02, 0.05, 0.1)
-CAUSAL = AttentionMask(causal=True)
+DENSITIES = (0.25, 0.1)
+SECTIONS = ("density at error", "PBS-Attn", "against PBS-Attn")
 
-Captured = list[tuple[Tensor, Tensor, Tensor]]
+Captured = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""Output [B, Hq, N, Dv] and density [Hq] of query, key, value and a setting."""
+
+Curve = tuple[Tensor, Tensor]
+"""Error and density, both float64 [settings, layers * heads]."""
 
 
 @torch.no_grad()
 def capture(tokens: int, every: int) -> Captured:
-    """Query, key and value of every ``every``-th layer, under exact attention."""
+    """Query, key, value and exact output of every ``every``-th layer."""
     model, tokenizer = load_model(tokens, DEVICE)
     ids = build_prompt(tokenizer, tokens).to(DEVICE)
     found, number = [], itertools.count()
 
     def exact(query: Tensor, key: Tensor, value: Tensor, *_: object, scale: float, **__: object) -> Result:
-        if next(number) % every == 0:
-            found.append(tuple(x.contiguous() for x in (query, key, value)))
         output = torch.empty_like(query)
         output.copy_(scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True))
+        if next(number) % every == 0:
+            found.append(tuple(x.contiguous() for x in (query, key, value, output)))
         computed = torch.zeros(*query.shape[:2], n_tiles(query.shape[2]), dtype=torch.int32, device=query.device)
         return Result(output, output.new_zeros(query.shape[:3], dtype=torch.float32), computed)
 
@@ -60,65 +75,124 @@ def capture(tokens: int, every: int) -> Captured:
     return found
 
 
-def curve(captured: Captured, ranking: str, segment_len: int | None) -> tuple[Tensor, Tensor]:
-    """Error and density, both [taus, layers * heads]."""
-    executor = triton_forward if ON_GPU else torch_forward
+def s2o_attention(
+    query: Tensor, key: Tensor, value: Tensor, tau: float, *, ranking: str, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """The operator, as ``Attend``."""
+    result = slices.attend(
+        query,
+        key,
+        value,
+        CAUSAL,
+        scale=query.shape[3] ** -0.5,
+        softcap=None,
+        options=OperatorOptions(tau=tau, ranking=ranking, segment_len=segment_len),
+        executor=triton_forward if ON_GPU else torch_forward,
+        natural=operator.triton_natural if ON_GPU else operator.natural_forward,
+    )
+    n = query.shape[2]
+    return result.output, pairs_by_head(result.computed, n).sum(0).cpu() / CAUSAL.area(len(query), n, n).sum()
+
+
+def pbs(query: Tensor, key: Tensor, value: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """PBS-Attn, as ``Attend``."""
+    return pbs_attention(query, key, value, threshold=threshold)
+
+
+def curve(captured: Captured, attend: Attend, settings: Sequence[float]) -> Curve:
+    """Error and density at every setting."""
     errors, densities = [], []
-    for query, key, value in captured:
-        scale, n = query.shape[3] ** -0.5, query.shape[2]
-        exact = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).float()
-        power, area = exact.square().sum((0, 2, 3)), CAUSAL.area(1, n, n).item()
-        for tau in TAUS:
-            options = OperatorOptions(tau=tau, ranking=ranking, segment_len=segment_len)
-            result = slices.attend(
-                query, key, value, CAUSAL, scale=scale, softcap=None, options=options, executor=executor,
-                natural=operator.triton_natural if ON_GPU else operator.natural_forward,
-            )  # fmt: skip
-            errors.append(((result.output.float() - exact).square().sum((0, 2, 3)) / power).sqrt())
-            densities.append(result.computed.double().sum((0, 2)) * TILE_LEN / area)
-    shape = len(captured), len(TAUS), -1
-    found = [torch.stack(x).view(shape).transpose(0, 1).flatten(1).double().cpu() for x in (errors, densities)]
-    return found[0], found[1]
+    for setting, (query, key, value, exact) in itertools.product(settings, captured):
+        output, density = attend(query, key, value, setting)
+        lost, power = (x.square().sum((0, 2, 3)) for x in (output.float() - exact.float(), exact.float()))
+        errors.append((lost / power).sqrt().double().cpu())
+        densities.append(density)
+    return torch.stack(errors).view(len(settings), -1), torch.stack(densities).view(len(settings), -1)
 
 
-def density_at(error: float, errors: list[float], densities: list[float]) -> float:
-    """Density at an error, between taus in logarithms; at the nearest tau beyond them."""
-    for (low, here), (high, there) in itertools.pairwise(zip(errors, densities, strict=True)):
-        if low <= error <= high:
-            share = math.log(error / low) / max(math.log(high / low), 1e-9)
+def read_off(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Where a curve is at x = ``at``, between settings in logarithms.
+
+    Raises:
+        ValueError: The curve does not reach so far.
+    """
+    for (low, here), (high, there) in itertools.pairwise(sorted(zip(xs, ys, strict=True))):
+        if low <= at <= high:
+            share = math.log(at / low) / max(math.log(high / low), 1e-9)
             return math.exp(math.log(here) * (1 - share) + math.log(there) * share)
-    return densities[-1] if error > errors[-1] else densities[0]
+    raise ValueError(f"expected {min(xs):.3g} to {max(xs):.3g}, which was measured, got {at:.3g}. Extend the settings.")
 
 
-def densities_at(captured: Captured, ranking: str, segment_len: int) -> dict[str, object]:
-    """One row: densities at ERRORS, and what the default tau gives."""
-    errors, densities = curve(captured, ranking, segment_len)
+def density_at(error: float, errors: Sequence[float], densities: Sequence[float]) -> float:
+    """Density at an error; that of the nearest setting beyond them."""
+    return read_off(min(max(error, min(errors)), max(errors)), errors, densities)
+
+
+def densities_at(measured: Callable[[], Curve]) -> dict[str, float]:
+    """One row: densities at ERRORS."""
+    errors, densities = measured()
     means = errors.mean(1).tolist(), densities.mean(1).tolist()
     heads = [(x.tolist(), y.tolist()) for x, y in zip(errors.T, densities.T, strict=True)]
-    found: dict[str, object] = {}
+    found = {}
     for error in ERRORS:
         by_head = [density_at(error, *head) for head in heads]
         found[f"at {error:.0%}"] = round(density_at(error, *means), 4)
         found[f"at {error:.0%} by head"] = round(sum(by_head) / len(by_head), 4)
+    return found
+
+
+def default_tau(measured: Callable[[], Curve]) -> dict[str, float]:
+    """What the default tau gives."""
     default = TAUS.index(OperatorOptions().tau)
-    return found | {"default tau error": round(means[0][default], 4), "density": round(means[1][default], 4)}
+    error, density = (x[default].mean().item() for x in measured())
+    return {"default tau error": round(error, 4), "density": round(density, 4)}
+
+
+def compare(theirs: Curve, ours: Curve, density: float) -> dict[str, float]:
+    """One row: MSE of both at a density, and the density at which ours is theirs."""
+    their_mse, our_mse = (errors.square().mean(1).tolist() for errors, _ in (theirs, ours))
+    their_density, our_density = (densities.mean(1).tolist() for _, densities in (theirs, ours))
+    mse, ours_there = read_off(density, their_density, their_mse), read_off(density, our_density, our_mse)
+    enough = read_off(min(mse, max(our_mse)), our_mse, our_density)
+    found = {
+        "PBS-Attn MSE": mse,
+        "S2O MSE": ours_there,
+        "MSE ratio": mse / ours_there,
+        "S2O density": enough,
+        "density ratio": density / enough,
+    }
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def measure_length(captured: Captured, rows: Rows, tokens: int, args: argparse.Namespace) -> None:
+    """The rows of one length; a curve is measured once, when the first row asks for it."""
+    theirs = cache(partial(curve, captured, pbs, THRESHOLDS))
+    if "PBS-Attn" in args.only:
+        rows.measure("PBS-Attn", {"tokens": tokens}, partial(densities_at, theirs))
+    for ranking, segment_len in itertools.product(args.rankings, args.segments):
+        attend = partial(s2o_attention, ranking=ranking, segment_len=segment_len)
+        ours = cache(partial(curve, captured, attend, TAUS))
+        what: Mapping[str, object] = {"tokens": tokens, "ranking": ranking, "S": segment_len}
+        if "density at error" in args.only:
+            rows.measure("density at error", what, lambda ours=ours: densities_at(ours) | default_tau(ours))
+        for density in DENSITIES if "against PBS-Attn" in args.only else ():
+            row = {**what, "PBS-Attn density": density}
+            rows.measure("against PBS-Attn", row, lambda ours=ours, at=density: compare(theirs(), ours(), at))
 
 
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--layers", type=int, default=2, help="one of so many layers is measured")
     parser.add_argument("--rankings", nargs="+", default=["per_query", "mean_query"])
     parser.add_argument("--segments", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = Rows(args.json, model=MODEL, layers=f"one of {args.layers}", taus=TAUS)
+    rows = Rows(args.json, model=MODEL, layers=f"one of {args.layers}", taus=TAUS, thresholds=THRESHOLDS)
     for tokens in args.tokens:
-        captured = capture(tokens, args.layers)
-        for ranking, segment_len in itertools.product(args.rankings, args.segments):
-            measure = partial(densities_at, captured, ranking, segment_len)
-            rows.measure("density at error", {"tokens": tokens, "ranking": ranking, "S": segment_len}, measure)
+        measure_length(capture(tokens, args.layers), rows, tokens, args)
 
 
 if __name__ == "__main__":
