@@ -149,8 +149,11 @@ def tune(
             for timing in tuning.sweep(shape, tested[-1], tried):
                 timings.append(timing)
                 progress.advance(task)
-                if timing.failed:
-                    progress.console.print(f"skipped {timing.launch}: {timing.failed}")
+                # A line each: compiling takes seconds a configuration, and a bar does not show in a log.
+                found = (
+                    f"{timing.gathered_ms:.3f} and {timing.natural_ms:.3f} ms" if not timing.failed else timing.failed
+                )
+                progress.console.print(f"{timing.launch}: {found}", highlight=False, soft_wrap=True)
             launches[dim, name] = tuning.best(timings)
             _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
         place, shape = next(iter(shapes.items()))
