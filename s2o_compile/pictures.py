@@ -66,13 +66,16 @@ def draw_error(evaluation: Evaluation, picture: Path) -> None:
         raise OptionError("plot error: expected errors above zero, got an exact evaluation. Evaluate with a tau > 0.")
     figure, axes = _figure(1, 1, (5.2, 3.9))
     axes.scatter(*zip(*heads, strict=True), s=9, color=BLUE, alpha=0.25, linewidths=0, label="one head")
-    axes.plot(
-        *zip(*(point for *point, _ in curve), strict=True), "o-", color=ORANGE, markersize=4, label="mean of layers"
-    )
+    line = [point for *point, name in curve if name.startswith("tau")]
+    if line:
+        axes.plot(*zip(*line, strict=True), "o-", color=ORANGE, markersize=4, label="mean of layers, one tau for all")
+    if not own.startswith("tau"):
+        axes.plot(evaluation.density, evaluation.error, "*", color=BLUE, markersize=11, label="mean of layers")
     for *point, name in curve:
+        place = (7, 3) if point[0] < max(density for density, *_ in curve) else (-38, 3)  # the last stays inside
         bold = "bold" if name == own else "normal"
         style = {"fontsize": 7, "fontweight": bold, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-        axes.annotate(_symbols(name), point, (7, 3), textcoords="offset points", **style)
+        axes.annotate(_symbols(name), point, place, textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes.xaxis, lambda x: f"{x:g}")
