@@ -65,7 +65,7 @@ def test_executors_equal_the_definition(device, implementation, inputs_of, build
     assert len({tuple(head) for head in actual.computed[0].tolist()}) == len(TAUS)  # they do stop apart
 
 
-@pytest.mark.parametrize(("device", "implementation"), DEVICES)
+@pytest.mark.parametrize(("device", "implementation"), [DEVICES[0], DEVICES[-1]])  # interpreted, it takes minutes
 @pytest.mark.parametrize("scratch", [slices.SCRATCH_BYTES, 1])
 def test_a_head_runs_as_if_all_had_its_tau(device, implementation, scratch, inputs_of, monkeypatch):
     if implementation == "triton":

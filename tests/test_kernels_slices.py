@@ -50,17 +50,20 @@ def test_many_slices_together_are_dense_attention(case, query_order, monkeypatch
     assert_close(result, exact_attention(inputs), inputs)
 
 
+PADDED = Case(queries=700, keys=900, heads=4, kv_heads=2, batch=2, padding="left")
+PLAIN = Case(queries=512, keys=1200, heads=4, kv_heads=2, head_dim=32)
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")  # as in test_kernels_triton.py
 @pytest.mark.parametrize(
-    ("device", "implementation"),
-    [("cpu", "torch"), *(pytest.param(*p.values, "triton", marks=p.marks) for p in (INTERPRETED, CUDA))],
-)
-@pytest.mark.parametrize("ranking", RANKINGS)
-@pytest.mark.parametrize(
-    "case",
+    ("device", "implementation", "ranking", "case"),
     [
-        Case(queries=700, keys=900, heads=4, kv_heads=2, batch=2, padding="left"),
-        Case(queries=512, keys=1200, heads=4, kv_heads=2, head_dim=32),
+        *(("cpu", "torch", ranking, case) for ranking in RANKINGS for case in (PADDED, PLAIN)),
+        *(
+            pytest.param(*device.values, "triton", *rest, marks=device.marks)
+            for device in (INTERPRETED, CUDA)
+            for rest in (("per_query", PADDED), ("mean_query", PLAIN))  # interpreted, each takes half a minute
+        ),
     ],
     ids=str,
 )
