@@ -20,6 +20,7 @@ from s2o_compile.kernels.dense_heads import whole_tiles
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import pairs_by_head
 
 
@@ -40,6 +41,7 @@ class ObservedCall:
         options: How the caller ranks, orders, stops and runs.
         dense_heads: Key/value heads marked dense, ascending.
         wants_lse: Whether the caller wants the log-sum-exp.
+        sinks: Floating [Hq], what is put in behind the call; None for none.
         execute: The operator's executors on these tensors, by path.
     """
 
@@ -53,6 +55,7 @@ class ObservedCall:
     options: OperatorOptions
     dense_heads: Sequence[int]
     wants_lse: bool
+    sinks: Tensor | None
     execute: Callable[..., Result]
 
     @cached_property
@@ -77,7 +80,21 @@ class ObservedCall:
         """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the natural-order executor."""
         if self.softcap is None and not needs_pairs(self.mask, self.key.shape[2], self.scale):
             return dense_attention(self.query, self.key, self.value, self.mask, scale=self.scale)
-        return self._in_natural_order().output
+        return self._in_natural_order.output
+
+    def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
+        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: sinks put in, which changes its error.
+
+        Keys that were not visited hardly change an output if their values are like those visited, but beside a sink
+        their mass is missing.
+
+        Args:
+            output: [B, Hq, Nq, Dv], not changed.
+            lse: The log-sum-exp that belongs to it, float32 [B, Hq, Nq]; None for the exact one.
+        """
+        if self.sinks is None:
+            return output
+        return add_sinks(output.clone(), self._in_natural_order.lse if lse is None else lse, self.sinks)[0]
 
     def densities(self, result: Result) -> Tensor:
         """Float64 [Hq]: computed over visible pairs of a result of this call, all passes and the batch counted."""
@@ -96,10 +113,11 @@ class ObservedCall:
                 got=got,
                 remedy="Return None to pass S2O's output on, or call.exact().",
             )
-        lse = self._in_natural_order().lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
+        lse = self._in_natural_order.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
         every = whole_tiles(self.mask, shape[2], self.key.shape[2], self.query.device)
         return Result(output, lse, every.expand(*shape[:2], -1))
 
+    @cached_property
     def _in_natural_order(self) -> Result:
         return self.execute("dense", options=self.options, dense_heads=(), return_lse=True)
 

@@ -179,6 +179,7 @@ def run(
             return_lse=wants_lse,
             options=options,
             dense_heads=marked,
+            sinks=sinks,
             site=site,
         )
 
@@ -206,9 +207,13 @@ def _attend(
     return_lse: bool,
     options: OperatorOptions,
     dense_heads: Sequence[int],
+    sinks: Tensor | None,
     site: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention without sinks and chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp."""
+    """Attention without chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp.
+
+    Sinks are for observers: `run` puts them in.
+    """
     n_keys = key.shape[2]
     if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
         mask = replace(mask, window=None)  # the window hides nothing
@@ -234,6 +239,7 @@ def _attend(
             options=options,
             dense_heads=dense_heads,
             wants_lse=return_lse,
+            sinks=sinks,
             execute=execute,
         )
         result = observe(call)

@@ -124,5 +124,6 @@ def order_keys(
     scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
     scores.masked_fill_(~prefix[:, None], float("-inf"))
     longest = longest_prefix(mask, n_queries, n_keys, segment_len)
-    key_index = scores.topk(longest, dim=-1, sorted=True).indices.to(torch.int32)
+    # Stable: where scores are equal, as those of repeated keys, the order must not depend on how many keys follow.
+    key_index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :longest].to(torch.int32)
     return key_index, prefix.sum(-1, dtype=torch.int32).expand(batch, segments).contiguous()

@@ -83,7 +83,7 @@ class SiteHeads(_BySite[int]):
 class SiteTaus(_BySite[float]):
     """By site name, tau of every query head."""
 
-    field, wanted = "site_tau", "a finite number >= 0 for each query head"
+    field, wanted = "site_tau", "finite numbers >= 0, one for each query head"
     example = '{"model.layers.3.self_attn": (0.5, 0.2, 1.0)}'
 
     @staticmethod

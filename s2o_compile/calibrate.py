@@ -31,6 +31,7 @@ class CurveMeter:
     """An observer that measures every head at every tau, and passes the exact output on.
 
     So every attention is measured on the inputs that it has in the dense model, and errors do not add up over layers.
+    Calls without a site, of ``s2o_compile.attention``, bring their own configuration: they run as they are.
 
     Args:
         taus: Ascending, positive.
@@ -40,8 +41,10 @@ class CurveMeter:
         self._taus = taus
         self.sites: dict[str, HeadCurves] = {}
 
-    def __call__(self, call: ObservedCall) -> Tensor:
+    def __call__(self, call: ObservedCall) -> Tensor | None:
         """Measure one call."""
+        if not call.site:
+            return None
         exact = call.exact()
         heads, kv_heads = call.query.shape[1], call.key.shape[1]
         self.sites.setdefault(call.site, HeadCurves(self._taus, heads, kv_heads)).add(call, exact)
@@ -62,8 +65,8 @@ def calibrate(
     The error of an attention is the relative L2 error of its output, all heads and rows together: the norm of the
     difference to exact attention over the norm of the exact output. Every head is measured at nine taus; of each
     attention the taus are chosen that keep 85 % of the budget at the least density (``head_curves.py``). Heads that
-    would stay nearly dense are marked dense. A handful of prompts is enough; take them from where the model is used,
-    and about as long: the error at a tau depends on the length.
+    would stay nearly dense are marked dense. Sinks are part of the output. A handful of prompts is enough; take them
+    from where the model is used, and about as long: the error at a tau depends on the length.
 
     Each batch is read once, with every attention run exactly, which is passed on, and nine times sparse. Nothing is
     compiled behind the passes. Dynamo is reset: code compiled before is compiled anew at its next call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from s2o_compile.calibrate import LEAST_ERROR
 from s2o_compile.calibrate import calibrate as calibrate_model
 from s2o_compile.cli_options import (
     ConfigFile,
@@ -12,6 +13,7 @@ from s2o_compile.cli_options import (
     Device,
     Model,
     Tokens,
+    check_out,
     choose_config,
     choose_device,
     load,
@@ -19,6 +21,7 @@ from s2o_compile.cli_options import (
     tokenize,
     typer,
 )
+from s2o_compile.config import check_error
 
 
 def calibrate(
@@ -33,11 +36,13 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Configuration to write, JSON.")] = Path("s2o.json"),
 ) -> None:
     """Measure every head on your text and write the configuration that keeps an error budget."""
+    check_out("--out", out)
+    check_error("--error", error, least=LEAST_ERROR)
+    config = choose_config(None, config_file, min_seq_len=min(tokens, 2048))
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
         loaded, tokenizer = load(model, tokens, device)
         ids = [tokenize(tokenizer, tokens, file).to(device) for file in text or [None]]
-        config = choose_config(None, config_file, min_seq_len=min(tokens, 2048))
         found = calibrate_model(loaded, ids, error, config=config, progress=step)
     out.write_text(found.to_json() + "\n")
     dense = sum(map(len, found.dense_heads.values()))

@@ -18,6 +18,7 @@ from s2o_compile.cli_options import (
     Tau,
     Text,
     Tokens,
+    check_out,
     choose_config,
     choose_device,
     load,
@@ -50,6 +51,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
+    check_out("--json", json_file)
     taus = TAUS if curve else ()
     found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=planted, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
@@ -77,6 +79,7 @@ def plot(
         raise OptionError(unknown_name("picture", kind, (*PICTURES, "attention")))
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise OptionError(f"--out: expected a name in .png, .pdf or .svg, got {str(out)!r}. Name such a file.")
+    check_out("--out", out)
     if kind == "attention":
         if evaluation is not None:
             raise OptionError(

@@ -58,6 +58,15 @@ def read_file(option: str, file: Path) -> str:
         raise OptionError(f"{option}: expected a text file, got {str(file)!r} ({error}). Give another path.") from error
 
 
+def check_out(option: str, file: Path | None) -> None:
+    """Refuse what cannot be written, before the work whose result it is to hold."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise OptionError(
+            f"{option}: expected a file in a directory that exists, got {str(file)!r}. Make its directory, or give "
+            "another path."
+        )
+
+
 def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
     """Model and, unless its weights are random, tokenizer."""
     if model == "smollm2":

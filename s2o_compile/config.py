@@ -93,6 +93,11 @@ class S2OConfig(OperatorOptions):
                     f"error={self.error!r}: expected no tau beside it, got tau={self.tau!r}. Give one of them: the "
                     "budget chooses a tau."
                 )
+            if self.error == 0.0 and self.site_tau:
+                raise OptionError(
+                    f"error={self.error!r}, which is exact: expected no site_tau beside it, got {self.site_tau!r}. "
+                    "Leave out one of them: site_tau wins at its sites."
+                )
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")

@@ -55,13 +55,14 @@ class HeadCurves:
         self._area = 0.0
 
     def add(self, call: ObservedCall, exact: Tensor) -> None:
-        """Run a call at every tau and compare with its exact output [B, Hq, Nq, Dv]."""
+        """Run a call at every tau and compare with its exact output [B, Hq, Nq, Dv], sinks put into both."""
+        exact = call.with_sinks(exact)
         area = call.mask.area(len(exact), call.query.shape[2], call.key.shape[2]).sum().item()
         self._area += area
         self._power += _squares(exact)
         for place, tau in enumerate(self.taus):
             result = call.run(tau=tau, dense_heads=())
-            self._difference[place] += _squares(result.output, exact)
+            self._difference[place] += _squares(call.with_sinks(result.output, result.lse), exact)
             self._density[place] += call.densities(result).cpu() * area
 
     def errors(self) -> list[float]:

@@ -86,7 +86,7 @@ class SiteMeter:
     def __call__(self, call: ObservedCall) -> None:
         """Measure one call."""
         sums = self._sums.setdefault(call.site, [_Sums() for _ in range(1 + len(self._taus))])
-        exact = call.exact()
+        exact = call.with_sinks(call.exact())
         sums[0].add(call, call.result, exact)
         for other, tau in zip(sums[1:], self._taus, strict=True):
             other.add(call, call.run(tau=tau), exact)
@@ -136,9 +136,10 @@ class _Sums:
     tile_calls: Tensor = field(default_factory=_nothing)
 
     def add(self, call: ObservedCall, result: Result, exact: Tensor) -> None:
-        """Take in one result of a call."""
+        """Take in one result of a call; the exact output has its sinks."""
         batch, _, n_queries, _ = call.query.shape
-        rows = [_squares(result.output[:, head], exact[:, head]) for head in range(exact.shape[1])]
+        output = call.with_sinks(result.output, result.lse)
+        rows = [_squares(output[:, head], exact[:, head]) for head in range(exact.shape[1])]
         difference, power = (torch.stack(part, 1) for part in zip(*rows, strict=True))  # [B, Hq, Nq]
         self.worst_row = _largest(self.worst_row, difference, power)
         self.worst_tile = _largest(self.worst_tile, _by_tile(difference), _by_tile(power))

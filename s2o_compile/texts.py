@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Text:
     """A batch: token ids [B, N], and the other keyword inputs; None if the model takes ids alone, by position."""
 
     ids: Tensor
-    keywords: Mapping[str, Tensor] | None
+    keywords: Mapping[str, Any] | None
 
     @property
     def real(self) -> Tensor:
@@ -67,10 +68,18 @@ def texts_of(caller: str, model: nn.Module, batches: Batch | Iterable[Batch]) ->
     listed: list[Batch] = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)  # pyright: ignore
     texts = []
     for batch in listed:
-        keywords = {name: x.to(device) for name, x in batch.items()} if isinstance(batch, Mapping) else None
+        keywords = None
+        if isinstance(batch, Mapping):
+            keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         ids = batch if keywords is None else keywords.pop("input_ids", None)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{type(batch).__name__} without"
+            got = (
+                f"{ids.dtype} {tuple(ids.shape)}"
+                if isinstance(ids, Tensor)
+                else "none"
+                if ids is None
+                else type(ids).__name__
+            )
             raise EvaluationError(
                 f"{caller}: expected batches of token ids int64 [B, N], or mappings with input_ids, got {got}. Give "
                 "what a tokenizer returns with return_tensors='pt'."

@@ -153,8 +153,39 @@ class TestMeasuring:
         assert (config.ranking, config.segment_len, config.tau) == ("mean_query", 128, S2OConfig().tau)
         assert "layers.9" not in config.dense_heads
 
+    def test_calls_without_a_site_run_as_they_are(self):
+        class Mixed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = sharp_model()
+
+            def forward(self, ids):
+                logits = self.inner(ids)
+                heads = logits[..., :48].unflatten(-1, (3, 16)).transpose(1, 2)
+                return logits + s2o_compile.attention(heads, heads, heads, causal=True, config=CONFIG).sum()
+
+        config = s2o_compile.calibrate(Mixed().eval(), tiny_tokens(), 0.05, config=CONFIG)
+        assert set(config.site_tau) == {"inner.layers.0", "inner.layers.1"}
+
 
 class TestRefusals:
+    def test_an_exact_budget_beside_taus(self):
+        with pytest.raises(OptionError, match=r"error=0.0, which is exact: expected no site_tau beside it"):
+            S2OConfig(error=0.0, site_tau={"layers.0": (0.5,)})
+
+    def test_what_cannot_be_written_before_the_work(self, tmp_path):
+        from s2o_compile import cli
+
+        out = str(tmp_path / "missing" / "s2o.json")
+        for command in (
+            ["calibrate", "--out", out],
+            ["evaluate", "--json", out],
+            ["plot", "depth", "--out", out + ".png"],
+        ):
+            result = CliRunner().invoke(cli.app, command)
+            assert isinstance(result.exception, OptionError)
+            assert "expected a file in a directory that exists" in str(result.exception)
+
     @pytest.mark.parametrize("error", [0.0, 2.0, -0.1, True, "small", float("nan")])
     def test_what_is_no_budget(self, error):
         with pytest.raises(OptionError, match=r"calibrate: error: expected a relative error between 0.0001 and 1, got"):

@@ -282,7 +282,7 @@ WRONG = {
     "unproven": (Biased().eval(), tiny_tokens(), r"to run sparse, got none of 1: .*explain\(model, \*inputs\)"),
     "nothing": (TINY, [], "at least one batch of token ids, got none"),
     "floats": (tiny_model(), torch.randn(1, 700, 32), r"token ids int64 \[B, N\].*got torch.float32 \(1, 700, 32\)"),
-    "no-ids": (TINY, {"attention_mask": tiny_tokens()}, "mappings with input_ids, got dict without"),
+    "no-ids": (TINY, {"attention_mask": tiny_tokens()}, "mappings with input_ids, got none"),
     "4-D-mask": (
         TINY,
         {"input_ids": tiny_tokens(), "attention_mask": torch.ones(1, 1, 700, 700)},

@@ -122,3 +122,21 @@ def test_one_piece_and_a_cpu_and_a_capture_need_no_stream(device, pieces, monkey
     monkeypatch.setattr(streams, "_streams_of", None)
     with streams.side_by_side(torch.device(device), pieces) as turn, turn(0):
         pass
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_equal_keys_stand_in_the_same_order_in_a_slice(ranking, monkeypatch):
+    """Repeated keys have equal scores."""
+    monkeypatch.setattr(rank, "default_chunk_len", lambda _: 128)
+    monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
+    inputs = Case(queries=700, heads=4, kv_heads=2).inputs()
+    inputs.key.copy_(inputs.key[:, :, torch.arange(700) % 12])
+    options = OperatorOptions(tau=4.0, min_seq_len=0, segment_len=128, ranking=ranking)
+    results = []
+    for scratch in (2**27, 1):
+        monkeypatch.setattr(slices, "SCRATCH_BYTES", scratch)
+        with record_calls() as calls:
+            output, _ = operator.run(*inputs.tensors, inputs.mask, scale=0.2, return_lse=False, options=options)
+        results.append((output, calls[0].computed))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-5)

@@ -5,10 +5,12 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from s2o_compile.head_curves import HeadCurves
 from s2o_compile.kernels import observation, plan, rank
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.observation import observe_attention
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.site_quality import SiteMeter
 from tests.conftest import CUDA, Case, assert_close, bounds, computed_pairs, dense_area, distance, exact_attention, on
 from tests.tiny import tiny_input, tiny_model
 
@@ -156,3 +158,24 @@ def test_calls_of_a_compiled_model_are_seen_by_site(inner_backend):
         expected = model(x)
     assert sites == ["layers.0", "layers.1"]
     assert (output - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
+def test_sinks_are_put_in_for_comparison():
+    """Errors are those of what the model gets."""
+    inputs = Case(queries=900, heads=4, kv_heads=2, sinks=True).inputs()
+    inputs.sinks.add_(6.0)
+    curves, meter, seen = HeadCurves([4.0], 4, 2), SiteMeter(), []
+
+    def look(call):  # at once: sinks are put into the call's own output behind it
+        curves.add(call, call.exact())
+        meter(call)
+        seen.extend([call.with_sinks(call.exact()), call.with_sinks(call.result.output, call.result.lse)])
+        seen.append(((call.result.output - call.exact()).norm() / call.exact().norm()).item())
+
+    output, *_ = observed(inputs, look)
+    exact, _ = attend(inputs, tau=0.0)
+    torch.testing.assert_close(seen[0], exact, rtol=1e-4, atol=1e-5)
+    assert torch.equal(seen[1], output)
+    wanted = pytest.approx(((output - exact).norm() / exact.norm()).item(), rel=1e-3)
+    assert (curves.errors()[0], meter.sites()[0].error) == (wanted, wanted)
+    assert seen[2] != pytest.approx(curves.errors()[0], rel=0.2)  # what would be measured without them
