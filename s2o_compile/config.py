@@ -33,7 +33,8 @@ class S2OConfig(OperatorOptions):
             (``error_budget.py``), as a mean over layers; yours may differ twofold. `s2o_compile.calibrate` measures
             your model and returns a configuration that keeps the budget layer by layer.
         site_tau: By site name, as ``explain`` lists it, tau of each of its query heads, as ``calibrate`` finds them;
-            other sites go by ``error`` or ``tau``.
+            other sites go by ``error`` or ``tau``. They belong to the ``error`` that they were calibrated for: for
+            another, calibrate again.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
             16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
         segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to

@@ -14,6 +14,9 @@ from s2o_compile.kernels.observation import ObservedCall
 STEPS = 8
 """Taus tried between two measured ones; what they give is interpolated."""
 
+FLOOR = 1e-4
+"""Error of a head below which nothing is told apart."""
+
 HEAD_SHARE = 2.0
 """No head may be off by more than this many budgets, however little it weighs in its layer."""
 
@@ -109,7 +112,9 @@ class HeadCurves:
 
     def _refined(self) -> tuple[Tensor, Tensor, Tensor]:
         """Taus, and difference and density [taus, Hq] there: monotonic, and interpolated between what was measured."""
-        difference = self._difference.cummax(0).values.clamp(min=1e-30)
+        # A floor under what is all but exact: from nothing to much, logarithms would promise too little on the way.
+        floor = FLOOR**2 * self._power.clamp(min=torch.finfo(torch.float64).tiny)
+        difference = torch.maximum(self._difference.cummax(0).values, floor)
         density = (self._density / max(self._area, 1.0)).cummin(0).values
         share = torch.arange(STEPS, dtype=torch.float64) / STEPS
 

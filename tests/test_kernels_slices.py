@@ -88,6 +88,18 @@ def test_no_bit_depends_on_how_a_call_is_cut(case, ranking, device, implementati
         assert torch.equal(one, other)
 
 
+def test_a_key_that_holds_nan_is_visited_in_the_slice_of_its_head(monkeypatch):
+    monkeypatch.setattr(rank, "default_chunk_len", lambda _: 128)
+    monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
+    inputs = PLAIN.inputs()
+    inputs.key[0, 1, 70] = torch.nan
+    options = OperatorOptions(tau=1000.0, min_seq_len=0, segment_len=128)  # every tile stops as soon as it may
+    output, _ = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+    assert output[:, 2:].isnan().all()
+    assert not output[:, :2].isnan().any()
+
+
 class Stream:
     """What a stream waits for, and nothing else."""
 
