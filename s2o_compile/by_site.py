@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
@@ -38,9 +39,9 @@ class _BySite(Mapping[str, tuple[T, ...]], Generic[T]):
         self._sites = {site: self.in_order(given[site]) for site in sorted(given) if given[site]}
 
     @staticmethod
+    @abstractmethod
     def accepts(number: object) -> bool:
         """Whether this can be one of a site's numbers."""
-        raise NotImplementedError
 
     @staticmethod
     def in_order(numbers: Sequence[T]) -> tuple[T, ...]:
