@@ -55,7 +55,8 @@ def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callabl
 
 def score_all(prepare: Callable[..., ScoreKeys], query: Tensor, key: Tensor, scale: float, segment_len: int) -> Tensor:
     """Scores of a whole call, all heads at once."""
-    return prepare(query, key, scale=scale, segment_len=segment_len)(query, key, CAUSAL, slice(None))
+    shared = query.shape[1] // key.shape[1]
+    return prepare(query, key, scale=scale, segment_len=segment_len, shared=shared)(query, key, CAUSAL, slice(None))
 
 
 def order_all(scores: Tensor, key: Tensor, value: Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
             CAUSAL,
             scale=scale,
             ranking="per_query",
+            list_per="group",
             query_order="none",
             implementation="triton",
         )

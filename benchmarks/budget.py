@@ -1,6 +1,6 @@
 """What an error budget costs and whether it holds: SmolLM2 calibrated on some texts, measured on others.
 
-    python benchmarks/budget.py [--tokens 16384 65536] [--json benchmarks/results/budget-h100.json]
+    python benchmarks/budget.py [--tokens 16384 65536] [--list-per head] [--json benchmarks/results/budget-h100.json]
 
 Texts: Python's language reference (prose), the sources of its standard library, and those of torch.nn. Up to 32K tokens
 the model is calibrated on the first prose and library code and measured on later prose; at 64K, where the prose is too
@@ -34,6 +34,7 @@ from s2o_compile.calibrate import AIM, TAUS, CurveMeter, budgeted
 from s2o_compile.compiled_copy import compiled_copy
 from s2o_compile.demo import MODEL, document, load_model
 from s2o_compile.kernels.observation import ObservedCall, Observer, observe_attention
+from s2o_compile.kernels.rank import LISTS
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 KEPT = (0.4, 1.25)
@@ -120,27 +121,30 @@ def evaluated(model: torch.nn.Module, text: Tensor, config: S2OConfig) -> dict[s
     }
 
 
-def bench_length(tokens: int, rows: Rows, budgets: tuple[float, ...], taus: tuple[float, ...]) -> None:
+def bench_length(tokens: int, list_per: str, rows: Rows, budgets: tuple[float, ...], taus: tuple[float, ...]) -> None:
     """All rows of a length."""
     model, tokenizer = load_model(tokens, DEVICE)
     known, unknown = texts(tokenizer, tokens)
-    base = S2OConfig(min_seq_len=min(1024, tokens))
+    base = S2OConfig(min_seq_len=min(1024, tokens), list_per=list_per)
     configs = {}
     if budgets:
         meter = CurveMeter()
         read(model, known, base, meter)
         for place, tau in enumerate(TAUS):
-            rows.measure("curve", {"tokens": tokens, "tau": tau}, functools.partial(curve, meter, place))
+            rows.measure(
+                "curve", {"tokens": tokens, "lists": list_per, "tau": tau}, functools.partial(curve, meter, place)
+            )
         configs = {error: budgeted(base, meter, error) for error in budgets}
     for (name, text), (error, config) in ((t, c) for t in unknown.items() for c in configs.items()):
         measure = functools.partial(kept, model, text, config)
-        rows.measure("budget kept", {"tokens": tokens, "text": name, "error": error}, measure)
+        what = {"tokens": tokens, "lists": list_per, "text": name, "error": error}
+        rows.measure("budget kept", what, measure)
     prose = unknown["prose"]
     chosen = {f"tau {tau:g}": dataclasses.replace(base, tau=tau) for tau in taus}
     chosen |= {f"error {error:g}, calibrated": config for error, config in configs.items()}
     for name, config in chosen.items():
         measure = functools.partial(evaluated, model, prose, config)
-        rows.measure("model", {"tokens": tokens, "quality": name}, measure)
+        rows.measure("model", {"tokens": tokens, "lists": list_per, "quality": name}, measure)
 
 
 def main() -> None:
@@ -148,12 +152,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--calibrated", type=int, nargs="*", default=[16384, 65536], help="lengths with budgets")
+    parser.add_argument("--list-per", default="group", choices=LISTS)
+    parser.add_argument("--taus", type=float, nargs="+", help="fixed taus that are evaluated")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = Rows(args.json, model=MODEL, dtype="bfloat16" if ON_GPU else "float32", aim=AIM)
     for tokens in args.tokens:
         full = tokens in args.calibrated
-        bench_length(tokens, rows, BUDGETS if full else (), (0.25, 0.5, 1.0) if full else (0.5,))
+        taus = args.taus or ((0.25, 0.5, 1.0) if full else (0.5,))
+        bench_length(tokens, args.list_per, rows, BUDGETS if full else (), tuple(taus))
 
 
 if __name__ == "__main__":

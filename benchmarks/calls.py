@@ -150,6 +150,7 @@ def time_held(
             mask,
             scale=scale,
             ranking=ranking,
+            list_per=options.list_per,
             query_order=options.query_order,
             implementation=implementation,
         )

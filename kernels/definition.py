@@ -9,6 +9,9 @@ For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and 
                  gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
                  unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
                  stop if unvisited < tau, from the second chunk on
+    tail     where it stopped:
+                 share_i     =  TAIL_SHARE * min(gain_i * visited / chunk_len * log(prefix_count / visited), 1)
+                 acc_i, l_i  <-  acc_i + share_i l_i mean value of the prefix keys, l_i + share_i l_i
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
 
 Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they are capped (Gemma 2).
@@ -17,7 +20,8 @@ Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they 
 as they do in trained models: chunk c brings gain * visited / c, summed over the chunks to come. The paper tests
 ``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
 gain alone shrinks with it. Where the mass is flat, the share of all mass that is left unvisited is below tau too. The
-first chunk is never tested alone: attention sinks make its gain huge and the next one tiny.
+first chunk is never tested alone: attention sinks make its gain huge and the next one tiny. The tail is not in the
+paper: keys left out count by the same estimate (``tail.py``).
 
 Written for clarity, in the dtype of its inputs (tests pass float64). It is the judge of every implementation.
 """
@@ -43,12 +47,22 @@ def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
     return visited / chunk_len * max(math.log(prefix / visited), 0.0)
 
 
+TAIL_SHARE = 0.2
+"""Part of the estimate that the tail counts, for the estimate is cautious: 0 and 0.35 want more density (SmolLM2)."""
+
+
+def tail_share(gain: Tensor, to_come: float) -> Tensor:
+    """Mass left out over mass visited, of rows whose last chunk brought ``gain``; in its shape."""
+    return (gain * to_come).clamp(0.0, 1.0) * TAIL_SHARE
+
+
 class Result(NamedTuple):
     """What every executor returns.
 
     Attributes:
         output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
-        lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits, -inf for a query that sees no key.
+        lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits and of the tail, -inf for a query that sees
+            no key.
         computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
     """
 
@@ -88,6 +102,11 @@ class OnlineSoftmax:
         self.acc = self.acc * decay[:, None] + weight @ value
         self.m = m
 
+    def add_tail(self, share: Tensor, mean_value: Tensor) -> None:
+        """Count keys left out: share [rows] of the mass visited, at mean_value [Dv]."""
+        self.acc = self.acc + (share * self.l)[:, None] * mean_value
+        self.l = self.l * (1 + share)
+
     def gain(self, m_before: Tensor, l_before: Tensor) -> Tensor:
         """Share of the mass brought since (m_before, l_before), [rows]."""
         return 1 - l_before * (m_before - self.m).exp() / self.l
@@ -117,7 +136,7 @@ def attend(
         softcap: Bound of the logits, None for none.
     """
     batch, heads, n_queries, _ = query.shape
-    group = heads // key.shape[1]
+    group, shared = heads // key.shape[1], heads // plan.key_index.shape[1]
     n_keys = key.shape[2]
     output = query.new_zeros(batch, heads, n_queries, value.shape[3])
     lse = query.new_full((batch, heads, n_queries), float("-inf"))
@@ -145,12 +164,17 @@ def attend(
                 visited, stopped = 0, False
                 while visited < count and not stopped:
                     m_before, l_before = state.m, state.l
-                    chunk = plan.key_index[b, kv, segment, visited : min(visited + plan.chunk_len, count)].long()
+                    chunk = plan.key_index[
+                        b, h // shared, segment, visited : min(visited + plan.chunk_len, count)
+                    ].long()
                     state.update(key[b, kv, chunk], value[b, kv, chunk])
                     visited += plan.chunk_len
                     if limit > 0 and visited >= FIRST_TEST * plan.chunk_len:
-                        gain = state.gain(m_before, l_before).max()
-                        stopped = bool(gain * chunks_to_come(visited, count, plan.chunk_len) < limit)
+                        gain, to_come = state.gain(m_before, l_before), chunks_to_come(visited, count, plan.chunk_len)
+                        stopped = bool(gain.max() * to_come < limit)
+                        if stopped:
+                            share = tail_share(gain, to_come)
+                            state.add_tail(share, plan.tail_value[b, kv, segment].to(state.acc.dtype))
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
                 computed[b, h, t] = len(own) + min(visited, count)

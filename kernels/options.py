@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
+from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
@@ -29,6 +29,7 @@ class OperatorOptions:
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query", "sub_mean" or "mean_query".
+        list_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
         query_order: "none" or "mean_query".
         implementation: "auto", "triton" or "torch". A named one never falls back to another.
     """
@@ -37,6 +38,7 @@ class OperatorOptions:
     min_seq_len: int | str = "auto"
     segment_len: int | None = None
     ranking: str = "per_query"
+    list_per: str = "group"
     query_order: str = "none"
     implementation: str = "auto"
 
@@ -72,6 +74,7 @@ class OperatorOptions:
             )
         for name, allowed in (
             ("ranking", tuple(RANKINGS)),
+            ("list_per", LISTS),
             ("query_order", QUERY_ORDERS),
             ("implementation", IMPLEMENTATIONS),
         ):
@@ -90,6 +93,7 @@ def options_of(
     min_seq_len: int | None,
     segment_len: int | None,
     ranking: str,
+    list_per: str,
     query_order: str,
     implementation: str,
     head_tau: tuple[float, ...] = (),
@@ -104,6 +108,7 @@ def options_of(
         min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,
+        list_per=list_per,
         query_order=query_order,
         implementation=implementation,
     )

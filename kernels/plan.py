@@ -2,8 +2,8 @@
 
 A ranking fills it, an executor walks it. Keys are never moved: the plan holds indices only.
 
-Shapes: B batch, Hq query heads, Hkv key/value heads (one ranking per GQA group), Nq queries, Nk keys,
-P segments of ``segment_len`` queries, L the longest list.
+Shapes: B batch, Hq query heads, Hkv key/value heads, Hl heads that have lists (Hkv where the heads of a group share
+them, else Hq), Nq queries, Nk keys, P segments of ``segment_len`` queries, L the longest list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from s2o_compile.kernels.mask import AttentionMask
 
 ScoreKeys = Callable[[Tensor, Tensor, AttentionMask, slice], Tensor]
-"""Scores of a slice: (query [B, h, n, D], key [B, h_kv, n_k, D], mask, key/value heads) -> [B, h_kv, P, n_k]."""
+"""Scores of a slice: (query [B, h, n, D], key [B, h_kv, n_k, D], mask, key/value heads) -> [B, h_l, P, n_k]."""
 
 TILE_LEN = 128
 """Queries of one tile. A tile is what stops early, so every executor uses the same length."""
@@ -30,9 +30,10 @@ class Plan:
     Attributes:
         segment_len: Queries per segment, a multiple of TILE_LEN.
         chunk_len: Keys between two tests of the stop rule, a multiple of 128.
-        key_index: int32 [B, Hkv, P, L], prefix keys of the segment, most important first.
+        key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
         prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
         query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
+        tail_value: float32 [B, Hkv, P, Dv], what stands for the keys that a tile leaves out (``tail.py``).
     """
 
     segment_len: int
@@ -40,6 +41,7 @@ class Plan:
     key_index: Tensor
     prefix_count: Tensor
     query_order: Tensor | None
+    tail_value: Tensor
 
     @property
     def n_segments(self) -> int:
@@ -108,14 +110,14 @@ def order_keys(
     """Turn importance scores into lists.
 
     Args:
-        scores: Floating [B, Hkv, P, Nk], larger is more important, any monotone scale. Overwritten.
-        poisoned: Bool [B, Hkv, Nk], of ``poisoned_keys``.
+        scores: Floating [B, Hl, P, Nk], larger is more important, any monotone scale. Overwritten.
+        poisoned: Bool [B, Hl, Nk], of ``poisoned_keys``.
         mask: Which keys count as prefix.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
 
     Returns:
-        key_index int32 [B, Hkv, P, L], prefix_count int32 [B, P].
+        key_index int32 [B, Hl, P, L], prefix_count int32 [B, P].
     """
     batch, _, segments, n_keys = scores.shape
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)

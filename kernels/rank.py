@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s2o_compile.kernels import plan, ranking_mean_query, ranking_per_query, ranking_sub_mean
+from s2o_compile.kernels import plan, ranking_mean_query, ranking_per_query, ranking_sub_mean, tail
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len
+from s2o_compile.kernels.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
 from s2o_compile.kernels.query_order import order_queries
 
 try:
-    from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking
+    from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking, triton_tail
 except ImportError:  # no triton here: Planner is then never asked for it
-    triton_mean_query = triton_order = triton_ranking = None
+    triton_mean_query = triton_order = triton_ranking = triton_tail = None
 
 
 def _slice_by_slice(score_keys: Callable[..., Tensor]) -> Callable[..., ScoreKeys]:
@@ -36,6 +36,7 @@ if triton_ranking is not None and triton_mean_query is not None:
     TRITON_RANKINGS["per_query"] = triton_ranking.prepare
     TRITON_RANKINGS["mean_query"] = _slice_by_slice(triton_mean_query.score_keys)
 QUERY_ORDERS = ("none", "mean_query")
+LISTS = ("head", "group")
 
 
 class Planner:
@@ -47,8 +48,10 @@ class Planner:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
+        mask: The proven mask of the whole call, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
         ranking: A key of RANKINGS.
+        list_per: One of LISTS: whether each query head has lists of its own, or the heads of a group share them.
         query_order: One of QUERY_ORDERS.
         segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
         implementation: "triton" or "torch": who ranks where both can.
@@ -59,9 +62,11 @@ class Planner:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: AttentionMask,
         *,
         scale: float,
         ranking: str,
+        list_per: str,
         query_order: str,
         segment_len: int | None = None,
         implementation: str = "torch",
@@ -70,25 +75,38 @@ class Planner:
         self._chunk_len = default_chunk_len(key.shape[2])
         self._query_order = query_order
         prepare, self._order_keys, poisoned = RANKINGS[ranking], plan.order_keys, plan.poisoned_keys
+        sum_blocks = tail.block_sums
         if implementation == "triton":
             prepare = TRITON_RANKINGS.get(ranking, prepare)
             self._order_keys, poisoned = triton_order.order_keys, triton_order.find_poisoned
-        self._score_keys = prepare(query, key, scale=scale, segment_len=self.segment_len)
-        self._poisoned = poisoned(key, value)
+            sum_blocks = triton_tail.block_sums
+        group = query.shape[1] // key.shape[1]
+        self.shared = group if list_per == "group" else 1  # query heads that share a list
+        self._score_keys = prepare(query, key, scale=scale, segment_len=self.segment_len, shared=self.shared)
+        self._poisoned, self._lists = poisoned(key, value), group // self.shared
+        self._tail_value = tail.tail_values(
+            value, mask, n_queries=query.shape[2], segment_len=self.segment_len, sum_blocks=sum_blocks
+        )
 
-    def plan(self, query: Tensor, key: Tensor, mask: AttentionMask, heads: slice = slice(None)) -> Plan:
+    def plan(
+        self, query: Tensor, key: Tensor, mask: AttentionMask, heads: slice = slice(None), first_query: int = 0
+    ) -> Plan:
         """Plan of some key/value heads, some queries and the keys that these see (``slices.cut``).
 
         Args:
             query: [B, h, n, D], queries from the start of a segment on.
             key: [B, h_kv, n_k, D], the first n_k keys.
-            mask: The proven mask of these, without a window (a window is computed exactly and needs no plan).
+            mask: The mask of these.
             heads: Which key/value heads of the call these are.
+            first_query: Which query of the call is the first of these.
         """
         n_queries, n_keys = query.shape[2], key.shape[2]
+        first = first_query // self.segment_len
         scores = self._score_keys(query, key, mask, heads)
+        poisoned = self._poisoned[:, heads, :n_keys]
+        poisoned = poisoned.repeat_interleave(self._lists, 1) if self._lists > 1 else poisoned
         key_index, prefix_count = self._order_keys(
-            scores, self._poisoned[:, heads, :n_keys], mask, n_queries=n_queries, segment_len=self.segment_len
+            scores, poisoned, mask, n_queries=n_queries, segment_len=self.segment_len
         )
         return Plan(
             segment_len=self.segment_len,
@@ -96,9 +114,10 @@ class Planner:
             key_index=key_index,
             prefix_count=prefix_count,
             query_order=order_queries(query, self.segment_len) if self._query_order == "mean_query" else None,
+            tail_value=self._tail_value[:, heads, first : first + n_segments(n_queries, self.segment_len)],
         )
 
 
 def build_plan(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, **options: object) -> Plan:
     """Plan of a whole call; options as those of ``Planner``."""
-    return Planner(query, key, value, **options).plan(query, key, mask)  # pyright: ignore[reportArgumentType]
+    return Planner(query, key, value, mask, **options).plan(query, key, mask)  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """Rank keys by the segment's mean query: the paper's ranking (S2O, arXiv 2602.22575, section 3).
 
-score[s, j] = max over the heads of the GQA group of  mean_{i in s}(q_i) . k_j * scale
+score[s, j] = max over the heads that share the list of  mean_{i in s}(q_i) . k_j * scale
 
 Cheap (one query per segment), and blind to what only a few queries of the segment look for: retrieval suffers.
 """
@@ -24,11 +24,13 @@ def segment_means(query: Tensor, group_len: int) -> Tensor:
     return sums / (n_queries - first).clamp(max=group_len)[:, None]
 
 
-def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
-    """Importance of every key for every segment, [B, Hkv, P, Nk]; see the module docstring."""
+def score_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, [B, Hl, P, Nk]; see the module docstring."""
     batch, kv_heads, n_keys, head_dim = key.shape
     means = segment_means(query, segment_len).to(key.dtype) * scale
     segments = means.shape[2]
     grouped = means.view(batch, kv_heads, -1, head_dim)
     logits = grouped @ key.transpose(-1, -2)
-    return logits.view(batch, kv_heads, -1, segments, n_keys).amax(2)
+    return logits.view(batch, -1, shared, segments, n_keys).amax(2)

@@ -1,8 +1,8 @@
 """Rank keys by every query of the segment, in a few dimensions and without an exponential.
 
 p[i, j] = q_i[dims] . k_j[dims] * scale - normaliser_i
-score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the group's heads,
-              of p[i, j]
+score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the heads that
+              share the list, of p[i, j]
 
 ``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
 the log-sum-exp of the query's row from its segment's own keys, the first keys (trained models put much weight there)
@@ -129,29 +129,39 @@ def row_normaliser(
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
-def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int) -> ScoreKeys:
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
     """What scores the slices of a call; dimensions and samples go by the whole call. Arguments: ``rank.Planner``."""
     head_dim = query.shape[3]
     dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
     stride = key_stride(key.shape[2])
 
     def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
-        return _score_keys(query, key, mask, dims[:, heads], stride, scale=scale, segment_len=segment_len)
+        some = dims[:, heads]
+        return _score_keys(query, key, mask, some, stride, scale=scale, segment_len=segment_len, shared=shared)
 
     return score_keys
 
 
 def _score_keys(
-    query: Tensor, key: Tensor, mask: AttentionMask, dims: Tensor, stride: int, *, scale: float, segment_len: int
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    dims: Tensor,
+    stride: int,
+    *,
+    scale: float,
+    segment_len: int,
+    shared: int,
 ) -> Tensor:
-    """Importance of every key for every segment, float32 [B, Hkv, P, Nk]; see the module docstring."""
+    """Importance of every key for every segment, float32 [B, Hl, P, Nk]; see the module docstring."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
-    shape = batch, kv_heads, len(starts), n_keys
+    lists = heads // kv_heads // shared  # of each key/value head
+    shape = batch, kv_heads * lists, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
     starts, stops = starts.tolist(), stops.tolist()
 
@@ -163,17 +173,17 @@ def _score_keys(
         missing = -rows.shape[3] % SLOTS  # silent queries
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
         rows[..., rows.shape[3] - missing :, -1] = float("inf")
-        rows = rows.flatten(2, 3)
+        rows = rows.view(batch, kv_heads * lists, -1, rows.shape[4])
         end = starts[s] if mask.causal else n_keys
         products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
         for b in range(batch):
-            for kv in range(kv_heads):
+            for some in range(kv_heads * lists):
                 for j in range(0, end, KEY_STEP):
                     step = slice(j, min(j + KEY_STEP, end))
-                    columns = key_columns[b, kv, :, step]
+                    columns = key_columns[b, some // lists, :, step]
                     out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
-                    best = torch.mm(rows[b, kv], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
-                    torch.logsumexp(best, 0, out=scores[b, kv, s, step])
+                    best = torch.mm(rows[b, some], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
+                    torch.logsumexp(best, 0, out=scores[b, some, s, step])
 
     for_each(segment, reversed(range(len(starts))), query.device)
     return scores

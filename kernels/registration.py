@@ -48,6 +48,7 @@ def attention(
     min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
+    list_per: str = _DEFAULT.list_per,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
@@ -61,7 +62,7 @@ def attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
     head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation, head_taus)
+    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
     output = lse = None
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and blind in BLIND:
@@ -117,6 +118,7 @@ def masked_attention(
     min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
+    list_per: str = _DEFAULT.list_per,
     query_order: str = _DEFAULT.query_order,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
@@ -130,7 +132,7 @@ def masked_attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
     head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, query_order, implementation, head_taus)
+    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
     output = run_masked(
         query,
         key,

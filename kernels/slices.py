@@ -31,7 +31,7 @@ BYTES_A_SCORE = 7
 
 
 def slices(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, segment_len: int, heads: Iterable[int]
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, segment_len: int, lists: int, heads: Iterable[int]
 ) -> Iterator[tuple[slice, slice]]:
     """Key/value heads and queries that are ranked at a time, so that scores and lists stay small beside key and value.
 
@@ -41,7 +41,7 @@ def slices(
     n_queries = query.shape[2]
     held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
     segments = n_segments(n_queries, segment_len)
-    together = held // streams.STREAMS // (key.shape[0] * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
+    together = held // streams.STREAMS // (key.shape[0] * lists * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
     length = n_queries if not mask.causal else max(min(together, segments), 1) * segment_len
     for some in runs(heads, max(together // segments, 1)):
         for first in range(0, n_queries, length):
@@ -109,21 +109,24 @@ def attend(
         query,
         key,
         value,
+        mask,
         scale=scale,
         ranking=options.ranking,
+        list_per=options.list_per,
         query_order=options.query_order,
         segment_len=options.segment_len,
         implementation="torch" if executor is torch_forward else "triton",
     )
     tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
     sparse = (head for head in range(key.shape[1]) if head not in dense_heads)
-    places = list(slices(query, key, value, mask, planner.segment_len, sparse))
+    lists = group // planner.shared
+    places = list(slices(query, key, value, mask, planner.segment_len, lists, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
     with streams.side_by_side(query.device, len(places)) as turn:
         for number, (heads, rows) in enumerate(places):
             with turn(number):
                 some_query, some_key, some_value, some_mask = cut(query, key, value, mask, heads, rows)
-                plan = planner.plan(some_query, some_key, some_mask, heads)
+                plan = planner.plan(some_query, some_key, some_mask, heads, rows.start)
                 members, tiles = query_heads(heads, group), slice(rows.start // TILE_LEN, n_tiles(rows.stop))
                 executor.attend(
                     some_query,

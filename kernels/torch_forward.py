@@ -1,6 +1,6 @@
 """S2O forward in plain torch that really does less work: what a CPU runs.
 
-For each segment the tiles of all heads of a GQA group walk the list together: a chunk of keys is gathered once and one
+For each segment the tiles of all heads that share a list walk it together: a chunk of keys is gathered once and one
 dense block serves every tile still walking; blocks merge by their log-sum-exp. Tiles that stop leave. The method is
 stated in ``definition.py``; order, tiles and stop rule are the same. Arithmetic is float32 whatever the inputs' dtype.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come, empty_result
+from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come, empty_result, tail_share
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 
@@ -36,16 +36,16 @@ def attend(
     into: Result | None = None,
 ) -> Result:
     """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
-    batch, kv_heads = key.shape[:2]
+    (batch, list_heads), kv_heads = plan.key_index.shape[:2], key.shape[1]
     result = empty_result(query, value.shape[3]) if into is None else into
     keys, values = key.float().contiguous(), value.float().contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
-        b, kv, _ = place
+        b, kv = place[0], place[1] * kv_heads // list_heads
         _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, result)
 
     last_first = reversed(range(plan.n_segments))  # the longest walks first
-    for_each(segment, itertools.product(range(batch), range(kv_heads), last_first), query.device)
+    for_each(segment, itertools.product(range(batch), range(list_heads), last_first), query.device)
     return result
 
 
@@ -59,11 +59,17 @@ class _Tiles:
     lse: Tensor
 
     def update(self, output: Tensor, lse: Tensor) -> Tensor:
-        """Merge a block; returns each tile's largest row gain, the share of the mass that the block brought."""
+        """Merge a block; returns each row's gain [tiles, TILE_LEN], the share of the mass that the block brought."""
         self.output, joint = merge(self.output, self.lse, output, lse)
         gain = 1 - (self.lse - joint).exp_()
         self.lse = joint
-        return gain.nan_to_num_(0.0).view(-1, TILE_LEN).amax(-1)
+        return gain.nan_to_num_(0.0).view(-1, TILE_LEN)
+
+    def add_tail(self, share: Tensor, mean_value: Tensor) -> None:
+        """Count keys left out: share [tiles, TILE_LEN] of the mass visited, at mean_value [Dv]."""
+        share = share.flatten()
+        self.output = (self.output + share[:, None] * mean_value) / (1 + share)[:, None]
+        self.lse = self.lse + share.log1p()
 
     def select(self, which: Tensor) -> _Tiles:
         """The tiles at places ``which``, copied."""
@@ -77,7 +83,7 @@ class _Tiles:
 
 
 class _Segment:
-    """One segment of one GQA group."""
+    """One segment of the heads that share its list."""
 
     def __init__(
         self,
@@ -89,17 +95,19 @@ class _Segment:
         place: tuple[int, int, int],
         softcap: float | None,
     ) -> None:
-        self.b, kv, segment = place
+        self.b, list_head, segment = place
         self.softcap = softcap
         self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
-        group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]
+        group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]  # heads that share the list
         self.first = segment * plan.segment_len
         self.end = min(self.first + plan.segment_len, n_queries)
         self.group, self.tiles = group, n_tiles(self.end - self.first)
-        self.heads = slice(kv * group, (kv + 1) * group)
+        self.heads = slice(list_head * group, (list_head + 1) * group)
         self.query = query[self.b, self.heads]
         self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
-        self.index = plan.key_index[self.b, kv, segment]
+        self.index = plan.key_index[self.b, list_head, segment]
+        kv_heads, list_heads = plan.tail_value.shape[1], plan.key_index.shape[1]
+        self.mean_value = plan.tail_value[self.b, list_head * kv_heads // list_heads, segment]
         self.count = int(plan.prefix_count[self.b, segment])
         # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
@@ -198,11 +206,13 @@ class _Segment:
             if start + self.chunk_len >= FIRST_TEST * self.chunk_len:
                 to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
                 limit = taus[walking.numbers]
-                stopped = ((gain * to_come < limit) & (limit > 0)).cpu()
+                stopped = ((gain.amax(-1) * to_come < limit) & (limit > 0)).cpu()
                 if not stopped.any():
                     continue
-                if walking is not tiles:
-                    tiles.put(walking.select(stopped.nonzero()[:, 0]))
+                leaving = stopped.nonzero()[:, 0]
+                part = walking.select(leaving)
+                part.add_tail(tail_share(gain[leaving], to_come), self.mean_value)
+                tiles.put(part)
                 walking = walking.select((~stopped).nonzero()[:, 0])
                 if stopped.all():
                     break

@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.definition import FIRST_TEST, Result, empty_result
+from s2o_compile.kernels.definition import FIRST_TEST, TAIL_SHARE, Result, empty_result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, launch_natural
 from s2o_compile.kernels.triton_tile import (
     LN2,
     NOTHING_SEEN,
+    WIDEST_VALUE,
     can_fix,
     cap_products,
     launch_config,
@@ -69,10 +70,11 @@ def attend_list(
 @triton.jit
 def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
-    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr, tau_ptr,
+    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr, tau_ptr, tail_value_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
-    n_queries, n_keys, n_segments, list_len, heads, group, offset, own_offset, qk_scale, inner, tau,
+    stride_tb, stride_th, stride_ts,
+    n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_QUERY_ORDER: tl.constexpr, HAS_HEAD_TAU: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
@@ -128,12 +130,13 @@ def gathered_fwd_kernel(
 
     if HAS_HEAD_TAU:
         tau = tl.load(tau_ptr + h)
-    list_row = (b * (heads // group) + kv) * n_segments + segment
+    list_row = row_head // shared * n_segments + segment
     key_index = key_index_ptr + list_row * list_len
     count = tl.load(prefix_count_ptr + b * n_segments + segment)
     whole = count // CHUNK * CHUNK
     visited = whole * 0
     stopped = visited != 0
+    tail = tl.zeros([TILE], tl.float32)
     start = visited
     if FIXED and BLIND_START:  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
@@ -152,14 +155,20 @@ def gathered_fwd_kernel(
         start = visited
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
         to_come = tl.math.log2(count.to(tl.float32) / visited) * (LN2 / CHUNK) * visited
-        worst = tl.max(gain, 0)
-        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (worst * to_come < tau)
+        tail = gain * to_come
+        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (tl.max(tail, 0) < tau)
     if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
             True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
+    if stopped:  # what is left out counts as its estimated mass at the mean value
+        tail = tl.minimum(tl.maximum(tail, 0.0), 1.0) * tail_share
+        dims = tl.arange(0, BLOCK_VALUE)
+        mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
+        acc += (tail * l)[:, None] * tl.load(mean, mask=dims < VALUE_DIM, other=0.0)[None, :]
+        l += tail * l
 
     out = out_ptr + b * stride_ob + h * stride_oh
     lse = lse_ptr + b * stride_lb + h * stride_lh
@@ -192,15 +201,18 @@ def attend(
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
     blind_start = mask.key_mask is not None or not mask.causal or last_segment + mask.offset >= n_keys
-    for part, piece in value_parts(value, result):
+    means = plan.tail_value.split(WIDEST_VALUE, 3)
+    for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
         gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
             query, key, part, *piece, plan.key_index, plan.prefix_count,
             order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,
+            mean,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
             *piece.lse.stride()[:2], *piece.computed.stride()[:2],
-            0 if mask.key_mask is None else mask.key_mask.stride(0),
+            0 if mask.key_mask is None else mask.key_mask.stride(0), *mean.stride()[:3],
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
+            heads // plan.key_index.shape[1], TAIL_SHARE,
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
             FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,

@@ -1,8 +1,8 @@
 """``ranking_mean_query`` on the GPU: the scores of all segments in one pass over the keys.
 
-    score[s, j] = max over the heads g of the group of  mean_query[s, g] . key[j] * scale
+    score[s, j] = max over the heads g that share the list of  mean_query[s, g] . key[j] * scale
 
-mean_query [B * Hkv, P, G, D], key [B, Hkv, Nk, D], score fp16 [B, Hkv, P, Nk].
+mean_query [B * Hl, P, G, D], key [B, Hkv, Nk, D], score fp16 [B, Hl, P, Nk], G heads share a list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from s2o_compile.kernels.plan import n_segments
 from s2o_compile.kernels.triton_tile import load_rows, needs_wide
 
 ROWS = 64
-"""Mean queries of one product, the heads of whole groups."""
+"""Mean queries of one product, all heads of whole lists."""
 
 LARGEST = tl.constexpr(60000.0)
 """Clamp of scores: inside fp16, and NaN of one bad mean becomes a number."""
@@ -25,7 +25,7 @@ LARGEST = tl.constexpr(60000.0)
 
 @triton.jit
 def score_means_kernel(
-    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, kv_heads, own_offset,
+    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, lists, own_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def score_means_kernel(
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     inside = keys < n_keys
-    base = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh
+    base = key_ptr + head // heads * stride_kb + head % heads // lists * stride_kh
     key = tl.trans(load_rows(base, tl.minimum(keys, n_keys - 1), stride_kn, HEAD_DIM, BLOCK_DIM, WIDE))
     row = tl.arange(0, SEGMENTS * GROUP)
     member = tl.minimum(row % GROUP, group - 1)  # a group that is no power of two repeats its last head
@@ -73,23 +73,25 @@ def segment_means_kernel(
     tl.store(mean_ptr + target * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
+def score_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; what is no prefix key is left undefined."""
     batch, kv_heads, n_keys, head_dim = key.shape
     heads, n_queries = query.shape[1:3]
-    segments, group = n_segments(n_queries, segment_len), heads // kv_heads
+    segments, list_heads = n_segments(n_queries, segment_len), heads // shared
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    means = key.new_empty(batch * kv_heads, segments, group, head_dim)
+    means = key.new_empty(batch * list_heads, segments, shared, head_dim)
     segment_means_kernel[(segments, batch * heads)](
-        query, means, *query.stride()[:3], n_queries, heads, group, scale, SEGMENT=segment_len, ROWS=64,
+        query, means, *query.stride()[:3], n_queries, heads, shared, scale, SEGMENT=segment_len, ROWS=64,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, WIDE=needs_wide(query), num_warps=4,
     )  # fmt: skip
-    score = torch.empty(batch, kv_heads, segments, n_keys, device=key.device, dtype=torch.float16)
-    members = triton.next_power_of_2(group)
+    score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    members = triton.next_power_of_2(shared)
     exact = key.dtype == torch.float32
     key_block = 32 if exact else 128
-    score_means_kernel[(triton.cdiv(n_keys, key_block), batch * kv_heads)](
-        means, key, score, *key.stride()[:3], n_keys, segments, group, kv_heads,
+    score_means_kernel[(triton.cdiv(n_keys, key_block), batch * list_heads)](
+        means, key, score, *key.stride()[:3], n_keys, segments, shared, list_heads, list_heads // kv_heads,
         mask.own_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, PRECISION="ieee" if exact else "tf32",

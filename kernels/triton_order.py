@@ -6,7 +6,7 @@ no lane waits for another. Inside a class the keys stand lane by lane, and the s
 row is cut into programs of LANES lanes, so that a few long lists keep the whole card busy; nothing waits for the
 device.
 
-score [B, Hkv, P, Nk], key_index int32 [B, Hkv, P, L].
+score [B, Hl, P, Nk], key_index int32 [B, Hl, P, L].
 """
 
 from __future__ import annotations

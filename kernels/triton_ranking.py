@@ -5,8 +5,8 @@
 Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
 for the row normaliser (its value and what rounding left of it), -1 in the keys. So the last kernel's product is already
 normalised, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
-them: twice the rate, and a rank needs no more. few_query [B * Hkv, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED],
-score fp16 [B * Hkv, P, Nk].
+them: twice the rate, and a rank needs no more. few_query [B * Hl, P, G * S, PACKED], few_key [B * Hkv, Nk, PACKED],
+score fp16 [B * Hl, P, Nk], G heads share a list.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ KEY_BLOCK = 128
 
 @triton.jit
 def pack_rows_kernel(
-    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group,
+    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group, shared,
     segment_len, segments, n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
-    list_head = b * (heads // group) + h // group
+    list_head = b * (heads // shared) + h // shared
     column = tl.arange(0, PACKED)
     chosen = column < n_dims
     place = b * stride_db + h // group * n_dims + column
@@ -49,8 +49,8 @@ def pack_rows_kernel(
     x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
     x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
     x = tl.where((column >= PACKED - 2)[None, :], last, x)
-    target = (list_head * segments + row // segment_len) * group * segment_len
-    target += (h % group) * segment_len + row % segment_len
+    target = (list_head * segments + row // segment_len) * shared * segment_len
+    target += (h % shared) * segment_len + row % segment_len
     inside = row < segments * segment_len
     tl.store(
         packed_ptr + target[:, None] * PACKED + column[None, :], x.to(packed_ptr.dtype.element_ty), mask=inside[:, None]
@@ -79,7 +79,7 @@ def add_keys(
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, kv_heads, offset,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, lists, offset,
     own_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, FIRST: tl.constexpr, TILE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
@@ -92,8 +92,8 @@ def row_normaliser_kernel(
     dims = tl.arange(0, PACKED)
     query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
     query = tl.load(query_ptr + dims[None, :])
-    few_key = few_key_ptr + head * n_keys * PACKED
-    key_mask = key_mask_ptr + head // kv_heads * stride_mb
+    few_key = few_key_ptr + head // lists * n_keys * PACKED
+    key_mask = key_mask_ptr + head // heads * stride_mb
     own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     tile_first = segment * SEGMENT + tl.program_id(0) * TILE % SEGMENT
     free_stop, end = own_stop, n_keys  # all rows of the tile see what lies before free_stop
@@ -152,7 +152,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 
 @triton.jit
 def score_keys_kernel(
-    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, own_offset,
+    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, lists, own_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def score_keys_kernel(
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
     key = tl.load(
-        few_key_ptr + (head * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
+        few_key_ptr + (head // lists * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
     )
     first = 0
     if CAUSAL:  # the first segment whose own keys start behind the first key of this block
@@ -197,29 +197,31 @@ def packed_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(few_dims(head_dim) + 1))
 
 
-def pack_rows(x: Tensor, dims: Tensor, factor: Tensor, *, segment_len: int, last: float, dtype: torch.dtype) -> Tensor:
-    """[B, H, N, D] -> [B * Hkv, P, G * segment_len, PACKED], rows (head of group, slot); zeros beyond N.
+def pack_rows(
+    x: Tensor, dims: Tensor, factor: Tensor, *, shared: int, segment_len: int, last: float, dtype: torch.dtype
+) -> Tensor:
+    """[B, H, N, D] -> [B * H / shared, P, shared * segment_len, PACKED], rows (head, slot); zeros beyond N.
 
     Args:
         x: Queries or keys.
         dims: int32 [B, Hkv, R], the dimensions to keep.
         factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
+        shared: Neighbouring heads whose rows stand together.
         segment_len: Rows of one segment.
         last: Value of the two columns of the normaliser.
         dtype: Of the packed rows, a key of LARGEST.
     """
     batch, heads, length, head_dim = x.shape
-    kv_heads, width = dims.shape[1], packed_width(head_dim)
-    group, segments = heads // kv_heads, n_segments(length, segment_len)
-    packed = torch.empty(batch * kv_heads, segments, group * segment_len, width, device=x.device, dtype=dtype)
+    segments, width = n_segments(length, segment_len), packed_width(head_dim)
+    packed = torch.empty(batch * heads // shared, segments, shared * segment_len, width, device=x.device, dtype=dtype)
     pack_rows_kernel[(triton.cdiv(segments * segment_len, 128), batch * heads)](
-        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, group, segment_len, segments,
-        dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, heads // dims.shape[1], shared,
+        segment_len, segments,        dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     return packed
 
 
-def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int) -> ScoreKeys:
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
     """What scores the slices of a call; as ``ranking_per_query.prepare``."""
     head_dim = query.shape[3]
     chosen = choose_dims(query, key, min(packed_width(head_dim) - 2, head_dim), scale=scale)
@@ -227,31 +229,33 @@ def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int) -> Sc
 
     def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
         some = FewDims(*(x[:, heads] for x in chosen))
-        return _score_keys(query, key, mask, some, stride, segment_len=segment_len)
+        return _score_keys(query, key, mask, some, stride, segment_len=segment_len, shared=shared)
 
     return score_keys
 
 
 def _score_keys(
-    query: Tensor, key: Tensor, mask: AttentionMask, chosen: FewDims, stride: int, *, segment_len: int
+    query: Tensor, key: Tensor, mask: AttentionMask, chosen: FewDims, stride: int, *, segment_len: int, shared: int
 ) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hkv, P, Nk]; what is no prefix key is left undefined."""
+    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; what is no prefix key is left undefined."""
     batch, kv_heads, n_keys, _ = key.shape
+    list_heads = query.shape[1] // shared
+    lists = list_heads // kv_heads
     n_queries, dtype = query.shape[2], packed_dtype(query.device)
     dims, query_factor, key_factor = chosen
-    few_query = pack_rows(query, dims, query_factor, segment_len=segment_len, last=0.0, dtype=dtype)
-    few_key = pack_rows(key, dims, key_factor, segment_len=n_keys, last=-1.0, dtype=dtype)
+    few_query = pack_rows(query, dims, query_factor, shared=shared, segment_len=segment_len, last=0.0, dtype=dtype)
+    few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, last=-1.0, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
-    score = torch.empty(batch, kv_heads, segments, n_keys, device=key.device, dtype=torch.float16)
-    row_normaliser_kernel[(rows // 128, segments, batch * kv_heads)](
+    score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    row_normaliser_kernel[(rows // 128, segments, batch * list_heads)](
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, n_keys, segments, rows, kv_heads, mask.offset, mask.own_offset(n_queries, n_keys),
+        n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.own_offset(n_queries, n_keys),
         stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
-    score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * kv_heads)](
-        few_query, few_key, score, n_queries, n_keys, segments, rows, mask.own_offset(n_queries, n_keys),
+    score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads)](
+        few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.own_offset(n_queries, n_keys),
         CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
         PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip

@@ -149,6 +149,7 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
             CAUSAL,
             scale=scale,
             ranking="per_query",
+            list_per="group",
             query_order="none",
             segment_len=default_segment_len(n),
             implementation="triton",

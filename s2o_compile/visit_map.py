@@ -81,7 +81,7 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
         last = min(first + plan.segment_len, n_queries) - 1
         start, stop = call.mask.own_range(first, last, n_queries, n_keys)
         count = int(plan.prefix_count[0, segment])
-        ranked = plan.key_index[0, kv_head, segment, :count].long()
+        ranked = plan.key_index[0, head * plan.key_index.shape[1] // heads, segment, :count].long()
         for begin in range(first, last + 1, TILE_LEN):
             rows = query_order[begin : min(begin + TILE_LEN, last + 1)]
             own_stop = stop
@@ -117,6 +117,7 @@ def _plan(call: ObservedCall) -> Plan:
         call.mask,
         scale=call.scale,
         ranking=call.options.ranking,
+        list_per=call.options.list_per,
         query_order=call.options.query_order,
         segment_len=call.options.segment_len,
         implementation="torch" if call.query.device.type == "cpu" else "triton",

@@ -311,9 +311,9 @@ def move_plan(plan, device):
     return Plan(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in fields.items()})
 
 
-def score_all(prepare, inputs, segment_len):
+def score_all(prepare, inputs, segment_len, shared):
     """Scores of a whole call by a ranking."""
-    score_keys = prepare(inputs.query, inputs.key, scale=inputs.scale, segment_len=segment_len)
+    score_keys = prepare(inputs.query, inputs.key, scale=inputs.scale, segment_len=segment_len, shared=shared)
     return score_keys(inputs.query, inputs.key, inputs.mask, slice(None))
 
 
@@ -325,6 +325,7 @@ def build_plan(monkeypatch):
         inputs,
         *,
         ranking="per_query",
+        list_per="group",
         query_order="none",
         segment_len=256,
         chunk_len=64,
@@ -337,6 +338,7 @@ def build_plan(monkeypatch):
             inputs.mask,
             scale=inputs.scale,
             ranking=ranking,
+            list_per=list_per,
             query_order=query_order,
             segment_len=segment_len,
             implementation=by,
@@ -394,6 +396,7 @@ def weighed():
             key_index=order[None, None, None].int(),
             prefix_count=torch.full((1, 1), prefix, dtype=torch.int32),
             query_order=None,
+            tail_value=value[:, :, None, :prefix].mean(3),
         )
         inputs = Inputs(query, key, value, AttentionMask(causal=True, offset=prefix), 1.0)
         return Weighed(tuple(masses), inputs.to(device), move_plan(plan, device))

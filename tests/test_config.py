@@ -38,6 +38,7 @@ def test_missing_fields_take_defaults():
         ({"min_seq_len": "short"}, "min_seq_len: expected an integer >= 0, or \"auto\", got 'short'"),
         ({"segment_len": 100}, "segment_len: expected a positive multiple of 128"),
         ({"ranking": "magic"}, "ranking: expected one of 'per_query', 'sub_mean', 'mean_query', got 'magic'"),
+        ({"list_per": "model"}, "list_per: expected one of 'head', 'group'"),
         ({"query_order": "random"}, "query_order: expected one of 'none', 'mean_query'"),
         ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'torch'"),
         ({"inner_backend": "inductr"}, "Did you mean 'inductor'"),

@@ -102,7 +102,14 @@ class TestStopRule:
         visited[0, example.prefix :] = True
         mask = AttentionMask(causal=True, offset=example.prefix, key_mask=visited)
         inputs = type(example.inputs)(*example.inputs.tensors, mask, 1.0)
-        assert_close(result, exact_attention(inputs), inputs, torch.float64)
+        # What is left out counts as 0.2 of the estimate, min(gain * to_come, 1), at the mean value of the prefix.
+        stop, (output, lse) = example.stop(tau), exact_attention(inputs)
+        weights = example.inputs.key[0, 0, example.plan.key_index[0, 0, 0].long(), 0].double().exp()
+        gain = weights[64 * (stop - 1) : 64 * stop].sum() / (torch.arange(1, 129) + weights[: 64 * stop].sum())
+        share = 0.2 * (gain * example.to_come(stop)).clamp(max=1.0)
+        mean = example.plan.tail_value[0, 0, 0].double()
+        output = (output + share[:, None] * mean) / (1 + share)[:, None]
+        assert_close(result, (output, lse + share.log1p()), inputs, torch.float64)
         assert distance(result.output, exact_attention(example.inputs)[0]) > bounds(inputs)[0]  # it did skip keys
 
     @pytest.mark.parametrize("tau", [1e-9, 0.0])
@@ -215,7 +222,7 @@ class TestPlan:
     def test_per_query_score_can_be_written_out(self, case):
         """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64."""
         inputs, segment_len = case.inputs(), 256
-        actual = score_all(ranking_per_query.prepare, inputs, segment_len)
+        actual = score_all(ranking_per_query.prepare, inputs, segment_len, case.heads // case.kv_heads)
         key = inputs.key.double().repeat_interleave(case.heads // case.kv_heads, dim=1)
         logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scale
         seen = logits.masked_fill(~visible_pairs(inputs), float("-inf"))

@@ -241,11 +241,11 @@ class TestSameErrors:
             assert str(error.value) == str(expected.value)
 
     def test_options_are_checked_by_type_although_they_are_remembered(self):
-        assert options_of(1.0, 0, None, "per_query", "none", "auto").tau == 1.0
+        assert options_of(1.0, 0, None, "per_query", "group", "none", "auto").tau == 1.0
         with pytest.raises(InputError, match="got True"):
-            options_of(True, 0, None, "per_query", "none", "auto")
+            options_of(True, 0, None, "per_query", "group", "none", "auto")
         with pytest.raises(InputError, match="min_seq_len"):
-            options_of(1.0, False, None, "per_query", "none", "auto")
+            options_of(1.0, False, None, "per_query", "group", "none", "auto")
 
 
 class TestGradients:

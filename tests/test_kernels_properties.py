@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from s2o_compile.kernels import plan as plan_module
 from s2o_compile.kernels import rank, torch_forward
 from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS, build_plan
+from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS, build_plan
 from tests.conftest import Case, assert_close, bounds, distance, exact_attention
 
 SEGMENT = 128
@@ -61,12 +61,16 @@ def small_chunks():
         yield
 
 
-choices = {"ranking": st.sampled_from(list(RANKINGS)), "query_order": st.sampled_from(QUERY_ORDERS)}
+choices = {
+    "ranking": st.sampled_from(list(RANKINGS)),
+    "list_per": st.sampled_from(LISTS),
+    "query_order": st.sampled_from(QUERY_ORDERS),
+}
 
 
 @QUICK
 @given(case=cases(layouts=("plain", "transposed", "packed", "strided")), seed=st.integers(0, 99), **choices)
-def test_tau_zero_is_dense_attention(case, seed, ranking, query_order):
+def test_tau_zero_is_dense_attention(case, seed, ranking, list_per, query_order):
     inputs = case.inputs(seed=seed)
     mask = inputs.mask
     result = torch.ops.s2o.attention(
@@ -84,6 +88,7 @@ def test_tau_zero_is_dense_attention(case, seed, ranking, query_order):
         min_seq_len=0,
         segment_len=SEGMENT,
         ranking=ranking,
+        list_per=list_per,
         query_order=query_order,
     )
     assert_close(result, exact_attention(inputs), inputs)
@@ -105,11 +110,16 @@ ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), lo
 
 @QUICK
 @given(case=ranked_cases, tau=st.sampled_from([0.01, 0.1, 0.5, 1.5, 10.0]), seed=st.integers(0, 99), **choices)
-def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order):
+def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, list_per, query_order):
     inputs = bare(case, seed)
-    _, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
+    options = {"ranking": ranking, "list_per": list_per, "query_order": query_order}
+    _, whole = attend(inputs, tau, **options)
+    with pytest.MonkeyPatch.context() as patch:  # what was visited alone
+        patch.setattr(torch_forward, "tail_share", lambda gain, _: torch.zeros_like(gain))
+        _, result = attend(inputs, tau, **options)
     output, lse = exact_attention(inputs)
-    assert result.output.isfinite().all()
+    assert whole.output.isfinite().all()
+    assert torch.equal(whole.computed, result.computed)
 
     # Work: a tile never computes more than its dense range; a permuted one spans its whole segment.
     last = torch.arange(TILE_LEN, case.queries + TILE_LEN, TILE_LEN).clamp(max=case.queries)
@@ -123,22 +133,28 @@ def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, query_order)
     missing = (lse - result.lse).masked_fill(blind, 0.0)
     assert missing.min().item() >= -lse_limit
     share = 1 - (-missing.clamp(min=0)).exp()
+    tail = 1 - (result.lse - whole.lse).masked_fill(blind, 0.0).exp()
+    assert tail.min().item() >= -lse_limit
+    assert tail.max().item() <= 0.2 / 1.2 + lse_limit
     value = inputs.value.double()
     spread = (value.amax((1, 2)) - value.amin((1, 2))).amax(-1)[:, None, None, None]
-    excess = (result.output.double() - output).abs() - share[..., None] * spread
-    assert excess.max().item() <= limit
+    for found, moved in ((result, share), (whole, torch.maximum(share, tail))):
+        excess = (found.output.double() - output).abs() - moved[..., None] * spread
+        assert excess.max().item() <= limit + lse_limit * spread.max().item() * (found is whole)
 
 
 @QUICK
 @given(case=ranked_cases, seed=st.integers(0, 99), **choices)
-def test_error_vanishes_with_tau(case, seed, ranking, query_order):
+def test_error_vanishes_with_tau(case, seed, ranking, list_per, query_order):
     """A smaller tau stops later on the same list, so it has seen at least as much; near zero it has seen everything."""
     inputs = bare(case, seed)
     _, lse = exact_attention(inputs)
     _, lse_limit = bounds(inputs)
     seen = None
     for tau in (10.0, 1.0, 0.1, 1e-12):
-        _, result = attend(inputs, tau, ranking=ranking, query_order=query_order)
+        with pytest.MonkeyPatch.context() as patch:  # what was visited alone
+            patch.setattr(torch_forward, "tail_share", lambda gain, _: torch.zeros_like(gain))
+            _, result = attend(inputs, tau, ranking=ranking, list_per=list_per, query_order=query_order)
         if seen is not None:
             shrunk = (seen - result.lse).masked_fill(seen == float("-inf"), 0.0)
             assert shrunk.max().item() <= lse_limit

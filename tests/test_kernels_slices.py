@@ -14,19 +14,26 @@ from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "length", "heads", "queries"),
-    [(8, 131072, 1, 58 * 1024), (8, 32768, 3, 32768), (8, 16384, 8, 16384), (1, 131072, 1, 54 * 1024)],
+    ("kv_heads", "lists", "length", "heads", "queries"),
+    [
+        (8, 1, 131072, 1, 58 * 1024),
+        (8, 1, 32768, 3, 32768),
+        (8, 1, 16384, 8, 16384),
+        (1, 1, 131072, 1, 54 * 1024),
+        (8, 4, 131072, 1, 14 * 1024),
+        (8, 4, 16384, 3, 16384),
+    ],
 )
-def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, length, heads, queries):
+def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, lists, length, heads, queries):
     key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
     segment_len = plan.default_segment_len(length)
-    found = list(slices.slices(key, key, key, AttentionMask(causal=True), segment_len, range(kv_heads)))
+    found = list(slices.slices(key, key, key, AttentionMask(causal=True), segment_len, lists, range(kv_heads)))
     assert found[0] == (slice(0, heads), slice(0, queries))
     covered = sum((some.stop - some.start) * (rows.stop - rows.start) for some, rows in found)
     assert covered == kv_heads * length
 
 
-@pytest.mark.parametrize("query_order", ["none", "mean_query"])
+@pytest.mark.parametrize(("query_order", "list_per"), [("none", "group"), ("none", "head"), ("mean_query", "head")])
 @pytest.mark.parametrize(
     "case",
     [
@@ -39,13 +46,13 @@ def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, length, heads, q
     ],
     ids=str,
 )
-def test_many_slices_together_are_dense_attention(case, query_order, monkeypatch, poison_empty):
+def test_many_slices_together_are_dense_attention(case, query_order, list_per, monkeypatch, poison_empty):
     monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
     inputs = case.inputs()
-    found = list(slices.slices(*inputs.tensors, inputs.mask, 128, range(inputs.key.shape[1])))
+    found = list(slices.slices(*inputs.tensors, inputs.mask, 128, 1, range(inputs.key.shape[1])))
     assert len(found) == inputs.key.shape[1] * (-(-case.queries // 128) if case.causal else 1)
-    options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, query_order=query_order)
+    options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, query_order=query_order, list_per=list_per)
     result = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
     assert_close(result, exact_attention(inputs), inputs)
 
@@ -73,7 +80,14 @@ def test_no_bit_depends_on_how_a_call_is_cut(case, ranking, device, implementati
     monkeypatch.setattr(rank, "default_chunk_len", lambda _: 128)
     inputs = case.inputs(device)
     inputs.query.mul_(4.0)  # few keys matter, so tiles stop
-    options = OperatorOptions(tau=1.0, min_seq_len=0, segment_len=128, ranking=ranking, implementation=implementation)
+    options = OperatorOptions(
+        tau=1.0,
+        min_seq_len=0,
+        segment_len=128,
+        ranking=ranking,
+        list_per="head" if case is PLAIN else "group",
+        implementation=implementation,
+    )
 
     def run():
         with record_calls() as calls:

@@ -97,9 +97,9 @@ class TestRanked:
 
     @pytest.mark.parametrize("tau", [0.0, 1.0])
     @pytest.mark.parametrize("case", [CASES[2], CASES[7], CASES[8], CASES[11], CASES[13]], ids=str)
-    def test_equals_definition_with_permuted_queries(self, case, tau, build_plan):
+    def test_equals_definition_with_permuted_queries_and_a_list_per_head(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, query_order="mean_query"), tau)
+        assert_like_definition(inputs, build_plan(inputs, query_order="mean_query", list_per="head"), tau)
 
     @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
     def test_stops_where_the_arithmetic_says(self, tau, weighed):

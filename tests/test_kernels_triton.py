@@ -161,9 +161,12 @@ class TestRanked:
         assert_like_definition(inputs, build_plan(inputs, chunk_len=CHUNK_LEN), tau)
 
     @pytest.mark.parametrize(("device", "case", "tau"), PERMUTED)
-    def test_equals_definition_with_permuted_queries(self, device, case, tau, build_plan, poison_empty):
+    def test_equals_definition_with_permuted_queries_and_a_list_per_head(
+        self, device, case, tau, build_plan, poison_empty
+    ):
         inputs = case.inputs(device)
-        assert_like_definition(inputs, build_plan(inputs, query_order="mean_query", chunk_len=CHUNK_LEN), tau)
+        plan = build_plan(inputs, query_order="mean_query", list_per="head", chunk_len=CHUNK_LEN)
+        assert_like_definition(inputs, plan, tau)
 
     @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
@@ -274,8 +277,9 @@ class TestRanking:
     def test_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
         inputs, segment_len = case.inputs(device), 256
-        actual = score_all(triton_ranking.prepare, inputs, segment_len)
-        expected = score_all(ranking_per_query.prepare, inputs, segment_len)
+        shared = case.heads // case.kv_heads
+        actual = score_all(triton_ranking.prepare, inputs, segment_len, shared)
+        expected = score_all(ranking_per_query.prepare, inputs, segment_len, shared)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
@@ -292,8 +296,9 @@ class TestRanking:
     @pytest.mark.parametrize(("device", "case"), [*SCORED, *on(INTERPRETED, Case(queries=600, heads=6, kv_heads=2))])
     def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         inputs, segment_len = case.inputs(device), 256
-        actual = score_all(rank.TRITON_RANKINGS["mean_query"], inputs, segment_len)
-        expected = score_all(rank.RANKINGS["mean_query"], inputs, segment_len)
+        shared = case.heads // case.kv_heads
+        actual = score_all(rank.TRITON_RANKINGS["mean_query"], inputs, segment_len, shared)
+        expected = score_all(rank.RANKINGS["mean_query"], inputs, segment_len, shared)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
@@ -314,12 +319,14 @@ class TestRanking:
         torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
         torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
 
+    @pytest.mark.parametrize("list_per", rank.LISTS)
     @pytest.mark.parametrize(("device", "case"), SCORED)
-    def test_lists_are_those_of_the_torch_ranking(self, device, case, build_plan):
+    def test_lists_are_those_of_the_torch_ranking(self, device, case, list_per, build_plan):
         """fp16 may swap neighbours; the best eighth must be the same keys but for a few at its edge."""
         inputs = case.inputs(device)
-        ours, theirs = (build_plan(inputs, by=by) for by in ("triton", "torch"))
+        ours, theirs = (build_plan(inputs, by=by, list_per=list_per) for by in ("triton", "torch"))
         assert torch.equal(ours.prefix_count, theirs.prefix_count)
+        torch.testing.assert_close(ours.tail_value, theirs.tail_value)
         for b, h, segment in itertools.product(*map(range, theirs.key_index.shape[:3])):
             eighth = theirs.prefix_count[b, segment].item() // 8
             best, slack = theirs.key_index[b, h, segment, :eighth], ours.key_index[b, h, segment, : 2 * eighth]

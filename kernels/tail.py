@@ -1,0 +1,70 @@
+"""The mean value of a segment's prefix keys: what stands for the keys that its tiles leave out (``definition.py``).
+
+What is left out weighs little and is spread over thousands of keys, so that their mean stands for them well: a tenth to
+a seventh less density at the same error (SmolLM2, 16K and 64K). Only what a query may see enters: a mean over its own
+segment's prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.mask import AttentionMask
+
+SumBlocks = Callable[[Tensor, Tensor | None, int, int], Tensor]
+
+
+def tail_values(
+    value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, sum_blocks: SumBlocks
+) -> Tensor:
+    """Mean value of the prefix keys of every segment, float32 [B, Hkv, P, Dv]; zeros where there are none.
+
+    Args:
+        value: [B, Hkv, Nk, Dv].
+        mask: The proven mask, without a window.
+        n_queries: Number of queries Nq.
+        segment_len: Queries per segment.
+        sum_blocks: `block_sums`, of whatever implementation.
+    """
+    n_keys = value.shape[2]
+    offset = mask.own_offset(n_queries, n_keys)
+    # Blocks of keys that begin where segments' own keys do; the first and the last may be short.
+    shift = -offset % segment_len
+    sums = sum_blocks(value, mask.key_mask, shift, segment_len)
+    before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))  # of all blocks before each, and of all
+    counts = _counts_before(mask.key_mask, shift, segment_len, n_keys, sums.device)
+    block = torch.arange(0, n_queries, segment_len, device=value.device) + (offset + shift)
+    block = (block // segment_len).clamp(0, sums.shape[2])
+    total, count = before[:, :, block], counts[:, block]
+    if not mask.causal:
+        total, count = before[:, :, -1:].expand_as(total), counts[:, -1:].expand_as(count)
+        if n_keys == n_queries:  # cross attention has no own keys
+            total, count = total - sums, count - counts.diff(dim=1)
+    return total / count.clamp(min=1.0)[:, None, :, None]
+
+
+def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: int) -> Tensor:
+    """Sums of the values of every block of keys, float32 [B, Hkv, blocks, Dv].
+
+    Args:
+        value: [B, Hkv, Nk, Dv].
+        key_mask: bool [B, Nk], keys that count; None for all.
+        shift: Block j holds keys ``j * block_len - shift`` and on.
+        block_len: Keys of a block.
+    """
+    if key_mask is not None:
+        value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
+    padded = torch.nn.functional.pad(value, (0, 0, shift, -(value.shape[2] + shift) % block_len))
+    return padded.unflatten(2, (-1, block_len)).sum(3, dtype=torch.float32)
+
+
+def _counts_before(key_mask: Tensor | None, shift: int, block_len: int, n_keys: int, device: torch.device) -> Tensor:
+    """Keys that count before every block and in all, float32 [B or 1, blocks + 1]."""
+    ends = torch.arange(-shift, n_keys + block_len, block_len, device=device)[: -(-(n_keys + shift) // block_len) + 1]
+    ends = ends.clamp(0, n_keys)
+    if key_mask is None:
+        return ends.float()[None]
+    return torch.nn.functional.pad(key_mask.cumsum(1), (1, 0))[:, ends].float()

@@ -1,0 +1,59 @@
+"""What stands for the keys a tile leaves out: the mean value of exactly those keys that all its queries may see."""
+
+import pytest
+import torch
+
+from s2o_compile.kernels import tail
+from s2o_compile.kernels.operator import run
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.plan import prefix_mask
+from tests.conftest import CUDA, INTERPRETED, Case, exact_attention
+
+SEGMENT = 128
+CASES = [
+    Case(queries=700, heads=4, kv_heads=2),
+    Case(queries=300, keys=900),
+    Case(queries=700, keys=300, offset=-100),
+    Case(queries=400, keys=500, offset=900),
+    Case(queries=300, keys=900, batch=2, padding="left"),
+    Case(queries=700, causal=False, batch=2, padding="right"),
+    Case(queries=700, causal=False),
+    Case(queries=300, keys=500, causal=False),
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "implementation"),
+    [
+        ("cpu", "torch"),
+        *(pytest.param(*device.values, "triton", marks=device.marks) for device in (INTERPRETED, CUDA)),
+    ],
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_the_mean_of_the_prefix(case, device, implementation, poison_empty):
+    sum_blocks = tail.block_sums
+    if implementation == "triton":
+        sum_blocks = pytest.importorskip("s2o_compile.kernels.triton_tail").block_sums
+    inputs = case.inputs(device)
+    mask, value = inputs.mask, inputs.value
+    if mask.key_mask is not None:  # what is padding does not count, whatever it holds
+        value = value.masked_fill(~mask.key_mask[:, None, :, None], torch.nan)
+    found = tail.tail_values(value, mask, n_queries=case.queries, segment_len=SEGMENT, sum_blocks=sum_blocks)
+    prefix = prefix_mask(mask, case.queries, case.n_keys, SEGMENT, value.device).double().expand(case.batch, -1, -1)
+    expected = prefix[:, None] @ inputs.value.double() / prefix.sum(-1).clamp(min=1)[:, None, :, None]
+    torch.testing.assert_close(found, expected.float())
+
+
+def test_it_brings_the_output_closer():
+    """Two thousand keys that matter little, and a tau that leaves most of them out."""
+    inputs = Case(queries=2048, heads=2, kv_heads=1, head_dim=32).inputs()
+    options = OperatorOptions(tau=10.0, min_seq_len=0, segment_len=SEGMENT)
+    exact, _ = exact_attention(inputs)
+
+    def error(share):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("s2o_compile.kernels.definition.TAIL_SHARE", share)
+            output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+        return ((output - exact).norm() / exact.norm()).item()
+
+    assert error(0.2) < 0.9 * error(0.0)
