@@ -211,7 +211,7 @@ class TestBudgetWithoutCalibration:
         taus = [tau_for(error) for error in (0.001, 0.005, 0.02, 0.05, 0.1, 0.5)]
         assert taus == sorted(set(taus))
         assert [tau_for(error) for error, _ in MEASURED] == pytest.approx([tau for _, tau in MEASURED])
-        assert S2OConfig(error=0.0259).operator_options()["tau"] == pytest.approx(0.25)
+        assert S2OConfig(error=0.0236).operator_options()["tau"] == pytest.approx(0.25)
 
     @pytest.mark.parametrize("fields", [{"tau": 0.1}, {"tau": (0.1, 0.2)}])
     def test_a_tau_beside_it_is_refused(self, fields):
