@@ -103,6 +103,7 @@ def attend(
     scale: float,
     tau: float | Tensor,
     softcap: float | None = None,
+    visits: Tensor | None = None,
 ) -> Result:
     """Attention over a plan, one tile at a time.
 
@@ -115,6 +116,8 @@ def attend(
         scale: Softmax scale.
         tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
         softcap: Bound of the logits, None for none.
+        visits: Where the walk is decided before it starts, in the place of the stop rule: entries of each list that
+            are visited, integers [B, Hq, P]; None for the rule.
     """
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
@@ -142,6 +145,8 @@ def attend(
                 own = everything[a:stop]
                 state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
                 count = int(plan.prefix_count[b, segment])
+                if visits is not None:
+                    count, limit = min(count, int(visits[b, h, segment])), 0.0
                 visited, stopped = 0, False
                 while visited < count and not stopped:
                     m_before, l_before = state.m, state.l
