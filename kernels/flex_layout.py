@@ -95,10 +95,12 @@ def lay_out(
     natural_stop, first_block, visited = natural_start + n_keys, natural_start[:, 0], natural_start
     if plan is not None and visits is not None:
         walk = visits.view(batch, kv_heads, -1, plan.n_segments).flatten(0, 1).long()
-        gathered, first, listed = _gather(mask, plan, walk, n_queries, n_keys, natural_blocks)
-        index = torch.cat([index, listed], dim=1)
-        segment = torch.arange(tiles, device=device) * TILE_LEN // plan.segment_len
         own_start, own_stop = own_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
+        listed = plan.prefix_count.repeat_interleave(kv_heads, 0)
+        natural = own_start.expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
+        gathered, first, keys = gather_lists(plan.key_index.flatten(0, 1), listed, natural, walk, natural_blocks)
+        index = torch.cat([index, keys.clamp(0, n_keys - 1)], dim=1)
+        segment = torch.arange(tiles, device=device) * TILE_LEN // plan.segment_len
         gathered, first_block = gathered[:, :, segment], first[:, segment]
         natural_start = torch.where(gathered, own_start[segment], natural_start)
         natural_stop = torch.where(gathered, own_stop[segment], natural_stop)
@@ -145,25 +147,23 @@ def lay_out(
     return FlexLayout(index.contiguous(), present.contiguous(), *(x.to(torch.int32).contiguous() for x in numbers))
 
 
-def _gather(
-    mask: AttentionMask, plan: Plan, walk: Tensor, n_queries: int, n_keys: int, natural_blocks: int
+def gather_lists(
+    key_index: Tensor, listed: Tensor, natural: Tensor, walk: Tensor, natural_blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which heads walk a list, bool [B * Hkv, G, P], the first block of each list, and the keys of all blocks.
+    """Choose who walks a list, and place the blocks of all lists behind those in natural order.
 
     Args:
-        mask: The mask.
-        plan: The lists.
-        walk: Blocks that each head would visit, int64 [B * Hkv, G, P].
-        n_queries: Number of queries.
-        n_keys: Number of keys.
-        natural_blocks: Blocks in front of the pool.
+        key_index: int32 [B * Hkv, P, L], the lists.
+        listed: int32 [B * Hkv, P], how many entries are real.
+        natural: Integers [B * Hkv, P], keys that a head computes outside its segment if it walks no list.
+        walk: Blocks of its list that each head would visit, int64 [B * Hkv, G, P].
+        natural_blocks: Blocks in natural order.
+
+    Returns:
+        Bool [B * Hkv, G, P], the heads that walk a list; int64 [B * Hkv, P], the first block of each list; int64
+        [B * Hkv, pool], the keys of all blocks of lists.
     """
-    pool = POOL * natural_blocks
-    key_index, device = plan.key_index.flatten(0, 1), plan.key_index.device
-    listed = plan.prefix_count.repeat_interleave(plan.key_index.shape[1], 0)
-    natural = torch.full_like(listed, n_keys)
-    if mask.causal:
-        natural = own_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)[0].expand_as(listed)
+    pool, segments, longest = POOL * natural_blocks, *key_index.shape[1:]
     # A list's last block may be short, and a list that is walked to the end saves nothing.
     fits = (walk <= (listed // BLOCK_LEN)[:, None]) & (walk * BLOCK_LEN <= (natural * WORTH_GATHERING)[:, None])
     wanted = torch.where(fits, walk, 0).amax(1)
@@ -171,12 +171,12 @@ def _gather(
     room = torch.zeros_like(listed, dtype=torch.bool).scatter(1, order, wanted.gather(1, order).cumsum(-1) <= pool)
     taken, gathered = torch.where(room, wanted, 0), fits & room[:, None]
     ends = taken.cumsum(-1)
-    block = torch.arange(pool, device=device).expand(len(ends), -1).contiguous()
-    owner = torch.searchsorted(ends, block, right=True).clamp_(max=plan.n_segments - 1)
-    entry = ((block - (ends - taken).gather(1, owner)) * BLOCK_LEN)[..., None] + torch.arange(BLOCK_LEN, device=device)
-    longest = key_index.shape[2]
+    block = torch.arange(pool, device=key_index.device).expand(len(ends), -1).contiguous()
     if longest == 0:
         return gathered, natural_blocks + ends - taken, block.new_zeros(len(ends), pool * BLOCK_LEN)
-    entry = owner[..., None] * longest + entry.clamp_(0, longest - 1)
-    keys = key_index.flatten(1).gather(1, entry.flatten(1)).long().clamp_(0, n_keys - 1)
+    owner = torch.searchsorted(ends, block, right=True).clamp(max=segments - 1)
+    lanes = torch.arange(BLOCK_LEN, device=key_index.device)
+    entry = ((block - (ends - taken).gather(1, owner)) * BLOCK_LEN)[..., None] + lanes
+    entry = owner[..., None] * longest + entry.clamp(0, longest - 1)
+    keys = key_index.flatten(1).gather(1, entry.flatten(1)).long()
     return gathered, natural_blocks + ends - taken, keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def attention(
             attention_chunk=attention_chunk,
             key_mask=key_mask,
         )
-        output, lse = _over_plan(  # pyright: ignore[reportCallIssue] (as torch types its decorator)
+        output, lse = _over_plan(
             query,
             key,
             value,
@@ -212,7 +213,10 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-@torch.compiler.disable
+_uncompiled: Any = torch.compiler.disable
+
+
+@_uncompiled
 def _over_plan(
     query: Tensor,
     key: Tensor,
