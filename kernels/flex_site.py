@@ -2,9 +2,7 @@
 
 A function of a score and its position may mean anything, so nothing is proven of it, and nothing needs to be: the
 functions and the block mask decide what a query sees as before, and the plan only which of these keys are computed.
-Keys are ranked by the functions themselves: some queries of every segment attend densely, weights only. Half of these
-ranks keys by the sum of their weights, the other half says how much of the mass is left behind each block of a list
-(``unvisited.py``); were it one half, it would find its own keys first. What no sampled query sees stands at the end.
+Keys are ranked by what sampled queries see through them (``flex_sample.py``).
 
     keys of a segment    its own blocks in natural order, then blocks of its list; or all in natural order
     score_mod, mask_mod  those of the call, of the position that a gathered key came from
@@ -15,51 +13,25 @@ All steps are tensor operations of sizes known from lengths: Inductor compiles t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn.attention.flex_attention import BlockMask
 
 from s2o_compile.kernels.flex_forward import take
 from s2o_compile.kernels.flex_layout import gather_lists
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.flex_sample import Function, Site, own_blocks, sample
 from s2o_compile.kernels.opaque import define_operator
-from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_segments, n_tiles, own_starts_stops
-from s2o_compile.kernels.unvisited import BLOCK_LEN, SAMPLES, blocks_to_visit
+from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_tiles
+from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
 
 TABLES_AT = 2
 """Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
 behind the sizes of a block of queries and of keys."""
 
 PARTIAL, FULL = 1, 2
-
-HELD = 2**27
-"""Weights of sampled queries that are held at once."""
-
-Function = Callable[..., Tensor]
-
-
-class _Site(NamedTuple):
-    """What the functions of one call look at: lengths, and which blocks its block mask lists."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    n_queries: int
-    n_keys: int
-    segment_len: int
-    partial: Tensor
-    """Bool [B, Hq, T, key blocks], blocks for which the mask_mod is called."""
-    full: Tensor
-    """The same for blocks that are visible as a whole."""
-
-    @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
 
 
 def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int) -> bool:
@@ -112,7 +84,7 @@ def sparse_flex_attention(
         )  # fmt: skip
     with torch.no_grad():
         site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
-        scores, unvisited = _sample(
+        scores, unvisited = sample(
             query, key, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers
         )  # fmt: skip
         if isinstance(tau, Sequence):
@@ -141,7 +113,7 @@ def sparse_flex_attention(
     return output, None, None
 
 
-def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> _Site:
+def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> Site:
     """The sizes of a call, and its block mask as flags for blocks of TILE_LEN queries and BLOCK_LEN keys."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -163,87 +135,7 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
         return torch.nn.functional.pad(found, missing).expand(batch, heads, -1, -1)
 
     partial, full = flags(counts, order), flags(full_counts, full_order)
-    return _Site(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
-
-
-def _over_all(function: Function, leading: int, captured: int) -> Function:
-    """A function of one score, for all scores [B, H, rows, keys] and index vectors [B], [H], [rows], [keys]."""
-    for axis in (3, 2, 1, 0):
-        positions = tuple(0 if place == axis else None for place in range(4))
-        function = torch.vmap(function, in_dims=(*(0,) * leading, *positions, *(None,) * captured))
-    return function
-
-
-def _sample(
-    query: Tensor,
-    key: Tensor,
-    site: _Site,
-    score_mod: Function,
-    mask_mod: Function,
-    scale: float,
-    score_buffers: tuple[Any, ...],
-    mask_buffers: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:
-    """What sampled queries see: scores of all keys, and mass left unvisited in the order of these scores.
-
-    Returns:
-        Scores float32 [B, Hkv, P, Nk], 0 for a key that no sampled query sees, -1 for one that no query of the segment
-        may see, and for the segment's own; float32 [B, Hq, P, 1 + blocks], as ``unvisited.estimate_unvisited``.
-    """
-    device, segments = query.device, n_segments(site.n_queries, site.segment_len)
-    step = site.segment_len // (2 * SAMPLES)
-    rows = torch.arange(step - 1, segments * site.segment_len, step, device=device).clamp(max=site.n_queries - 1)
-    keys = torch.arange(site.n_keys, device=device)
-    batch = torch.arange(site.batch, device=device)
-    candidates = _candidates(site, keys)
-    together = max(HELD // (site.batch * site.group * 2 * SAMPLES * site.n_keys), 1)
-    scores, left = [], []
-    for kv, first in itertools.product(range(site.kv_heads), range(0, segments, together)):
-        heads, some = slice(kv * site.group, (kv + 1) * site.group), slice(first, min(first + together, segments))
-        sampled, candidate = rows[some.start * 2 * SAMPLES : some.stop * 2 * SAMPLES], candidates[:, kv, some]
-        at = batch, torch.arange(heads.start, heads.stop, device=device), sampled, keys
-        logits = (query[:, heads, sampled] @ key[:, kv, None].transpose(-1, -2)).float() * scale
-        with TransformGetItemToIndex():
-            logits = _over_all(score_mod, 1, len(score_buffers))(logits, *at, *score_buffers)
-            visible = _over_all(mask_mod, 0, len(mask_buffers))(*at, *mask_buffers)
-        tile, block = sampled // TILE_LEN, keys // BLOCK_LEN
-        full, partial = (flags[:, heads][:, :, tile][..., block] for flags in (site.full, site.partial))
-        logits = logits.masked_fill(~(full | (partial & visible)), float("-inf"))
-        highest = logits.amax(-1, keepdim=True)
-        weight = (logits - highest.masked_fill(highest == float("-inf"), 0.0)).exp()
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        weight = weight.unflatten(2, (-1, SAMPLES, 2))  # [B, G, P, samples, half, Nk]
-        score = weight[..., 0, :].nan_to_num(nan=float("inf")).sum((1, 3)).masked_fill(~candidate, -1.0)
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        mass = weight[..., 1, :].masked_fill(~candidate[:, None, :, None], 0.0)
-        mass = mass.gather(-1, order[:, None, :, None].expand(mass.shape))
-        mass = torch.nn.functional.pad(mass, (0, -site.n_keys % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
-        behind = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num(nan=float("inf"))
-        scores.append(score)
-        left.append(torch.nn.functional.pad(behind, (0, 1)))
-    parts = -(-segments // together)
-    joined = [
-        (torch.cat(scores[at : at + parts], 1), torch.cat(left[at : at + parts], 2))
-        for at in range(0, len(scores), parts)
-    ]
-    return torch.stack([score for score, _ in joined], 1), torch.cat([behind for _, behind in joined], 1)
-
-
-def _candidates(site: _Site, keys: Tensor) -> Tensor:
-    """Keys that a list of the segment may hold, bool [B, Hkv, P, Nk]: listed for some query of it, and not its own."""
-    segments = n_segments(site.n_queries, site.segment_len)
-    listed = site.partial | site.full
-    missing = segments * site.segment_len // TILE_LEN - listed.shape[2]
-    listed = torch.nn.functional.pad(listed, (0, 0, 0, missing)).unflatten(2, (segments, -1)).any(3)
-    listed = listed.unflatten(1, (site.kv_heads, site.group)).any(2)[..., keys // BLOCK_LEN]
-    start, stop = (bound[:, None] for bound in _own_blocks(site, keys.device))
-    return listed & ~((keys >= start * BLOCK_LEN) & (keys < stop * BLOCK_LEN))
-
-
-def _own_blocks(site: _Site, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First and last block, int64 [P], of keys that stand where a segment's queries do; cross attention has none."""
-    start, stop = own_starts_stops(AttentionMask(), site.n_queries, site.n_keys, site.segment_len, device)
-    return start // BLOCK_LEN, -(-stop // BLOCK_LEN)
+    return Site(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
 
 
 class _Layout(NamedTuple):
@@ -272,13 +164,13 @@ def place_blocks(
     Args:
         scores: float32 [B, Hkv, P, Nk], negative for keys that stand in no list.
         visits: int32 [B, Hq, P], blocks of each list to visit.
-        partial: Bool [B, Hq, T, key blocks], as in `_Site`.
+        partial: Bool [B, Hq, T, key blocks], as in `Site`.
         full: The same.
         n_queries: Number of queries.
         n_keys: Number of keys.
         segment_len: Queries of one list.
     """
-    site = _Site(scores.shape[0], visits.shape[1], scores.shape[1], n_queries, n_keys, segment_len, partial, full)
+    site = Site(scores.shape[0], visits.shape[1], scores.shape[1], n_queries, n_keys, segment_len, partial, full)
     return [x.contiguous() for x in _lay_out(site, scores, visits)]
 
 
@@ -294,7 +186,7 @@ _place_blocks = define_operator(_library, place_blocks)
 torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
-def _lay_out(site: _Site, scores: Tensor, visits: Tensor) -> _Layout:
+def _lay_out(site: Site, scores: Tensor, visits: Tensor) -> _Layout:
     """Place the keys of a call, given scores [B, Hkv, P, Nk] and blocks of each list to visit, [B, Hq, P]."""
     device, tiles, natural_blocks = scores.device, site.partial.shape[2], site.partial.shape[3]
     scores = scores.flatten(0, 1)
@@ -307,7 +199,7 @@ def _lay_out(site: _Site, scores: Tensor, visits: Tensor) -> _Layout:
     segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
     gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
     visited = torch.where(gathered, visited, 0)
-    own_start, own_stop = (bound[segment] for bound in _own_blocks(site, device))
+    own_start, own_stop = (bound[segment] for bound in own_blocks(site, device))
     start, stop = torch.where(gathered, own_start, 0), torch.where(gathered, own_stop, natural_blocks)
     partial, full = (
         flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
@@ -345,7 +237,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    site: _Site,
+    site: Site,
     layout: _Layout,
     score_mod: Function,
     mask_mod: Function,

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import flex_site
+from s2o_compile.kernels import flex_sample, flex_site
 from s2o_compile.passes import flex_sparse, pipeline
 from tests.conftest import distance
 
@@ -111,7 +111,7 @@ def test_a_bias_and_documents(sparse_calls):
     output = output.unflatten(2, (HEADS, DIM)).transpose(1, 2)
     assert distance(output, exact(*given, alibi, lambda *at: document(*at) & pairs)) < 1e-5
     dense = exact(*given, alibi, document)
-    assert 1e-5 < ((output - dense).norm() / dense.norm()).item() < 0.1
+    assert distance(output, dense) > 1e-3, "nothing was left out"
     _, layout = sparse_calls[-1]
     listed = BLOCKS.to_dense().sum().item() * BATCH * HEADS
     assert (layout.full_count + layout.partial_count).sum() < 0.8 * listed
@@ -157,7 +157,7 @@ def test_functions_that_fail_on_many_scores_stay_dense(monkeypatch):
     def fail(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(flex_site, "_over_all", fail)
+    monkeypatch.setattr(flex_sample, "over_all", fail)
     records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True))
     assert "cannot be run for many scores (RuntimeError)" in records[0].reason
 
