@@ -9,7 +9,7 @@ memory of the keys, whatever the plan, and what saves most per block goes first.
 waits for the device, and a graph of one shape serves every plan.
 
 Measured on SmolLM2 at 8K, with the true mass of every block known, this layout computes 0.20 of all pairs for an error
-of 4.4 %; blocks of neighbouring keys, permuted inside 512 keys or not at all, take 0.28 and 0.36 for it.
+of 4.4 %; blocks of neighbouring keys, permuted inside 512 keys or not at all, take 0.29 and 0.37 for it.
 
 Shapes: B batch, Hkv key/value heads, G query heads for each of them, T query tiles, K = Nk in whole blocks + the pool.
 Key/value heads are folded into the batch, so that the query heads of a group share the gathered keys. FlexAttention's

@@ -174,3 +174,16 @@ def test_uncompiled_it_is_the_call_itself():
     config = {"s2o.tau": SOME, "s2o.min_seq_len": 0, "s2o.inner_backend": "eager"}
     output = torch.compile(attend, backend="s2o", options=config)(*given)
     assert distance(output, exact(*given, alibi, document)) < 1e-5
+
+
+def test_what_the_mask_hides_ranks_last():
+    tables = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    logits = torch.zeros(1, 1, 64, 256)
+    logits[..., 10] = 9.0
+    visible = torch.ones_like(logits, dtype=torch.bool)
+    visible[..., 10] = False
+    scores, left = flex_sample.rank_samples(logits, visible, tables, ~tables, 0, 1, 256, 256, 128)
+    assert (scores[0, 0, 0, :128] == -1).all(), "a segment's own keys stand in its list"
+    assert scores[0, 0, 1, 10] == 0
+    assert (scores[0, 0, 1, 11:128] > 0).all()
+    torch.testing.assert_close(left[0, 0, 1, :2], torch.tensor([127 / 255, 0.0]))

@@ -1,6 +1,8 @@
 """s2o_compile.plan: made once, inspected, attended over again; refused where it does not fit."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,3 +156,9 @@ def test_gradients_leave_it_aside():
     with torch.enable_grad():
         output = s2o_compile.attention(query.requires_grad_(), key, value, causal=True, plan=plan)
         assert torch.autograd.grad(output.sum(), query)[0].isfinite().all()
+
+
+def test_the_page_runs():
+    page = Path(__file__).parent.parent / "docs" / "flex.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(snippet, {})
