@@ -122,6 +122,7 @@ def attend(
     scale: float,
     tau: float | Tensor,
     softcap: float | None = None,
+    visits: Tensor | None = None,
 ) -> Result:
     """Attention over a plan, one tile at a time.
 
@@ -134,6 +135,8 @@ def attend(
         scale: Softmax scale.
         tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
         softcap: Bound of the logits, None for none.
+        visits: Where the walk is decided before it starts, in the place of the stop rule: entries of each list that
+            are visited, integers [B, Hq, P]; None for the rule.
     """
     batch, heads, n_queries, _ = query.shape
     group, shared = heads // key.shape[1], heads // plan.key_index.shape[1]
@@ -161,6 +164,8 @@ def attend(
                 own = everything[a:stop]
                 state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
                 count = int(plan.prefix_count[b, segment])
+                if visits is not None:
+                    count, limit = min(count, int(visits[b, h, segment])), 0.0
                 visited, stopped = 0, False
                 while visited < count and not stopped:
                     m_before, l_before = state.m, state.l
@@ -173,6 +178,7 @@ def attend(
                         gain, to_come = state.gain(m_before, l_before), chunks_to_come(visited, count, plan.chunk_len)
                         stopped = bool(gain.max() * to_come < limit)
                         if stopped:
+                            assert plan.tail_value is not None
                             share = tail_share(gain, to_come)
                             state.add_tail(share, plan.tail_value[b, kv, segment].to(state.acc.dtype))
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])

@@ -1,15 +1,26 @@
-"""Attention that gradients flow through: SDPA, or plain torch where SDPA has no such argument."""
+"""Attention that gradients flow through: SDPA, or plain torch where SDPA has no such argument; sparse by FlexAttention.
+
+The sparse forward's gradient is exact: that of attention over the keys that were visited. Which these are was decided
+by numbers that no gradient goes through.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels import flex_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
+from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.operator import choose_path
+from s2o_compile.kernels.options import OperatorOptions
 
 
 def attend_differentiably(
@@ -36,6 +47,51 @@ def attend_differentiably(
     if blind == "mean" and sinks is None:
         output = fill_blind_rows(output, value, mask)
     return as_sdpa(output, query)
+
+
+def attend_sparsely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blind: str,
+    options: OperatorOptions,
+    dense_heads: Sequence[int] = (),
+) -> Tensor:
+    """Attention [B, Hq, Nq, Dv] by FlexAttention, dense where it is short; arguments as ``operator.run``."""
+    if sinks is not None:
+        raise InputError(
+            "sinks",
+            expected='none where training="sparse" and gradients are wanted',
+            got=tuple(sinks.shape),
+            remedy='Train such an attention with training="dense".',
+        )
+    if mask.key_mask is not None:
+        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, None]:
+        path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
+        if path == "dense":
+            return attend_differentiably(
+                query, key, value, mask, scale=scale, softcap=softcap, sinks=None, blind="zeros"
+            ), None  # fmt: skip
+        if path == "window":
+            exact = flex_forward.attend_planned(
+                query, key, value, mask, None, None, scale=scale, softcap=softcap, wants_lse=False
+            )
+            return exact.output, None
+        sparse = flex_forward.attend(
+            query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
+        )
+        return sparse.output, None
+
+    chunked = mask.attention_chunk is not None
+    output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
+    return as_sdpa(fill_blind_rows(output, value, mask) if blind == "mean" else output, query)
 
 
 def plain_attention(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import natural_forward, slices, torch_forward
+from s2o_compile.kernels import flex_forward, natural_forward, slices, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
@@ -32,6 +32,9 @@ except ImportError:  # no triton here: only the torch implementation can run
     triton_forward = triton_natural = None
 
 
+FLEX_DEVICES = ("xpu",)
+"""Devices that torch.compile writes FlexAttention kernels for, and our Triton kernels were not made for."""
+
 WIDEST_FLOAT32 = 256
 """Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
 
@@ -50,7 +53,7 @@ def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str)
 
 
 def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Choose "triton" or "torch"; an explicit wish is fulfilled or refused, never replaced."""
+    """Choose "triton", "torch" or "flex"; an explicit wish is fulfilled or refused, never replaced."""
     fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
         if triton_forward is None:
@@ -72,6 +75,13 @@ def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype,
                 f'implementation="triton": expected a head_dim of at most {WIDEST_FLOAT32} in float32, got {head_dim}, '
                 'whose query tile does not fit in shared memory. Use bfloat16 or float16, or "auto".'
             )
+    if wanted == "flex" and device.type == "cuda" and triton_forward is None:
+        raise ImplementationUnavailableError(
+            'implementation="flex": expected the triton package, which torch.compile writes its CUDA kernels for, got '
+            'none. Install triton, or use "auto".'
+        )
+    if wanted == "auto" and device.type in FLEX_DEVICES:
+        return "flex"
     if wanted == "auto":
         return "triton" if device.type == "cuda" and triton_forward is not None and fits else "torch"
     return wanted
@@ -269,6 +279,22 @@ def _execute(
         mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))
     natural = triton_natural if implementation == "triton" else natural_forward
     with torch.cuda.device_of(query):  # Triton launches on the current device
+        if implementation == "flex" and path != "s2o":
+            return flex_forward.attend_planned(
+                query, key, value, mask, None, None, scale=scale, softcap=softcap, wants_lse=return_lse
+            )
+        if implementation == "flex":
+            return flex_forward.attend(
+                query,
+                key,
+                value,
+                mask,
+                scale=scale,
+                softcap=softcap,
+                options=options,
+                dense_heads=dense_heads,
+                wants_lse=return_lse,
+            )
         if path != "s2o":
             return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
         executor = triton_forward if implementation == "triton" else torch_forward

@@ -10,7 +10,7 @@ from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
 
 
 def is_tau(x: object) -> bool:
@@ -31,7 +31,7 @@ class OperatorOptions:
         ranking: "per_query", "sub_mean" or "mean_query".
         list_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
         query_order: "none" or "mean_query".
-        implementation: "auto", "triton" or "torch". A named one never falls back to another.
+        implementation: "auto", "triton", "torch" or "flex" (FlexAttention). A named one never falls back to another.
     """
 
     tau: float | tuple[float, ...] = 0.5

@@ -39,6 +39,12 @@ QUERY_ORDERS = ("none", "mean_query")
 LISTS = ("head", "group")
 
 
+def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, implementation: str) -> Tensor:
+    """``tail.tail_values`` by "triton" or "torch"."""
+    sum_blocks = triton_tail.block_sums if implementation == "triton" else tail.block_sums
+    return tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sum_blocks=sum_blocks)
+
+
 class Planner:
     """Plans the slices of one call.
 
@@ -75,17 +81,15 @@ class Planner:
         self._chunk_len = default_chunk_len(key.shape[2])
         self._query_order = query_order
         prepare, self._order_keys, poisoned = RANKINGS[ranking], plan.order_keys, plan.poisoned_keys
-        sum_blocks = tail.block_sums
         if implementation == "triton":
             prepare = TRITON_RANKINGS.get(ranking, prepare)
             self._order_keys, poisoned = triton_order.order_keys, triton_order.find_poisoned
-            sum_blocks = triton_tail.block_sums
         group = query.shape[1] // key.shape[1]
         self.shared = group if list_per == "group" else 1  # query heads that share a list
         self._score_keys = prepare(query, key, scale=scale, segment_len=self.segment_len, shared=self.shared)
         self._poisoned, self._lists = poisoned(key, value), group // self.shared
-        self._tail_value = tail.tail_values(
-            value, mask, n_queries=query.shape[2], segment_len=self.segment_len, sum_blocks=sum_blocks
+        self._tail_value = tail_values(
+            value, mask, n_queries=query.shape[2], segment_len=self.segment_len, implementation=implementation
         )
 
     def plan(

@@ -106,6 +106,7 @@ class _Segment:
         self.query = query[self.b, self.heads]
         self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
         self.index = plan.key_index[self.b, list_head, segment]
+        assert plan.tail_value is not None
         kv_heads, list_heads = plan.tail_value.shape[1], plan.key_index.shape[1]
         self.mean_value = plan.tail_value[self.b, list_head * kv_heads // list_heads, segment]
         self.count = int(plan.prefix_count[self.b, segment])

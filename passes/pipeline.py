@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import fx
 
-from s2o_compile.passes import eager, expansion, flex, foreign, sdpa
+from s2o_compile.passes import eager, expansion, flex, flex_sparse, foreign, sdpa
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
@@ -34,6 +34,7 @@ def run(
     assume_block_masks: bool = False,
     check_assumptions: bool = False,
     read_masks: bool = False,
+    training: str = "dense",
     dense_heads: Mapping[str, Sequence[int]] | None = None,
     site_tau: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[SiteRecord, ...]:
@@ -46,6 +47,7 @@ def run(
         assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
+        training: "sparse" if calls of flex_attention that want gradients are made sparse, too.
         dense_heads: By site name, key/value heads that run dense.
         site_tau: By site name, tau of each query head.
 
@@ -80,6 +82,8 @@ def run(
     records = {node: rewritten[node] for node, _ in found}
     for node, opened in expansions:
         _close(node, opened, records)
+        if not node._erased and flex.is_call(node):
+            _make_sparse(node, opened, records, op_options, training, marked, taus)
     if any(entry.rewritten for entry in records.values()):
         gm.graph.lint()
         gm.recompile()
@@ -133,6 +137,39 @@ def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[
     opened.erase()
     if not inside:
         records[node] = record(node, query=None, key=None, reason="no attention was found in its code")
+
+
+def _make_sparse(
+    node: fx.Node,
+    opened: expansion.Expansion | Rejected,
+    records: dict[fx.Node, SiteRecord],
+    options: Mapping[str, object],
+    training: str,
+    dense_heads: Mapping[str, Sequence[int]],
+    head_tau: Mapping[str, Sequence[float]],
+) -> None:
+    """Let a call of flex_attention that could not be replaced keep its functions, and be sparse all the same."""
+    inner = () if isinstance(opened, Rejected) else opened.nodes
+    place = next(place for place in (node, *inner) if place in records)
+    left = records[place]
+    try:
+        refused = flex_sparse.lower(
+            node,
+            options,
+            training=training,
+            dense_heads=dense_heads.get(left.name, ()),
+            head_tau=head_tau.get(left.name, ()),
+        )
+    except Exception as error:
+        logger.exception("%s: the pass failed", node)
+        refused = Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
+    if refused is None:
+        records[place] = dataclasses.replace(
+            left, rewritten=True, reason="", mask=flex_sparse.MASK, dense_heads=tuple(dense_heads.get(left.name, ()))
+        )
+    else:
+        logger.debug("%s keeps its functions and stays dense: %s", left.name, refused)
+        records[place] = dataclasses.replace(left, reason=f"{left.reason} (sparse FlexAttention: {refused})")
 
 
 def _rewrite(

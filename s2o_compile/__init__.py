@@ -23,6 +23,7 @@ from s2o_compile.errors import (
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
 from s2o_compile.functional import attention
+from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "S2OConfig",
     "S2OError",
+    "S2OPlan",
     "Site",
     "TunedFileWarning",
     "UnknownSiteWarning",
@@ -46,5 +48,6 @@ __all__ = [
     "evaluate",
     "explain",
     "optimize",
+    "plan",
     "record",
 ]

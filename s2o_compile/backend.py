@@ -76,6 +76,7 @@ def s2o(
         assume_block_masks=config.assume_block_masks,
         check_assumptions=config.check_assumptions,
         read_masks=config.read_masks,
+        training=config.training,
         dense_heads=config.dense_heads,
         site_tau=config.site_tau,
     )

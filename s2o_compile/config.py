@@ -16,6 +16,7 @@ from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.options import OperatorOptions
 
+TRAINING = ("dense", "sparse")
 _OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
 
 
@@ -44,7 +45,11 @@ class S2OConfig(OperatorOptions):
         list_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query head:
             a fifth to a quarter less density at the same error (SmolLM2), for as many times the index work.
         query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
-        implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton" and "torch" insist.
+        implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton", "torch" and "flex" insist. "flex" is
+            FlexAttention over gathered keys: for devices without our kernels, and to compare with. On a CPU it compiles
+            for every length anew and returns no log-sum-exp.
+        training: What runs where gradients are wanted: "dense", or "sparse" for FlexAttention, on a GPU, which gives
+            the exact gradient of the sparse forward. Which keys are visited is no part of the gradient.
         dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
             (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA;
             a group is what is ranked, so a group is the unit. A window is exact already, marks change nothing there.
@@ -73,6 +78,7 @@ class S2OConfig(OperatorOptions):
     """
 
     error: float | None = None
+    training: str = "dense"
     site_tau: Mapping[str, Sequence[float]] = SiteTaus({})
     dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"
@@ -104,6 +110,8 @@ class S2OConfig(OperatorOptions):
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
+        if self.training not in TRAINING:
+            raise OptionError(unknown_name("training", self.training, TRAINING))
         known = torch._dynamo.list_backends(exclude_tags=None)
         if self.inner_backend not in known or self.inner_backend == "s2o":
             raise OptionError(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.kernels import registration
-from s2o_compile.kernels.differentiable import attend_differentiably
+from s2o_compile.kernels.differentiable import attend_differentiably, attend_sparsely
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import under_mask
 from s2o_compile.kernels.opaque import nobody_looks
+from s2o_compile.kernels.options import OperatorOptions, options_of
+from s2o_compile.kernels.planned import run_planned
 from s2o_compile.kernels.validation import check_attn_mask, check_inputs
+from s2o_compile.planning import S2OPlan, within
 
 
 def attention(
@@ -36,6 +41,7 @@ def attention(
     return_lse: bool = False,
     dense_heads: Sequence[int] = (),
     config: S2OConfig | None = None,
+    plan: S2OPlan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
@@ -68,6 +74,9 @@ def attention(
         dense_heads: Key/value heads whose groups of query heads run dense beside the sparse ones. It stands for
             ``config.dense_heads``, which goes by the names of sites in a model: a call of this function has none.
         config: Quality and implementation; None for the defaults. Short lengths run dense, see ``min_seq_len``.
+        plan: Of `s2o_compile.plan`, for a call of the same shapes, dtype, device and mask: keys are not ranked again.
+            The mask is given as without a plan, and compared with the plan's. It runs at every length, and goes by the
+            ``tau`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
 
     Returns:
         Output [B, Hq, Nq, Dv] in the query's dtype and SDPA's layout. With ``return_lse`` also the natural
@@ -78,10 +87,11 @@ def attention(
         ImplementationUnavailableError: ``config.implementation`` names one that cannot run here.
 
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
-    sinks in plain torch, which holds all Nq x Nk logits.
+    sinks in plain torch, which holds all Nq x Nk logits. Under ``S2OConfig(training="sparse")`` FlexAttention runs
+    sparse, on a GPU, and gives the exact gradient of what it computed; a plan is then left aside.
     """
     if attn_mask is not None:
-        others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window}
+        others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window, "plan": plan}
         others |= {"attention_chunk": attention_chunk, "causal": causal or None, "return_lse": return_lse or None}
         given = [name for name, argument in others.items() if argument is not None]
         if given:
@@ -130,16 +140,48 @@ def attention(
             attention_chunk=attention_chunk,
             key_mask=key_mask,
         )
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if config is not None and config.training == "sparse":
+            return attend_sparsely(
+                query,
+                key,
+                value,
+                mask,
+                scale=factor,
+                softcap=softcap,
+                sinks=sinks,
+                blind=blind,
+                options=_options(config),
+                dense_heads=dense_heads,
+            )
         return attend_differentiably(
+            query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind
+        )  # fmt: skip
+    if plan is not None:
+        mask = AttentionMask.aligned(
+            query,
+            key,
+            causal=causal,
+            causal_offset=causal_offset,
+            window=window,
+            attention_chunk=attention_chunk,
+            key_mask=key_mask,
+        )
+        output, lse = _over_plan(
             query,
             key,
             value,
             mask,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            plan,
+            scale=scale,
             softcap=softcap,
             sinks=sinks,
             blind=blind,
+            return_lse=return_lse,
+            dense_heads=dense_heads,
+            config=config,
         )
+        return (output, lse) if return_lse and lse is not None else output
     plain = nobody_looks(query, key, value, key_mask, sinks)
     attend = registration.attention if plain else torch.ops.s2o.attention.default
     output, lse = attend(
@@ -162,8 +204,72 @@ def attention(
     return (output, lse) if return_lse else output
 
 
+def _options(config: S2OConfig) -> OperatorOptions:
+    given = config.operator_options()
+    return options_of(**{**given, "head_tau": tuple(given.get("head_tau", ()))})
+
+
 def _wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+_uncompiled: Any = torch.compiler.disable
+
+
+@_uncompiled
+def _over_plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: S2OPlan,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blind: str,
+    return_lse: bool,
+    dense_heads: Sequence[int],
+    config: S2OConfig | None,
+) -> tuple[Tensor, Tensor | None]:
+    key_mask = mask.key_mask
+    check_inputs(
+        query,
+        key,
+        value,
+        key_mask,
+        sinks,
+        causal=mask.causal,
+        window=mask.window,
+        attention_chunk=mask.attention_chunk,
+        softcap=softcap,
+        blind=blind,
+    )
+    if dense_heads:
+        raise InputError(
+            "dense_heads",
+            expected="none beside a plan, which has lists for all heads",
+            got=list(dense_heads),
+            remedy="Give these heads a tau of 0 in config.tau.",
+        )
+    if key_mask is not None:
+        mask = replace(mask, key_mask=key_mask.expand(query.shape[0], -1))
+    plan.check(query, key, value, within(mask, query.shape[2], key.shape[2]))
+    output, lse = run_planned(
+        query,
+        key,
+        value,
+        plan.mask,
+        plan.lists,
+        plan.unvisited,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        return_lse=return_lse,
+        options=_options(S2OConfig() if config is None else config),
+    )
+    return as_sdpa(output, query), lse
 
 
 def _masked(

@@ -1,0 +1,128 @@
+"""FlexAttention beside our Triton forward: one causal attention, forward alone and forward with backward.
+
+    python benchmarks/flex.py [--lengths 8192 65536] [--json benchmarks/results/flex-h100.json]
+
+    dense flash      SDPA's flash kernel
+    dense flex       flex_attention, compiled, under a causal block mask
+    triton           our forward, keys ranked anew in every call
+    flex             the same through implementation="flex", keys ranked anew in every call
+    triton, flex (plan)   over a plan made before; flex also places its blocks and gathers keys and values
+
+B=1, Hq=32, Hkv=8, D=128, bf16, topical input (``calls.make_inputs``). Every sparse row is checked at tau=0 against SDPA
+first, and says its relative error. ``--scale 16`` divides all lengths by 16, and runs on a CPU without Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import calls
+import torch
+from calls import DEVICE, Inputs, make_inputs, milliseconds
+from results_file import Rows
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.kernels.statistics import record_calls
+
+
+def dense_flex(inputs: Inputs) -> Callable[[], Tensor]:
+    """Compiled FlexAttention under a causal mask, its blocks made beforehand."""
+
+    def causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    torch._dynamo.reset()  # a second length would be compiled for lengths in general
+    length = inputs[0].shape[2]
+    blocks = torch.compile(create_block_mask)(causal, None, None, length, length, device=DEVICE)
+    return partial(torch.compile(flex_attention), *inputs, block_mask=blocks, enable_gqa=True)
+
+
+def sparse(inputs: Inputs, implementation: str, tau: float, *, planned: bool) -> Callable[[], Tensor]:
+    """One of our forwards, checked to be exact at tau=0."""
+    config = S2OConfig(implementation=implementation, tau=tau, min_seq_len=0)
+    plan = s2o_compile.plan(*inputs, causal=True, config=config) if planned else None
+    exact = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    nothing_left = S2OConfig(implementation=implementation, tau=0.0, min_seq_len=0)
+    ours = s2o_compile.attention(*inputs, causal=True, config=nothing_left, plan=plan)
+    error = ((ours - exact).float().norm() / exact.float().norm()).item()
+    if error > 1e-2:
+        raise SystemExit(f"{implementation}: wrong at tau=0, relative error {error:.3g}; nothing is timed")
+    return partial(s2o_compile.attention, *inputs, causal=True, config=config, plan=plan)
+
+
+def backward_of(forward: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
+    """Forward and backward of an attention over the inputs."""
+    leaves = tuple(x.detach().requires_grad_() for x in inputs)
+
+    def both() -> object:
+        output = forward(*leaves)
+        return torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    return both
+
+
+def bench_length(length: int, tau: float, rows: Rows) -> None:
+    """All rows of one length."""
+    shape = (32, 8, 128) if DEVICE == "cuda" else (4, 2, 32)
+    inputs = make_inputs("topical", length, *shape)
+    exact = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    flash = calls.sdpa_calls(*inputs)
+    candidates: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        **{f"dense, {name}": (lambda call=call: call) for name, call in flash.items()},
+        "dense flex": partial(dense_flex, inputs),
+    }
+    for planned in (False, True):
+        for implementation in ("triton", "flex") if DEVICE == "cuda" else ("torch", "flex"):
+            name = f"{implementation} (plan)" if planned else implementation
+            candidates[name] = partial(sparse, inputs, implementation, tau, planned=planned)
+    for name, make in candidates.items():
+
+        def measure(make: Callable[[], Callable[[], Tensor]] = make) -> dict[str, object]:
+            call = make()
+            with record_calls() as recorded:
+                output = call()
+            error = ((output - exact).float().norm() / exact.float().norm()).item()
+            density = recorded[-1].density if recorded else 1.0
+            return {"ms": round(milliseconds(call), 3), "density": round(density, 3), "error": round(error, 4)}
+
+        rows.measure("forward", {"N": length, "what": name}, measure)
+    if DEVICE != "cuda":
+        return
+    with torch.enable_grad():
+        sdpa = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        trained = S2OConfig(training="sparse", tau=tau, min_seq_len=0)
+        for name, forward in {
+            "dense, SDPA": sdpa,
+            "flex": partial(s2o_compile.attention, causal=True, config=trained),
+        }.items():
+            both = backward_of(forward, inputs)
+            rows.measure(
+                "forward and backward",
+                {"N": length, "what": name},
+                lambda both=both: {"ms": round(milliseconds(both), 3)},
+            )
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--tau", type=float, default=0.5)
+    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = Rows(args.json)
+    with torch.no_grad():
+        for length in args.lengths:
+            bench_length(length // args.scale, args.tau, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""flex_attention with score and mask functions of its own, made sparse while it is traced into a graph.
+
+A function of a score and its position may mean anything, so nothing is proven of it, and nothing needs to be: the
+functions and the block mask decide what a query sees as before, and the plan only which of these keys are computed.
+Keys are ranked by what sampled queries see through them (``flex_sample.py``).
+
+    keys of a segment    its own blocks in natural order, then blocks of its list; or all in natural order
+    score_mod, mask_mod  those of the call, of the position that a gathered key came from
+    block mask           looked up by that position: what it leaves out stays out, full blocks need no mask_mod
+
+All steps are tensor operations of sizes known from lengths: Inductor compiles them, and autograd differentiates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from s2o_compile.kernels.flex_forward import take
+from s2o_compile.kernels.flex_layout import gather_lists
+from s2o_compile.kernels.flex_sample import Function, Site, own_blocks, sample
+from s2o_compile.kernels.opaque import define_operator
+from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_tiles
+from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
+
+TABLES_AT = 2
+"""Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
+behind the sizes of a block of queries and of keys."""
+
+PARTIAL, FULL = 1, 2
+
+
+def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int) -> bool:
+    """Whether blocks of this size are whole tiles, or one block is everything."""
+    return all(
+        block % TILE_LEN == 0 or block >= length for block, length in ((query_block, n_queries), (key_block, n_keys))
+    )
+
+
+def sparse_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Function,
+    block_mask: Sequence[Any],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_other_buffers: tuple[Any, ...] = (),
+    mask_mod_other_buffers: tuple[Any, ...] = (),
+    *,
+    tau: float | Sequence[float],
+    segment_len: int | None = None,
+    dense_heads: Sequence[int] = (),
+    stride: Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
+
+    Run outside a trace it is the operator itself, for uncompiled FlexAttention gains nothing from fewer blocks.
+
+    Args:
+        query: [B, Hq, Nq, D]; lengths are integers.
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        score_mod: Of a score, its batch, head, query and key, and what it captured.
+        block_mask: As a tuple.
+        scale: Softmax scale.
+        kernel_options: The operator's.
+        score_mod_other_buffers: What the score_mod captured.
+        mask_mod_other_buffers: What the mask_mod captured.
+        tau: As in ``OperatorOptions``.
+        segment_len: Queries of one list; None chooses by length.
+        dense_heads: Key/value heads that visit everything.
+        stride: Strides of the output; None for the operator's own.
+    """
+    operator = torch.ops.higher_order.flex_attention
+    if torch._guards.detect_fake_mode([query]) is None:
+        return operator(
+            query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
+            mask_mod_other_buffers,
+        )  # fmt: skip
+    with torch.no_grad():
+        site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
+        scores, unvisited = sample(
+            query, key, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers
+        )  # fmt: skip
+        if isinstance(tau, Sequence):
+            visits = torch.stack([blocks_to_visit(unvisited[:, h], limit) for h, limit in enumerate(tau)], dim=1)
+        else:
+            visits = blocks_to_visit(unvisited, tau)
+        everything = unvisited.shape[-1] + 1
+        for head in dense_heads:
+            marked = slice(head * site.group, (head + 1) * site.group)
+            visits = torch.cat(
+                [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
+            )
+        placed = _place_blocks(
+            scores, visits, site.partial, site.full, n_queries=site.n_queries, n_keys=site.n_keys,
+            segment_len=site.segment_len,
+        )  # fmt: skip
+        layout = _Layout(*placed)
+    output = _attend(
+        query, key, value, site, layout, score_mod, block_mask[-1], scale, kernel_options, score_mod_other_buffers,
+        mask_mod_other_buffers,
+    )  # fmt: skip
+    if query.is_cpu:
+        output = _in_memory(output, stride)
+    elif stride is not None and output.stride() != tuple(stride):
+        output = output.new_empty_strided(output.shape, tuple(stride)).copy_(output)
+    return output, None, None
+
+
+def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> Site:
+    """The sizes of a call, and its block mask as flags for blocks of TILE_LEN queries and BLOCK_LEN keys."""
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    tiles, blocks = n_tiles(n_queries), -(-n_keys // BLOCK_LEN)
+    counts, order, full_counts, full_order = block_mask[TABLES_AT : TABLES_AT + 4]
+    query_block, key_block = block_mask[-3:-1]
+
+    def flags(counts: Tensor | None, order: Tensor | None) -> Tensor:
+        if counts is None or order is None:
+            return torch.zeros(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
+        width = order.shape[3]
+        listed = torch.arange(width, device=order.device) < counts[..., None]
+        place = torch.where(listed, order, width).long()
+        found = torch.zeros(*order.shape[:3], width + 1, dtype=torch.bool, device=order.device)
+        found = found.scatter(3, place, listed)[..., :width]
+        found = found.repeat_interleave(min(-(-query_block // TILE_LEN), tiles), 2)[:, :, :tiles]
+        found = found.repeat_interleave(min(-(-key_block // BLOCK_LEN), blocks), 3)[..., :blocks]
+        missing = (0, blocks - found.shape[3], 0, tiles - found.shape[2])
+        return torch.nn.functional.pad(found, missing).expand(batch, heads, -1, -1)
+
+    partial, full = flags(counts, order), flags(full_counts, full_order)
+    return Site(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
+
+
+class _Layout(NamedTuple):
+    """Where keys stand and which blocks are visited; see ``flex_layout.FlexLayout``."""
+
+    index: Tensor
+    place: Tensor
+    """The same as int32."""
+    natural_start: Tensor
+    natural_stop: Tensor
+    list_start: Tensor
+    list_stop: Tensor
+    listed: Tensor
+    """int8 [B * Hkv, G, T, key blocks], what the block mask lists: PARTIAL, FULL or neither."""
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+
+def place_blocks(
+    scores: Tensor, visits: Tensor, partial: Tensor, full: Tensor, n_queries: int, n_keys: int, segment_len: int
+) -> list[Tensor]:
+    """The tensors of a `_Layout`; an operator, for Inductor's CPU template wants them in memory.
+
+    Args:
+        scores: float32 [B, Hkv, P, Nk], negative for keys that stand in no list.
+        visits: int32 [B, Hq, P], blocks of each list to visit.
+        partial: Bool [B, Hq, T, key blocks], as in `Site`.
+        full: The same.
+        n_queries: Number of queries.
+        n_keys: Number of keys.
+        segment_len: Queries of one list.
+    """
+    site = Site(scores.shape[0], visits.shape[1], scores.shape[1], n_queries, n_keys, segment_len, partial, full)
+    return [x.contiguous() for x in _lay_out(site, scores, visits)]
+
+
+def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
+    """A copy that Inductor makes, with these strides: its CPU template reads no view of a view, and has no epilogue."""
+    return x.new_empty_strided(x.shape, x.contiguous().stride() if stride is None else tuple(stride)).copy_(x)
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+_in_memory = define_operator(_library, in_memory)
+torch.library.register_fake("s2o::in_memory", in_memory, lib=_library)
+_place_blocks = define_operator(_library, place_blocks)
+torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
+
+
+def _lay_out(site: Site, scores: Tensor, visits: Tensor) -> _Layout:
+    """Place the keys of a call, given scores [B, Hkv, P, Nk] and blocks of each list to visit, [B, Hq, P]."""
+    device, tiles, natural_blocks = scores.device, site.partial.shape[2], site.partial.shape[3]
+    scores = scores.flatten(0, 1)
+    rows = len(scores)
+    listed = (scores >= 0).sum(-1)
+    key_index = scores.argsort(dim=-1, descending=True, stable=True)
+    walk = visits.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1).long()
+    gathered, first, keys = gather_lists(key_index, listed, listed, walk, natural_blocks)
+    natural = torch.arange(natural_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
+    segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
+    gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
+    visited = torch.where(gathered, visited, 0)
+    own_start, own_stop = (bound[segment] for bound in own_blocks(site, device))
+    start, stop = torch.where(gathered, own_start, 0), torch.where(gathered, own_stop, natural_blocks)
+    partial, full = (
+        flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
+    )
+    block = torch.arange(natural_blocks, device=device)
+    inside = (block >= start[..., None]) & (block < stop[..., None])
+    # The last block holds places behind the last key: there the mask is needed.
+    whole = full & (block < site.n_keys // BLOCK_LEN)
+    place = torch.arange(natural_blocks + keys.shape[1] // BLOCK_LEN, device=device)
+
+    def table(chosen: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+        count = chosen.sum(-1)
+        order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+        order = torch.nn.functional.pad(order, (0, len(place) - natural_blocks))
+        if more is not None:
+            behind = (first[:, None] - count)[..., None] + place
+            order = torch.where(place < count[..., None], order, behind.clamp(0, len(place) - 1))
+            count = count + more
+        return count.to(torch.int32), order.to(torch.int32).contiguous()
+
+    numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN
+    list_stop = (first[:, None] + visited) * BLOCK_LEN
+    index = torch.cat([natural, keys], dim=1)
+    return _Layout(
+        index,
+        index.to(torch.int32),
+        *(x.to(torch.int32) for x in (*numbers, list_stop)),
+        partial * PARTIAL + full.to(torch.int8) * FULL,
+        *table(inside & (partial | (full & ~whole)), visited),
+        *table(inside & whole, None),
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    site: Site,
+    layout: _Layout,
+    score_mod: Function,
+    mask_mod: Function,
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_buffers: tuple[Any, ...],
+    mask_buffers: tuple[Any, ...],
+) -> Tensor:
+    """FlexAttention over placed keys, [B, Hq, Nq, Dv]."""
+    kv_heads, group = site.kv_heads, site.group
+
+    def score(score: Tensor, row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
+        return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, index[row, j], *captured)
+
+    def visible(
+        row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, natural_start: Tensor, natural_stop: Tensor,
+        list_start: Tensor, list_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
+    ) -> Tensor:  # fmt: skip
+        tile, position = i // TILE_LEN, index[row, j]
+        block = position // BLOCK_LEN
+        listed = (j >= list_start[row, tile]) & (j < list_stop[row, g, tile])
+        placed = listed | ((j >= natural_start[row, g, tile]) & (j < natural_stop[row, g, tile]))
+        seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
+        kind = kinds[row, g, tile, block]
+        return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
+
+    index = layout.place
+    folded = query.unflatten(1, (kv_heads, group)).flatten(0, 1)
+    keys, values = (take(x, layout.index) for x in (key, value))
+    if query.is_cpu:
+        folded, keys, values = (_in_memory(x) for x in (folded, keys, values))
+    blocks = BlockMask.from_kv_blocks(
+        layout.partial_count,
+        layout.partial_index,
+        layout.full_count,
+        layout.full_index,
+        BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
+        mask_mod=visible,
+        seq_lengths=(site.n_queries, keys.shape[2]),
+        compute_q_blocks=torch.is_grad_enabled(),
+    )
+    output = torch.ops.higher_order.flex_attention(
+        folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (index, *score_buffers),
+        (*layout[1:7], *mask_buffers),
+    )[0]  # fmt: skip
+    return output.unflatten(0, (site.batch, kv_heads)).flatten(1, 2)

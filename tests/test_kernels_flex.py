@@ -1,0 +1,254 @@
+"""implementation="flex": the same plan as the definition's, walked by a compiled flex_attention.
+
+Compiling one kernel takes seconds: all tests share one shape, and with it one kernel for each kind of scores.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import s2o_compile
+from s2o_compile import ImplementationUnavailableError, InputError, S2OConfig
+from s2o_compile.kernels import definition, flex_forward, flex_layout
+from s2o_compile.kernels.flex_layout import lay_out
+from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.operator import choose_implementation
+from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.unvisited import BLOCK_LEN, RULE_OVER_SAMPLE, blocks_to_visit, estimate_unvisited
+from tests.conftest import Inputs, bounds, distance, exact_attention
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+BATCH, HEADS, KV_HEADS, LENGTH, DIM, SEGMENT = 2, 4, 2, 1000, 16, 128
+SCALE = 0.25
+OPTIONS = OperatorOptions(tau=2.0, segment_len=SEGMENT, min_seq_len=0)
+
+
+def padding():
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[0, :150], mask[1, -90:] = False, False
+    return mask
+
+
+MASKS = {
+    "causal": AttentionMask(causal=True),
+    "causal-ahead": AttentionMask(causal=True, offset=37),
+    "causal-behind": AttentionMask(causal=True, offset=-50),
+    "padding": AttentionMask(causal=True, key_mask=padding()),
+    "bidirectional": AttentionMask(),
+    "bidirectional-padding": AttentionMask(key_mask=padding()),
+}
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.no_grad():
+        yield
+
+
+def inputs(mask, softcap=None):
+    """Keys of which few matter to everybody, so that lists are left early."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(BATCH, HEADS, LENGTH, DIM, generator=generator) + 1.0
+    key = torch.randn(BATCH, KV_HEADS, LENGTH, DIM, generator=generator) * 0.3
+    key[:, :, torch.randperm(LENGTH, generator=generator)[:120]] += 0.5
+    value = torch.randn(BATCH, KV_HEADS, LENGTH, DIM, generator=generator)
+    return Inputs(query, key, value, mask, SCALE, softcap)
+
+
+def agrees(output, exact, given):
+    """An output errs no more than plain attention in its dtype may."""
+    assert distance(output, exact) <= bounds(given)[0]
+
+
+def planned(given, options=OPTIONS):
+    plan = build_plan(
+        *given.tensors,
+        given.mask,
+        scale=SCALE,
+        ranking="per_query",
+        query_order="none",
+        segment_len=SEGMENT,
+    )
+    unvisited = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE, softcap=given.softcap)
+    return plan, blocks_to_visit(unvisited, options.tau)
+
+
+def laid_out(given, plan, visits):
+    shape = (BATCH, HEADS, KV_HEADS, LENGTH, LENGTH)
+    return lay_out(given.mask, shape=shape, device=given.query.device, plan=plan, visits=visits)
+
+
+def entries(layout, n_segments):
+    """Entries of each list that a layout visits, int64 [B, Hq, P]."""
+    tiles = slice(None, None, SEGMENT // 128)
+    listed = (layout.list_stop - layout.list_start[:, None])[:, :, tiles]
+    whole = (layout.natural_stop - layout.natural_start == LENGTH)[:, :, tiles]
+    return torch.where(whole, LENGTH, listed).view(BATCH, HEADS, n_segments).long()
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_without_a_stop_it_is_dense(mask):
+    given = inputs(mask)
+    output = flex_forward.attend(
+        *given.tensors, mask, scale=SCALE, softcap=None, options=dataclasses.replace(OPTIONS, tau=0.0)
+    ).output
+    agrees(output, exact_attention(given)[0], given)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_it_walks_as_the_definition_does(mask):
+    given = inputs(mask)
+    plan, visits = planned(given)
+    walked = entries(laid_out(given, plan, visits), plan.n_segments)
+    assert (walked < plan.prefix_count[:, None]).float().mean() > 0.4, "too few lists are left early to prove anything"
+    result = flex_forward.attend_planned(
+        *given.tensors, mask, plan, visits, scale=SCALE, softcap=None, wants_lse=False
+    )  # fmt: skip
+    double = given.to(torch.float64)
+    wanted = definition.attend(*double.tensors, mask, plan, scale=SCALE, tau=0.0, visits=walked)
+    agrees(result.output, wanted.output, given)
+    assert (result.computed >= wanted.computed).all(), "keys that are visited are not counted"
+    assert (result.computed - wanted.computed <= 3 * BLOCK_LEN)[:, :, :-1].all()
+
+
+def test_a_softcap():
+    given = inputs(MASKS["causal"], softcap=1.5)
+    plan, visits = planned(given)
+    attend = {"scale": SCALE, "softcap": 1.5, "wants_lse": False}
+    exact = flex_forward.attend_planned(*given.tensors, given.mask, plan, torch.full_like(visits, 99), **attend).output
+    agrees(exact, exact_attention(given)[0], given)
+    output = flex_forward.attend_planned(*given.tensors, given.mask, plan, visits, **attend).output
+    walked = entries(laid_out(given, plan, visits), plan.n_segments)
+    double = given.to(torch.float64)
+    wanted = definition.attend(*double.tensors, given.mask, plan, scale=SCALE, tau=0.0, softcap=1.5, visits=walked)
+    agrees(output, wanted.output, given)
+
+
+WINDOWS = {
+    "window": AttentionMask(causal=True, window=200),
+    "window-around": AttentionMask(causal=True, window=100, offset=40),
+    "window-padding": AttentionMask(causal=True, window=200, key_mask=padding()),
+    "causal": AttentionMask(causal=True),
+}
+
+
+@pytest.mark.parametrize("mask", WINDOWS.values(), ids=WINDOWS)
+def test_natural_order_is_exact(mask):
+    given = inputs(mask)
+    result = flex_forward.attend_planned(*given.tensors, mask, None, None, scale=SCALE, softcap=None, wants_lse=False)
+    agrees(result.output, exact_attention(given)[0], given)
+    if mask.window:
+        assert result.computed.max() <= mask.window + 3 * BLOCK_LEN
+
+
+def test_tables_and_mask_say_the_same():
+    """Uncompiled, flex_attention goes by the mask_mod alone."""
+    given = inputs(MASKS["padding"])
+    plan, visits = planned(given)
+    layout = laid_out(given, plan, visits)
+    keys, values = (flex_forward.take(x, layout.index) for x in (given.key, given.value))
+    query = given.query.unflatten(1, (KV_HEADS, -1)).flatten(0, 1)
+    output = flex_forward._attend_blocks(query, keys, values, layout, SCALE, None, False, False)
+    compiled, _ = flex_forward.attend_layout(*given.tensors, layout, scale=SCALE, softcap=None)
+    agrees(output.view_as(compiled), compiled, given)
+
+
+def test_gathered_keys_have_a_limit(monkeypatch):
+    given = inputs(MASKS["causal"])
+    plan, visits = planned(given)
+    free = laid_out(given, plan, visits)
+    gathered = (free.list_stop - free.list_start[:, None] > 0).sum()
+    monkeypatch.setattr(flex_layout, "POOL", 1)
+    tight = laid_out(given, plan, visits)
+    assert tight.index.shape[1] == 2 * 1024
+    assert 0 < (tight.list_stop - tight.list_start[:, None] > 0).sum() < gathered
+    assert tight.list_stop.max() <= tight.index.shape[1]
+
+
+def test_heads_have_their_own_walk():
+    given = inputs(MASKS["causal"])
+    taus = (0.0, 3.0, 4.0, 0.0)
+    options = dataclasses.replace(OPTIONS, tau=taus)
+    result = flex_forward.attend(*given.tensors, given.mask, scale=SCALE, softcap=None, options=options)
+    exact = exact_attention(given)[0]
+    for head in (0, 3):
+        agrees(result.output[:, head], exact[:, head], given)
+    assert result.computed[:, 1].sum() < result.computed[:, 0].sum()
+    dense = flex_forward.attend(
+        *given.tensors, given.mask, scale=SCALE, softcap=None, options=OPTIONS, dense_heads=[1]
+    ).output
+    agrees(dense[:, 2:], exact[:, 2:], given)
+    assert (dense[:, :2] - exact[:, :2]).abs().max() > 1e-3
+
+
+def test_the_operator_takes_it():
+    given = inputs(MASKS["causal"])
+    config = S2OConfig(implementation="flex", tau=0.0, min_seq_len=0, segment_len=SEGMENT)
+    output = s2o_compile.attention(*given.tensors, causal=True, scale=SCALE, config=config)
+    agrees(output, exact_attention(given)[0], given)
+    with pytest.raises(ImplementationUnavailableError, match="FlexAttention returns none"):
+        s2o_compile.attention(*given.tensors, causal=True, config=config, return_lse=True)
+    ordered = dataclasses.replace(config, query_order="mean_query")
+    with pytest.raises(InputError, match="queries stay where they are"):
+        s2o_compile.attention(*given.tensors, causal=True, config=ordered)
+
+
+def test_it_is_chosen_where_our_kernels_are_not():
+    assert choose_implementation("auto", torch.device("xpu"), torch.bfloat16, 64) == "flex"
+    assert choose_implementation("auto", torch.device("cpu"), torch.bfloat16, 64) == "torch"
+    assert choose_implementation("flex", torch.device("cpu"), torch.bfloat16, 64) == "flex"
+
+
+def test_gradients_are_refused_on_a_cpu():
+    given = inputs(MASKS["causal"])
+    config = S2OConfig(training="sparse", min_seq_len=0)
+    with torch.enable_grad(), pytest.raises(ImplementationUnavailableError, match="no backward"):
+        s2o_compile.attention(given.query.requires_grad_(), given.key, given.value, causal=True, config=config)
+
+
+def test_the_gradient_of_the_definition_over_a_fixed_plan():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, h, 200, 3, generator=generator, dtype=torch.float64) for h in (2, 1, 1)]
+    mask = AttentionMask(causal=True, offset=0)
+    plan = build_plan(
+        *(x.float() for x in tensors), mask, scale=0.5, ranking="mean_query", query_order="none", segment_len=128
+    )
+    visits = torch.tensor([[[0, 40], [0, 90]]])
+
+    def attend(query, key, value):
+        return definition.attend(query, key, value, mask, plan, scale=0.5, tau=0.0, visits=visits).output
+
+    with torch.enable_grad():
+        assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in tensors], fast_mode=True)
+
+
+class TestEstimate:
+    def test_it_is_the_mass_behind_each_block(self):
+        given = inputs(AttentionMask(causal=True)).to(torch.float64)
+        plan, _ = planned(inputs(MASKS["causal"]))
+        left = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE)
+        b, h, segment = 1, 3, 5
+        first = segment * SEGMENT
+        rows = torch.arange(first + SEGMENT - 1, first - 1, -SEGMENT // 16)
+        logits = given.query[b, h, rows] @ given.key[b, h // 2].T * SCALE
+        weights = logits.masked_fill(~given.mask.visible(rows, torch.arange(LENGTH)), -torch.inf).softmax(-1)
+        ordered = weights[:, plan.key_index[b, h // 2, segment, :first].long()]
+        for n in range(segment + 1):
+            assert left[b, h, segment, n].item() == pytest.approx(ordered[:, n * 128 :].sum(-1).max().item(), rel=1e-4)
+
+    def test_a_row_of_nan_visits_everything(self):
+        given = inputs(MASKS["causal"])
+        given.query[0, 1, 700] = float("nan")
+        plan, _ = planned(inputs(MASKS["causal"]))
+        given.query[:, :, 700 // SEGMENT * SEGMENT + SEGMENT - 1] = float("nan")
+        left = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE)
+        visits = blocks_to_visit(left, 2.0)
+        assert (visits[:, :, 700 // SEGMENT] >= 700 // SEGMENT).all()
+
+    def test_counts(self):
+        left = torch.tensor([[[[0.9, 0.5, 0.1, 0.0]]]])
+        assert blocks_to_visit(left, 0.3 * RULE_OVER_SAMPLE).item() == 2
+        assert blocks_to_visit(left, 0.0).item() == 4
+        assert blocks_to_visit(left.expand(1, 2, 1, 4), torch.tensor([0.0, 7.0])).flatten().tolist() == [4, 0]

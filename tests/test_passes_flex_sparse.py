@@ -1,0 +1,189 @@
+"""flex_attention whose functions are not proven: they are kept, and the call is made sparse.
+
+Compiling one kernel takes seconds, so that every case here stands for several.
+"""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.kernels import flex_sample, flex_site
+from s2o_compile.passes import flex_sparse, pipeline
+from tests.conftest import distance
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 900, 16
+SLOPES = torch.tensor([0.5, 0.25, 0.05, 0.01])
+DOCUMENTS = torch.arange(LENGTH) // 310
+SOME = 2.0
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def inference(fresh_dynamo):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def tensors():
+    return [torch.randn(BATCH, LENGTH, n, DIM).transpose(1, 2) for n in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def alibi(score, b, h, i, j):
+    return score - SLOPES[h] * (i - j).abs()
+
+
+def document(b, h, i, j):
+    return (DOCUMENTS[i] == DOCUMENTS[j]) & (i >= j)
+
+
+BLOCKS = create_block_mask(document, None, None, LENGTH, LENGTH, device="cpu")
+
+
+def exact(query, key, value, score_mod=None, mask_mod=None):
+    """The formula itself, in float64."""
+    query, key, value = (x.double().repeat_interleave(HEADS // x.shape[1], 1) for x in (query, key, value))
+    scores = query @ key.mT * DIM**-0.5
+    at = torch.arange(BATCH).view(-1, 1, 1, 1), torch.arange(HEADS).view(-1, 1, 1), torch.arange(LENGTH)[:, None]
+    at = *at, torch.arange(LENGTH)
+    scores = scores if score_mod is None else score_mod(scores, *at)
+    scores = scores if mask_mod is None else scores.masked_fill(~mask_mod(*at), -INF)
+    return scores.softmax(-1).nan_to_num() @ value
+
+
+def compiled(attend, tau):
+    config = S2OConfig(tau=tau, min_seq_len=0, segment_len=128)
+    with s2o_compile.record() as recording:
+        output = torch.compile(attend, backend="s2o", options={f"s2o.{k}": v for k, v in vars(config).items()})(
+            *(given := tensors())
+        )
+    (site,) = recording.report.sites
+    return given, output, site
+
+
+@pytest.fixture(scope="module")
+def sparse_calls():
+    """The sites that were made sparse, with the blocks they visit."""
+    seen = []
+    place = flex_site._lay_out
+
+    def watched(site, scores, visits):
+        layout = place(site, scores, visits)
+        if not isinstance(scores, torch._subclasses.FakeTensor):
+            seen.append((site, layout))
+        return layout
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_site, "_lay_out", watched)
+        yield seen
+
+
+def visited(site, layout):
+    """Bool [B, Hq, N, N], the pairs in the blocks that a layout lists."""
+    pairs = torch.zeros(BATCH * KV_HEADS, HEADS // KV_HEADS, LENGTH, LENGTH, dtype=torch.int32)
+    for row, g, tile in torch.cartesian_prod(*map(torch.arange, layout.full_count.shape)).tolist():
+        partial = layout.partial_index[row, g, tile, : layout.partial_count[row, g, tile]]
+        full = layout.full_index[row, g, tile, : layout.full_count[row, g, tile]]
+        blocks = torch.cat([partial, full]).long()
+        places = (blocks[:, None] * 128 + torch.arange(128)).flatten()
+        listed = (places >= layout.list_start[row, tile]) & (places < layout.list_stop[row, g, tile])
+        keys = layout.index[row, places[listed | (places < LENGTH)]]
+        rows = min(128, LENGTH - tile * 128)
+        pairs[row, g, tile * 128 : (tile + 1) * 128].index_add_(
+            1, keys, torch.ones_like(keys, dtype=torch.int32)[None].expand(rows, -1)
+        )
+    assert pairs.max() == 1, "a key is counted twice"
+    return pairs.view(BATCH, HEADS, LENGTH, LENGTH).bool()
+
+
+def test_a_bias_and_documents(sparse_calls):
+    """ALiBi over a document mask: attention over the keys visited, and what the block mask leaves out stays out."""
+
+    def attend(q, k, v):
+        return flex_attention(q, k, v, score_mod=alibi, block_mask=BLOCKS, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    given, output, site = compiled(attend, SOME)
+    assert (site.rewritten, site.mask, site.reason) == (True, flex_sparse.MASK, "")
+    pairs = visited(*sparse_calls[-1])
+    output = output.unflatten(2, (HEADS, DIM)).transpose(1, 2)
+    assert distance(output, exact(*given, alibi, lambda *at: document(*at) & pairs)) < 1e-5
+    dense = exact(*given, alibi, document)
+    assert distance(output, dense) > 1e-3, "nothing was left out"
+    _, layout = sparse_calls[-1]
+    listed = BLOCKS.to_dense().sum().item() * BATCH * HEADS
+    assert (layout.full_count + layout.partial_count).sum() < 0.8 * listed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tau": 0.0}, "tau=0 leaves nothing out"),
+        ({"implementation": "torch"}, "knows no functions of its own"),
+        ({"min_seq_len": 901}, "are short"),
+    ],
+    ids=["exact", "torch", "short"],
+)
+def test_what_keeps_it_dense_is_said(options, said):
+    records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True), **options)
+    assert not records[0].rewritten
+    assert "adds a bias" in records[0].reason
+    assert said in records[0].reason
+
+
+def captured(attend, given=None, mark=False, training="dense", **options):
+    records = []
+
+    def backend(gm, _):
+        records.extend(pipeline.run(gm, {"tau": SOME, "min_seq_len": 0, **options}, training=training))
+        return gm.forward
+
+    given = tensors() if given is None else given
+    if mark:
+        for x in given:
+            torch._dynamo.mark_dynamic(x, 2)
+    torch.compile(attend, backend=backend)(*given)
+    return records
+
+
+def test_symbolic_lengths_stay_dense():
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True)  # noqa: E731
+    assert "symbolic" in captured(attend, mark=True)[0].reason
+
+
+def test_functions_that_fail_on_many_scores_stay_dense(monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(flex_sample, "over_all", fail)
+    records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True))
+    assert "cannot be run for many scores (RuntimeError)" in records[0].reason
+
+
+def test_small_blocks_stay_dense():
+    blocks = create_block_mask(document, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=64)
+    records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=blocks, enable_gqa=True))
+    assert "expected multiples of 128" in records[0].reason
+
+
+def test_uncompiled_it_is_the_call_itself():
+    given = tensors()
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=BLOCKS, enable_gqa=True)  # noqa: E731
+    config = {"s2o.tau": SOME, "s2o.min_seq_len": 0, "s2o.inner_backend": "eager"}
+    output = torch.compile(attend, backend="s2o", options=config)(*given)
+    assert distance(output, exact(*given, alibi, document)) < 1e-5
+
+
+def test_what_the_mask_hides_ranks_last():
+    tables = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    logits = torch.zeros(1, 1, 64, 256)
+    logits[..., 10] = 9.0
+    visible = torch.ones_like(logits, dtype=torch.bool)
+    visible[..., 10] = False
+    scores, left = flex_sample.rank_samples(logits, visible, tables, ~tables, 0, 1, 256, 256, 128)
+    assert (scores[0, 0, 0, :128] == -1).all(), "a segment's own keys stand in its list"
+    assert scores[0, 0, 1, 10] == 0
+    assert (scores[0, 0, 1, 11:128] > 0).all()
+    torch.testing.assert_close(left[0, 0, 1, :2], torch.tensor([127 / 255, 0.0]))
