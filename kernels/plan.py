@@ -33,8 +33,8 @@ class Plan:
         key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
         prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
         query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
-        tail_value: float32 [B, Hkv, P, Dv], what stands for the keys that a tile leaves out (``tail.py``); None where no
-            tile stops by itself, or until values are known.
+        tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no tile
+            stops by itself, or until values are known.
     """
 
     segment_len: int

@@ -57,8 +57,8 @@ class Planner:
         mask: The proven mask of the whole call, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
         ranking: A key of RANKINGS.
-        list_per: One of LISTS: whether each query head has lists of its own, or the heads of a group share them.
         query_order: One of QUERY_ORDERS.
+        list_per: One of LISTS: whether each query head has lists of its own, or the heads of a group share them.
         segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
         implementation: "triton" or "torch": who ranks where both can.
     """
@@ -72,8 +72,8 @@ class Planner:
         *,
         scale: float,
         ranking: str,
-        list_per: str,
         query_order: str,
+        list_per: str = "group",
         segment_len: int | None = None,
         implementation: str = "torch",
     ) -> None:

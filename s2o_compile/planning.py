@@ -35,7 +35,8 @@ class S2OPlan:
     Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, P segments, T query tiles.
 
     Attributes:
-        key_index: int32 [B, Hl, P, L], Hl being Hkv or, with ``list_per="head"``, Hq: keys outside the segment's own, most important first.
+        key_index: int32 [B, Hkv, P, L] (Hq with ``list_per="head"``), keys outside the segment's own, most important
+            first.
         prefix_count: int32 [B, P], how many entries of a list are real.
         query_order: int32 [B, Hq, Nq], the query at each slot; None for natural order.
         segment_len: Queries that share one list.
