@@ -11,6 +11,7 @@ from s2o_compile.api import explain, optimize
 from s2o_compile.calibrate import calibrate
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    DenseExportWarning,
     EvaluationError,
     ImplementationUnavailableError,
     InputError,
@@ -28,6 +29,7 @@ from s2o_compile.report import Report, Site
 
 __version__ = "0.1.0"
 __all__ = [
+    "DenseExportWarning",
     "Evaluation",
     "EvaluationError",
     "ImplementationUnavailableError",

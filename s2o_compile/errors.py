@@ -11,6 +11,10 @@ class EvaluationError(S2OError, ValueError):
     """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
 
 
+class DenseExportWarning(UserWarning):
+    """A graph leaves torch for a format that has no operator for S2O, with dense attention in its place."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -20,6 +24,7 @@ class UnknownSiteWarning(UserWarning):
 
 
 __all__ = [
+    "DenseExportWarning",
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",

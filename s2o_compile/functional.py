@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
+from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import registration
 from s2o_compile.kernels.differentiable import attend_differentiably
 from s2o_compile.kernels.errors import InputError
@@ -78,7 +80,7 @@ def attention(
         ImplementationUnavailableError: ``config.implementation`` names one that cannot run here.
 
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
-    sinks in plain torch, which holds all Nq x Nk logits.
+    sinks in plain torch, which holds all Nq x Nk logits. So is everything while ``torch.onnx.export`` looks on.
     """
     if attn_mask is not None:
         others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window}
@@ -103,10 +105,13 @@ def attention(
             dense_heads=dense_heads,
             config=config,
         )
-    if _wants_gradients(query, key, value, sinks):
+    if _stays_dense(query, key, value, sinks):
         if return_lse:
             raise InputError(
-                "return_lse", expected="no gradients", got="inputs that require grad", remedy="Use torch.no_grad()."
+                "return_lse",
+                expected="no gradients and no export to ONNX",
+                got="inputs that require grad, or torch.onnx.export",
+                remedy="Use torch.no_grad(), or leave return_lse out.",
             )
         check_inputs(
             query,
@@ -162,8 +167,14 @@ def attention(
     return (output, lse) if return_lse else output
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _stays_dense(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted, or an exporter that has no operator for S2O looks on."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+        return False
+    warnings.warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3)
+    return True
 
 
 def _masked(
@@ -179,7 +190,7 @@ def _masked(
     dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
-    if not _wants_gradients(query, key, value, sinks, attn_mask):
+    if not _stays_dense(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
         plain = nobody_looks(query, key, value, attn_mask, sinks)
         attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default

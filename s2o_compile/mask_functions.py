@@ -1,4 +1,4 @@
-"""Masks that are functions ``(batch, head, query, key) -> bool``, as transformers hands them around, proven like graphs.
+"""Masks that are functions ``(batch, head, query, key) -> bool``, as transformers makes them, proven like graphs.
 
 The function is traced once over index tensors without data and its graph given to the mask prover: which spelling or
 version it comes from does not matter, and what is not proven is not guessed.

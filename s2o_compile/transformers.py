@@ -159,7 +159,8 @@ def _sparse(
         record(site.name, "dense", query, key, None)
         return None
     if _describes(mask, query, key):
-        mask = mask.proven or mask.for_sdpa
+        proven = mask.proven
+        mask = proven if isinstance(proven, AttentionMask) else mask.for_sdpa
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
     shared = {"scale": scale, "softcap": softcap, "site": site.name, **site.options}
