@@ -18,6 +18,7 @@ from s2o_compile.errors import (
     NothingRewrittenWarning,
     OptionError,
     S2OError,
+    TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "S2OConfig",
     "S2OError",
     "Site",
+    "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
     "attention",

@@ -28,10 +28,10 @@ PREFIX = "s2o."
 
 
 def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:
-    """Separate ``s2o.*`` options from Inductor's.
+    """Separate ``s2o.*`` options from those of the inner backend.
 
     Raises:
-        OptionError: An option that neither S2O nor Inductor has.
+        OptionError: An option that S2O does not have, nor Inductor, if that is the inner backend.
     """
     options = dict(options or {})
     ours = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
@@ -39,7 +39,11 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     for name in ours:
         if name not in fields:
             raise OptionError(unknown_name("option", PREFIX + name, [PREFIX + field for field in fields]))
-    inductor = {name.replace("-", "_"): value for name, value in options.items() if not name.startswith(PREFIX)}
+    config = S2OConfig.from_dict(ours)
+    others = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
+    if config.inner_backend != "inductor":
+        return config, others
+    inductor = {name.replace("-", "_"): value for name, value in others.items()}
     known = torch._inductor.list_options()
     for name in inductor:
         if name not in known:
@@ -49,7 +53,7 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
                 f"unknown option {name!r}: expected an Inductor option (torch._inductor.list_options()) or one of "
                 f"{', '.join(PREFIX + field for field in fields)}.{hint}"
             )
-    return S2OConfig.from_dict(ours), inductor
+    return config, inductor
 
 
 def s2o(
@@ -65,9 +69,10 @@ def s2o(
         gm: A Dynamo graph; rewritten in place.
         example_inputs: Its example inputs.
         mode: Inductor's mode, as ``torch.compile(mode=...)``.
-        options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
+        options: ``s2o.*`` options (the fields of S2OConfig) and any option of Inductor, which wins over ``mode``; with
+            ``inner_backend="tensorrt"`` any setting of torch-tensorrt.
     """
-    config, inductor = split_options(options)
+    config, others = split_options(options)
     start = time.perf_counter()
     records = pipeline.run(
         gm,
@@ -85,15 +90,20 @@ def s2o(
     for field, sites in settings.items():
         _warn_of_unknown_sites(records, field, sites)
     if config.inner_backend != "inductor":
-        if mode or inductor:
+        settings = config.inner_backend == "tensorrt"
+        if mode or (others and not settings):
             raise OptionError(
                 f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-                f'and {sorted(inductor)}. Drop them, or use inner_backend="inductor".'
+                f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
             )
+        if settings:
+            from s2o_compile.tensorrt import compile_graph
+
+            return compile_graph(gm, example_inputs, others)
         return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor}
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
     return compile_fx(gm, example_inputs, config_patches=patches)
 
 

@@ -15,6 +15,10 @@ class DenseExportWarning(UserWarning):
     """A graph leaves torch for a format that has no operator for S2O, with dense attention in its place."""
 
 
+class TensorRTUnavailableError(S2OError, ImportError):
+    """torch-tensorrt, or a library that it needs, cannot be imported here."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -31,6 +35,7 @@ __all__ = [
     "NothingRewrittenWarning",
     "OptionError",
     "S2OError",
+    "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
 ]

@@ -32,7 +32,7 @@ class LazyMask(Tensor):
     _arguments: dict[str, Any]
 
     @staticmethod
-    def __new__(cls, make: Callable[..., Tensor | None], arguments: dict[str, Any]) -> LazyMask:
+    def __new__(cls: type[LazyMask], make: Callable[..., Tensor | None], arguments: dict[str, Any]) -> LazyMask:
         """A tensor without data."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])

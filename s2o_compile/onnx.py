@@ -4,7 +4,7 @@
     torch.onnx.export(program, f="model.onnx", dynamo=True)
 
 ONNX has no operator that ranks keys, so what leaves is exact and dense: the same attention, without its speed. A model
-that was optimized, or that calls ``s2o_compile.attention``, needs no such step: it is dense while torch.onnx exports it.
+that was optimized, or that calls ``s2o_compile.attention``, needs no such step: it is dense while ONNX exports it.
 """
 
 from __future__ import annotations
