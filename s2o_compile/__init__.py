@@ -24,6 +24,7 @@ from s2o_compile.errors import (
 )
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
+from s2o_compile.export import export
 from s2o_compile.functional import attention
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -49,6 +50,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "explain",
+    "export",
     "optimize",
     "record",
 ]

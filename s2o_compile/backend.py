@@ -73,6 +73,32 @@ def s2o(
             ``inner_backend="tensorrt"`` any setting of torch-tensorrt.
     """
     config, others = split_options(options)
+    rewrite(gm, config)
+    if config.inner_backend == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
+        return compile_fx(gm, example_inputs, config_patches=patches)
+    for_tensorrt = config.inner_backend == "tensorrt"
+    if mode or (others and not for_tensorrt):
+        raise OptionError(
+            f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
+            f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
+        )
+    if for_tensorrt:
+        from s2o_compile.tensorrt import compile_graph
+
+        return compile_graph(gm, example_inputs, others)
+    return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
+
+
+def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
+    """Run the passes over one captured graph, tell open recordings, and warn of what the user would not expect.
+
+    Args:
+        gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
+        config: What to rewrite, and to what.
+    """
     start = time.perf_counter()
     records = pipeline.run(
         gm,
@@ -89,22 +115,7 @@ def s2o(
     _warn_if_nothing(records)
     for field, sites in settings.items():
         _warn_of_unknown_sites(records, field, sites)
-    if config.inner_backend != "inductor":
-        settings = config.inner_backend == "tensorrt"
-        if mode or (others and not settings):
-            raise OptionError(
-                f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-                f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
-            )
-        if settings:
-            from s2o_compile.tensorrt import compile_graph
-
-            return compile_graph(gm, example_inputs, others)
-        return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    return records
 
 
 def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
@@ -117,7 +128,7 @@ def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
             f"none of {len(left)} attentions could be rewritten to S2O, they stay dense: {'; '.join(reasons)}. "
             "s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -130,5 +141,5 @@ def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: It
                 f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
                 "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
                 UnknownSiteWarning,
-                stacklevel=2,
+                stacklevel=3,
             )

@@ -77,10 +77,8 @@ def _write_constants_out(graph: fx.GraphModule) -> None:
         tensor = operator.attrgetter(str(stored.target))(graph)
         if tensor.numel() == 0 or tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any()):
             continue
-        looked_up = [user for user in stored.users if user.target is torch.ops.aten.index.Tensor]
-        for node in (*looked_up, stored):
-            with graph.graph.inserting_before(node):
-                arguments = list(value_of(node).shape), tensor.flatten()[0].item()
-                filled = graph.graph.call_function(torch.ops.aten.full.default, arguments, {"dtype": tensor.dtype})
-            filled.meta["val"] = value_of(node)
-            node.replace_all_uses_with(filled)
+        with graph.graph.inserting_before(stored):
+            arguments = list(tensor.shape), tensor.flatten()[0].item()
+            filled = graph.graph.call_function(torch.ops.aten.full.default, arguments, {"dtype": tensor.dtype})
+        filled.meta["val"] = value_of(stored)
+        stored.replace_all_uses_with(filled)

@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-import s2o_compile
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError, TensorRTUnavailableError
+from s2o_compile.export import export
 
 
 def compile(
@@ -55,7 +55,6 @@ def compile(
             )
         program = model
     else:
-        export: Any = s2o_compile.export  # pyright: ignore[reportAttributeAccessIssue]
         program = export(model, tuple(args), kwargs, config=config, dynamic_shapes=dynamic_shapes)
     settings = _with_our_operators(settings, program.graph)
     return dynamo.compile(program, arg_inputs=tuple(args), kwarg_inputs=dict(kwargs or {}), **settings)

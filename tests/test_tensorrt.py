@@ -90,20 +90,15 @@ def test_an_exported_program_is_compiled_around_our_operators(recorded):
 
 
 @torch.no_grad()
-def test_a_module_is_exported_first(recorded, monkeypatch):
-    asked = []
-
-    def export(model, args, kwargs=None, *, config=None, dynamic_shapes=None):
-        asked.append((config, dynamic_shapes))
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-
-    monkeypatch.setattr(s2o_compile, "export", export, raising=False)
-    config = S2OConfig(tau=0.25)
-    compiled = s2o_compile.tensorrt.compile(Attention(), TENSORS[:2], {"value": TENSORS[2]}, config=config)
-    torch.testing.assert_close(compiled(*TENSORS[:2], value=TENSORS[2]), Attention()(*TENSORS))
-    assert asked == [(config, None)]
-    assert recorded[0][1]["kwarg_inputs"] == {"value": TENSORS[2]}
-    assert recorded[0][1]["torch_executed_ops"] == {OPERATOR}
+def test_a_module_is_exported_and_rewritten_first(recorded):
+    model, x = tiny_model(), tiny_input()
+    length = torch.export.Dim("length", min=128, max=4096)
+    config = S2OConfig(tau=0.0, min_seq_len=0)
+    compiled = s2o_compile.tensorrt.compile(model, (), {"x": x}, config=config, dynamic_shapes={"x": {1: length}})
+    with s2o_compile.record() as recording:
+        torch.testing.assert_close(compiled(x=tiny_input(300)), model(tiny_input(300)))
+    assert [call.path for call in recording.calls] == ["s2o"] * 2
+    assert recorded[0][1] == {"arg_inputs": (), "kwarg_inputs": {"x": x}, "torch_executed_ops": {OPERATOR}}
 
 
 @pytest.mark.parametrize("missing", ["torch_tensorrt", "libnvinfer.so.11: cannot open shared object file"])
