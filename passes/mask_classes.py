@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2o_compile.passes.graph_values import Size, known, simplified, value_of
+from s2o_compile.passes.graph_values import Size, known, simplified
 from s2o_compile.passes.index_tensor import IndexTensor
 from s2o_compile.passes.mask_proof import KeyMask, MaskProof
 from s2o_compile.passes.mask_terms import LookUp, SameChunk, Terms
