@@ -11,7 +11,7 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import registration
-from s2o_compile.kernels.differentiable import attend_differentiably
+from s2o_compile.kernels.differentiable import attend_differentiably, attend_plainly
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
@@ -135,7 +135,8 @@ def attention(
             attention_chunk=attention_chunk,
             key_mask=key_mask,
         )
-        return attend_differentiably(
+        attend = attend_plainly if _leaves_for_onnx() else attend_differentiably
+        return attend(
             query,
             key,
             value,
@@ -171,10 +172,16 @@ def _stays_dense(*tensors: Tensor | None) -> bool:
     """Whether gradients are wanted, or an exporter that has no operator for S2O looks on."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return True
-    if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
-        return False
-    warnings.warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3)
-    return True
+    if _leaves_for_onnx():
+        warnings.warn(
+            "attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3
+        )
+        return True
+    return False
+
+
+def _leaves_for_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _masked(
@@ -220,7 +227,9 @@ def _masked(
         dense_heads=dense_heads,
     )
     check_attn_mask(attn_mask, query, key)
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if _leaves_for_onnx():
+        return attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     output = under_mask(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     return as_sdpa(output, query)

@@ -19,10 +19,9 @@ from torch.export import ExportedProgram
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import DenseExportWarning, InputError
-from s2o_compile.kernels.differentiable import attend_differentiably
+from s2o_compile.kernels.differentiable import attend_plainly
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.masked import under_mask
 
 
 def dense(program: ExportedProgram) -> ExportedProgram:
@@ -78,7 +77,7 @@ def _attention(
         key_mask=key_mask,
     )
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    output = attend_differentiably(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    output = attend_plainly(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
@@ -95,9 +94,8 @@ def _masked_attention(
     layout: str = "auto",
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    output = under_mask(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    output = attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 

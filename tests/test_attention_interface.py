@@ -13,6 +13,7 @@ from s2o_compile import InputError, S2OConfig, UnknownSiteWarning
 transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from s2o_compile.lazy_mask import LazyMask  # noqa: E402
 from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
@@ -212,6 +213,20 @@ def test_packed_sequences_stay_apart(prefill):
     expected = output(tiny("llama"), **given)
     torch.testing.assert_close(output(sparse(tiny("llama")), **given), expected, atol=2e-5, rtol=2e-5)
     assert [path for path, _ in prefill()] == ["masked"] * 2
+
+
+@pytest.mark.parametrize("keys", [LENGTH, 260])
+@pytest.mark.parametrize(("asked", "of_module"), [(True, False), (False, True), (None, True), (None, False)])
+def test_no_mask_means_what_it_means_to_sdpa(asked, of_module, keys, prefill):
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = of_module, 2
+    configure(module, EXACT)
+    shapes = (2, 4, LENGTH, 8), (2, 2, keys, 8), (2, 2, keys, 8)
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    expected, _ = sdpa_attention_forward(module, *tensors, None, is_causal=asked)
+    result, _ = s2o_attention_forward(module, *tensors, None, is_causal=asked)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert [path for path, _ in prefill()] == ["s2o"]
 
 
 CAUSAL = masking_utils.causal_mask_function

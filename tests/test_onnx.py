@@ -52,11 +52,12 @@ def tensors(queries=QUERIES):
 PADDING = torch.arange(KEYS).expand(2, -1) >= torch.tensor([[0], [7]])
 CALLS = {
     "causal": {"causal": True},
-    "window-padding": {"causal": True, "window": 9, "key_mask": PADDING},
-    "softcap": {"causal": True, "softcap": 2.0},
-    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "blind": {"causal": True, "causal_offset": -5, "blind": "mean"},
-    "mask": {"attn_mask": torch.rand(QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) < 0.7},
+    "window-padding-softcap": {"causal": True, "window": 9, "key_mask": PADDING, "softcap": 2.0},
+    "chunks-sinks": {"causal": True, "attention_chunk": 16, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+    "blind-zeros": {"causal": True, "causal_offset": -5},
+    "blind-mean": {"causal": True, "causal_offset": -5, "blind": "mean"},
+    "mask": {"attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(-5)},
+    "additive": {"attn_mask": torch.full((QUERIES, KEYS), -torch.inf).triu(-4) + 0.1},
 }
 
 
@@ -83,9 +84,10 @@ def test_one_graph_serves_all_lengths():
         torch.testing.assert_close(run(onnx, *tensors(length)), model(*tensors(length)), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["blind-zeros", "additive"])
 @torch.no_grad()
-def test_a_call_is_dense_while_it_is_exported():
-    model, inputs = Attention(causal=True).eval(), tensors()
+def test_a_call_is_dense_while_it_is_exported(name):
+    model, inputs = Attention(**CALLS[name]).eval(), tensors()
     with pytest.warns(DenseExportWarning, match="ONNX"):
         onnx = exported(model, inputs)
     torch.testing.assert_close(run(onnx, *inputs), model(*inputs), atol=2e-6, rtol=1e-5)
