@@ -49,8 +49,13 @@ class LazyMask(Tensor):
 
     @cached_property
     def for_sdpa(self) -> Tensor | None:
-        """What transformers' own "sdpa" gets: the mask, or None where SDPA's ``is_causal`` says the same."""
+        """The mask, or None where SDPA's ``is_causal``, as `skips_to_causal` has it, says the same."""
         return self._make(**self._arguments)
+
+    @property
+    def skips_to_causal(self) -> bool:
+        """Whether no mask would mean causal. Modules say it too, and not all of them what their model asks for."""
+        return self._arguments.get("allow_is_causal_skip", True)
 
     @cached_property
     def proven(self) -> AttentionMask | Rejected:

@@ -31,7 +31,6 @@ from s2o_compile.errors import InputError, UnknownSiteWarning
 from s2o_compile.kernels.differentiable import plain_attention
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import is_short
-from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import sizes_of
 from s2o_compile.lazy_mask import LazyMask
@@ -79,7 +78,7 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
 
 def s2o_mask(**arguments: Any) -> Tensor | None:  # noqa: ANN401 (whatever this version of transformers passes)
     """The mask interface: a `LazyMask` for a prefill, transformers' own for decode and for what is traced."""
-    if arguments["q_length"] < TILE_LEN or is_tracing(arguments.get("attention_mask")):
+    if arguments["q_length"] == 1 or is_tracing(arguments.get("attention_mask")):
         return sdpa_mask(**arguments)
     return LazyMask(sdpa_mask, arguments)
 
@@ -121,11 +120,14 @@ def s2o_attention_forward(
     _refuse_others(module, kwargs)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    described = _describes(attention_mask, query, key)
+    if described:
+        is_causal = attention_mask.skips_to_causal
     if not is_tracing(query) and not dropout and all(kwargs.get(name) is None for name in _SDPA_ONLY):
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    mask = attention_mask.for_sdpa if _describes(attention_mask, query, key) else attention_mask
+    mask = attention_mask.for_sdpa if described else attention_mask
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling

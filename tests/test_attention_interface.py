@@ -159,6 +159,17 @@ def test_short_prompts_run_as_under_sdpa(prefill):
     assert [path for path, _ in prefill()] == ["dense"] * 2
 
 
+@pytest.mark.parametrize("shortest", [0, 1000])
+def test_a_causal_mask_is_one_whatever_the_module_says(shortest, prefill):
+    """PaliGemma's attentions say is_causal=False and go by their masks, which "sdpa" leaves out for a causal one."""
+    model, given = tiny("llama"), inputs()
+    expected = output(model, **given)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    sparse(model, S2OConfig(tau=0.0, min_seq_len=shortest))
+    torch.testing.assert_close(output(model, **given), expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_gradients_are_those_of_dense_attention(name, padding):
