@@ -80,11 +80,10 @@ def plain_attention(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    dropout: float = 0.0,
 ) -> Tensor:
     """The formula itself under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
 
-    A row that sees no key, or to which -inf is added everywhere, gets zeros. ``dropout`` is that of the weights.
+    A row that sees no key, or to which -inf is added everywhere, gets zeros.
     """
     n_keys = key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -98,8 +97,5 @@ def plain_attention(
     logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
-    weights = logits.softmax(-1)
-    weights = weights if sinks is None else weights[..., :n_keys]
-    weights = weights.masked_fill(hidden, 0.0)
-    weights = torch.dropout(weights, dropout, train=True) if dropout else weights
+    weights = logits.softmax(-1)[..., :n_keys].masked_fill(hidden, 0.0)
     return weights.to(value.dtype) @ value

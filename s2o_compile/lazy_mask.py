@@ -1,4 +1,4 @@
-"""A mask of transformers that is there as a description, and becomes N x N flags only if somebody looks at them."""
+"""A mask of transformers that is there as a description, and becomes N x N numbers only if somebody looks at them."""
 
 from __future__ import annotations
 
@@ -16,46 +16,57 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.mask_functions import prove_function
 from s2o_compile.passes.site import Rejected
 
+_OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point})
+"""Methods that say what a tensor is without its data; attributes do, too."""
+
 
 class LazyMask(Tensor):
-    """bool [B, 1, Nq, Nk], True where a key may be attended.
+    """[B, 1, Nq, Nk], bool (True: may be attended) or added to the scores.
 
     Layers of a model share it, and what is found out about it. Any operation on it makes the mask and works on that, so
     models that slice, invert or merge masks get what they expect.
 
     Args:
-        make: Makes the mask, ``sdpa_mask`` of transformers.
+        make: Makes the mask, ``sdpa_mask`` or ``eager_mask`` of transformers.
         arguments: Its arguments, as transformers passes them to a mask interface.
+        dtype: Of the mask.
     """
 
     _make: Callable[..., Tensor | None]
     _arguments: dict[str, Any]
 
     @staticmethod
-    def __new__(cls: type[LazyMask], make: Callable[..., Tensor | None], arguments: dict[str, Any]) -> LazyMask:
+    def __new__(
+        cls: type[LazyMask], make: Callable[..., Tensor | None], arguments: dict[str, Any], dtype: torch.dtype
+    ) -> LazyMask:
         """A tensor without data."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arguments["device"])
         self._make, self._arguments = make, arguments
         return self
 
     @cached_property
-    def flags(self) -> Tensor:
+    def made(self) -> Tensor:
         """The mask itself."""
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        made = self._make(**self._arguments | skips)
-        assert made is not None
-        return made
+        mask = self._make(**self._arguments | skips)
+        assert mask is not None
+        return mask
 
     @cached_property
-    def for_sdpa(self) -> Tensor | None:
-        """The mask, or None where SDPA's ``is_causal``, as `skips_to_causal` has it, says the same."""
+    def or_none(self) -> Tensor | None:
+        """The mask, or None where it hides nothing, or where SDPA's ``is_causal`` says the same (`skips_to_causal`)."""
         return self._make(**self._arguments)
 
     @property
     def skips_to_causal(self) -> bool:
-        """Whether no mask would mean causal. Modules say it too, and not all of them what their model asks for."""
-        return self._arguments.get("allow_is_causal_skip", True)
+        """Whether None means causal. Modules say it too, and not all of them what their model asks for."""
+        return self.dtype is torch.bool and self._arguments.get("allow_is_causal_skip", True)
+
+    @property
+    def blind(self) -> str:
+        """What a query gets that sees no key: a finite number added to all of its scores leaves the mean."""
+        return "zeros" if self.dtype is torch.bool else "mean"
 
     @cached_property
     def proven(self) -> AttentionMask | Rejected:
@@ -74,6 +85,20 @@ class LazyMask(Tensor):
         return mask if shown.all() else replace(mask, key_mask=shown)
 
     @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 (as torch passes them)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 (what the operation returns)
+        """The operation on the mask itself, made here: below, under the dispatcher, no vmap can be run."""
+        if func in _OUTSIDE or getattr(func, "__name__", "") == "__get__":
+            return super().__torch_function__(func, types, args, kwargs or {})
+        made = cls._made((args, kwargs or {}))
+        return func(*made[0], **made[1])
+
+    @classmethod
     def __torch_dispatch__(
         cls,
         func: Callable[..., Any],
@@ -81,9 +106,13 @@ class LazyMask(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (what the operation returns)
-        """The operation on the mask itself."""
-        made = tree_map_only(cls, lambda mask: mask.flags, (args, kwargs or {}))
+        """The same for operations that come from C++."""
+        made = cls._made((args, kwargs or {}))
         return func(*made[0], **made[1])
+
+    @classmethod
+    def _made(cls, arguments: Any) -> Any:  # noqa: ANN401 (any nest)
+        return tree_map_only(cls, lambda mask: mask.made, arguments)
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, device={str(self.device)!r})"

@@ -16,19 +16,19 @@ import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import InputError, UnknownSiteWarning
-from s2o_compile.kernels.differentiable import plain_attention
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import is_short
 from s2o_compile.kernels.statistics import record
@@ -77,10 +77,16 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
 
 
 def s2o_mask(**arguments: Any) -> Tensor | None:  # noqa: ANN401 (whatever this version of transformers passes)
-    """The mask interface: a `LazyMask` for a prefill, transformers' own for decode and for what is traced."""
+    """The mask interface: a `LazyMask` for a prefill, transformers' own for decode and for what is traced.
+
+    Masks are bool, as those of "sdpa", for models that say that they have it. The others may do arithmetic with their
+    masks, or pass none and mean none: they get those of "eager".
+    """
+    modeling = type(arguments.get("config")).__module__.replace(".configuration_", ".modeling_")
+    make, dtype = (sdpa_mask, torch.bool) if _has_sdpa(modeling) else (eager_mask, arguments.get("dtype"))
     if arguments["q_length"] == 1 or is_tracing(arguments.get("attention_mask")):
-        return sdpa_mask(**arguments)
-    return LazyMask(sdpa_mask, arguments)
+        return make(**arguments)
+    return LazyMask(make, arguments, dtype or torch.float32)
 
 
 def s2o_attention_forward(
@@ -103,7 +109,8 @@ def s2o_attention_forward(
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        attention_mask: What `s2o_mask` made, a mask of rank 4 that the user gave, or None: by ``is_causal``.
+        attention_mask: What `s2o_mask` made, a mask of rank 4 that the user gave, or None: by ``is_causal``, or none
+            in models without "sdpa".
         dropout: Of the attention weights.
         scaling: Softmax scale, None for ``D ** -0.5``.
         is_causal: Whether no mask means causal; None asks the module.
@@ -120,6 +127,7 @@ def s2o_attention_forward(
     _refuse_others(module, kwargs)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    is_causal = is_causal and _has_sdpa(type(module).__module__)
     described = _describes(attention_mask, query, key)
     if described:
         is_causal = attention_mask.skips_to_causal
@@ -127,15 +135,37 @@ def s2o_attention_forward(
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    mask = attention_mask.for_sdpa if described else attention_mask
+    mask = attention_mask.or_none if described else attention_mask
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if mask is None:
         seen = AttentionMask(causal=is_causal and query.shape[2] > 1)
         mask = seen.visible_pairs(query.shape[2], key.shape[2], query.device)
-    output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=s_aux, dropout=dropout)
+    output = _written_out(query, key, value, mask, scaling, softcap, s_aux, dropout)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """The output [B, Hq, Nq, Dv] that SDPA has no arguments for, as models write it out and the passes know it."""
+    n_keys = key.shape[2]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype is torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = weights if sinks is None else weights[..., :n_keys]
+    return torch.nn.functional.dropout(weights, dropout) @ value
 
 
 def _sparse(
@@ -160,9 +190,10 @@ def _sparse(
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
         record(site.name, "dense", query, key, None)
         return None
+    blind = "zeros"
     if _describes(mask, query, key):
-        proven = mask.proven
-        mask = proven if isinstance(proven, AttentionMask) else mask.for_sdpa
+        proven, blind = mask.proven, mask.blind
+        mask = proven if isinstance(proven, AttentionMask) else mask.or_none
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
     shared = {"scale": scale, "softcap": softcap, "site": site.name, **site.options}
@@ -178,6 +209,7 @@ def _sparse(
         causal_offset=mask.offset,
         window=mask.window,
         attention_chunk=mask.attention_chunk,
+        blind=blind,
         **shared,
     )[0]
 
@@ -205,6 +237,19 @@ def _others(modeling: str) -> tuple[str, ...]:
     own = getattr(sys.modules.get(modeling), "eager_attention_forward", sdpa_attention_forward)
     given, known = (inspect.signature(function).parameters.keys() for function in (own, sdpa_attention_forward))
     return tuple(sorted(_CHOSEN_KEYS | (given - known - _KNOWN)))
+
+
+@torch.compiler.assume_constant_result
+def _has_sdpa(modeling: str) -> bool:
+    """Whether all models of a file say that SDPA may stand in for the attention that they write out."""
+    return modeling in sys.modules and _all_have_sdpa(sys.modules[modeling])
+
+
+@lru_cache
+def _all_have_sdpa(modeling: ModuleType) -> bool:
+    classes = [x for x in vars(modeling).values() if isinstance(x, type) and x.__module__ == modeling.__name__]
+    models = [x for x in classes if issubclass(x, PreTrainedModel)]
+    return bool(models) and all(model._supports_sdpa for model in models)
 
 
 def _site(name: str, config: S2OConfig) -> _Site:
