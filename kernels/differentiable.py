@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels import flex_forward
-from s2o_compile.kernels.blind_rows import fill_blind_rows
+from s2o_compile.kernels.blind_rows import fill_blind_rows, value_mean
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.errors import InputError
@@ -92,6 +92,39 @@ def attend_sparsely(
     chunked = mask.attention_chunk is not None
     output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
     return as_sdpa(fill_blind_rows(output, value, mask) if blind == "mean" else output, query)
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    blind: str,
+) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
+
+    SDPA gives rows that see no key zeros here, and something else in other formats.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: Which keys a query sees, or a bool or additive mask of rank 2 to 4.
+        scale: Softmax scale.
+        softcap: Bound of the logits, None for none.
+        sinks: Floating [Hq], one more logit a head.
+        blind: What a query gets that sees no key under a mask that is not additive.
+    """
+    if isinstance(mask, AttentionMask):
+        mask = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
+    output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
+    if blind == "mean" and sinks is None and mask.dtype is torch.bool:
+        output = torch.where(mask.any(-1, keepdim=True), output, value_mean(value, output))
+    return as_sdpa(output, query)
 
 
 def plain_attention(

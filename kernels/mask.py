@@ -76,11 +76,11 @@ class AttentionMask:
         i, j = query_positions[:, None] + self.offset, key_positions[None, :]
         seen = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=query_positions.device)
         if self.causal:
-            seen &= j <= i
+            seen = seen & (j <= i)
         if self.window is not None:
-            seen &= j > i - self.window
+            seen = seen & (j > i - self.window)
         if self.attention_chunk is not None:
-            seen &= j // self.attention_chunk == i // self.attention_chunk
+            seen = seen & (j // self.attention_chunk == i // self.attention_chunk)
         return seen
 
     def own_offset(self, n_queries: int, n_keys: int) -> int:

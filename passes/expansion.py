@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from s2o_compile.passes import flex
 from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.inlining import inline
 from s2o_compile.passes.rewrite import remove_dead
 from s2o_compile.passes.site import Rejected
 
@@ -172,24 +172,14 @@ def expand(node: fx.Node) -> Expansion | Rejected:
                 return Rejected("its attention weights are read: pass need_weights=False")
     if flex.is_call(node):
         return _flex(node)
-    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
-    inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
-    values = [value_of(leaf) for leaf in inputs]
+    values = [value_of(leaf) for leaf in node.all_input_nodes]
     fakes = [value for value in values if isinstance(value, FakeTensor)]
     if not fakes or not all(isinstance(value, FakeTensor) for value in values if isinstance(value, Tensor)):
         return Rejected("the shapes of its operands are not recorded in the graph")
-
-    def call(*tensors: object) -> object:
-        given = dict(zip(inputs, tensors, strict=True))
-        args, kwargs = pytree.tree_unflatten([given.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
-        return OPENED[node.target](*args, **kwargs)
-
     try:
-        with fakes[0].fake_mode, torch.no_grad():
-            body = make_fx(call, pre_dispatch=True)(*values)
+        return Expansion(node, *inline(node, OPENED[node.target]))
     except UnsupportedError as error:
         return Rejected(str(error))
-    return _inline(node, body, inputs)
 
 
 def _flex(node: fx.Node) -> Expansion | Rejected:
@@ -203,21 +193,3 @@ def _flex(node: fx.Node) -> Expansion | Rejected:
         expansion.erase()
         return output
     return expansion
-
-
-def _inline(node: fx.Node, body: fx.GraphModule, inputs: list[fx.Node]) -> Expansion:
-    placed: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    nodes = []
-    outputs: Any = None
-    key = "example_value" if "example_value" in node.meta else "val"
-    with node.graph.inserting_before(node):
-        for inner in body.graph.nodes:
-            if inner.op == "output":
-                outputs = fx.map_arg(inner.args[0], placed.__getitem__)
-            elif inner.op != "placeholder":
-                copy = node.graph.node_copy(inner, placed.__getitem__)
-                copy.meta = {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
-                copy.meta[key] = inner.meta.get("val")
-                placed[inner] = copy
-                nodes.append(copy)
-    return Expansion(node, nodes, tuple(outputs) if isinstance(outputs, list | tuple) else outputs)

@@ -154,17 +154,26 @@ def _keeps_rows(node: fx.Node, source: fx.Node) -> bool:
 
 def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
     """Whether a slice takes all columns but the first, or but the last."""
-    if function_name(node) != "getitem" or not isinstance(value_of(node), torch.Tensor):
+    name = function_name(node)
+    if name not in ("getitem", "slice") or not isinstance(value_of(node), torch.Tensor):
         return False
-    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    *rows, columns = items
     before, after = value_of(source).shape, value_of(node).shape
+    items = node.args[1] if name == "getitem" else _sliced(node, len(before))
+    *rows, columns = items if isinstance(items, tuple) else (items,)
     if not all(item is Ellipsis or item == slice(None) for item in rows) or not isinstance(columns, slice):
         return False
-    if len(items) != len(before) and Ellipsis not in rows:
+    if len(rows) + 1 != len(before) and Ellipsis not in rows:
         return False
     starts = columns.start == 1 if first else columns.start in (None, 0)
     return starts and columns.step in (None, 1) and len(after) == len(before) and known(after[-1] == before[-1] - 1)
+
+
+def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
+    """What ATen's ``slice(x, dim, start, end, step)`` takes of each dimension."""
+    _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
+    items = [slice(None)] * rank
+    items[dim or 0] = slice(*rest)
+    return tuple(items)
 
 
 def _drops(node: fx.Node) -> bool:

@@ -246,6 +246,11 @@ class Rewriter:
             if isinstance(length, Rejected):
                 return length
             node = self._insert(at, torch.narrow, node, mask.key_dim, start, length)
+        if mask.batch_dim is not None and not known(value_of(node).shape[mask.batch_dim] == batch):
+            rows = self._size(batch, at)  # it is read row by row, and may hold more of them
+            if isinstance(rows, Rejected):
+                return rows
+            node = self._insert(at, torch.narrow, node, mask.batch_dim, 0, rows)
         # Highest dimension first, so that the lower ones keep their numbers.
         for dim, position in sorted(mask.selected, reverse=True):
             node = self._insert(at, torch.select, node, dim, position)

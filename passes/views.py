@@ -140,6 +140,11 @@ def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator
     return tuple(indices)
 
 
+def _index(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+    """ATen's ``index(x, [i, j])``, what exported graphs hold for ``x[i, j]``."""
+    return _gather(node, node.args[1], base, shape, evaluator)
+
+
 def _gather(
     node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, evaluator: IndexEvaluator
 ) -> Indices | Rejected:
@@ -215,5 +220,6 @@ VIEWS: dict[str, _Handler] = {
     "permute": _permute,
     "getattr": _attribute,
     "getitem": _getitem,
+    "index": _index,
     **dict.fromkeys(("select", "narrow", "slice"), _select),
 }

@@ -11,17 +11,20 @@ from s2o_compile.api import explain, optimize
 from s2o_compile.calibrate import calibrate
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    DenseExportWarning,
     EvaluationError,
     ImplementationUnavailableError,
     InputError,
     NothingRewrittenWarning,
     OptionError,
     S2OError,
+    TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
 )
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
+from s2o_compile.export import export
 from s2o_compile.functional import attention
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
@@ -29,6 +32,7 @@ from s2o_compile.report import Report, Site
 
 __version__ = "0.1.0"
 __all__ = [
+    "DenseExportWarning",
     "Evaluation",
     "EvaluationError",
     "ImplementationUnavailableError",
@@ -41,12 +45,14 @@ __all__ = [
     "S2OError",
     "S2OPlan",
     "Site",
+    "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
     "attention",
     "calibrate",
     "evaluate",
     "explain",
+    "export",
     "optimize",
     "plan",
     "record",

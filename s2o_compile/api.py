@@ -41,7 +41,7 @@ def optimize(
         mode: As ``torch.compile(mode=...)``.
         dynamic: As ``torch.compile(dynamic=...)``.
         fullgraph: As ``torch.compile(fullgraph=...)``.
-        options: Any Inductor option.
+        options: Any option of the inner backend, Inductor or TensorRT.
 
     Raises:
         TypeError: The model is no ``nn.Module``, or is already the result of ``torch.compile``.
@@ -60,7 +60,7 @@ def optimize(
     for name in options or {}:
         if name.startswith(PREFIX):
             raise OptionError(
-                f"optimize: expected Inductor options, got {name!r}. Pass config=S2OConfig("
+                f"optimize: expected options of the inner backend, got {name!r}. Pass config=S2OConfig("
                 f"{name.removeprefix(PREFIX)}=...) instead."
             )
     ours = {PREFIX + name: value for name, value in dataclasses.asdict(config or S2OConfig()).items()}

@@ -28,10 +28,10 @@ PREFIX = "s2o."
 
 
 def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:
-    """Separate ``s2o.*`` options from Inductor's.
+    """Separate ``s2o.*`` options from those of the inner backend.
 
     Raises:
-        OptionError: An option that neither S2O nor Inductor has.
+        OptionError: An option that S2O does not have, nor Inductor, if that is the inner backend.
     """
     options = dict(options or {})
     ours = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
@@ -39,7 +39,11 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     for name in ours:
         if name not in fields:
             raise OptionError(unknown_name("option", PREFIX + name, [PREFIX + field for field in fields]))
-    inductor = {name.replace("-", "_"): value for name, value in options.items() if not name.startswith(PREFIX)}
+    config = S2OConfig.from_dict(ours)
+    others = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
+    if config.inner_backend != "inductor":
+        return config, others
+    inductor = {name.replace("-", "_"): value for name, value in others.items()}
     known = torch._inductor.list_options()
     for name in inductor:
         if name not in known:
@@ -49,7 +53,7 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
                 f"unknown option {name!r}: expected an Inductor option (torch._inductor.list_options()) or one of "
                 f"{', '.join(PREFIX + field for field in fields)}.{hint}"
             )
-    return S2OConfig.from_dict(ours), inductor
+    return config, inductor
 
 
 def s2o(
@@ -65,9 +69,36 @@ def s2o(
         gm: A Dynamo graph; rewritten in place.
         example_inputs: Its example inputs.
         mode: Inductor's mode, as ``torch.compile(mode=...)``.
-        options: ``s2o.*`` options (the fields of S2OConfig) and any Inductor option, which wins over ``mode``.
+        options: ``s2o.*`` options (the fields of S2OConfig) and any option of Inductor, which wins over ``mode``; with
+            ``inner_backend="tensorrt"`` any setting of torch-tensorrt.
     """
-    config, inductor = split_options(options)
+    config, others = split_options(options)
+    rewrite(gm, config)
+    if config.inner_backend == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
+        return compile_fx(gm, example_inputs, config_patches=patches)
+    for_tensorrt = config.inner_backend == "tensorrt"
+    if mode or (others and not for_tensorrt):
+        raise OptionError(
+            f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
+            f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
+        )
+    if for_tensorrt:
+        from s2o_compile.tensorrt import compile_graph
+
+        return compile_graph(gm, example_inputs, others)
+    return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
+
+
+def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
+    """Run the passes over one captured graph, tell open recordings, and warn of what the user would not expect.
+
+    Args:
+        gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
+        config: What to rewrite, and to what.
+    """
     start = time.perf_counter()
     records = pipeline.run(
         gm,
@@ -85,17 +116,7 @@ def s2o(
     _warn_if_nothing(records)
     for field, sites in settings.items():
         _warn_of_unknown_sites(records, field, sites)
-    if config.inner_backend != "inductor":
-        if mode or inductor:
-            raise OptionError(
-                f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-                f'and {sorted(inductor)}. Drop them, or use inner_backend="inductor".'
-            )
-        return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **inductor}
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    return records
 
 
 def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
@@ -108,7 +129,7 @@ def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
             f"none of {len(left)} attentions could be rewritten to S2O, they stay dense: {'; '.join(reasons)}. "
             "s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -121,5 +142,5 @@ def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: It
                 f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
                 "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
                 UnknownSiteWarning,
-                stacklevel=2,
+                stacklevel=3,
             )

@@ -56,7 +56,8 @@ class S2OConfig(OperatorOptions):
             Reports list the marks, and names that no attention has. A head that a site does not have raises InputError
             when it runs.
         inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
-            compilation at all, or any other that torch knows.
+            compilation at all, "tensorrt" for engines around the attention (needs torch-tensorrt), or any other that
+            torch knows.
         assume_causal_mask: Your promise that every mask over queries and keys that *enters* a graph ([Nq, Nk] with up
             to two leading dimensions, bool or additive) is causal: query i sees exactly the keys j <= i + Nk - Nq.
             Such a mask cannot be proven, and its attention stays dense otherwise. If the promise is wrong, so is the
@@ -112,11 +113,10 @@ class S2OConfig(OperatorOptions):
                 raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
         if self.training not in TRAINING:
             raise OptionError(unknown_name("training", self.training, TRAINING))
-        known = torch._dynamo.list_backends(exclude_tags=None)
-        if self.inner_backend not in known or self.inner_backend == "s2o":
-            raise OptionError(
-                unknown_name("inner_backend", self.inner_backend, [name for name in known if name != "s2o"])
-            )
+        # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
+        known = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
+        if self.inner_backend not in known:
+            raise OptionError(unknown_name("inner_backend", self.inner_backend, sorted(known)))
 
     @property
     def quality(self) -> str:

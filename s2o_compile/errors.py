@@ -11,6 +11,14 @@ class EvaluationError(S2OError, ValueError):
     """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
 
 
+class DenseExportWarning(UserWarning):
+    """A graph leaves torch for a format that has no operator for S2O, with dense attention in its place."""
+
+
+class TensorRTUnavailableError(S2OError, ImportError):
+    """torch-tensorrt, or a library that it needs, cannot be imported here."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -20,12 +28,14 @@ class UnknownSiteWarning(UserWarning):
 
 
 __all__ = [
+    "DenseExportWarning",
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
     "S2OError",
+    "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
+from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import registration
-from s2o_compile.kernels.differentiable import attend_differentiably, attend_sparsely
+from s2o_compile.kernels.differentiable import attend_differentiably, attend_plainly, attend_sparsely
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
@@ -89,6 +91,7 @@ def attention(
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
     sinks in plain torch, which holds all Nq x Nk logits. Under ``S2OConfig(training="sparse")`` FlexAttention runs
     sparse, on a GPU, and gives the exact gradient of what it computed; a plan is then left aside.
+    While ``torch.onnx.export`` looks on, everything is attended densely.
     """
     if attn_mask is not None:
         others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window, "plan": plan}
@@ -113,10 +116,13 @@ def attention(
             dense_heads=dense_heads,
             config=config,
         )
-    if _wants_gradients(query, key, value, sinks):
+    if _stays_dense(query, key, value, sinks):
         if return_lse:
             raise InputError(
-                "return_lse", expected="no gradients", got="inputs that require grad", remedy="Use torch.no_grad()."
+                "return_lse",
+                expected="no gradients and no export to ONNX",
+                got="inputs that require grad, or torch.onnx.export",
+                remedy="Use torch.no_grad(), or leave return_lse out.",
             )
         check_inputs(
             query,
@@ -141,7 +147,7 @@ def attention(
             key_mask=key_mask,
         )
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        if config is not None and config.training == "sparse":
+        if config is not None and config.training == "sparse" and not _leaves_for_onnx():
             return attend_sparsely(
                 query,
                 key,
@@ -154,9 +160,8 @@ def attention(
                 options=_options(config),
                 dense_heads=dense_heads,
             )
-        return attend_differentiably(
-            query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind
-        )  # fmt: skip
+        attend = attend_plainly if _leaves_for_onnx() else attend_differentiably
+        return attend(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     if plan is not None:
         mask = AttentionMask.aligned(
             query,
@@ -209,8 +214,20 @@ def _options(config: S2OConfig) -> OperatorOptions:
     return options_of(**{**given, "head_tau": tuple(given.get("head_tau", ()))})
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _stays_dense(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted, or an exporter that has no operator for S2O looks on."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    if _leaves_for_onnx():
+        warnings.warn(
+            "attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3
+        )
+        return True
+    return False
+
+
+def _leaves_for_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 _uncompiled: Any = torch.compiler.disable
@@ -285,7 +302,7 @@ def _masked(
     dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
-    if not _wants_gradients(query, key, value, sinks, attn_mask):
+    if not _stays_dense(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
         plain = nobody_looks(query, key, value, attn_mask, sinks)
         attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
@@ -315,7 +332,9 @@ def _masked(
         dense_heads=dense_heads,
     )
     check_attn_mask(attn_mask, query, key)
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if _leaves_for_onnx():
+        return attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     output = under_mask(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
     return as_sdpa(output, query)

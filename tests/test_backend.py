@@ -17,7 +17,8 @@ EXACT = {"s2o.tau": 0.0, "s2o.min_seq_len": 0}
 def test_entry_point_needs_no_import():
     code = (
         "import torch, sys; m = torch.nn.Linear(2, 2); f = torch.compile(m, backend='s2o', options={'s2o.tau': 0.5}); "
-        "f(torch.ones(1, 2)); assert 's2o_compile' in sys.modules"
+        "f(torch.ones(1, 2)); assert 's2o_compile' in sys.modules; "
+        "assert not {'transformers', 'diffusers', 'onnxscript', 'torch_tensorrt'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 

@@ -1,0 +1,55 @@
+"""Graphs of torch.export, made ready for the passes and made whole behind them.
+
+Such a graph holds operators only, and beside every cast an ``_assert_tensor_metadata(x, dtype, device)``. That reads
+nothing of a tensor but what it is, yet is a user of it: probabilities would look as if somebody read them, and masks
+would never be dead. The passes write ``torch.narrow``, ``torch.Tensor.expand`` and their kin, as Dynamo's graphs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+
+from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.inlining import inline
+
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+
+
+@contextmanager
+def opened(graph: fx.Graph) -> Iterator[None]:
+    """A block in which the passes may change an exported graph; behind it, it holds operators only again.
+
+    Assertions are set aside, and those about tensors that outlive the block are put back.
+    """
+    found = graph.find_nodes(op="call_function", target=_ASSERTION)
+    about = [(node.args[0], node.args, node.kwargs, node.meta) for node in found]
+    for node in found:
+        graph.erase_node(node)
+    try:
+        yield
+    finally:
+        for tensor, args, kwargs, meta in about:
+            if not tensor._erased:
+                with graph.inserting_after(tensor):
+                    graph.call_function(_ASSERTION, args, kwargs).meta = meta
+        _spell(graph)
+
+
+def _spell(graph: fx.Graph) -> None:
+    """Put operators in the place of every Python function that is called on tensors."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or isinstance(
+            node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator
+        ):
+            continue
+        if any(isinstance(value_of(source), Tensor) for source in node.all_input_nodes):  # else it computes sizes
+            inserted, output = inline(node, node.target)
+            # The node stays and becomes the last operator: the program knows its outputs by their names.
+            node.target, node.args, node.kwargs = torch.ops.aten.alias.default, (output,), {}
+            if inserted and output is inserted[-1]:
+                node.target, node.args, node.kwargs = output.target, output.args, output.kwargs
+                graph.erase_node(output)

@@ -1,0 +1,105 @@
+"""ONNX: graphs that hold S2O's operators leave torch with dense attention in their place.
+
+    program = s2o_compile.onnx.dense(program)          # an ExportedProgram
+    torch.onnx.export(program, f="model.onnx", dynamo=True)
+
+ONNX has no operator that ranks keys, so what leaves is exact and dense: the same attention, without its speed. A model
+that was optimized, or that calls ``s2o_compile.attention``, needs no such step: it is dense while ONNX exports it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.errors import DenseExportWarning, InputError
+from s2o_compile.kernels.differentiable import attend_plainly
+from s2o_compile.kernels.layout import as_sdpa
+from s2o_compile.kernels.mask import AttentionMask
+
+
+def dense(program: ExportedProgram) -> ExportedProgram:
+    """The program with exact, dense attention wherever it calls S2O's operators; the same one if it calls none.
+
+    Args:
+        program: What ``torch.export`` or ``s2o_compile.export`` made; stays as it is.
+
+    Raises:
+        InputError: A call returns its log-sum-exp, which torch's dense attention does not.
+    """
+    calls = [node for node in program.graph.nodes if node.target in _DENSE]
+    for node in calls:
+        if node.kwargs.get("return_lse"):
+            raise InputError(
+                f"{node} in an exported program",
+                expected="no return_lse, for torch's dense attention has none",
+                got="return_lse=True",
+                remedy="Export the model without it.",
+            )
+    if not calls:
+        return program
+    warnings.warn(
+        f"{len(calls)} attentions run densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=2
+    )
+    return program.run_decompositions(_DENSE)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = False,
+    causal_offset: int | None = None,
+    window: int | None = None,
+    attention_chunk: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    layout: str = "auto",
+    **_: Any,  # noqa: ANN401 (how to be sparse)
+) -> tuple[Tensor, Tensor]:
+    mask = AttentionMask.aligned(
+        query,
+        key,
+        causal=causal,
+        causal_offset=causal_offset,
+        window=window,
+        attention_chunk=attention_chunk,
+        key_mask=key_mask,
+    )
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    output = attend_plainly(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    layout: str = "auto",
+    **_: Any,  # noqa: ANN401 (how to be sparse)
+) -> tuple[Tensor, Tensor]:
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    output = attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+_DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    torch.ops.s2o.attention.default: _attention,
+    torch.ops.s2o.masked_attention.default: _masked_attention,
+}
