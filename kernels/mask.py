@@ -76,18 +76,18 @@ class AttentionMask:
         i, j = query_positions[:, None] + self.offset, key_positions[None, :]
         seen = torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=query_positions.device)
         if self.causal:
-            seen &= j <= i
+            seen = seen & (j <= i)
         if self.window is not None:
-            seen &= j > i - self.window
+            seen = seen & (j > i - self.window)
         if self.attention_chunk is not None:
-            seen &= j // self.attention_chunk == i // self.attention_chunk
+            seen = seen & (j // self.attention_chunk == i // self.attention_chunk)
         return seen
 
     def own_offset(self, n_queries: int, n_keys: int) -> int:
         """Offset from a query's position to its own key; ``-n_queries`` (no own keys) in cross attention."""
         if self.causal:
             return self.offset
-        return 0 if n_queries == n_keys else -n_queries
+        return 0 if same_length(n_queries, n_keys) else -n_queries
 
     def own_range(self, first_query: int, last_query: int, n_queries: int, n_keys: int) -> tuple[int, int]:
         """Own keys [start, stop) of the queries first_query..last_query."""
@@ -139,6 +139,15 @@ class AttentionMask:
         """
         start, stop = self.row_ranges(n_queries, n_keys, torch.device("cpu"))
         return (stop - start).sum().double().expand(batch)
+
+
+def same_length(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two lengths are equal; if they are symbolic, whether they always are, which adds no guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(left == right)
 
 
 def describe(

@@ -63,8 +63,11 @@ def default_segment_len(n_queries: int) -> int:
 
 
 def default_chunk_len(n_keys: int) -> int:
-    """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256."""
-    return 256 if n_keys <= 16384 else 512 if n_keys <= 65536 else 1024
+    """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256.
+
+    Also of a tensor, for programs whose lengths are not known yet.
+    """
+    return 256 + 256 * (n_keys > 16384) + 512 * (n_keys > 65536)
 
 
 def own_starts_stops(
@@ -72,6 +75,13 @@ def own_starts_stops(
 ) -> tuple[Tensor, Tensor]:
     """int64 [P] starts and stops of every segment's own keys; computed on the device, so nothing waits for a copy."""
     first = torch.arange(0, n_queries, segment_len, device=device)
+    return own_keys(mask, first, n_queries, n_keys, segment_len)
+
+
+def own_keys(
+    mask: AttentionMask, first: Tensor, n_queries: int, n_keys: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and stops of the own keys of the segments with these first queries, int64 of any shape."""
     offset = mask.own_offset(n_queries, n_keys)
     starts = (first + offset).clamp(0, n_keys)
     stops = ((first + segment_len).clamp(max=n_queries) + offset).clamp(0, n_keys)
