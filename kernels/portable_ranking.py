@@ -31,7 +31,13 @@ class Segment(NamedTuple):
 
 
 def rank_segment(
-    query: Tensor, key: Tensor, poisoned: Tensor, allowed: Tensor | None, mask: AttentionMask, place: Segment, n_queries: int
+    query: Tensor,
+    key: Tensor,
+    poisoned: Tensor,
+    allowed: Tensor | None,
+    mask: AttentionMask,
+    place: Segment,
+    n_queries: int,
 ) -> tuple[Tensor, Tensor]:
     """The prefix keys of one segment, most important first.
 
@@ -74,7 +80,7 @@ def rank_segment(
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num(nan=0.0, posinf=-lowest, neginf=lowest)
     scores = scores.masked_fill(poisoned[known], float("inf")).masked_fill(~prefix, float("-inf"))
-    return scores.sort(descending=True, stable=True).indices, prefix.sum()
+    return scores.sort(descending=True, stable=True).indices.clamp(max=n_keys - 1), prefix.sum()
 
 
 def _row_normaliser(

@@ -1,14 +1,16 @@
 """S2O forward on a CPU in functions that can be traced: loops are operators, lengths may be symbolic.
 
-    map over segments of all key/value heads
-        rank the segment's keys
-        map over its query positions, TILE_LEN at a time, the tiles of a group side by side
-            pass 1 over the own keys, then a loop over chunks of the list until every tile of the group has stopped
+    map over the segments of all key/value heads:  rank the segment's keys
+    map over tiles, those of a group side by side:  pass 1 over the own keys, then a loop over the list, STEP keys at a
+                                                    time, until every tile of the group has stopped
 
-``torch_forward.py`` is the same method with Python's loops; a tile stops there behind the same chunk.
+``torch_forward.py`` is the same method with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
+below the other and are read by number, so no head is copied for its segments.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from s2o_compile.kernels.definition import FIRST_TEST
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, own_keys, poisoned_keys
 from s2o_compile.kernels.portable_ranking import Segment, rank_segment
+from s2o_compile.kernels.portable_sizes import symbols
 from s2o_compile.kernels.ranking_per_query import choose_dims, dim_stride, few_dims, sample_moments, take_dims
 
 STEP = 256
@@ -32,98 +35,134 @@ def attend(
     mask: AttentionMask,
     *,
     scale: float,
-    tau: Tensor,
+    taus: Sequence[float],
     softcap: float | None,
     segment_len: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention by ranked keys and early stop.
 
     Args:
-        query: float32 [B, Hq, Nq, D].
-        key: float32 [B, Hkv, Nk, D].
-        value: float32 [B, Hkv, Nk, Dv].
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: The mask, without a window.
         scale: Softmax scale, positive.
-        tau: float32 [Hq].
+        taus: Of each query head.
         softcap: Bound of the logits, None for none.
         segment_len: Queries that share one ranking.
 
     Returns:
         Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq].
     """
+    query, key, value = query.float(), key.float(), value.float()
     batch, heads, n_queries, head_dim = query.shape
-    kv_heads, n_keys, value_dim = value.shape[1:]
+    kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, segment_len // TILE_LEN
+    segments = (n_queries + segment_len - 1) // segment_len
     dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
     few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
-    segments = (n_queries + segment_len - 1) // segment_len
     poisoned = poisoned_keys(key, value).flatten()
-    # Rows of all heads one below the other: a row is read by its number, and no head is copied for its segments.
-    query, few_query, key, few_key, value = (
-        x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)
-    )
-    def segment(
-        number: Tensor, query: Tensor, key: Tensor, poisoned: Tensor, *rest: Tensor | int
-    ) -> tuple[Tensor, Tensor]:
+    rest = _rest(query, key, mask)
+    tau = torch.cat([torch.full((1,), float(tau)) for tau in taus])
+
+    def place_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)
-        place = place_of(number)
-        query_rows = rows_of(head, place.first + torch.arange(segment_len))
-        key_rows = head * n_keys + torch.arange(n_keys)
-        allowed = rest[0][head // kv_heads * n_keys + torch.arange(n_keys)] if padded else None
-        keys, count = rank_segment(query[query_rows], key[key_rows], poisoned[key_rows], allowed, mask, place, n_queries)
-        return (head * n_keys + keys).to(torch.int32), count
+        first = number % segments * segment_len
+        return head, Segment(first, *own_keys(mask, first, n_queries, n_keys, segment_len))
+
+    def query_rows(head: Tensor, slots: Tensor) -> Tensor:
+        return (head * group + torch.arange(group))[:, None] * n_queries + slots.clamp(max=n_queries - 1)
+
+    def allowed_keys(head: Tensor, keys: Tensor, rest: Sequence[Tensor]) -> Tensor | None:
+        return None if mask.key_mask is None else rest[0][head // kv_heads * n_keys + keys]
+
+    def rank(number: Tensor, query: Tensor, key: Tensor, poisoned: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        head, place = place_of(number)
+        keys = torch.arange(n_keys)
+        rows = head * n_keys + keys
+        queries = query[query_rows(head, place.first + torch.arange(segment_len))]
+        allowed = allowed_keys(head, keys, rest)
+        ranked, count = rank_segment(queries, key[rows], poisoned[rows], allowed, mask, place, n_queries)
+        return (head * n_keys + ranked).to(torch.int32), count
 
     def tile(
         number: Tensor, query: Tensor, key: Tensor, value: Tensor, lists: Tensor, counts: Tensor, tau: Tensor,
-        *rest: Tensor | int,
+        *rest: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        at, within = number // tiles, number % tiles
-        head = (at // segments).clamp(max=batch * kv_heads - 1)
-        place = place_of(at)
-        slots = place.first + within * TILE_LEN + torch.arange(TILE_LEN)
-        tile_query = query[rows_of(head, slots)].flatten(0, 1)
+        at = number // tiles
+        head, place = place_of(at)
+        slots = place.first + number % tiles * TILE_LEN + torch.arange(TILE_LEN)
+        rows = query[query_rows(head, slots)].flatten(0, 1)
         own = place.start + torch.arange(segment_len)
+        keys = own.clamp(max=n_keys - 1)
         seen = (own < place.stop) & mask.visible(slots, own)
-        own = own.clamp(max=n_keys - 1)
-        if padded:
-            seen = seen & rest[0][head // kv_heads * n_keys + own]
-        own = head * n_keys + own
-        out, lse = block(tile_query, key[own], value[own], ~seen.repeat(group, 1), softcap)
-        chunk = default_chunk_len(torch.full((), n_keys))
+        allowed = allowed_keys(head, keys, rest)
+        seen = seen if allowed is None else seen & allowed
+        keys = head * n_keys + keys
+        state = block(rows, key[keys], value[keys], ~seen.repeat(group, 1), softcap)
+        count = counts.index_select(0, at.view(1)).view(())
         limit = tau[head * group % heads + torch.arange(group)]
-        return walk(tile_query, key, value, lists, at, counts.index_select(0, at.view(1)).view(()), chunk, limit, out, lse, softcap)
+        return walk(rows, key, value, lists, at * lists.shape[1], count, _chunk_len(n_keys), limit, state, softcap)
 
-    def place_of(number: Tensor) -> Segment:
-        first = number % segments * segment_len
-        return Segment(first, *own_keys(mask, first, n_queries, n_keys, segment_len))
-
-    def rows_of(head: Tensor, slots: Tensor) -> Tensor:
-        return (head * group + torch.arange(group))[:, None] * n_queries + slots.clamp(max=n_queries - 1)
-
-    padded = mask.key_mask is not None
-    symbols = {str(size): size for size in (batch, n_queries, n_keys) if isinstance(size, torch.SymInt)}.values()
-    key_mask = (mask.key_mask.flatten(),) if mask.key_mask is not None else ()
-    # One number more than there are: what may be a single one is else traced for several only.
-    numbers = torch.arange(batch * kv_heads * segments + 1)
-    lists, counts = map_impl(segment, (numbers,), (few_query, few_key, poisoned, *key_mask, *symbols))
-    numbers = torch.arange((batch * kv_heads * segments + 1) * tiles)
-    output, lse = map_impl(tile, (numbers,), (query, key, value, lists, counts, tau, *key_mask, *symbols))
-    # [tiles of all key/value heads, group, TILE_LEN]: where a query's row is found there
-    at = torch.arange(n_queries)
-    head = torch.arange(batch)[:, None] * kv_heads + torch.arange(heads) // group
-    rows = (head[..., None] * segments + at // segment_len) * tiles + at % segment_len // TILE_LEN
-    rows = (rows * group + torch.arange(heads)[:, None] % group) * TILE_LEN + at % TILE_LEN
+    flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
+    # One number more than there are: what may be a single one would be traced for several only.
+    count = batch * kv_heads * segments + 1
+    lists, counts = map_impl(rank, (torch.arange(count),), (flat[1], flat[3], poisoned, *rest))
+    operands = (flat[0], flat[2], flat[4], lists, counts, tau, *rest)
+    output, lse = map_impl(tile, (torch.arange(count * tiles),), operands)
+    rows = _tile_rows(query, group, segments * tiles)
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
 
-def _samples(x: Tensor) -> Tensor:
-    """What ``second_moments`` takes of [B, H, N, D]; it is several rows, for the sparse path runs from a tile on."""
-    stride = dim_stride(x.shape[2])
-    return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention in natural order over the visible range of each tile; arguments and results as `attend`."""
+    query, key, value = query.float() * scale, key.float(), value.float()
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    group, tiles = heads // kv_heads, (n_queries + TILE_LEN - 1) // TILE_LEN
+
+    def tile(number: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        head = (number // tiles).clamp(max=batch * kv_heads - 1)
+        slots = number % tiles * TILE_LEN + torch.arange(TILE_LEN)
+        members = (head * group + torch.arange(group))[:, None]
+        rows = query[members * n_queries + slots.clamp(max=n_queries - 1)].flatten(0, 1)
+        first, last = slots[0], slots[-1].clamp(max=n_queries - 1)
+        stop = (last + mask.offset + 1).clamp(0, n_keys) if mask.causal else torch.full((), n_keys)
+        start = torch.zeros_like(stop)
+        if mask.window is not None:
+            start = torch.minimum((first + mask.offset - mask.window + 1).clamp(min=0), stop)
+
+        def step(
+            done: Tensor, output: Tensor, lse: Tensor, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor,
+            head: Tensor, stop: Tensor, *rest: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+            place = done + torch.arange(STEP)
+            keys = place.clamp(max=n_keys - 1)
+            seen = (place < stop) & mask.visible(slots, place)
+            if mask.key_mask is not None:
+                seen = seen & rest[0][head // kv_heads * n_keys + keys]
+            keys = head * n_keys + keys
+            brought = block(rows, key[keys], value[keys], ~seen.repeat(group, 1), softcap)
+            return done + STEP, *merge(output, lse, *brought)
+
+        def more(done: Tensor, output: Tensor, lse: Tensor, *given: Tensor) -> Tensor:
+            return done < given[5]
+
+        nothing = rows.new_zeros(rows.shape[0], value.shape[1]), rows.new_full((rows.shape[0],), float("-inf"))
+        _, *state = while_loop_op(more, step, (start, *nothing), (rows, slots, key, value, head, stop, *rest))
+        return tuple(state)
+
+    flat = [x.reshape(-1, x.shape[3]) for x in (query, key, value)]
+    numbers = torch.arange(batch * kv_heads * tiles + 1)
+    output, lse = map_impl(tile, (numbers,), (*flat, *_rest(query, key, mask)))
+    rows = _tile_rows(query, group, tiles)
+    return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
 
 def block(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of query [M, D] to key [C, D] where not ``hidden`` [M or 1, C]: output [M, Dv] and lse [M]."""
+    """``block_attention.plain_block`` of query [M, D] and key [C, D], where a row may see nothing."""
     logits = query @ key.transpose(0, 1)
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
@@ -133,17 +172,23 @@ def block(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, softcap: fl
     return (logits - finite[:, None]).exp() @ value, lse
 
 
+def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``block_attention.merge`` into new memory."""
+    joint = torch.logaddexp(lse, other_lse)
+    finite = joint.masked_fill(joint == float("-inf"), 0.0)
+    return output * (lse - finite).exp()[:, None] + other * (other_lse - finite).exp()[:, None], joint
+
+
 def walk(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     lists: Tensor,
-    at: Tensor,
+    first: Tensor,
     count: Tensor,
     chunk_len: Tensor,
     tau: Tensor,
-    output: Tensor,
-    lse: Tensor,
+    state: tuple[Tensor, Tensor],
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Pass 2 of the tiles of a group, side by side: those that have stopped keep what they have.
@@ -153,28 +198,26 @@ def walk(
         key: float32 [R, D].
         value: float32 [R, Dv].
         lists: int32 [segments, L], rows of both by rank.
-        at: int64 [], which list to walk.
-        count: int64 [], how many of these are prefix keys.
+        first: int64 [], where the list to walk begins.
+        count: int64 [], how many of its entries are prefix keys.
         chunk_len: int64 [], a multiple of STEP.
         tau: float32 [G].
-        output: float32 [G * TILE_LEN, Dv] of pass 1.
-        lse: float32 [G * TILE_LEN] of pass 1.
+        state: Output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
         softcap: Bound of the logits, None for none.
     """
     group = tau.shape[0]
 
     def more(visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor) -> Tensor:
-        count = given[5]
-        return (visited < count) & going.any()
+        return (visited < given[5]) & going.any()
 
-    def step(visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor) -> tuple:
-        query, key, value, lists, at, count, chunk_len, tau = given
+    def step(
+        visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        query, key, value, lists, first, count, chunk_len, tau = given
         entries = visited + torch.arange(STEP)
-        chosen = lists.view(-1)[at * lists.shape[1] + entries.clamp(max=lists.shape[1] - 1)]
-        brought, own = block(query, key[chosen], value[chosen], (entries >= count)[None], softcap)
-        joint = torch.logaddexp(lse, own)
-        finite = joint.masked_fill(joint == float("-inf"), 0.0)
-        merged = output * (lse - finite).exp()[:, None] + brought * (own - finite).exp()[:, None]
+        rows = lists.view(-1)[first + entries.clamp(max=lists.shape[1] - 1)]
+        brought = block(query, key[rows], value[rows], (entries >= count)[None], softcap)
+        merged, joint = merge(output, lse, *brought)
         visited = visited + STEP
         gain = (1 - (before - joint).exp()).nan_to_num(0.0).view(group, TILE_LEN).amax(-1)
         to_come = visited / chunk_len * (count / visited).log().clamp_min(0.0)
@@ -184,6 +227,32 @@ def walk(
         output, lse = torch.where(live[:, None], merged, output), torch.where(live, joint, lse)
         return visited, output, lse, torch.where(tested, lse, before), going & ~stopped
 
+    output, lse = state
     start = torch.zeros_like(count), output, lse, lse.clone(), tau >= 0
-    _, output, lse, _, _ = while_loop_op(more, step, start, (query, key, value, lists, at, count, chunk_len, tau))
+    operands = (query, key, value, lists, first, count, chunk_len, tau)
+    _, output, lse, _, _ = while_loop_op(more, step, start, operands)
     return output, lse
+
+
+def _chunk_len(n_keys: int) -> Tensor:
+    return default_chunk_len(torch.full((), n_keys))
+
+
+def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
+    """What the bodies of loops need besides: the key mask, and every size that they compute with."""
+    sizes = (*query.shape[:3], key.shape[2], mask.offset, *(() if mask.window is None else (mask.window,)))
+    return [*(() if mask.key_mask is None else (mask.key_mask.flatten(),)), *symbols(sizes)]
+
+
+def _samples(x: Tensor) -> Tensor:
+    """What ``second_moments`` takes of [B, H, N, D]; it is several rows, for the sparse path runs from a tile on."""
+    stride = dim_stride(x.shape[2])
+    return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
+
+
+def _tile_rows(query: Tensor, group: int, tiles: int) -> Tensor:
+    """int64 [B, Hq, Nq]: where each row lies in [B * Hkv * tiles, G, TILE_LEN]."""
+    batch, heads, n_queries, _ = query.shape
+    at, member = torch.arange(n_queries), torch.arange(heads)[:, None] % group
+    head = torch.arange(batch)[:, None] * (heads // group) + torch.arange(heads) // group
+    return ((head[..., None] * tiles + at // TILE_LEN) * group + member) * TILE_LEN + at % TILE_LEN

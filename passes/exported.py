@@ -42,7 +42,9 @@ def opened(graph: fx.Graph) -> Iterator[None]:
 def _spell(graph: fx.Graph) -> None:
     """Put operators in the place of every Python function that is called on tensors."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        if node.op != "call_function" or isinstance(
+            node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator
+        ):
             continue
         if any(isinstance(value_of(source), Tensor) for source in node.all_input_nodes):  # else it computes sizes
             inserted, output = inline(node, node.target)

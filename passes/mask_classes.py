@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from s2o_compile.passes.graph_values import Size, known, simplified, value_of
+from s2o_compile.passes.graph_values import Size, known, simplified
 from s2o_compile.passes.index_tensor import IndexTensor
 from s2o_compile.passes.mask_proof import KeyMask, MaskProof
 from s2o_compile.passes.mask_terms import LookUp, SameChunk, Terms
@@ -108,7 +108,6 @@ def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], ke
     """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
     batch_dim, key_dim, key_start = None, None, 0
     selected: list[tuple[int, int]] = []
-    base = value_of(term.node).shape
     for dim, index in enumerate(term.indices):
         steps = _steps(index, singleton)
         if steps[QUERY] and term.node.op == "placeholder":

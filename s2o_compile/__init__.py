@@ -16,6 +16,7 @@ from s2o_compile.errors import (
     InputError,
     NothingRewrittenWarning,
     OptionError,
+    PackageError,
     S2OError,
     TunedFileWarning,
     UnknownSiteWarning,
@@ -24,6 +25,7 @@ from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
 from s2o_compile.export import export
 from s2o_compile.functional import attention
+from s2o_compile.package import Package, package
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 
@@ -35,6 +37,8 @@ __all__ = [
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
+    "Package",
+    "PackageError",
     "Recording",
     "Report",
     "S2OConfig",
@@ -48,5 +52,6 @@ __all__ = [
     "explain",
     "export",
     "optimize",
+    "package",
     "record",
 ]

@@ -11,6 +11,10 @@ class EvaluationError(S2OError, ValueError):
     """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
 
 
+class PackageError(S2OError, ValueError):
+    """A program that cannot become a package, or a path that cannot hold one."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -25,6 +29,7 @@ __all__ = [
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
+    "PackageError",
     "S2OError",
     "TunedFileWarning",
     "UnknownSiteWarning",
