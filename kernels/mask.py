@@ -150,6 +150,14 @@ def same_length(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     return statically_known_true(left == right)
 
 
+def upper_bound(size: int | torch.SymInt) -> float:
+    """The largest value that a size can take; infinite for a symbolic one without a bound."""
+    if isinstance(size, int):
+        return size
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else float("inf")
+
+
 def describe(
     *,
     causal: bool,

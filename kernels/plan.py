@@ -48,8 +48,12 @@ class Plan:
 
 
 def n_segments(n_queries: int, segment_len: int) -> int:
-    """Segments that cover n_queries, the last one possibly short."""
-    return -(-n_queries // segment_len)
+    """Segments that cover n_queries, the last one possibly short; of a symbolic number two at least, the last empty.
+
+    What may be a single one is else traced for several only.
+    """
+    count = -(-n_queries // segment_len)
+    return count if isinstance(count, int) else torch.sym_max(count, 2)
 
 
 def n_tiles(n_queries: int) -> int:

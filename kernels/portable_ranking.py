@@ -102,6 +102,6 @@ def _row_normaliser(
     seen = torch.cat([present, own < place.stop]) & mask.visible(positions, keys)
     if allowed is not None:
         seen = seen & allowed[keys]
-    logits = query @ key[keys].transpose(0, 1) + torch.where(seen, weight, float("-inf"))
-    normaliser = logits.logsumexp(-1)
+    bias = torch.where(seen, weight, float("-inf")).expand(query.shape[0], -1, -1).flatten(0, 1)
+    normaliser = torch.addmm(bias, query.flatten(0, 1), key[keys].transpose(0, 1)).logsumexp(-1).view(query.shape[:2])
     return normaliser.masked_fill(normaliser == float("-inf"), float("inf"))

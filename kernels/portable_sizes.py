@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from s2o_compile.kernels.mask import upper_bound
+
 Size = int | torch.SymInt
 
 UNBOUNDED = 32768
@@ -14,10 +16,8 @@ UNBOUNDED = 32768
 
 def longest(length: Size) -> int:
     """The largest value of a length that the program accepts."""
-    if isinstance(length, int):
-        return length
-    upper = length.node.shape_env.bound_sympy(length.node.expr).upper
-    return int(upper) if upper.is_Integer else UNBOUNDED
+    bound = upper_bound(length)
+    return UNBOUNDED if bound == float("inf") else int(bound)
 
 
 def symbols(sizes: Sequence[Size]) -> list[torch.SymInt]:

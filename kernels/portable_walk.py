@@ -99,7 +99,7 @@ def attend(
         allowed = allowed_keys(head, keys, rest)
         seen = seen if allowed is None else seen & allowed
         keys = head * n_keys + keys
-        state = block(rows, key[keys], value[keys], ~seen.repeat(group, 1), softcap)
+        state = block(rows, key[keys], value[keys], seen, softcap)
         count = counts.index_select(0, at.view(1)).view(())
         limit = tau[head * group % heads + torch.arange(group)]
         return walk(rows, key, value, lists, at * lists.shape[1], count, _chunk_len(n_keys), limit, state, softcap)
@@ -144,7 +144,7 @@ def attend_natural(
             if mask.key_mask is not None:
                 seen = seen & rest[0][head // kv_heads * n_keys + keys]
             keys = head * n_keys + keys
-            brought = block(rows, key[keys], value[keys], ~seen.repeat(group, 1), softcap)
+            brought = block(rows, key[keys], value[keys], seen, softcap)
             return done + STEP, *merge(output, lse, *brought)
 
         def more(done: Tensor, output: Tensor, lse: Tensor, *given: Tensor) -> Tensor:
@@ -161,12 +161,18 @@ def attend_natural(
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
 
-def block(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """``block_attention.plain_block`` of query [M, D] and key [C, D], where a row may see nothing."""
-    logits = query @ key.transpose(0, 1)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    logits = logits.masked_fill(hidden, float("-inf"))
+def block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """``block_attention.plain_block`` of query [M, D] and key [C, D] where ``seen`` [m or 1, C], m a divisor of M.
+
+    A row may see nothing. What hides is added by the product, as a tensor: in the loop behind it, it would be computed
+    anew for every element, and one by one.
+    """
+    bias = torch.where(seen, 0.0, float("-inf"))
+    bias = bias.expand(query.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1) if bias.shape[0] > 1 else bias[0]
+    if softcap is None:
+        logits = torch.addmm(bias, query, key.transpose(0, 1))
+    else:
+        logits = (query @ key.transpose(0, 1) / softcap).tanh() * softcap + bias
     lse = logits.logsumexp(-1)
     finite = lse.masked_fill(lse == float("-inf"), 0.0)
     return (logits - finite[:, None]).exp() @ value, lse
@@ -216,7 +222,7 @@ def walk(
         query, key, value, lists, first, count, chunk_len, tau = given
         entries = visited + torch.arange(STEP)
         rows = lists.view(-1)[first + entries.clamp(max=lists.shape[1] - 1)]
-        brought = block(query, key[rows], value[rows], (entries >= count)[None], softcap)
+        brought = block(query, key[rows], value[rows], (entries < count)[None], softcap)
         merged, joint = merge(output, lse, *brought)
         visited = visited + STEP
         gain = (1 - (before - joint).exp()).nan_to_num(0.0).view(group, TILE_LEN).amax(-1)
