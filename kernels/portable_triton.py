@@ -6,10 +6,12 @@ many key/value heads are ranked at a time. Nothing waits for the device, and not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from s2o_compile.kernels import triton_forward, triton_order, triton_ranking
 from s2o_compile.kernels.definition import Result
@@ -34,37 +36,51 @@ def attend(
     segment_len: int,
 ) -> tuple[Tensor, Tensor]:
     """Attention by ranked keys and early stop; arguments and results as ``portable_walk.attend``."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
+        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
+        return _attend(query, key, value, given, scale, taus, softcap, segment_len)
+
+    return _recorded(run, query, key, value, mask)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    taus: Sequence[float],
+    softcap: float | None,
+    segment_len: int,
+) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // key.shape[1]
     tau = taus[0]
     if len(set(taus)) > 1:
         tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
     results = []
-    recording = tracing.set(True)
-    try:
-        score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len)
-        poisoned = triton_order.find_poisoned(key, value)
-        for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
-            members = query_heads(heads, group)
-            some = query[:, members], key[:, heads], value[:, heads]
-            key_index, prefix_count = triton_order.order_keys(
-                score_keys(*some[:2], mask, heads),
-                poisoned[:, heads],
-                mask,
-                n_queries=query.shape[2],
-                segment_len=segment_len,
-            )
-            plan = Plan(
-                segment_len=segment_len,
-                chunk_len=default_chunk_len(longest(key.shape[2])),
-                key_index=key_index,
-                prefix_count=prefix_count,
-                query_order=None,
-            )
-            limit = tau[members] if isinstance(tau, Tensor) else tau
-            into = _empty(some[0], value.shape[3])
-            results.append(triton_forward.attend(*some, mask, plan, scale=scale, tau=limit, softcap=softcap, into=into))
-    finally:
-        tracing.reset(recording)
+    score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len)
+    poisoned = triton_order.find_poisoned(key, value)
+    for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
+        members = query_heads(heads, group)
+        some = query[:, members], key[:, heads], value[:, heads]
+        key_index, prefix_count = triton_order.order_keys(
+            score_keys(*some[:2], mask, heads),
+            poisoned[:, heads],
+            mask,
+            n_queries=query.shape[2],
+            segment_len=segment_len,
+        )
+        plan = Plan(
+            segment_len=segment_len,
+            chunk_len=default_chunk_len(longest(key.shape[2])),
+            key_index=key_index,
+            prefix_count=prefix_count,
+            query_order=None,
+        )
+        limit = tau[members] if isinstance(tau, Tensor) else tau
+        into = _empty(some[0], value.shape[3])
+        results.append(triton_forward.attend(*some, mask, plan, scale=scale, tau=limit, softcap=softcap, into=into))
     return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
 
 
@@ -72,14 +88,27 @@ def attend_natural(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Exact attention in natural order; arguments and results as ``portable_walk.attend``."""
-    result = _empty(query, value.shape[3])
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
+        result = _empty(query, value.shape[3])
+        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
+        for part, into in value_parts(value, result):
+            launch_natural(query, key, part, given, into, scale=scale, softcap=softcap)
+        return result.output, result.lse
+
+    return _recorded(run, query, key, value, mask)
+
+
+def _recorded(
+    run: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+) -> tuple[Tensor, Tensor]:
+    """Trace launches as functions of what they read: one that writes to memory looks dead to whoever traces again."""
     recording = tracing.set(True)
     try:
-        for part, into in value_parts(value, result):
-            launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap)
+        key_mask = () if mask.key_mask is None else (mask.key_mask,)
+        return dispatch_functionalize(run)(query, key, value, *key_mask)
     finally:
         tracing.reset(recording)
-    return result.output, result.lse
 
 
 def _together(key: Tensor, value: Tensor, n_queries: int, segment_len: int) -> int:

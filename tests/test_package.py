@@ -123,15 +123,15 @@ assert "s2o_compile" not in sys.modules and not hasattr(torch.ops.s2o, "attentio
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
     """The example's package, and the same model as Python runs it."""
-    sys.path.insert(0, str(EXAMPLES))
-    import export_and_package
+    sys.path.insert(0, str(EXAMPLES / "cpp"))
+    import make_package
 
     path = tmp_path_factory.mktemp("package") / "model.pt2"
     programs = []
     package = s2o_compile.package
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s2o_compile, "package", lambda program, path: programs.append(program) or package(program, path))
-        written = export_and_package.main(str(path))
+        written = make_package.main(str(path))
     assert written.sparse == ("model.model.layers.0.self_attn",)
     return written.path, programs[0].module()
 

@@ -1,6 +1,6 @@
 """Export a model with sparse attention and compile it into a package that runs without Python and without s2o_compile.
 
-python examples/export_and_package.py model.pt2, then examples/cpp runs it.
+python examples/cpp/make_package.py model.pt2, then run_package (main.cpp) runs it.
 """
 
 import sys
