@@ -65,7 +65,7 @@ def test_the_twin_does_what_the_operator_does(kind):
     assert all(int(bound.lower) <= 1 for bound in twin.range_constraints.values())
     densities = []
     for queries in (1, 300, 1100):
-        tensors = inputs(queries, queries + ahead, **given, batch=1 if queries == 300 else 3)
+        tensors = inputs(queries, queries + ahead, **given, batch=2 if queries == 300 else 1)
         with s2o_compile.record() as recording:
             expected = module(*tensors)
         actual = twin.module()(*tensors)
@@ -136,6 +136,7 @@ def packaged(tmp_path_factory):
     return written.path, programs[0].module()
 
 
+@pytest.mark.slow
 def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
     path, model = packaged
     lengths = (1, 2, 127, 511, 512, 513, 1999)
