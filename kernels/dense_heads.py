@@ -69,7 +69,7 @@ def attend_dense(
     group = query.shape[1] // key.shape[1]
     places = runs(dense_heads, key.shape[1])
     rows = [query_heads(heads, group) for heads in places]
-    taken = _take(query, rows), _take(key, places), _take(value, places)
+    taken = take(query, rows), take(key, places), take(value, places)
     if wants_lse or softcap is not None or needs_pairs(mask, key.shape[2], scale):
         exact = natural.attend_natural(*taken, mask, scale=scale, softcap=softcap)
     else:
@@ -90,6 +90,6 @@ def whole_tiles(mask: AttentionMask, n_queries: int, n_keys: int, device: torch.
     return stops[last].int()
 
 
-def _take(x: Tensor, places: Sequence[slice]) -> Tensor:
+def take(x: Tensor, places: Sequence[slice]) -> Tensor:
     """Some heads of [B, H, N, D]: a view if they lie side by side."""
     return x[:, places[0]] if len(places) == 1 else torch.cat([x[:, heads] for heads in places], dim=1)

@@ -87,7 +87,7 @@ class AttentionMask:
         """Offset from a query's position to its own key; ``-n_queries`` (no own keys) in cross attention."""
         if self.causal:
             return self.offset
-        return 0 if n_queries == n_keys else -n_queries
+        return 0 if same_length(n_queries, n_keys) else -n_queries
 
     def own_range(self, first_query: int, last_query: int, n_queries: int, n_keys: int) -> tuple[int, int]:
         """Own keys [start, stop) of the queries first_query..last_query."""
@@ -139,6 +139,23 @@ class AttentionMask:
         """
         start, stop = self.row_ranges(n_queries, n_keys, torch.device("cpu"))
         return (stop - start).sum().double().expand(batch)
+
+
+def same_length(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Whether two lengths are equal; if they are symbolic, whether they always are, which adds no guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(left == right)
+
+
+def upper_bound(size: int | torch.SymInt) -> float:
+    """The largest value that a size can take; infinite for a symbolic one without a bound."""
+    if isinstance(size, int):
+        return size
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else float("inf")
 
 
 def describe(

@@ -33,8 +33,8 @@ class Plan:
         key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
         prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
         query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
-        tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no tile
-            stops by itself, or until values are known.
+        tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no
+            tile stops by itself, or until values are known.
     """
 
     segment_len: int
@@ -51,8 +51,12 @@ class Plan:
 
 
 def n_segments(n_queries: int, segment_len: int) -> int:
-    """Segments that cover n_queries, the last one possibly short."""
-    return -(-n_queries // segment_len)
+    """Segments that cover n_queries, the last one possibly short; of a symbolic number two at least, the last empty.
+
+    What may be a single one is else traced for several only.
+    """
+    count = -(-n_queries // segment_len)
+    return count if isinstance(count, int) else torch.sym_max(count, 2)
 
 
 def n_tiles(n_queries: int) -> int:
@@ -66,8 +70,11 @@ def default_segment_len(n_queries: int) -> int:
 
 
 def default_chunk_len(n_keys: int) -> int:
-    """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256."""
-    return 256 if n_keys <= 16384 else 512 if n_keys <= 65536 else 1024
+    """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256.
+
+    Also of a tensor, for programs whose lengths are not known yet.
+    """
+    return 256 + 256 * (n_keys > 16384) + 512 * (n_keys > 65536)
 
 
 def own_starts_stops(
@@ -75,6 +82,13 @@ def own_starts_stops(
 ) -> tuple[Tensor, Tensor]:
     """int64 [P] starts and stops of every segment's own keys; computed on the device, so nothing waits for a copy."""
     first = torch.arange(0, n_queries, segment_len, device=device)
+    return own_keys(mask, first, n_queries, n_keys, segment_len)
+
+
+def own_keys(
+    mask: AttentionMask, first: Tensor, n_queries: int, n_keys: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and stops of the own keys of the segments with these first queries, int64 of any shape."""
     offset = mask.own_offset(n_queries, n_keys)
     starts = (first + offset).clamp(0, n_keys)
     stops = ((first + segment_len).clamp(max=n_queries) + offset).clamp(0, n_keys)

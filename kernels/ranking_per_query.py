@@ -52,7 +52,7 @@ def few_dims(head_dim: int) -> int:
 
 def key_stride(n_keys: int) -> int:
     """Of this many keys the normaliser sees one."""
-    return max(KEY_STRIDE, n_keys // KEY_SAMPLES)
+    return torch.sym_max(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
 class Moments(NamedTuple):
@@ -63,11 +63,19 @@ class Moments(NamedTuple):
     key_variance: Tensor
 
 
+def dim_stride(length: int) -> int:
+    """Of this many queries or keys the dimensions are chosen from one."""
+    return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)
+
+
 def second_moments(query: Tensor, key: Tensor) -> Moments:
     """Estimated from every DIM_STRIDE-th query and key, fewer of long sequences; what is not finite counts as zero."""
-    batch, kv_heads, n_keys, head_dim = key.shape
-    query = query[:, :, :: max(DIM_STRIDE, query.shape[2] // DIM_SAMPLES)]
-    key = key[:, :, :: max(DIM_STRIDE, n_keys // DIM_SAMPLES)]
+    return sample_moments(*(x[:, :, :: dim_stride(x.shape[2])] for x in (query, key)))
+
+
+def sample_moments(query: Tensor, key: Tensor) -> Moments:
+    """Moments of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D]."""
+    batch, kv_heads, _, head_dim = key.shape
     # Norms, for they are summed in float32 without a float32 copy of the tensors.
     query_power, key_power = (
         torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2] for x in (query, key)
@@ -89,7 +97,7 @@ def take_dims(x: Tensor, dims: Tensor) -> Tensor:
     """
     batch, heads, length, _ = x.shape
     index = dims.repeat_interleave(heads // dims.shape[1], dim=1)[:, :, None, :].expand(batch, heads, length, -1)
-    return x.gather(3, index).nan_to_num_(0.0, 0.0, 0.0)
+    return x.gather(3, index).nan_to_num(0.0, 0.0, 0.0)
 
 
 def row_normaliser(

@@ -22,7 +22,10 @@ def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
     Returns:
         The output and its log-sum-exp; a row that sees no key has zeros and the sink.
     """
-    logit = sinks.float()[..., None]
-    kept = torch.sigmoid(lse - logit)
-    kept = kept.masked_fill_(lse == float("-inf"), 0.0)  # also where the sink is -inf itself, which is no sink at all
-    return output.mul_(kept[..., None]), torch.logaddexp(lse, logit)
+    return output.mul_(sink_share(lse, sinks)[..., None]), torch.logaddexp(lse, sinks.float()[..., None])
+
+
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What is left of every row's output, float32 [..., Hq, Nq]; arguments as `add_sinks`."""
+    kept = torch.sigmoid(lse - sinks.float()[..., None])
+    return kept.masked_fill(lse == float("-inf"), 0.0)  # also where the sink is -inf itself, which is no sink at all

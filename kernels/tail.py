@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.plan import own_starts_stops
 
 SumBlocks = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
@@ -32,18 +33,30 @@ def tail_values(
     n_keys = value.shape[2]
     offset = mask.own_offset(n_queries, n_keys)
     # Blocks of keys that begin where segments' own keys do; the first and the last may be short.
-    shift = -offset % segment_len
+    shift = -offset % segment_len if mask.causal else 0
     sums = sum_blocks(value, mask.key_mask, shift, segment_len)
     before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))  # of all blocks before each, and of all
-    counts = _counts_before(mask.key_mask, shift, segment_len, n_keys, sums.device)
-    block = torch.arange(0, n_queries, segment_len, device=value.device) + (offset + shift)
-    block = (block // segment_len).clamp(0, sums.shape[2])
-    total, count = before[:, :, block], counts[:, block]
+    first = torch.arange(0, n_queries, segment_len, device=value.device) + (offset + shift)
+    total = before[:, :, _block(first, segment_len, sums)]
+    own = own_starts_stops(mask, n_queries, n_keys, segment_len, value.device)
+    count = _counts(mask.key_mask, own[0])
     if not mask.causal:
-        total, count = before[:, :, -1:].expand_as(total), counts[:, -1:].expand_as(count)
-        if n_keys == n_queries:  # cross attention has no own keys
-            total, count = total - sums, count - counts.diff(dim=1)
+        total = before[:, :, -1:] - (before[:, :, _block(first + segment_len, segment_len, sums)] - total)
+        everything = _counts(mask.key_mask, torch.full_like(own[0], n_keys))
+        count = everything - (_counts(mask.key_mask, own[1]) - count)
     return total / count.clamp(min=1.0)[:, None, :, None]
+
+
+def _block(key: Tensor, block_len: int, sums: Tensor) -> Tensor:
+    """Which of the blocks begins with a key, counted from the first block's; all of them for keys beyond the last."""
+    return (key // block_len).clamp(0, sums.shape[2])
+
+
+def _counts(key_mask: Tensor | None, stop: Tensor) -> Tensor:
+    """Keys before ``stop`` that count, float32 [B or 1, P]."""
+    if key_mask is None:
+        return stop.float()[None]
+    return torch.nn.functional.pad(key_mask.cumsum(1), (1, 0))[:, stop].float()
 
 
 def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: int) -> Tensor:
@@ -59,12 +72,3 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
     padded = torch.nn.functional.pad(value, (0, 0, shift, -(value.shape[2] + shift) % block_len))
     return padded.unflatten(2, (-1, block_len)).sum(3, dtype=torch.float32)
-
-
-def _counts_before(key_mask: Tensor | None, shift: int, block_len: int, n_keys: int, device: torch.device) -> Tensor:
-    """Keys that count before every block and in all, float32 [B or 1, blocks + 1]."""
-    ends = torch.arange(-shift, n_keys + block_len, block_len, device=device)[: -(-(n_keys + shift) // block_len) + 1]
-    ends = ends.clamp(0, n_keys)
-    if key_mask is None:
-        return ends.float()[None]
-    return torch.nn.functional.pad(key_mask.cumsum(1), (1, 0))[:, ends].float()

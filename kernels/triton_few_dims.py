@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.ranking_per_query import DIM_SAMPLES, DIM_STRIDE
-from s2o_compile.kernels.triton_tile import load_rows, needs_wide
+from s2o_compile.kernels.ranking_per_query import dim_stride
+from s2o_compile.kernels.triton_tile import launch, load_rows, needs_wide
 
 PARTS = 16
 """Programs that sum the samples of a key/value head."""
@@ -128,14 +128,16 @@ def choose_dims(query: Tensor, key: Tensor, count: int, *, scale: float) -> FewD
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     group, block_dim = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
-    query_step, key_step = (max(DIM_STRIDE, length // DIM_SAMPLES) for length in (n_queries, n_keys))
+    query_step, key_step = (dim_stride(length) for length in (n_queries, n_keys))
     sums = torch.empty(batch * kv_heads, 3, PARTS, block_dim, device=query.device, dtype=torch.float32)
     chosen = FewDims(*(sums.new_empty(batch, kv_heads, count, dtype=kind) for kind in (torch.int32, None, None)))
-    sum_moments_kernel[(PARTS, batch * kv_heads)](
+    launch(
+        sum_moments_kernel, (PARTS, batch * kv_heads),
         query, key, sums, *query.stride()[:3], *key.stride()[:3], n_queries, n_keys, query_step, key_step, kv_heads,
         group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, ROWS=32, WIDE=needs_wide(query, key), num_warps=4,
     )  # fmt: skip
-    choose_dims_kernel[(batch * kv_heads,)](
+    launch(
+        choose_dims_kernel, (batch * kv_heads,),
         sums, *chosen, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step), scale, count,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, num_warps=4,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from s2o_compile.kernels.triton_tile import (
     WIDEST_VALUE,
     can_fix,
     cap_products,
+    launch,
     launch_config,
     load_rows,
     logit_scales,
@@ -36,6 +37,7 @@ from s2o_compile.kernels.triton_tile import (
     overflowed,
     softmax_update,
     store_tile,
+    tracing,
     value_parts,
 )
 
@@ -200,10 +202,13 @@ def attend(
     by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
-    blind_start = mask.key_mask is not None or not mask.causal or last_segment + mask.offset >= n_keys
+    beyond = tracing.get() or last_segment + mask.offset >= n_keys  # own keys may be missing; lengths may be symbolic
+    blind_start = mask.key_mask is not None or not mask.causal or beyond
+    assert plan.tail_value is not None
     means = plan.tail_value.split(WIDEST_VALUE, 3)
     for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
-        gathered_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
+        launch(
+            gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
             query, key, part, *piece, plan.key_index, plan.prefix_count,
             order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,

@@ -19,6 +19,7 @@ from s2o_compile.kernels.triton_tile import (
     NOTHING_SEEN,
     can_fix,
     cap_products,
+    launch,
     launch_config,
     load_rows,
     logit_scales,
@@ -177,13 +178,15 @@ def launch_natural(
     """Fill ``into``: every tile, or only those that a walk left unfinished over segments of ``restart_len`` queries."""
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
-    natural_fwd_kernel[(n_tiles(n_queries) * group, batch * key.shape[1])](
+    launch(
+        natural_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
         query, key, value, into.output, into.lse, into.computed,
         query_order if query_order is not None else into.computed,
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, key.shape[2], heads, group, mask.offset, mask.window or 0, *logit_scales(scale, softcap),
+        n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
+        *logit_scales(scale, softcap),
         restart_len or 0, RESTART=restart_len is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_QUERY_ORDER=query_order is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,

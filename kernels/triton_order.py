@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import longest_prefix
-from s2o_compile.kernels.triton_tile import load_rows, needs_wide, own_bounds
+from s2o_compile.kernels.triton_tile import launch, load_rows, needs_wide, own_bounds, tracing
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -227,7 +227,8 @@ def find_poisoned(key: Tensor, value: Tensor) -> Tensor:
     """``plan.poisoned_keys`` in one launch."""
     batch, heads, n_keys, head_dim = key.shape
     poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
-    find_poisoned_kernel[(triton.cdiv(n_keys, 64), batch * heads)](
+    launch(
+        find_poisoned_kernel, (triton.cdiv(n_keys, 64), batch * heads),
         key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
         BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
@@ -242,22 +243,22 @@ def order_keys(
     batch, heads, segments, n_keys = scores.shape
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
-    longest = max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
+    longest = n_keys if tracing.get() else max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
     key_index = counts.new_empty(batch, heads, segments, longest)
     rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
     stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
-    samples = min(SAMPLES, n_keys)
+    samples = torch.sym_min(SAMPLES, n_keys)
     sizes = (
         *poisoned.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys),
         samples,
     )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     sample = scores.new_empty(batch, heads, segments, samples)
-    sample_scores_kernel[(segments, batch * heads)](*rows, sample, *sizes, **kind, BLOCK=1024)
+    launch(sample_scores_kernel, (segments, batch * heads), *rows, sample, *sizes, **kind, BLOCK=1024)
     rows = *rows, sample.sort(-1, descending=True).values
     kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
     grid = programs, segments, batch * heads
-    count_classes_kernel[grid](*rows, counts, *sizes, **kind)
-    ends = counts.cumsum_(-1)  # class by class, and lane by lane inside a class
-    write_classes_kernel[grid](*rows, ends, key_index, *sizes, longest, **kind)
+    launch(count_classes_kernel, grid, *rows, counts, *sizes, **kind)
+    ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and lane by lane inside a class
+    launch(write_classes_kernel, grid, *rows, ends, key_index, *sizes, longest, **kind)
     return key_index, ends[:, 0, :, -1].contiguous()

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.mask import AttentionMask, same_length
 from s2o_compile.kernels.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.ranking_per_query import FIRST_KEYS, SLOTS, few_dims, key_stride
 from s2o_compile.kernels.triton_few_dims import FewDims, choose_dims
-from s2o_compile.kernels.triton_tile import LN2, LOG2E, own_bounds
+from s2o_compile.kernels.triton_tile import LN2, LOG2E, launch, own_bounds
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
 """Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
@@ -212,11 +212,13 @@ def pack_rows(
         dtype: Of the packed rows, a key of LARGEST.
     """
     batch, heads, length, head_dim = x.shape
-    segments, width = n_segments(length, segment_len), packed_width(head_dim)
+    width = packed_width(head_dim)
+    segments = 1 if same_length(length, segment_len) else n_segments(length, segment_len)
     packed = torch.empty(batch * heads // shared, segments, shared * segment_len, width, device=x.device, dtype=dtype)
-    pack_rows_kernel[(triton.cdiv(segments * segment_len, 128), batch * heads)](
+    launch(
+        pack_rows_kernel, (triton.cdiv(segments * segment_len, 128), batch * heads),
         x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, heads // dims.shape[1], shared,
-        segment_len, segments,        dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+        segment_len, segments, dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     return packed
 
@@ -247,14 +249,16 @@ def _score_keys(
     few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, last=-1.0, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
-    row_normaliser_kernel[(rows // 128, segments, batch * list_heads)](
+    launch(
+        row_normaliser_kernel, (rows // 128, segments, batch * list_heads),
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.own_offset(n_queries, n_keys),
         stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         SEGMENT=segment_len, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
-    score_keys_kernel[(triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads)](
+    launch(
+        score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads),
         few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.own_offset(n_queries, n_keys),
         CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
         PTX=takes_ptx(query.device), num_warps=4,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.triton_tile import load_rows, needs_wide
+from s2o_compile.kernels.triton_tile import launch, load_rows, needs_wide
 
 ROWS = 64
 """Values that are loaded together."""
@@ -43,7 +43,8 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
     batch, heads, n_keys, value_dim = value.shape
     blocks = triton.cdiv(n_keys + shift, block_len)
     sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
-    block_sums_kernel[(blocks, batch * heads)](
+    launch(
+        block_sums_kernel, (blocks, batch * heads),
         value, sums if key_mask is None else key_mask, sums, *value.stride()[:3],
         0 if key_mask is None else key_mask.stride(0), n_keys, heads, shift, block_len,
         HAS_KEY_MASK=key_mask is not None, VALUE_DIM=value_dim,

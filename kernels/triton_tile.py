@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from s2o_compile.kernels import tuned
 from s2o_compile.kernels.definition import Result
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.mask import AttentionMask, upper_bound
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -106,6 +107,9 @@ def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tenso
 
     The walk does not depend on the value, so every part repeats it alike.
     """
+    if value.shape[3] <= WIDEST_VALUE:
+        yield value, into
+        return
     for columns, output in zip(value.split(WIDEST_VALUE, 3), into.output.split(WIDEST_VALUE, 3), strict=True):
         yield columns, into._replace(output=output)
 
@@ -116,8 +120,22 @@ def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:
 
 
 def needs_wide(*tensors: torch.Tensor) -> bool:
-    """Whether some row of a [B, H, N, D] tensor lies 2^31 elements or more behind its head's first."""
-    return any(x.shape[2] * x.stride(2) >= 2**31 for x in tensors)
+    """Whether some row of a [B, H, N, D] tensor lies 2^31 elements or more behind its head's first, or may do so."""
+    return any(upper_bound(x.shape[2] * x.stride(2)) >= 2**31 for x in tensors)
+
+
+tracing = ContextVar("tracing", default=False)
+"""Whether launches are recorded into a program (``portable_triton.py``)."""
+
+
+def launch(kernel, grid, *args, **given) -> None:
+    """Launch a kernel, or record the launch where a program is traced."""
+    if not tracing.get():
+        kernel[grid](*args, **given)
+        return
+    # One configuration: nothing is left to tune, and torch's launches know no maxnreg but that of a configuration.
+    options = {name: given.pop(name) for name in ("num_warps", "maxnreg") if name in given}
+    torch.library.wrap_triton(triton.autotune([triton.Config({}, **options)], key=[])(kernel))[grid](*args, **given)
 
 
 def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:

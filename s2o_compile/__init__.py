@@ -17,6 +17,7 @@ from s2o_compile.errors import (
     InputError,
     NothingRewrittenWarning,
     OptionError,
+    PackageError,
     S2OError,
     TensorRTUnavailableError,
     TunedFileWarning,
@@ -26,6 +27,7 @@ from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
 from s2o_compile.export import export
 from s2o_compile.functional import attention
+from s2o_compile.package import Package, package
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -39,6 +41,8 @@ __all__ = [
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
+    "Package",
+    "PackageError",
     "Recording",
     "Report",
     "S2OConfig",
@@ -54,6 +58,7 @@ __all__ = [
     "explain",
     "export",
     "optimize",
+    "package",
     "plan",
     "record",
 ]

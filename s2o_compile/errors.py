@@ -19,6 +19,10 @@ class TensorRTUnavailableError(S2OError, ImportError):
     """torch-tensorrt, or a library that it needs, cannot be imported here."""
 
 
+class PackageError(S2OError, ValueError):
+    """A program that cannot become a package, or a path that cannot hold one."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -34,6 +38,7 @@ __all__ = [
     "InputError",
     "NothingRewrittenWarning",
     "OptionError",
+    "PackageError",
     "S2OError",
     "TensorRTUnavailableError",
     "TunedFileWarning",

@@ -1,0 +1,143 @@
+"""``package``: an exported program as an AOTInductor package, which runs where there is torch and nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.errors import PackageError
+from s2o_compile.kernels.operator import WIDEST_FLOAT32
+from s2o_compile.kernels.tuned import crossover
+
+_SPARSE = torch.ops.s2o.attention.default
+_MASKED = torch.ops.s2o.masked_attention.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package that was written.
+
+    Attributes:
+        path: The file, for ``torch._inductor.aoti_load_package`` and ``torch::inductor::AOTIModelPackageLoader``.
+        sparse: Names of the attentions that run sparse in it, from their ``min_seq_len`` on.
+        dense: By name, why others that are sparse in the program run dense in the package.
+    """
+
+    path: Path
+    sparse: tuple[str, ...]
+    dense: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.sparse)} attentions sparse, {len(self.dense)} dense"]
+        return "\n".join([*lines, *(f"  - {name}: {reason}" for name, reason in self.dense.items())])
+
+
+def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str, Any] | None = None) -> Package:
+    """Compile a program of `export` ahead of time, for the device that it was exported on.
+
+    Nothing of this project is needed to run the result: every sparse attention is replaced by its portable twin. It
+    runs dense below ``min_seq_len``, as the program does; "auto" becomes a number here, so package on the kind of
+    device that will run it. Any length that ``dynamic_shapes`` left open runs. The longest decides what is chosen by
+    length, so give ``Dim("n", max=...)`` a maximum.
+
+    Args:
+        program: What `export` returned, or ``torch.export.load`` of it.
+        path: File to write, ending in ``.pt2``.
+        options: Any Inductor option.
+
+    Raises:
+        TypeError: The program is no ``ExportedProgram``.
+        PackageError: An attention asks for what a package cannot hold.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"package: expected a torch.export.ExportedProgram, got {type(program).__name__}. Call "
+            "s2o_compile.export(model, args) first."
+        )
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
+    sparse, dense = [], {}
+    for node in program.graph.nodes:
+        if node.target in (_SPARSE, _MASKED):
+            name, call = node.kwargs.get("site") or node.name, _arguments(node)
+            _check(name, call)
+            reason = _why_dense(node, call)
+            if reason:
+                dense[name] = reason
+            else:
+                sparse.append(name)
+    with torch.no_grad():
+        twin = program.run_decompositions(_twins())
+        written = torch._inductor.aoti_compile_and_package(
+            twin, package_path=str(path), inductor_configs=dict(options or {})
+        )
+    return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
+
+
+def _twins() -> dict[Any, Any]:
+    """The operators' portable twins, as decompositions."""
+    from s2o_compile.kernels import portable  # needs torch's loops and branches, which nothing else does
+
+    def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
+        shortest = crossover(query.device) if min_seq_len is None else min_seq_len
+        return portable.attention(query, *given, min_seq_len=shortest, **keywords)
+
+    return {_SPARSE: attention, _MASKED: portable.masked_attention}
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name; tensors as fake values."""
+    schema = node.target._schema  # pyright: ignore[reportAttributeAccessIssue]
+    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {name: x.meta["val"] if isinstance(x, fx.Node) else x for name, x in given.items()}
+
+
+def _check(name: str, call: Mapping[str, Any]) -> None:
+    """Raise PackageError for what is neither portable nor replaced by dense attention without being told."""
+    device = call["query"].device.type
+    own = {"cpu": "torch", "cuda": "triton"}.get(device)
+    for option, expected in (
+        ("ranking", ("per_query",)),
+        ("list_per", ("group",)),
+        ("query_order", ("none",)),
+        ("implementation", ("auto", own)),
+    ):
+        if call[option] not in expected:
+            raise PackageError(
+                f"package: {name}: {option}: expected {expected[0]!r} in a package for {device}, got {call[option]!r}. "
+                f"Export with S2OConfig({option}={expected[0]!r})."
+            )
+    if own is None:
+        raise PackageError(f"package: {name}: expected a program on cpu or cuda, got {device}. Export it there.")
+    if call.get("return_lse"):
+        raise PackageError(
+            f"package: {name}: expected no log-sum-exp, got return_lse=True, which dense attention in a package has "
+            "not. Leave it out."
+        )
+    if device == "cuda" and call["query"].dtype == torch.float32 and call["query"].shape[3] > WIDEST_FLOAT32:
+        raise PackageError(
+            f"package: {name}: expected a head_dim of at most {WIDEST_FLOAT32} in float32 on CUDA, got "
+            f"{call['query'].shape[3]}. Export the model in bfloat16 or float16."
+        )
+
+
+def _why_dense(node: fx.Node, call: Mapping[str, Any]) -> str:
+    """Why an attention runs dense in a package, exactly; empty where it does not."""
+    if node.target is _MASKED:
+        return "its mask is read at run time, and what it says decides in Python"
+    if call["attention_chunk"] is not None:
+        return "chunked attention cuts lengths that a package does not know"
+    if call["scale"] is not None and call["scale"] <= 0:
+        return "its scale is not positive"
+    if len(set(call["dense_heads"] or ())) == call["key"].shape[1]:
+        return "all its heads are marked dense"
+    return ""

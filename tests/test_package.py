@@ -1,0 +1,171 @@
+"""Packages: the twin against the operator, and a package where nothing of this project can be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.kernels import portable
+from tests.tiny import tiny_input, tiny_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OPERATOR = torch.ops.s2o.attention.default
+
+
+class Attention(nn.Module):
+    """A bare call of the operator."""
+
+    def __init__(self, **keywords):
+        super().__init__()
+        self.keywords = {"min_seq_len": 256, **keywords}
+
+    def forward(self, query, key, value, key_mask=None, sinks=None):
+        return torch.ops.s2o.attention(query, key, value, key_mask, sinks, **self.keywords)[0]
+
+
+def inputs(queries, keys, *, padded, sinks, batch=2, value_dim=16):
+    generator = torch.Generator().manual_seed(queries)
+    key = torch.randn(batch, 2, keys, 16, generator=generator)
+    query = torch.randn(batch, 4, queries, 16, generator=generator) + 2 * key[:, :1, :1]
+    value = torch.randn(batch, 2, keys, value_dim, generator=generator)
+    key_mask = torch.rand(batch, keys, generator=generator) > 0.2 if padded else None
+    return query, key, value, key_mask, torch.randn(4, generator=generator) if sinks else None
+
+
+KINDS = {
+    "offset": {"causal": True, "ahead": 100},
+    "cross": {"ahead": 100},
+    "window": {"causal": True, "window": 200},
+    "padded": {"causal": True, "padded": True, "blind": "mean"},
+    "softcap-sinks": {"causal": True, "softcap": 5.0, "sinks": True, "value_dim": 8},
+    "heads": {"causal": True, "head_tau": [0.1, 0.9, 0.5, 2.0], "dense_heads": [1], "layout": "BNHD"},
+    "chunk": {"causal": True, "attention_chunk": 256},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_twin_does_what_the_operator_does(kind):
+    keywords = dict(KINDS[kind])
+    ahead, value_dim = keywords.pop("ahead", 0), keywords.pop("value_dim", 16)
+    given = {"padded": keywords.pop("padded", False), "sinks": keywords.pop("sinks", False), "value_dim": value_dim}
+    batch, n_queries = Dim("batch", min=1, max=8), Dim("queries", min=1, max=4096)
+    n_keys = Dim("keys", min=1, max=8192) if ahead else n_queries
+    shapes = ({0: batch, 2: n_queries}, *({0: batch, 2: n_keys},) * 2)
+    shapes += ({0: batch, 1: n_keys} if given["padded"] else None, None)
+    module = Attention(**keywords)
+    program = torch.export.export(module, inputs(700, 700 + ahead, **given), dynamic_shapes=shapes)
+    twin = program.run_decompositions({OPERATOR: portable.attention})
+    assert not any(node.target is OPERATOR for node in twin.graph.nodes)
+    assert all(int(bound.lower) <= 1 for bound in twin.range_constraints.values())
+    densities = []
+    for queries in (1, 300, 1100):
+        tensors = inputs(queries, queries + ahead, **given, batch=2 if queries == 300 else 1)
+        with s2o_compile.record() as recording:
+            expected = module(*tensors)
+        actual = twin.module()(*tensors)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+        assert actual.stride() == expected.stride()
+        densities.append(recording.calls[-1].density)
+    if kind in ("offset", "cross", "padded"):
+        assert densities[-1] < 1  # some tile has stopped early, and the twin's at the same chunk
+
+
+REFUSED = {
+    "ranking": ({"ranking": "mean_query"}, r"layers\.0: ranking: expected 'per_query'"),
+    "query_order": ({"query_order": "mean_query"}, r"query_order: expected 'none'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_package_cannot_hold_is_refused(name, tmp_path):
+    options, message = REFUSED[name]
+    program = s2o_compile.export(tiny_model(), (tiny_input(),), config=S2OConfig(**options))
+    with pytest.raises(s2o_compile.PackageError, match=message):
+        s2o_compile.package(program, tmp_path / "model.pt2")
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(TypeError, match=r"expected a torch\.export\.ExportedProgram, got TinyModel"):
+        s2o_compile.package(tiny_model(), tmp_path / "model.pt2")
+    program = s2o_compile.export(tiny_model(), (tiny_input(),))
+    with pytest.raises(s2o_compile.PackageError, match=r"ends in \.pt2"):
+        s2o_compile.package(program, tmp_path / "model.so")
+
+
+BARE = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("s2o_compile", "triton", "transformers"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refused())
+import torch
+try:
+    import s2o_compile
+except ImportError:
+    pass
+else:
+    raise SystemExit("s2o_compile can be imported")
+model = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save([model(ids) for ids in torch.load(sys.argv[2])], sys.argv[3])
+assert "s2o_compile" not in sys.modules and not hasattr(torch.ops.s2o, "attention")
+"""
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """The example's package, and the same model as Python runs it."""
+    sys.path.insert(0, str(EXAMPLES / "cpp"))
+    import make_package
+
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    programs = []
+    package = s2o_compile.package
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s2o_compile, "package", lambda program, path: programs.append(program) or package(program, path))
+        written = make_package.main(str(path))
+    assert written.sparse == ("model.model.layers.0.self_attn",)
+    return written.path, programs[0].module()
+
+
+@pytest.mark.slow
+def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
+    path, model = packaged
+    lengths = (1, 2, 127, 511, 512, 513, 1999)
+    tokens = [torch.randint(64, (1, length)) for length in lengths]
+    with torch.no_grad():
+        expected = [model(ids) for ids in tokens]
+    torch.save(tokens, tmp_path / "tokens.pt")
+    bare = [sys.executable, "-c", BARE, str(path), str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run(bare, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
+    for actual, wanted in zip(torch.load(tmp_path / "logits.pt"), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+    build = tmp_path / "build"
+    configure = [
+        "cmake",
+        "-S",
+        str(EXAMPLES / "cpp"),
+        "-B",
+        str(build),
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+    ]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
+    tokens[-1].numpy().tofile(tmp_path / "ids.i64")
+    run = [str(build / "run_package"), str(path), "--tokens", str(tmp_path / "ids.i64"), "--out", str(tmp_path / "out")]
+    said = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert said.startswith("1999 tokens")
+    actual = torch.from_file(str(tmp_path / "out"), size=expected[-1].numel()).view(expected[-1].shape)
+    torch.testing.assert_close(actual, expected[-1], atol=1e-5, rtol=1e-5)
+    wrong = subprocess.run([*run[:2], "--tokens", str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "expected a file of int64 token ids" in wrong.stderr
