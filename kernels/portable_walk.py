@@ -104,7 +104,7 @@ def attend(
         state = block(rows, key[keys], value[keys], seen, softcap)
         count = counts.index_select(0, at.view(1)).view(())
         limit = tau[head * group % heads + torch.arange(group)]
-        mean = tails[at.clamp(max=tails.shape[0] - 1)]
+        mean = tails.index_select(0, at.view(1).clamp(max=tails.shape[0] - 1))[0]
         first = at * lists.shape[1]
         return walk(rows, key, value, lists, first, count, _chunk_len(n_keys), limit, mean, state, softcap)
 

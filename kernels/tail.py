@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import own_starts_stops
+from s2o_compile.kernels.plan import n_segments, own_keys
 
 SumBlocks = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
@@ -36,9 +36,10 @@ def tail_values(
     shift = -offset % segment_len if mask.causal else 0
     sums = sum_blocks(value, mask.key_mask, shift, segment_len)
     before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))  # of all blocks before each, and of all
-    first = torch.arange(0, n_queries, segment_len, device=value.device) + (offset + shift)
+    first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
+    own = own_keys(mask, first, n_queries, n_keys, segment_len)
+    first = first + (offset + shift)
     total = before[:, :, _block(first, segment_len, sums)]
-    own = own_starts_stops(mask, n_queries, n_keys, segment_len, value.device)
     count = _counts(mask.key_mask, own[0])
     if not mask.causal:
         total = before[:, :, -1:] - (before[:, :, _block(first + segment_len, segment_len, sums)] - total)
@@ -70,5 +71,6 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
     """
     if key_mask is not None:
         value = value.masked_fill(~key_mask[:, None, :, None], 0.0)
-    padded = torch.nn.functional.pad(value, (0, 0, shift, -(value.shape[2] + shift) % block_len))
-    return padded.unflatten(2, (-1, block_len)).sum(3, dtype=torch.float32)
+    blocks = n_segments(value.shape[2] + shift, block_len)
+    padded = torch.nn.functional.pad(value, (0, 0, shift, blocks * block_len - shift - value.shape[2]))
+    return padded.unflatten(2, (blocks, block_len)).sum(3, dtype=torch.float32)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2o_compile.kernels.plan import n_segments
 from s2o_compile.kernels.triton_tile import launch, load_rows, needs_wide
 
 ROWS = 64
@@ -41,7 +42,7 @@ def block_sums_kernel(
 def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: int) -> Tensor:
     """Sums of the values of every block of keys; arguments and results as ``tail.block_sums``."""
     batch, heads, n_keys, value_dim = value.shape
-    blocks = triton.cdiv(n_keys + shift, block_len)
+    blocks = n_segments(n_keys + shift, block_len)
     sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
     launch(
         block_sums_kernel, (blocks, batch * heads),
