@@ -17,7 +17,7 @@ from s2o_compile.kernels.blind_rows import fill_blind_rows, value_mean
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.layout import as_sdpa
+from s2o_compile.kernels.layout import as_sdpa, memory_order
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import choose_path
 from s2o_compile.kernels.options import OperatorOptions
@@ -104,10 +104,11 @@ def attend_plainly(
     softcap: float | None,
     sinks: Tensor | None,
     blind: str,
+    layout: str = "auto",
 ) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
 
-    SDPA gives rows that see no key zeros here, and something else in other formats.
+    SDPA gives rows that see no key zeros here, and something else in other formats. Nothing is written in place.
 
     Args:
         query: [B, Hq, Nq, D].
@@ -118,13 +119,16 @@ def attend_plainly(
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head.
         blind: What a query gets that sees no key under a mask that is not additive.
+        layout: How the output lies in memory (``layout.py``).
     """
     if isinstance(mask, AttentionMask):
         mask = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
     output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
     if blind == "mean" and sinks is None and mask.dtype is torch.bool:
         output = torch.where(mask.any(-1, keepdim=True), output, value_mean(value, output))
-    return as_sdpa(output, query)
+    if memory_order(query, value.shape[3], layout) == "BHND":
+        return output.contiguous()
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def plain_attention(

@@ -20,7 +20,6 @@ from torch.export import ExportedProgram
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import DenseExportWarning, InputError
 from s2o_compile.kernels.differentiable import attend_plainly
-from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 
 
@@ -77,8 +76,8 @@ def _attention(
         key_mask=key_mask,
     )
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    output = attend_plainly(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
-    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "blind": blind, "layout": layout}
+    return attend_plainly(query, key, value, mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
 
 
 def _masked_attention(
@@ -95,8 +94,8 @@ def _masked_attention(
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    output = attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
-    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "blind": blind, "layout": layout}
+    return attend_plainly(query, key, value, attn_mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
 
 
 _DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
