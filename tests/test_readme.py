@@ -41,6 +41,20 @@ def without_tensorrt(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", stand_in)
 
 
+@pytest.fixture
+def without_packaging(monkeypatch, tmp_path):
+    """Programs become their twins, but nothing is compiled ahead of time: test_package.py does."""
+    monkeypatch.chdir(tmp_path)
+    twins = {}
+
+    def write(twin, *, package_path, **_):
+        twins[package_path] = twin.module()
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", twins.__getitem__)
+
+
 def names():
     """What pages take for granted."""
     transformers = pytest.importorskip("transformers")
@@ -53,6 +67,7 @@ def names():
     given = {"model": model, "ids": texts[0], "batches": [texts[0]], "other_batches": [texts[1]]}
     given |= dict(zip("qkv", torch.randn(3, 1, 4, 1200, 16), strict=True))
     given |= {"fast": s2o_compile.optimize(model, S2OConfig(inner_backend="eager"))}
+    given |= {"config": S2OConfig(tau=0.25)}
     return given | {"torch": torch, "s2o_compile": s2o_compile, "S2OConfig": S2OConfig}
 
 
@@ -64,7 +79,7 @@ def diffusion():
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt")
+@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):
         pytest.importorskip(needed)
@@ -77,5 +92,14 @@ def test_snippets_run(page, capsys):
 
 
 def test_the_pages_that_must_have_snippets_have_them():
-    wanted = {"README.md", "calibrate.md", "evaluate.md", "onnx.md", "tensorrt.md", "transformers.md"}
+    wanted = {
+        "README.md",
+        "calibrate.md",
+        "evaluate.md",
+        "export.md",
+        "flex.md",
+        "onnx.md",
+        "tensorrt.md",
+        "transformers.md",
+    }
     assert wanted <= PAGES.keys()
