@@ -25,9 +25,11 @@ def smollm2():
     return load_model(TOKENS, "cpu")
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
+@pytest.mark.parametrize(
+    ("padded", "use_cache", "dynamic"),
+    [(False, False, None), (False, True, True), (True, False, True), (True, True, None)],
+    ids=["plain-no-cache-static", "plain-cache-dynamic", "left-padded-no-cache-dynamic", "left-padded-cache-static"],
+)
 def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
     model, tokenizer = smollm2
     ids = build_prompt(tokenizer, TOKENS)
