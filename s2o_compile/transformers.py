@@ -39,7 +39,8 @@ NAME = "s2o"
 """The attention implementation."""
 
 _SITE = "_s2o_site"
-_KNOWN = frozenset({"softcap", "s_aux"})
+# A sliding window is in the mask already, whatever a model passes beside it.
+_KNOWN = frozenset({"softcap", "s_aux", "sliding_window"})
 _SDPA_ONLY = ("position_bias", "cache")
 # Which keys sparse models choose; some pass them only to implementations that are neither "eager" nor "sdpa".
 _CHOSEN_KEYS = frozenset({"indices", "block_indices"})
@@ -215,8 +216,8 @@ def _sparse(
 
 
 def _describes(mask: object, query: Tensor, key: Tensor) -> TypeGuard[LazyMask]:
-    """Whether a mask is one of ours, and for these queries and keys."""
-    return isinstance(mask, LazyMask) and mask.shape[2:] == (query.shape[2], key.shape[2])
+    """Whether a mask is one of ours, for these queries and keys, and nobody wrote into it."""
+    return isinstance(mask, LazyMask) and mask.shape[2:] == (query.shape[2], key.shape[2]) and mask.holds
 
 
 def _refuse_others(module: nn.Module, kwargs: dict[str, Any]) -> None:
