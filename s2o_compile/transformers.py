@@ -24,16 +24,19 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
-from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import InputError, UnknownSiteWarning
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import is_short
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import sizes_of
 from s2o_compile.lazy_mask import LazyMask
+
+logger = logging.get_logger(__name__)
 
 NAME = "s2o"
 """The attention implementation."""
@@ -65,8 +68,11 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
     Args:
         model: A model of transformers; call it again to change the configuration.
         config: Quality and implementation; None for the defaults.
+
+    Raises:
+        OptionError: The configuration is no S2OConfig.
     """
-    config = config or S2OConfig()
+    config = config_or_default(config, "configure")
     names = [name for name, _ in model.named_modules()]
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):
@@ -126,6 +132,8 @@ def s2o_attention_forward(
         InputError: The model passes an argument of its own attention that neither this nor "sdpa" has.
     """
     _refuse_others(module, kwargs)
+    if kwargs.get("output_attentions"):
+        logger.warning_once('"s2o" makes no attention weights: choose attn_implementation="eager" to read them.')
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     is_causal = is_causal and _has_sdpa(type(module).__module__)

@@ -248,6 +248,15 @@ def test_no_mask_means_what_it_means_to_sdpa(asked, of_module, keys, prefill):
     assert [path for path, _ in prefill()] == ["s2o"]
 
 
+def test_weights_that_are_not_made_are_not_missed_silently(monkeypatch, prefill):
+    said = []
+    monkeypatch.setattr(s2o_compile.transformers.logger, "warning_once", said.append)
+    attention, tensors = tiny("llama").model.layers[0].self_attn, [torch.randn(1, h, LENGTH, 8) for h in (4, 2, 2)]
+    configure(attention, EXACT)
+    s2o_attention_forward(attention, *tensors, None, output_attentions=True)
+    assert "makes no attention weights" in said[0]
+
+
 CAUSAL = masking_utils.causal_mask_function
 
 
