@@ -23,8 +23,10 @@ def for_each(work: Callable[[Item], None], items: Iterable[Item], device: torch.
             work(item)
         return
 
+    inference = torch.is_inference_mode_enabled()
+
     def alone(item: Item) -> None:
-        with torch.no_grad():  # grad mode is a thread's own
+        with torch.inference_mode(inference), torch.no_grad():  # both modes are a thread's own
             work(item)
 
     try:

@@ -19,7 +19,7 @@ from torch._higher_order_ops.while_loop import while_loop_op
 
 from s2o_compile.kernels.definition import FIRST_TEST, tail_share
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, own_keys, poisoned_keys
+from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
 from s2o_compile.kernels.portable_ranking import Segment, rank_segment
 from s2o_compile.kernels.portable_sizes import symbols
 from s2o_compile.kernels.ranking_per_query import choose_dims, dim_stride, few_dims, sample_moments, take_dims
@@ -104,7 +104,9 @@ def attend(
         state = block(rows, key[keys], value[keys], seen, softcap)
         count = counts.index_select(0, at.view(1)).view(())
         limit = tau[head * group % heads + torch.arange(group)]
-        mean = tails.index_select(0, at.view(1).clamp(max=tails.shape[0] - 1))[0]
+        # A head has a tail more than segments where n_segments counts one that is empty.
+        own_tail = head * n_segments(n_queries, segment_len) + at % segments
+        mean = tails.index_select(0, own_tail.view(1))[0]
         first = at * lists.shape[1]
         return walk(rows, key, value, lists, first, count, _chunk_len(n_keys), limit, mean, state, softcap)
 

@@ -13,7 +13,7 @@ from torch import nn
 from s2o_compile import census
 from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.compiled_copy import Model, compiled_copy
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
@@ -63,7 +63,7 @@ def optimize(
                 f"optimize: expected options of the inner backend, got {name!r}. Pass config=S2OConfig("
                 f"{name.removeprefix(PREFIX)}=...) instead."
             )
-    ours = {PREFIX + name: value for name, value in dataclasses.asdict(config or S2OConfig()).items()}
+    ours = {PREFIX + name: value for name, value in dataclasses.asdict(config_or_default(config, "optimize")).items()}
     merged = {**(options or {}), **ours}
     split_options(merged)  # a wrong option fails here, not at the first call
 
@@ -103,7 +103,7 @@ class Watch:
     """
 
     def __init__(self, config: S2OConfig | None) -> None:
-        config = dataclasses.replace(config or S2OConfig(), inner_backend="eager")
+        config = dataclasses.replace(config_or_default(config, "explain"), inner_backend="eager")
         self._options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
         self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
         self.recording = Recording()

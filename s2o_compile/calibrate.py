@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from s2o_compile.api import watched
 from s2o_compile.compiled_copy import compiled_copy
-from s2o_compile.config import S2OConfig, check_error
+from s2o_compile.config import S2OConfig, check_error, config_or_default
 from s2o_compile.head_curves import HeadCurves
 from s2o_compile.kernels.observation import ObservedCall, observe_attention
 from s2o_compile.kernels.options import OperatorOptions
@@ -84,12 +84,12 @@ def calibrate(
         ``s2o evaluate --config``.
 
     Raises:
-        OptionError: No such budget.
+        OptionError: No such budget, or the configuration is no S2OConfig.
         EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
     """
     check_error("calibrate: error", error, least=LEAST_ERROR)
     unset = {"tau": OperatorOptions.tau, "error": None, "site_tau": {}, "dense_heads": {}}
-    config = dataclasses.replace(config or S2OConfig(), **unset)
+    config = dataclasses.replace(config_or_default(config, "calibrate"), **unset)
     progress = progress or nullcontext
     check_model("calibrate", model)
     texts = texts_of("calibrate", model, batches)

@@ -161,6 +161,22 @@ class S2OConfig(OperatorOptions):
         return cls(**fields)  # pyright: ignore[reportArgumentType]
 
 
+def config_or_default(config: S2OConfig | None, who: str) -> S2OConfig:
+    """The configuration that was given to a function, the defaults for None.
+
+    Raises:
+        OptionError: It is something else, such as a dict of fields.
+    """
+    if config is None:
+        return S2OConfig()
+    if not isinstance(config, S2OConfig):
+        raise OptionError(
+            f"{who}: config: expected an S2OConfig, got {type(config).__name__}. Write S2OConfig(tau=0.25); for a dict "
+            "of fields there is S2OConfig.from_dict."
+        )
+    return config
+
+
 def check_error(name: str, error: object, *, least: float = 0.0) -> None:
     """Refuse what is no error budget."""
     if isinstance(error, bool) or not isinstance(error, (int, float)) or not least <= error <= 1.0:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import ImplementationUnavailableError
 from s2o_compile.functional import attention
 from s2o_compile.kernels.operator import is_short
@@ -40,11 +40,12 @@ def native_attention(config: S2OConfig | None = None) -> Iterator[None]:
             ``site_tau`` change nothing.
 
     Raises:
+        OptionError: The configuration is no S2OConfig.
         ImplementationUnavailableError: This version of diffusers dispatches attention in another way.
     """
     backends, name = _registry()
     native = backends[name]
-    backends[name] = _sparse(native, config or S2OConfig())
+    backends[name] = _sparse(native, config_or_default(config, "native_attention"))
     try:
         yield
     finally:

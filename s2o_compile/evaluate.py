@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from s2o_compile.api import watched
 from s2o_compile.compiled_copy import compiled_copy
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import EvaluationError
 from s2o_compile.evaluation import Evaluation
 from s2o_compile.kernels.observation import Observer, observe_attention
@@ -66,9 +66,10 @@ def evaluate(
         progress: Called with the name of every step; returns a context manager around it.
 
     Raises:
+        OptionError: The configuration is no S2OConfig.
         EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
     """
-    config, progress = config or S2OConfig(), progress or nullcontext
+    config, progress = config_or_default(config, "evaluate"), progress or nullcontext
     check_model("evaluate", model)
     texts = texts_of("evaluate", model, batches)
     check_lengths("evaluate", texts, config)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from s2o_compile.backend import rewrite
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.passes import exported
 
 
@@ -41,9 +41,12 @@ def export(
 
     Raises:
         TypeError: The model is no ``nn.Module``, or is a compiled one.
+        OptionError: The configuration is no S2OConfig.
         torch._dynamo.exc.UserError: torch.export cannot capture the model; its message says where.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule):
+    config = config_or_default(config, "export")
+    optimized = getattr(model, "_compiled_call_impl", None) is not None  # by torch.export it would be looked past
+    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule) or optimized:
         raise TypeError(
             f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself; what "
             "torch.compile or optimize returned cannot be exported."
@@ -51,7 +54,7 @@ def export(
     with torch.no_grad():  # with gradients wanted, every attention would stay dense
         program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     with exported.opened(program.graph):
-        rewrite(program.graph_module, config or S2OConfig())
+        rewrite(program.graph_module, config)
     program.graph_module.recompile()
     program.validate()
     return program

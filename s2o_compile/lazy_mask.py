@@ -17,7 +17,7 @@ from s2o_compile.mask_functions import prove_function
 from s2o_compile.passes.site import Rejected
 
 _OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point})
-"""Methods that say what a tensor is without its data; attributes do, too."""
+"""Methods that say what a tensor is without its data; attributes that are no tensors do, too."""
 
 
 class LazyMask(Tensor):
@@ -34,6 +34,7 @@ class LazyMask(Tensor):
 
     _make: Callable[..., Tensor | None]
     _arguments: dict[str, Any]
+    _version_made: int
 
     @staticmethod
     def __new__(
@@ -49,9 +50,19 @@ class LazyMask(Tensor):
     def made(self) -> Tensor:
         """The mask itself."""
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        mask = self._make(**self._arguments | skips)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # tensors of inference mode do not count who writes into them
+            mask = self._make(**self._arguments | skips)
         assert mask is not None
+        self._version_made = mask._version
         return mask
+
+    @property
+    def holds(self) -> bool:
+        """Whether the description is still that of the mask: nobody who looked into it wrote into it."""
+        return "made" not in vars(self) or self.made._version == self._version_made
 
     @cached_property
     def or_none(self) -> Tensor | None:
@@ -94,7 +105,10 @@ class LazyMask(Tensor):
     ) -> Any:  # noqa: ANN401 (what the operation returns)
         """The operation on the mask itself, made here: below, under the dispatcher, no vmap can be run."""
         if func in _OUTSIDE or getattr(func, "__name__", "") == "__get__":
-            return super().__torch_function__(func, types, args, kwargs or {})
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs or {})
+            if not isinstance(found, Tensor):
+                return found
         made = cls._made((args, kwargs or {}))
         return func(*made[0], **made[1])
 

@@ -30,8 +30,14 @@ def dense(program: ExportedProgram) -> ExportedProgram:
         program: What ``torch.export`` or ``s2o_compile.export`` made; stays as it is.
 
     Raises:
+        TypeError: The program is no ``ExportedProgram``.
         InputError: A call returns its log-sum-exp, which torch's dense attention does not.
     """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"onnx.dense: expected a torch.export.ExportedProgram, got {type(program).__name__}. Call "
+            "s2o_compile.export(model, args) first; a model that is optimized needs no such step."
+        )
     calls = [node for node in program.graph.nodes if node.target in _DENSE]
     for node in calls:
         if node.kwargs.get("return_lse"):

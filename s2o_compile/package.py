@@ -64,6 +64,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     path = Path(path)
     if path.suffix != ".pt2":
         raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
+    if not path.resolve().parent.is_dir():
+        raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
     sparse, dense = [], {}
     for node in program.graph.nodes:
         if node.target in (_SPARSE, _MASKED):

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
-from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import InputError, UnknownSiteWarning
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import is_short
@@ -35,11 +36,14 @@ from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.validation import sizes_of
 from s2o_compile.lazy_mask import LazyMask
 
+logger = logging.get_logger(__name__)
+
 NAME = "s2o"
 """The attention implementation."""
 
 _SITE = "_s2o_site"
-_KNOWN = frozenset({"softcap", "s_aux"})
+# A sliding window is in the mask already, whatever a model passes beside it.
+_KNOWN = frozenset({"softcap", "s_aux", "sliding_window"})
 _SDPA_ONLY = ("position_bias", "cache")
 # Which keys sparse models choose; some pass them only to implementations that are neither "eager" nor "sdpa".
 _CHOSEN_KEYS = frozenset({"indices", "block_indices"})
@@ -64,8 +68,11 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
     Args:
         model: A model of transformers; call it again to change the configuration.
         config: Quality and implementation; None for the defaults.
+
+    Raises:
+        OptionError: The configuration is no S2OConfig.
     """
-    config = config or S2OConfig()
+    config = config_or_default(config, "configure")
     names = [name for name, _ in model.named_modules()]
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):
@@ -125,6 +132,8 @@ def s2o_attention_forward(
         InputError: The model passes an argument of its own attention that neither this nor "sdpa" has.
     """
     _refuse_others(module, kwargs)
+    if kwargs.get("output_attentions"):
+        logger.warning_once('"s2o" makes no attention weights: choose attn_implementation="eager" to read them.')
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     is_causal = is_causal and _has_sdpa(type(module).__module__)
@@ -215,8 +224,8 @@ def _sparse(
 
 
 def _describes(mask: object, query: Tensor, key: Tensor) -> TypeGuard[LazyMask]:
-    """Whether a mask is one of ours, and for these queries and keys."""
-    return isinstance(mask, LazyMask) and mask.shape[2:] == (query.shape[2], key.shape[2])
+    """Whether a mask is one of ours, for these queries and keys, and nobody wrote into it."""
+    return isinstance(mask, LazyMask) and mask.shape[2:] == (query.shape[2], key.shape[2]) and mask.holds
 
 
 def _refuse_others(module: nn.Module, kwargs: dict[str, Any]) -> None:

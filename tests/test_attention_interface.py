@@ -49,6 +49,15 @@ MODELS = {
         },
     ),
     "bert": ("BertModel", "BertConfig", {}),
+    "modernbert_decoder": (
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        {
+            "local_attention": 80,
+            "layer_types": TURNS["layer_types"],
+            **{f"{name}_token_id": 1 for name in ("bos", "cls", "sep")},
+        },
+    ),
 }
 MASKS = {
     "llama": ["causal"] * 2,
@@ -58,6 +67,7 @@ MASKS = {
     "gpt_oss": ["causal, window 40", "causal"],
     "llama4": ["causal", "causal", "causal"],  # the first layer attends in two chunks
     "bert": ["bidirectional"] * 2,
+    "modernbert_decoder": ["causal, window 40", "causal"],
 }
 
 
@@ -238,6 +248,15 @@ def test_no_mask_means_what_it_means_to_sdpa(asked, of_module, keys, prefill):
     assert [path for path, _ in prefill()] == ["s2o"]
 
 
+def test_weights_that_are_not_made_are_not_missed_silently(monkeypatch, prefill):
+    said = []
+    monkeypatch.setattr(s2o_compile.transformers.logger, "warning_once", said.append)
+    attention, tensors = tiny("llama").model.layers[0].self_attn, [torch.randn(1, h, LENGTH, 8) for h in (4, 2, 2)]
+    configure(attention, EXACT)
+    s2o_attention_forward(attention, *tensors, None, output_attentions=True)
+    assert "makes no attention weights" in said[0]
+
+
 CAUSAL = masking_utils.causal_mask_function
 
 
@@ -315,8 +334,29 @@ def test_a_lazy_mask_is_the_mask_to_every_operation():
     assert torch.equal(mask & causal, causal)
     assert torch.where(mask, 0.0, -1.0).sum() == -2 * LENGTH * (LENGTH - 1) / 2
     assert not isinstance(mask.to(torch.float32), LazyMask)
+    assert torch.equal(mask.mT, causal.mT)
+    assert torch.equal(mask.data, causal)
     by_position = described(mask_function=lambda b, h, q, k: torch.where(k <= q, k >= 0, k < 0), use_vmap=True)
     assert torch.equal(by_position.float(), causal.float())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_written_into_is_no_longer_what_it_was(inference, prefill):
+    """Its description stays that of the mask that was asked for."""
+    module = tiny("llama").model.layers[0].self_attn
+    configure(module, EXACT)
+    tensors = [torch.randn(2, heads, LENGTH, 8, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2)]
+    with torch.inference_mode(inference):
+        mask = described(attention_mask=torch.arange(LENGTH).expand(2, -1) > 3)
+        assert not mask[0, 0, 0, 0]
+        assert mask.holds, "nobody has written yet"
+        mask[:, :, 50:, 5:20] = False
+        assert not mask.holds
+        result, _ = s2o_attention_forward(module, *tensors, mask)
+        expected, _ = sdpa_attention_forward(module, *tensors, mask.made)
+    seen = mask.made.any(-1).squeeze(1)
+    torch.testing.assert_close(result[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    assert [path for path, _ in prefill()] == ["masked"]
 
 
 def test_models_without_sdpa_get_the_masks_of_eager():

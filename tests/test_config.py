@@ -3,7 +3,9 @@ import json
 import pickle
 
 import pytest
+import torch
 
+import s2o_compile
 from s2o_compile import OptionError, S2OConfig
 
 VALUES = [
@@ -92,6 +94,14 @@ def test_dense_heads_are_sorted_unique_immutable_and_hashable():
     assert dataclasses.replace(config, tau=0.1).dense_heads == config.dense_heads
     with pytest.raises(TypeError):
         config.dense_heads["a"] = (0,)
+
+
+def test_a_dict_is_no_configuration():
+    model = torch.nn.Linear(2, 2)
+    given = {"optimize": (), "explain": (), "export": (), "evaluate": ((),), "calibrate": ((), 0.1)}
+    for name, arguments in given.items():
+        with pytest.raises(OptionError, match=rf"{name}: config: expected an S2OConfig, got dict"):
+            getattr(s2o_compile, name)(model, *arguments, config={"tau": 0.2})
 
 
 def test_no_min_seq_len_is_auto():

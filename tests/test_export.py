@@ -188,8 +188,9 @@ def test_a_load_without_the_package_names_the_operator(tmp_path):
 def test_what_is_refused_and_what_is_warned_of():
     with pytest.raises(TypeError, match=r"export: expected an uncompiled torch\.nn\.Module, got function"):
         s2o_compile.export(lambda x: x, ())
-    with pytest.raises(TypeError, match="expected an uncompiled"):
-        s2o_compile.export(torch.compile(tiny_model()), (tiny_input(),))
+    for compiled in (torch.compile(tiny_model()), s2o_compile.optimize(tiny_model(), EXACT)):
+        with pytest.raises(TypeError, match="expected an uncompiled"):
+            s2o_compile.export(compiled, (tiny_input(),))
     with pytest.warns(s2o_compile.UnknownSiteWarning, match=r"layers\.7"):
         s2o_compile.export(tiny_model(), (tiny_input(),), config=S2OConfig(dense_heads={"layers.7": (0,)}))
 

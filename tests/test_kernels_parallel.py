@@ -31,6 +31,14 @@ class TestTwoThreads:
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
 
+    @pytest.mark.parametrize("window", [None, 40])
+    def test_threads_work_in_the_inference_mode_of_the_caller(self, window):
+        tensors = [torch.randn(1, heads, 700, 16, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2)]
+        keywords = {"causal": True, "window": window, "min_seq_len": 0}
+        expected, _ = torch.ops.s2o.attention(*tensors, **keywords)
+        with torch.inference_mode():
+            assert torch.equal(torch.ops.s2o.attention(*tensors, **keywords)[0], expected)
+
     @pytest.mark.parametrize(
         "case", [Case(queries=700, heads=4, kv_heads=2, window=200), Case(queries=500, softcap=5.0)], ids=str
     )

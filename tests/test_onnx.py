@@ -135,3 +135,5 @@ def test_what_dense_attention_does_not_return_is_refused():
 def test_other_programs_stay_as_they_are():
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
     assert s2o_compile.onnx.dense(program) is program
+    with pytest.raises(TypeError, match=r"expected a torch\.export\.ExportedProgram, got Linear"):
+        s2o_compile.onnx.dense(torch.nn.Linear(2, 2))

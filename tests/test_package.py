@@ -64,8 +64,10 @@ def test_the_twin_does_what_the_operator_does(kind):
     assert not any(node.target is OPERATOR for node in twin.graph.nodes)
     assert all(int(bound.lower) <= 1 for bound in twin.range_constraints.values())
     densities = []
-    for queries in (1, 300, 1100):
-        tensors = inputs(queries, queries + ahead, **given, batch=2 if queries == 300 else 1)
+    for queries in (1, 300, 500, 1100):
+        tensors = inputs(
+            queries, queries + (9 if queries == 500 else 1) * ahead, **given, batch=2 if queries == 300 else 1
+        )
         with s2o_compile.record() as recording:
             expected = module(*tensors)
         actual = twin.module()(*tensors)
@@ -96,6 +98,8 @@ def test_arguments_are_checked(tmp_path):
     program = s2o_compile.export(tiny_model(), (tiny_input(),))
     with pytest.raises(s2o_compile.PackageError, match=r"ends in \.pt2"):
         s2o_compile.package(program, tmp_path / "model.so")
+    with pytest.raises(s2o_compile.PackageError, match="directory that exists"):
+        s2o_compile.package(program, tmp_path / "nowhere" / "model.pt2")
 
 
 BARE = """
