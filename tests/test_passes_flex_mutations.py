@@ -17,7 +17,7 @@ from tests.test_passes_mutations import mutant, mutations
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 INF = float("-inf")
 LENGTHS = ((6, 11), (7, 7), (12, 5))  # (queries, keys); the capture sees (5, 9)
-BATCHES, CALLS, MUTANTS = 2, 12, 5
+BATCHES, CALLS, MUTANTS = 3, 12, 5
 
 AT_MOST = (
     lambda i, j, c: j <= i + c,

@@ -18,7 +18,7 @@ from tests.masks import visible
 
 INF, MIN = float("-inf"), torch.finfo(torch.float32).min
 LENGTHS = ((6, 11), (7, 7), (12, 5))  # (queries, keys); the capture sees (5, 9)
-BATCHES, MASKS, MUTANTS = 10, 15, 4
+BATCHES, MASKS, MUTANTS = 14, 15, 4
 
 INDEX = (
     lambda n: torch.arange(n),
