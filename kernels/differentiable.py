@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels import flex_forward
+from s2o_compile.kernels import flex_forward, head_tau
 from s2o_compile.kernels.blind_rows import fill_blind_rows, value_mean
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
@@ -70,6 +70,7 @@ def attend_sparsely(
             got=tuple(sinks.shape),
             remedy='Train such an attention with training="dense".',
         )
+    head_tau.check(options.tau, query.shape[1])
     if mask.key_mask is not None:
         mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
 

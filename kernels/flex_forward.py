@@ -134,7 +134,7 @@ def plan_visits(
         implementation="triton" if query.is_cuda else "torch",
     )
     tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
-    unvisited = estimate_unvisited(query, key, mask, plan, scale=scale, softcap=softcap)
+    unvisited = estimate_unvisited(query, key, value, mask, plan, scale=scale, softcap=softcap)
     return plan, blocks_to_visit(unvisited, tau)
 
 

@@ -16,8 +16,8 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.opaque import define_operator
-from s2o_compile.kernels.plan import TILE_LEN, n_segments, own_starts_stops
-from s2o_compile.kernels.unvisited import BLOCK_LEN, SAMPLES
+from s2o_compile.kernels.plan import TILE_LEN, n_segments, own_starts_stops, poisoned_keys
+from s2o_compile.kernels.unvisited import BLOCK_LEN, SAMPLES, sampled
 
 HELD = 2**28
 """Logits of sampled queries that are held at once."""
@@ -56,6 +56,7 @@ def over_all(function: Function, leading: int, captured: int) -> Function:
 def sample(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     site: Site,
     score_mod: Function,
     mask_mod: Function,
@@ -65,6 +66,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """What sampled queries see: scores of all keys and what is left of the mass, as ``rank_samples`` has them."""
     segments, device = n_segments(site.n_queries, site.segment_len), query.device
+    poisoned = poisoned_keys(key, value)
     key = key.repeat_interleave(site.group, 1).transpose(-1, -2)
     places = *(torch.arange(size, device=device) for size in (site.batch, site.heads)), sampled_rows(site, device)
     keys = torch.arange(site.n_keys, device=device)
@@ -77,21 +79,22 @@ def sample(
         with TransformGetItemToIndex():
             logits = over_all(score_mod, 1, len(score_buffers))(logits, *at, *score_buffers)
             visible = over_all(mask_mod, 0, len(mask_buffers))(*at, *mask_buffers)
-        parts.append(_rank_samples(logits, visible, site.partial, site.full, first, *site[2:6]))
+        parts.append(_rank_samples(logits, visible, poisoned, site.partial, site.full, first, *site[2:6]))
     scores, unvisited = zip(*parts, strict=True)
     return torch.cat(scores, 2), torch.cat(unvisited, 2)
 
 
 def sampled_rows(site: Site, device: torch.device) -> Tensor:
-    """Positions of the sampled queries, twice SAMPLES of each segment; a short segment's last one stands in."""
-    step = site.segment_len // (2 * SAMPLES)
-    stop = n_segments(site.n_queries, site.segment_len) * site.segment_len
-    return torch.arange(step - 1, stop, step, device=device).clamp(max=site.n_queries - 1)
+    """Positions of the sampled queries, twice SAMPLES of each segment."""
+    first = torch.arange(n_segments(site.n_queries, site.segment_len), device=device) * site.segment_len
+    length = (site.n_queries - first).clamp(max=site.segment_len)
+    return (first[:, None] + sampled(length[:, None], 2 * SAMPLES, device)).flatten()
 
 
 def rank_samples(
     logits: Tensor,
     visible: Tensor,
+    poisoned: Tensor,
     partial: Tensor,
     full: Tensor,
     first: int,
@@ -105,6 +108,7 @@ def rank_samples(
     Args:
         logits: [B, Hq, p * 2 * SAMPLES, Nk], of the sampled queries of p segments; modified, not masked.
         visible: Bool, the same shape, what the mask_mod says.
+        poisoned: Bool [B, Hkv, Nk], of ``plan.poisoned_keys``; these rank first.
         partial: Bool [B, Hq, T, key blocks], as in `Site`.
         full: The same.
         first: The first of the p segments.
@@ -125,7 +129,9 @@ def rank_samples(
     whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (full, partial))
     hidden = ~(whole | (part & visible))
     weight = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-    weight = weight.masked_fill_(hidden.all(-1, keepdim=True), 0.0).unflatten(2, (segments, SAMPLES, 2))
+    weight = weight.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+    weight = weight.masked_fill_(poisoned.repeat_interleave(site.group, 1)[:, :, None] & ~hidden, float("inf"))
+    weight = weight.unflatten(2, (segments, SAMPLES, 2))
     ranking, judging = (half.unflatten(1, (kv_heads, site.group)) for half in weight.unbind(4))
     score = ranking.nan_to_num(nan=float("inf")).sum((2, 4)).masked_fill_(~candidate, -1.0)
     order = score.argsort(dim=-1, descending=True, stable=True)[:, :, None, :, None]

@@ -33,6 +33,9 @@ behind the sizes of a block of queries and of keys."""
 
 PARTIAL, FULL = 1, 2
 
+PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
+"""Kernel options about the call's own blocks, which say nothing of the blocks that are visited."""
+
 
 def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int) -> bool:
     """Whether blocks of this size are whole tiles, or one block is everything."""
@@ -85,7 +88,7 @@ def sparse_flex_attention(
     with torch.no_grad():
         site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
         scores, unvisited = sample(
-            query, key, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers
+            query, key, value, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
         )  # fmt: skip
         if isinstance(tau, Sequence):
             visits = torch.stack([blocks_to_visit(unvisited[:, h], limit) for h, limit in enumerate(tau)], dim=1)
@@ -124,9 +127,9 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
     def flags(counts: Tensor | None, order: Tensor | None) -> Tensor:
         if counts is None or order is None:
             return torch.zeros(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
-        width = order.shape[3]
-        listed = torch.arange(width, device=order.device) < counts[..., None]
-        place = torch.where(listed, order, width).long()
+        width = -(-n_keys // key_block)  # tables may be narrower
+        listed = torch.arange(order.shape[3], device=order.device) < counts[..., None]
+        place = torch.where(listed, order, width).clamp(max=width).long()
         found = torch.zeros(*order.shape[:3], width + 1, dtype=torch.bool, device=order.device)
         found = found.scatter(3, place, listed)[..., :width]
         found = found.repeat_interleave(min(-(-query_block // TILE_LEN), tiles), 2)[:, :, :tiles]
@@ -279,6 +282,7 @@ def _attend(
         seq_lengths=(site.n_queries, keys.shape[2]),
         compute_q_blocks=torch.is_grad_enabled(),
     )
+    kernel_options = {name: False if name.endswith(PROMISES) else x for name, x in kernel_options.items()}
     output = torch.ops.higher_order.flex_attention(
         folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (index, *score_buffers),
         (*layout[1:7], *mask_buffers),

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from s2o_compile.kernels.errors import InputError
+
+
+def check(tau: float | Sequence[float], heads: int) -> None:
+    """Raise InputError unless tau is one number, or one for each query head."""
+    if isinstance(tau, Sequence) and len(tau) != heads:
+        raise InputError(
+            "tau",
+            expected=f"one number, or {heads}, one for each query head",
+            got=f"{len(tau)} numbers",
+            remedy="Give one number for all heads, or calibrate the model again if its heads have changed.",
+        )
 
 
 def on_device(taus: tuple[float, ...], device: torch.device) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import flex_forward, natural_forward, slices, torch_forward
+from s2o_compile.kernels import flex_forward, head_tau, natural_forward, slices, torch_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.dense import dense_attention, needs_pairs, sdpa_causal
-from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError
+from s2o_compile.kernels.errors import ImplementationUnavailableError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.observation import ObservedCall, observe, observing
 from s2o_compile.kernels.options import OperatorOptions
@@ -164,13 +164,7 @@ def run(
         blind=blind,
         dense_heads=dense_heads,
     )
-    if isinstance(options.tau, tuple) and len(options.tau) != query.shape[1]:
-        raise InputError(
-            "tau",
-            expected=f"one number, or {query.shape[1]}, one for each query head",
-            got=f"{len(options.tau)} numbers",
-            remedy="Calibrate the model again if its heads have changed.",
-        )
+    head_tau.check(options.tau, query.shape[1])
     marked = sorted(set(dense_heads))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     key_mask = mask.key_mask

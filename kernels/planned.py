@@ -50,6 +50,7 @@ def run_planned(
         return_lse: Whether the log-sum-exp is wanted.
         options: How to stop and run; rankings and lengths are the plan's.
     """
+    head_tau.check(options.tau, query.shape[1])
     implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)

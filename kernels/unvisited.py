@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import Plan
+from s2o_compile.kernels.plan import Plan, poisoned_keys
 
 BLOCK_LEN = 128
 """Entries of a list that are visited or left together: FlexAttention's block of keys."""
@@ -22,25 +22,46 @@ BLOCK_LEN = 128
 SAMPLES = 16
 """Queries of a segment that are sampled, the last of them among these."""
 
+GOLDEN_RATIO = 0.6180339887498949
+
 RULE_OVER_SAMPLE = 7.0
 """The stop rule's estimate of the worst row over this one's, where both leave the same error (SmolLM2, 8K, tau 0.1 to
 1): the rule extrapolates by Zipf's law, and sees every row."""
 
 
+def sampled(length: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """Positions of sampled queries in a segment, int64 [count]: all over it, the segment's last query at the end.
+
+    Lengths [P, 1] of several segments give [P, count].
+
+    Their distances repeat in no period: rows of an image, or a mask of every 16th key, have samples in all columns.
+    """
+    turns = torch.arange(count - 1, -1, -1, device=device, dtype=torch.float32) * GOLDEN_RATIO % 1.0
+    return length - 1 - (turns * length).long()
+
+
 def estimate_unvisited(
-    query: Tensor, key: Tensor, mask: AttentionMask, plan: Plan, *, scale: float, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Share of a row's mass behind the first n blocks of its list, float32 [B, Hq, P, 1 + blocks], never rising in n.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
         mask: The mask, without a window.
         plan: Its lists.
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
 
-    A row that holds NaN leaves infinitely much, so that every key is visited.
+    A row that holds NaN leaves infinitely much, and so does a key that is not visited and whose value is not finite.
     """
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -49,14 +70,14 @@ def estimate_unvisited(
     unvisited = query.new_zeros(batch, heads, plan.n_segments, blocks + 1, dtype=torch.float32)
     columns = key.transpose(-1, -2)
     positions = torch.arange(n_keys, device=query.device)
-    step = plan.segment_len // SAMPLES
+    poisoned = poisoned_keys(key, value)[:, :, None].expand(-1, -1, heads // kv_heads, -1)
     for s in range(plan.n_segments):
         first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
         own_start, own_stop = mask.own_range(first, stop - 1, n_queries, n_keys)
         listed = own_start if mask.causal else longest
         if listed == 0:
             continue
-        rows = torch.arange(stop - 1, first - 1, -step, device=query.device)
+        rows = first + sampled(stop - first, SAMPLES, query.device)
         end = own_stop if mask.causal else n_keys
         logits = (query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]).float() * scale
         if softcap is not None:
@@ -74,6 +95,7 @@ def estimate_unvisited(
         real = torch.arange(listed, device=query.device) < plan.prefix_count[:, s, None]
         shape = (*weight.shape[:-1], listed)
         mass = weight.gather(-1, lists[:, :, :, None].expand(shape))
+        mass = mass.masked_fill_(poisoned.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
         mass = mass.masked_fill_(~real[:, None, None, None], 0.0)
         mass = torch.nn.functional.pad(mass, (0, -listed % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
         left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"))

@@ -7,6 +7,7 @@ A plan chooses which keys are computed, and the call's own score_mod, mask_mod a
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,12 +20,16 @@ from s2o_compile.kernels.flex_forward import LEAST_HEAD_DIM
 from s2o_compile.kernels.flex_site import block_len_fits, sparse_flex_attention
 from s2o_compile.kernels.operator import is_short
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.unvisited import BLOCK_LEN
 from s2o_compile.kernels.validation import DTYPES
 from s2o_compile.passes import block_tables, flex
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.site import Rejected
 
 logger = logging.getLogger(__name__)
+
+_KERNEL_BLOCK = re.compile("BLOCK_[MN]")
+_BACKENDS = ("AUTO", "TRITON")
 
 MASK = "its own mask_mod and score_mod"
 """What a report says of the mask."""
@@ -52,6 +57,9 @@ def lower(
     if refused is not None:
         return refused
     tau = tuple(head_tau) or tuple(options.get("head_tau") or ()) or options.get("tau", OperatorOptions.tau)
+    heads = value_of(call["query"]).shape[1]
+    if isinstance(tau, tuple) and len(tau) != heads:
+        return Rejected("it has %s query heads, and a tau is given for each of %s", heads, len(tau))
     keywords: dict[str, Any] = {
         "tau": tau,
         "segment_len": options.get("segment_len"),
@@ -102,6 +110,10 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any], trai
         return tables
     if not all(isinstance(size, int) for size in tables.sizes) or not block_len_fits(*tables.sizes, n_queries, n_keys):
         return Rejected("blocks of its block mask are %s long, expected multiples of 128", tables.sizes)
+    for name, chosen in call["kernel_options"].items():
+        too_long = _KERNEL_BLOCK.search(name) and BLOCK_LEN % chosen
+        if too_long or (name == "BACKEND" and chosen not in _BACKENDS):
+            return Rejected("its kernel_options ask for %s=%s, which does not suit blocks of 128", name, chosen)
     return None
 
 

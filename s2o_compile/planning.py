@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
+from s2o_compile.kernels import head_tau
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
 from s2o_compile.kernels.mask import AttentionMask
@@ -147,6 +148,7 @@ class S2OPlan:
 
     def _visits(self, tau: float | None) -> Tensor:
         chosen = self.tau if tau is None else tau
+        head_tau.check(chosen, self.query_shape[1])
         if isinstance(chosen, tuple):
             return blocks_to_visit(self.unvisited, torch.tensor(chosen, device=self.device))
         return blocks_to_visit(self.unvisited, chosen)
@@ -223,13 +225,7 @@ def plan(
     mask = within(mask, n_queries, key.shape[2])
     options = config.operator_options()
     tau = tuple(options["head_tau"]) if "head_tau" in options else options["tau"]
-    if isinstance(tau, tuple) and len(tau) != query.shape[1]:
-        raise InputError(
-            "tau",
-            expected=f"one number, or {query.shape[1]}, one for each query head",
-            got=f"{len(tau)} numbers",
-            remedy="Give one number for all heads.",
-        )
+    head_tau.check(tau, query.shape[1])
     implementation = choose_implementation("auto", query.device, query.dtype, head_dim)
     ranked = build_plan(
         query,
@@ -243,7 +239,7 @@ def plan(
         segment_len=config.segment_len,
         implementation="triton" if implementation == "triton" else "torch",
     )
-    unvisited = estimate_unvisited(query, key, mask, ranked, scale=factor, softcap=softcap)
+    unvisited = estimate_unvisited(query, key, value, mask, ranked, scale=factor, softcap=softcap)
     return S2OPlan(
         key_index=ranked.key_index,
         prefix_count=ranked.prefix_count,

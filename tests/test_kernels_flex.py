@@ -16,7 +16,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import choose_implementation
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.rank import build_plan
-from s2o_compile.kernels.unvisited import BLOCK_LEN, RULE_OVER_SAMPLE, blocks_to_visit, estimate_unvisited
+from s2o_compile.kernels.unvisited import BLOCK_LEN, RULE_OVER_SAMPLE, blocks_to_visit, estimate_unvisited, sampled
 from tests.conftest import Inputs, bounds, distance, exact_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -71,7 +71,7 @@ def planned(given, options=OPTIONS):
         query_order="none",
         segment_len=SEGMENT,
     )
-    unvisited = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE, softcap=given.softcap)
+    unvisited = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE, softcap=given.softcap)
     return plan, blocks_to_visit(unvisited, options.tau)
 
 
@@ -228,10 +228,10 @@ class TestEstimate:
     def test_it_is_the_mass_behind_each_block(self):
         given = inputs(AttentionMask(causal=True)).to(torch.float64)
         plan, _ = planned(inputs(MASKS["causal"]))
-        left = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE)
+        left = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE)
         b, h, segment = 1, 3, 5
         first = segment * SEGMENT
-        rows = torch.arange(first + SEGMENT - 1, first - 1, -SEGMENT // 16)
+        rows = first + sampled(SEGMENT, 16, given.query.device)
         logits = given.query[b, h, rows] @ given.key[b, h // 2].T * SCALE
         weights = logits.masked_fill(~given.mask.visible(rows, torch.arange(LENGTH)), -torch.inf).softmax(-1)
         ordered = weights[:, plan.key_index[b, h // 2, segment, :first].long()]
@@ -243,9 +243,28 @@ class TestEstimate:
         given.query[0, 1, 700] = float("nan")
         plan, _ = planned(inputs(MASKS["causal"]))
         given.query[:, :, 700 // SEGMENT * SEGMENT + SEGMENT - 1] = float("nan")
-        left = estimate_unvisited(given.query, given.key, given.mask, plan, scale=SCALE)
+        left = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE)
         visits = blocks_to_visit(left, 2.0)
         assert (visits[:, :, 700 // SEGMENT] >= 700 // SEGMENT).all()
+
+    def test_a_value_of_nan_is_visited(self):
+        given = inputs(MASKS["causal"])
+        given.key[:] = 0.0
+        given.value[0, 1, 7] = float("nan")
+        plan, _ = planned(given)
+        assert (plan.key_index[0, 1, 1:, 0] == 7).all()
+        assert blocks_to_visit(estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE), 1e6)[0].tolist() == (
+            [[0] * plan.n_segments] * 2 + [[0] + [1] * (plan.n_segments - 1)] * 2
+        )
+
+    @pytest.mark.parametrize("length", [128, 512, 1024, 60])
+    def test_samples_repeat_in_no_period(self, length):
+        """As rows of an image do, or a mask of every 16th key."""
+        rows = sampled(length, 32, torch.device("cpu"))
+        assert (rows[-1], rows.min() >= 0, rows.max()) == (length - 1, True, length - 1)
+        for period in (8, 16, 32):
+            for half in rows[::2], rows[1::2]:
+                assert len((half % period).unique()) >= period // 4
 
     def test_counts(self):
         left = torch.tensor([[[[0.9, 0.5, 0.1, 0.0]]]])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from s2o_compile.kernels import tail
+from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import run
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import prefix_mask
@@ -42,6 +43,14 @@ def test_it_is_the_mean_of_the_prefix(case, device, implementation, poison_empty
     prefix = prefix_mask(mask, case.queries, case.n_keys, SEGMENT, value.device).double().expand(case.batch, -1, -1)
     expected = prefix[:, None] @ inputs.value.double() / prefix.sum(-1).clamp(min=1)[:, None, :, None]
     torch.testing.assert_close(found, expected.float())
+
+
+def test_own_values_do_not_enter():
+    """However large, of bidirectional attention, too: what is added and taken away would leave its rounding."""
+    value = torch.ones(1, 1, 512, 4)
+    value[:, :, 200] = 1e12
+    found = tail.tail_values(value, AttentionMask(), n_queries=512, segment_len=SEGMENT, sum_blocks=tail.block_sums)
+    torch.testing.assert_close(found[:, :, 1], torch.ones(1, 1, 4))
 
 
 def test_it_brings_the_output_closer():

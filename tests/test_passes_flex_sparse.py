@@ -5,7 +5,7 @@ Compiling one kernel takes seconds, so that every case here stands for several.
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
@@ -54,8 +54,8 @@ def exact(query, key, value, score_mod=None, mask_mod=None):
     return scores.softmax(-1).nan_to_num() @ value
 
 
-def compiled(attend, tau):
-    config = S2OConfig(tau=tau, min_seq_len=0, segment_len=128)
+def compiled(attend, tau, segment_len=128):
+    config = S2OConfig(tau=tau, min_seq_len=0, segment_len=segment_len)
     with s2o_compile.record() as recording:
         output = torch.compile(attend, backend="s2o", options={f"s2o.{k}": v for k, v in vars(config).items()})(
             *(given := tensors())
@@ -182,8 +182,71 @@ def test_what_the_mask_hides_ranks_last():
     logits[..., 10] = 9.0
     visible = torch.ones_like(logits, dtype=torch.bool)
     visible[..., 10] = False
-    scores, left = flex_sample.rank_samples(logits, visible, tables, ~tables, 0, 1, 256, 256, 128)
+    poisoned = torch.zeros(1, 1, 256, dtype=torch.bool)
+    scores, left = flex_sample.rank_samples(logits.clone(), visible, poisoned, tables, ~tables, 0, 1, 256, 256, 128)
     assert (scores[0, 0, 0, :128] == -1).all(), "a segment's own keys stand in its list"
     assert scores[0, 0, 1, 10] == 0
     assert (scores[0, 0, 1, 11:128] > 0).all()
     torch.testing.assert_close(left[0, 0, 1, :2], torch.tensor([127 / 255, 0.0]))
+    poisoned[..., 10:12] = True
+    scores, left = flex_sample.rank_samples(logits, visible, poisoned, tables, ~tables, 0, 1, 256, 256, 128)
+    assert (scores[0, 0, 1].argmax(), scores[0, 0, 1, 10]) == (11, 0), "what is visited by all is no number"
+    assert left[0, 0, 1, 0] > 1e30
+
+
+def weekly(score, b, h, i, j):
+    """A bias that grows with no distance: far keys count as much as near ones."""
+    return score + SLOPES[h] * (j % 7)
+
+
+def every_16th(b, h, i, j):
+    return (i - j) % torch.tensor(16) == 0
+
+
+def test_a_mask_of_every_16th_key(sparse_calls):
+    """Queries of one column would stand for none of the others."""
+    blocks = create_block_mask(every_16th, None, None, LENGTH, LENGTH, device="cpu")
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=weekly, block_mask=blocks, enable_gqa=True)  # noqa: E731
+    given, output, site = compiled(attend, 0.5, segment_len=512)
+    assert site.mask == flex_sparse.MASK
+    dense = exact(*given, weekly, every_16th)
+    assert (output - dense).norm() < 0.1 * dense.norm()
+
+
+def test_tables_narrower_than_the_keys(sparse_calls):
+    """As from_kv_blocks takes them: as many columns as the longest row lists."""
+    apart = lambda b, h, i, j: (j // 128 - i // 128) % torch.tensor(8) == 3  # noqa: E731
+    order = torch.tensor([3, 4, 5, 6, 7, 0, 1, 2], dtype=torch.int32).view(1, 1, 8, 1)
+    blocks = BlockMask.from_kv_blocks(
+        torch.ones(1, 1, 8, dtype=torch.int32), order, BLOCK_SIZE=128, mask_mod=apart, seq_lengths=(LENGTH, LENGTH),
+        compute_q_blocks=False,
+    )  # fmt: skip
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=blocks, enable_gqa=True)  # noqa: E731
+    given, output, site = compiled(attend, 1e-6)
+    assert site.mask == flex_sparse.MASK
+    assert distance(output, exact(*given, alibi, apart)) < 1e-4
+
+
+@pytest.mark.parametrize("chosen", [{"BLOCK_M": 256}, {"fwd_BLOCK_N": 256}, {"BACKEND": "FLASH"}], ids=str)
+def test_kernels_that_do_not_suit_the_blocks_stay_dense(chosen):
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True, kernel_options=chosen)  # noqa: E731
+    assert "does not suit blocks of 128" in captured(attend)[0].reason
+
+
+def test_promises_about_blocks_are_not_passed_on(monkeypatch):
+    """Contiguous blocks, rows that are never empty: of the call's own block mask, and false of the blocks visited."""
+    passed = []
+    operator = torch.ops.higher_order.flex_attention
+    monkeypatch.setattr(
+        flex_site.torch.ops.higher_order, "flex_attention", lambda *x: passed.append(x[6]) or operator(*x)
+    )
+    promises = {"BLOCKS_ARE_CONTIGUOUS": True, "fwd_ROWS_GUARANTEED_SAFE": True, "BLOCK_M": 64}
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True, kernel_options=promises)  # noqa: E731
+    assert captured(attend)[0].rewritten
+    kept = {"BLOCKS_ARE_CONTIGUOUS": False, "fwd_ROWS_GUARANTEED_SAFE": False, "BLOCK_M": 64}
+    assert any(kept.items() <= given.items() for given in passed)
+
+
+def test_a_tau_for_other_heads_stays_dense():
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True)  # noqa: E731
+    assert "a tau is given for each of 3" in captured(attend, head_tau=[0.5] * 3)[0].reason

@@ -162,3 +162,14 @@ def test_the_page_runs():
     page = Path(__file__).parent.parent / "docs" / "flex.md"
     (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     exec(snippet, {})
+
+
+def test_a_tau_for_other_heads_is_refused():
+    plan = s2o_compile.plan(*tensors(), causal=True, segment_len=SEGMENT)
+    calls = (
+        lambda: s2o_compile.attention(*tensors(), causal=True, plan=plan, config=config(tau=(1.0, 2.0))),
+        lambda: plan.block_counts((1.0, 2.0)),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match="one number, or 4, one for each query head"):
+            call()
