@@ -61,9 +61,7 @@ def _attend(
         tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
     results = []
     score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len, shared=group)
-    tail_value = tail_values(
-        value, mask, n_queries=query.shape[2], segment_len=segment_len, sum_blocks=triton_tail.block_sums
-    )
+    tail_value = tail_values(value, mask, n_queries=query.shape[2], segment_len=segment_len, sums_by=triton_tail)
     poisoned = triton_order.find_poisoned(key, value)
     for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
         members = query_heads(heads, group)

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch._higher_order_ops.map import map_impl
 from torch._higher_order_ops.while_loop import while_loop_op
 
+from s2o_compile.kernels import tail
 from s2o_compile.kernels.definition import FIRST_TEST, tail_share
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
 from s2o_compile.kernels.portable_ranking import Segment, rank_segment
 from s2o_compile.kernels.portable_sizes import symbols
 from s2o_compile.kernels.ranking_per_query import choose_dims, dim_stride, few_dims, sample_moments, take_dims
-from s2o_compile.kernels.tail import block_sums, tail_values
 
 STEP = 256
 """Keys of one product; the stop rule is tested every few of them, as ``plan.default_chunk_len`` says."""
@@ -63,7 +63,7 @@ def attend(
     dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
     few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
     poisoned = poisoned_keys(key, value).flatten()
-    tails = tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sum_blocks=block_sums).flatten(0, 2)
+    tails = tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=tail).flatten(0, 2)
     rest = _rest(query, key, mask)
     tau = torch.cat([torch.full((1,), float(tau)) for tau in taus])
 

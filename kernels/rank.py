@@ -41,8 +41,8 @@ LISTS = ("head", "group")
 
 def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, implementation: str) -> Tensor:
     """``tail.tail_values`` by "triton" or "torch"."""
-    sum_blocks = triton_tail.block_sums if implementation == "triton" else tail.block_sums
-    return tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sum_blocks=sum_blocks)
+    sums_by = triton_tail if implementation == "triton" and triton_tail is not None else tail
+    return tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=sums_by)
 
 
 class Planner:

@@ -7,7 +7,7 @@ segment's prefix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,12 +15,8 @@ from torch import Tensor
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import n_segments, own_keys
 
-SumBlocks = Callable[[Tensor, Tensor | None, int, int], Tensor]
 
-
-def tail_values(
-    value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, sum_blocks: SumBlocks
-) -> Tensor:
+def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, sums_by: ModuleType) -> Tensor:
     """Mean value of the prefix keys of every segment, float32 [B, Hkv, P, Dv]; zeros where there are none.
 
     Args:
@@ -28,21 +24,21 @@ def tail_values(
         mask: The proven mask, without a window.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
-        sum_blocks: `block_sums`, of whatever implementation.
+        sums_by: Whose ``block_sums`` and ``running_sums``: this module's, or ``triton_tail``'s.
     """
     n_keys = value.shape[2]
     offset = mask.own_offset(n_queries, n_keys)
     # Blocks of keys that begin where segments' own keys do; the first and the last may be short.
     shift = -offset % segment_len if mask.causal else 0
-    sums = sum_blocks(value, mask.key_mask, shift, segment_len)
-    before = torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))  # of all blocks before each, and of all
+    sums = sums_by.block_sums(value, mask.key_mask, shift, segment_len)
+    before = sums_by.running_sums(sums)
     first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
     own = own_keys(mask, first, n_queries, n_keys, segment_len)
     first = first + (offset + shift)
     total = before[:, :, _block(first, segment_len, sums)]
     count = _counts(mask.key_mask, own[0])
     if not mask.causal:
-        behind = torch.nn.functional.pad(sums.flip(2).cumsum(2).flip(2), (0, 0, 0, 1))  # differences would cancel
+        behind = sums_by.running_sums(sums.flip(2)).flip(2)  # differences would cancel
         total = total + behind[:, :, _block(first + segment_len, segment_len, sums)]
         everything = _counts(mask.key_mask, torch.full_like(own[0], n_keys))
         count = everything - (_counts(mask.key_mask, own[1]) - count)
@@ -75,3 +71,8 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
     blocks = n_segments(value.shape[2] + shift, block_len)
     padded = torch.nn.functional.pad(value, (0, 0, shift, blocks * block_len - shift - value.shape[2]))
     return padded.unflatten(2, (blocks, block_len)).sum(3, dtype=torch.float32)
+
+
+def running_sums(sums: Tensor) -> Tensor:
+    """Sums of all blocks before each, and of all: float32 [B, Hkv, blocks + 1, Dv] of [B, Hkv, blocks, Dv]."""
+    return torch.nn.functional.pad(sums.cumsum(2), (0, 0, 1, 0))

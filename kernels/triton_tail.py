@@ -1,4 +1,7 @@
-"""``tail.block_sums`` on the GPU: every value read once, and nothing of its size made."""
+"""``tail.block_sums`` and ``tail.running_sums`` on the GPU: every value read once, and nothing of its size made.
+
+Sums run in one order, the same bits every time; torch refuses its own cumsum under deterministic algorithms.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,18 @@ def block_sums_kernel(
     tl.store(sum_ptr + (head * tl.num_programs(0) + block) * VALUE_DIM + dims, total, mask=dims < VALUE_DIM)
 
 
+@triton.jit
+def running_sums_kernel(sum_ptr, running_ptr, blocks, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr):
+    """Sums of all blocks of one head before each block, and of all."""
+    head = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_VALUE)
+    total = tl.zeros([BLOCK_VALUE], tl.float32)
+    for block in range(0, blocks):
+        tl.store(running_ptr + (head * (blocks + 1) + block) * VALUE_DIM + dims, total, mask=dims < VALUE_DIM)
+        total += tl.load(sum_ptr + (head * blocks + block) * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
+    tl.store(running_ptr + (head * (blocks + 1) + blocks) * VALUE_DIM + dims, total, mask=dims < VALUE_DIM)
+
+
 def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: int) -> Tensor:
     """Sums of the values of every block of keys; arguments and results as ``tail.block_sums``."""
     batch, heads, n_keys, value_dim = value.shape
@@ -52,3 +67,15 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)), ROWS=ROWS, WIDE=needs_wide(value), num_warps=4,
     )  # fmt: skip
     return sums
+
+
+def running_sums(sums: Tensor) -> Tensor:
+    """Sums of all blocks before each, and of all; arguments and results as ``tail.running_sums``."""
+    batch, heads, blocks, value_dim = sums.shape
+    running = sums.new_empty(batch, heads, blocks + 1, value_dim)
+    launch(
+        running_sums_kernel, (batch * heads,),
+        sums.contiguous(), running, blocks, VALUE_DIM=value_dim,
+        BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)), num_warps=1,
+    )  # fmt: skip
+    return running

@@ -32,14 +32,14 @@ CASES = [
 )
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_the_mean_of_the_prefix(case, device, implementation, poison_empty):
-    sum_blocks = tail.block_sums
+    sums_by = tail
     if implementation == "triton":
-        sum_blocks = pytest.importorskip("s2o_compile.kernels.triton_tail").block_sums
+        sums_by = pytest.importorskip("s2o_compile.kernels.triton_tail")
     inputs = case.inputs(device)
     mask, value = inputs.mask, inputs.value
     if mask.key_mask is not None:  # what is padding does not count, whatever it holds
         value = value.masked_fill(~mask.key_mask[:, None, :, None], torch.nan)
-    found = tail.tail_values(value, mask, n_queries=case.queries, segment_len=SEGMENT, sum_blocks=sum_blocks)
+    found = tail.tail_values(value, mask, n_queries=case.queries, segment_len=SEGMENT, sums_by=sums_by)
     prefix = prefix_mask(mask, case.queries, case.n_keys, SEGMENT, value.device).double().expand(case.batch, -1, -1)
     expected = prefix[:, None] @ inputs.value.double() / prefix.sum(-1).clamp(min=1)[:, None, :, None]
     torch.testing.assert_close(found, expected.float())
@@ -49,7 +49,7 @@ def test_own_values_do_not_enter():
     """However large, of bidirectional attention, too: what is added and taken away would leave its rounding."""
     value = torch.ones(1, 1, 512, 4)
     value[:, :, 200] = 1e12
-    found = tail.tail_values(value, AttentionMask(), n_queries=512, segment_len=SEGMENT, sum_blocks=tail.block_sums)
+    found = tail.tail_values(value, AttentionMask(), n_queries=512, segment_len=SEGMENT, sums_by=tail)
     torch.testing.assert_close(found[:, :, 1], torch.ones(1, 1, 4))
 
 
@@ -66,3 +66,15 @@ def test_it_brings_the_output_closer():
         return ((output - exact).norm() / exact.norm()).item()
 
     assert error(0.2) < 0.9 * error(0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_it_runs_under_deterministic_algorithms(device):
+    inputs = Case(queries=700, heads=4, kv_heads=2).inputs(device)
+    options = OperatorOptions(tau=1.0, min_seq_len=0, segment_len=SEGMENT)
+    torch.use_deterministic_algorithms(True)
+    try:
+        output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert output.isfinite().all()
