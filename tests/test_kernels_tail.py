@@ -68,7 +68,7 @@ def test_it_brings_the_output_closer():
     assert error(0.2) < 0.9 * error(0.0)
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", [CUDA])  # on a CPU nothing refuses
 def test_it_runs_under_deterministic_algorithms(device):
     inputs = Case(queries=700, heads=4, kv_heads=2).inputs(device)
     options = OperatorOptions(tau=1.0, min_seq_len=0, segment_len=SEGMENT)
