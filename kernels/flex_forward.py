@@ -27,7 +27,7 @@ from s2o_compile.kernels.rank import build_plan
 from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit, estimate_unvisited
 
 VARIANTS = 64
-"""Kernels that one process may compile: by head dims, dtype, softcap and gradients, and on a CPU by length."""
+"""Kernels that one process may compile: by head dims, dtype, scale, softcap and gradients, and on a CPU by length."""
 
 LEAST_HEAD_DIM = 16
 """Of FlexAttention's kernels on a GPU."""
@@ -173,7 +173,8 @@ def attend_layout(
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
     keys, values = (take(x, layout.index) for x in (key, value))
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+    # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS, specialize_float=True):
         output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse, with_gradient)
     output, lse = output if wants_lse else (output, None)
     output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)

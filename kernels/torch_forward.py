@@ -133,7 +133,7 @@ class _Segment:
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.own_start
         self._own_keys(tiles)
-        taus = tau[self.heads] if isinstance(tau, Tensor) else area.new_full((self.group,), tau, dtype=torch.float32)
+        taus = tau[self.heads].cpu() if isinstance(tau, Tensor) else torch.full((self.group,), tau)
         self._walk(tiles, taus.repeat_interleave(self.tiles), area)
         first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
@@ -207,7 +207,7 @@ class _Segment:
             if start + self.chunk_len >= FIRST_TEST * self.chunk_len:
                 to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
                 limit = taus[walking.numbers]
-                stopped = ((gain.amax(-1) * to_come < limit) & (limit > 0)).cpu()
+                stopped = (gain.amax(-1).cpu() * to_come < limit) & (limit > 0)
                 if not stopped.any():
                     continue
                 leaving = stopped.nonzero()[:, 0]
