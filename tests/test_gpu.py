@@ -110,7 +110,7 @@ def test_many_slices_are_captured_in_a_cuda_graph(ranking, monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 4, 4))
     config = S2OConfig(min_seq_len=0, ranking=ranking)
-    assert len(list(slices.slices(query, key, value, AttentionMask(causal=True), 512, range(4)))) > 4
+    assert len(list(slices.slices(query, key, value, AttentionMask(causal=True), 512, 1, range(4)))) > 4
     expected = s2o_compile.attention(query, key, value, causal=True, config=config)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
