@@ -1,6 +1,7 @@
 """What an error budget costs and whether it holds: SmolLM2 calibrated on some texts, measured on others.
 
-    python benchmarks/budget.py [--tokens 16384 65536] [--list-per head] [--json benchmarks/results/budget-h100.json]
+    python benchmarks/budget.py [--tokens 16384 65536] [--list-per head] [--segment-len 512]
+                                [--json benchmarks/results/budget-h100.json]
 
 Texts: Python's language reference (prose), the sources of its standard library, and those of torch.nn. Up to 32K tokens
 the model is calibrated on the first prose and library code and measured on later prose; at 64K, where the prose is too
@@ -121,30 +122,29 @@ def evaluated(model: torch.nn.Module, text: Tensor, config: S2OConfig) -> dict[s
     }
 
 
-def bench_length(tokens: int, list_per: str, rows: Rows, budgets: tuple[float, ...], taus: tuple[float, ...]) -> None:
+def bench_length(tokens: int, base: S2OConfig, rows: Rows, budgets: tuple[float, ...], taus: tuple[float, ...]) -> None:
     """All rows of a length."""
     model, tokenizer = load_model(tokens, DEVICE)
     known, unknown = texts(tokenizer, tokens)
-    base = S2OConfig(min_seq_len=min(1024, tokens), list_per=list_per)
+    base = dataclasses.replace(base, min_seq_len=min(1024, tokens))
+    lists = {"lists": base.list_per} | ({"S": base.segment_len} if base.segment_len else {})
     configs = {}
     if budgets:
         meter = CurveMeter()
         read(model, known, base, meter)
         for place, tau in enumerate(TAUS):
-            rows.measure(
-                "curve", {"tokens": tokens, "lists": list_per, "tau": tau}, functools.partial(curve, meter, place)
-            )
+            rows.measure("curve", {"tokens": tokens, **lists, "tau": tau}, functools.partial(curve, meter, place))
         configs = {error: budgeted(base, meter, error) for error in budgets}
     for (name, text), (error, config) in ((t, c) for t in unknown.items() for c in configs.items()):
         measure = functools.partial(kept, model, text, config)
-        what = {"tokens": tokens, "lists": list_per, "text": name, "error": error}
+        what = {"tokens": tokens, **lists, "text": name, "error": error}
         rows.measure("budget kept", what, measure)
     prose = unknown["prose"]
     chosen = {f"tau {tau:g}": dataclasses.replace(base, tau=tau) for tau in taus}
     chosen |= {f"error {error:g}, calibrated": config for error, config in configs.items()}
     for name, config in chosen.items():
         measure = functools.partial(evaluated, model, prose, config)
-        rows.measure("model", {"tokens": tokens, "lists": list_per, "quality": name}, measure)
+        rows.measure("model", {"tokens": tokens, **lists, "quality": name}, measure)
 
 
 def main() -> None:
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--calibrated", type=int, nargs="*", default=[16384, 65536], help="lengths with budgets")
     parser.add_argument("--list-per", default="group", choices=LISTS)
+    parser.add_argument("--segment-len", type=int, help="queries of one list; chosen by length if not given")
     parser.add_argument("--taus", type=float, nargs="+", help="fixed taus that are evaluated")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -160,7 +161,8 @@ def main() -> None:
     for tokens in args.tokens:
         full = tokens in args.calibrated
         taus = args.taus or ((0.25, 0.5, 1.0) if full else (0.5,))
-        bench_length(tokens, args.list_per, rows, BUDGETS if full else (), tuple(taus))
+        base = S2OConfig(list_per=args.list_per, segment_len=args.segment_len)
+        bench_length(tokens, base, rows, BUDGETS if full else (), tuple(taus))
 
 
 if __name__ == "__main__":
