@@ -32,30 +32,33 @@ class Segment(NamedTuple):
 
 def rank_segment(
     query: Tensor,
+    positions: Tensor,
     key: Tensor,
     poisoned: Tensor,
     allowed: Tensor | None,
     mask: AttentionMask,
     place: Segment,
+    segment_len: int,
     n_queries: int,
 ) -> tuple[Tensor, Tensor]:
     """The prefix keys of one segment, most important first.
 
     Args:
-        query: Its scaled queries, float32 [G, S, R], in few dimensions.
+        query: Its scaled queries that rank, float32 [G, n, R], in few dimensions.
+        positions: int64 [G, n], where they stand.
         key: All keys of the head, float32 [Nk, R].
         poisoned: bool [Nk], keys that hold NaN or inf.
         allowed: bool [Nk], the key mask, or None.
         mask: The mask; its own key mask is not read.
         place: Where the segment lies.
+        segment_len: S, queries of a segment.
         n_queries: Nq; queries beyond it have no say.
 
     Returns:
         int64 [L], L >= Nk, and how many of these are prefix keys, int64 [].
     """
     n_keys = key.shape[0]
-    positions = place.first + torch.arange(query.shape[1], device=query.device)
-    normaliser = _row_normaliser(query, key, allowed, mask, place, positions)
+    normaliser = _row_normaliser(query, positions, key, allowed, mask, place, segment_len)
     normaliser = normaliser.masked_fill(positions >= n_queries, float("inf"))
     rows = torch.cat([query, normaliser[..., None]], dim=-1).flatten(0, 1)
     steps = (n_keys + KEY_STEP - 1) // KEY_STEP
@@ -84,10 +87,16 @@ def rank_segment(
 
 
 def _row_normaliser(
-    query: Tensor, key: Tensor, allowed: Tensor | None, mask: AttentionMask, place: Segment, positions: Tensor
+    query: Tensor,
+    positions: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    mask: AttentionMask,
+    place: Segment,
+    segment_len: int,
 ) -> Tensor:
-    """``ranking_per_query.row_normaliser`` of one segment, [G, S]; keys that it has not are hidden, not left out."""
-    n_keys, segment_len = key.shape[0], query.shape[1]
+    """``ranking_per_query.row_normaliser`` of one segment, [G, n]; keys that it has not are hidden, not left out."""
+    n_keys = key.shape[0]
     stride = key_stride(n_keys)
     end = place.start if mask.causal else n_keys
     # Two more than there are may be: that they are several holds for every length.
@@ -99,9 +108,9 @@ def _row_normaliser(
     own = place.start + torch.arange(segment_len, device=key.device)
     keys = torch.cat([outside, own]).clamp(max=n_keys - 1)
     weight = torch.cat([weight, weight.new_zeros(segment_len)])
-    seen = torch.cat([present, own < place.stop]) & mask.visible(positions, keys)
+    seen = torch.cat([present, own < place.stop]) & mask.visible(positions.flatten(), keys)
     if allowed is not None:
         seen = seen & allowed[keys]
-    bias = torch.where(seen, weight, float("-inf")).expand(query.shape[0], -1, -1).flatten(0, 1)
+    bias = torch.where(seen, weight, float("-inf"))
     normaliser = torch.addmm(bias, query.flatten(0, 1), key[keys].transpose(0, 1)).logsumexp(-1).view(query.shape[:2])
     return normaliser.masked_fill(normaliser == float("-inf"), float("inf"))

@@ -23,7 +23,14 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
 from s2o_compile.kernels.portable_ranking import Segment, rank_segment
 from s2o_compile.kernels.portable_sizes import symbols
-from s2o_compile.kernels.ranking_per_query import choose_dims, dim_stride, few_dims, sample_moments, take_dims
+from s2o_compile.kernels.ranking_per_query import (
+    choose_dims,
+    dim_stride,
+    few_dims,
+    sample_moments,
+    scored_positions,
+    take_dims,
+)
 
 STEP = 256
 """Keys of one product; the stop rule is tested every few of them, as ``plan.default_chunk_len`` says."""
@@ -82,9 +89,12 @@ def attend(
         head, place = place_of(number)
         keys = torch.arange(n_keys)
         rows = head * n_keys + keys
-        queries = query[query_rows(head, place.first + torch.arange(segment_len))]
+        slots = place.first + scored_positions(segment_len, group, query.device).expand(group, -1)
+        queries = query[query_rows(head, slots)]
         allowed = allowed_keys(head, keys, rest)
-        ranked, count = rank_segment(queries, key[rows], poisoned[rows], allowed, mask, place, n_queries)
+        ranked, count = rank_segment(
+            queries, slots, key[rows], poisoned[rows], allowed, mask, place, segment_len, n_queries
+        )
         return (head * n_keys + ranked).to(torch.int32), count
 
     def tile(

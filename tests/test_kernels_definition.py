@@ -219,9 +219,14 @@ class TestPlan:
         ],
         ids=str,
     )
-    def test_per_query_score_can_be_written_out(self, case):
-        """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64."""
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_per_query_score_can_be_written_out(self, case, every, monkeypatch):
+        """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64.
+
+        Of two heads that share a list one ranks by even queries and one by odd ones, if half of them rank.
+        """
         inputs, segment_len = case.inputs(), 256
+        monkeypatch.setattr(ranking_per_query, "ROWS", segment_len * case.heads // case.kv_heads // every)
         actual = score_all(ranking_per_query.prepare, inputs, segment_len, case.heads // case.kv_heads)
         key = inputs.key.double().repeat_interleave(case.heads // case.kv_heads, dim=1)
         logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scale
@@ -237,8 +242,12 @@ class TestPlan:
             rows = seen[:, :, first:last]
             scores = logits[:, :, first:last] - (rows + weight.log()).logsumexp(-1, keepdim=True)
             scores = scores.masked_fill(scores == float("inf"), float("-inf"))  # a row that sees none has no say
-            grouped = scores.unflatten(1, (case.kv_heads, -1))
-            slots = [grouped[:, :, :, slot::64].amax((2, 3)) for slot in range(min(64, last - first))]
+            group = case.heads // case.kv_heads
+            heads = [scores[:, g::group, g * every // group :: every] for g in range(group)]
+            slots = [
+                torch.stack([head[:, :, slot::64].amax(2) for head in heads if slot < head.shape[2]]).amax(0)
+                for slot in range(min(64, heads[0].shape[2]))
+            ]
             expected = torch.stack(slots).logsumexp(0)
             there = prefix[:, None, segment].expand_as(expected) & (expected > float("-inf"))
             assert there.any() or segment == 0

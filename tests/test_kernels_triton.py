@@ -273,9 +273,11 @@ class TestRanking:
         """A packed row holds more dimensions than the torch ranking takes of a small head."""
         monkeypatch.setattr(ranking_per_query, "few_dims", lambda head_dim: triton_ranking.packed_width(head_dim) - 2)
 
+    @pytest.mark.parametrize("rows", [ranking_per_query.ROWS, 256])
     @pytest.mark.parametrize(("device", "case"), SCORED)
-    def test_scores_equal_the_torch_ranking(self, device, case, poison_empty):
+    def test_scores_equal_the_torch_ranking(self, device, case, rows, poison_empty, monkeypatch):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
+        monkeypatch.setattr(ranking_per_query, "ROWS", rows)
         inputs, segment_len = case.inputs(device), 256
         shared = case.heads // case.kv_heads
         actual = score_all(triton_ranking.prepare, inputs, segment_len, shared)
