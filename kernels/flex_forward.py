@@ -23,8 +23,8 @@ from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan
-from s2o_compile.kernels.rank import build_plan
-from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit, estimate_unvisited
+from s2o_compile.kernels.rank import build_plan, estimate_unvisited
+from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
 
 VARIANTS = 64
 """Kernels that one process may compile: by head dims, dtype, scale, softcap and gradients, and on a CPU by length."""
@@ -121,6 +121,7 @@ def plan_visits(
     options: OperatorOptions,
 ) -> tuple[Plan, Tensor]:
     """The plan of a call and int32 [B, Hq, P], how many blocks of each list its tau visits."""
+    implementation = "triton" if query.is_cuda else "torch"
     plan = build_plan(
         query,
         key,
@@ -131,10 +132,12 @@ def plan_visits(
         list_per=options.list_per,
         query_order=options.query_order,
         segment_len=options.segment_len,
-        implementation="triton" if query.is_cuda else "torch",
+        implementation=implementation,
     )
     tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
-    unvisited = estimate_unvisited(query, key, value, mask, plan, scale=scale, softcap=softcap)
+    unvisited = estimate_unvisited(
+        query, key, value, mask, plan, scale=scale, softcap=softcap, implementation=implementation
+    )
     return plan, blocks_to_visit(unvisited, tau)
 
 
