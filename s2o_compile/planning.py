@@ -228,21 +228,23 @@ def plan(
     head_tau.check(tau, query.shape[1])
     chosen = choose_implementation("auto", query.device, query.dtype, head_dim)
     implementation = "triton" if chosen == "triton" else "torch"
-    ranked = build_plan(
-        query,
-        key,
-        value,
-        mask,
-        scale=factor,
-        ranking=config.ranking,
-        list_per=config.list_per,
-        query_order=config.query_order,
-        segment_len=config.segment_len,
-        implementation=implementation,
-    )
-    unvisited = estimate_unvisited(
-        query, key, value, mask, ranked, scale=factor, softcap=softcap, implementation=implementation
-    )
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        ranked = build_plan(
+            query,
+            key,
+            value,
+            mask,
+            scale=factor,
+            ranking=config.ranking,
+            list_per=config.list_per,
+            query_order=config.query_order,
+            segment_len=config.segment_len,
+            implementation=implementation,
+        )
+        unvisited = estimate_unvisited(
+            query, key, value, mask, ranked, scale=factor, softcap=softcap, implementation=implementation
+        )
     return S2OPlan(
         key_index=ranked.key_index,
         prefix_count=ranked.prefix_count,

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import rank, triton_unvisited, unvisited
+from s2o_compile.kernels import triton_unvisited, unvisited
 from tests.conftest import CUDA, INTERPRETED, Case, on
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU gives silently
