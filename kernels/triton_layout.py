@@ -31,12 +31,11 @@ ROWS = 64
 @triton.jit
 def load_walk(visits_ptr, prefix_count_ptr, segment, natural, segments, BLOCK_LEN: tl.constexpr, WORTH: tl.constexpr):
     """Blocks that one head would visit of each list, and whether that is worth gathering them."""
-    present = segment < segments
-    walk = tl.load(visits_ptr + segment, mask=present, other=0)
-    listed = tl.load(prefix_count_ptr + segment, mask=present, other=0)
+    walk = tl.load(visits_ptr + segment, mask=segment < segments, other=0)
+    listed = tl.load(prefix_count_ptr + segment, mask=segment < segments, other=0)
     # A list's last block may be short, and a list that is walked to the end saves nothing.
     fits = (walk <= listed // BLOCK_LEN) & (walk.to(tl.float32) * BLOCK_LEN <= natural.to(tl.float32) * WORTH)
-    return walk, fits & present
+    return walk, fits
 
 
 @triton.jit

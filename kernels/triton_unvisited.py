@@ -119,7 +119,6 @@ def mass_behind_kernel(
         more = tl.maximum(most, tl.max(mass, 1))
         total = total * tl.math.exp2(most - more) + tl.sum(tl.math.exp2(mass - more[:, None]), 1)
         most = more
-    total = tl.where(total == 0.0, 1.0, total)  # of a row that sees nothing
     behind = tl.zeros([SAMPLES], tl.float32)
     steps = tl.cdiv(OWN_BLOCKS + (width - 1) * (BLOCK_LEN // KEY_BLOCK) + 1, STEP)
     for step in range(0, steps):
