@@ -23,8 +23,13 @@ from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan
-from s2o_compile.kernels.rank import build_plan
-from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit, estimate_unvisited
+from s2o_compile.kernels.rank import build_plan, estimate_unvisited
+from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
+
+try:
+    from s2o_compile.kernels import triton_layout
+except ImportError:  # no triton here, and no CUDA device that FlexAttention has kernels for
+    triton_layout = None
 
 VARIANTS = 64
 """Kernels that one process may compile: by head dims, dtype, scale, softcap and gradients, and on a CPU by length."""
@@ -75,9 +80,11 @@ def attend_planned(
             got='"head"',
             remedy='Leave it "group", or use another implementation.',
         )
-    layout = lay_out(
-        mask, shape=(batch, heads, kv_heads, n_queries, n_keys), device=query.device, plan=plan, visits=visits
-    )
+    if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
+        layout = triton_layout.lay_out(mask, query, n_keys, plan, visits)
+    else:
+        shape = batch, heads, kv_heads, n_queries, n_keys
+        layout = lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits)
     output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
     computed = layout.computed().unflatten(0, (batch, kv_heads)).flatten(1, 2)
     return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
@@ -121,6 +128,7 @@ def plan_visits(
     options: OperatorOptions,
 ) -> tuple[Plan, Tensor]:
     """The plan of a call and int32 [B, Hq, P], how many blocks of each list its tau visits."""
+    implementation = "triton" if query.is_cuda else "torch"
     plan = build_plan(
         query,
         key,
@@ -131,10 +139,12 @@ def plan_visits(
         list_per=options.list_per,
         query_order=options.query_order,
         segment_len=options.segment_len,
-        implementation="triton" if query.is_cuda else "torch",
+        implementation=implementation,
     )
     tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
-    unvisited = estimate_unvisited(query, key, value, mask, plan, scale=scale, softcap=softcap)
+    unvisited = estimate_unvisited(
+        query, key, value, mask, plan, scale=scale, softcap=softcap, implementation=implementation
+    )
     return plan, blocks_to_visit(unvisited, tau)
 
 
@@ -171,8 +181,9 @@ def attend_layout(
     """Output [B, Hq, Nq, Dv] and, if wanted, log-sum-exp float32 [B, Hq, Nq] over keys placed by a layout."""
     batch, kv_heads = key.shape[:2]
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-    keys, values = (take(x, layout.index) for x in (key, value))
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    taken = triton_layout.take if query.is_cuda and triton_layout is not None and not with_gradient else take
+    keys, values = (taken(x, layout.index) for x in (key, value))
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, specialize_float=True):
         output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse, with_gradient)

@@ -17,7 +17,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.opaque import define_operator
 from s2o_compile.kernels.plan import TILE_LEN, n_segments, own_starts_stops, poisoned_keys
-from s2o_compile.kernels.unvisited import BLOCK_LEN, SAMPLES, sampled
+from s2o_compile.kernels.unvisited import BLOCK_LEN, SAMPLES, sample_segments
 
 HELD = 2**28
 """Logits of sampled queries that are held at once."""
@@ -68,7 +68,8 @@ def sample(
     segments, device = n_segments(site.n_queries, site.segment_len), query.device
     poisoned = poisoned_keys(key, value)
     key = key.repeat_interleave(site.group, 1).transpose(-1, -2)
-    places = *(torch.arange(size, device=device) for size in (site.batch, site.heads)), sampled_rows(site, device)
+    sampled = sample_segments(site.n_queries, site.segment_len, 2 * SAMPLES, device).flatten()
+    places = *(torch.arange(size, device=device) for size in (site.batch, site.heads)), sampled
     keys = torch.arange(site.n_keys, device=device)
     together = max(HELD // (site.batch * site.heads * 2 * SAMPLES * site.n_keys), 1)
     parts = []
@@ -82,13 +83,6 @@ def sample(
         parts.append(_rank_samples(logits, visible, poisoned, site.partial, site.full, first, *site[2:6]))
     scores, unvisited = zip(*parts, strict=True)
     return torch.cat(scores, 2), torch.cat(unvisited, 2)
-
-
-def sampled_rows(site: Site, device: torch.device) -> Tensor:
-    """Positions of the sampled queries, twice SAMPLES of each segment."""
-    first = torch.arange(n_segments(site.n_queries, site.segment_len), device=device) * site.segment_len
-    length = (site.n_queries - first).clamp(max=site.segment_len)
-    return (first[:, None] + sampled(length[:, None], 2 * SAMPLES, device)).flatten()
 
 
 def rank_samples(
@@ -123,7 +117,7 @@ def rank_samples(
     """
     site = Site(len(logits), logits.shape[1], kv_heads, n_queries, n_keys, segment_len, partial, full)
     segments = logits.shape[2] // (2 * SAMPLES)
-    rows = sampled_rows(site, logits.device)[first * 2 * SAMPLES : (first + segments) * 2 * SAMPLES]
+    rows = sample_segments(n_queries, segment_len, 2 * SAMPLES, logits.device)[first : first + segments].flatten()
     keys = torch.arange(n_keys, device=logits.device)
     candidate = candidates(site, keys)[:, :, first : first + segments]
     whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (full, partial))

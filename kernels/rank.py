@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from s2o_compile.kernels import plan, ranking_mean_query, ranking_per_query, ranking_sub_mean, tail
+from s2o_compile.kernels import plan, ranking_mean_query, ranking_per_query, ranking_sub_mean, tail, unvisited
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
 from s2o_compile.kernels.query_order import order_queries
 
 try:
-    from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking, triton_tail
+    from s2o_compile.kernels import triton_mean_query, triton_order, triton_ranking, triton_tail, triton_unvisited
 except ImportError:  # no triton here: Planner is then never asked for it
-    triton_mean_query = triton_order = triton_ranking = triton_tail = None
+    triton_mean_query = triton_order = triton_ranking = triton_tail = triton_unvisited = None
 
 
 def _slice_by_slice(score_keys: Callable[..., Tensor]) -> Callable[..., ScoreKeys]:
@@ -43,6 +43,22 @@ def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_l
     """``tail.tail_values`` by "triton" or "torch"."""
     sums_by = triton_tail if implementation == "triton" and triton_tail is not None else tail
     return tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=sums_by)
+
+
+def estimate_unvisited(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str,
+) -> Tensor:
+    """``unvisited.estimate_unvisited`` by "triton" or "torch"."""
+    by = triton_unvisited if implementation == "triton" and triton_unvisited is not None else unvisited
+    return by.estimate_unvisited(query, key, value, mask, plan, scale=scale, softcap=softcap)
 
 
 class Planner:

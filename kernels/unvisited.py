@@ -40,6 +40,12 @@ def sampled(length: int | Tensor, count: int, device: torch.device) -> Tensor:
     return length - 1 - (turns * length).long()
 
 
+def sample_segments(n_queries: int, segment_len: int, count: int, device: torch.device) -> Tensor:
+    """Positions of the sampled queries of every segment, int64 [P, count]."""
+    first = torch.arange(0, n_queries, segment_len, device=device)[:, None]
+    return first + sampled((n_queries - first).clamp(max=segment_len), count, device)
+
+
 def estimate_unvisited(
     query: Tensor,
     key: Tensor,
@@ -71,13 +77,14 @@ def estimate_unvisited(
     columns = key.transpose(-1, -2)
     positions = torch.arange(n_keys, device=query.device)
     poisoned = poisoned_keys(key, value)[:, :, None].expand(-1, -1, heads // kv_heads, -1)
+    sampled_rows = sample_segments(n_queries, plan.segment_len, SAMPLES, query.device)
     for s in range(plan.n_segments):
         first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
         own_start, own_stop = mask.own_range(first, stop - 1, n_queries, n_keys)
         listed = own_start if mask.causal else longest
         if listed == 0:
             continue
-        rows = first + sampled(stop - first, SAMPLES, query.device)
+        rows = sampled_rows[s]
         end = own_stop if mask.causal else n_keys
         logits = (query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]).float() * scale
         if softcap is not None:
@@ -98,7 +105,7 @@ def estimate_unvisited(
         mass = mass.masked_fill_(poisoned.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
         mass = mass.masked_fill_(~real[:, None, None, None], 0.0)
         mass = torch.nn.functional.pad(mass, (0, -listed % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
-        left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"))
+        left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"), posinf=float("inf"))
         unvisited[:, :, s, : left.shape[-1]] = left.flatten(1, 2)
     return unvisited
 

@@ -15,9 +15,9 @@ from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import choose_implementation
 from s2o_compile.kernels.plan import TILE_LEN, Plan
-from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.rank import build_plan, estimate_unvisited
 from s2o_compile.kernels.statistics import pairs_by_head
-from s2o_compile.kernels.unvisited import blocks_to_visit, estimate_unvisited
+from s2o_compile.kernels.unvisited import blocks_to_visit
 from s2o_compile.kernels.validation import check_inputs
 
 
@@ -226,20 +226,25 @@ def plan(
     options = config.operator_options()
     tau = tuple(options["head_tau"]) if "head_tau" in options else options["tau"]
     head_tau.check(tau, query.shape[1])
-    implementation = choose_implementation("auto", query.device, query.dtype, head_dim)
-    ranked = build_plan(
-        query,
-        key,
-        value,
-        mask,
-        scale=factor,
-        ranking=config.ranking,
-        list_per=config.list_per,
-        query_order=config.query_order,
-        segment_len=config.segment_len,
-        implementation="triton" if implementation == "triton" else "torch",
-    )
-    unvisited = estimate_unvisited(query, key, value, mask, ranked, scale=factor, softcap=softcap)
+    chosen = choose_implementation("auto", query.device, query.dtype, head_dim)
+    implementation = "triton" if chosen == "triton" else "torch"
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        ranked = build_plan(
+            query,
+            key,
+            value,
+            mask,
+            scale=factor,
+            ranking=config.ranking,
+            list_per=config.list_per,
+            query_order=config.query_order,
+            segment_len=config.segment_len,
+            implementation=implementation,
+        )
+        unvisited = estimate_unvisited(
+            query, key, value, mask, ranked, scale=factor, softcap=softcap, implementation=implementation
+        )
     return S2OPlan(
         key_index=ranked.key_index,
         prefix_count=ranked.prefix_count,
