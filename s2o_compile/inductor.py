@@ -75,7 +75,7 @@ def _registers_limited() -> Iterator[None]:
 
 @contextmanager
 def _numbers_in_single_precision() -> Iterator[None]:
-    """Our kernels take numbers in single precision, as from Triton itself: with doubles they would compute in doubles."""
+    """Our kernels take numbers in single precision, as from Triton itself; with doubles they would compute in these."""
     define = PythonWrapperCodegen.define_user_defined_triton_kernel
 
     def defined(self: PythonWrapperCodegen, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
