@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.inlining import inline
@@ -20,11 +21,13 @@ _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 
 @contextmanager
-def opened(graph: fx.Graph) -> Iterator[None]:
+def opened(program: ExportedProgram) -> Iterator[None]:
     """A block in which the passes may change an exported graph; behind it, it holds operators only again.
 
     Assertions are set aside, and those about tensors that outlive the block are put back.
     """
+    graph = program.graph
+    _write_numbers(program)
     found = graph.find_nodes(op="call_function", target=_ASSERTION)
     about = [(node.args[0], node.args, node.kwargs, node.meta) for node in found]
     for node in found:
@@ -37,6 +40,23 @@ def opened(graph: fx.Graph) -> Iterator[None]:
                 with graph.inserting_after(tensor):
                     graph.call_function(_ASSERTION, args, kwargs).meta = meta
         _spell(graph)
+
+
+def _write_numbers(program: ExportedProgram) -> None:
+    """Put ``full`` in the place of numbers that were tensors: torch 2.11 lifts ``torch.tensor(0.0)`` out of a graph."""
+    graph, held = program.graph, program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
+        constant = program.constants.get(held.get(getattr(node.args[0], "name", ""), ""))
+        if not isinstance(constant, Tensor) or constant.ndim:
+            continue
+        place = {"dtype": constant.dtype, "device": constant.device}
+        with graph.inserting_before(node):
+            number = graph.call_function(torch.ops.aten.full.default, ([], constant.item()), place)
+        number.meta = dict(node.meta)
+        for copy in (*(user for user in node.users if user.target is torch.ops.aten.detach_.default), node):
+            if not any(user.op == "output" for user in copy.users):
+                copy.replace_all_uses_with(number)
+                graph.erase_node(copy)
 
 
 def _spell(graph: fx.Graph) -> None:

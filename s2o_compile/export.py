@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
 
 from s2o_compile.backend import rewrite
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.passes import exported
+
+_ASSERT = torch.ops.aten._assert_scalar.default
+_MANY = 2**20
+"""Stands for a size without a bound."""
 
 
 def export(
@@ -52,9 +59,43 @@ def export(
             "torch.compile or optimize returned cannot be exported."
         )
     with torch.no_grad():  # with gradients wanted, every attention would stay dense
-        program = torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
-    with exported.opened(program.graph):
+        program = _capture(model, args, dict(kwargs or {}), dynamic_shapes)
+    with exported.opened(program):
         rewrite(program.graph_module, config)
     program.graph_module.recompile()
     program.validate()
     return program
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+    """torch.export's program.
+
+    torch 2.11 does not know that min(64 n, 192 n), a stride of repeated heads, is 64 n, and calls it a constraint that
+    some n violates. As an assertion of the program it is one that holds.
+    """
+    export = partial(torch.export.export, model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    try:
+        return export()
+    except UserError as error:
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        program = export(prefer_deferred_runtime_asserts_over_guards=True)
+        if not _asserts_what_holds(program):
+            raise
+        return program
+
+
+def _asserts_what_holds(program: ExportedProgram) -> bool:
+    """Whether no assertion about sizes fails at the ends of their ranges and at a few sizes between them."""
+    asserted = [node.args[0] for node in program.graph.find_nodes(op="call_function", target=_ASSERT)]
+    conditions = [x.meta["val"].node.expr for x in asserted if isinstance(x, torch.fx.Node)]
+    for condition in conditions:
+        sizes = {}
+        for symbol in condition.free_symbols:
+            span = program.range_constraints.get(symbol)
+            low, high = (1, _MANY) if span is None else (int(span.lower), min(int(span.upper), _MANY))
+            sizes[symbol] = sorted({low, high, *(n for n in (2, 3, 127, 1000, 4097) if low < n < high)})
+        points = (dict(zip(sizes, point, strict=True)) for point in itertools.product(*sizes.values()))
+        if any(condition.subs(point) == False for point in points):  # noqa: E712 (of sympy)
+            return False
+    return True
