@@ -71,6 +71,7 @@ def attend_sparsely(
             remedy='Train such an attention with training="dense".',
         )
     head_tau.check(options.tau, query.shape[1])
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask.key_mask is not None:
         mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
 
@@ -85,9 +86,10 @@ def attend_sparsely(
                 query, key, value, mask, None, None, scale=scale, softcap=softcap, wants_lse=False
             )
             return exact.output, None
-        sparse = flex_forward.attend(
-            query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
-        )
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            sparse = flex_forward.attend(
+                query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
+            )
         return sparse.output, None
 
     chunked = mask.attention_chunk is not None

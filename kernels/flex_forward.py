@@ -64,6 +64,22 @@ def attend_planned(
         wants_lse: Whether the log-sum-exp is wanted; if not, it is empty.
     """
     check_available(query, value, wants_lse=wants_lse)
+    layout = place(query, key, mask, plan, visits, with_gradient=wants_gradient(query, key, value))
+    output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
+    computed = layout.computed().unflatten(0, key.shape[:2]).flatten(1, 2)
+    return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
+
+
+def place(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    plan: Plan | None,
+    visits: Tensor | None,
+    *,
+    with_gradient: bool,
+) -> FlexLayout:
+    """Where a call finds its keys; arguments as ``attend_planned``, and whether a backward will follow."""
     if plan is not None and plan.query_order is not None:
         raise InputError(
             "query_order",
@@ -82,17 +98,13 @@ def attend_planned(
         )
     shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
     if plan is not None:
-        row_bytes, with_gradient = key.shape[3] * key.element_size(), wants_gradient(query, key, value)
+        row_bytes = key.shape[3] * key.element_size()
         pool = pool_blocks(
             mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu, with_gradient=with_gradient
         )  # fmt: skip
     if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
-        layout = triton_layout.lay_out(mask, query, n_keys, plan, visits, pool)
-    else:
-        layout = lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
-    output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
-    computed = layout.computed().unflatten(0, (batch, kv_heads)).flatten(1, 2)
-    return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
+        return triton_layout.lay_out(mask, query, n_keys, plan, visits, pool)
+    return lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
 
 
 def attend(
@@ -112,11 +124,9 @@ def attend(
     Scores and lists are held for the whole call, as long as they are needed: 7 bytes a key, key/value head and segment.
     """
     with torch.no_grad():
-        plan, visits = plan_visits(query, key, value, mask, scale=scale, softcap=softcap, options=options)
-        if dense_heads:
-            group = query.shape[1] // key.shape[1]
-            marked = torch.tensor([h // group in dense_heads for h in range(query.shape[1])], device=query.device)
-            visits = torch.where(marked[:, None], torch.iinfo(torch.int32).max // BLOCK_LEN, visits)
+        plan, visits = plan_visits(
+            query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
+        )  # fmt: skip
     return attend_planned(
         query, key, value, mask, plan, visits, scale=scale, softcap=softcap, wants_lse=wants_lse
     )  # fmt: skip
@@ -131,8 +141,9 @@ def plan_visits(
     scale: float,
     softcap: float | None,
     options: OperatorOptions,
+    dense_heads: Sequence[int] = (),
 ) -> tuple[Plan, Tensor]:
-    """The plan of a call and int32 [B, Hq, P], how many blocks of each list its tau visits."""
+    """The plan of a call and int32 [B, Hq, P], how many blocks of each list its tau visits; arguments as ``attend``."""
     implementation = "triton" if query.is_cuda else "torch"
     plan = build_plan(
         query,
@@ -150,7 +161,12 @@ def plan_visits(
     unvisited = estimate_unvisited(
         query, key, value, mask, plan, scale=scale, softcap=softcap, implementation=implementation
     )
-    return plan, blocks_to_visit(unvisited, tau)
+    visits = blocks_to_visit(unvisited, tau)
+    if dense_heads:
+        group = query.shape[1] // key.shape[1]
+        marked = torch.tensor([h // group in dense_heads for h in range(query.shape[1])], device=query.device)
+        visits = torch.where(marked[:, None], torch.iinfo(torch.int32).max // BLOCK_LEN, visits)
+    return plan, visits
 
 
 def check_available(query: Tensor, value: Tensor, *, wants_lse: bool) -> None:
@@ -247,12 +263,8 @@ def _attend_blocks(
 def block_mask(query: Tensor, key: Tensor, layout: FlexLayout, *, with_gradient: bool) -> BlockMask:
     """A layout as FlexAttention takes it; only a backward needs the same tables by key."""
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        tile = i // TILE_LEN
-        position = j.clamp(max=layout.present.shape[1] - 1)
-        natural = (j >= layout.natural_start[b, h, tile]) & (j < layout.natural_stop[b, h, tile])
-        natural = natural & (j >= layout.row_start[i]) & (j < layout.row_stop[i]) & layout.present[b, position]
-        return natural | ((j >= layout.list_start[b, tile]) & (j < layout.list_stop[b, h, tile]))
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return visible(b, h, i, j, *layout[LOOKED_UP])
 
     return BlockMask.from_kv_blocks(
         layout.partial_count,
@@ -260,7 +272,23 @@ def block_mask(query: Tensor, key: Tensor, layout: FlexLayout, *, with_gradient:
         layout.full_count,
         layout.full_index,
         BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
-        mask_mod=visible,
+        mask_mod=seen,
         seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=with_gradient,
     )
+
+
+LOOKED_UP = slice(1, 8)
+"""Of a layout, what ``visible`` takes behind the position."""
+
+
+def visible(
+    b: Tensor, h: Tensor, i: Tensor, j: Tensor, present: Tensor, row_start: Tensor, row_stop: Tensor,
+    natural_start: Tensor, natural_stop: Tensor, list_start: Tensor, list_stop: Tensor,
+) -> Tensor:  # fmt: skip
+    """The mask_mod of a layout: whether a query visits the key that stands at place j."""
+    tile = i // TILE_LEN
+    position = j.clamp(max=present.shape[1] - 1)
+    natural = (j >= natural_start[b, h, tile]) & (j < natural_stop[b, h, tile])
+    natural = natural & (j >= row_start[i]) & (j < row_stop[i]) & present[b, position]
+    return natural | ((j >= list_start[b, tile]) & (j < list_stop[b, h, tile]))

@@ -57,23 +57,25 @@ def find_poisoned_kernel(
     tl.store(poisoned_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
 
 
-@triton.jit
-def load_scores(
-    score_ptr, poisoned_ptr, key_mask_ptr, keys, stop, own_start, own_stop,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-):  # fmt: skip
-    """Scores as float32, -inf for what is no prefix key, and what is one.
+# Kernels load for themselves what the place of a store depends on: torch asks what a kernel writes to, and takes every
+# pointer for written to that was given to the function where the place came from.
 
-    A key that holds NaN or inf must be visited, so it comes first.
-    """
+
+@triton.jit
+def in_prefix(keys, stop, own_start, own_stop, CAUSAL: tl.constexpr):
+    """Which keys are prefix keys by their place: before ``stop``, and no own keys."""
     present = keys < stop
     if not CAUSAL:
         present = present & ((keys < own_start) | (keys >= own_stop))
-    if HAS_KEY_MASK:
-        present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
-    score = tl.load(score_ptr + keys, mask=present, other=-float("inf")).to(tl.float32)
+    return present
+
+
+@triton.jit
+def rate(score, poisoned):
+    """Scores as float32. A key that holds NaN or inf must be visited, so it comes first."""
+    score = score.to(tl.float32)
     score = tl.where(score == score, tl.minimum(tl.maximum(score, -LARGEST), LARGEST), 0.0)
-    return tl.where(tl.load(poisoned_ptr + keys, mask=present, other=0) != 0, float("inf"), score), present
+    return tl.where(poisoned != 0, float("inf"), score)
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def sample_scores_kernel(
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one of every few keys of a row's prefix, -inf for what is no prefix key.
+    """Scores of one of every few keys of a row's prefix, the lowest for what is no prefix key.
 
     Not always at the same place: a fixed stride would see one phase only of inputs that repeat, such as the rows of an
     image.
@@ -99,28 +101,36 @@ def sample_scores_kernel(
     own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
     stop = own_start if CAUSAL else n_keys
     step = sample_step(stop, samples)
-    b, h = head // kv_heads, head % kv_heads
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
     for j in range(0, samples, BLOCK):
         sample = j + tl.arange(0, BLOCK)
-        score, _present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
-            sample * step + sample * 7919 % step, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
-        )  # fmt: skip
+        keys = sample * step + sample * 7919 % step
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
         tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
 
 
 @triton.jit
-def load_bounds(sorted_ptr, whole, step, samples, CLASSES: tl.constexpr):
-    """Descending lower bounds of the classes of one row with ``whole`` prefix keys, -inf last.
+def bound_ranks(whole, step, samples, CLASSES: tl.constexpr):
+    """Which of its sorted samples bounds each class of a row with ``whole`` prefix keys."""
+    share = (tl.arange(0, CLASSES) + 1).to(tl.float32) / CLASSES
+    return tl.minimum((whole.to(tl.float32) / step * share * share).to(tl.int32), samples - 1)
+
+
+@triton.jit
+def class_bounds(sample, CLASSES: tl.constexpr):
+    """Descending lower bounds of the classes, -inf last.
 
     A key belongs above its class's bound: where many scores are equal, the better ones still come first. The first
     class is for keys that hold NaN or inf alone.
     """
     number = tl.arange(0, CLASSES)
-    share = (number + 1).to(tl.float32) / CLASSES
-    rank = (whole.to(tl.float32) / step * share * share).to(tl.int32)
-    bound = tl.load(sorted_ptr + tl.minimum(rank, samples - 1)).to(tl.float32)
-    bound = tl.where(number == 0, LARGEST, tl.minimum(bound, LARGEST))
+    bound = tl.where(number == 0, LARGEST, tl.minimum(sample.to(tl.float32), LARGEST))
     return tl.where(number == CLASSES - 1, -float("inf"), bound)
 
 
@@ -159,17 +169,22 @@ def count_classes_kernel(
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    b, h = head // kv_heads, head % kv_heads
     whole, step = own_start, sample_step(own_start, samples)
     if not CAUSAL:
         whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
-    bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
+    ranks = bound_ranks(whole, step, samples, CLASSES)
+    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
     counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
     for j in range(start, stop, STEPS * LANES):
-        score, present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
-            j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
-        )  # fmt: skip
+        keys = j + steps
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
         places = find_classes(score, present, bound, CLASSES)
         for nth in tl.static_range(STEPS):
             counts += one_in_class(places, nth, CLASSES)
@@ -195,19 +210,24 @@ def write_classes_kernel(
     stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    b, h = head // kv_heads, head % kv_heads
     whole, step = own_start, sample_step(own_start, samples)
     if not CAUSAL:
         whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
-    bound = load_bounds(sorted_ptr + row * samples, whole, step, samples, CLASSES)
+    ranks = bound_ranks(whole, step, samples, CLASSES)
+    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
     end_ptr += row * CLASSES * lanes
     for j in range(start, stop, STEPS * LANES):
-        score, present = load_scores(
-            score_ptr + row * n_keys, poisoned_ptr + b * stride_pb + h * stride_ph, key_mask_ptr + b * stride_mb,
-            j + steps, stop, own_start, own_stop, CAUSAL, HAS_KEY_MASK,
-        )  # fmt: skip
+        keys = j + steps
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
         places = find_classes(score, present, bound, CLASSES)
         first = tl.zeros([STEPS, LANES], tl.int32)
         for nth in tl.static_range(STEPS):  # all loads before the first store, which they would wait for

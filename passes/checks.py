@@ -24,8 +24,6 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
         node: The node that computes the attention's output.
     """
     output = value_of(node)
-    if isinstance(output, torch.Tensor) and output.requires_grad:
-        return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
     dtypes = {operand.dtype for operand in (query, key, value) if isinstance(operand, torch.Tensor)}
     if isinstance(output, torch.Tensor) and len(dtypes) == 1 and output.dtype not in dtypes:
         return Rejected(

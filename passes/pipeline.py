@@ -47,7 +47,7 @@ def run(
         assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
-        training: "sparse" if calls of flex_attention that want gradients are made sparse, too.
+        training: "sparse" if attentions that gradients flow through are made sparse, too.
         dense_heads: By site name, key/value heads that run dense.
         site_tau: By site name, tau of each query head.
 
@@ -67,7 +67,7 @@ def run(
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = _apart([_match(frontend, node, prover) for node, frontend in found])
     calls = [frontend.operands(node) for node, frontend in found]
-    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
+    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions, training=training)
     # In the order of what is replaced: later sites share the key masks that earlier ones made.
     position = {node: at for at, node in enumerate(gm.graph.nodes)}
     sites = sorted(

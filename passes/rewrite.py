@@ -12,8 +12,9 @@ from torch import fx
 from torch.fx.node import Argument
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.kernels.flex_trained import attend_trained
 from s2o_compile.kernels.layout import empty_output
-from s2o_compile.passes import sizes
+from s2o_compile.passes import sizes, trained
 from s2o_compile.passes.assumptions import check_blocks, check_causal
 from s2o_compile.passes.graph_values import (
     Size,
@@ -54,6 +55,7 @@ class Rewriter:
         graph: The graph, changed in place.
         options: Keyword arguments for every call of the operator, such as ``tau``.
         check_assumptions: Whether masks are compared at run time with what was promised of them.
+        training: "sparse" if attentions that gradients flow through are rewritten, too (``trained.py``).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Rewriter:
         options: Mapping[str, object],
         *,
         check_assumptions: bool = False,
+        training: str = "dense",
     ) -> None:
         self._graph = graph
         # Only what is not the default: every argument that a graph names is read again in each of its calls.
@@ -69,7 +72,7 @@ class Rewriter:
             argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
         }
         self._options = {name: value for name, value in options.items() if value != defaults[name]}
-        self._check_assumptions = check_assumptions
+        self._check_assumptions, self._training = check_assumptions, training
         self._checked: set[tuple[object, ...]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
         self._read: dict[tuple[object, ...], fx.Node] = {}
@@ -97,6 +100,11 @@ class Rewriter:
         layout, restore = restored
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
+        if trained.gradients_wanted(site):
+            refused = trained.check(site, self._options, self._training)
+            if refused is not None:
+                return refused
+            function = attend_trained
         arguments = self._arguments(site, layout)
         if isinstance(arguments, Rejected):
             return arguments

@@ -36,7 +36,8 @@ def optimize(
     dense, so both can be compared. Compilation happens at the first call, as with ``torch.compile``.
 
     Args:
-        model: Any module. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense.
+        model: Any module. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense, but
+            for ``S2OConfig(training="sparse")`` on a GPU.
         config: Quality and implementation; None for the defaults.
         mode: As ``torch.compile(mode=...)``.
         dynamic: As ``torch.compile(dynamic=...)``.

@@ -76,10 +76,12 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
                 dense[name] = reason
             else:
                 sparse.append(name)
-    with torch.no_grad():
+    from s2o_compile import inductor  # slow to import
+
+    with torch.no_grad(), inductor.mended():
         twin = program.run_decompositions(_twins())
         written = torch._inductor.aoti_compile_and_package(
-            twin, package_path=str(path), inductor_configs=dict(options or {})
+            twin, package_path=str(path), inductor_configs=inductor.OPTIONS | dict(options or {})
         )
     return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
 

@@ -1,5 +1,6 @@
 """The public face on a GPU: compiled models, CUDA graphs, and no waiting for the device."""
 
+import zipfile
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels import plan, slices
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.tuned import launch
 from tests.tiny import tiny_input, tiny_model
 
 pytestmark = [
@@ -121,3 +123,34 @@ def test_many_slices_are_captured_in_a_cuda_graph(ranking, monkeypatch):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "cross"])
+@torch.no_grad()
+def test_a_package_runs_every_length(causal, tmp_path):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    def inputs(length, batch):
+        generator = torch.Generator("cuda").manual_seed(length)
+        make = partial(torch.randn, generator=generator, device="cuda")
+        return tuple(make(batch, heads, length, 64).bfloat16() for heads in (4, 2, 2))
+
+    length, batch = torch.export.Dim("length", min=1, max=4096), torch.export.Dim("batch", min=1, max=2)
+    config = S2OConfig(tau=0.0, min_seq_len=1024)
+    program = s2o_compile.export(
+        Attention(), inputs(1500, 2), config=config, dynamic_shapes=({0: batch, 2: length},) * 3
+    )
+    packaged = s2o_compile.package(program, tmp_path / "model.pt2")
+    assert packaged.sparse
+    limit = launch(torch.device("cuda"), 64, torch.bfloat16).maxnreg
+    with zipfile.ZipFile(packaged.path) as archive:
+        (source,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("wrapper.cpp"))
+    assert ("'maxnreg'" in source) == (limit is not None)
+    run = torch._inductor.aoti_load_package(str(packaged.path))
+    for size in (1, 2, 127, 1023, 1024, 1025, 4096):
+        x = inputs(size, 1 + size % 2)
+        exact = Attention()(*(part.float() for part in x))
+        error, floor = ((y.float() - exact).norm() / exact.norm() for y in (run(*x), Attention()(*x)))
+        assert error < 2 * floor

@@ -1,0 +1,52 @@
+"""What Inductor loses of a package: each remedy by what Inductor does inside the block, and undoes behind it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor.codegen.common import SizeArg
+from torch._inductor.codegen.triton_utils import signature_of
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import triton_heuristics
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from s2o_compile import inductor
+
+triton = pytest.importorskip("triton")
+
+
+def test_a_branch_and_its_graph_have_one_numbering_of_sizes():
+    length = ShapeEnv().create_unbacked_symint().node.expr
+    with inductor.mended():
+        graph = GraphLowering(fx.symbolic_trace(torch.nn.Identity()), shape_env=ShapeEnv())
+        branch = graph.make_subgraph(graph.module, [], "branch").make_subgraph(graph.module, [], "inner")
+    inner, outer = (
+        branch.sizevars.lookup_precomputed_size(2 * length),
+        graph.sizevars.lookup_precomputed_size(3 * length),
+    )
+    assert inner != outer
+    assert graph.sizevars.remove_precomputed_replacements(inner + outer) == 5 * length
+
+
+def test_kernels_keep_the_limit_of_their_registers():
+    limited, free = (triton.Config({}, num_warps=8, maxnreg=limit) for limit in (128, None))
+    stub = SimpleNamespace(device_props=SimpleNamespace(type="cuda"))
+    meta = {"num_warps": 8, "num_stages": 2, "debug": False}
+    with inductor.mended():
+        read = triton_heuristics.config_from_dict(triton_heuristics.config_to_dict(limited))
+        assert triton_heuristics.CachingAutotuner._create_compile_options(stub, read, meta)["maxnreg"] == 128
+        assert "maxnreg" not in triton_heuristics.config_to_dict(free)
+        assert "maxnreg" not in triton_heuristics.CachingAutotuner._create_compile_options(stub, free, meta)
+        assert torch._inductor.config.compile_threads == 1
+    assert triton_heuristics.config_to_dict.__module__ == triton_heuristics.__name__
+
+
+def test_kernels_take_numbers_in_single_precision(monkeypatch):
+    def define(_wrapper):
+        return signature_of(SizeArg("scale", 0.5), size_dtype=None)
+
+    monkeypatch.setattr(PythonWrapperCodegen, "define_user_defined_triton_kernel", define)
+    with inductor.mended():
+        assert PythonWrapperCodegen.define_user_defined_triton_kernel(None) == "fp32"
