@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from s2o_compile.kernels import head_tau
 from s2o_compile.kernels.definition import Result
 from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError
-from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
+from s2o_compile.kernels.flex_layout import FlexLayout, lay_out, pool_blocks
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan
@@ -64,14 +64,22 @@ def attend_planned(
         wants_lse: Whether the log-sum-exp is wanted; if not, it is empty.
     """
     check_available(query, value, wants_lse=wants_lse)
-    layout = place(query, key, mask, plan, visits)
+    layout = place(query, key, mask, plan, visits, with_gradient=wants_gradient(query, key, value))
     output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
     computed = layout.computed().unflatten(0, key.shape[:2]).flatten(1, 2)
     return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
 
 
-def place(query: Tensor, key: Tensor, mask: AttentionMask, plan: Plan | None, visits: Tensor | None) -> FlexLayout:
-    """Where a call finds its keys; arguments as ``attend_planned``."""
+def place(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    plan: Plan | None,
+    visits: Tensor | None,
+    *,
+    with_gradient: bool,
+) -> FlexLayout:
+    """Where a call finds its keys; arguments as ``attend_planned``, and whether a backward will follow."""
     if plan is not None and plan.query_order is not None:
         raise InputError(
             "query_order",
@@ -88,10 +96,15 @@ def place(query: Tensor, key: Tensor, mask: AttentionMask, plan: Plan | None, vi
             got='"head"',
             remedy='Leave it "group", or use another implementation.',
         )
+    shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
+    if plan is not None:
+        row_bytes = key.shape[3] * key.element_size()
+        pool = pool_blocks(
+            mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu, with_gradient=with_gradient
+        )  # fmt: skip
     if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
-        return triton_layout.lay_out(mask, query, n_keys, plan, visits)
-    shape = batch, heads, kv_heads, n_queries, n_keys
-    return lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits)
+        return triton_layout.lay_out(mask, query, n_keys, plan, visits, pool)
+    return lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
 
 
 def attend(
@@ -189,15 +202,23 @@ def attend_layout(
     """Output [B, Hq, Nq, Dv] and, if wanted, log-sum-exp float32 [B, Hq, Nq] over keys placed by a layout."""
     batch, kv_heads = key.shape[:2]
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    taken = triton_layout.take if query.is_cuda and triton_layout is not None and not with_gradient else take
-    keys, values = (taken(x, layout.index) for x in (key, value))
+    with_gradient = wants_gradient(query, key, value)
+    if query.is_cuda and triton_layout is not None and not with_gradient:
+        stop = layout.list_stop.amax((1, 2))
+        keys, values = (triton_layout.take(x, layout.index, stop) for x in (key, value))
+    else:
+        keys, values = (take(x, layout.index) for x in (key, value))
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with torch._dynamo.config.patch(recompile_limit=VARIANTS, specialize_float=True):
         output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse, with_gradient)
     output, lse = output if wants_lse else (output, None)
     output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)
     return output, None if lse is None else lse.unflatten(0, (batch, kv_heads)).flatten(1, 2)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether a backward through these will follow."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -4,9 +4,9 @@
     blocks of a tile   its segment's own keys (under the mask), then the first blocks of its segment's list (whole)
 
 A head that visits nearly all of a list walks the natural order instead, under the mask: every key stands in one place
-or the other, and is counted once. So do all heads of a segment that finds no room: gathered blocks take POOL times the
-memory of the keys, whatever the plan, and what saves most per block goes first. Sizes depend on lengths alone: nothing
-waits for the device, and a graph of one shape serves every plan.
+or the other, and is counted once. So do all heads of a segment that finds no room: gathered blocks have a pool of fixed
+size, whatever the plan, and what saves most per block goes first. Sizes depend on lengths alone: nothing waits for the
+device, and a graph of one shape serves every plan.
 
 Measured on SmolLM2 at 8K, with the true mass of every block known, this layout computes 0.20 of all pairs for an error
 of 4.4 %; blocks of neighbouring keys, permuted inside 512 keys or not at all, take 0.29 and 0.37 for it.
@@ -25,11 +25,16 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles, own_starts_stops
+from s2o_compile.kernels.plan import TILE_LEN, Plan, n_segments, n_tiles, own_starts_stops
 from s2o_compile.kernels.unvisited import BLOCK_LEN
 
 POOL = 4
-"""Gathered blocks, in units of the blocks of all keys."""
+"""Gathered blocks, in units of the blocks of all keys: all there are on a CPU, and where gradients are wanted, for what
+is gathered then stays until the backward has run."""
+
+POOL_BYTES = 5 * 2**29
+"""Memory of gathered keys, values and their part of all tables: a GPU gathers that much, where it is more. Lists want
+11.6 times the keys at 32K, where half of the walks found no room among POOL times the keys (synthetic input)."""
 
 WORTH_GATHERING = 7 / 8
 """A segment is gathered if it visits at most this share of its natural blocks."""
@@ -71,6 +76,38 @@ class FlexLayout(NamedTuple):
         return (self.partial_count + self.full_count) * BLOCK_LEN
 
 
+def pool_blocks(
+    mask: AttentionMask | None,
+    shape: tuple[int, int, int, int, int],
+    segment_len: int,
+    row_bytes: int,
+    *,
+    on_gpu: bool,
+    with_gradient: bool = False,
+) -> int:
+    """Blocks that one key/value head has room to gather, from lengths alone.
+
+    Args:
+        mask: Which keys a query sees; None where that is not known.
+        shape: B, Hq, Hkv, Nq, Nk.
+        segment_len: Queries of one list.
+        row_bytes: Memory of one key; that of a value is taken to be the same.
+        on_gpu: Whether there is memory to spend.
+        with_gradient: Whether a backward will follow.
+    """
+    batch, heads, kv_heads, n_queries, n_keys = shape
+    segments, pool = n_segments(n_queries, segment_len), POOL * -(-n_keys // BLOCK_LEN)
+    if on_gpu and not with_gradient:
+        tables = 2 * 4 * heads * n_tiles(n_queries)
+        pool = max(pool, POOL_BYTES // (batch * (kv_heads * BLOCK_LEN * (2 * row_bytes + 8) + tables)))
+    # What is worth gathering is part of a segment's keys outside its own.
+    longest = [n_keys] * segments
+    if mask is not None and mask.causal:
+        offset = mask.own_offset(n_queries, n_keys)
+        longest = [min(max(s * segment_len + offset, 0), n_keys) for s in range(segments)]
+    return min(pool, sum(int(keys * WORTH_GATHERING) // BLOCK_LEN for keys in longest))
+
+
 def lay_out(
     mask: AttentionMask,
     *,
@@ -78,6 +115,7 @@ def lay_out(
     device: torch.device,
     plan: Plan | None = None,
     visits: Tensor | None = None,
+    pool: int = 0,
 ) -> FlexLayout:
     """Place the keys of a call.
 
@@ -87,18 +125,21 @@ def lay_out(
         device: Where the tensors live.
         plan: Lists of every segment, queries in natural order; None for exact attention in natural order.
         visits: int32 [B, Hq, P], blocks of each list to visit (``unvisited.blocks_to_visit``).
+        pool: Blocks that are gathered at most, of ``pool_blocks``.
     """
     batch, heads, kv_heads, n_queries, n_keys = shape
     rows, tiles, natural_blocks = batch * kv_heads, n_tiles(n_queries), -(-n_keys // BLOCK_LEN)
     index = torch.arange(natural_blocks * BLOCK_LEN, device=device).clamp_(max=n_keys - 1).expand(rows, -1)
     natural_start = torch.zeros(rows, heads // kv_heads, tiles, dtype=torch.int64, device=device)
-    natural_stop, first_block, visited = natural_start + n_keys, natural_start[:, 0], natural_start
+    natural_stop, first_block, visited = natural_start + n_keys, natural_start[:, 0] + natural_blocks, natural_start
     if plan is not None and visits is not None:
         walk = visits.view(batch, kv_heads, -1, plan.n_segments).flatten(0, 1).long()
         own_start, own_stop = own_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
         listed = plan.prefix_count.repeat_interleave(kv_heads, 0)
         natural = own_start.expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
-        gathered, first, keys = gather_lists(plan.key_index.flatten(0, 1), listed, natural, walk, natural_blocks)
+        gathered, first, keys = gather_lists(
+            plan.key_index.flatten(0, 1), listed, natural, walk, natural_blocks, pool
+        )  # fmt: skip
         index = torch.cat([index, keys.clamp(0, n_keys - 1)], dim=1)
         segment = torch.arange(tiles, device=device) * TILE_LEN // plan.segment_len
         gathered, first_block = gathered[:, :, segment], first[:, segment]
@@ -148,7 +189,7 @@ def lay_out(
 
 
 def gather_lists(
-    key_index: Tensor, listed: Tensor, natural: Tensor, walk: Tensor, natural_blocks: int
+    key_index: Tensor, listed: Tensor, natural: Tensor, walk: Tensor, natural_blocks: int, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose who walks a list, and place the blocks of all lists behind those in natural order.
 
@@ -158,12 +199,13 @@ def gather_lists(
         natural: Integers [B * Hkv, P], keys that a head computes outside its segment if it walks no list.
         walk: Blocks of its list that each head would visit, int64 [B * Hkv, G, P].
         natural_blocks: Blocks in natural order.
+        pool: Blocks that are gathered at most.
 
     Returns:
         Bool [B * Hkv, G, P], the heads that walk a list; int64 [B * Hkv, P], the first block of each list; int64
-        [B * Hkv, pool], the keys of all blocks of lists.
+        [B * Hkv, pool * BLOCK_LEN], the keys of all blocks of lists.
     """
-    pool, segments, longest = POOL * natural_blocks, *key_index.shape[1:]
+    segments, longest = key_index.shape[1:]
     # A list's last block may be short, and a list that is walked to the end saves nothing.
     fits = (walk <= (listed // BLOCK_LEN)[:, None]) & (walk * BLOCK_LEN <= (natural * WORTH_GATHERING)[:, None])
     wanted = torch.where(fits, walk, 0).amax(1)

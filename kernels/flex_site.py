@@ -6,7 +6,7 @@ Keys are ranked by what sampled queries see through them (``flex_sample.py``).
 
     keys of a segment    its own blocks in natural order, then blocks of its list; or all in natural order
     score_mod, mask_mod  those of the call, of the position that a gathered key came from
-    block mask           looked up by that position: what it leaves out stays out, full blocks need no mask_mod
+    block mask           looked up by that position: what it leaves out stays out, its full blocks need no mask_mod
 
 All steps are tensor operations of sizes known from lengths: Inductor compiles them, and autograd differentiates them.
 """
@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from s2o_compile.kernels.flex_forward import take
-from s2o_compile.kernels.flex_layout import gather_lists
-from s2o_compile.kernels.flex_sample import Function, Site, own_blocks, sample
+from s2o_compile.kernels.flex_forward import take, wants_gradient
+from s2o_compile.kernels.flex_layout import gather_lists, pool_blocks
+from s2o_compile.kernels.flex_sample import Function, Site, lives_on_gpu, own_blocks, sample
 from s2o_compile.kernels.opaque import define_operator
 from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_tiles
 from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
+
+try:
+    from s2o_compile.kernels import triton_site
+except ImportError:  # no triton here, and no CUDA device
+    triton_site = None
 
 TABLES_AT = 2
 """Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
@@ -85,9 +90,10 @@ def sparse_flex_attention(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
             mask_mod_other_buffers,
         )  # fmt: skip
+    with_gradient = wants_gradient(query, key, value)
     with torch.no_grad():
         site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
-        scores, unvisited = sample(
+        lists, unvisited, listed = sample(
             query, key, value, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
         )  # fmt: skip
         if isinstance(tau, Sequence):
@@ -101,8 +107,12 @@ def sparse_flex_attention(
                 [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
             )
         placed = _place_blocks(
-            scores, visits, site.partial, site.full, n_queries=site.n_queries, n_keys=site.n_keys,
+            lists, listed, visits, site.partial, site.full, n_queries=site.n_queries, n_keys=site.n_keys,
             segment_len=site.segment_len,
+            pool=pool_blocks(
+                None, site[:5], site.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
+                with_gradient=with_gradient,
+            ),
         )  # fmt: skip
         layout = _Layout(*placed)
     output = _attend(
@@ -152,7 +162,8 @@ class _Layout(NamedTuple):
     list_start: Tensor
     list_stop: Tensor
     listed: Tensor
-    """int8 [B * Hkv, G, T, key blocks], what the block mask lists: PARTIAL, FULL or neither."""
+    """int64 [B * Hkv, G, T, key blocks], what the block mask lists: PARTIAL, FULL or neither. Of fewer bits, results of
+    Inductor's CPU template are wrong (torch 2.13)."""
     partial_count: Tensor
     partial_index: Tensor
     full_count: Tensor
@@ -160,21 +171,31 @@ class _Layout(NamedTuple):
 
 
 def place_blocks(
-    scores: Tensor, visits: Tensor, partial: Tensor, full: Tensor, n_queries: int, n_keys: int, segment_len: int
+    lists: Tensor,
+    listed: Tensor,
+    visits: Tensor,
+    partial: Tensor,
+    full: Tensor,
+    n_queries: int,
+    n_keys: int,
+    segment_len: int,
+    pool: int,
 ) -> list[Tensor]:
     """The tensors of a `_Layout`; an operator, for Inductor's CPU template wants them in memory.
 
     Args:
-        scores: float32 [B, Hkv, P, Nk], negative for keys that stand in no list.
+        lists: int32 [B, Hkv, P, Nk], keys outside a segment's own, most important first.
+        listed: int64 [B, Hkv, P], how many entries are real.
         visits: int32 [B, Hq, P], blocks of each list to visit.
         partial: Bool [B, Hq, T, key blocks], as in `Site`.
         full: The same.
         n_queries: Number of queries.
         n_keys: Number of keys.
         segment_len: Queries of one list.
+        pool: Blocks that are gathered at most.
     """
-    site = Site(scores.shape[0], visits.shape[1], scores.shape[1], n_queries, n_keys, segment_len, partial, full)
-    return [x.contiguous() for x in _lay_out(site, scores, visits)]
+    site = Site(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
+    return [x.contiguous() for x in _lay_out(site, lists, listed, visits, pool)]
 
 
 def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
@@ -189,15 +210,13 @@ _place_blocks = define_operator(_library, place_blocks)
 torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
-def _lay_out(site: Site, scores: Tensor, visits: Tensor) -> _Layout:
-    """Place the keys of a call, given scores [B, Hkv, P, Nk] and blocks of each list to visit, [B, Hq, P]."""
-    device, tiles, natural_blocks = scores.device, site.partial.shape[2], site.partial.shape[3]
-    scores = scores.flatten(0, 1)
-    rows = len(scores)
-    listed = (scores >= 0).sum(-1)
-    key_index = scores.argsort(dim=-1, descending=True, stable=True)
+def _lay_out(site: Site, lists: Tensor, listed: Tensor, visits: Tensor, pool: int) -> _Layout:
+    """Place the keys of a call; arguments as those of ``place_blocks``."""
+    device, tiles, natural_blocks = lists.device, site.partial.shape[2], site.partial.shape[3]
+    lists, listed = lists.flatten(0, 1), listed.flatten(0, 1)
+    rows = len(lists)
     walk = visits.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1).long()
-    gathered, first, keys = gather_lists(key_index, listed, listed, walk, natural_blocks)
+    gathered, first, keys = gather_lists(lists, listed, listed, walk, natural_blocks, pool)
     natural = torch.arange(natural_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
     segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
     gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
@@ -207,33 +226,42 @@ def _lay_out(site: Site, scores: Tensor, visits: Tensor) -> _Layout:
     partial, full = (
         flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
     )
-    block = torch.arange(natural_blocks, device=device)
-    inside = (block >= start[..., None]) & (block < stop[..., None])
+    dtype = torch.float16 if lists.is_cuda else torch.float32
+    source = torch.zeros(rows, pool, natural_blocks, dtype=dtype, device=device)
+    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
+
+    def some_key_from(flags: Tensor) -> Tensor:
+        """Bool [B * Hkv, G, T, pool], blocks of lists with a key from one of these blocks in natural order."""
+        return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
+
+    some_hidden = some_key_from(~full)
     # The last block holds places behind the last key: there the mask is needed.
-    whole = full & (block < site.n_keys // BLOCK_LEN)
-    place = torch.arange(natural_blocks + keys.shape[1] // BLOCK_LEN, device=device)
-
-    def table(chosen: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
-        count = chosen.sum(-1)
-        order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-        order = torch.nn.functional.pad(order, (0, len(place) - natural_blocks))
-        if more is not None:
-            behind = (first[:, None] - count)[..., None] + place
-            order = torch.where(place < count[..., None], order, behind.clamp(0, len(place) - 1))
-            count = count + more
-        return count.to(torch.int32), order.to(torch.int32).contiguous()
-
-    numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN
-    list_stop = (first[:, None] + visited) * BLOCK_LEN
+    whole = full & (torch.arange(natural_blocks, device=device) < site.n_keys // BLOCK_LEN)
+    whole = torch.cat([whole, ~some_hidden], -1)
+    seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
+    place, list_stop = torch.arange(natural_blocks + pool, device=device), first[:, None] + visited
+    inside = (place >= start[..., None]) & (place < stop[..., None])
+    inside = inside | ((place >= first[:, None, :, None]) & (place < list_stop[..., None]))
+    table = triton_site.block_table if triton_site is not None and lives_on_gpu(lists) else block_table
+    numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN, list_stop * BLOCK_LEN
     index = torch.cat([natural, keys], dim=1)
     return _Layout(
         index,
         index.to(torch.int32),
-        *(x.to(torch.int32) for x in (*numbers, list_stop)),
-        partial * PARTIAL + full.to(torch.int8) * FULL,
-        *table(inside & (partial | (full & ~whole)), visited),
-        *table(inside & whole, None),
+        *(x.to(torch.int32) for x in numbers),
+        partial.long() * PARTIAL + full.long() * FULL,
+        *table(inside & seen & ~whole),
+        *table(inside & whole),
     )
+
+
+def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count int32 [B * Hkv, G, T] and order int32 [B * Hkv, G, T, blocks] of blocks chosen by flags of that shape.
+
+    What stands behind a row's count is any block.
+    """
+    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def _attend(

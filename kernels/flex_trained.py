@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from s2o_compile.kernels import flex_forward
 from s2o_compile.kernels.blind_rows import fill_blind_rows
 from s2o_compile.kernels.differentiable import attend_sparsely
-from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
+from s2o_compile.kernels.flex_layout import FlexLayout, lay_out, pool_blocks
 from s2o_compile.kernels.layout import as_sdpa
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.opaque import define_operator
@@ -118,7 +118,7 @@ def place_keys(
             plan, visits = flex_forward.plan_visits(
                 query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
             )  # fmt: skip
-        return list(flex_forward.place(query, key, mask, plan, visits))
+        return list(flex_forward.place(query, key, mask, plan, visits, with_gradient=True))
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
@@ -132,6 +132,8 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
+    mask = AttentionMask(causal=causal, offset=offset, window=window, key_mask=key_mask)
+    shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
     plan = visits = None
     if window is None:
         length = segment_len or default_segment_len(n_queries)
@@ -145,9 +147,8 @@ def _(
             query_order=None,
         )
         visits = torch.empty(batch, heads, segments, **numbers)
-    mask = AttentionMask(causal=causal, offset=offset, window=window, key_mask=key_mask)
-    shape = batch, heads, kv_heads, n_queries, n_keys
-    return list(lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits))
+        pool = pool_blocks(mask, shape, length, key.shape[3] * key.element_size(), on_gpu=True, with_gradient=True)
+    return list(lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool))
 
 
 def _attend(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.flex_layout import POOL, WORTH_GATHERING, FlexLayout
+from s2o_compile.kernels.flex_layout import WORTH_GATHERING, FlexLayout
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_tile import load_rows, needs_wide, own_bounds
@@ -170,12 +170,14 @@ def write_tables_kernel(
 
 @triton.jit
 def take_kernel(
-    x_ptr, index_ptr, out_ptr, stride_b, stride_h, stride_n, places, kv_heads,
+    x_ptr, index_ptr, stop_ptr, out_ptr, stride_b, stride_h, stride_n, places, kv_heads,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head by index, side by side."""
     row, dims = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_DIM)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) * ROWS >= tl.load(stop_ptr + row):
+        return
     keys = tl.load(index_ptr + row * places + place)
     x = load_rows(
         x_ptr + row // kv_heads * stride_b + row % kv_heads * stride_h, keys if WIDE else keys.to(tl.int32), stride_n,
@@ -185,7 +187,7 @@ def take_kernel(
     tl.store(target, x, mask=dims[None, :] < HEAD_DIM)
 
 
-def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits: Tensor) -> FlexLayout:
+def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits: Tensor, pool: int) -> FlexLayout:
     """Place the keys of a call over a plan; results as ``flex_layout.lay_out``.
 
     Args:
@@ -194,12 +196,13 @@ def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits:
         n_keys: Number of keys.
         plan: Lists of every group of heads, queries in natural order.
         visits: int32 [B, Hq, P], blocks of each list to visit.
+        pool: Blocks that are gathered at most.
     """
     batch, heads, n_queries, _ = query.shape
     kv_heads, segments, longest = plan.key_index.shape[1:]
     rows, group, tiles = batch * kv_heads, heads // kv_heads, n_tiles(n_queries)
     natural_blocks = triton.cdiv(n_keys, BLOCK_LEN)
-    blocks, padded = (1 + POOL) * natural_blocks, max(triton.next_power_of_2(segments), 2)
+    blocks, padded = natural_blocks + pool, max(triton.next_power_of_2(segments), 2)
     kind = {"CAUSAL": mask.causal, "SEGMENT": plan.segment_len, "BLOCK_LEN": BLOCK_LEN}
     own_offset = mask.own_offset(n_queries, n_keys)
 
@@ -209,8 +212,7 @@ def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits:
     walk, ends = integers(rows, group, segments), integers(rows, segments)
     choose_lists_kernel[(rows,)](
         visits, plan.prefix_count, walk, ends, n_queries, n_keys, own_offset, segments, kv_heads, group,
-        POOL * natural_blocks, SEGMENTS=padded, STEP=min(padded, max(PAIRS // padded, 1)),
-        WORTH=WORTH_GATHERING, num_warps=4, **kind,
+        pool, SEGMENTS=padded, STEP=min(padded, max(PAIRS // padded, 1)), WORTH=WORTH_GATHERING, num_warps=4, **kind,
     )  # fmt: skip
     index = torch.empty(rows, blocks * BLOCK_LEN, dtype=torch.int64, device=query.device)
     place_keys_kernel[(blocks, rows)](
@@ -231,13 +233,19 @@ def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits:
     return FlexLayout(index, present, *numbers)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of [B, Hkv, Nk, D] by [B * Hkv, K], as [B * Hkv, 1, K, D]; without a gradient."""
+def take(x: Tensor, index: Tensor, stop: Tensor) -> Tensor:
+    """Rows of [B, Hkv, Nk, D] by [B * Hkv, K], as [B * Hkv, 1, K, D]; without a gradient.
+
+    Args:
+        x: Keys or values.
+        index: int64 [B * Hkv, K].
+        stop: int32 [B * Hkv], the end of what some tile visits; places behind it stay unwritten.
+    """
     kv_heads, head_dim = x.shape[1], x.shape[3]
     rows, places = index.shape
     out = x.new_empty(rows, 1, places, head_dim)
     take_kernel[(places // ROWS, rows)](
-        x, index, out, *x.stride()[:3], places, kv_heads, HEAD_DIM=head_dim,
+        x, index, stop, out, *x.stride()[:3], places, kv_heads, HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim), ROWS=ROWS, WIDE=needs_wide(x), num_warps=4,
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.kernels import head_tau
 from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.flex_layout import FlexLayout, lay_out
+from s2o_compile.kernels.flex_layout import FlexLayout, lay_out, pool_blocks
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import choose_implementation
 from s2o_compile.kernels.plan import TILE_LEN, Plan
@@ -103,9 +103,14 @@ class S2OPlan:
         return visits[:, :, tiles // self.segment_len]
 
     def layout(self, tau: float | None = None) -> FlexLayout:
-        """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile."""
+        """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile.
+
+        Where gradients are wanted, fewer keys are gathered (``flex_layout.POOL``).
+        """
         shape = (*self.query_shape[:2], self.key_shape[1], self.query_shape[2], self.key_shape[2])
-        return lay_out(self.mask, shape=shape, device=self.device, plan=self.lists, visits=self._visits(tau))
+        row_bytes = self.key_shape[3] * self.dtype.itemsize
+        pool = pool_blocks(self.mask, shape, self.segment_len, row_bytes, on_gpu=self.device.type != "cpu")
+        return lay_out(self.mask, shape=shape, device=self.device, plan=self.lists, visits=self._visits(tau), pool=pool)
 
     def density(self, tau: float | None = None) -> float:
         """Pairs that ``implementation="flex"`` computes over pairs that the mask leaves visible; tiles count whole.

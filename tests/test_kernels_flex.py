@@ -4,6 +4,7 @@ Compiling one kernel takes seconds: all tests share one shape, and with it one k
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import s2o_compile
 from s2o_compile import ImplementationUnavailableError, InputError, S2OConfig
 from s2o_compile.kernels import definition, flex_forward, flex_layout
-from s2o_compile.kernels.flex_layout import lay_out
+from s2o_compile.kernels.flex_layout import lay_out, pool_blocks
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.operator import choose_implementation
 from s2o_compile.kernels.options import OperatorOptions
@@ -75,9 +76,9 @@ def planned(given, options=OPTIONS):
     return plan, blocks_to_visit(unvisited, options.tau)
 
 
-def laid_out(given, plan, visits):
+def laid_out(given, plan, visits, pool=32):
     shape = (BATCH, HEADS, KV_HEADS, LENGTH, LENGTH)
-    return lay_out(given.mask, shape=shape, device=given.query.device, plan=plan, visits=visits)
+    return lay_out(given.mask, shape=shape, device=given.query.device, plan=plan, visits=visits, pool=pool)
 
 
 def entries(layout, n_segments):
@@ -155,16 +156,29 @@ def test_tables_and_mask_say_the_same():
     agrees(output.view_as(compiled), compiled, given)
 
 
-def test_gathered_keys_have_a_limit(monkeypatch):
+def test_gathered_keys_have_a_limit():
     given = inputs(MASKS["causal"])
     plan, visits = planned(given)
     free = laid_out(given, plan, visits)
     gathered = (free.list_stop - free.list_start[:, None] > 0).sum()
-    monkeypatch.setattr(flex_layout, "POOL", 1)
-    tight = laid_out(given, plan, visits)
+    tight = laid_out(given, plan, visits, pool=8)
     assert tight.index.shape[1] == 2 * 1024
     assert 0 < (tight.list_stop - tight.list_start[:, None] > 0).sum() < gathered
     assert tight.list_stop.max() <= tight.index.shape[1]
+
+
+def test_the_pool_goes_by_lengths():
+    long, causal = (1, 32, 8, 32768, 32768), MASKS["causal"]
+    choose = functools.partial(pool_blocks, causal, segment_len=512, row_bytes=256)
+    bytes_of_block = 8 * 128 * (2 * 256 + 8) + 8 * 32 * 256
+    assert choose(long, on_gpu=True) == flex_layout.POOL_BYTES // bytes_of_block
+    assert choose(long, on_gpu=False) == choose(long, on_gpu=True, with_gradient=True) == 4 * 256
+    assert choose((16, 32, 8, 32768, 32768), on_gpu=True) == 4 * 256
+    own_starts = [4 * 128 * segment for segment in range(4)]
+    wanted = sum(int(start * 7 / 8) // 128 for start in own_starts)
+    assert choose((1, 32, 8, 2048, 2048), on_gpu=True) == wanted, "more than all lists can want"
+    assert pool_blocks(AttentionMask(), (1, 32, 8, 512, 2048), 512, 256, on_gpu=True) == 14
+    assert pool_blocks(None, (1, 32, 8, 1024, 2048), 512, 256, on_gpu=True) == 2 * 14
 
 
 def test_heads_have_their_own_walk():

@@ -70,9 +70,9 @@ def sparse_calls():
     seen = []
     place = flex_site._lay_out
 
-    def watched(site, scores, visits):
-        layout = place(site, scores, visits)
-        if not isinstance(scores, torch._subclasses.FakeTensor):
+    def watched(site, lists, *given):
+        layout = place(site, lists, *given)
+        if not isinstance(lists, torch._subclasses.FakeTensor):
             seen.append((site, layout))
         return layout
 
@@ -185,20 +185,38 @@ def test_uncompiled_it_is_the_call_itself():
 
 def test_what_the_mask_hides_ranks_last():
     tables = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    logits = torch.zeros(1, 1, 64, 256)
-    logits[..., 10] = 9.0
-    visible = torch.ones_like(logits, dtype=torch.bool)
-    visible[..., 10] = False
+    candidate = flex_sample.candidates(flex_sample.Site(1, 1, 1, 256, 256, 128, tables, ~tables), torch.arange(256))
+    logits = torch.zeros(1, 1, 4 * flex_sample.HALF, 256)
+    logits[..., 10] = -INF
     poisoned = torch.zeros(1, 1, 256, dtype=torch.bool)
-    scores, left = flex_sample.rank_samples(logits.clone(), visible, poisoned, tables, ~tables, 0, 1, 256, 256, 128)
-    assert (scores[0, 0, 0, :128] == -1).all(), "a segment's own keys stand in its list"
-    assert scores[0, 0, 1, 10] == 0
-    assert (scores[0, 0, 1, 11:128] > 0).all()
+    lists, left = flex_sample.rank_samples(logits, candidate, poisoned)
+    assert sorted(lists[0, 0, 0, :128].tolist()) == list(range(128, 256)), "a segment's own keys stand in its list"
+    assert lists[0, 0, 1, 127] == 10
     torch.testing.assert_close(left[0, 0, 1, :2], torch.tensor([127 / 255, 0.0]))
     poisoned[..., 10:12] = True
-    scores, left = flex_sample.rank_samples(logits, visible, poisoned, tables, ~tables, 0, 1, 256, 256, 128)
-    assert (scores[0, 0, 1].argmax(), scores[0, 0, 1, 10]) == (11, 0), "what is visited by all is no number"
+    lists, left = flex_sample.rank_samples(logits, candidate, poisoned)
+    assert (lists[0, 0, 1, 0], lists[0, 0, 1, 127]) == (11, 10), "what is visited by all is no number"
     assert left[0, 0, 1, 0] > 1e30
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("full", "none"), ("partial", "the mask"), ("hidden", "no visit")])
+def test_what_blocks_of_lists_need(kind, needs):
+    """The last tile's list holds keys of blocks 0 and 1, half of each; block 1 is visible as a whole."""
+    full = torch.ones(4, 4, dtype=torch.bool).tril(-1)[None, None].clone()
+    partial = torch.eye(4, dtype=torch.bool)[None, None].clone()
+    full[..., 3, 0], partial[..., 3, 0] = kind == "full", kind == "partial"
+    if kind == "hidden":
+        full[..., 3, 1] = False
+    lists = torch.arange(512, dtype=torch.int32).roll(-64).expand(1, 1, 4, -1)
+    listed = torch.tensor([[[0, 128, 256, 384]]])
+    visits = torch.tensor([[[0, 9, 9, 1]]], dtype=torch.int32)
+    _, place, *_, counts, order, full_counts, full_order = flex_site.place_blocks(
+        lists, listed, visits, partial, full, 512, 512, 128, 8
+    )
+    assert place[0, 512:640].tolist() == list(range(64, 192))
+    tables = ((counts, order), (full_counts, full_order))
+    masked, whole = (table[0, 0, 3, : count[0, 0, 3]].tolist() for count, table in tables)
+    assert (masked, whole) == {"none": ([3], [4]), "the mask": ([3, 4], []), "no visit": ([3], [])}[needs]
 
 
 def weekly(score, b, h, i, j):

@@ -107,7 +107,9 @@ def visited(layout):
 def test_the_gradient_is_that_of_the_sparse_forward(name, backward_on_cpu, monkeypatch):
     layouts = []
     place = flex_trained.flex_forward.place
-    monkeypatch.setattr(flex_trained.flex_forward, "place", lambda *given: layouts.append(place(*given)) or layouts[-1])
+    monkeypatch.setattr(
+        flex_trained.flex_forward, "place", lambda *given, **more: layouts.append(place(*given, **more)) or layouts[-1]
+    )
     inputs = tensors()
     output, found, records = train(FUNCTIONS[name], CONFIG, inputs)
     assert [(record.rewritten, record.reason) for record in records] == [(True, "")]
