@@ -133,11 +133,11 @@ def test_what_keeps_it_dense_is_said(options, said):
     assert said in records[0].reason
 
 
-def test_auto_leaves_devices_that_were_not_measured(monkeypatch):
-    monkeypatch.setattr(flex_sparse, "UNMEASURED", ("cpu",))
+def test_a_device_has_a_crossover_of_its_own(monkeypatch):
+    monkeypatch.setattr(flex_sparse, "PAYS_FROM", {"cpu": 10**6})
     attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True)  # noqa: E731
-    assert "was not measured on cpu yet" in captured(attend)[0].reason
-    assert captured(attend, implementation="flex")[0].rewritten
+    assert "are short" in captured(attend, min_seq_len=None)[0].reason
+    assert captured(attend)[0].rewritten  # a length that was asked for counts
 
 
 def captured(attend, given=None, mark=False, training="dense", **options):
