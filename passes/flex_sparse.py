@@ -35,8 +35,8 @@ MASK = "its own mask_mod and score_mod"
 """What a report says of the mask."""
 
 PAYS_FROM = {"cuda": 32768}
-"""Keys from which such a call is faster sparse, where it is not the operator's own crossover: on an H100 an ALiBi call of
-32 heads takes 19.3 ms over 32K tokens, dense 22.4; shorter ones were not measured."""
+"""Keys from which such a call is faster sparse, where it is not the operator's own crossover: on an H100 an ALiBi call
+of 32 heads takes 19.3 ms over 32K tokens, dense 22.4; shorter ones were not measured."""
 
 
 def lower(
