@@ -8,6 +8,8 @@
     flex             the same through implementation="flex", keys ranked anew in every call
     triton, flex (plan)   over a plan made before; flex also places its blocks and gathers keys and values
 
+    ALiBi            flex_attention with a score_mod in a compiled model, dense and made sparse in its graph
+
 B=1, Hq=32, Hkv=8, D=128, bf16, topical input (``calls.make_inputs``). Every sparse row is checked at tau=0 against SDPA
 first, and says its relative error. ``--scale 16`` divides all lengths by 16, and runs on a CPU without Triton.
 """
@@ -18,29 +20,25 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import calls
 import torch
 from calls import DEVICE, Inputs, make_inputs, milliseconds
 from results_file import Rows
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
-from s2o_compile import S2OConfig
+from s2o_compile import S2OConfig, backend
 from s2o_compile.kernels.statistics import record_calls
 
 
 def dense_flex(inputs: Inputs) -> Callable[[], Tensor]:
     """Compiled FlexAttention under a causal mask, its blocks made beforehand."""
-
-    def causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j <= i
-
     torch._dynamo.reset()  # a second length would be compiled for lengths in general
-    length = inputs[0].shape[2]
-    blocks = torch.compile(create_block_mask)(causal, None, None, length, length, device=DEVICE)
+    blocks = causal_blocks(inputs[0].shape[2])
     return partial(torch.compile(flex_attention), *inputs, block_mask=blocks, enable_gqa=True)
 
 
@@ -68,6 +66,41 @@ def backward_of(forward: Callable[..., Tensor], inputs: Inputs) -> Callable[[], 
     return both
 
 
+def causal_blocks(length: int) -> BlockMask:
+    """A causal block mask, compiled."""
+
+    def causal(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    return torch.compile(create_block_mask)(causal, None, None, length, length, device=DEVICE)
+
+
+def bench_alibi(inputs: Inputs, tau: float, rows: Rows) -> None:
+    """The same call with position biases that no kernel of ours knows."""
+    length, heads = inputs[0].shape[2], inputs[0].shape[1]
+    slopes = torch.tensor([2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)], device=DEVICE)
+    torch._dynamo.reset()
+    blocks = causal_blocks(length)
+
+    def alibi(score: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - slopes[h] * (i - j).abs()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flex_attention(query, key, value, score_mod=alibi, block_mask=blocks, enable_gqa=True)
+
+    dense = torch.compile(attend)
+    options: dict[str, Any] = {"s2o.min_seq_len": 0, "s2o.tau": tau}
+    sparse = torch.compile(attend, backend=backend.s2o, options=options)
+    exact = dense(*inputs)
+    for name, call in {"dense": dense, "sparse": sparse}.items():
+
+        def measure(call: Callable[..., Tensor] = call) -> dict[str, object]:
+            error = ((call(*inputs) - exact).float().norm() / exact.float().norm()).item()
+            return {"ms": round(milliseconds(partial(call, *inputs)), 3), "error": round(error, 4)}
+
+        rows.measure("ALiBi", {"N": length, "what": name}, measure)
+
+
 def bench_length(length: int, tau: float, rows: Rows) -> None:
     """All rows of one length."""
     shape = (32, 8, 128) if DEVICE == "cuda" else (4, 2, 32)
@@ -93,6 +126,7 @@ def bench_length(length: int, tau: float, rows: Rows) -> None:
             return {"ms": round(milliseconds(call), 3), "density": round(density, 3), "error": round(error, 4)}
 
         rows.measure("forward", {"N": length, "what": name}, measure)
+    bench_alibi(inputs, tau, rows)
     if DEVICE != "cuda":
         return
     with torch.enable_grad():
