@@ -88,7 +88,7 @@ def _heading(name: str) -> str:
     """A row's name as a heading, units behind a comma."""
     head, _, unit = name.rpartition("_")
     units = {"ms": "ms", "s": "s", "GiB": "GiB", "tflops": "TFLOP/s"}
-    return f"{head.replace('_', ' ')}, {units[unit]}" if unit in units else name.replace("_", " ")
+    return f"{head.replace('_', ' ')}, {units[unit]}" if head and unit in units else name.replace("_", " ")
 
 
 def _text(value: object) -> str:

@@ -22,6 +22,7 @@ from s2o_compile.errors import (
     TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
+    UntriedPackageWarning,
 )
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
@@ -52,6 +53,7 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UntriedPackageWarning",
     "attention",
     "calibrate",
     "evaluate",

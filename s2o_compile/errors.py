@@ -19,6 +19,10 @@ class TensorRTUnavailableError(S2OError, ImportError):
     """torch-tensorrt, or a library that it needs, cannot be imported here."""
 
 
+class UntriedPackageWarning(UserWarning):
+    """A package is made for a kind of device on which none has been seen to run."""
+
+
 class PackageError(S2OError, ValueError):
     """A program that cannot become a package, or a path that cannot hold one."""
 
@@ -43,4 +47,5 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UntriedPackageWarning",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
-from s2o_compile.errors import PackageError
+from s2o_compile.errors import PackageError, UntriedPackageWarning
 from s2o_compile.kernels.operator import WIDEST_FLOAT32
 from s2o_compile.kernels.tuned import crossover
+
+UNTRIED = ("cuda",)
+"""Devices whose packages are compiled, and have not run."""
 
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
@@ -55,6 +59,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     Raises:
         TypeError: The program is no ``ExportedProgram``.
         PackageError: An attention asks for what a package cannot hold.
+
+    Warns `UntriedPackageWarning` where it is made for a kind of device on which none has run.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -66,16 +72,24 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
-    sparse, dense = [], {}
+    sparse, dense, devices = [], {}, set()
     for node in program.graph.nodes:
         if node.target in (_SPARSE, _MASKED):
             name, call = node.kwargs.get("site") or node.name, _arguments(node)
             _check(name, call)
+            devices.add(call["query"].device.type)
             reason = _why_dense(node, call)
             if reason:
                 dense[name] = reason
             else:
                 sparse.append(name)
+    for device in devices.intersection(UNTRIED):
+        warnings.warn(
+            f"package: no package for {device} has been seen to run: the first one crashed its process, and why is not "
+            "known. Compare its output with the program's before you rely on it, or run the program itself.",
+            UntriedPackageWarning,
+            stacklevel=2,
+        )
     from s2o_compile import inductor  # slow to import
 
     with torch.no_grad(), inductor.mended():

@@ -1,5 +1,6 @@
 """Packages: the twin against the operator, and a package where nothing of this project can be imported."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_arguments_are_checked(tmp_path):
         s2o_compile.package(program, tmp_path / "model.so")
     with pytest.raises(s2o_compile.PackageError, match="directory that exists"):
         s2o_compile.package(program, tmp_path / "nowhere" / "model.pt2")
+
+
+def test_a_device_without_a_run_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.import_module("s2o_compile.package"), "UNTRIED", ("cpu",))
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, package_path, **__: package_path)
+    program = s2o_compile.export(tiny_model(), (tiny_input(),))
+    with pytest.warns(s2o_compile.UntriedPackageWarning, match="no package for cpu has been seen to run"):
+        s2o_compile.package(program, tmp_path / "model.pt2")
 
 
 BARE = """
