@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.exc import InductorError
 from torch.export import ExportedProgram
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
@@ -58,7 +59,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 
     Raises:
         TypeError: The program is no ``ExportedProgram``.
-        PackageError: An attention asks for what a package cannot hold.
+        PackageError: An attention asks for what a package cannot hold, or Inductor cannot compile the program.
 
     Warns `UntriedPackageWarning` where it is made for a kind of device on which none has run.
     """
@@ -94,9 +95,17 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 
     with torch.no_grad(), inductor.mended():
         twin = program.run_decompositions(_twins())
-        written = torch._inductor.aoti_compile_and_package(
-            twin, package_path=str(path), inductor_configs=inductor.OPTIONS | dict(options or {})
-        )
+        try:
+            written = torch._inductor.aoti_compile_and_package(
+                twin, package_path=str(path), inductor_configs=inductor.OPTIONS | dict(options or {})
+            )
+        except InductorError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise PackageError(
+                f"package: expected a program that Inductor compiles, got from that of torch {torch.__version__}: "
+                f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU, as that of 2.11 does not; or run "
+                "the program."
+            ) from error
     return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
 
 

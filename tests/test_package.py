@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch.export import Dim
 
 import s2o_compile
@@ -110,6 +111,16 @@ def test_a_device_without_a_run_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, package_path, **__: package_path)
     program = s2o_compile.export(tiny_model(), (tiny_input(),))
     with pytest.warns(s2o_compile.UntriedPackageWarning, match="no package for cpu has been seen to run"):
+        s2o_compile.package(program, tmp_path / "model.pt2")
+
+
+def test_what_inductor_cannot_compile_is_said(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise InductorError(AssertionError("ps0"), None)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    program = s2o_compile.export(tiny_model(), (tiny_input(),))
+    with pytest.raises(s2o_compile.PackageError, match=r"got from that of torch.*ps0.*Use torch 2\.13"):
         s2o_compile.package(program, tmp_path / "model.pt2")
 
 
