@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -207,3 +208,38 @@ def test_gradients_do_not_keep_attention_dense():
         warnings.simplefilter("error")
         program = s2o_compile.export(tiny_model(), (tiny_input(),))
     assert len(calls(program)) == 2
+
+
+class Pairs(nn.Module):
+    """Holds for even lengths only."""
+
+    def forward(self, x):
+        return x.reshape(x.shape[0], -1, 2)
+
+
+@pytest.mark.parametrize("bound", [{}, {"min": 2, "max": 64}], ids=["open", "bounded"])
+def test_a_constraint_that_some_length_violates_is_torchs_error(bound):
+    with pytest.raises(UserError, match="Constraints violated"):
+        s2o_compile.export(Pairs(), (torch.ones(3, 8),), dynamic_shapes=({1: Dim("n", **bound)},))
+
+
+def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
+    """torch 2.11 cannot prove one of repeated heads; later versions are made to fail alike."""
+    export = torch.export.export
+
+    def unsure(*args, prefer_deferred_runtime_asserts_over_guards=False, **keywords):
+        if not prefer_deferred_runtime_asserts_over_guards:
+            raise UserError(UserErrorType.CONSTRAINT_VIOLATION, "Constraints violated (length)!")
+        return export(*args, prefer_deferred_runtime_asserts_over_guards=True, **keywords)
+
+    monkeypatch.setattr(torch.export, "export", unsure)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    ids = torch.arange(300)[None] % 64
+    shapes = {"input_ids": {1: Dim("length", min=1, max=2048)}, "use_cache": None}
+    program, report = exported(model, (), {"input_ids": ids, "use_cache": False}, shapes=shapes)
+    assert report.rewritten == 1
+    with torch.no_grad():
+        for length in (1, 2, 2048):
+            ids = torch.arange(length)[None] % 64
+            actual = program.module()(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(actual, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
