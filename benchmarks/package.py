@@ -1,11 +1,22 @@
 """SmolLM2-135M as a package against the same program in Python and under torch.compile: time and equality.
 
-python benchmarks/package.py --tokens 8192 32768 [--layers 8] [--json benchmarks/results/package-h100.json]
+    python benchmarks/package.py --tokens 8192 32768 [--layers 8] [--cpp build/run_package]
+                                 [--json benchmarks/results/package-h100.json]
+
+One package takes any length up to the longest of ``--tokens``. Seconds are the best of five runs.
+
+    error of ...       relative L2 error of the last token's logits, from those of the program; that of torch.compile is
+                       what another order of summation makes of them. The longest length decides how lists are cut in
+                       the package: below it, its tiles may stop elsewhere than the program's
+    bare process, C++  whether a process that has torch alone, and the program of examples/cpp (``--cpp``, built), give
+                       the package's own logits, bit for bit
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +29,20 @@ from torch import Tensor, nn
 import s2o_compile
 from s2o_compile import S2OConfig, backend
 from s2o_compile.demo import MODEL, build_prompt, load_model
+
+SHORT = (1, 2, 127, 128, 2047, 2048, 3001)
+"""Lengths that are not timed: one, few, around a tile and around where attention becomes sparse."""
+
+BARE = """
+import sys, torch
+package, device, *files = sys.argv[1:]
+run = torch._inductor.aoti_load_package(package)
+for file in files:
+    torch.save(run(torch.load(file).to(device)).cpu(), file + ".bare")
+assert "s2o_compile" not in sys.modules
+"""
+
+Runs = dict[str, Callable[[Tensor], Tensor]]
 
 
 class LastLogits(nn.Module):
@@ -32,28 +57,41 @@ class LastLogits(nn.Module):
         return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
-def seconds_of(runs: dict[str, Callable[[Tensor], Tensor]], ids: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Outputs, and the best of five runs behind a warm one; the candidates take turns."""
+def seconds_of(runs: Runs, ids: Tensor) -> dict[str, float]:
+    """The best of five runs behind a warm one; the candidates take turns."""
     wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
-    outputs, best = {name: run(ids) for name, run in runs.items()}, dict.fromkeys(runs, float("inf"))
-    for _ in range(5):
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(6):
         for name, run in runs.items():
             wait()
             start = time.perf_counter()
             run(ids)
             wait()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return outputs, best
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def elsewhere(package: Path, cpp: Path | None, ids: Tensor, expected: Tensor) -> dict[str, bool]:
+    """Whether other processes give the package's logits, which are ``expected``."""
+    file, found = package.with_name(f"{ids.shape[1]}.pt"), {}
+    torch.save(ids.cpu(), file)
+    subprocess.run([sys.executable, "-c", BARE, str(package), ids.device.type, str(file)], check=True, cwd="/")
+    found["bare process"] = torch.equal(torch.load(f"{file}.bare"), expected.cpu())
+    if cpp:
+        ids.cpu().numpy().tofile(file)
+        out = file.with_suffix(".f32")
+        given = ["--tokens", str(file), "--out", str(out), *(["--cuda"] if ids.is_cuda else [])]
+        subprocess.run([str(cpp), str(package), *given], check=True)
+        logits = torch.from_file(str(out), size=expected.numel())
+        found["C++"] = torch.equal(logits, expected.float().cpu().flatten())
+    return found
 
 
 @torch.no_grad()
-def bench(args: argparse.Namespace, rows: Rows) -> None:
+def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
     """One row a length, all through one package."""
     longest, start = max(args.tokens), time.perf_counter()
-
-    def stage(name: str) -> None:
-        print(f"{time.perf_counter() - start:6.0f} s  {name}", flush=True)
-
     model, tokenizer = load_model(longest, args.device)
     model.model.layers = model.model.layers[: args.layers]
     layers, model = len(model.model.layers), LastLogits(model).eval()
@@ -61,36 +99,42 @@ def bench(args: argparse.Namespace, rows: Rows) -> None:
     config = S2OConfig(min_seq_len=args.min_seq_len)
     ids = build_prompt(tokenizer, longest).to(args.device)
     program = s2o_compile.export(model, (ids[:, :4096],), config=config, dynamic_shapes=(dims,))
-    stage("exported")
-    with tempfile.TemporaryDirectory() as folder:
-        packaged = s2o_compile.package(program, Path(folder) / "model.pt2")
-        stage(f"packaged: {packaged}")
-        runs = {
-            "package": torch._inductor.aoti_load_package(str(packaged.path)),
-            "program": program.module(),
-            "torch.compile": torch.compile(
-                model, backend=backend.s2o, dynamic=True, options={"s2o.min_seq_len": args.min_seq_len}
-            ),
-        }
-        for run in runs.values():
-            run(ids[:, : longest // 2])
-        stage("all compiled")
-        while args.wait_for and not args.wait_for.exists():
-            time.sleep(0.1)
-        for length in args.tokens:
+    exported = time.perf_counter()
+    packaged = s2o_compile.package(program, folder / "model.pt2")
+    made = {"seconds to export": exported - start, "seconds to package": time.perf_counter() - exported}
+    size = packaged.path.stat().st_size / 2**20
+    about = {"layers": layers, "sparse": len(packaged.sparse), "MiB": round(size)}
+    rows.measure("made", about, lambda: {name: round(seconds, 1) for name, seconds in made.items()})
+    options = {"s2o.min_seq_len": args.min_seq_len}
+    runs: Runs = {
+        "package": torch._inductor.aoti_load_package(str(packaged.path)),
+        "program": program.module(),
+        "torch.compile": torch.compile(model, backend=backend.s2o, dynamic=True, options=options),
+    }
+    for run in runs.values():
+        run(ids[:, : longest // 2])
+    while args.wait_for and not args.wait_for.exists():
+        time.sleep(0.1)
+    for length in (*(short for short in SHORT if short < longest), *args.tokens):
 
-            def measure(length: int = length) -> dict[str, object]:
-                outputs, seconds = seconds_of(runs, ids[:, :length])
-                output, expected = outputs["package"], outputs["program"]
-                error = ((output - expected).float().norm() / expected.float().norm()).item()
-                return {
-                    **{name: round(x, 5) for name, x in seconds.items()},
-                    "package over torch.compile": round(seconds["package"] / seconds["torch.compile"], 4),
-                    "relative_error": error,
-                    "same_next_token": bool((output.argmax(-1) == expected.argmax(-1)).all()),
-                }
+        def measure(length: int = length) -> dict[str, object]:
+            some = ids[:, :length]
+            outputs = {name: run(some) for name, run in runs.items()}
+            expected = outputs["program"].float()
+            found: dict[str, object] = {
+                f"error of {name}": float(f"{(output.float() - expected).norm() / expected.norm():.3g}")
+                for name, output in outputs.items()
+                if name != "program"
+            }
+            found["same next token"] = bool((outputs["package"].argmax(-1) == expected.argmax(-1)).all())
+            found |= elsewhere(packaged.path, args.cpp, some, outputs["package"])
+            if length in args.tokens:
+                seconds = seconds_of(runs, some)
+                found |= {name: round(x, 5) for name, x in seconds.items()}
+                found["package over torch.compile"] = round(seconds["package"] / seconds["torch.compile"], 4)
+            return found
 
-            rows.measure("package", {"tokens": length, "layers": layers}, measure)
+        rows.measure("package", {"tokens": length, "layers": layers}, measure)
 
 
 def main() -> None:
@@ -99,11 +143,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
     parser.add_argument("--min-seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, help="only so many of the first; packaging takes seconds a layer")
-    parser.add_argument("--wait-for", type=Path, help="a file; no time is taken before it exists")
+    parser.add_argument("--layers", type=int, help="only so many of the first")
+    parser.add_argument("--cpp", type=Path, help="the program of examples/cpp")
+    parser.add_argument("--wait-for", type=Path, help="a file; nothing is measured before it exists")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    bench(args, Rows(args.json, model=MODEL, dtype="bfloat16" if args.device == "cuda" else "float32"))
+    with tempfile.TemporaryDirectory() as folder:
+        dtype = "bfloat16" if args.device == "cuda" else "float32"
+        bench(args, Rows(args.json, model=MODEL, dtype=dtype), Path(folder))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from s2o_compile.errors import (
     TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
-    UntriedPackageWarning,
 )
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
@@ -53,7 +52,6 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
-    "UntriedPackageWarning",
     "attention",
     "calibrate",
     "evaluate",

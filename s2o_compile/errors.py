@@ -19,10 +19,6 @@ class TensorRTUnavailableError(S2OError, ImportError):
     """torch-tensorrt, or a library that it needs, cannot be imported here."""
 
 
-class UntriedPackageWarning(UserWarning):
-    """A package is made for a kind of device on which none has been seen to run."""
-
-
 class PackageError(S2OError, ValueError):
     """A program that cannot become a package, or a path that cannot hold one."""
 
@@ -47,5 +43,4 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
-    "UntriedPackageWarning",
 ]

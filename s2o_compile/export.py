@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import sympy
 import torch
 from torch import nn
 from torch._dynamo.exc import UserError, UserErrorType
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 
 from s2o_compile.backend import rewrite
@@ -83,6 +85,12 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         program = export(prefer_deferred_runtime_asserts_over_guards=True)
         if not _asserts_what_holds(program):
             raise
+        # What is learned of a size when the program is decomposed shall not become another: that there are several
+        # tiles, which the example has, is no promise about one token.
+        fake = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
+        if fake is not None and fake.shape_env is not None:
+            shapes = fake.shape_env
+            shapes.settings = replace(shapes.settings, prefer_deferred_runtime_asserts_over_guards=False)
         return program
 
 

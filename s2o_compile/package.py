@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import cpp_builder
 from torch._inductor.exc import InductorError
 from torch.export import ExportedProgram
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
-from s2o_compile.errors import PackageError, UntriedPackageWarning
+from s2o_compile.errors import PackageError
 from s2o_compile.kernels.operator import WIDEST_FLOAT32
 from s2o_compile.kernels.tuned import crossover
-
-UNTRIED = ("cuda",)
-"""Devices whose packages are compiled, and have not run."""
 
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
@@ -59,9 +57,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 
     Raises:
         TypeError: The program is no ``ExportedProgram``.
-        PackageError: An attention asks for what a package cannot hold, or Inductor cannot compile the program.
-
-    Warns `UntriedPackageWarning` where it is made for a kind of device on which none has run.
+        PackageError: An attention asks for what a package cannot hold, Inductor cannot compile the program, or the C++
+            compiler (the environment variable CXX) makes libraries that crash where torch is loaded.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -73,24 +70,16 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
-    sparse, dense, devices = [], {}, set()
+    sparse, dense = [], {}
     for node in program.graph.nodes:
         if node.target in (_SPARSE, _MASKED):
             name, call = node.kwargs.get("site") or node.name, _arguments(node)
             _check(name, call)
-            devices.add(call["query"].device.type)
             reason = _why_dense(node, call)
             if reason:
                 dense[name] = reason
             else:
                 sparse.append(name)
-    for device in devices.intersection(UNTRIED):
-        warnings.warn(
-            f"package: no package for {device} has been seen to run: the first one crashed its process, and why is not "
-            "known. Compare its output with the program's before you rely on it, or run the program itself.",
-            UntriedPackageWarning,
-            stacklevel=2,
-        )
     from s2o_compile import inductor  # slow to import
 
     with torch.no_grad(), inductor.mended():
@@ -106,7 +95,25 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
                 f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU, as that of 2.11 does not; or run "
                 "the program."
             ) from error
+    _check_library(Path(written))
     return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
+
+
+def _check_library(written: Path) -> None:
+    """Remove a package and raise PackageError where its code brings a C++ library of its own (on Linux).
+
+    torch's is in the process already. Of two, each knows only half of what the other set up: loading ends in a
+    segmentation fault (std::regex in torch's loader, on a host whose compiler had nothing but libstdc++.a).
+    """
+    with zipfile.ZipFile(written) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    if any(b"libtorch" in code and b"libstdc++.so" not in code and b"libc++.so" not in code for code in libraries):
+        written.unlink()
+        raise PackageError(
+            "package: expected a C++ compiler that links its standard library dynamically, got "
+            f"{cpp_builder.get_cpp_compiler()}, which links it statically: with torch's own in the same process it "
+            "would crash. Set the environment variable CXX to another compiler, such as /usr/bin/g++."
+        )
 
 
 def _twins() -> dict[Any, Any]:

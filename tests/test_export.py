@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from transformers import (
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from s2o_compile.kernels import portable
 from tests.tiny import tiny_input, tiny_language_model, tiny_model, tiny_tokens
 
 OPERATOR = torch.ops.s2o.attention.default
+ASSERTIONS = {"op": "call_function", "target": torch.ops.aten._assert_scalar.default}
 EXACT = S2OConfig(tau=0.0, min_seq_len=0)
 SMALL = {
     "vocab_size": 64,
@@ -238,7 +241,11 @@ def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
     shapes = {"input_ids": {1: Dim("length", min=1, max=2048)}, "use_cache": None}
     program, report = exported(model, (), {"input_ids": ids, "use_cache": False}, shapes=shapes)
     assert report.rewritten == 1
+    said = [node.args[0].meta["val"].node.expr for node in program.graph.find_nodes(**ASSERTIONS)]
     with torch.no_grad():
+        # What is learned of the example's sizes behind it is not asserted of others.
+        twin = program.run_decompositions({OPERATOR: partial(portable.attention, min_seq_len=256)})
+        assert {node.args[0].meta["val"].node.expr for node in twin.graph.find_nodes(**ASSERTIONS)} <= set(said)
         for length in (1, 2, 2048):
             ids = torch.arange(length)[None] % 64
             actual = program.module()(input_ids=ids, use_cache=False).logits

@@ -1,8 +1,8 @@
 """Packages: the twin against the operator, and a package where nothing of this project can be imported."""
 
-import importlib
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,12 +106,22 @@ def test_arguments_are_checked(tmp_path):
         s2o_compile.package(program, tmp_path / "nowhere" / "model.pt2")
 
 
-def test_a_device_without_a_run_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.import_module("s2o_compile.package"), "UNTRIED", ("cpu",))
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, package_path, **__: package_path)
-    program = s2o_compile.export(tiny_model(), (tiny_input(),))
-    with pytest.warns(s2o_compile.UntriedPackageWarning, match="no package for cpu has been seen to run"):
-        s2o_compile.package(program, tmp_path / "model.pt2")
+@pytest.mark.parametrize("linked", ["libstdc++.so.6", "libc++.so.1", ""])
+def test_a_compiler_that_links_its_library_statically_is_refused(linked, monkeypatch, tmp_path):
+    def write(*_, package_path, **__):
+        with zipfile.ZipFile(package_path, "w") as archive:
+            archive.writestr("model/data/aotinductor/model/code.wrapper.so", b"\x7fELF libtorch.so " + linked.encode())
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+    program, path = s2o_compile.export(tiny_model(), (tiny_input(),)), tmp_path / "model.pt2"
+    if linked:
+        s2o_compile.package(program, path)
+        assert path.exists()
+        return
+    with pytest.raises(s2o_compile.PackageError, match=r"links it statically.*Set the environment variable CXX"):
+        s2o_compile.package(program, path)
+    assert not path.exists()
 
 
 def test_what_inductor_cannot_compile_is_said(monkeypatch, tmp_path):
