@@ -72,20 +72,24 @@ def seconds_of(runs: Runs, ids: Tensor) -> dict[str, float]:
     return best
 
 
-def elsewhere(package: Path, cpp: Path | None, ids: Tensor, expected: Tensor) -> dict[str, bool]:
-    """Whether other processes give the package's logits, which are ``expected``."""
-    file, found = package.with_name(f"{ids.shape[1]}.pt"), {}
-    torch.save(ids.cpu(), file)
-    subprocess.run([sys.executable, "-c", BARE, str(package), ids.device.type, str(file)], check=True, cwd="/")
-    found["bare process"] = torch.equal(torch.load(f"{file}.bare"), expected.cpu())
-    if cpp:
-        ids.cpu().numpy().tofile(file)
-        out = file.with_suffix(".f32")
-        given = ["--tokens", str(file), "--out", str(out), *(["--cuda"] if ids.is_cuda else [])]
-        subprocess.run([str(cpp), str(package), *given], check=True)
-        logits = torch.from_file(str(out), size=expected.numel())
-        found["C++"] = torch.equal(logits, expected.float().cpu().flatten())
-    return found
+def run_bare(package: Path, cases: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Whether a process without this project gives the logits of every (ids, logits)."""
+    files = [package.with_name(f"{ids.shape[1]}.pt") for ids, _ in cases]
+    for file, (ids, _) in zip(files, cases, strict=True):
+        torch.save(ids.cpu(), file)
+    device = cases[0][0].device.type
+    subprocess.run([sys.executable, "-c", BARE, str(package), device, *map(str, files)], check=True, cwd="/")
+    made = [torch.load(f"{file}.bare") for file in files]
+    return [torch.equal(logits, expected.cpu()) for logits, (_, expected) in zip(made, cases, strict=True)]
+
+
+def run_cpp(program: Path, package: Path, ids: Tensor, expected: Tensor) -> bool:
+    """Whether C++ gives the same logits."""
+    tokens, out = package.with_name("ids.i64"), package.with_name("logits.f32")
+    ids.cpu().numpy().tofile(tokens)
+    given = ["--tokens", str(tokens), "--out", str(out), *(["--cuda"] if ids.is_cuda else [])]
+    subprocess.run([str(program), str(package), *given], check=True)
+    return torch.equal(torch.from_file(str(out), size=expected.numel()), expected.float().cpu().flatten())
 
 
 @torch.no_grad()
@@ -106,20 +110,19 @@ def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
     about = {"layers": layers, "sparse": len(packaged.sparse), "MiB": round(size)}
     rows.measure("made", about, lambda: {name: round(seconds, 1) for name, seconds in made.items()})
     options = {"s2o.min_seq_len": args.min_seq_len}
-    runs: Runs = {
-        "package": torch._inductor.aoti_load_package(str(packaged.path)),
-        "program": program.module(),
-        "torch.compile": torch.compile(model, backend=backend.s2o, dynamic=True, options=options),
-    }
+    short: Runs = {"package": torch._inductor.aoti_load_package(str(packaged.path)), "program": program.module()}
+    runs = short | {"torch.compile": torch.compile(model, backend=backend.s2o, dynamic=True, options=options)}
     for run in runs.values():
         run(ids[:, : longest // 2])
     while args.wait_for and not args.wait_for.exists():
         time.sleep(0.1)
-    for length in (*(short for short in SHORT if short < longest), *args.tokens):
+    cases: list[tuple[Tensor, Tensor]] = []
+    for length in (*args.tokens, *(length for length in SHORT if length < longest)):
 
         def measure(length: int = length) -> dict[str, object]:
-            some = ids[:, :length]
-            outputs = {name: run(some) for name, run in runs.items()}
+            some, candidates = ids[:, :length], runs if length in args.tokens else short
+            outputs = {name: run(some) for name, run in candidates.items()}
+            cases.append((some, outputs["package"]))
             expected = outputs["program"].float()
             found: dict[str, object] = {
                 f"error of {name}": float(f"{(output.float() - expected).norm() / expected.norm():.3g}")
@@ -127,7 +130,6 @@ def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
                 if name != "program"
             }
             found["same next token"] = bool((outputs["package"].argmax(-1) == expected.argmax(-1)).all())
-            found |= elsewhere(packaged.path, args.cpp, some, outputs["package"])
             if length in args.tokens:
                 seconds = seconds_of(runs, some)
                 found |= {name: round(x, 5) for name, x in seconds.items()}
@@ -135,6 +137,11 @@ def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
             return found
 
         rows.measure("package", {"tokens": length, "layers": layers}, measure)
+    tokens = {"tokens": ", ".join(str(ids.shape[1]) for ids, _ in cases)}
+    rows.measure("elsewhere", tokens, lambda: {"bare process": all(run_bare(packaged.path, cases))})
+    if args.cpp:
+        runs_cpp = (run_cpp(args.cpp, packaged.path, *case) for case in cases)
+        rows.measure("elsewhere", tokens, lambda: {"C++": all(runs_cpp)})
 
 
 def main() -> None:

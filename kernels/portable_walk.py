@@ -18,7 +18,7 @@ from torch._higher_order_ops.map import map_impl
 from torch._higher_order_ops.while_loop import while_loop_op
 
 from s2o_compile.kernels import tail
-from s2o_compile.kernels.definition import FIRST_TEST, tail_share
+from s2o_compile.kernels.definition import tail_share
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
 from s2o_compile.kernels.portable_ranking import Segment, rank_segment
@@ -246,8 +246,9 @@ def walk(
         gain = (1 - (before - joint).exp()).nan_to_num(0.0).view(group, TILE_LEN)
         to_come = visited / chunk_len * (count / visited).log().clamp_min(0.0)
         tested = visited % chunk_len == 0
-        stopped = tested & (visited >= FIRST_TEST * chunk_len) & (tau > 0) & (gain.amax(-1) * to_come < tau)
-        share = torch.where(stopped[:, None], tail_share(gain, to_come), 0.0).view(-1)
+        believed = visited > chunk_len
+        stopped = tested & (tau > 0) & (torch.where(believed, gain.amax(-1), 1.0) * to_come < tau)
+        share = torch.where(stopped[:, None] & believed, tail_share(gain, to_come), 0.0).view(-1)
         merged, joint = (merged + share[:, None] * mean_value) / (1 + share)[:, None], joint + share.log1p()
         live = going[:, None].expand(group, TILE_LEN).reshape(-1)
         output, lse = torch.where(live[:, None], merged, output), torch.where(live, joint, lse)

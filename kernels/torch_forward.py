@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.block_attention import block_attention, causal_block, merge
 from s2o_compile.kernels.cpu_parallel import for_each
-from s2o_compile.kernels.definition import FIRST_TEST, Result, chunks_to_come, empty_result, tail_share
+from s2o_compile.kernels.definition import Result, chunks_to_come, empty_result, tail_share
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 
@@ -204,18 +204,18 @@ class _Segment:
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
             gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
             area[walking.numbers] += len(chunk)
-            if start + self.chunk_len >= FIRST_TEST * self.chunk_len:
-                to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
-                limit = taus[walking.numbers]
-                stopped = (gain.amax(-1).cpu() * to_come < limit) & (limit > 0)
-                if not stopped.any():
-                    continue
-                leaving = stopped.nonzero()[:, 0]
-                part = walking.select(leaving)
+            to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
+            limit = taus[walking.numbers]
+            stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & (limit > 0)
+            if not stopped.any():
+                continue
+            leaving = stopped.nonzero()[:, 0]
+            part = walking.select(leaving)
+            if start:  # what the first chunk brought is not believed
                 part.add_tail(tail_share(gain[leaving], to_come), self.mean_value)
-                tiles.put(part)
-                walking = walking.select((~stopped).nonzero()[:, 0])
-                if stopped.all():
-                    break
+            tiles.put(part)
+            walking = walking.select((~stopped).nonzero()[:, 0])
+            if stopped.all():
+                break
         if walking is not tiles:
             tiles.put(walking)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.definition import FIRST_TEST, TAIL_SHARE, Result, empty_result
+from s2o_compile.kernels.definition import TAIL_SHARE, Result, empty_result
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.triton_natural import attend_range, launch_natural
@@ -79,7 +79,7 @@ def gathered_fwd_kernel(
     n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, own_offset, qk_scale, inner, tau,
     FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_QUERY_ORDER: tl.constexpr, HAS_HEAD_TAU: tl.constexpr,
-    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TESTED_FROM: tl.constexpr, TILE: tl.constexpr,
+    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -157,8 +157,9 @@ def gathered_fwd_kernel(
         start = visited
         gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
         to_come = tl.math.log2(count.to(tl.float32) / visited) * (LN2 / CHUNK) * visited
-        tail = gain * to_come
-        stopped = (tau > 0.0) & (visited >= TESTED_FROM) & (tl.max(tail, 0) < tau)
+        tail = tl.where(visited > CHUNK, gain * to_come, 0.0)
+        unvisited = tl.where(visited > CHUNK, tl.max(tail, 0), to_come)
+        stopped = (tau > 0.0) & (unvisited < tau)
     if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
@@ -221,7 +222,7 @@ def attend(
             mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
             FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_QUERY_ORDER=order is not None, HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
-            TESTED_FROM=FIRST_TEST * plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+            HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from s2o_compile.kernels.observation import ObservedCall, observe_attention
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.texts import Batch, Progress, check_lengths, check_model, nothing_sparse, texts_of
 
-TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
 """Where every head is measured."""
 
 AIM = 0.85
@@ -63,12 +63,12 @@ def calibrate(
     """Measure every head of a model on the user's own text, and return what keeps an error budget.
 
     The error of an attention is the relative L2 error of its output, all heads and rows together: the norm of the
-    difference to exact attention over the norm of the exact output. Every head is measured at nine taus; of each
+    difference to exact attention over the norm of the exact output. Every head is measured at ten taus; of each
     attention the taus are chosen that keep 85 % of the budget at the least density (``head_curves.py``). Heads that
     would stay nearly dense are marked dense. Sinks are part of the output. A handful of prompts is enough; take them
     from where the model is used, and about as long: the error at a tau depends on the length.
 
-    Each batch is read once, with every attention run exactly, which is passed on, and nine times sparse. Nothing is
+    Each batch is read once, with every attention run exactly, which is passed on, and ten times sparse. Nothing is
     compiled behind the passes. Dynamo is reset: code compiled before is compiled anew at its next call.
 
     Args:

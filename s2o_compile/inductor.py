@@ -1,6 +1,7 @@
-"""What Inductor loses of a package on its way from the graph, kept (torch 2.11 to 2.13).
+"""What Inductor loses of a package on its way from the graph, kept, and what it does over and over, done once.
 
-A graph's branches, and the kernels that a graph brings along, take a longer way through it than anything else.
+A graph's branches, and the kernels that a graph brings along, take a longer way through it than anything else. For
+torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import sympy
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import config
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.graph import GraphLowering, SubgraphLowering
+from torch._inductor.ir import TensorBox
 from torch._inductor.runtime import triton_heuristics
 
 OPTIONS = {
@@ -22,11 +27,19 @@ OPTIONS = {
 }
 """Options to compile with."""
 
+_ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
+"""What finds out what a kernel writes to, in torch 2.13 and 2.11."""
+
 
 @contextmanager
 def mended() -> Iterator[None]:
     """Compile inside this block."""
-    with _one_numbering_of_sizes(), _registers_limited(), _numbers_in_single_precision():
+    with (
+        _one_numbering_of_sizes(),
+        _registers_limited(),
+        _numbers_in_single_precision(),
+        _kernels_analysed_once(),
+    ):
         yield
 
 
@@ -85,3 +98,35 @@ def _numbers_in_single_precision() -> Iterator[None]:
     known = hasattr(config, "_use_fp64_for_unbacked_floats")
     with patch.object(PythonWrapperCodegen, "define_user_defined_triton_kernel", defined if known else define):
         yield
+
+
+@contextmanager
+def _kernels_analysed_once() -> Iterator[None]:
+    """What a kernel writes to is found out once for its kinds of arguments.
+
+    torch compiles and reads it anew for every launch in a graph, several times over: most of what a layer cost.
+    """
+    analyse = next(name for name in _ANALYSES if hasattr(triton_kernel_wrap, name))
+    plain = getattr(triton_kernel_wrap, analyse)
+    known: dict[object, Any] = {}
+
+    def once(kernel: Any, given: dict[str, Any], *rest: Any) -> Any:  # noqa: ANN401
+        function = kernel
+        while hasattr(function, "fn"):  # configurations and the kernel's own wrapper change nothing in it
+            function = function.fn
+        key = function, tuple((name, _kind(value)) for name, value in given.items()), repr(rest)
+        if key not in known:
+            known[key] = plain(kernel, given, *rest)
+        return known[key]
+
+    with patch.object(triton_kernel_wrap, analyse, once):
+        yield
+
+
+def _kind(value: object) -> object:
+    """What of an argument the code of a kernel may depend on: not the value of what is known when it runs."""
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
+        return type(value)
+    if isinstance(value, torch.Tensor | TensorBox):
+        return torch.Tensor, value.dtype
+    return type(value), repr(value)

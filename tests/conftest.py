@@ -366,9 +366,10 @@ class Weighed:
         return self.masses[chunk] / (row + 1 + sum(self.masses[: chunk + 1]))
 
     def stop(self, tau):
-        """Chunks visited before the rule holds, tested from the second one on; None if it never does."""
-        for visited in range(2, len(self.masses) + 1):
-            if max(self.gain(row, visited - 1) for row in range(128)) * self.to_come(visited) < tau:
+        """Chunks visited before the rule holds; None if it never does."""
+        for visited in range(1, len(self.masses) + 1):
+            most = max(self.gain(row, visited - 1) for row in range(128)) if visited > 1 else 1.0
+            if most * self.to_come(visited) < tau:
                 return visited
         return None
 

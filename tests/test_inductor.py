@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import fx
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.codegen.common import SizeArg
 from torch._inductor.codegen.triton_utils import signature_of
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
@@ -50,3 +51,36 @@ def test_kernels_take_numbers_in_single_precision(monkeypatch):
     monkeypatch.setattr(PythonWrapperCodegen, "define_user_defined_triton_kernel", define)
     with inductor.mended():
         assert PythonWrapperCodegen.define_user_defined_triton_kernel(None) == "fp32"
+
+
+def test_a_kernel_is_analysed_once_for_its_kinds_of_arguments(monkeypatch):
+    (analysis,) = (name for name in inductor._ANALYSES if hasattr(triton_kernel_wrap, name))
+    seen = []
+    monkeypatch.setattr(triton_kernel_wrap, analysis, lambda kernel, given, tma: seen.append(given) or len(seen))
+    shapes = ShapeEnv()
+    kernel = triton.jit(_copy_kernel)
+    one = {"source": torch.zeros(2), "n": shapes.create_unbacked_symint(), "BLOCK": 64}
+    others = [
+        one | {"source": torch.zeros(2, dtype=torch.int8)},
+        one | {"n": 1},
+        one | {"n": None},
+        one | {"BLOCK": 128},
+    ]
+    with inductor.mended():
+        analyse = getattr(triton_kernel_wrap, analysis)
+        assert analyse(kernel, one, {}) == 1
+        again = one | {"source": torch.zeros(7), "n": shapes.create_unbacked_symint()}
+        configured = triton.autotune([triton.Config({}, num_warps=8)], key=[])(kernel)
+        assert analyse(configured, again, {}) == 1
+        assert [analyse(kernel, other, {}) for other in others] == [2, 3, 4, 5]
+        assert analyse(triton.jit(_other_kernel), one, {}) == 6
+    assert getattr(triton_kernel_wrap, analysis) is not analyse
+    assert len(seen) == 6
+
+
+def _copy_kernel(source, n, BLOCK):
+    """Never runs."""
+
+
+def _other_kernel(source, n, BLOCK):
+    """Never runs."""

@@ -76,6 +76,10 @@ class TestStopRule:
             ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.02, 4),
             # the first chunk brings nothing and must not be believed; the second brings much
             ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 0.5, 4),
+            ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 2.0, 3),
+            # but a tau above 1 log(8 / 1) = 2.08 allows to leave all the rest out
+            ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 2.1, 1),
+            ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 2.1, 1),
             # flat masses: 8 / (1 + 8 n) * n log(8 / n) is 1.31 for n = 2, 0.94 for 3, 0.13 for 7
             ((8,) * 8, 1.0, 3),
             ((8,) * 8, 0.15, 7),

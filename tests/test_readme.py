@@ -3,6 +3,7 @@
 import re
 import sys
 import warnings
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -49,6 +50,7 @@ def without_packaging(monkeypatch, tmp_path):
 
     def write(twin, *, package_path, **_):
         twins[package_path] = twin.module()
+        zipfile.ZipFile(package_path, "w").close()
         return package_path
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)

@@ -11,27 +11,31 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import s2o_compile
 
 
-class Logits(torch.nn.Module):
-    """Token ids in, logits out: what a C++ program wants to call."""
+class LastLogits(torch.nn.Module):
+    """Token ids in, the logits of the last token out: a prefill, as a C++ program wants to call it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, N] -> [B, N, vocabulary]."""
-        return self.model(input_ids=ids, use_cache=False).logits
+        """[B, N] -> [B, 1, vocabulary]."""
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
-def main(path: str = "model.pt2", max_len: int = 2048) -> s2o_compile.Package:
-    """Package a small random Llama for any length up to ``max_len``."""
+def random_llama() -> LlamaForCausalLM:
+    """A small one."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Logits(LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, **heads))).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, **heads))
+
+
+def main(path: str = "model.pt2", max_len: int = 2048, model: torch.nn.Module | None = None) -> s2o_compile.Package:
+    """Package a causal language model of transformers, or a random one, for any length up to ``max_len``."""
     lengths = {1: torch.export.Dim("length", min=1, max=max_len)}
     program = s2o_compile.export(
-        model,
+        LastLogits(model or random_llama()).eval(),
         (torch.randint(64, (1, 1000)),),
         config=s2o_compile.S2OConfig(min_seq_len=512),
         dynamic_shapes=(lengths,),
