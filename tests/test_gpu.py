@@ -153,4 +153,4 @@ def test_a_package_runs_every_length(causal, tmp_path):
         x = inputs(size, 1 + size % 2)
         exact = Attention()(*(part.float() for part in x))
         error, floor = ((y.float() - exact).norm() / exact.norm() for y in (run(*x), Attention()(*x)))
-        assert error < 2 * floor
+        assert error <= 2 * floor  # one token attends to itself, exactly
