@@ -111,9 +111,9 @@ def _kernels_analysed_once() -> Iterator[None]:
     known: dict[object, Any] = {}
 
     def once(kernel: Any, given: dict[str, Any], *rest: Any) -> Any:  # noqa: ANN401
-        function = kernel
-        while hasattr(function, "fn"):  # configurations and the kernel's own wrapper change nothing in it
-            function = function.fn
+        configs = getattr(kernel, "configs", None)
+        # A configuration that sets no argument changes nothing in the kernel; ours are made anew for every launch.
+        function = kernel.fn if configs and not any(chosen.kwargs for chosen in configs) else kernel
         key = function, tuple((name, _kind(value)) for name, value in given.items()), repr(rest)
         if key not in known:
             known[key] = plain(kernel, given, *rest)

@@ -51,6 +51,59 @@ def plot_attention(results: Path, picture: Path) -> None:
     figure.savefig(picture)
 
 
+def plot_budget(results: Path, picture: Path) -> None:
+    """Draw error against density, and measured over asked error, of a trained model's layers.
+
+    Args:
+        results: JSON of ``benchmarks/budget.py``.
+        picture: PNG to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = json.loads(results.read_text())
+    about, rows = data["about"], data["rows"]
+    figure, (curve, kept) = plt.subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
+    lengths = sorted({row["tokens"] for row in rows if row["section"] == "curve"})
+    for tokens, colour in zip(lengths, (RED, GREEN, *["#6b6b6b"] * len(lengths)), strict=False):
+        points = [row for row in rows if row["section"] == "curve" and row["tokens"] == tokens]
+        label, density = f"{tokens // 1024}K", [row["density"] for row in points]
+        _line(curve, [(row["density"], row["mean"]) for row in points], f"{label}, mean of layers", colour, "o")
+        curve.plot(density, [row["largest"] for row in points], ":", color=colour, label=f"{label}, largest")
+    curve.set(xscale="log", yscale="log", xlabel="density", ylabel="relative L2 error of an attention's output")
+    _plain_percent(curve.xaxis, [0.05, 0.1, 0.2, 0.4])
+    _plain_percent(curve.yaxis, [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+    _draw_kept(kept, [row for row in rows if row["section"] == "budget kept"])
+    for axes in (curve, kept):
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{about['model']}, every layer, {about['device']}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(picture)
+
+
+def _draw_kept(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
+    """Measured over asked error of the layers, from the least over the median to the largest, at every budget."""
+    texts = sorted({(row["tokens"], row["text"]) for row in rows})
+    budgets = sorted({row["error"] for row in rows})
+    axes.axhspan(0.4, 1.25, color="#9a9a9a", alpha=0.2, label="0.4 to 1.25 of the budget", linewidth=0)
+    for number, ((tokens, text), colour) in enumerate(zip(texts, (RED, "#e6a15c", GREEN, "#6b6b6b"), strict=False)):
+        here = {row["error"]: row for row in rows if (row["tokens"], row["text"]) == (tokens, text)}
+        places = [budgets.index(error) + 0.18 * (number - (len(texts) - 1) / 2) for error in here]
+        axes.vlines(places, *([row[end] for row in here.values()] for end in ("least", "largest")), color=colour)
+        medians = [row["median"] for row in here.values()]
+        axes.plot(places, medians, "o", color=colour, label=f"{tokens // 1024}K, {text}, median and range")
+    axes.set_xticks(range(len(budgets)), [f"{error:.0%}" for error in budgets])
+    axes.set(xlabel="budget, on texts never calibrated on", ylabel="measured / asked error of a layer", ylim=(0, None))
+
+
+def _plain_percent(axis: Any, places: list[float]) -> None:  # noqa: ANN401 (matplotlib's)
+    axis.set_ticks(places, [f"{100 * place:g} %" for place in places])
+    axis.set_ticks([], minor=True)
+
+
 def _styles(rows: list[Row]) -> dict[str, tuple[str, str, str]]:
     """Label, colour and marker by the name of what was timed."""
     whole = next(row["what"] for row in rows if row["what"].startswith(WHOLE) and row["what"].endswith("per_query"))
@@ -116,4 +169,5 @@ def _token_axis(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib
 
 
 if __name__ == "__main__":
-    plot_attention(Path(sys.argv[1]), Path(sys.argv[2]))
+    draw = plot_budget if "budget" in Path(sys.argv[1]).name else plot_attention
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))

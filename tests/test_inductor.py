@@ -74,8 +74,9 @@ def test_a_kernel_is_analysed_once_for_its_kinds_of_arguments(monkeypatch):
         assert analyse(configured, again, {}) == 1
         assert [analyse(kernel, other, {}) for other in others] == [2, 3, 4, 5]
         assert analyse(triton.jit(_other_kernel), one, {}) == 6
+        assert analyse(triton.autotune([triton.Config({"BLOCK": 32})], key=[])(kernel), one, {}) == 7
     assert getattr(triton_kernel_wrap, analysis) is not analyse
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def _copy_kernel(source, n, BLOCK):

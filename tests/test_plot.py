@@ -1,16 +1,17 @@
-"""The picture of benchmark results."""
+"""The pictures of benchmark results."""
 
 from pathlib import Path
 
 import pytest
 
-from s2o_compile.plot import plot_attention
+from s2o_compile.plot import plot_attention, plot_budget
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "attention-h100.json"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-def test_the_measured_results_make_a_picture(tmp_path):
+@pytest.mark.parametrize("draw", [plot_attention, plot_budget], ids=["attention", "budget"])
+def test_the_measured_results_make_a_picture(draw, tmp_path, request):
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "attention.png"
-    plot_attention(RESULTS, picture)
+    picture = tmp_path / "picture.png"
+    draw(RESULTS / f"{request.node.callspec.id}-h100.json", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
