@@ -117,7 +117,7 @@ def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
     while args.wait_for and not args.wait_for.exists():
         time.sleep(0.1)
     cases: list[tuple[Tensor, Tensor]] = []
-    for length in (*args.tokens, *(length for length in SHORT if length < longest)):
+    for length in dict.fromkeys((*args.tokens, *(length for length in SHORT if length < longest))):
 
         def measure(length: int = length) -> dict[str, object]:
             some, candidates = ids[:, :length], runs if length in args.tokens else short
@@ -139,7 +139,7 @@ def bench(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
         rows.measure("package", {"tokens": length, "layers": layers}, measure)
     tokens = {"tokens": ", ".join(str(ids.shape[1]) for ids, _ in cases)}
     rows.measure("elsewhere", tokens, lambda: {"bare process": all(run_bare(packaged.path, cases))})
-    if args.cpp:
+    if args.cpp and cases:
         runs_cpp = (run_cpp(args.cpp, packaged.path, *case) for case in cases)
         rows.measure("elsewhere", tokens, lambda: {"C++": all(runs_cpp)})
 

@@ -8,8 +8,8 @@ For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and 
                  m, l, acc           <-  online softmax over the chunk
                  gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
                  unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
-                 stop if unvisited < tau; the first chunk's gain counts as 1
-    tail     where it stopped, behind the first chunk:
+                 stop if unvisited < tau, in lists of two chunks or more; the first chunk's gain counts as 1
+    tail     where it stopped later than after the first chunk:
                  share_i     =  TAIL_SHARE * min(gain_i * visited / chunk_len * log(prefix_count / visited), 1)
                  acc_i, l_i  <-  acc_i + share_i l_i mean value of the prefix keys, l_i + share_i l_i
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
@@ -21,8 +21,8 @@ as they do in trained models: chunk c brings gain * visited / c, summed over the
 ``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
 gain alone shrinks with it. Where the mass is flat, the share of all mass that is left unvisited is below tau too. What
 the first chunk brings is not believed, for attention sinks make it huge and a list that is wrong makes it tiny: a tile
-stops there only if tau allows for a chunk that brought everything. The tail is not in the paper: keys left out count by
-the same estimate (``tail.py``).
+stops there only if tau, more than log 2, allows for a chunk that brought everything. The tail is not in the paper: keys
+left out count by the same estimate (``tail.py``).
 
 Written for clarity, in the dtype of its inputs (tests pass float64). It is the judge of every implementation.
 """
@@ -172,7 +172,7 @@ def attend(
                     ].long()
                     state.update(key[b, kv, chunk], value[b, kv, chunk])
                     visited += plan.chunk_len
-                    if limit > 0:
+                    if limit > 0 and count >= 2 * plan.chunk_len:
                         gain, to_come = state.gain(m_before, l_before), chunks_to_come(visited, count, plan.chunk_len)
                         believed = visited > plan.chunk_len
                         stopped = bool((gain.max() if believed else 1.0) * to_come < limit)

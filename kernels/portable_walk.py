@@ -247,7 +247,8 @@ def walk(
         to_come = visited / chunk_len * (count / visited).log().clamp_min(0.0)
         tested = visited % chunk_len == 0
         believed = visited > chunk_len
-        stopped = tested & (tau > 0) & (torch.where(believed, gain.amax(-1), 1.0) * to_come < tau)
+        unvisited = torch.where(believed, gain.amax(-1), 1.0) * to_come
+        stopped = tested & (count >= 2 * chunk_len) & (tau > 0) & (unvisited < tau)
         share = torch.where(stopped[:, None] & believed, tail_share(gain, to_come), 0.0).view(-1)
         merged, joint = (merged + share[:, None] * mean_value) / (1 + share)[:, None], joint + share.log1p()
         live = going[:, None].expand(group, TILE_LEN).reshape(-1)

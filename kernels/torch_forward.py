@@ -206,7 +206,8 @@ class _Segment:
             area[walking.numbers] += len(chunk)
             to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
             limit = taus[walking.numbers]
-            stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & (limit > 0)
+            tested = (limit > 0) & (self.count >= 2 * self.chunk_len)
+            stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & tested
             if not stopped.any():
                 continue
             leaving = stopped.nonzero()[:, 0]

@@ -159,7 +159,7 @@ def gathered_fwd_kernel(
         to_come = tl.math.log2(count.to(tl.float32) / visited) * (LN2 / CHUNK) * visited
         tail = tl.where(visited > CHUNK, gain * to_come, 0.0)
         unvisited = tl.where(visited > CHUNK, tl.max(tail, 0), to_come)
-        stopped = (tau > 0.0) & (unvisited < tau)
+        stopped = (tau > 0.0) & (count >= 2 * CHUNK) & (unvisited < tau)
     if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,

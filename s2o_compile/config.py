@@ -43,7 +43,7 @@ class S2OConfig(OperatorOptions):
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
             paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
         list_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query head:
-            a seventh (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
+            a fifth (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
         query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton", "torch" and "flex" insist. "flex" is
             FlexAttention over gathered keys: for devices without our kernels, and to compare with. On a CPU it compiles

@@ -106,7 +106,10 @@ def _kernels_analysed_once() -> Iterator[None]:
 
     torch compiles and reads it anew for every launch in a graph, several times over: most of what a layer cost.
     """
-    analyse = next(name for name in _ANALYSES if hasattr(triton_kernel_wrap, name))
+    analyse = next((name for name in _ANALYSES if hasattr(triton_kernel_wrap, name)), None)
+    if analyse is None:  # a torch of another name for it takes its time
+        yield
+        return
     plain = getattr(triton_kernel_wrap, analyse)
     known: dict[object, Any] = {}
 

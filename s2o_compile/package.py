@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import fx
@@ -105,15 +106,27 @@ def _check_library(written: Path) -> None:
     torch's is in the process already. Of two, each knows only half of what the other set up: loading ends in a
     segmentation fault (std::regex in torch's loader, on a host whose compiler had nothing but libstdc++.a).
     """
+    if sys.platform != "linux":
+        return
     with zipfile.ZipFile(written) as archive:
-        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
-    if any(b"libtorch" in code and b"libstdc++.so" not in code and b"libc++.so" not in code for code in libraries):
+        libraries = [_named(archive.open(name)) for name in archive.namelist() if name.endswith(".so")]
+    if any(b"libtorch" in names and not names & {b"libstdc++.so", b"libc++.so"} for names in libraries):
         written.unlink()
         raise PackageError(
             "package: expected a C++ compiler that links its standard library dynamically, got "
             f"{cpp_builder.get_cpp_compiler()}, which links it statically: with torch's own in the same process it "
-            "would crash. Set the environment variable CXX to another compiler, such as /usr/bin/g++."
+            "would crash. Set the environment variable CXX to another compiler, such as /usr/bin/g++, and start anew."
         )
+
+
+def _named(library: IO[bytes]) -> set[bytes]:
+    """Which of the libraries that matter one names; read block by block, as the weights may lie in it, too."""
+    names, end = {b"libtorch", b"libstdc++.so", b"libc++.so"}, b""
+    found: set[bytes] = set()
+    while block := library.read(2**24):
+        found |= {name for name in names if name in end + block}
+        end = block[-16:]
+    return found
 
 
 def _twins() -> dict[Any, Any]:

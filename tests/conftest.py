@@ -373,6 +373,12 @@ class Weighed:
                 return visited
         return None
 
+    def shortened(self, count):
+        """The same with a list of fewer keys."""
+        return dataclasses.replace(
+            self, plan=dataclasses.replace(self.plan, prefix_count=torch.full_like(self.plan.prefix_count, count))
+        )
+
     def to_come(self, visited):
         """Zipf's estimate of the chunks to come, in units of the last one visited."""
         return visited * math.log(len(self.masses) / visited)

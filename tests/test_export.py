@@ -1,6 +1,7 @@
 """Exported programs: what is rewritten in ATen's spelling, what comes back from a file, and what is reported."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import warnings
@@ -246,7 +247,7 @@ def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
         # What is learned of the example's sizes behind it is not asserted of others.
         twin = program.run_decompositions({OPERATOR: partial(portable.attention, min_seq_len=256)})
         assert {node.args[0].meta["val"].node.expr for node in twin.graph.find_nodes(**ASSERTIONS)} <= set(said)
-        for length in (1, 2, 2048):
+        for length, some in itertools.product((1, 2, 2048), (program, twin)):
             ids = torch.arange(length)[None] % 64
-            actual = program.module()(input_ids=ids, use_cache=False).logits
+            actual = some.module()(input_ids=ids, use_cache=False).logits
             torch.testing.assert_close(actual, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)

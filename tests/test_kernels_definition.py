@@ -1,6 +1,7 @@
 """The definition: dense attention in float64 at tau = 0; a stop rule that can be worked out by hand."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -90,6 +91,11 @@ class TestStopRule:
         example = weighed(masses)
         assert example.stop(tau) == expected
         assert attend(example.inputs, example.plan, tau).computed.item() == TILE_LEN + 64 * expected
+
+    def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(self, weighed):
+        example, tau = weighed((64, 8)).shortened(96), 0.6
+        assert math.log(96 / 64) < tau  # which would stop it behind the first chunk
+        assert attend(example.inputs, example.plan, tau).computed.item() == TILE_LEN + 96
 
     def test_the_row_that_gains_most_decides(self, weighed):
         example, tau = weighed((64,) + (4,) * 7), 0.1

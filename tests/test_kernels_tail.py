@@ -54,7 +54,7 @@ def test_own_values_do_not_enter():
 
 
 def test_it_brings_the_output_closer():
-    """Two thousand keys that matter little, and a tau that leaves most of them out."""
+    """Two thousand keys that matter little, and a tau that leaves some of them out."""
     inputs = Case(queries=2048, heads=2, kv_heads=1, head_dim=32).inputs()
     options = OperatorOptions(tau=0.3, min_seq_len=0, segment_len=SEGMENT)
     exact, _ = exact_attention(inputs)

@@ -101,11 +101,15 @@ class TestRanked:
         inputs = case.inputs()
         assert_like_definition(inputs, build_plan(inputs, query_order="mean_query", list_per="head"), tau)
 
-    @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
+    @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
     def test_stops_where_the_arithmetic_says(self, tau, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125))
         actual = assert_like_definition(example.inputs, example.plan, tau)
         assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
+
+    def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(self, weighed):
+        example = weighed((64, 8)).shortened(96)
+        assert assert_like_definition(example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
 
     def test_inputs_are_left_alone(self, build_plan):
         inputs = CASES[2].inputs()

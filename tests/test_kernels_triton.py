@@ -168,12 +168,17 @@ class TestRanked:
         plan = build_plan(inputs, query_order="mean_query", list_per="head", chunk_len=CHUNK_LEN)
         assert_like_definition(inputs, plan, tau)
 
-    @pytest.mark.parametrize("tau", [1.0, 0.5, 0.02])
+    @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     def test_stops_where_the_arithmetic_says(self, device, tau, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), device=device)
         actual = assert_like_definition(example.inputs, example.plan, tau)
         assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
+
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(self, device, weighed):
+        example = weighed((64, 8), device=device).shortened(96)
+        assert assert_like_definition(example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")

@@ -170,19 +170,19 @@ def packaged(tmp_path_factory):
         patch.setattr(s2o_compile, "package", lambda program, path: programs.append(program) or package(program, path))
         try:
             model, _ = load_model(8192, "cpu")
-        except s2o_compile.S2OError as error:
-            pytest.skip(str(error))
+        except s2o_compile.S2OError:  # its weights are not here
+            model = make_package.random_llama()
         model.model.layers = model.model.layers[:1]
         written = make_package.main(str(path), 8192, model)
     assert written.sparse == ("model.model.layers.0.self_attn",)
-    return written.path, programs[0].module()
+    return written.path, programs[0].module(), model.config.vocab_size
 
 
 @pytest.mark.slow
 def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
-    path, model = packaged
+    path, model, vocabulary = packaged
     lengths = (1, 2, 127, 511, 512, 513, 1999, 8192)
-    tokens = [torch.randint(49152, (1, length)) for length in lengths]
+    tokens = [torch.randint(vocabulary, (1, length)) for length in lengths]
     with torch.no_grad():
         expected = [model(ids) for ids in tokens]
     torch.save(tokens, tmp_path / "tokens.pt")
