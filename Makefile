@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/s2o demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
