@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def write(path: Path, rows: list[dict[str, object]], **about: object) -> None:
         **versions,
         "python": platform.python_version(),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
         **about,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

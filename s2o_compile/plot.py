@@ -30,25 +30,15 @@ def plot_attention(results: Path, picture: Path) -> None:
         results: JSON of ``benchmarks/attention.py``.
         picture: PNG to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     data = json.loads(results.read_text())
     about, rows = data["about"], data["rows"]
-    figure, axes = plt.subplot_mosaic("TT;DP", figsize=(9.0, 8.4), dpi=130, height_ratios=(1.15, 1))
+    figure, axes = _pyplot().subplot_mosaic("TT;DP", figsize=(9.0, 8.4), dpi=130, height_ratios=(1.15, 1))
     _draw_time(axes["T"], rows)
     _draw_speedup(axes["D"], rows)
     _draw_peak(axes["P"], rows, about["device"])
-    for one in axes.values():
-        one.grid(visible=True, which="major", alpha=0.3)
-        one.legend(fontsize=8, frameon=False)
     shape = about["shape"]
     heads = f"Hq={shape['heads']} Hkv={shape['kv_heads']} D={shape['head_dim']}"
-    figure.suptitle(f"One attention call: {about['device']}, {about['dtype']}, causal, {heads}", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(picture)
+    _finish(figure, f"One attention call: {about['device']}, {about['dtype']}, causal, {heads}", picture)
 
 
 def plot_budget(results: Path, picture: Path) -> None:
@@ -58,14 +48,9 @@ def plot_budget(results: Path, picture: Path) -> None:
         results: JSON of ``benchmarks/budget.py``.
         picture: PNG to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     data = json.loads(results.read_text())
     about, rows = data["about"], data["rows"]
-    figure, (curve, kept) = plt.subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
+    figure, (curve, kept) = _pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
     lengths = sorted({row["tokens"] for row in rows if row["section"] == "curve"})
     for tokens, colour in zip(lengths, (RED, GREEN, *["#6b6b6b"] * len(lengths)), strict=False):
         points = [row for row in rows if row["section"] == "curve" and row["tokens"] == tokens]
@@ -76,10 +61,23 @@ def plot_budget(results: Path, picture: Path) -> None:
     _plain_percent(curve.xaxis, [0.05, 0.1, 0.2, 0.4])
     _plain_percent(curve.yaxis, [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
     _draw_kept(kept, [row for row in rows if row["section"] == "budget kept"])
-    for axes in (curve, kept):
+    _finish(figure, f"{about['model']}, every layer, {about['device']}", picture)
+
+
+def _pyplot() -> Any:  # noqa: ANN401 (a module)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finish(figure: Any, title: str, picture: Path) -> None:  # noqa: ANN401 (matplotlib's figure)
+    for axes in figure.axes:
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{about['model']}, every layer, {about['device']}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(picture)
 
