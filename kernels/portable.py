@@ -44,24 +44,26 @@ def attention(
     blind: str = "zeros",
     tau: float = OperatorOptions.tau,
     segment_len: int | None = None,
-    head_tau: Sequence[float] | None = None,
+    head_tau: Sequence[float] | Tensor | None = None,
     dense_heads: Sequence[int] | None = None,
     layout: str = "auto",
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """The results of ``s2o::attention``, which has the same arguments; others of it change nothing here.
 
-    ``min_seq_len`` is a number: which device runs the program is known by now.
+    ``min_seq_len`` is a number: which device runs the program is known by now. On a CPU ``head_tau`` may be a tensor.
     """
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    taus = head_tau or [tau] * query.shape[1]
+    taus = [tau] * query.shape[1] if head_tau is None else head_tau
     segment_len = segment_len or default_segment_len(longest(query.shape[2]))
     order = memory_order(query, value.shape[3], layout)
-    given = [x for x in (query, key, value, key_mask, sinks) if x is not None]
+    given = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]
     shapes = [x.shape for x in given]
     executor = _executor(query.device)
 
-    def opened(operands: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, AttentionMask, Tensor | None]:
+    def opened(
+        operands: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, AttentionMask, Tensor | None, Sequence[float] | Tensor]:
         found = [x.view(shape) for x, shape in zip(operands, shapes, strict=False)]
         query, key, value, *rest = found
         mask = AttentionMask.aligned(
@@ -73,7 +75,8 @@ def attention(
             attention_chunk=attention_chunk,
             key_mask=rest.pop(0) if key_mask is not None else None,
         )
-        return query, key, value, mask, rest.pop(0) if sinks is not None else None
+        logits = rest.pop(0) if sinks is not None else None
+        return query, key, value, mask, logits, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(output: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor]:
         if blind == "mean" and sinks is None:
@@ -83,11 +86,11 @@ def attention(
         return ((output.transpose(1, 2) if order == "BNHD" else output).reshape(-1),)
 
     def short(*operands: Tensor) -> tuple[Tensor]:
-        query, key, value, mask, sinks = opened(operands)
+        query, key, value, mask, sinks, _ = opened(operands)
         return closed(_exact(query, key, value, mask, factor, softcap, sinks), value, mask)
 
     def long(*operands: Tensor) -> tuple[Tensor]:
-        query, key, value, mask, sinks = opened(operands)
+        query, key, value, mask, sinks, taus = opened(operands)
         if window is not None:
             output, lse = executor.attend_natural(query, key, value, mask, scale=factor, softcap=softcap)
             output = output if sinks is None else output * sink_share(lse, sinks)[..., None]
@@ -100,7 +103,8 @@ def attention(
             if dense:
                 output = _exact(*some, factor, softcap, logits)
             else:
-                own = [t for part in members for t in taus[part]]
+                own = [taus[part] for part in members]
+                own = torch.cat(own) if isinstance(taus, Tensor) else [t for some in own for t in some]
                 output, lse = executor.attend(*some, scale=factor, taus=own, softcap=softcap, segment_len=segment_len)
                 output = output if logits is None else output * sink_share(lse, logits)[..., None]
             sizes = [part.stop - part.start for part in members]

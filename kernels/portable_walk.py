@@ -43,7 +43,7 @@ def attend(
     mask: AttentionMask,
     *,
     scale: float,
-    taus: Sequence[float],
+    taus: Sequence[float] | Tensor,
     softcap: float | None,
     segment_len: int,
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def attend(
         value: [B, Hkv, Nk, Dv].
         mask: The mask, without a window.
         scale: Softmax scale, positive.
-        taus: Of each query head.
+        taus: Of each query head, float32 [Hq] if a tensor.
         softcap: Bound of the logits, None for none.
         segment_len: Queries that share one ranking.
 
@@ -72,7 +72,7 @@ def attend(
     poisoned = poisoned_keys(key, value).flatten()
     tails = tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=tail).flatten(0, 2)
     rest = _rest(query, key, mask)
-    tau = torch.cat([torch.full((1,), float(tau)) for tau in taus])
+    tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
 
     def place_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)

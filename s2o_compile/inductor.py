@@ -6,7 +6,7 @@ torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +15,12 @@ import sympy
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import config
-from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.codegen.wrapper import EnterSubgraphLine, ExitSubgraphLine, PythonWrapperCodegen
 from torch._inductor.graph import GraphLowering, SubgraphLowering
-from torch._inductor.ir import TensorBox
+from torch._inductor.ir import Conditional, Subgraph, TensorBox
 from torch._inductor.runtime import triton_heuristics
+from torch._inductor.virtualized import V
 
 OPTIONS = {
     # Whether memory is used again is decided by the number of a node, which in a branch counts that branch's nodes, and
@@ -39,6 +41,7 @@ def mended() -> Iterator[None]:
         _registers_limited(),
         _numbers_in_single_precision(),
         _kernels_analysed_once(),
+        _branches_written_once(),
     ):
         yield
 
@@ -124,6 +127,63 @@ def _kernels_analysed_once() -> Iterator[None]:
 
     with patch.object(triton_kernel_wrap, analyse, once):
         yield
+
+
+@contextmanager
+def _branches_written_once() -> Iterator[None]:
+    """Branches that several conditionals share become functions of the C++ program, which each of them calls.
+
+    Inductor knows shared branches and lowers them once, but would write them into each conditional, where from the
+    second time on their buffers count as allocated.
+    """
+    write_conditional, write_branch = CppWrapperCpu.codegen_conditional, CppWrapperCpu.codegen_subgraph
+    functions: dict[int, tuple[str, Subgraph]] = {}
+
+    def conditional(self: CppWrapperCpu, branching: Conditional) -> None:
+        others = [node for node in V.graph.operations if isinstance(node, Conditional) and node is not branching]
+        for branch in branching.get_subgraphs():
+            if id(branch) not in functions and any(branch is x for node in others for x in node.get_subgraphs()):
+                _write_function(self, branch, len(branching.outputs or ()), write_branch)
+                functions[id(branch)] = _function_name(branch), branch  # kept alive with its id
+        write_conditional(self, branching)
+
+    def branch(self: CppWrapperCpu, taken: Subgraph, inputs: list[str], outputs: list[str]) -> None:
+        if id(taken) in functions:
+            name, _ = functions[id(taken)]
+            self.writeline(f"{name}({', '.join([*_tensors(taken, inputs), *outputs])});")
+        else:
+            write_branch(self, taken, inputs, outputs)
+
+    with (
+        patch.object(CppWrapperCpu, "codegen_conditional", conditional),
+        patch.object(CppWrapperCpu, "codegen_subgraph", branch),
+    ):
+        yield
+
+
+def _function_name(branch: Subgraph) -> str:
+    return f"run_{branch.name}"
+
+
+def _tensors(branch: Subgraph, inputs: list[str]) -> list[str]:
+    """Those of a branch's inputs that are tensors: sizes have the same name everywhere."""
+    assert branch.graph is not None
+    known = branch.graph.graph_inputs.values()
+    return [name for name, value in zip(inputs, known, strict=True) if isinstance(value, TensorBox)]
+
+
+def _write_function(wrapper: CppWrapperCpu, branch: Subgraph, n_outputs: int, write: Callable[..., None]) -> None:
+    """A branch as a function of its tensors; sizes, kernels and streams are those around it."""
+    assert branch.graph is not None
+    inputs = [f"{branch.name}_in{place}" for place in range(len(branch.graph.graph_inputs))]
+    outputs = [f"{branch.name}_out{place}" for place in range(n_outputs)]
+    parameters = [f"AtenTensorHandle {name}" for name in _tensors(branch, inputs)]
+    parameters += [f"RAIIAtenTensorHandle& {name}" for name in outputs]
+    wrapper.writeline(f"auto {_function_name(branch)} = [&]({', '.join(parameters)}) {{")
+    wrapper.writeline(EnterSubgraphLine(wrapper, branch.graph))
+    write(wrapper, branch, inputs, outputs)
+    wrapper.writeline(ExitSubgraphLine(wrapper))
+    wrapper.writeline("};")
 
 
 def _kind(value: object) -> object:

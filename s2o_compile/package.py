@@ -23,6 +23,8 @@ from s2o_compile.kernels.tuned import crossover
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
 
+_OWN_OPTIONS = {"joint_custom_pre_pass", "use_joint_graph_passes"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
@@ -54,7 +56,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     Args:
         program: What `export` returned, or ``torch.export.load`` of it.
         path: File to write, ending in ``.pt2``.
-        options: Any Inductor option.
+        options: Any Inductor option, but ``joint_custom_pre_pass`` and ``use_joint_graph_passes``.
 
     Raises:
         TypeError: The program is no ``ExportedProgram``.
@@ -71,23 +73,33 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
-    sparse, dense = [], {}
+    sparse, dense, on_cpu = [], {}, True
     for node in program.graph.nodes:
         if node.target in (_SPARSE, _MASKED):
             name, call = node.kwargs.get("site") or node.name, _arguments(node)
             _check(name, call)
+            on_cpu = on_cpu and call["query"].device.type == "cpu"
             reason = _why_dense(node, call)
             if reason:
                 dense[name] = reason
             else:
                 sparse.append(name)
-    from s2o_compile import inductor  # slow to import
+    taken = sorted(_OWN_OPTIONS & set(options or {}))
+    if taken:
+        raise PackageError(
+            f"package: options: expected none of {', '.join(sorted(_OWN_OPTIONS))}, which put the twins in the graph, "
+            f"got {', '.join(taken)}. Leave them out; joint_custom_post_pass is free."
+        )
+    from s2o_compile import inductor, twins  # slow to import
 
     with torch.no_grad(), inductor.mended():
-        twin = program.run_decompositions(_twins())
+        if on_cpu:
+            wanted = inductor.OPTIONS | {"joint_custom_pre_pass": twins.PutTwins(_twins())}
+        else:  # what attentions share has been compiled for a GPU, but not run on one yet
+            wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
         try:
             written = torch._inductor.aoti_compile_and_package(
-                twin, package_path=str(path), inductor_configs=inductor.OPTIONS | dict(options or {})
+                program, package_path=str(path), inductor_configs=wanted | dict(options or {})
             )
         except InductorError as error:
             said = str(error).strip().partition("\n")[0]

@@ -6,13 +6,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from torch import nn
 from torch._inductor.exc import InductorError
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import ValueRanges
 
 import s2o_compile
-from s2o_compile import S2OConfig
+from s2o_compile import S2OConfig, twins
 from s2o_compile.demo import load_model
 from s2o_compile.kernels import portable, ranking_per_query
 from tests.tiny import tiny_input, tiny_model
@@ -81,6 +84,59 @@ def test_the_twin_does_what_the_operator_does(kind, monkeypatch):
         densities.append(recording.calls[-1].density)
     if kind in ("offset", "cross", "padded"):
         assert densities[-1] < 1  # some tile has stopped early, and the twin's at the same chunk
+
+
+class Layers(nn.Module):
+    """Attentions one after the other, all over the same tensors."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, query, key, value):
+        for layer in self.layers:
+            query = query + layer(query, key, value)
+        return query
+
+
+def test_alike_attentions_share_a_trace():
+    module = Layers(
+        Attention(causal=True, head_tau=[0.1, 0.9, 0.5, 2.0], site="a"),
+        Attention(causal=True, layout="BHND"),
+        Attention(site="b", head_tau=[0.0, 0.2, 5.0, 0.5], causal=True),
+        Attention(causal=True, layout="BHND", dense_heads=[1]),
+    )
+    given, dims = inputs(700, 700, padded=False, sinks=False)[:3], {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
+    program = torch.export.export(module, given, dynamic_shapes=(dims,) * 3).run_decompositions({})
+    putting = twins.PutTwins({OPERATOR: portable.attention})
+    putting(program.graph)
+    program.graph.lint()
+    program.graph_module.recompile()
+    assert len(putting._traced) == 3  # whatever their taus, names and order of arguments
+    branches = [node.args[1].target for node in program.graph.nodes if node.target is torch.ops.higher_order.cond]
+    assert branches == [f"twin_{number}_true_graph_0" for number in (0, 1, 0, 2)]
+    for length in (1, 300, 1100):
+        tensors = inputs(length, length, padded=False, sinks=False)[:3]
+        expected = module(*tensors)
+        torch.testing.assert_close(program.module()(*tensors), expected, atol=5e-5, rtol=5e-5)
+
+
+def test_a_trace_for_some_lengths_is_refused():
+    env, size, other = ShapeEnv(), sympy.Symbol("s0", integer=True), sympy.Symbol("s1", integer=True)
+    for symbol, lower in ((size, 1), (other, 300)):
+        env.var_to_range[symbol] = ValueRanges(lower, 4096)
+    for always in (sympy.Ne(sympy.Mod(3, size + 3), 0), size <= 4096, other >= 300, sympy.Ne(size, 5000)):
+        twins._check_open(always, env, "layers.0")
+    for sometimes in (sympy.Eq(size, 700), size > 1, size < 4096, other > 300, sympy.Le(size, other)):
+        with pytest.raises(s2o_compile.PackageError, match=r"layers\.0: expected a twin for every length"):
+            twins._check_open(sometimes, env, "layers.0")
+
+
+@pytest.mark.parametrize("option", ["joint_custom_pre_pass", "use_joint_graph_passes"])
+def test_options_that_the_package_needs_are_refused(option, tmp_path):
+    program = s2o_compile.export(tiny_model(), (tiny_input(),))
+    with pytest.raises(s2o_compile.PackageError, match=f"expected none of .* got {option}"):
+        s2o_compile.package(program, tmp_path / "model.pt2", options={option: None})
 
 
 REFUSED = {
@@ -159,7 +215,7 @@ assert "s2o_compile" not in sys.modules and not hasattr(torch.ops.s2o, "attentio
 
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory):
-    """The example's package of SmolLM2's first layer (every layer costs half a minute), and Python's program of it."""
+    """The example's package of SmolLM2, all 30 layers, and Python's program of it."""
     sys.path.insert(0, str(EXAMPLES / "cpp"))
     import make_package
 
@@ -172,24 +228,28 @@ def packaged(tmp_path_factory):
             model, _ = load_model(8192, "cpu")
         except s2o_compile.S2OError:  # its weights are not here
             model = make_package.random_llama()
-        model.model.layers = model.model.layers[:1]
         written = make_package.main(str(path), 8192, model)
-    assert written.sparse == ("model.model.layers.0.self_attn",)
+    assert written.sparse == tuple(f"model.model.layers.{i}.self_attn" for i in range(len(model.model.layers)))
     return written.path, programs[0].module(), model.config.vocab_size
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
     path, model, vocabulary = packaged
-    lengths = (1, 2, 127, 511, 512, 513, 1999, 8192)
-    tokens = [torch.randint(vocabulary, (1, length)) for length in lengths]
+    lengths = (1, 2, 127, 511, 512, 513, 8192, 1999)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(vocabulary, (1, length), generator=generator) for length in lengths]
     with torch.no_grad():
         expected = [model(ids) for ids in tokens]
     torch.save(tokens, tmp_path / "tokens.pt")
     bare = [sys.executable, "-c", BARE, str(path), str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
     subprocess.run(bare, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
-    for actual, wanted in zip(torch.load(tmp_path / "logits.pt"), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+    actual = torch.load(tmp_path / "logits.pt")
+    for length, ours, wanted in zip(lengths, actual, expected, strict=True):
+        # 2e-7 to 1e-6 measured. Where keys are left out, other sums may end a tile a chunk elsewhere (2e-4 on text).
+        assert (ours - wanted).norm() <= (5e-6 if length <= 513 else 1e-3) * wanted.norm(), length
+        assert ours.argmax() == wanted.argmax()
 
     build = tmp_path / "build"
     configure = [
@@ -205,9 +265,8 @@ def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
     tokens[-1].numpy().tofile(tmp_path / "ids.i64")
     run = [str(build / "run_package"), str(path), "--tokens", str(tmp_path / "ids.i64"), "--out", str(tmp_path / "out")]
     said = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    assert said.startswith("8192 tokens")
-    actual = torch.from_file(str(tmp_path / "out"), size=expected[-1].numel()).view(expected[-1].shape)
-    torch.testing.assert_close(actual, expected[-1], atol=1e-5, rtol=1e-5)
+    assert said.startswith("1999 tokens")
+    assert torch.equal(torch.from_file(str(tmp_path / "out"), size=actual[-1].numel()), actual[-1].flatten())
     wrong = subprocess.run([*run[:2], "--tokens", str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1
     assert "expected a file of int64 token ids" in wrong.stderr
