@@ -141,8 +141,9 @@ def _branches_written_once() -> Iterator[None]:
 
     def conditional(self: CppWrapperCpu, branching: Conditional) -> None:
         others = [node for node in V.graph.operations if isinstance(node, Conditional) and node is not branching]
-        for branch in branching.get_subgraphs():
-            if id(branch) not in functions and any(branch is x for node in others for x in node.get_subgraphs()):
+        elsewhere = [branch for node in others for branch in _branches(node)]
+        for branch in _branches(branching):
+            if id(branch) not in functions and any(branch is other for other in elsewhere):
                 _write_function(self, branch, len(branching.outputs or ()), write_branch)
                 functions[id(branch)] = _function_name(branch), branch  # kept alive with its id
         write_conditional(self, branching)
@@ -159,6 +160,10 @@ def _branches_written_once() -> Iterator[None]:
         patch.object(CppWrapperCpu, "codegen_subgraph", branch),
     ):
         yield
+
+
+def _branches(branching: Conditional) -> list[Subgraph]:
+    return [branch for branch in (branching.true_subgraph, branching.false_subgraph) if branch is not None]
 
 
 def _function_name(branch: Subgraph) -> str:
