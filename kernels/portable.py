@@ -54,7 +54,7 @@ def attention(
     ``min_seq_len`` is a number: which device runs the program is known by now. On a CPU ``head_tau`` may be a tensor.
     """
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    taus = [tau] * query.shape[1] if head_tau is None else head_tau
+    taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
     segment_len = segment_len or default_segment_len(longest(query.shape[2]))
     order = memory_order(query, value.shape[3], layout)
     given = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]

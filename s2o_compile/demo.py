@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -69,7 +71,7 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     """Model and tokenizer. Beyond the native context of 8192 tokens, YaRN stretches the positions."""
     try:
         import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
-        import gguf  # noqa: F401
+        import gguf
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     except ImportError as error:
         raise DemoUnavailableError(
@@ -81,8 +83,13 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     file = weights_file()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar would break into the demo's own display
+    with (
+        # transformers reads the file three times, and makes a table of names for each module: 17 s instead of 6.
+        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        contextlib.redirect_stderr(io.StringIO()),  # the GGUF reader's bar would break into the demo's own display
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="sdpa").eval()
     if tokens > NATIVE_CONTEXT:
         rope = model.config.rope_parameters

@@ -141,11 +141,11 @@ def _branches_written_once() -> Iterator[None]:
 
     def conditional(self: CppWrapperCpu, branching: Conditional) -> None:
         others = [node for node in V.graph.operations if isinstance(node, Conditional) and node is not branching]
-        elsewhere = [branch for node in others for branch in _branches(node)]
-        for branch in _branches(branching):
-            if id(branch) not in functions and any(branch is other for other in elsewhere):
-                _write_function(self, branch, len(branching.outputs or ()), write_branch)
-                functions[id(branch)] = _function_name(branch), branch  # kept alive with its id
+        elsewhere = [taken for node in others for taken in _branches(node)]
+        for taken in _branches(branching):
+            if id(taken) not in functions and any(taken is other for other in elsewhere):
+                _write_function(self, taken, len(branching.outputs or ()), write_branch)
+                functions[id(taken)] = _function_name(taken), taken  # kept alive with its id
         write_conditional(self, branching)
 
     def branch(self: CppWrapperCpu, taken: Subgraph, inputs: list[str], outputs: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,18 +74,17 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
     sparse, dense, on_cpu = [], {}, True
-    for node in program.graph.nodes:
-        if node.target in (_SPARSE, _MASKED):
-            name, call = node.kwargs.get("site") or node.name, _arguments(node)
-            _check(name, call)
-            on_cpu = on_cpu and call["query"].device.type == "cpu"
-            reason = _why_dense(node, call)
-            if reason:
-                dense[name] = reason
-            else:
-                sparse.append(name)
+    for node in _attentions(program):
+        name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
+        _check(name, call)
+        on_cpu = on_cpu and call["query"].device.type == "cpu"
+        reason = _why_dense(node, call)
+        if reason:
+            dense[name] = reason
+        else:
+            sparse.append(name)
     taken = sorted(_OWN_OPTIONS & set(options or {}))
-    if taken:
+    if taken and on_cpu:
         raise PackageError(
             f"package: options: expected none of {', '.join(sorted(_OWN_OPTIONS))}, which put the twins in the graph, "
             f"got {', '.join(taken)}. Leave them out; joint_custom_post_pass is free."
@@ -93,8 +92,9 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     from s2o_compile import inductor, twins  # slow to import
 
     with torch.no_grad(), inductor.mended():
+        put = twins.PutTwins(_twins())
         if on_cpu:
-            wanted = inductor.OPTIONS | {"joint_custom_pre_pass": twins.PutTwins(_twins())}
+            wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
         else:  # what attentions share has been compiled for a GPU, but not run on one yet
             wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
         try:
@@ -108,6 +108,12 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
                 f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU, as that of 2.11 does not; or run "
                 "the program."
             ) from error
+    if on_cpu and not put.ran:
+        Path(written).unlink()
+        raise PackageError(
+            "package: expected Inductor to run joint_custom_pre_pass, which puts the twins in the graph, got a package "
+            "without. Leave its passes on (torch._inductor.config, TORCHINDUCTOR_... variables)."
+        )
     _check_library(Path(written))
     return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
 
@@ -139,6 +145,13 @@ def _named(library: IO[bytes]) -> set[bytes]:
         found |= {name for name in names if name in end + block}
         end = block[-16:]
     return found
+
+
+def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
+    """Those of the graph and of the branches in it."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED))
 
 
 def _twins() -> dict[Any, Any]:

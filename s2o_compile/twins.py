@@ -19,8 +19,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from s2o_compile.errors import PackageError
 from s2o_compile.kernels.options import OperatorOptions
@@ -34,17 +34,22 @@ class PutTwins(CustomGraphPass):
     Args:
         twins: For every operator the function that computes it, of the same arguments. A ``head_tau`` is given to it as
             a tensor, float32 [Hq].
+
+    Attributes:
+        ran: Whether Inductor has run it.
     """
 
     def __init__(self, twins: Mapping[Any, Function]) -> None:
         self._twins = twins
         self._traced: dict[object, tuple[str, fx.GraphModule]] = {}
+        self.ran = False
 
     def __call__(self, graph: fx.Graph) -> None:
         """Replace those of a graph."""
+        self.ran = True
         for node in [node for node in graph.nodes if node.target in self._twins]:
             _give_taus(node)
-            key = _key(node)
+            key = graph, _key(node)  # a branch of the model's own has branches of its own
             if key not in self._traced:
                 self._traced[key] = f"twin_{len(self._traced)}", _trace(self._twins[node.target], node)
             _replace(node, *self._traced[key])
@@ -103,8 +108,9 @@ def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
     values = [given.meta["val"] for given in node.all_input_nodes]
     fake_mode = detect_fake_mode(values)
     assert fake_mode is not None
-    assert fake_mode.shape_env is not None
-    known = len(fake_mode.shape_env.guards)
+    shape_env = fake_mode.shape_env
+    known = len(shape_env.guards) if shape_env else 0
+    ranges = dict(shape_env.var_to_range) if shape_env else {}  # a guard narrows them
     with fake_mode, tracing(TracingContext(fake_mode)):  # the graph around it is being traced in a context of its own
         # Tensors of their own: those given may share memory, which those of a branch may not.
         values = [
@@ -113,25 +119,37 @@ def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
         ]
         call = _Call(function, node)
         traced, _ = aot_export_module(call, values, trace_joint=False, decompositions=select_decomp_table())
-    for guard in fake_mode.shape_env.guards[known:]:
-        _check_open(guard.expr, fake_mode.shape_env, str(node.kwargs.get("site") or node.name))
+    if shape_env:
+        name = str(node.kwargs.get("site") or node.name)
+        for guard in shape_env.guards[known:]:
+            _check_open(guard.expr, dict(shape_env.var_to_range) | ranges, name)
     return traced  # pyright: ignore[reportReturnType] (a graph module, unless it is a joint one)
 
 
-def _check_open(condition: sympy.Basic, shape_env: ShapeEnv, name: str) -> None:
+def _check_open(condition: sympy.Basic, ranges: Mapping[Any, ValueRanges[Any]], name: str) -> None:
     """Raise PackageError for what a trace took for granted, if it does not hold for every size.
 
     Torch notes down what it cannot prove, tautologies too. It is tried, at sizes where it would fail first.
+
+    Args:
+        condition: What was taken for granted.
+        ranges: Of every size before that. One that begins at 2 is tried at 1, too: torch traces no size of 1 that may
+            be larger, but promises them.
+        name: Of the attention.
     """
     sizes: list[Any] = sorted(condition.free_symbols, key=str)
-    near = {2**k + rest for k in range(18) for rest in (-1, 0, 1)} if len(sizes) <= 2 else {8**k for k in range(6)}
+    near = {2**k + rest for k in range(18) for rest in (-1, 0, 1)} if len(sizes) <= 2 else {100, 5000}
     tried = []
     for size in sizes:
-        known = shape_env.var_to_range[size]
-        ends = {int(end) for end in (known.lower, known.upper) if end.is_Integer}
-        tried.append(ends | {value for value in near if known.lower <= value <= known.upper})
+        lower, upper = ranges[size].lower, ranges[size].upper
+        ends = {1 if end == 2 else int(end) for end in (lower, upper) if end.is_Integer}
+        tried.append(ends | {value for value in near if lower <= value <= upper})
     for values in itertools.product(*tried):
-        if condition.subs(dict(zip(sizes, values, strict=True))) != sympy.true:
+        try:
+            holds = condition.subs(dict(zip(sizes, values, strict=True))) == sympy.true
+        except ZeroDivisionError:
+            holds = False
+        if not holds:
             raise PackageError(
                 f"package: {name}: expected a twin for every length, got one that is traced for {condition} alone. "
                 "This is a fault of s2o_compile: please report it with the model's shapes."

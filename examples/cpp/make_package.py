@@ -26,18 +26,23 @@ class LastLogits(torch.nn.Module):
 def random_llama() -> LlamaForCausalLM:
     """A small one."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, **heads))
 
 
-def main(path: str = "model.pt2", max_len: int = 2048, model: torch.nn.Module | None = None) -> s2o_compile.Package:
+def main(
+    path: str = "model.pt2",
+    max_len: int = 2048,
+    model: torch.nn.Module | None = None,
+    config: s2o_compile.S2OConfig | None = None,
+) -> s2o_compile.Package:
     """Package a causal language model of transformers, or a random one, for any length up to ``max_len``."""
     lengths = {1: torch.export.Dim("length", min=1, max=max_len)}
     program = s2o_compile.export(
         LastLogits(model or random_llama()).eval(),
         (torch.randint(64, (1, 1000)),),
-        config=s2o_compile.S2OConfig(min_seq_len=512),
+        config=config or s2o_compile.S2OConfig(min_seq_len=512),
         dynamic_shapes=(lengths,),
     )
     packaged = s2o_compile.package(program, path)
