@@ -95,7 +95,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         put = twins.PutTwins(_twins())
         if on_cpu:
             wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
-        else:  # what attentions share has been compiled for a GPU, but not run on one yet
+        else:  # attentions that share a trace have not been tried on a GPU yet
             wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
         try:
             written = torch._inductor.aoti_compile_and_package(
