@@ -54,6 +54,10 @@ class PutTwins(CustomGraphPass):
                 self._traced[key] = f"twin_{len(self._traced)}", _trace(self._twins[node.target], node)
             _replace(node, *self._traced[key])
 
+    def __deepcopy__(self, _: object) -> PutTwins:
+        """Itself: Inductor copies its options, and whether it ran is asked of this one."""
+        return self
+
     def uuid(self) -> None:
         """None: what was compiled with it is not cached."""
 
