@@ -64,14 +64,15 @@ class PutTwins(CustomGraphPass):
 
 def _give_taus(node: fx.Node) -> None:
     """Make the taus of a call an input: attentions that were calibrated differ in nothing else."""
-    keywords: dict[str, Any] = dict(sorted(node.kwargs.items()))  # in whatever order they were written
+    keywords: dict[str, Any] = dict(node.kwargs)
     query = node.all_input_nodes[0].meta["val"]
     taus = keywords.get("head_tau") or [keywords.get("tau", OperatorOptions.tau)] * query.shape[1]
     with node.graph.inserting_before(node), query.fake_mode:
         made = {"dtype": torch.float32, "device": query.device}
         each = [_call(node.graph, torch.ops.aten.full.default, ([1], float(tau)), **made) for tau in taus]
         together = _call(node.graph, torch.ops.aten.cat.default, (each,))
-    node.kwargs = keywords | {"tau": 0.0, "head_tau": together}
+    keywords |= {"tau": 0.0, "head_tau": together}
+    node.kwargs = dict(sorted(keywords.items()))  # in whatever order they were written
 
 
 def _call(graph: fx.Graph, target: Function, args: tuple[Any, ...], **keywords: Any) -> fx.Node:  # noqa: ANN401

@@ -103,6 +103,7 @@ def test_alike_attentions_share_a_trace():
         Attention(causal=True, head_tau=[0.1, 0.9, 0.5, 2.0], site="a"),
         Attention(causal=True, layout="BHND"),
         Attention(site="b", head_tau=[0.0, 0.2, 5.0, 0.5], causal=True),
+        Attention(causal=True, tau=0.7),
     )
     given, dims = inputs(700, 700, padded=False, sinks=False)[:3], {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
     program = torch.export.export(module, given, dynamic_shapes=(dims,) * 3).run_decompositions({})
@@ -112,7 +113,7 @@ def test_alike_attentions_share_a_trace():
     program.graph_module.recompile()
     # Whatever their taus, names and order of arguments; another layout is another twin.
     branches = [node.args[1].target for node in program.graph.nodes if node.target is torch.ops.higher_order.cond]
-    assert branches == [f"twin_{number}_true_graph_0" for number in (0, 1, 0)]
+    assert branches == [f"twin_{number}_true_graph_0" for number in (0, 1, 0, 0)]
     for length in (1, 300, 1100):
         tensors = inputs(length, length, padded=False, sinks=False)[:3]
         expected = module(*tensors)
