@@ -60,8 +60,9 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 
     Raises:
         TypeError: The program is no ``ExportedProgram``.
-        PackageError: An attention asks for what a package cannot hold, Inductor cannot compile the program, or the C++
-            compiler (the environment variable CXX) makes libraries that crash where torch is loaded.
+        PackageError: An attention asks for what a package cannot hold, ``options`` holds what `package` sets itself,
+            Inductor cannot compile the program or leaves the twins out, or the C++ compiler (the environment variable
+            CXX) makes libraries that crash where torch is loaded.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
