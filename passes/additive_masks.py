@@ -18,7 +18,8 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import is_bits
-from s2o_compile.passes.graph_values import choice, function_name, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import choice, value_of
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
 from s2o_compile.passes.mask_terms import TermEvaluator, Terms, is_bool_of, written_in_part
 from s2o_compile.passes.mutations import Mutations

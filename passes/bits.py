@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import function_name, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.index_tensor import COMPARISONS
 

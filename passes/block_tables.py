@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import Size, choice, function_name, known, same_sizes, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, choice, known, same_sizes, value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.site import Rejected
 

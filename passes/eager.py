@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import probabilities, product, repeat_kv, views
+from s2o_compile.passes.calls import function_name
 from s2o_compile.passes.checks import check_tensors
-from s2o_compile.passes.graph_values import Size, arguments, function_name, known, same_sizes, value_of
+from s2o_compile.passes.graph_values import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.head_layout import Axes, axes, broadcasts, to_heads
 from s2o_compile.passes.mask_proof import MaskPart, MaskProof
 from s2o_compile.passes.mask_prover import MaskProver

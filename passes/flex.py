@@ -18,7 +18,8 @@ from torch import fx
 
 from s2o_compile.passes import block_tables, eager
 from s2o_compile.passes.block_tables import BlockTables
-from s2o_compile.passes.graph_values import Size, function_name, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, value_of
 from s2o_compile.passes.mask_proof import BlockPromise, MaskProof
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.scalar_functions import Inserter, positions, write_out
@@ -52,7 +53,7 @@ class _Opened:
 
 def is_call(node: fx.Node) -> bool:
     """Whether a node calls flex_attention."""
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "flex_attention"
+    return node.op == "call_function" and node.target is torch.ops.higher_order.flex_attention
 
 
 def is_attention(node: fx.Node) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import Size, function_name, is_size, known, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, is_size, known, value_of
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -44,7 +45,10 @@ class IndexEvaluator:
         if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
             return Rejected("%s is not an integer", argument)
         if argument not in self._values:
-            self._values[argument] = self._evaluate(argument, value)
+            found = self._evaluate(argument, value)
+            # Only now: it is what the node computes, and its operands have been looked at before.
+            wraps = isinstance(found, IndexTensor) and not found.fits(value.dtype)
+            self._values[argument] = _may_wrap(argument, value.dtype) if wraps else found
         return self._values[argument]
 
     def _evaluate(self, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
@@ -121,7 +125,8 @@ class IndexEvaluator:
         if not isinstance(fill, bool | int | float):
             return None
         dtype = value_of(argument).dtype
-        rounds = dtype is not torch.bool and isinstance(fill, float) and not dtype.is_floating_point
+        integer = dtype is not torch.bool and not dtype.is_floating_point
+        rounds = integer and (isinstance(fill, float) or not IndexTensor.constant(fill).fits(dtype))
         underflows = 0 < abs(fill) < 1e-4  # may be zero in half precision
         if rounds or underflows:
             return None
@@ -138,7 +143,25 @@ class IndexEvaluator:
             return left
         if isinstance(right, Rejected):
             return right
+        dtype = promoted(*arguments[:2])
+        if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
+            return _may_wrap(node, dtype)
         return left.broadcast(shape), right.broadcast(shape)
+
+
+def promoted(left: object, right: object) -> torch.dtype | None:
+    """The dtype in which torch computes with two arguments, at least one of them a tensor; None for two numbers.
+
+    A tensor without dimensions counts like a number there: int64 beside an int32 tensor, it is cast to int32.
+    """
+    tensors = [value for value in (value_of(left), value_of(right)) if isinstance(value, torch.Tensor)]
+    if len(tensors) == 2:
+        return torch.result_type(*tensors)
+    return tensors[0].dtype if tensors and tensors[0].dtype is not torch.bool else None
+
+
+def _may_wrap(node: fx.Node, dtype: torch.dtype) -> Rejected:
+    return Rejected("%s may leave the range of %s, where numbers wrap around", node, dtype)
 
 
 def is_floor_division(node: fx.Node) -> bool:

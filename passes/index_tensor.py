@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2o_compile.passes.graph_values import Size, known
+import torch
+
+from s2o_compile.passes.graph_values import Size, bounds, known
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,13 @@ class IndexTensor:
     def times(self, factor: int) -> IndexTensor:
         """``factor * self``."""
         return IndexTensor(self.shape, factor * self.const, tuple(factor * step for step in self.steps))
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether every value is a number of a dtype, so that computing it there does not wrap around."""
+        if dtype is torch.bool:
+            return known(self.minimum >= 0) and known(self.maximum <= 1)
+        numbers = torch.iinfo(dtype)
+        return bounds(self.minimum)[0] >= numbers.min and bounds(self.maximum)[1] <= numbers.max
 
     @property
     def is_constant(self) -> bool:

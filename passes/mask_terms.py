@@ -16,8 +16,15 @@ from torch import fx
 
 from s2o_compile.passes import views
 from s2o_compile.passes.bits import complement, is_bits
-from s2o_compile.passes.graph_values import Size, choice, function_name, known, same_sizes, value_of
-from s2o_compile.passes.index_arithmetic import INDEX_DTYPES, IndexEvaluator, is_floor_division, unknown_values
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, choice, known, same_sizes, value_of
+from s2o_compile.passes.index_arithmetic import (
+    INDEX_DTYPES,
+    IndexEvaluator,
+    is_floor_division,
+    promoted,
+    unknown_values,
+)
 from s2o_compile.passes.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
@@ -259,6 +266,9 @@ class TermEvaluator:
             return bound
         if spelling not in ("le", "lt"):
             return Rejected("%s (%s of a distance) is a union of masks", node, spelling)
+        dtype = promoted(left, right)
+        if dtype is not None and not (distance.fits(dtype) and distance.times(-1).fits(dtype) and bound.fits(dtype)):
+            return why
         distance, bound = distance.broadcast(shape), bound.broadcast(shape)
         bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
         return self._bounds(node, bounds)
@@ -273,6 +283,9 @@ class TermEvaluator:
         (left, size), (right, other) = found
         if size != other:
             return Rejected("%s compares chunks of %s keys with chunks of %s", node, size, other)
+        dtype = promoted(*node.args[:2])
+        if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
+            return Rejected("%s compares chunks in %s, where their positions wrap around", node, dtype)
         return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
 
     def _chunk(self, argument: object) -> tuple[IndexTensor, int] | Rejected | None:

@@ -13,9 +13,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s2o_compile.passes.graph_values import function_name, value_of, written_arguments
+from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.site import Rejected
+
+Storage = int | tuple[str, int]
 
 # Writes that have a functional twin: the result has the shape of the first argument and depends on nothing else.
 _READABLE = frozenset({"and", "or", "mul", "add", "masked_fill", "fill", "zero", "triu", "tril", "setitem"})
@@ -32,24 +38,25 @@ class Mutations:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._position = {node: index for index, node in enumerate(graph.nodes)}
-        self._writers: dict[int, list[fx.Node]] = {}
-        self._members: dict[int, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
-        self._written: dict[fx.Node, int] = {}
-        self._chains: dict[int, tuple[fx.Node, ...] | None] = {}
-        self._state: dict[int, int] = {}  # how many writes have happened, where not all of them
+        self._writers: dict[Storage, list[fx.Node]] = {}
+        self._members: dict[Storage, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
+        self._written: dict[fx.Node, frozenset[Storage]] = {}
+        self._chains: dict[Storage, tuple[fx.Node, ...] | None] = {}
+        self._state: dict[Storage, int] = {}  # how many writes have happened, where not all of them
         for node in graph.nodes:
-            storage = _storage(node)
-            if storage is not None:
+            for storage in _storages(node):
                 self._members.setdefault(storage, []).append(node)
-            for written in written_arguments(node):
-                storage = _storage(written)
-                if storage is not None:  # `n += 1` on an integer writes nothing
-                    self._writers.setdefault(storage, []).append(node)
-                    self._written[node] = storage
+            # `n += 1` on an integer writes nothing
+            written = frozenset(storage for target in written_nodes(node) for storage in _storages(target))
+            if written:
+                self._written[node] = written
+            for storage in written:
+                self._writers.setdefault(storage, []).append(node)
 
     def writers(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The nodes that write to the tensor of ``node`` anywhere in the graph, in order."""
-        return tuple(self._writers.get(self._written.get(node, _storage(node)) or 0, ()))
+        """The nodes that write to the tensors of ``node``, or to what it writes, anywhere in the graph, in order."""
+        found = {writer for storage in self._touched(node) for writer in self._writers.get(storage, ())}
+        return tuple(sorted(found, key=self.position))
 
     def writer(self, node: fx.Node) -> fx.Node | None:
         """The first of them, or None."""
@@ -58,7 +65,7 @@ class Mutations:
     def changed(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
         """Whether the tensor of ``node`` is written to between two nodes."""
         start, stop = self._position[after], self._position[before]
-        return any(start < self._position[writer] < stop for writer in self._writers.get(_storage(node) or 0, ()))
+        return any(start < self._position[writer] < stop for writer in self.writers(node))
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
@@ -74,19 +81,20 @@ class Mutations:
 
         Inside `before` that is the state before the write.
         """
-        storage = self._written.get(node, _storage(node))
-        if storage is None or storage not in self._writers:
+        written = [storage for storage in self._touched(node) if storage in self._writers]
+        if not written:
             return node
-        chain = self._chain(storage)
+        chain = self._chain(written[0]) if len(written) == 1 else None
         if chain is None:
-            return Rejected("%s is changed in place by %s", node, self._writers[storage][0])
+            return Rejected("%s is changed in place by %s", node, self._writers[written[0]][0])
         # Anything else in the storage is a view made after the last write, and says what it is.
-        return chain[self._state.get(storage, len(chain) - 1)] if node in chain else node
+        return chain[self._state.get(written[0], len(chain) - 1)] if node in chain else node
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """Inside, the tensor that ``node`` writes holds what it held before; nothing for nodes that write nothing."""
-        storage = self._written.get(node)
+        written = self._written.get(node, frozenset())
+        storage = next(iter(written)) if len(written) == 1 else None
         chain = None if storage is None else self._chain(storage)
         if storage is None or chain is None:
             yield
@@ -101,7 +109,11 @@ class Mutations:
             else:
                 self._state[storage] = outer
 
-    def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
+    def _touched(self, node: fx.Node) -> frozenset[Storage]:
+        """Where the tensors of a node lie, and what it writes to."""
+        return _storages(node) | self._written.get(node, frozenset())
+
+    def _chain(self, storage: Storage) -> tuple[fx.Node, ...] | None:
         """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""
         if storage not in self._chains:
             members = self._members[storage]
@@ -127,11 +139,25 @@ class Mutations:
         return all(user in chain or self._position[user] > last for user in readers)
 
 
-def _storage(node: fx.Node) -> int | None:
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return None
+def _storages(node: fx.Node) -> frozenset[Storage]:
+    """Where the tensors of a node's value lie, also those in a tuple or a list of them."""
+    return frozenset(
+        storage
+        for value in pytree.tree_leaves(value_of(node))
+        if isinstance(value, torch.Tensor)
+        for storage in _parts(value)
+    )
+
+
+def _parts(value: torch.Tensor) -> Iterator[Storage]:
+    """The storages of a tensor, of what a transform wraps, and of the tensors that a wrapper is made of."""
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    if is_traceable_wrapper_subclass(value):
+        for name in value.__tensor_flatten__()[0]:
+            yield from _parts(getattr(value, name))
+        return
     try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and wrapper tensors have none
-        return None
+        yield value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors have none: the tensor stands for it
+        yield "tensor", id(value)

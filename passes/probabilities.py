@@ -14,15 +14,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import (
-    arguments,
-    choice,
-    function_name,
-    known,
-    same_sizes,
-    value_of,
-    written_arguments,
-)
+from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.graph_values import arguments, choice, known, same_sizes, value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.product import Product
 from s2o_compile.passes.score_chain import Fill
@@ -79,7 +72,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         asked = [user for user in users if function_name(user) in _QUESTIONS and set(user.users) <= set(users)]
         nodes += asked
         users = [user for user in users if user not in asked]
-        writes = bool(users) and any(node in written_arguments(users[0]) for node in holders)
+        writes = bool(users) and any(node in written_nodes(users[0]) for node in holders)
         if len(users) != 1 and not writes:
             others = [user for user in users if product.read(user) is None]
             return Rejected(

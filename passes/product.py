@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import arguments, function_name, value_of, written_arguments
+from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.graph_values import arguments, value_of
 from s2o_compile.passes.operand import Operand, Step
 
 _MATRICES = {
@@ -56,7 +57,7 @@ def read(node: object, weights: fx.Node | None = None) -> Product | None:
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
         return None
     name = function_name(node)
-    if name in _NAMES and written_arguments(node):
+    if name in _NAMES and written_nodes(node):
         return None  # it writes to a tensor of the user's
     found = None
     if name in _MATRICES:

@@ -12,7 +12,8 @@ from torch import fx
 
 from s2o_compile.kernels.mask_reading import HIDES
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import arguments, choice, function_name, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import arguments, choice, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 
 _PASSED_ON = frozenset({"pad", "triu", "tril", "masked_fill", "setitem"})

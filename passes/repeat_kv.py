@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import views
-from s2o_compile.passes.graph_values import Size, function_name, known, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, known, value_of
 from s2o_compile.passes.index_tensor import IndexTensor
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand

@@ -16,15 +16,8 @@ from s2o_compile.kernels.flex_trained import attend_trained
 from s2o_compile.kernels.layout import empty_output
 from s2o_compile.passes import sizes, trained
 from s2o_compile.passes.assumptions import check_blocks, check_causal
-from s2o_compile.passes.graph_values import (
-    Size,
-    function_name,
-    is_understood,
-    known,
-    same_sizes,
-    value_of,
-    written_arguments,
-)
+from s2o_compile.passes.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.graph_values import Size, known, same_sizes, value_of
 from s2o_compile.passes.mask_proof import KeyMask, MaskPart
 from s2o_compile.passes.operand import Operand, Step, computed
 from s2o_compile.passes.site import AttentionSite, Rejected
@@ -32,19 +25,6 @@ from s2o_compile.passes.site import AttentionSite, Rejected
 logger = logging.getLogger(__name__)
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
-# Calls with an effect of their own although they write to none of their arguments.
-_EFFECTS = frozenset({"item", "tolist", "nonzero", "print"})
-_EFFECT_PREFIXES = (
-    "rand",
-    "bernoulli",
-    "multinomial",
-    "normal",
-    "poisson",
-    "dropout",
-    "alpha_dropout",
-    "assert",
-    "check",
-)
 _FRESH = frozenset({"zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", "new_empty"})
 
 
@@ -342,7 +322,7 @@ def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
             for user in written:
                 pending += user.all_input_nodes
                 graph.erase_node(user)
-        if node.graph is not graph or node._erased or node.users or not _is_pure(node):
+        if node.graph is not graph or node._erased or node.users or not is_pure(node):
             continue
         pending += node.all_input_nodes
         graph.erase_node(node)
@@ -355,24 +335,13 @@ def _only_written(node: fx.Node) -> list[fx.Node]:
     users, pending = set(), list(node.users)
     while pending:
         user = pending.pop()
-        written = written_arguments(user)
-        if user.op == "output" or not (_is_pure(user) or (written == [node] and not user.users)):
+        written = written_nodes(user)
+        if user.op == "output" or not (is_pure(user) or (written == [node] and not user.users)):
             return []
         if user not in users:
             users.add(user)
             pending += user.users
     return [user for user in reversed(node.graph.nodes) if user in users]
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    if node.op not in ("call_function", "call_method") or written_arguments(node):
-        return False
-    if node.op == "call_function" and not is_understood(node.target):
-        return False
-    name = function_name(node)
-    return name not in _EFFECTS and not name.startswith(_EFFECT_PREFIXES)
 
 
 def _copy_meta(source: fx.Node, target: fx.Node) -> None:

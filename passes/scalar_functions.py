@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import sizes, views
-from s2o_compile.passes.graph_values import Size, function_name, value_of, written_arguments
+from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.graph_values import Size, value_of
 from s2o_compile.passes.index_tensor import COMPARISONS
 from s2o_compile.passes.operand import computed
 from s2o_compile.passes.site import Rejected
@@ -126,7 +127,7 @@ def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert:
 
 def _step(node: fx.Node, placed: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
     name = function_name(node)
-    if not name or written_arguments(node):
+    if not name or written_nodes(node):
         return Rejected("it calls %s, which is not understood", node.target)
     reads = any(argument in lifted for argument in node.all_input_nodes)
     if reads:

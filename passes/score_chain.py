@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from s2o_compile.passes import product, views
-from s2o_compile.passes.graph_values import arguments, choice, function_name, known, same_sizes, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import arguments, choice, known, same_sizes, value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.product import Product

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import Size, function_name, known, value_of
+from s2o_compile.passes.calls import function_name
+from s2o_compile.passes.graph_values import Size, known, value_of
 from s2o_compile.passes.index_tensor import IndexTensor, broadcast_indices
 from s2o_compile.passes.site import Rejected
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import fx
 
-from s2o_compile.passes.graph_values import function_name, value_of, written_arguments
+from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.site import Rejected
 from tests.masks import visible
@@ -175,7 +176,7 @@ def extract(graph, mask):
             needed.add(node)
             pending += node.all_input_nodes
         if not pending:
-            pending = [n for n in graph.nodes if n not in needed and needed.intersection(written_arguments(n))]
+            pending = [n for n in graph.nodes if n not in needed and needed.intersection(written_nodes(n))]
     copy, copies = fx.Graph(), {}
     for node in graph.nodes:
         if node in needed or node.op == "placeholder":

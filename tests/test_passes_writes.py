@@ -1,0 +1,44 @@
+"""Writes of every kind, at every place of an attention: what the compiled function gives is what eager gives."""
+
+import pytest
+import torch
+
+from s2o_compile.passes import pipeline
+from tests.writers import PLACES, WRITERS
+
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
+NAMES = [place.__name__ for place in PLACES]
+
+
+def compared(write):
+    """Runs all places, each on inputs of its own, compiled and in eager; returns the records of the passes."""
+    records = []
+
+    def backend(gm, example_inputs):
+        records.extend(pipeline.run(gm, {"tau": 0.0, "min_seq_len": 0}, read_masks=True))
+        return gm.forward
+
+    def attend(inputs):
+        return [place(write, *own) for place, own in zip(PLACES, inputs, strict=True)]
+
+    torch.manual_seed(0)
+    inputs = torch.randn(len(PLACES), 3, 2, 4, 8, 16)
+    with torch.no_grad():
+        expected, written = attend(copies := [x.clone().unbind(0) for x in inputs]), copies
+        actual, seen = torch.compile(attend, backend=backend)(copies := [x.clone().unbind(0) for x in inputs]), copies
+    for name, *pair in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(seen, written, atol=0, rtol=0)
+    return records
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writes_are_seen(name):
+    assert compared(WRITERS[name])
+
+
+def test_all_of_it_is_rewritten_where_nothing_is_written():
+    """Else the test above could not fail."""
+    records = compared(lambda x: None)
+    assert len(records) == len(PLACES) + 1  # one of them has two sites
+    assert not [record.reason for record in records if record.reason]
