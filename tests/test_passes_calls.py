@@ -50,14 +50,6 @@ for _name in NAMES:
 BORROWED = torch.ops.s2o_test_borrowed
 
 
-def implement(name, function):
-    """Lets an operator of the user's namespace compute something."""
-    library = torch.library.Library("s2o_test_borrowed", "IMPL")
-    for key in ("CompositeExplicitAutograd", "Meta"):
-        library.impl(name, function, key)
-    return library
-
-
 def node_of(target, *args, value=None, **kwargs):
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -104,61 +96,41 @@ def test_a_method_of_something_else_has_no_name():
     assert function_name(node_of("softmax", None, value=object())) == ""
 
 
-def squared(x, y=None, dim=-1):
-    return (x * x).softmax(dim)
-
-
-def softmax(q, k, v):
-    return BORROWED.softmax(q @ k.mT / 4) @ v
-
-
-def matmul(q, k, v):
-    return (BORROWED.matmul(q, k.mT) / 4).softmax(-1) @ v
-
-
-def tril(q, k, v):
-    mask = BORROWED.tril(torch.ones(q.shape[2], k.shape[2])) > 0
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def arange(q, k, v):
-    index = BORROWED.arange(torch.arange(k.shape[2]))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=index <= index[:, None])
-
-
-def repeated(q, k, v):
-    k = BORROWED.repeat_interleave(k[:, :2])
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def transposed(q, k, v):
-    return (q @ BORROWED.transpose(k) / 4).softmax(-1) @ v
-
-
-def dropout(q, k, v):
-    return BORROWED.dropout((q @ k.mT / 4).softmax(-1)) @ v
-
-
-USES = {
-    softmax: squared,
-    matmul: lambda x, y, dim=-1: 2 * torch.matmul(x, y),
-    tril: lambda x, y=None, dim=-1: x.triu().contiguous(),
-    arange: lambda x, y=None, dim=-1: x.flip(0),
-    repeated: lambda x, y=None, dim=-1: torch.cat([x, -x], 1),
-    transposed: lambda x, y=None, dim=-1: x.mT.flip(-1).contiguous(),
-    dropout: lambda x, y=None, dim=-1: x * 0.5,
+# Operators of a user's own that are called as torch's are, and compute something else.
+LIKE_TORCH = {
+    "softmax(Tensor x, int dim) -> Tensor": lambda x, dim: (x * x).softmax(dim),
+    "matmul(Tensor x, Tensor y) -> Tensor": lambda x, y: 2 * torch.matmul(x, y),
+    "tril(Tensor x) -> Tensor": lambda x: x.triu().contiguous(),
+    "repeat_interleave(Tensor x, int n, int dim) -> Tensor": lambda x, n, dim: torch.cat([x, -x], dim),
+    "transpose(Tensor x, int a, int b) -> Tensor": lambda x, a, b: x.mT.flip(-1).contiguous(),
+    "dropout(Tensor x, float p, bool training) -> Tensor": lambda x, p, training: x * 0.5,
+    "masked_fill(Tensor x, Tensor m, float fill) -> Tensor": lambda x, m, fill: x.masked_fill(~m.mT, fill),
 }
-_OPERATORS = {"repeated": "repeat_interleave", "transposed": "transpose"}
+OTHER_LIBRARY = torch.library.Library("s2o_test_like_torch", "DEF")
+for _schema, _function in LIKE_TORCH.items():
+    OTHER_LIBRARY.define(_schema)
+    for _key in ("CompositeExplicitAutograd", "Meta"):
+        OTHER_LIBRARY.impl(_schema.partition("(")[0], _function, _key)
+OWN = torch.ops.s2o_test_like_torch
+sdpa = F.scaled_dot_product_attention
+USES = {
+    "softmax": lambda q, k, v: OWN.softmax(q @ k.mT / 4, -1) @ v,
+    "matmul": lambda q, k, v: (OWN.matmul(q, k.mT) / 4).softmax(-1) @ v,
+    "matmul-of-values": lambda q, k, v: OWN.matmul((q @ k.mT / 4).softmax(-1), v),
+    "tril": lambda q, k, v: sdpa(q, k, v, attn_mask=OWN.tril(torch.ones(8, 8)) > 0),
+    "repeat_interleave": lambda q, k, v: sdpa(q, OWN.repeat_interleave(k[:, :2], 2, 1), v),
+    "transpose": lambda q, k, v: (q @ OWN.transpose(k, -2, -1) / 4).softmax(-1) @ v,
+    "dropout": lambda q, k, v: OWN.dropout((q @ k.mT / 4).softmax(-1), 0.1, False) @ v,
+    "masked_fill": lambda q, k, v: (
+        OWN.masked_fill(q @ k.mT, torch.ones(8, 8).tril() > 0, float("-inf")).softmax(-1) @ v
+    ),
+}
 
 
-@pytest.mark.parametrize("attend", USES, ids=lambda attend: attend.__name__)
+@pytest.mark.parametrize("attend", USES.values(), ids=USES)
 def test_borrowed_names_are_not_believed(attend):
-    name = _OPERATORS.get(attend.__name__, attend.__name__)
-    library = implement(name, USES[attend])
-    try:
-        rewritten(attend, *torch.randn(3, 2, 4, 8, 16).unbind(0))
-    finally:
-        library._destroy()
+    inputs = torch.randn(3, 2, 4, 8, 16)
+    rewritten(attend, *inputs.unbind(0))
 
 
 @pytest.mark.parametrize(

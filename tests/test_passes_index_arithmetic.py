@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.mutations import Mutations
 from s2o_compile.passes.site import Rejected
+from tests.capture import Capture
+from tests.masks import capture, visible
 
 LENGTHS = (7, 12, 33)
 
@@ -180,3 +183,74 @@ def test_integers_that_grow_in_place_are_no_mutation():
 
     value, symbol = evaluate(build)
     torch.testing.assert_close(at_length(value, symbol, 9), build(9))
+
+
+BIG = 2**31
+# Masks whose numbers leave the range of their dtype, at some length or at every one: torch's wrap around.
+WRAPPING = {
+    "cast": lambda q, k: (torch.arange(k) + BIG).int() <= (torch.arange(q)[:, None] + (BIG - 20)).int(),
+    "cast-of-a-query": lambda q, k: torch.arange(k) <= (torch.arange(q)[:, None] + BIG).int(),
+    "cast-to-64-and-back": lambda q, k: torch.arange(k) + BIG <= (torch.arange(q)[:, None] + BIG).int().long() + BIG,
+    "sum": lambda q, k: positions(k) + (BIG - 4) <= positions(q)[:, None] + (BIG - 6),
+    "difference": lambda q, k: positions(k) - (BIG - 4) - 8 <= positions(q)[:, None] - (BIG - 4),
+    "product": lambda q, k: positions(k) * (BIG // 4) <= positions(q)[:, None] * (BIG // 4),
+    "negative": lambda q, k: -(positions(k) + (-BIG)) >= -(positions(q)[:, None] + (-BIG)),
+    "number-tensor": lambda q, k: positions(k) <= positions(q)[:, None] * 0 + torch.tensor(BIG * 4 + 3),
+    "number-tensor-compared": lambda q, k: positions(k).expand(q, k) <= torch.tensor(BIG * 4 + 3),
+    "number-tensor-times": lambda q, k: positions(k) * torch.tensor(BIG * 2 + 1) <= positions(q)[:, None],
+    "running-sum": lambda q, k: (
+        torch.full((k,), BIG // 4, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        <= torch.full((q,), BIG // 4, dtype=torch.int32).cumsum(0, dtype=torch.int32)[:, None]
+    ),
+    "range": lambda q, k: torch.arange(BIG - 3, BIG - 3 + k).int() <= torch.arange(BIG - 3, BIG - 3 + q)[:, None].int(),
+    "distance": lambda q, k: ((positions(k) + (BIG - 4)) - (positions(q)[:, None] - 4)).abs() <= BIG - 4,
+    "distance-of-the-least": lambda q, k: (positions(k) * 0 + (-BIG) + positions(q)[:, None] * 0).abs() <= 3,
+    "distance-and-a-number": lambda q, k: (positions(k) - positions(q)[:, None]).abs() <= torch.tensor(BIG * 2 + 2),
+    "chunks": lambda q, k: (
+        ((positions(k) + (BIG - 4)) // 4 == (positions(q)[:, None] + (BIG - 4)) // 4)
+        & (torch.arange(k) <= torch.arange(q)[:, None])
+    ),
+    "64-bits": lambda q, k: torch.arange(k) + (2**63 - 4) <= torch.arange(q)[:, None] + (2**63 - 6),
+    "64-bits-product": lambda q, k: torch.arange(k) * 2**61 <= torch.arange(q)[:, None] * 2**61,
+    "difference-of-neighbours": lambda q, k: (
+        ((positions(k + 1) * (BIG // 2)).diff() <= 0) & (torch.arange(k) <= torch.arange(q)[:, None])
+    ),
+    "eight-bits": lambda q, k: (
+        (torch.arange(k) + 250).to(torch.uint8) <= (torch.arange(q)[:, None] + 250).to(torch.uint8)
+    ),
+}
+
+
+def positions(n):
+    return torch.arange(n, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("mask_of", WRAPPING.values(), ids=WRAPPING)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_numbers_that_wrap_around_prove_nothing(mask_of, dynamic):
+    def attend(q, k):
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask_of(q.shape[2], k.shape[2]))
+
+    compiled = torch.compile(attend, backend=Capture())
+    for lengths in [(5, 9), (12, 12), (31, 40)] if dynamic else [(5, 9)]:
+        q, k = (torch.randn(1, 2, length, 8) for length in lengths)
+        for tensor in (q, k) if dynamic else ():
+            torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(compiled(q, k), attend(q, k), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda q, k: positions(k) + (2**30 - 1) <= positions(q)[:, None] + (2**30 - 1),
+        lambda q, k: (torch.arange(k) + 7).int() <= (torch.arange(q)[:, None] + 7).int(),
+        lambda q, k: positions(k) <= positions(q)[:, None] + torch.tensor(3),
+        lambda q, k: (torch.arange(k) > torch.arange(q)[:, None] - 2**62) & (positions(k) <= positions(q)[:, None]),
+        lambda q, k: positions(k) <= torch.arange(q)[:, None] + 2**40,
+    ],
+)
+def test_large_numbers_that_do_not_wrap_are_proven(mask_of):
+    proof, symbols = capture(mask_of)
+    assert not isinstance(proof, Rejected), proof
+    torch.testing.assert_close(visible(proof, symbols, (5, 9)), mask_of(5, 9).expand(1, 1, 5, 9))
