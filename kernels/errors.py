@@ -6,10 +6,15 @@ class S2OError(Exception):
 
 
 class InputError(S2OError, ValueError):
-    """A tensor or number handed to the operator cannot be used."""
+    """A tensor or number handed to the operator cannot be used.
+
+    Attributes:
+        reason: The message without the operator's name, for those who do not call it.
+    """
 
     def __init__(self, what: str, *, expected: str, got: object, remedy: str) -> None:
-        super().__init__(f"s2o attention: {what}: expected {expected}, got {got}. {remedy}")
+        self.reason = f"{what}: expected {expected}, got {got}. {remedy}"
+        super().__init__(f"s2o attention: {self.reason}")
 
 
 class ImplementationUnavailableError(S2OError, RuntimeError):

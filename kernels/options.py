@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from s2o_compile.kernels.arguments import as_integer, as_number, as_numbers, is_one_of, shown
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.plan import TILE_LEN
 from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS
@@ -13,9 +13,8 @@ from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS
 IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
 
 
-def is_tau(x: object) -> bool:
-    """Whether this is a finite number >= 0."""
-    return not isinstance(x, bool) and isinstance(x, (int, float)) and 0 <= x < math.inf
+LONGEST_SEGMENT = 2**20
+"""Queries of a segment at most: shorter inputs are padded to one, so that a slip of the pen would fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,33 +42,29 @@ class OperatorOptions:
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tau, tuple) and not is_tau(self.tau):
-            raise InputError(
-                "tau", expected="a finite number >= 0", got=self.tau, remedy="Use tau=0.0 for an exact result."
-            )
-        if isinstance(self.tau, tuple) and not (self.tau and all(map(is_tau, self.tau))):
+        several = isinstance(self.tau, (list, tuple))  # JSON knows no tuples
+        tau = as_numbers(self.tau) if several else as_number(self.tau)
+        if tau is None:
             raise InputError(
                 "tau",
-                expected="finite numbers >= 0, one for each query head",
-                got=self.tau,
-                remedy="Give one number for all heads, or 0.0 for those that must be exact.",
+                expected="finite numbers >= 0, one for each query head" if several else "a finite number >= 0",
+                got=shown(self.tau),
+                remedy="Use tau=0.0 for an exact result, and numbers that float32 can hold.",
             )
-        shortest = self.min_seq_len
-        if shortest != "auto" and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
+        shortest = self.min_seq_len if is_one_of(self.min_seq_len, ("auto",)) else as_integer(self.min_seq_len, least=0)
+        if shortest is None:
             raise InputError(
                 "min_seq_len",
                 expected='an integer >= 0, or "auto"',
-                got=repr(shortest),
+                got=shown(self.min_seq_len),
                 remedy='Give a length in tokens; 0 never runs dense for being short, "auto" chooses by device.',
             )
-        length = self.segment_len
-        if length is not None and (
-            isinstance(length, bool) or not isinstance(length, int) or length <= 0 or length % TILE_LEN
-        ):
+        length = None if self.segment_len is None else as_integer(self.segment_len, least=1, most=LONGEST_SEGMENT)
+        if self.segment_len is not None and (length is None or length % TILE_LEN):
             raise InputError(
                 "segment_len",
-                expected=f"a positive multiple of {TILE_LEN}, or None",
-                got=repr(length),
+                expected=f"a positive multiple of {TILE_LEN} up to {LONGEST_SEGMENT}, or None",
+                got=shown(self.segment_len),
                 remedy="Leave it None to choose by length.",
             )
         for name, allowed in (
@@ -78,13 +73,15 @@ class OperatorOptions:
             ("query_order", QUERY_ORDERS),
             ("implementation", IMPLEMENTATIONS),
         ):
-            if getattr(self, name) not in allowed:
+            if not is_one_of(getattr(self, name), allowed):
                 raise InputError(
                     name,
                     expected=f"one of {', '.join(map(repr, allowed))}",
-                    got=repr(getattr(self, name)),
+                    got=shown(getattr(self, name)),
                     remedy="Choose one of these names.",
                 )
+        for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
+            object.__setattr__(self, name, value)  # as Python's numbers
 
 
 @lru_cache(maxsize=1024, typed=True)

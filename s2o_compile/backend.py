@@ -18,6 +18,7 @@ import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
+from s2o_compile.kernels.arguments import shown
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify
@@ -33,7 +34,14 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     Raises:
         OptionError: An option that S2O does not have, nor Inductor, if that is the inner backend.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(
+            f'options: expected a mapping such as {{"s2o.tau": 0.25}}, got {shown(options)}. Write a dict.'
+        )
     options = dict(options or {})
+    for name in options:
+        if not isinstance(name, str):
+            raise OptionError(f'options: expected names such as "s2o.tau", got {shown(name)}. Write names as text.')
     ours = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
     fields = [field.name for field in dataclasses.fields(S2OConfig)]
     for name in ours:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.options import is_tau
+from s2o_compile.kernels.arguments import as_integer, as_number, shown
 
 T = TypeVar("T", int, float)
 
@@ -29,19 +29,25 @@ class _BySite(Mapping[str, tuple[T, ...]], Generic[T]):
     def __init__(self, given: Mapping[str, Sequence[T]]) -> None:
         remedy = f"Give {self.field}={self.example}, with the names that s2o_compile.explain lists."
         if not isinstance(given, Mapping):
-            raise OptionError(f"{self.field}: expected site names and their {self.wanted}, got {given!r}. {remedy}")
+            raise OptionError(
+                f"{self.field}: expected site names and their {self.wanted}, got {shown(given)}. {remedy}"
+            )
+        kept: dict[str, tuple[T, ...]] = {}
         for site, numbers in given.items():
             if not isinstance(site, str) or not site:
-                raise OptionError(f"{self.field}: expected a site name, got {site!r}. {remedy}")
-            listed = isinstance(numbers, Sequence) and not isinstance(numbers, str)
-            if not listed or not all(map(self.accepts, numbers)):
-                raise OptionError(f"{self.field}[{site!r}]: expected {self.wanted}, got {numbers!r}. {remedy}")
-        self._sites = {site: self.in_order(given[site]) for site in sorted(given) if given[site]}
+                raise OptionError(f"{self.field}: expected a site name, got {shown(site)}. {remedy}")
+            listed = isinstance(numbers, Sequence) and not isinstance(numbers, (str, bytes, bytearray, memoryview))
+            accepted = [self.number(x) for x in numbers] if listed else [None]
+            if None in accepted:
+                place = f"{self.field}[{shown(site)}]"
+                raise OptionError(f"{place}: expected {self.wanted}, got {shown(numbers)}. {remedy}")
+            kept[site] = self.in_order([x for x in accepted if x is not None])
+        self._sites = {site: kept[site] for site in sorted(kept) if kept[site]}
 
     @staticmethod
     @abstractmethod
-    def accepts(number: object) -> bool:
-        """Whether this can be one of a site's numbers."""
+    def number(given: object) -> T | None:
+        """One of a site's numbers as Python's; None for anything else."""
 
     @staticmethod
     def in_order(numbers: Sequence[T]) -> tuple[T, ...]:
@@ -71,9 +77,9 @@ class SiteHeads(_BySite[int]):
     example = '{"model.layers.3.self_attn": (0, 2)}'
 
     @staticmethod
-    def accepts(number: object) -> bool:
+    def number(given: object) -> int | None:
         """A head's number."""
-        return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+        return as_integer(given, least=0)
 
     @staticmethod
     def in_order(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -88,6 +94,6 @@ class SiteTaus(_BySite[float]):
     example = '{"model.layers.3.self_attn": (0.5, 0.2, 1.0)}'
 
     @staticmethod
-    def accepts(number: object) -> bool:
+    def number(given: object) -> float | None:
         """A tau."""
-        return is_tau(number)
+        return as_number(given)

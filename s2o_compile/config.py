@@ -14,9 +14,15 @@ import torch
 from s2o_compile.by_site import SiteHeads, SiteTaus
 from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels.arguments import as_number, is_one_of, shown
+from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels.json_text import parse_json
 from s2o_compile.kernels.options import OperatorOptions
 
 TRAINING = ("dense", "sparse")
+LONGEST_NAME = 200
+"""Characters of an unknown name that are compared with the known ones; the comparison is quadratic."""
+
 _OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
 
 
@@ -38,8 +44,8 @@ class S2OConfig(OperatorOptions):
             another, calibrate again.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
             16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
-        segment_len: Queries that share one ranking of the keys, a multiple of 128. None chooses by length: 512 up to
-            32K queries, 1024 beyond.
+        segment_len: Queries that share one ranking of the keys, a multiple of 128 up to 2**20. None chooses by length:
+            512 up to 32K queries, 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
             paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
         list_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query head:
@@ -74,8 +80,10 @@ class S2OConfig(OperatorOptions):
             RuntimeError says so. On CUDA nothing waits for the check: the error comes with the next synchronisation.
             Costs Nq x Nk flags of memory.
 
+    Numbers of a library, such as NumPy's, become Python's; arrays and tensors are refused.
+
     Raises:
-        ValueError: A value out of range; the message says expected, got, and what to do.
+        OptionError: A value that its field cannot take; the message says expected, got, and what to do.
     """
 
     error: float | None = None
@@ -91,32 +99,33 @@ class S2OConfig(OperatorOptions):
     def __post_init__(self) -> None:
         if self.min_seq_len is None:  # as configurations were written before "auto" had its name
             object.__setattr__(self, "min_seq_len", "auto")
-        if isinstance(self.tau, list):  # JSON knows no tuples
-            object.__setattr__(self, "tau", tuple(self.tau))
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except InputError as error:
+            raise OptionError(error.reason) from error
         object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
         object.__setattr__(self, "site_tau", SiteTaus(self.site_tau))
         if self.error is not None:
-            check_error("error", self.error)
+            object.__setattr__(self, "error", check_error("error", self.error))
             if self.tau != OperatorOptions.tau:
                 raise OptionError(
-                    f"error={self.error!r}: expected no tau beside it, got tau={self.tau!r}. Give one of them: the "
-                    "budget chooses a tau."
+                    f"error={self.error!r}: expected no tau beside it, got tau={shown(self.tau)}. Give one of them: "
+                    "the budget chooses a tau."
                 )
             if self.error == 0.0 and self.site_tau:
                 raise OptionError(
-                    f"error={self.error!r}, which is exact: expected no site_tau beside it, got {self.site_tau!r}. "
-                    "Leave out one of them: site_tau wins at its sites."
+                    f"error={self.error!r}, which is exact: expected no site_tau beside it, got "
+                    f"{shown(dict(self.site_tau))}. Leave out one of them: site_tau wins at its sites."
                 )
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}: expected True or False, got {getattr(self, name)!r}.")
-        if self.training not in TRAINING:
-            raise OptionError(unknown_name("training", self.training, TRAINING))
+            given = getattr(self, name)
+            if not isinstance(given, bool):
+                raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
-        known = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
-        if self.inner_backend not in known:
-            raise OptionError(unknown_name("inner_backend", self.inner_backend, sorted(known)))
+        backends = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
+        for name, known in (("training", TRAINING), ("inner_backend", sorted(backends))):
+            if not is_one_of(getattr(self, name), known):
+                raise OptionError(unknown_name(name, getattr(self, name), known))
 
     @property
     def quality(self) -> str:
@@ -141,22 +150,37 @@ class S2OConfig(OperatorOptions):
         return json.dumps(dataclasses.asdict(self), default=dict)
 
     @classmethod
-    def from_json(cls, text: str) -> S2OConfig:
+    def from_json(cls, text: str | bytes) -> S2OConfig:
         """Configuration from the text of ``to_json``; missing fields take their defaults."""
+        if not isinstance(text, (str, bytes)):
+            raise OptionError(
+                f"S2OConfig.from_json: expected JSON text, got {shown(text)}. For a dict of fields there is "
+                "S2OConfig.from_dict."
+            )
         try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise OptionError(f"S2OConfig.from_json: expected JSON, got {text[:60]!r} ({error}).") from error
+            fields = parse_json(text)
+        except ValueError as error:
+            raise OptionError(
+                f"S2OConfig.from_json: expected JSON, got {shown(text)}: {error}. Write it with S2OConfig.to_json."
+            ) from error
         if not isinstance(fields, dict):
-            raise OptionError(f"S2OConfig.from_json: expected a JSON object, got {type(fields).__name__}.")
+            raise OptionError(
+                f"S2OConfig.from_json: expected a JSON object, got {type(fields).__name__}. Write it with "
+                "S2OConfig.to_json."
+            )
         return cls.from_dict(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> S2OConfig:
         """Configuration from a mapping of field names; unknown names raise OptionError."""
+        if not isinstance(fields, Mapping):
+            raise OptionError(
+                f"S2OConfig.from_dict: expected a mapping of field names, got {shown(fields)}. For the text of a file "
+                "there is S2OConfig.from_json."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
-            if name not in known:
+            if not is_one_of(name, known):
                 raise OptionError(unknown_name("configuration field", name, known))
         return cls(**fields)  # pyright: ignore[reportArgumentType]
 
@@ -177,18 +201,20 @@ def config_or_default(config: S2OConfig | None, who: str) -> S2OConfig:
     return config
 
 
-def check_error(name: str, error: object, *, least: float = 0.0) -> None:
-    """Refuse what is no error budget."""
-    if isinstance(error, bool) or not isinstance(error, (int, float)) or not least <= error <= 1.0:
+def check_error(name: str, error: object, *, least: float = 0.0) -> float:
+    """The error budget as a float; OptionError if it is none."""
+    found = as_number(error, least=least, most=1.0)
+    if found is None:
         raise OptionError(
-            f"{name}: expected a relative error between {least:g} and 1, got {error!r}. 0.02 allows the output of an "
-            "attention to be 2 % off."
+            f"{name}: expected a relative error between {least:g} and 1, got {shown(error)}. 0.02 allows the output of "
+            "an attention to be 2 % off."
         )
+    return found
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}: expected one of {', '.join(known)}.{hint}"
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1) if isinstance(name, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else " Choose one of them."
+    return f"unknown {kind} {shown(name)}: expected one of {', '.join(known)}.{hint}"

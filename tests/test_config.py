@@ -34,7 +34,7 @@ def test_missing_fields_take_defaults():
     [
         ({"tau": float("nan")}, "tau: expected a finite number >= 0, got nan"),
         ({"tau": -1.0}, "tau: expected a finite number >= 0, got -1.0"),
-        ({"tau": "high"}, "tau: expected a finite number >= 0, got high"),
+        ({"tau": "high"}, "tau: expected a finite number >= 0, got 'high'"),
         ({"min_seq_len": -1}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": 1.5}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": "short"}, "min_seq_len: expected an integer >= 0, or \"auto\", got 'short'"),

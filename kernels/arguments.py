@@ -1,0 +1,71 @@
+"""What counts as a number, a name or a count among arguments, and how a message shows what came instead.
+
+One rule holds for every option, configuration field and file. A number of a library, such as NumPy's, is converted to
+Python's. A bool is no number. An array or a tensor is none either, even if it holds a single one: reading it may wait
+for a device.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection
+from numbers import Integral, Real
+
+INT64_MAX = 2**63 - 1
+"""The largest integer that torch takes for an operator's argument."""
+
+FLOAT32_MAX = 3.4028234663852886e38
+"""The largest number that kernels can compare with."""
+
+LONGEST_INT = 256
+"""Bits of an integer that a message still spells out. Python itself refuses to print much longer ones."""
+
+
+class _Shortened(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Digits, or how many bits the integer has."""
+        return repr(x) if x.bit_length() <= LONGEST_INT else f"an integer of {x.bit_length()} bits"
+
+
+_SHORTENED = _Shortened()
+_SHORTENED.maxlevel, _SHORTENED.maxstring, _SHORTENED.maxother = 3, 80, 80
+
+
+def shown(x: object) -> str:
+    """``repr`` on one line, shortened; it never fails, whatever the object."""
+    try:
+        return " ".join(_SHORTENED.repr(x).splitlines())
+    except Exception:  # a repr of somebody else's
+        return f"an object of type {type(x).__name__}"
+
+
+def as_integer(x: object, *, least: int = -INT64_MAX, most: int = INT64_MAX) -> int | None:
+    """The integer as Python's, if it is one from ``least`` to ``most``; else None."""
+    if isinstance(x, bool) or not isinstance(x, (int, Integral)):
+        return None
+    x = int(x)
+    return x if least <= x <= most else None
+
+
+def as_number(x: object, *, least: float = 0.0, most: float = FLOAT32_MAX) -> float | None:
+    """The number as a float without a negative zero, if it lies from ``least`` to ``most``; else None."""
+    if isinstance(x, bool) or not isinstance(x, (float, int, Real)):
+        return None
+    try:
+        number = float(x) + 0.0
+    except OverflowError:
+        return None
+    return number if least <= number <= most else None  # NaN fails every comparison
+
+
+def as_numbers(x: object, *, least: float = 0.0, most: float = FLOAT32_MAX) -> tuple[float, ...] | None:
+    """The numbers of a list or a tuple, if it holds one or more and all of them are accepted; else None."""
+    if not isinstance(x, (list, tuple)) or not x:
+        return None
+    found = [number for number in (as_number(one, least=least, most=most) for one in x) if number is not None]
+    return tuple(found) if len(found) == len(x) else None
+
+
+def is_one_of(x: object, allowed: Collection[str]) -> bool:
+    """Whether this is one of these names. Only a text is compared: ``==`` of other objects may answer anything."""
+    return isinstance(x, str) and x in allowed
