@@ -7,7 +7,6 @@ is tuned when a model runs: a tuner would time made-up indices.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from typing import Any
 
 import torch
 
+from s2o_compile.kernels.arguments import as_integer, shown
 from s2o_compile.kernels.errors import TunedFileWarning
+from s2o_compile.kernels.json_text import parse_json
 from s2o_compile.kernels.plan import TILE_LEN
 
 FILE_VARIABLE = "S2O_TUNED"
@@ -48,11 +49,11 @@ class Launch:
     def __post_init__(self) -> None:
         allowed = {"key_block": (16, 32, 64, 128), "num_warps": (4, 8, 16), "stages": (1, 2, 3, 4)}
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
+            if as_integer(getattr(self, name)) not in values:
+                raise ValueError(f"{name}: expected one of {values}, got {shown(getattr(self, name))}")
         registers = self.maxnreg
-        if registers is not None and (not isinstance(registers, int) or not 24 <= registers <= 255):
-            raise ValueError(f"maxnreg: expected 24 to 255 or null, got {registers!r}")
+        if registers is not None and as_integer(registers, least=24, most=255) is None:
+            raise ValueError(f"maxnreg: expected 24 to 255 or null, got {shown(registers)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,11 @@ class Entry:
 
     def __post_init__(self) -> None:
         shortest = self.crossover
-        if shortest is not None and (isinstance(shortest, bool) or not isinstance(shortest, int) or shortest < 0):
-            raise ValueError(f"crossover: expected an integer >= 0 or null, got {shortest!r}")
+        if shortest is not None and as_integer(shortest, least=0) is None:
+            raise ValueError(f"crossover: expected an integer >= 0 or null, got {shown(shortest)}")
         for dim, _ in self.launches:
-            if dim not in HEAD_DIMS:
-                raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {dim!r}")
+            if as_integer(dim) not in HEAD_DIMS:
+                raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shown(dim)}")
 
 
 # By a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128, 4 to 16 warps, 2 and 3 stages. 8 warps of at
@@ -151,15 +152,19 @@ def user_file() -> Path:
 @cache
 def user_entries() -> dict[str, Entry]:
     """The user's entries by device name, read once; a file that cannot be used is named in a warning, and ignored."""
-    path, given = user_file(), os.environ.get(FILE_VARIABLE)
-    if given == "" or (given is None and not path.exists()):
-        return {}
+    given = os.environ.get(FILE_VARIABLE)
+    path = None
     try:
-        return parse(path.read_text())
-    except (OSError, ValueError) as error:
+        path = user_file()
+        if given == "" or (given is None and not path.exists()):
+            return {}
+        return parse(path.read_bytes())
+    except (OSError, ValueError, RuntimeError) as error:
+        if path is None and given is None:  # nobody's home, so nobody's file
+            return {}
         warnings.warn(
-            f"{path}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with `s2o tune`, delete "
-            f"it, or let {FILE_VARIABLE} name another.",
+            f"{path or given}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
+            f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
             TunedFileWarning,
             stacklevel=2,
         )
@@ -172,16 +177,13 @@ def forget() -> None:
         function.cache_clear()
 
 
-def parse(text: str) -> dict[str, Entry]:
-    """Entries from a file's text.
+def parse(text: str | bytes) -> dict[str, Entry]:
+    """Entries from a file's text, or from its bytes.
 
     Raises:
         ValueError: It is no such file; the message says what was found.
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error})") from error
+    content = parse_json(text)
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("devices"), dict):
         raise ValueError(f'no object with "format": {FORMAT} and "devices"')
     return {name: _entry(name, fields) for name, fields in content["devices"].items()}
@@ -196,6 +198,6 @@ def _entry(name: str, fields: Any) -> Entry:  # noqa: ANN401 (whatever the file 
             launches[given["head_dim"], dtype] = Launch(**chosen)
         return Entry(crossover=fields.get("crossover"), launches=launches)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"an entry of {name!r} that is not understood ({type(error).__name__}: {error})") from error
+        raise ValueError(f"an entry of {shown(name)} that is not understood ({shown(error)})") from error
     except ValueError as error:
-        raise ValueError(f"in the entry of {name!r} {error}") from error
+        raise ValueError(f"in the entry of {shown(name)} {error}") from error

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels import operator, tuned
+from s2o_compile.kernels.json_text import parse_json
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan, default_segment_len
@@ -225,23 +226,31 @@ def crossover(lengths: Sequence[Length]) -> int | None:
     return won
 
 
+def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
+    """What the file holds already, nothing if there is none.
+
+    Raises:
+        OptionError: The file is there and is none of ours, or cannot be read.
+    """
+    try:
+        text = path.read_bytes()
+        tuned.parse(text)
+    except FileNotFoundError:
+        return {"devices": {}}
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path}: expected a file of `s2o tune`, got {error}. Delete it or name another.") from error
+    return parse_json(text)
+
+
 def write(
     path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing], command: str
 ) -> dict[str, object]:
     """Put what was found into the file beside what it holds already; returns the device's entry.
 
     Raises:
-        OptionError: The file is there and is none of ours.
+        OptionError: The file is there and is none of ours, or cannot be written.
     """
-    content: dict[str, dict[str, dict[str, object]]] = {"devices": {}}
-    if path.exists():
-        try:
-            tuned.parse(path.read_text())
-        except ValueError as error:
-            raise OptionError(
-                f"{path}: expected a file of `s2o tune`, got {error}. Delete it or name another."
-            ) from error
-        content = json.loads(path.read_text())
+    content = read(path)
     name = tuned.device_name(shape.device)
     before: list[dict[str, object]] = content["devices"].get(name, {}).get("launches", [])  # pyright: ignore
     found = [
@@ -253,8 +262,11 @@ def write(
     about = {"date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(), "command": command} | _versions()
     entry: dict[str, object] = {"crossover": crossover, "launches": kept + found, "about": about}
     devices = content["devices"] | {name: entry}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{path}: expected a file to write, got {error}. Name another with --output.") from error
     tuned.forget()
     return entry
 
