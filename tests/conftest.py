@@ -435,3 +435,8 @@ def poison_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/test_fuzz.py searches.")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")

@@ -5,6 +5,7 @@ it. Each way here is one that a pass may overlook: by keyword, by module, in a l
 """
 
 import inspect
+import operator
 
 import numpy
 import torch
@@ -16,11 +17,13 @@ INF = float("-inf")
 # Operators of a user's own. What they write is said by their schemas alone.
 LIBRARY = torch.library.Library("s2o_test_writers", "DEF")
 LIBRARY.define("double(Tensor(a!) x) -> ()")
+LIBRARY.define("flip(Tensor(a!) x) -> ()")
 LIBRARY.define("double_behind(float factor, *, Tensor(a!) x) -> ()")
 LIBRARY.define("double_all(Tensor(a!)[] xs) -> ()")
 LIBRARY.define("double_and_sum(Tensor(a!) x) -> Tensor")
 for key in ("CompositeExplicitAutograd", "Meta"):
     LIBRARY.impl("double", lambda x: _nothing(x.mul_(2)), key)
+    LIBRARY.impl("flip", lambda x: _nothing(x.logical_not_()), key)
     LIBRARY.impl("double_behind", lambda factor, *, x: _nothing(x.mul_(factor)), key)
     LIBRARY.impl("double_all", lambda xs: _nothing([x.mul_(2) for x in xs]), key)
     LIBRARY.impl("double_and_sum", lambda x: x.mul_(2).sum(), key)
@@ -35,6 +38,12 @@ def _nothing(written):
 def leaf(x):
     """A Python function that Dynamo puts into the graph as it is."""
     x.mul_(2)
+    return x.shape[0]
+
+
+@torch.compiler.allow_in_graph
+def leaf_not(x):
+    x.logical_not_()
     return x.shape[0]
 
 
@@ -135,6 +144,31 @@ for name in dir(F):
             WRITERS[f"F.{name}"] = lambda x, f=function, a=arguments, o=off: f(x, *a, inplace=True, **o)
 for module in (nn.ReLU, nn.ReLU6, nn.ELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Hardtanh, nn.Mish, nn.CELU):
     WRITERS[f"nn.{module.__name__}"] = module(inplace=True)
+
+
+BOOL_WRITERS = {
+    "not_": lambda x: x.logical_not_(),
+    "item": lambda x: x[..., :1].logical_not_(),
+    "fill_": lambda x: x.fill_(True),
+    "or": lambda x: torch.logical_or(x, x.flip(-1), out=x),
+    "statement": lambda x: operator.ixor(x, x.flip(-1)),
+    "copy": lambda x: torch._foreach_copy_([x], [~x]),
+    "custom": lambda x: OWN.flip(x),
+    "numpy": lambda x: numpy.logical_not(array := x.numpy(), out=array),
+    "leaf": leaf_not,
+}
+"""The same for bool tensors."""
+
+INTEGER_WRITERS = {
+    "add_": lambda x: x.add_(3),
+    "statement": statement,
+    "item": lambda x: x[..., :1].fill_(3),
+    "foreach": lambda x: torch._foreach_add_([x], 2),
+    "out": lambda x: torch.add(x, 1, out=x),
+    "flip": lambda x: x.copy_(x.flip(-1)),
+    "custom": lambda x: OWN.double(x),
+}
+"""And for tensors of positions."""
 
 
 def causal(q, k):
