@@ -146,7 +146,8 @@ def plain_attention(
 ) -> Tensor:
     """The formula itself under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
 
-    A row that sees no key, or to which -inf is added everywhere, gets zeros.
+    A number of the mask is added to the logit in float32, and nothing stands in its place: a key under -inf weighs
+    nothing, keys under ``finfo.min`` share a row that has no other. A row without any logit above -inf gets zeros.
     """
     n_keys = key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -156,9 +157,10 @@ def plain_attention(
     hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
     if mask.dtype is not torch.bool:
         logits = logits + mask
-    # Finite, and the weights masked once more: no NaN on the way, forth or back, where a row sees nothing.
-    logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    logits = logits.masked_fill(hidden, -torch.inf)  # also where the key is NaN
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
-    weights = logits.softmax(-1)[..., :n_keys].masked_fill(hidden, 0.0)
+    # Softmax of -inf alone is NaN, forth and back: such rows go through it as zeros, and come out as zeros.
+    empty = logits.detach().amax(-1, keepdim=True) == -torch.inf
+    weights = logits.masked_fill(empty, 0.0).softmax(-1)[..., :n_keys].masked_fill(empty, 0.0)
     return weights.to(value.dtype) @ value

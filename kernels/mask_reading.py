@@ -25,6 +25,9 @@ HIDES = -1e3
 ABSORBS = torch.finfo(torch.bfloat16).min
 """Numbers from here down leave nothing of a score that they are added to, in float32 and bfloat16."""
 
+VANISHES = 110.0
+"""So far below another logit of its row one has no weight: exp(-110) is zero in float32."""
+
 SAMPLES = 64
 """Rows that suggest what the mask may be."""
 
@@ -127,14 +130,14 @@ def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> 
 def outweighs(number: float, query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> bool:
     """Whether a number added to a score leaves it a weight of zero beside every score without: then it hides.
 
-    By the bound |q . k| <= |q| |k|, and exp(-110) = 0 in float32. Waits for the device where the number is no giant.
+    By the bound |q . k| <= |q| |k|. Waits for the device where the number is no giant.
     """
     if number <= ABSORBS:
         return True
     norms = [x.norm(dim=-1, dtype=torch.float32).amax() for x in (query, key)]
     reach = abs(scale) * (norms[0] * norms[1]).item()
     reach = reach if softcap is None else min(reach, softcap)
-    return number + 2 * reach < -110
+    return number + 2 * reach < -VANISHES
 
 
 def is_visible(mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from s2o_compile.kernels.blind_rows import value_mean
 from s2o_compile.kernels.dense import sdpa
 from s2o_compile.kernels.differentiable import plain_attention
 from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.mask_reading import ReadMask, outweighs, read_mask
+from s2o_compile.kernels.mask_reading import VANISHES, ReadMask, outweighs, read_mask
 from s2o_compile.kernels.operator import choose_path, run
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.statistics import record
@@ -74,7 +74,7 @@ def run_masked(
     found = None
     path = choose_path(query, key, _NO_MASK, scale=scale, min_seq_len=options.min_seq_len)
     if path != "dense" and not _capturing(query):
-        found = _read(query, key, attn_mask, scale=scale, softcap=softcap)
+        found = _read(query, key, attn_mask, sinks, scale=scale, softcap=softcap)
         path = "masked" if found is None else path
     if found is None:
         record(site, path, query, key, None)
@@ -121,9 +121,14 @@ def under_mask(
     return output
 
 
-def _read(query: Tensor, key: Tensor, attn_mask: Tensor, *, scale: float, softcap: float | None) -> ReadMask | None:
+def _read(
+    query: Tensor, key: Tensor, attn_mask: Tensor, sinks: Tensor | None, *, scale: float, softcap: float | None
+) -> ReadMask | None:
     found = read_mask(attn_mask, query.shape[2], key.shape[2], query.dtype)
     if found is None or not outweighs(found.weakest, query, key, scale=scale, softcap=softcap):
+        return None
+    # Rows of hidden keys alone: beside a sink they get zeros, unless it is as low as the number that hides them.
+    if found.blind == "mean" and sinks is not None and not bool(sinks.amin().float() > found.weakest + VANISHES):
         return None
     return found
 
