@@ -7,7 +7,7 @@ would never be dead. The passes write ``torch.narrow``, ``torch.Tensor.expand`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,7 @@ def opened(program: ExportedProgram) -> Iterator[None]:
     about = [(node.args[0], node.args, node.kwargs, node.meta) for node in found]
     for node in found:
         graph.erase_node(node)
+    before = {node: node.target for node in graph.nodes}
     try:
         yield
     finally:
@@ -39,7 +40,7 @@ def opened(program: ExportedProgram) -> Iterator[None]:
             if not tensor._erased:
                 with graph.inserting_after(tensor):
                     graph.call_function(_ASSERTION, args, kwargs).meta = meta
-        _spell(graph)
+        _spell(graph, before)
 
 
 def _write_numbers(program: ExportedProgram) -> None:
@@ -59,12 +60,14 @@ def _write_numbers(program: ExportedProgram) -> None:
                 graph.erase_node(copy)
 
 
-def _spell(graph: fx.Graph) -> None:
-    """Put operators in the place of every Python function that is called on tensors."""
+def _spell(graph: fx.Graph, before: Mapping[fx.Node, object]) -> None:
+    """Put operators in the place of every Python function that the passes call on tensors.
+
+    Functions that were there before are export's own, such as those of vmap.
+    """
     for node in list(graph.nodes):
-        if node.op != "call_function" or isinstance(
-            node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator
-        ):
+        operator = isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+        if node.op != "call_function" or operator or before.get(node) == node.target:
             continue
         if any(isinstance(value_of(source), Tensor) for source in node.all_input_nodes):  # else it computes sizes
             inserted, output = inline(node, node.target)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import s2o_compile
+from s2o_compile import S2OConfig
 from s2o_compile.passes import pipeline
 from tests.writers import PLACES, WRITERS
 
@@ -42,3 +44,30 @@ def test_all_of_it_is_rewritten_where_nothing_is_written():
     records = compared(lambda x: None)
     assert len(records) == len(PLACES) + 1  # one of them has two sites
     assert not [record.reason for record in records if record.reason]
+
+
+class Places(torch.nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
+    def forward(self, inputs):
+        own = inputs * 1  # programs that write to their inputs are refused
+        return [place(self.write, *x) for place, x in zip(PLACES, own.unbind(0), strict=True)]
+
+
+# One of each kind, as export spells it: by method, statement, list, schema, keyword and view.
+EXPORTED = ("relu_", "statement", "split", "detached", "out", "foreach", "custom-list", "custom-behind", "F.silu", "vmap")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_writes_are_seen_in_exported_programs(name):
+    torch.manual_seed(0)
+    model, inputs = Places(WRITERS[name]).eval(), torch.randn(len(PLACES), 3, 2, 4, 8, 16)
+    with torch.no_grad():
+        program = s2o_compile.export(model, (inputs,), config=S2OConfig(tau=0.0, min_seq_len=0))
+        actual, expected = program.module()(inputs), model(inputs)
+    for place, *pair in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(
+            *pair, atol=1e-5, rtol=1e-5, equal_nan=True, msg=lambda text, place=place: f"{place}: {text}"
+        )
