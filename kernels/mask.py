@@ -22,6 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels.torch_compat import statically_known_true
+
+FARTHEST = 2**61
+"""Tokens of a causal offset at most. Positions are int64, and with twice as long a window none of them wraps around."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
@@ -54,9 +60,28 @@ class AttentionMask:
         attention_chunk: int | None,
         key_mask: Tensor | None,
     ) -> AttentionMask:
-        """The mask of a call on [.., Nq, D] and [.., Nk, D]; no offset aligns the last query with the last key."""
+        """The mask of a call on [.., Nq, D] and [.., Nk, D]; no offset aligns the last query with the last key.
+
+        Raises:
+            InputError: The offset lies so far away that positions would wrap around in a window or in chunks.
+        """
         offset = key.shape[-2] - query.shape[-2] if causal_offset is None else causal_offset
         offset = offset if causal else 0
+        if type(offset) is int and not -FARTHEST <= offset <= FARTHEST:
+            if window is attention_chunk is None:  # all keys are seen, or none
+                offset = FARTHEST if offset > 0 else -FARTHEST
+                return cls(causal=causal, offset=offset, key_mask=key_mask)
+            raise InputError(
+                "causal_offset",
+                expected="an integer from -2**61 to 2**61 beside a window or chunks",
+                got=offset,
+                remedy="Positions are int64, and would wrap around.",
+            )
+        # Longer ones hide no more and no less: no key lies that far from a query.
+        if type(window) is int:
+            window = min(window, 2 * FARTHEST)
+        if type(attention_chunk) is int:
+            attention_chunk = min(attention_chunk, 2 * FARTHEST)
         return cls(causal=causal, offset=offset, window=window, attention_chunk=attention_chunk, key_mask=key_mask)
 
     def text(self, n_queries: int, n_keys: int) -> str:
@@ -145,8 +170,6 @@ def same_length(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     """Whether two lengths are equal; if they are symbolic, whether they always are, which adds no guard."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return statically_known_true(left == right)
 
 

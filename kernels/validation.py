@@ -2,17 +2,100 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
 from s2o_compile.kernels.blind_rows import BLIND
 from s2o_compile.kernels.errors import InputError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
+LEAST_SOFTCAP = torch.finfo(torch.float32).tiny
+"""Smallest softcap: float32 can divide by no smaller one."""
+
+
+class CallNumbers(NamedTuple):
+    """Arguments of a call that are neither tensors nor names, as the operator's schema takes them."""
+
+    causal_offset: int | None
+    window: int | None
+    attention_chunk: int | None
+    scale: float | None
+    softcap: float | None
+    dense_heads: Sequence[int]
+
+
+def check_numbers(
+    *,
+    causal: bool,
+    causal_offset: int | None = None,
+    window: int | None = None,
+    attention_chunk: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dense_heads: Sequence[int] = (),
+    return_lse: bool = False,
+) -> CallNumbers:
+    """Numbers of a library as Python's; InputError for what is no number, or none that the operator can take.
+
+    While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
+    refuses other types.
+    """
+    if torch.compiler.is_compiling():
+        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise InputError(name, expected="True or False", got=shown(flag), remedy="Give one of them.")
+    return CallNumbers(
+        _integer("causal_offset", causal_offset),
+        _integer("window", window),
+        _integer("attention_chunk", attention_chunk),
+        _number("scale", scale),
+        _number("softcap", softcap),
+        _heads(dense_heads) if not isinstance(dense_heads, tuple) or dense_heads else (),
+    )
+
+
+def _integer(name: str, given: int | None) -> int | None:
+    found = given if given is None or isinstance(given, torch.SymInt) else as_integer(given)
+    if found is None and given is not None:
+        raise InputError(
+            name,
+            expected="an integer between -2**63 and 2**63, or None",
+            got=shown(given),
+            remedy="Give a number of tokens; read one out of a tensor with .item().",
+        )
+    return found
+
+
+def _number(name: str, given: float | None) -> float | None:
+    symbolic = given is None or isinstance(given, (torch.SymFloat, torch.SymInt))
+    found = given if symbolic else as_number(given, least=-FLOAT32_MAX)
+    if found is None and given is not None:
+        raise InputError(
+            name,
+            expected="a finite number that float32 can hold, or None",
+            got=shown(given),
+            remedy="Leave it None for the default; read one out of a tensor with .item().",
+        )
+    return found
+
+
+def _heads(given: Sequence[int]) -> list[int]:
+    listed = isinstance(given, (Sequence, set, frozenset)) and not isinstance(given, (str, bytes, bytearray))
+    found = [head for head in map(as_integer, given) if head is not None] if listed else []
+    if not listed or len(found) < len(given):
+        raise InputError(
+            "dense_heads",
+            expected="a sequence of key/value heads, integers >= 0",
+            got=shown(given),
+            remedy="Write dense_heads=(0, 2).",
+        )
+    return found
 
 
 def check_inputs(
@@ -65,20 +148,18 @@ def check_inputs(
         )
     if sinks is not None:
         check_sinks(sinks, query)
-    if softcap is not None and (
-        isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf
-    ):
+    if softcap is not None and as_number(softcap, least=LEAST_SOFTCAP) is None:
         raise InputError(
             "softcap",
-            expected="a positive finite number, or None",
-            got=repr(softcap),
+            expected="a positive finite number that float32 can hold, or None",
+            got=shown(softcap),
             remedy="Leave it None for logits without a bound.",
         )
-    if blind not in BLIND:
+    if not is_one_of(blind, BLIND):
         raise InputError(
             "blind",
             expected=f"one of {', '.join(map(repr, BLIND))}",
-            got=repr(blind),
+            got=shown(blind),
             remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
         )
     if any(not 0 <= head < key.shape[1] for head in dense_heads):

@@ -21,7 +21,7 @@ from s2o_compile.kernels.masked import under_mask
 from s2o_compile.kernels.opaque import nobody_looks
 from s2o_compile.kernels.options import OperatorOptions, options_of
 from s2o_compile.kernels.planned import run_planned
-from s2o_compile.kernels.validation import check_attn_mask, check_inputs
+from s2o_compile.kernels.validation import check_attn_mask, check_inputs, check_numbers
 from s2o_compile.planning import S2OPlan, within
 
 
@@ -93,6 +93,16 @@ def attention(
     sparse, on a GPU, and gives the exact gradient of what it computed; a plan is then left aside.
     While ``torch.onnx.export`` looks on, everything is attended densely.
     """
+    causal_offset, window, attention_chunk, scale, softcap, dense_heads = check_numbers(
+        causal=causal,
+        causal_offset=causal_offset,
+        window=window,
+        attention_chunk=attention_chunk,
+        scale=scale,
+        softcap=softcap,
+        dense_heads=dense_heads,
+        return_lse=return_lse,
+    )
     if attn_mask is not None:
         others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window, "plan": plan}
         others |= {"attention_chunk": attention_chunk, "causal": causal or None, "return_lse": return_lse or None}

@@ -18,7 +18,7 @@ from s2o_compile.kernels.plan import TILE_LEN, Plan
 from s2o_compile.kernels.rank import build_plan, estimate_unvisited
 from s2o_compile.kernels.statistics import pairs_by_head
 from s2o_compile.kernels.unvisited import blocks_to_visit
-from s2o_compile.kernels.validation import check_inputs
+from s2o_compile.kernels.validation import check_inputs, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -208,6 +208,8 @@ def plan(
     """
     config = _configured(config, fields)
     value = key if value is None else value
+    numbers = check_numbers(causal=causal, causal_offset=causal_offset, scale=scale, softcap=softcap)
+    causal_offset, scale, softcap = numbers.causal_offset, numbers.scale, numbers.softcap
     check_inputs(query, key, value, key_mask, causal=causal, window=None, softcap=softcap)
     batch, _, n_queries, head_dim = query.shape
     factor = head_dim**-0.5 if scale is None else scale
