@@ -20,6 +20,7 @@ from s2o_compile.kernels.dense_heads import whole_tiles
 from s2o_compile.kernels.errors import InputError
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.scopes import Scopes
 from s2o_compile.kernels.sinks import add_sinks
 from s2o_compile.kernels.statistics import pairs_by_head
 
@@ -124,30 +125,28 @@ class ObservedCall:
 
 Observer = Callable[[ObservedCall], Tensor | None]
 
-_observers: list[Observer] = []
+_observers: Scopes[Observer] = Scopes("s2o_observers")
 
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Inside the ``with`` block hand every call on the path "s2o" to the observer before it runs.
+    """Inside the ``with`` block hand every call of this thread on the path "s2o" to the observer before it runs.
 
     What the observer returns is passed on in the place of S2O's output: an output [B, Hq, Nq, Dv] in the call's dtype,
     or None for the usual. Of several observers the one opened last decides. An observer that passes ``call.exact()`` on
     sees every layer with the inputs it has in the dense model; else layers get what sparse layers before them gave.
+    Calls of other threads are neither shown nor answered; which calls are this thread's is told at ``record_calls``.
     """
-    _observers.append(observer)
-    try:
+    with _observers.holding(observer):
         yield
-    finally:
-        _observers.remove(observer)
 
 
 def observing() -> bool:
-    """Whether anybody looks at calls."""
+    """Whether anybody looks at the calls of this thread."""
     return bool(_observers)
 
 
 def observe(call: ObservedCall) -> Result:
-    """Show a call to every observer; returns what is passed on."""
-    outputs = [output for output in (observer(call) for observer in _observers) if output is not None]
+    """Show a call to every observer of this thread; returns what is passed on."""
+    outputs = [output for output in (observer(call) for observer in _observers.held()) if output is not None]
     return call.replaced_by(outputs[-1]) if outputs else call.result

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.scopes import Scopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +50,32 @@ def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
-_recordings: list[list[Call]] = []
+_recordings: Scopes[list[Call]] = Scopes("s2o_recordings")
 
 
 @contextmanager
 def record_calls() -> Iterator[list[Call]]:
-    """Collect every call of the operator made inside the ``with`` block."""
+    """Collect every call of the operator that this thread or asyncio task makes inside the ``with`` block.
+
+    A thread that is started inside the block has a context of its own, and its calls are not collected, unless it runs
+    in a copy of this one: ``executor.submit(contextvars.copy_context().run, model, x)``, or ``asyncio.to_thread``. The
+    replicas of ``nn.DataParallel`` are such threads. Calls that a backward repeats for a checkpoint count again on a
+    CPU, where autograd makes them in the caller's thread; a GPU has a thread of autograd's own.
+    """
     calls: list[Call] = []
-    _recordings.append(calls)
-    try:
+    with _recordings.holding(calls):
         yield calls
-    finally:
-        _recordings[:] = [other for other in _recordings if other is not calls]
 
 
 def recording() -> bool:
-    """Whether anybody wants to know about calls."""
+    """Whether anybody wants to know about the calls of this thread."""
     return bool(_recordings)
 
 
 def record(
     site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask | None, computed: Tensor | None = None
 ) -> None:
-    """Tell every open recording about a call under a mask, None for any other; costs nothing when there is none."""
+    """Tell this thread's recordings about a call under a mask, None for any other; costs nothing when there is none."""
     if not _recordings:
         return
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -84,5 +88,5 @@ def record(
         area=(mask or AttentionMask()).area(query.shape[0], n_queries, n_keys),
         mask="" if mask is None else mask.text(n_queries, n_keys),
     )
-    for calls in _recordings:
+    for calls in _recordings.held():
         calls.append(call)

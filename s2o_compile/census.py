@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import threading
 import warnings
 from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,10 @@ _KEEPING = frozenset(
         "_log_softmax",
     )
 )  # fmt: skip
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Two censuses at once would restore each other's stance, filters of warnings and random state."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +217,13 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 class _ModulePath:
-    """Where in the model the run is, by hooks of all modules: hooks of one module would switch fused paths off."""
+    """Where in the model the run is, by hooks of all modules: hooks of one module would switch fused paths off.
+
+    They run in every thread; modules of others than the one that made this say nothing about the model.
+    """
 
     def __init__(self, root: object) -> None:
+        self._thread = threading.get_ident()
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._stack: list[str] = []
         if isinstance(root, nn.Module):
@@ -228,12 +237,15 @@ class _ModulePath:
             self._names.setdefault(module, ".".join(part for part in (prefix, name) if part))
 
     def _enter(self, module: nn.Module, _: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
         if module not in self._names:  # a module that a function closed over, or that was made while running
             self._learn(module, self())
         self._stack.append(self._names[module])
 
     def _leave(self, *_: object) -> None:
-        self._stack.pop()
+        if threading.get_ident() == self._thread:
+            self._stack.pop()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -261,8 +273,12 @@ def take(
     model that cannot be copied runs itself and gets its buffers back. Random numbers are drawn from a fork.
     What a plain function keeps outside its arguments is not protected. ``counter`` makes what counts, from a function
     that names the module that runs.
+
+    Censuses run one at a time. Meanwhile other threads run their compiled code uncompiled, warn of nothing, and see
+    their random numbers again.
     """
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(_forked_random_state())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the compiled run gives the model's own
         args, kwargs = _copies((args, dict(kwargs)))

@@ -6,6 +6,7 @@ torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,10 +34,15 @@ _ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 """What finds out what a kernel writes to, in torch 2.13 and 2.11."""
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""Inductor's functions are replaced for the whole process: of two threads the second would restore the first's."""
+
+
 @contextmanager
 def mended() -> Iterator[None]:
-    """Compile inside this block."""
+    """Compile inside this block, one thread at a time."""
     with (
+        _ONE_AT_A_TIME,
         _one_numbering_of_sizes(),
         _registers_limited(),
         _numbers_in_single_precision(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from s2o_compile.kernels.scopes import Scopes
 from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, join_calls
@@ -42,34 +43,34 @@ class Recording:
         )
 
 
-_open: list[Recording] = []
+_open: Scopes[Recording] = Scopes("s2o_open_recordings")
 
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Record compilations and calls, for a report of a real run.
+    """Record compilations and calls of this thread or asyncio task, for a report of a real run.
 
     Code compiled before the block is not compiled again, so its sites are not listed: open the block before the first
-    call of an optimized model.
+    call of an optimized model. What other threads compile and call is theirs, also of those started inside the block:
+    let them run in a copy of its context, ``executor.submit(contextvars.copy_context().run, model, x)``. Only
+    ``graph_breaks`` and ``compile_seconds`` are Dynamo's counts of the whole process.
     """
     recording = Recording()
     before = dict(torch._dynamo.utils.counters["graph_break"])
     compiled_before = _compile_seconds()
-    _open.append(recording)
     try:
-        with record_calls() as calls:
+        with _open.holding(recording), record_calls() as calls:
             recording.calls = calls
             yield recording
     finally:
-        _open[:] = [other for other in _open if other is not recording]
         breaks = torch._dynamo.utils.counters["graph_break"]
         recording.compile_seconds = _compile_seconds() - compiled_before
         recording.graph_breaks = tuple(reason for reason, count in breaks.items() if count > before.get(reason, 0))
 
 
 def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[str]) -> None:
-    """Tell every open recording about a graph that was compiled, and of which sites the configuration speaks."""
-    for recording in _open:
+    """Tell this thread's recordings about a graph that was compiled, and of which sites the configuration speaks."""
+    for recording in _open.held():
         recording.graphs.append(tuple(records))
         recording.pass_seconds += pass_seconds
         recording.marked |= dict.fromkeys(marked)
