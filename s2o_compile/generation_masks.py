@@ -81,7 +81,7 @@ def _is_prefill(call: dict[str, Any], config: object) -> bool:
 
 def _tokens(cache: Any) -> int | None:  # noqa: ANN401 (a cache of transformers)
     """How many tokens a cache holds: 0 if it is not allocated yet, None if its layers do not say, or not the same."""
-    if not cache.is_initialized:
+    if not _is_allocated(cache):
         return 0
     caches = sys.modules["transformers.cache_utils"]
     if type(cache) is not caches.StaticCache:
@@ -92,19 +92,29 @@ def _tokens(cache: Any) -> int | None:  # noqa: ANN401 (a cache of transformers)
     return lengths.pop() if len(lengths) == 1 else None
 
 
+def _is_allocated(cache: Any) -> bool:  # noqa: ANN401 (a cache of transformers)
+    """Whether a cache has memory; that of an encoder-decoder has no layers itself, and masks go by its own tokens."""
+    return getattr(cache, "self_attention_cache", cache).is_initialized
+
+
 def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
-    """The arguments for the forward; sizes that grow from chunk to chunk are dynamic from the start."""
-    arguments = {name: value for name, value in call.items() if value is None or isinstance(value, Tensor)}
-    arguments[_FIRST] = call[_MARK] if call[_FIRST] else None
-    if not call["past_key_values"].is_initialized:
+    """Copies of the arguments for the forward: the masks stay those of the call, whoever writes into its tensors.
+
+    They are contiguous, as generate makes what it hands on, so that marks stay with them. Sizes that grow from chunk to
+    chunk are dynamic from the start.
+    """
+    arguments = {
+        name: None if value is None else value.clone(memory_format=torch.contiguous_format)
+        for name, value in call.items()
+        if value is None or isinstance(value, Tensor)
+    }
+    arguments[_FIRST] = arguments[_MARK] if call[_FIRST] else None
+    if not _is_allocated(call["past_key_values"]):
         return arguments
     arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
     torch._dynamo.maybe_mark_dynamic(arguments[_FILLED], 0)
-    mask = arguments.get("attention_mask")
-    if mask is not None:
-        # The mark is for this call, not for the caller's tensor, and generate makes what it hands on contiguous.
-        arguments["attention_mask"] = mask = mask.clone(memory_format=torch.contiguous_format)
-        torch._dynamo.maybe_mark_dynamic(mask, 1)
+    if arguments.get("attention_mask") is not None:
+        torch._dynamo.maybe_mark_dynamic(arguments["attention_mask"], 1)
     return arguments
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.mask_functions import prove_function
 from s2o_compile.passes.site import Rejected
+from s2o_compile.snapshots import snapshot
 
 _OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point})
 """Methods that say what a tensor is without its data; attributes that are no tensors do, too."""
@@ -22,6 +23,9 @@ _OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_
 
 class LazyMask(Tensor):
     """[B, 1, Nq, Nk], bool (True: may be attended) or added to the scores.
+
+    Its meaning is that of the moment when it was asked for: it is made of copies (`snapshot`). Arguments that cannot be
+    copied make the mask itself, at once.
 
     Layers of a model share it, and what is found out about it. Any operation on it makes the mask and works on that, so
     models that slice, invert or merge masks get what they expect.
@@ -33,7 +37,7 @@ class LazyMask(Tensor):
     """
 
     _make: Callable[..., Tensor | None]
-    _arguments: dict[str, Any]
+    _arguments: dict[str, Any] | Rejected
     _version_made: int
 
     @staticmethod
@@ -43,18 +47,24 @@ class LazyMask(Tensor):
         """A tensor without data."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arguments["device"])
-        self._make, self._arguments = make, arguments
+        self._make, self._arguments = make, snapshot(arguments)
+        if isinstance(self._arguments, Rejected):
+            self.made = self._from(arguments)
         return self
 
     @cached_property
     def made(self) -> Tensor:
         """The mask itself."""
+        assert not isinstance(self._arguments, Rejected)
+        return self._from(self._arguments)
+
+    def _from(self, arguments: dict[str, Any]) -> Tensor:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         with (
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # tensors of inference mode do not count who writes into them
-            mask = self._make(**self._arguments | skips)
+            mask = self._make(**arguments | skips)
         assert mask is not None
         self._version_made = mask._version
         return mask
@@ -67,12 +77,13 @@ class LazyMask(Tensor):
     @cached_property
     def or_none(self) -> Tensor | None:
         """The mask, or None where it hides nothing, or where SDPA's ``is_causal`` says the same (`skips_to_causal`)."""
-        return self._make(**self._arguments)
+        return self.made if isinstance(self._arguments, Rejected) else self._make(**self._arguments)
 
     @property
     def skips_to_causal(self) -> bool:
         """Whether None means causal. Modules say it too, and not all of them what their model asks for."""
-        return self.dtype is torch.bool and self._arguments.get("allow_is_causal_skip", True)
+        given = self._arguments
+        return self.dtype is torch.bool and not isinstance(given, Rejected) and given.get("allow_is_causal_skip", True)
 
     @property
     def blind(self) -> str:
@@ -83,6 +94,8 @@ class LazyMask(Tensor):
     def proven(self) -> AttentionMask | Rejected:
         """The mask as the operator knows it, or why it is none of the operator's. May wait for the device."""
         given = self._arguments
+        if isinstance(given, Rejected):
+            return given
         if given.get("use_vmap"):
             return Rejected("its function may mean something else for tensors than for single positions")
         queries = int(given.get("q_offset", 0)), self.shape[2]
@@ -104,6 +117,8 @@ class LazyMask(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (what the operation returns)
         """The operation on the mask itself, made here: below, under the dispatcher, no vmap can be run."""
+        if func is Tensor.contiguous and len(args) == 1 and not kwargs:
+            return args[0]  # as a contiguous tensor does; generate() asks it of every mask
         if func in _OUTSIDE or getattr(func, "__name__", "") == "__get__":
             with torch._C.DisableTorchFunctionSubclass():
                 found = func(*args, **kwargs or {})

@@ -91,8 +91,9 @@ def s2o_mask(**arguments: Any) -> Tensor | None:  # noqa: ANN401 (whatever this 
     """
     modeling = type(arguments.get("config")).__module__.replace(".configuration_", ".modeling_")
     make, dtype = (sdpa_mask, torch.bool) if _has_sdpa(modeling) else (eager_mask, arguments.get("dtype"))
-    if arguments["q_length"] == 1 or is_tracing(arguments.get("attention_mask")):
+    if arguments["q_length"] == 1 or any(is_tracing(arguments.get(name)) for name in ("attention_mask", "q_offset")):
         return make(**arguments)
+    arguments.pop("config", None)  # neither maker reads it, and it may change
     return LazyMask(make, arguments, dtype or torch.float32)
 
 
@@ -137,14 +138,15 @@ def s2o_attention_forward(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     is_causal = is_causal and _has_sdpa(type(module).__module__)
-    described = _describes(attention_mask, query, key)
-    if described:
+    if isinstance(attention_mask, LazyMask) and attention_mask.holds:
         is_causal = attention_mask.skips_to_causal
+        if not _describes(attention_mask, query, key):
+            attention_mask = attention_mask.or_none  # of other sizes: what "sdpa" gets
     if not is_tracing(query) and not dropout and all(kwargs.get(name) is None for name in _SDPA_ONLY):
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    mask = attention_mask.or_none if described else attention_mask
+    mask = attention_mask.or_none if _describes(attention_mask, query, key) else attention_mask
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
     if mask is None:

@@ -1,0 +1,103 @@
+"""Copies of arguments that stay what they are, whatever happens to the originals before anybody reads them.
+
+A cache advances its length in place, a caller writes into a padding mask, a function sees its closure change. What is
+described now and made later must be made of copies.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.passes.site import Rejected
+
+_CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# Their modules, classes and functions are code, which nobody assigns to; other modules may hold settings.
+_LIBRARIES = frozenset({"torch", "math", "operator", "builtins"})
+
+
+class _Live(Exception):
+    """Holds what can neither be copied nor stays the same."""
+
+
+def snapshot(arguments: dict[str, Any]) -> dict[str, Any] | Rejected:
+    """The same arguments, made of nothing that can change; or what among them cannot be copied.
+
+    Tensors are cloned, without gradients. Functions are made anew over copies of all that they read: closure, defaults,
+    attributes, and the globals that their code names. Lists, tuples and dicts are copied with their items. Numbers,
+    strings, dtypes, devices and torch itself stay. Any other object may change at any time, and ends the attempt.
+
+    Args:
+        arguments: By name.
+    """
+    try:
+        return _copied(arguments, {})
+    except _Live as live:
+        return Rejected("it is made of a %s, which may change later", live)
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:  # noqa: ANN401 (any argument)
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        copies[id(value)] = value.detach().clone()
+        return copies[id(value)]
+    if type(value) is functools.partial:
+        function, given = value.func, value.keywords
+        return functools.partial(_copied(function, copies), *_copied(value.args, copies), **_copied(given, copies))
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, copies) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item, copies) for key, item in value.items()}
+    if isinstance(value, _CONSTANTS + _OPERATORS) or _is_of_a_library(value):
+        return value
+    if type(value) is FunctionType:
+        return _copied_function(value, copies)
+    raise _Live(type(value).__name__)
+
+
+def _copied_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    scope: dict[str, Any] = {"__builtins__": builtins, "__name__": function.__module__}
+    copy = copies[id(function)] = FunctionType(function.__code__, scope, function.__name__, None, cells)
+    for name in _names(function.__code__):  # a function may name itself, so the copy stands before what it reads
+        if name in function.__globals__:
+            scope[name] = _copied(function.__globals__[name], copies)
+    for cell, own in zip(cells, function.__closure__ or (), strict=True):
+        try:
+            held = own.cell_contents
+        except ValueError:  # still empty
+            continue
+        cell.cell_contents = _copied(held, copies)
+    copy.__defaults__ = _copied(function.__defaults__, copies)
+    copy.__kwdefaults__ = _copied(function.__kwdefaults__, copies)
+    copy.__dict__.update(_copied(function.__dict__, copies))
+    return copy
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Every global that code may read; attributes are among the names, too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_of_a_library(value: object) -> bool:
+    """Whether a value is code of torch or of Python itself; a method of an object is none."""
+    if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, type | ModuleType | None):
+        return False  # table.index_select reads its table
+    if isinstance(value, ModuleType):
+        name = value.__name__
+    elif isinstance(value, type | FunctionType | BuiltinFunctionType):
+        name = value.__module__ or ""
+    else:
+        return False
+    return name.partition(".")[0].lstrip("_") in _LIBRARIES
