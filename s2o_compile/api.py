@@ -139,16 +139,21 @@ class Watch:
 
 @contextmanager
 def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
-    """A fresh Dynamo and a `Watch` over what is compiled with its backend inside the block."""
+    """A fresh Dynamo and a `Watch` over what is compiled with its backend inside the block; one thread at a time.
+
+    Dynamo and the filters of warnings are the process's. A second block would forget what the first compiled, and keep
+    warnings off for good. Code that other threads compiled is compiled anew at their next call.
+    """
     watch = Watch(config)
-    torch._dynamo.reset()
-    try:
-        with record() as watch.recording, warnings.catch_warnings():
-            for said in (NothingRewrittenWarning, UnknownSiteWarning):  # by the report
-                warnings.simplefilter("ignore", said)
-            yield watch
-    finally:
+    with census.ONE_AT_A_TIME:
         torch._dynamo.reset()
+        try:
+            with record() as watch.recording, warnings.catch_warnings():
+                for said in (NothingRewrittenWarning, UnknownSiteWarning):  # by the report
+                    warnings.simplefilter("ignore", said)
+                yield watch
+        finally:
+            torch._dynamo.reset()
 
 
 def _census(

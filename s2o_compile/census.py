@@ -73,8 +73,8 @@ _KEEPING = frozenset(
 )  # fmt: skip
 
 
-_ONE_AT_A_TIME = threading.RLock()
-"""Two censuses at once would restore each other's stance, filters of warnings and random state."""
+ONE_AT_A_TIME = threading.RLock()
+"""Of all that looks at a model. Two at once would restore each other's stance, filters of warnings and random state."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def take(
     their random numbers again.
     """
     with ExitStack() as stack:
-        stack.enter_context(_ONE_AT_A_TIME)
+        stack.enter_context(ONE_AT_A_TIME)
         stack.enter_context(_forked_random_state())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the compiled run gives the model's own
         args, kwargs = _copies((args, dict(kwargs)))

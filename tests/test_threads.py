@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
+import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import s2o_compile
 from s2o_compile import S2OConfig, census, inductor
+from s2o_compile.api import watched
 from s2o_compile.kernels.observation import observe_attention, observing
 from s2o_compile.kernels.statistics import record_calls, recording
 from s2o_compile.recording import record
@@ -138,6 +142,22 @@ class TestRecordings:
             checkpoint(lambda x: x * call().sum(), x, use_reentrant=False).sum().backward()
         assert len(calls) == 2
 
+    def test_a_context_that_outlives_the_block_keeps_nothing_alive(self):
+        """Calls hold tensors, and a server's tasks live for long."""
+
+        class Observer:
+            def __call__(self, seen):
+                return None
+
+        observer = Observer()
+        gone = weakref.ref(observer)
+        with observe_attention(observer):
+            outlives = contextvars.copy_context()
+        del observer
+        gc.collect()
+        assert gone() is None
+        assert not outlives.run(observing)
+
     @pytest.mark.usefixtures("fresh_dynamo")
     def test_compiled_models(self):
         """What one thread compiles and calls is in no report of another, and no second look compiles again."""
@@ -252,24 +272,47 @@ def test_modules_of_other_threads_are_no_place_in_a_census():
     assert ran.path == "0"
 
 
-def test_two_censuses_leave_the_process_as_it_was():
-    """The second waits for the first: else it would restore what the first had set."""
-    inside, most, lock = 0, 0, threading.Lock()
+class Crowd:
+    """Counts how many threads are inside at once."""
 
-    def model(x):
-        nonlocal inside, most
-        with lock:
-            inside += 1
-            most = max(most, inside)
+    def __init__(self) -> None:
+        self.inside = self.most = 0
+        self.lock = threading.Lock()
+
+    def visit(self, x: object = None) -> object:
+        """Stay for a while."""
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
         threading.Event().wait(0.1)
-        with lock:
-            inside -= 1
+        with self.lock:
+            self.inside -= 1
         return x
 
+
+def test_two_censuses_leave_the_process_as_it_was():
+    """The second waits for the first: else it would restore what the first had set."""
+    crowd = Crowd()
     before = torch._dynamo.eval_frame._stance
-    side_by_side(*[lambda wait: (wait(), census.take(model, (torch.ones(1),), {}))] * 2)
-    assert most == 1
+    side_by_side(*[lambda wait: (wait(), census.take(crowd.visit, (torch.ones(1),), {}))] * 2)
+    assert crowd.most == 1
     assert torch._dynamo.eval_frame._stance == before
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_one_look_at_a_time_resets_dynamo_and_keeps_warnings_off():
+    """Also a census waits for the end of a look: it has filters of its own."""
+    crowd = Crowd()
+
+    def look(wait):
+        wait()
+        with watched():
+            crowd.visit()
+
+    before = list(warnings.filters)
+    side_by_side(look, look, lambda wait: (wait(), census.take(crowd.visit, (torch.ones(1),), {})))
+    assert crowd.most == 1
+    assert warnings.filters == before
 
 
 def test_two_packages_leave_inductor_as_it_was():
