@@ -24,6 +24,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, Plan
 from s2o_compile.kernels.rank import build_plan, estimate_unvisited
+from s2o_compile.kernels.torch_compat import dynamo_options
 from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
 
 try:
@@ -209,7 +210,7 @@ def attend_layout(
     else:
         keys, values = (take(x, layout.index) for x in (key, value))
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
-    with torch._dynamo.config.patch(recompile_limit=VARIANTS, specialize_float=True):
+    with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
         output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse, with_gradient)
     output, lse = output if wants_lse else (output, None)
     output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-from torch._subclasses.fake_tensor import is_fake
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.opaque import define_operator
 from s2o_compile.kernels.plan import TILE_LEN, n_segments, own_starts_stops, poisoned_keys
+from s2o_compile.kernels.torch_compat import indexing_by_tensors, is_fake
 from s2o_compile.kernels.unvisited import BLOCK_LEN, sample_segments
 
 try:
@@ -96,7 +95,7 @@ def sample(
         at = batches, heads, rows, keys
         logits = query[:, :, rows].unflatten(1, (site.kv_heads, site.group)).flatten(2, 3) @ key
         logits = logits.view(site.batch, site.heads, len(rows), site.n_keys).float() * scale
-        with TransformGetItemToIndex():
+        with indexing_by_tensors():
             logits = over_all(score_mod, 1, len(score_buffers))(logits, *at, *score_buffers)
             visible = over_all(mask_mod, 0, len(mask_buffers))(*at, *mask_buffers)
         whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (site.full, site.partial))

@@ -25,6 +25,7 @@ from s2o_compile.kernels.flex_layout import gather_lists, pool_blocks
 from s2o_compile.kernels.flex_sample import Function, Site, lives_on_gpu, own_blocks, sample
 from s2o_compile.kernels.opaque import define_operator
 from s2o_compile.kernels.plan import TILE_LEN, default_segment_len, n_tiles
+from s2o_compile.kernels.torch_compat import fake_mode_of
 from s2o_compile.kernels.unvisited import BLOCK_LEN, blocks_to_visit
 
 try:
@@ -85,7 +86,7 @@ def sparse_flex_attention(
         stride: Strides of the output; None for the operator's own.
     """
     operator = torch.ops.higher_order.flex_attention
-    if torch._guards.detect_fake_mode([query]) is None:
+    if fake_mode_of([query]) is None:
         return operator(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
             mask_mod_other_buffers,

@@ -23,6 +23,7 @@ from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.opaque import define_operator
 from s2o_compile.kernels.options import OperatorOptions, options_of
 from s2o_compile.kernels.plan import Plan, default_segment_len, n_segments
+from s2o_compile.kernels.torch_compat import fake_mode_of
 
 _DEFAULT = OperatorOptions()
 
@@ -64,7 +65,7 @@ def attend_trained(
         key_mask=key_mask,
     )
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch._guards.detect_fake_mode([query]) is None:
+    if fake_mode_of([query]) is None:
         output = attend_sparsely(
             query,
             key,

@@ -9,29 +9,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
 
+from s2o_compile.kernels import torch_compat
 from s2o_compile.kernels.errors import NoGradientError
 
 _OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
-_PLAIN_CPU, _PLAIN_CUDA = (
-    reduce(or_, (DispatchKeySet(getattr(DispatchKey, key)) for key in keys)).raw_repr()
-    for keys in (
-        ("CPU", "AutogradCPU", "AutocastCPU", *_OF_EVERY_CALL),
-        ("CUDA", "AutogradCUDA", "AutocastCUDA", *_OF_EVERY_CALL),
-    )
+_NEEDED = (
+    *("DispatchKey", "DispatchKeySet", "below_autograd", "after_autograd", "any_requires_grad", "eval_frame_callback"),
+    *("torch_functions", "any_autocast", "profiler_enabled", "included_keys", "keys_of"),
 )
-"""The dispatch keys of a call on plain tensors. Every mode, transform, tracer and subclass, and a conjugation or
-negation that is still to be done, has a key of its own."""
+
+
+def _plain_keys() -> tuple[int, ...]:
+    """The dispatch keys of a call on plain tensors, by device; none where this torch does not say them.
+
+    Every mode, transform, tracer and subclass, and a conjugation or negation that is still to be done, has a key of its
+    own.
+    """
+    if any(getattr(torch_compat, name) is None for name in _NEEDED):
+        return ()
+    key, key_set = torch_compat.DispatchKey, torch_compat.DispatchKeySet
+    devices = [[device, f"Autograd{device}", f"Autocast{device}", *_OF_EVERY_CALL] for device in ("CPU", "CUDA")]
+    if not all(hasattr(key, name) for names in devices for name in names):
+        return ()
+    return tuple(reduce(or_, (key_set(getattr(key, name)) for name in names)).raw_repr() for names in devices)
+
+
+_PLAIN = _plain_keys()
 
 
 def _is_plain(keys: int) -> bool:
-    return keys | _PLAIN_CPU == _PLAIN_CPU or keys | _PLAIN_CUDA == _PLAIN_CUDA
+    return any(keys | plain == plain for plain in _PLAIN)
 
 
 def define_operator(
     library: torch.library.Library, function: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
-) -> torch._ops.OpOverload:
+) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
     It has no gradient: a backward through it raises NoGradientError. A call costs less than half of what it costs with
@@ -41,22 +54,29 @@ def define_operator(
     schema = name + torch.library.infer_schema(function, mutates_args=())
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     overload = getattr(getattr(torch.ops, library.ns), name).default
+    # Not for Dynamo: where it skips a frame that calls the operator, it would look into these.
+    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+    if not _PLAIN:
+        torch.library.register_autograd(f"{library.ns}::{name}", _refuse, lib=library)
+        return overload
 
-    def redispatch(keys: DispatchKeySet, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keys & torch._C._after_autograd_keyset, *given, **keywords)
+    def redispatch(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        with torch_compat.below_autograd():  # pyright: ignore[reportOptionalCall]
+            return overload.redispatch(keys & torch_compat.after_autograd, *given, **keywords)
 
-    def below_autograd(keys: DispatchKeySet, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
+    def below_autograd(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        if torch.is_grad_enabled() and torch_compat.any_requires_grad(*given):
             return _WithoutGradient.apply(redispatch, keywords, keys, *given)
         if _is_plain(keys.raw_repr()):
             return function(*given, **keywords)
         return redispatch(keys, *given, **keywords)
 
-    # Not for Dynamo: where it skips a frame that calls the operator, it would look into these.
-    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
     library.impl(name, torch.compiler.disable(below_autograd), "Autograd", with_keyset=True)
     return overload
+
+
+def _refuse(ctx: object, *gradients: object) -> None:
+    raise NoGradientError
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -70,7 +90,7 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ANN401
         """Raise."""
-        raise NoGradientError
+        _refuse(ctx)
 
 
 def nobody_looks(*tensors: Tensor | None) -> bool:
@@ -79,17 +99,18 @@ def nobody_looks(*tensors: Tensor | None) -> bool:
     Then an operator's function may be called without the operator around it: no result tells.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch.autograd._profiler_enabled()
+        not _PLAIN
+        or torch.compiler.is_compiling()
+        or torch_compat.eval_frame_callback() is not None
+        or torch_compat.torch_functions()
+        or torch_compat.any_autocast()
+        or torch_compat.profiler_enabled()
     ):
         return False
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys = torch_compat.included_keys().raw_repr()
     for x in tensors:
         if x is not None:
             if type(x) is not Tensor:
                 return False
-            keys |= torch._C._dispatch_keys(x).raw_repr()
+            keys |= torch_compat.keys_of(x).raw_repr()
     return _is_plain(keys)

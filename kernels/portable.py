@@ -12,8 +12,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.cond import cond_op
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from s2o_compile.kernels.blind_rows import blind_rows, value_mean
 from s2o_compile.kernels.dense import sdpa
@@ -25,6 +23,7 @@ from s2o_compile.kernels.options import OperatorOptions
 from s2o_compile.kernels.plan import TILE_LEN, default_segment_len
 from s2o_compile.kernels.portable_sizes import Size, longest, symbols
 from s2o_compile.kernels.sinks import sink_share
+from s2o_compile.kernels.torch_compat import cond, statically_known_true
 
 
 def attention(
@@ -122,7 +121,7 @@ def attention(
     if statically_known_true(enough) or statically_known_true(enough == False):  # noqa: E712 (may be symbolic)
         (output,) = (long if statically_known_true(enough) else short)(*operands)
     else:
-        (output,) = cond_op(enough, long, short, operands)
+        (output,) = cond(enough, long, short, operands)
     batch, heads, n_queries, _ = query.shape
     if order == "BNHD":
         output = output.view(batch, n_queries, heads, value.shape[3]).transpose(1, 2)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop_op
 
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.ranking_per_query import FIRST_KEYS, KEY_STEP, SLOTS, key_stride
+from s2o_compile.kernels.torch_compat import while_loop
 
 
 class Segment(NamedTuple):
@@ -74,7 +74,7 @@ def rank_segment(
         return done + KEY_STEP, scores.index_copy(0, place, best.logsumexp(0))
 
     end = place.start if mask.causal else place.start.new_full((), n_keys)
-    _, scores = while_loop_op(more, score, (torch.zeros_like(end), scores), (rows, key, end))
+    _, scores = while_loop(more, score, (torch.zeros_like(end), scores), (rows, key, end))
     place_of = torch.arange(steps * KEY_STEP, device=key.device)
     prefix = (place_of < end) & ((place_of < place.start) | (place_of >= place.stop))
     known = place_of.clamp(max=n_keys - 1)

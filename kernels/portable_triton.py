@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from s2o_compile.kernels import triton_forward, triton_order, triton_ranking, triton_tail
 from s2o_compile.kernels.definition import Result
@@ -21,6 +20,7 @@ from s2o_compile.kernels.plan import Plan, default_chunk_len, n_segments, n_tile
 from s2o_compile.kernels.portable_sizes import longest
 from s2o_compile.kernels.slices import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE
 from s2o_compile.kernels.tail import tail_values
+from s2o_compile.kernels.torch_compat import dispatch_functionalize
 from s2o_compile.kernels.triton_natural import launch_natural
 from s2o_compile.kernels.triton_tile import tracing, value_parts
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.map import map_impl
-from torch._higher_order_ops.while_loop import while_loop_op
 
 from s2o_compile.kernels import tail
 from s2o_compile.kernels.definition import tail_share
@@ -31,6 +29,7 @@ from s2o_compile.kernels.ranking_per_query import (
     scored_positions,
     take_dims,
 )
+from s2o_compile.kernels.torch_compat import map_loop, while_loop
 
 STEP = 256
 """Keys of one product; the stop rule is tested every few of them, as ``plan.default_chunk_len`` says."""
@@ -123,9 +122,9 @@ def attend(
     flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
     # One number more than there are: what may be a single one would be traced for several only.
     count = batch * kv_heads * segments + 1
-    lists, counts = map_impl(rank, (torch.arange(count),), (flat[1], flat[3], poisoned, *rest))
+    lists, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], poisoned, *rest))
     operands = (flat[0], flat[2], flat[4], lists, counts, tails, tau, *rest)
-    output, lse = map_impl(tile, (torch.arange(count * tiles),), operands)
+    output, lse = map_loop(tile, (torch.arange(count * tiles),), operands)
     rows = _tile_rows(query, group, segments * tiles)
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
@@ -167,12 +166,12 @@ def attend_natural(
             return done < given[5]
 
         nothing = rows.new_zeros(rows.shape[0], value.shape[1]), rows.new_full((rows.shape[0],), float("-inf"))
-        _, *state = while_loop_op(more, step, (start, *nothing), (rows, slots, key, value, head, stop, *rest))
+        _, *state = while_loop(more, step, (start, *nothing), (rows, slots, key, value, head, stop, *rest))
         return tuple(state)
 
     flat = [x.reshape(-1, x.shape[3]) for x in (query, key, value)]
     numbers = torch.arange(batch * kv_heads * tiles + 1)
-    output, lse = map_impl(tile, (numbers,), (*flat, *_rest(query, key, mask)))
+    output, lse = map_loop(tile, (numbers,), (*flat, *_rest(query, key, mask)))
     rows = _tile_rows(query, group, tiles)
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
@@ -258,7 +257,7 @@ def walk(
     output, lse = state
     start = torch.zeros_like(count), output, lse, lse.clone(), tau >= 0
     operands = (query, key, value, lists, first, count, chunk_len, tau, mean_value)
-    _, output, lse, _, _ = while_loop_op(more, step, start, operands)
+    _, output, lse, _, _ = while_loop(more, step, start, operands)
     return output, lse
 
 

@@ -11,7 +11,6 @@ import builtins
 import inspect
 import math
 import operator
-import sys
 import types
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -20,10 +19,19 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
+from s2o_compile.kernels.torch_compat import (
+    OpOverload,
+    OpOverloadPacket,
+    data_of,
+    flex_attention_operator,
+    free_unbacked_symbols,
+    nn_functions,
+    tensor_methods,
+    tree_leaves,
+    vmap_functions,
+)
 from s2o_compile.passes.graph_values import value_of
 
 _C_FUNCTION = types.BuiltinFunctionType
@@ -86,8 +94,6 @@ _PLAIN_METHODS = (
     *("__bool__", "__int__", "__float__", "__index__", "__len__", "__contains__"),
     *("split", "unflatten", "norm", "unique", "unique_consecutive", "stft", "istft"),
 )
-# Of vmap: they mark a dimension, and read nothing. The path depends on torch's version.
-_VMAP = ("_add_batch_dim", "_remove_batch_dim")
 _SWITCHES = ("inplace", "max_norm", "out")
 """Parameters of torch's Python functions that make them write: embedding renormalises its table under ``max_norm``."""
 _EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
@@ -130,12 +136,12 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method", "call_module"):
         return []
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):  # in any namespace: the schema is its author's word
+    if isinstance(target, OpOverload):  # in any namespace: the schema is its author's word
         return _by_schema(node, target._schema)
-    if target is torch.ops.higher_order.flex_attention:
+    if target is flex_attention_operator:
         return []  # Dynamo refuses functions that write to what they capture
     known = _known(node)
-    if known is None and isinstance(target, torch._ops.OpOverloadPacket):
+    if known is None and isinstance(target, OpOverloadPacket):
         known = _Known("", _schemas(target))
     if known is None:
         return node.all_input_nodes
@@ -159,7 +165,7 @@ def is_pure(node: fx.Node) -> bool:
     tags = {tag for schema in known.schemas for tag in _tags(schema.name, schema.overload_name)}
     if torch.Tag.nondeterministic_seeded in tags or (known.signature is not None and _draws(known.name)):
         return False
-    return not any(free_unbacked_symbols(leaf) for leaf in pytree.tree_leaves(value_of(node)) if _is_sized(leaf))
+    return not any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value_of(node)) if _is_sized(leaf))
 
 
 def _known(node: fx.Node) -> _Known | None:
@@ -169,10 +175,10 @@ def _known(node: fx.Node) -> _Known | None:
     if node.op != "call_function":
         return None
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         packet = target.overloadpacket
         return _Known(packet.__name__, (target._schema,)) if target.namespace == "aten" else None
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         name = target.__name__
         return _Known(name, _schemas(target)) if getattr(torch.ops.aten, name, None) is target else None
     return _function(target)
@@ -194,7 +200,7 @@ def _functions() -> dict[object, _Known]:
     found |= {f: _Known(f.__name__) for f in vars(math).values() if isinstance(f, _C_FUNCTION)}
     for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float", "sym_ite", "sym_sqrt", "sym_sum"):
         found |= {getattr(torch, name): _Known(name)} if hasattr(torch, name) else {}
-    for module in (torch, F, _attribute(torch, "_C._nn"), torch.special, torch.linalg, torch.fft):
+    for module in (torch, F, nn_functions, torch.special, torch.linalg, torch.fft):
         for name in dir(module):
             function = getattr(module, name, None)
             if isinstance(function, _C_FUNCTION) and (schemas := _operator(function.__name__)):
@@ -209,12 +215,8 @@ def _functions() -> dict[object, _Known]:
         known = _method(name)
         if known is not None:
             found[getattr(torch.Tensor, name)] = known
-    for name in _VMAP:
-        for path in ("_C._functorch", "_functorch.predispatch"):
-            function = _attribute(torch, f"{path}.{name}")
-            found |= {} if function is None else {function: _Known(name)}
-    data = _attribute(torch, "_C._autograd._get_data_attr")  # x.data
-    return found | ({} if data is None else {data: _Known("data")})
+    found |= {function: _Known(function.__name__) for function in vmap_functions}
+    return found | ({} if data_of is None else {data_of: _Known("data")})
 
 
 def _method(name: str) -> _Known | None:
@@ -226,7 +228,7 @@ def _method(name: str) -> _Known | None:
 @cache
 def _method_by_object(name: str, function: object) -> _Known | None:
     c_implemented = isinstance(function, types.MethodDescriptorType | types.WrapperDescriptorType)
-    if not c_implemented and getattr(function, "__globals__", None) is not vars(sys.modules["torch._tensor"]):
+    if not c_implemented and getattr(function, "__globals__", None) is not vars(tensor_methods):
         return None  # put there by somebody else
     plain = name.strip("_")
     if name in _PLAIN_METHODS:
@@ -304,9 +306,3 @@ def _nodes(values: Any) -> list[fx.Node]:  # noqa: ANN401 (any nest of arguments
     found: list[fx.Node] = []
     fx.map_arg(values, found.append)
     return found
-
-
-def _attribute(holder: object, path: str) -> object:
-    for name in path.split("."):
-        holder = getattr(holder, name, None)
-    return holder

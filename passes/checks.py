@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from s2o_compile.kernels.torch_compat import is_batched, is_wrapper
 from s2o_compile.kernels.validation import DTYPES, MAX_HEAD_DIM
 from s2o_compile.passes.graph_values import known, value_of
 from s2o_compile.passes.site import Rejected
@@ -35,9 +34,9 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
     tensors = (query, key, value)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return Rejected("the shapes of query, key and value are not recorded in the graph")
-    if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+    if any(is_wrapper(tensor) for tensor in tensors):
         return Rejected("query, key or value is a %s, expected plain tensors", type(query).__name__)
-    if any(is_batchedtensor(tensor) for tensor in tensors):
+    if any(is_batched(tensor) for tensor in tensors):
         return Rejected("it is under torch.vmap, which the sparse operator does not know")
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
+from s2o_compile.kernels.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer, tree_leaves
 from s2o_compile.passes import flex
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.inlining import inline
@@ -112,7 +111,7 @@ def _encoder_layer(
 
 OPENED: dict[object, Callable[..., Any]] = {
     F.multi_head_attention_forward: _multi_head,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    **({} if encoder_layer is None else {encoder_layer: _encoder_layer}),
 }
 
 
@@ -161,7 +160,7 @@ def expand(node: fx.Node) -> Expansion | Rejected:
     Args:
         node: A node for which `is_opaque` holds.
     """
-    output = pytree.tree_leaves(value_of(node))
+    output = tree_leaves(value_of(node))
     if any(isinstance(x, Tensor) and x.requires_grad for x in output):
         return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
     if isinstance(value_of(node), tuple):
@@ -178,7 +177,7 @@ def expand(node: fx.Node) -> Expansion | Rejected:
         return Rejected("the shapes of its operands are not recorded in the graph")
     try:
         return Expansion(node, *inline(node, OPENED[node.target]))
-    except UnsupportedError as error:
+    except (UnsupportedError, MissingTorchNameError) as error:
         return Rejected(str(error))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from s2o_compile.kernels.torch_compat import HigherOrderOperator, OpOverload, is_erased
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.inlining import inline
 
@@ -37,7 +38,7 @@ def opened(program: ExportedProgram) -> Iterator[None]:
         yield
     finally:
         for tensor, args, kwargs, meta in about:
-            if not tensor._erased:
+            if not is_erased(tensor):
                 with graph.inserting_after(tensor):
                     graph.call_function(_ASSERTION, args, kwargs).meta = meta
         _spell(graph, before)
@@ -66,7 +67,7 @@ def _spell(graph: fx.Graph, before: Mapping[fx.Node, object]) -> None:
     Functions that were there before are export's own, such as those of vmap.
     """
     for node in list(graph.nodes):
-        operator = isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+        operator = isinstance(node.target, (OpOverload, HigherOrderOperator))
         if node.op != "call_function" or operator or before.get(node) == node.target:
             continue
         if any(isinstance(value_of(source), Tensor) for source in node.all_input_nodes):  # else it computes sizes

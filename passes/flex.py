@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2o_compile.kernels.torch_compat import flex_attention_operator
 from s2o_compile.passes import block_tables, eager
 from s2o_compile.passes.block_tables import BlockTables
 from s2o_compile.passes.calls import function_name
@@ -53,7 +54,7 @@ class _Opened:
 
 def is_call(node: fx.Node) -> bool:
     """Whether a node calls flex_attention."""
-    return node.op == "call_function" and node.target is torch.ops.higher_order.flex_attention
+    return node.op == "call_function" and node.target is flex_attention_operator
 
 
 def is_attention(node: fx.Node) -> bool:

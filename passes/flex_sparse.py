@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from s2o_compile.kernels.flex_forward import LEAST_HEAD_DIM
 from s2o_compile.kernels.flex_site import block_len_fits, sparse_flex_attention
 from s2o_compile.kernels.operator import is_short
 from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.torch_compat import FakeTensor, tree_leaves
 from s2o_compile.kernels.unvisited import BLOCK_LEN
 from s2o_compile.kernels.validation import DTYPES
 from s2o_compile.passes import block_tables, flex
@@ -97,7 +97,7 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any], trai
         return Rejected("its scale %s is no constant", call["scale"])
     if query.dtype not in DTYPES:
         return Rejected("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
-    wanted = [x for x in torch.utils._pytree.tree_leaves(value_of(node)) if isinstance(x, torch.Tensor)]
+    wanted = [x for x in tree_leaves(value_of(node)) if isinstance(x, torch.Tensor)]
     if any(x.requires_grad for x in wanted):
         if training != "sparse":
             return Rejected('gradients are wanted: S2OConfig(training="sparse") makes them sparse, too')

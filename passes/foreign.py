@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import fx
 
+from s2o_compile.kernels.torch_compat import OpOverload, OpOverloadPacket
 from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.site import Rejected
 
@@ -26,7 +26,7 @@ def is_attention(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
         return bool(_NAME.search(str(target).lower()))
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     return bool(_NAME.search(f"{module}.{name}".lower())) and bool(re.search("attn|attention", name.lower()))

@@ -12,8 +12,8 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from s2o_compile.kernels.torch_compat import ValueRanges, bound_sympy, free_unbacked_symbols, statically_known_true
 
 Size = int | torch.SymInt
 
@@ -52,6 +52,8 @@ def bounds(size: Size) -> tuple[float, float]:
     """
     if not isinstance(size, torch.SymInt):
         return size, size
+    if ValueRanges is None or bound_sympy is None:
+        return -math.inf, math.inf
     expr, extents = size.node.expr, size.node.shape_env.bound_sympy
     ranges = {}
     for symbol in expr.free_symbols:

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
+from s2o_compile.kernels.torch_compat import FakeTensor, make_fx, tree_flatten, tree_unflatten
 from s2o_compile.passes.graph_values import value_of
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
@@ -26,14 +24,14 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> tuple[list[fx.Node], 
     Returns:
         The inserted nodes, and what the function returned, nodes in the place of tensors.
     """
-    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    leaves, spec = tree_flatten((node.args, node.kwargs))
     inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
     values = [value_of(leaf) for leaf in inputs]
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
     def call(*given: object) -> object:
         found = dict(zip(inputs, given, strict=True))
-        args, kwargs = pytree.tree_unflatten([found.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
+        args, kwargs = tree_unflatten([found.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
         return function(*args, **kwargs)
 
     with fake_mode, torch.no_grad():

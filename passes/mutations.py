@@ -13,15 +13,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import fx
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from s2o_compile.kernels.torch_compat import storages, tree_leaves
 from s2o_compile.passes.calls import function_name, written_nodes
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.site import Rejected
 
-Storage = int | tuple[str, int]
+_ANYWHERE = -1
+"""The storage of tensors that do not say where they lie: who writes there may write to any tensor."""
 
 # Writes that have a functional twin: the result has the shape of the first argument and depends on nothing else.
 _READABLE = frozenset({"and", "or", "mul", "add", "masked_fill", "fill", "zero", "triu", "tril", "setitem"})
@@ -38,11 +37,11 @@ class Mutations:
 
     def __init__(self, graph: fx.Graph) -> None:
         self._position = {node: index for index, node in enumerate(graph.nodes)}
-        self._writers: dict[Storage, list[fx.Node]] = {}
-        self._members: dict[Storage, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
-        self._written: dict[fx.Node, frozenset[Storage]] = {}
-        self._chains: dict[Storage, tuple[fx.Node, ...] | None] = {}
-        self._state: dict[Storage, int] = {}  # how many writes have happened, where not all of them
+        self._writers: dict[int, list[fx.Node]] = {}
+        self._members: dict[int, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
+        self._written: dict[fx.Node, frozenset[int]] = {}
+        self._chains: dict[int, tuple[fx.Node, ...] | None] = {}
+        self._state: dict[int, int] = {}  # how many writes have happened, where not all of them
         for node in graph.nodes:
             for storage in _storages(node):
                 self._members.setdefault(storage, []).append(node)
@@ -109,16 +108,18 @@ class Mutations:
             else:
                 self._state[storage] = outer
 
-    def _touched(self, node: fx.Node) -> frozenset[Storage]:
+    def _touched(self, node: fx.Node) -> frozenset[int]:
         """Where the tensors of a node lie, and what it writes to."""
-        return _storages(node) | self._written.get(node, frozenset())
+        touched = _storages(node) | self._written.get(node, frozenset())
+        return touched | {_ANYWHERE} if touched and _ANYWHERE in self._writers else touched
 
-    def _chain(self, storage: Storage) -> tuple[fx.Node, ...] | None:
+    def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
         """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""
         if storage not in self._chains:
             members = self._members[storage]
             chain = (members[0], *self._writers[storage])
-            self._chains[storage] = chain if self._is_readable(chain, members) else None
+            readable = storage != _ANYWHERE and self._is_readable(chain, members)
+            self._chains[storage] = chain if readable else None
         return self._chains[storage]
 
     def _is_readable(self, chain: Sequence[fx.Node], members: Sequence[fx.Node]) -> bool:
@@ -139,25 +140,7 @@ class Mutations:
         return all(user in chain or self._position[user] > last for user in readers)
 
 
-def _storages(node: fx.Node) -> frozenset[Storage]:
+def _storages(node: fx.Node) -> frozenset[int]:
     """Where the tensors of a node's value lie, also those in a tuple or a list of them."""
-    return frozenset(
-        storage
-        for value in pytree.tree_leaves(value_of(node))
-        if isinstance(value, torch.Tensor)
-        for storage in _parts(value)
-    )
-
-
-def _parts(value: torch.Tensor) -> Iterator[Storage]:
-    """The storages of a tensor, of what a transform wraps, and of the tensors that a wrapper is made of."""
-    while is_functorch_wrapped_tensor(value):
-        value = get_unwrapped(value)
-    if is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _parts(getattr(value, name))
-        return
-    try:
-        yield value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse tensors have none: the tensor stands for it
-        yield "tensor", id(value)
+    found = (storages(value) for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor))
+    return frozenset(_ANYWHERE if storage is None else storage for each in found for storage in each)

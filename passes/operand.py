@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from s2o_compile.kernels.torch_compat import FakeTensor
 from s2o_compile.passes.graph_values import value_of
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from torch import fx
 
+from s2o_compile.kernels.torch_compat import is_erased
 from s2o_compile.passes import eager, expansion, flex, flex_sparse, foreign, sdpa
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.mask_prover import MaskProver
@@ -82,7 +83,7 @@ def run(
     records = {node: rewritten[node] for node, _ in found}
     for node, opened in expansions:
         _close(node, opened, records)
-        if not node._erased and flex.is_call(node):
+        if not is_erased(node) and flex.is_call(node):
             _make_sparse(node, opened, records, op_options, training, marked, taus)
     if any(entry.rewritten for entry in records.values()):
         gm.graph.lint()

@@ -14,6 +14,7 @@ from torch.fx.node import Argument
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.flex_trained import attend_trained
 from s2o_compile.kernels.layout import empty_output
+from s2o_compile.kernels.torch_compat import is_erased
 from s2o_compile.passes import sizes, trained
 from s2o_compile.passes.assumptions import check_blocks, check_causal
 from s2o_compile.passes.calls import function_name, is_pure, written_nodes
@@ -68,8 +69,8 @@ class Rewriter:
             for node in reversed(self._inserted):
                 if not node.users:
                     self._graph.erase_node(node)
-            self._key_masks = {memo: node for memo, node in self._key_masks.items() if not node._erased}
-            self._read = {memo: node for memo, node in self._read.items() if not node._erased}
+            self._key_masks = {memo: node for memo, node in self._key_masks.items() if not is_erased(node)}
+            self._read = {memo: node for memo, node in self._read.items() if not is_erased(node)}
             return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
     def _replace(self, site: AttentionSite) -> Rejected | None:
@@ -318,11 +319,11 @@ def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
     pending = list(candidates)
     while pending:
         node = pending.pop()
-        if not node._erased and node.users and (written := _only_written(node)):
+        if not is_erased(node) and node.users and (written := _only_written(node)):
             for user in written:
                 pending += user.all_input_nodes
                 graph.erase_node(user)
-        if node.graph is not graph or node._erased or node.users or not is_pure(node):
+        if node.graph is not graph or is_erased(node) or node.users or not is_pure(node):
             continue
         pending += node.all_input_nodes
         graph.erase_node(node)

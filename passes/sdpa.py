@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from s2o_compile.kernels.torch_compat import scaled_dot_product_attention
 from s2o_compile.passes import repeat_kv
 from s2o_compile.passes.checks import check_tensors
 from s2o_compile.passes.graph_values import Size, known, value_of
@@ -16,7 +17,7 @@ from s2o_compile.passes.mask_prover import MaskProver
 from s2o_compile.passes.operand import Operand, Step
 from s2o_compile.passes.site import AttentionSite, Rejected, module_path
 
-_SDPA = torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
+_SDPA = scaled_dot_product_attention
 _TARGETS = frozenset(
     (
         _SDPA,

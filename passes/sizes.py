@@ -9,16 +9,16 @@ from typing import cast
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import Max, Min
 
+from s2o_compile.kernels.torch_compat import sympy_max, sympy_min
 from s2o_compile.passes.graph_values import Size, simplified, value_of
 from s2o_compile.passes.site import Rejected
 
 _FUNCTIONS = (
     (sympy.Add, operator.add),
     (sympy.Mul, operator.mul),
-    ((Max, sympy.Max), torch.sym_max),
-    ((Min, sympy.Min), torch.sym_min),
+    ((sympy_max, sympy.Max), torch.sym_max),
+    ((sympy_min, sympy.Min), torch.sym_min),
 )
 
 

@@ -1,0 +1,83 @@
+"""Names of torch that are not public: in one file, all there in a torch that was tested, none needed by the import."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2o_compile.kernels import torch_compat
+from s2o_compile.kernels.torch_compat import NAMES, Missing, MissingTorchNameError
+
+ROOT = Path(__file__).parent.parent
+HOME = "torch_compat.py"
+FOLDERS = ("kernels", "passes")
+"""``s2o_compile`` itself still names some."""
+# Public for all purposes: documented, or torch's own examples call them.
+PUBLIC = ("torch._check", "torch._assert_async")
+PRIVATE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)\b|torch\.fx\.experimental")
+
+
+def dotted(node):
+    """``torch.a.b`` of an attribute, or an empty text."""
+    if isinstance(node, ast.Attribute):
+        holder = dotted(node.value)
+        return f"{holder}.{node.attr}" if holder else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def private_names(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = []
+        if isinstance(node, ast.Attribute):
+            found = [dotted(node)]
+        elif isinstance(node, ast.ImportFrom):
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        yield from (name for name in found if PRIVATE.match(name) and not name.startswith(PUBLIC))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_private_names_stand_in_one_file(folder):
+    found = {p.name: names for p in (ROOT / folder).rglob("*.py") if p.name != HOME and (names := {*private_names(p)})}
+    assert not found
+
+
+def test_the_canary_every_name_is_there():
+    """Fails with a list on a torch that lacks some of them."""
+    gone = {path: feature for path, feature in NAMES.items() if torch_compat._find(path) is None}
+    if torch.__version__ < "2.13":  # vmap's functions moved
+        gone = {path: feature for path, feature in gone.items() if "_functorch" not in path}
+    assert not gone
+
+
+def test_a_name_that_is_gone_is_named_where_it_is_used():
+    with pytest.raises(MissingTorchNameError, match=r"packages: expected a torch with torch\._x\.y, got torch"):
+        Missing("torch._x.y", "packages")()
+    assert torch_compat._find("torch._x.y") is None
+    assert torch_compat._find("torch.nn.functional.softmax") is torch.nn.functional.softmax
+    with pytest.raises(MissingTorchNameError, match="packages"):
+        torch_compat._later("torch._x.y", "packages")(1)
+    del NAMES["torch._x.y"]
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """What fails without each of the names, tried in processes of their own."""
+    script = Path(__file__).parent / "torch_without.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, cwd=ROOT)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_package_works_without_any_one_of_them(problems):
+    """The import, the operator, gradients and compiled attentions: only the feature that is named may be missing."""
+    assert set(problems) == set(NAMES)
+    assert not {path: problem for path, problem in problems.items() if problem}
