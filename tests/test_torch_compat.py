@@ -19,7 +19,7 @@ HOME = "torch_compat.py"
 FOLDERS = ("kernels", "passes")
 """``s2o_compile`` itself still names some."""
 # Public for all purposes: documented, or torch's own examples call them.
-PUBLIC = ("torch._check", "torch._assert_async")
+PUBLIC = ("torch._check", "torch._assert_async", "torch.ops.")
 PRIVATE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)\b|torch\.fx\.experimental")
 
 
