@@ -15,6 +15,7 @@ from s2o_compile.backend import PREFIX, s2o, split_options
 from s2o_compile.compiled_copy import Model, compiled_copy
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
+from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -145,7 +146,7 @@ def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
     warnings off for good. Code that other threads compiled is compiled anew at their next call.
     """
     watch = Watch(config)
-    with census.ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         torch._dynamo.reset()
         try:
             with record() as watch.recording, warnings.catch_warnings():

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"
@@ -71,10 +72,6 @@ _KEEPING = frozenset(
         "_log_softmax",
     )
 )  # fmt: skip
-
-
-ONE_AT_A_TIME = threading.RLock()
-"""Of all that looks at a model. Two at once would restore each other's stance, filters of warnings and random state."""
 
 
 @dataclass(frozen=True)

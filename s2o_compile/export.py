@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from s2o_compile.backend import rewrite
 from s2o_compile.config import S2OConfig, config_or_default
+from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes import exported
 
 _ASSERT = torch.ops.aten._assert_scalar.default
@@ -38,6 +39,9 @@ def export(
     is in ``s2o_compile.record()``, as for ``torch.compile``. ``torch.export.save`` and ``load`` work on the result, and
     ``run_decompositions`` keeps every attention one node; a process that loads it must import s2o_compile first. One
     that cannot runs a `package`.
+
+    Exports run one at a time, for torch traces them for the whole process. Its own ``torch.export`` and a first call of
+    a compiled model know nothing of that: let no other thread trace meanwhile.
 
     Args:
         model: Any module, in eval mode if it has dropout.
@@ -61,12 +65,13 @@ def export(
             f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself; what "
             "torch.compile or optimize returned cannot be exported."
         )
-    with torch.no_grad():  # with gradients wanted, every attention would stay dense
-        program = _capture(model, args, dict(kwargs or {}), dynamic_shapes)
-    with exported.opened(program):
-        rewrite(program.graph_module, config)
-    program.graph_module.recompile()
-    program.validate()
+    with ONE_AT_A_TIME:
+        with torch.no_grad():  # with gradients wanted, every attention would stay dense
+            program = _capture(model, args, dict(kwargs or {}), dynamic_shapes)
+        with exported.opened(program):
+            rewrite(program.graph_module, config)
+        program.graph_module.recompile()
+        program.validate()
     return program
 
 

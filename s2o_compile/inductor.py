@@ -6,7 +6,6 @@ torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,8 @@ from torch._inductor.ir import Conditional, Subgraph, TensorBox
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.virtualized import V
 
+from s2o_compile.one_at_a_time import ONE_AT_A_TIME
+
 OPTIONS = {
     # Whether memory is used again is decided by the number of a node, which in a branch counts that branch's nodes, and
     # by the memory in use at this node of the whole graph. Such a number may not even exist there.
@@ -34,15 +35,11 @@ _ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 """What finds out what a kernel writes to, in torch 2.13 and 2.11."""
 
 
-_ONE_AT_A_TIME = threading.RLock()
-"""Inductor's functions are replaced for the whole process: of two threads the second would restore the first's."""
-
-
 @contextmanager
 def mended() -> Iterator[None]:
     """Compile inside this block, one thread at a time."""
     with (
-        _ONE_AT_A_TIME,
+        ONE_AT_A_TIME,
         _one_numbering_of_sizes(),
         _registers_limited(),
         _numbers_in_single_precision(),

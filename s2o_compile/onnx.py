@@ -21,6 +21,7 @@ import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import DenseExportWarning, InputError
 from s2o_compile.kernels.differentiable import attend_plainly
 from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 
 
 def dense(program: ExportedProgram) -> ExportedProgram:
@@ -52,7 +53,8 @@ def dense(program: ExportedProgram) -> ExportedProgram:
     warnings.warn(
         f"{len(calls)} attentions run densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=2
     )
-    return program.run_decompositions(_DENSE)
+    with ONE_AT_A_TIME:
+        return program.run_decompositions(_DENSE)
 
 
 def _attention(

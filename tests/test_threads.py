@@ -335,3 +335,21 @@ def test_two_packages_leave_inductor_as_it_was():
     with patch.object(target, "__init__", before):  # put right behind the test, whatever it found
         side_by_side(first, second)
         assert target.__init__ is before
+
+
+def test_exports_run_one_at_a_time():
+    """torch.export traces for the whole process: two at once end in an assertion of its own."""
+
+    model, config = tiny_model(), S2OConfig(min_seq_len=0, tau=0.0)
+    inputs = [tiny_input(length) for length in (140, 150, 160)]
+
+    def work(x):
+        def export(wait):
+            wait()
+            return s2o_compile.export(model, (x,), config=config).module()
+
+        return export
+
+    with torch.no_grad():
+        for program, x in zip(side_by_side(*map(work, inputs)), inputs, strict=True):
+            torch.testing.assert_close(program(x), model(x))
