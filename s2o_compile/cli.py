@@ -116,7 +116,7 @@ def tune(
 ) -> None:
     """Time kernel configurations and the crossover length on this device, and write them for the operator to read."""
     on_gpu = torch.cuda.is_available()
-    device, path = torch.device("cuda" if on_gpu else "cpu"), output or tuned.user_file()
+    device, path = torch.device("cuda" if on_gpu else "cpu"), output or _user_file()
     names = dtype or ["bfloat16" if on_gpu else "float32"]
     unknown = [name for name in names if name not in ("bfloat16", "float16", "float32")]
     if unknown:
@@ -127,6 +127,7 @@ def tune(
     if tested[0] < 256 or any(dim not in tuned.HEAD_DIMS for dim in dims):
         wanted = f"head dims out of {tuned.HEAD_DIMS} and lengths >= 256"
         raise OptionError(f"tune: expected {wanted}, got {dims} and {tested}.")
+    tuning.read(path)  # a file that is none of ours is refused before hours of measurement
     console, launches = Console(), {}
     shapes = {
         (dim, name): tuning.Shape(
@@ -178,6 +179,13 @@ def tune(
     console.print(f"{says} Written to {path}", soft_wrap=True)
 
 
+def _user_file() -> Path:
+    try:
+        return tuned.user_file()
+    except RuntimeError as error:  # nobody's home
+        raise OptionError(f"--output: expected a file to write, got none ({error}). Name one.") from error
+
+
 def _print_launches(console: Console, title: str, present: tuning.Timing, winner: tuning.Timing) -> None:
     table = Table("", "key block", "warps", "stages", "maxnreg", "gathered ms", "natural ms", title=title)
     for name, timing in (("present", present), ("fastest", winner)):
@@ -189,11 +197,14 @@ def _print_launches(console: Console, title: str, present: tuning.Timing, winner
 
 
 def main() -> None:
-    """Entry point: errors of this project end with their message, not a traceback."""
+    """Entry point: errors of this project end with one line and status 2, as wrong usage does; Ctrl-C with 130."""
     try:
         app()
     except S2OError as error:
-        sys.exit(str(error))
+        print("s2o:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _print_report(console: Console, report: Report) -> None:

@@ -20,6 +20,7 @@ from s2o_compile.cli_options import (
     show_steps,
     tokenize,
     typer,
+    writing,
 )
 from s2o_compile.config import check_error
 
@@ -42,9 +43,10 @@ def calibrate(
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
         loaded, tokenizer = load(model, tokens, device)
-        ids = [tokenize(tokenizer, tokens, file).to(device) for file in text or [None]]
+        ids = [tokenize(loaded, tokenizer, tokens, file).to(device) for file in text or [None]]
         found = calibrate_model(loaded, ids, error, config=config, progress=step)
-    out.write_text(found.to_json() + "\n")
+    with writing("--out", out):
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
     dense = sum(map(len, found.dense_heads.values()))
     Console().print(
         f"{len(found.site_tau)} attentions calibrated to an error of {error:.2%}, {dense} key/value heads marked "

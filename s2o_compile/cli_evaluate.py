@@ -26,6 +26,7 @@ from s2o_compile.cli_options import (
     show_steps,
     tokenize,
     typer,
+    writing,
 )
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.demo import MODEL
@@ -56,7 +57,8 @@ def evaluate(
     found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=planted, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
-        json_file.write_text(found.to_json() + "\n")
+        with writing("--json", json_file):
+            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
 
 
 def plot(
@@ -89,14 +91,16 @@ def plot(
         config = _config(tau, config_file, tokens)
         visits = _visits(model, tokens, text, config, device, site, head)
         title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, {config.quality}"
-        draw_attention(visits, out, title=title)
+        with writing("--out", out):
+            draw_attention(visits, out, title=title)
         return
     if evaluation is not None:
         found = Evaluation.from_json(read_file("evaluation", evaluation))
     else:
         taus = TAUS if kind == "error" else ()
         found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=False, taus=taus)
-    PICTURES[kind](found, out)
+    with writing("--out", out):
+        PICTURES[kind](found, out)
 
 
 def _config(tau: float | None, file: Path | None, tokens: int) -> S2OConfig:
@@ -123,7 +127,7 @@ def _evaluate(
 def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:
     device = choose_device(device)
     loaded, tokenizer = load(model, tokens, device)
-    return loaded, tokenize(tokenizer, tokens, text).to(device)
+    return loaded, tokenize(loaded, tokenizer, tokens, text).to(device)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.demo import DemoUnavailableError, Step, document, load_model
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels.arguments import shown
+from s2o_compile.kernels.json_text import decode
+from s2o_compile.loading import load_weights, loading
 
 try:
     import typer
@@ -46,16 +50,26 @@ def choose_device(wanted: str) -> str:
 
 def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
     """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
-    config = S2OConfig(**fields) if file is None else S2OConfig.from_json(read_file("--config", file))
+    config = S2OConfig(**fields) if file is None else _config_of(file)
     return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
 
 
-def read_file(option: str, file: Path) -> str:
-    """The text of a file that an option names."""
+def _config_of(file: Path) -> S2OConfig:
+    text = read_file("--config", file)
     try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{option}: expected a text file, got {str(file)!r} ({error}). Give another path.") from error
+        return S2OConfig.from_json(text)
+    except OptionError as error:
+        raise OptionError(f"--config {shown(str(file))}: {error}") from error
+
+
+def read_file(option: str, file: Path) -> str:
+    """The text of a file that an option names, without a byte order mark."""
+    try:
+        return decode(file.read_bytes())
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that can be no file's
+        raise OptionError(
+            f"{option}: expected a text file in UTF-8, got {shown(str(file))} ({error}). Give another path."
+        ) from error
 
 
 def check_out(option: str, file: Path | None) -> None:
@@ -65,10 +79,27 @@ def check_out(option: str, file: Path | None) -> None:
             f"{option}: expected a file in a directory that exists, got {str(file)!r}. Make its directory, or give "
             "another path."
         )
+    if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise OptionError(f"{option}: expected a file that may be written, got {str(file)!r}. Give another path.")
+
+
+@contextmanager
+def writing(option: str, file: Path) -> Iterator[None]:
+    """Name the option where its file cannot be written after all."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"{option}: expected a file that may be written, got {str(file)!r} ({error}). Give another path."
+        ) from error
 
 
 def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
-    """Model and, unless its weights are random, tokenizer."""
+    """Model and, unless its weights are random, tokenizer.
+
+    Raises:
+        LoadingError: There is no such model, or it cannot be loaded whole.
+    """
     if model == "smollm2":
         return load_model(tokens, device)
     try:
@@ -77,24 +108,35 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
         raise DemoUnavailableError(
             "--model: expected transformers, got none. Run `pip install transformers`."
         ) from error
-    try:
-        if random_weights:
-            loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)), None
-        else:
-            loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DemoUnavailableError(
-            f'expected "smollm2", a model directory or a hub name, got {model!r}. {error}'
-        ) from error
-    return loaded.eval().to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
+    source = f"model {shown(model)}"
+    remedy = 'Give "smollm2", a directory that save_pretrained wrote, or a hub name.'
+    if random_weights:
+        with loading(source, remedy):
+            loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval(), None
+    else:
+        loaded = load_weights(source, remedy, pretrained_model_name_or_path=model)
+        with loading(f"tokenizer of {source}", remedy):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+    return loaded.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
-def tokenize(tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (a transformers tokenizer)
-    """Exactly ``tokens`` ids [1, tokens] from the beginning of a file, or of the demo's document."""
+def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (of transformers)
+    """Exactly ``tokens`` ids [1, tokens] from the beginning of a file, or of the demo's document.
+
+    Raises:
+        OptionError: The text is too short, or has ids that the model does not know.
+    """
     text = document() if file is None else read_file("--text", file)
-    ids = tokenizer(text, verbose=False).input_ids[:tokens]
+    with loading("the model's tokenizer", "Save the tokenizer anew beside the model."):
+        ids = tokenizer(text, verbose=False).input_ids[:tokens]
     if len(ids) < tokens:
         raise OptionError(f"--tokens: expected at most the {len(ids)} of the text, got {tokens}. Give a longer --text.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= min(ids) <= max(ids) < known:
+        raise OptionError(
+            f"--model: expected a tokenizer whose ids lie below {known}, as the model's embedding has them, got "
+            f"{max(ids)}. Save the tokenizer that the model was trained with beside it."
+        )
     return torch.tensor([ids])
 
 

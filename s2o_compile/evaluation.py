@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
+from s2o_compile.from_json import as_type
+from s2o_compile.kernels.arguments import as_integer, as_numbers, shown
+from s2o_compile.kernels.json_text import parse_json
 from s2o_compile.planted import PlantedRecall
 from s2o_compile.report import table
 from s2o_compile.site_quality import SiteQuality
@@ -67,19 +70,17 @@ class Evaluation:
         return json.dumps({"format": FORMAT} | asdict(self), default=dict)
 
     @classmethod
-    def from_json(cls, text: str) -> Evaluation:
+    def from_json(cls, text: str | bytes) -> Evaluation:
         """Evaluation from the text of ``to_json``; OptionError if it is anything else."""
         try:
-            fields = json.loads(text)
-            if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-                raise OptionError(_expected(text))
-            fields["config"] = S2OConfig.from_dict(fields["config"])
-            fields["lengths"] = tuple(fields["lengths"])
-            fields["sites"] = tuple(SiteQuality.from_dict(site) for site in fields["sites"])
-            fields["planted"] = fields["planted"] and PlantedRecall(**fields["planted"])
-            return cls(**fields)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise OptionError(_expected(text)) from error
+            found: Evaluation = as_type(cls, _fields(text), "evaluation")
+            _check(found)
+        except ValueError as error:  # the configuration's OptionError is one
+            raise OptionError(
+                f"evaluation: expected the JSON of `s2o evaluate --json` in format {FORMAT}, got {error}. Evaluate "
+                "again and give the new file."
+            ) from error
+        return found
 
     def __str__(self) -> str:
         header = ("site", "density", "error", "worst head", "worst tile", "worst row")
@@ -113,8 +114,27 @@ def _row(site: SiteQuality) -> tuple[str, ...]:
     return (site.name or "s2o_compile.attention", f"{site.density:.3f}", *(f"{error:.2%}" for error in errors))
 
 
-def _expected(text: str) -> str:
-    return (
-        f"evaluation: expected the JSON of `s2o evaluate --json` in format {FORMAT}, got {text[:60]!r}. "
-        "Evaluate again and give the new file."
-    )
+def _fields(text: str | bytes) -> dict[str, object]:
+    fields = parse_json(text)
+    if not isinstance(fields, dict) or as_integer(fields.pop("format", None)) != FORMAT:
+        raise ValueError(shown(text))
+    return fields
+
+
+def _check(evaluation: Evaluation) -> None:
+    """Raise ValueError for what no evaluation writes: nothing measured, tuples of several lengths, endless counts.
+
+    Losses and errors may be NaN, for a model's output may.
+    """
+    if not evaluation.sites or not evaluation.lengths:
+        raise ValueError(f"{len(evaluation.sites)} sites and {len(evaluation.lengths)} lengths")
+    for site in evaluation.sites:
+        for names in (("head_density", "head_error"), ("tile_keys", "tile_visible")):
+            first, second = (len(getattr(site, name)) for name in names)
+            if not first == second > 0:
+                raise ValueError(f"{first} {names[0]} beside {second} {names[1]} of the site {shown(site.name)}")
+        for name in ("head_density", "tile_keys", "tile_visible"):
+            if as_numbers(getattr(site, name)) is None:
+                raise ValueError(f"{shown(getattr(site, name))} as {name} of the site {shown(site.name)}")
+        if len(site.curve) != len(evaluation.sites[0].curve):
+            raise ValueError(f"another number of taus at the site {shown(site.name)} than at the first")

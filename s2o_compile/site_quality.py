@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,13 +62,6 @@ class SiteQuality:
     def worst_head(self) -> float:
         """Largest error of a head."""
         return max(self.head_error)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> SiteQuality:
-        """The site out of ``dataclasses.asdict``, lists for tuples."""
-        listed: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-        listed["curve"] = tuple(TauPoint(**point) for point in fields["curve"])
-        return cls(**listed)
 
 
 class SiteMeter:

@@ -231,7 +231,7 @@ def test_the_command_writes_a_configuration(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("any")
     monkeypatch.setattr(cli_calibrate, "load", lambda *_: (tiny_language_model(), None))
-    monkeypatch.setattr(cli_calibrate, "tokenize", lambda _, tokens, __: tiny_tokens(tokens))
+    monkeypatch.setattr(cli_calibrate, "tokenize", lambda _, __, tokens, ___: tiny_tokens(tokens))
     out = tmp_path / "s2o.json"
     arguments = ["calibrate", "--tokens", "700", "--error", "0.05", "--text", str(text), "--out", str(out)]
     result = CliRunner().invoke(cli.app, [*arguments, "--device", "cpu"])

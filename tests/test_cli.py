@@ -101,12 +101,12 @@ def test_explain_json(model_dir):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("explain", "no/such-model-here"), 'expected "smollm2", a model directory or a hub name'),
+        (("explain", "no/such-model-here"), "'no/such-model-here': expected a model that can be loaded"),
         (("demo", "--device", "tpu"), 'expected "cpu" or "cuda", got \'tpu\''),
         (("demo", "--tau", "-1"), "tau: expected a finite number >= 0, got -1.0"),
         (("demo", "--tokens", "9999999"), "Choose another --tokens"),
         (("demo", "--inner-backend", "inductr"), "Did you mean 'inductor'"),
-        (("evaluate", "--config", "no-such.json"), "--config: expected a text file, got 'no-such.json'"),
+        (("evaluate", "--config", "no-such.json"), "--config: expected a text file in UTF-8, got 'no-such.json'"),
         (("evaluate", "--config", "pyproject.toml"), "S2OConfig.from_json: expected JSON"),
         (("plot", "dense"), "unknown picture 'dense': expected one of density, error, depth, attention"),
         (("plot", "depth", "pyproject.toml"), "expected the JSON of `s2o evaluate --json` in format 1"),
@@ -129,6 +129,7 @@ def test_explain_json(model_dir):
 )
 def test_wrong_arguments_end_with_a_message(args, message):
     done = s2o(*args)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr.replace("\n", " ")
+    assert "s2o: " in done.stderr
     assert "Traceback" not in done.stderr
