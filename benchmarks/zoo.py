@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=DOCS / "zoo.csv", help="where the rows go; the page lies beside it")
     parser.add_argument("--only", default="", help="names of architectures, with commas between them")
+    parser.add_argument("--implementation", default="", help="attention implementations, with commas between them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="the case without a mask only")
     parser.add_argument("--shard", type=_shard, default=(1, 1), help="i/n: each n-th job, from the i-th on")
@@ -201,7 +202,10 @@ def _run(options: argparse.Namespace) -> tuple[list[Row], list[Job]]:
     number, count = options.shard
     rows = read(options.csv) if options.resume and options.csv.exists() else []
     done = set(map(_job, rows))
-    todo = [job for job in jobs(filter(None, options.only.split(",")))[number - 1 :: count] if job not in done]
+    chosen = jobs(filter(None, options.only.split(",")))
+    if options.implementation:
+        chosen = [job for job in chosen if job[2] in options.implementation.split(",")]
+    todo = [job for job in chosen[number - 1 :: count] if job not in done]
     end = time.monotonic() + 60 * options.minutes
     started = itertools.takewhile(lambda _: time.monotonic() < end, todo)
     write(options.csv, rows)
