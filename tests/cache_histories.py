@@ -80,11 +80,12 @@ if '"fp8"' in inspect.getsource(QuantizedCache):  # the only backend that needs 
     CACHES["quantized"] = ("llama-1", lambda config: QuantizedCache("fp8", config))
 
 
-def tiny(name, implementation="sdpa"):
-    """A model of 1 or 2 layers, its attention sharper than at initialisation."""
+def tiny(name, layers=None):
+    """A model of 1 or 2 layers, or of as many as asked for, its attention sharper than at initialisation."""
     torch.manual_seed(0)
     model, config, sizes = MODELS[name]
-    config = getattr(transformers, config)(**sizes, attn_implementation=implementation)
+    sizes = sizes | ({} if layers is None else {"num_hidden_layers": layers})
+    config = getattr(transformers, config)(**sizes, attn_implementation="sdpa")
     model = getattr(transformers, model)(config).eval()
     for parameter in model.parameters():
         parameter.data.mul_(2)
