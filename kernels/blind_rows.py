@@ -1,7 +1,8 @@
 """Blind rows: queries that see no key. What they get is a convention of the mask that hid everything from them.
 
 "zeros" is what SDPA makes of a boolean mask. "mean" is the mean of all values, which SDPA and eager attention make of a
-finite additive mask (``finfo.min``): it drowns the logits, all keys weigh the same.
+finite additive mask (``finfo.min``): it drowns the logits, all keys weigh the same. A sink takes all the mass of such a
+row, which is left with zeros; a sink of -inf is none.
 
 Which rows are blind follows from the mask alone, in O(B (Nq + Nk)) and without waiting for the device.
 """
@@ -31,13 +32,27 @@ def blind_rows(mask: AttentionMask, n_queries: int, n_keys: int, device: torch.d
     return before.index_select(1, start) == before.index_select(1, stop)
 
 
-def fill_blind_rows(output: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
-    """The output [B, Hq, Nq, Dv] with the mean of all values [B, Hkv, Nk, Dv] of its head in every blind row."""
+def fill_blind_rows(output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None = None) -> Tensor:
+    """The output with the mean of all values in every blind row of a mask; arguments as `fill_rows`."""
     n_queries, n_keys = output.shape[2], value.shape[2]
     if all_rows_see(mask, n_queries, n_keys):
         return output
     blind = blind_rows(mask, n_queries, n_keys, output.device)
-    return torch.where(blind[:, None, :, None], value_mean(value, output), output)
+    return fill_rows(output, value, blind[:, None, :, None], sinks)
+
+
+def fill_rows(output: Tensor, value: Tensor, blind: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The output with the mean of all values of its head in these rows, but where a sink takes their mass.
+
+    Args:
+        output: [B, Hq, Nq, Dv].
+        value: [B, Hkv, Nk, Dv].
+        blind: bool, broadcastable to [B, Hq, Nq, 1].
+        sinks: Floating [Hq].
+    """
+    if sinks is not None:
+        blind = blind & (sinks == -torch.inf)[:, None, None]
+    return torch.where(blind, value_mean(value, output), output)
 
 
 def value_mean(value: Tensor, output: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels import flex_forward, head_tau
-from s2o_compile.kernels.blind_rows import fill_blind_rows, value_mean
+from s2o_compile.kernels.blind_rows import fill_blind_rows, fill_rows
 from s2o_compile.kernels.chunked import attend_chunks
 from s2o_compile.kernels.dense import dense_attention
 from s2o_compile.kernels.errors import InputError
@@ -44,8 +44,8 @@ def attend_differentiably(
 
     chunked = mask.attention_chunk is not None
     output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
-    if blind == "mean" and sinks is None:
-        output = fill_blind_rows(output, value, mask)
+    if blind == "mean":
+        output = fill_blind_rows(output, value, mask, sinks)
     return as_sdpa(output, query)
 
 
@@ -127,8 +127,8 @@ def attend_plainly(
     if isinstance(mask, AttentionMask):
         mask = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
     output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
-    if blind == "mean" and sinks is None and mask.dtype is torch.bool:
-        output = torch.where(mask.any(-1, keepdim=True), output, value_mean(value, output))
+    if blind == "mean" and mask.dtype is torch.bool:
+        output = fill_rows(output, value, ~mask.any(-1, keepdim=True), sinks)
     if memory_order(query, value.shape[3], layout) == "BHND":
         return output.contiguous()
     return output.transpose(1, 2).contiguous().transpose(1, 2)

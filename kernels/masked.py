@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.blind_rows import value_mean
+from s2o_compile.kernels.blind_rows import fill_rows
 from s2o_compile.kernels.dense import sdpa
 from s2o_compile.kernels.differentiable import plain_attention
 from s2o_compile.kernels.mask import AttentionMask
@@ -95,8 +95,9 @@ def run_masked(
         site=site,
     )
     if found.hidden_rows is not None:
-        filled = value_mean(value, output) if blind == "mean" and sinks is None else output.new_zeros(())
-        output = torch.where(found.hidden_rows[..., None], filled, output)
+        rows = found.hidden_rows[..., None]
+        output = torch.where(rows, output.new_zeros(()), output)
+        output = fill_rows(output, value, rows, sinks) if blind == "mean" else output
     return output
 
 
@@ -116,8 +117,8 @@ def under_mask(
         output = plain_attention(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks)
     else:
         output = sdpa(query, key, value, attn_mask, scale=scale)
-    if blind == "mean" and sinks is None and attn_mask.dtype is torch.bool:
-        output = torch.where(attn_mask.any(-1, keepdim=True), output, value_mean(value, output))
+    if blind == "mean" and attn_mask.dtype is torch.bool:
+        output = fill_rows(output, value, ~attn_mask.any(-1, keepdim=True), sinks)
     return output
 
 

@@ -146,7 +146,7 @@ def run(
         return_lse: Whether the log-sum-exp is wanted.
         options: How to rank, order, stop and run.
         softcap: Bound of the logits, None for none.
-        sinks: Floating [Hq], one more logit a head (``sinks.py``); with it no query is blind.
+        sinks: Floating [Hq], one more logit a head (``sinks.py``).
         blind: What a query that sees no key gets (``blind_rows.py``).
         dense_heads: Key/value heads whose groups run densely beside the others (``dense_heads.py``).
         site: Module path for the report.
@@ -195,8 +195,8 @@ def run(
         output, lse = attend_chunks(query, key, value, mask, attend)
     if sinks is not None and lse is not None:
         output, lse = add_sinks(output, lse, sinks)
-    elif blind == "mean":
-        output = fill_blind_rows(output, value, mask)
+    if blind == "mean":
+        output = fill_blind_rows(output, value, mask, sinks)
     return output, lse if return_lse else None
 
 

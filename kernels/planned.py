@@ -77,6 +77,6 @@ def run_planned(
     output, lse = result.output, result.lse
     if sinks is not None:
         output, lse = add_sinks(output, lse, sinks)
-    elif blind == "mean":
-        output = fill_blind_rows(output, value, mask)
+    if blind == "mean":
+        output = fill_blind_rows(output, value, mask, sinks)
     return output, lse if return_lse else None

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.blind_rows import blind_rows, value_mean
+from s2o_compile.kernels.blind_rows import blind_rows, fill_rows
 from s2o_compile.kernels.dense import sdpa
 from s2o_compile.kernels.dense_heads import query_heads, runs, take
 from s2o_compile.kernels.layout import memory_order
@@ -77,23 +77,23 @@ def attention(
         logits = rest.pop(0) if sinks is not None else None
         return query, key, value, mask, logits, rest.pop(0) if isinstance(taus, Tensor) else taus
 
-    def closed(output: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor]:
-        if blind == "mean" and sinks is None:
+    def closed(output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None) -> tuple[Tensor]:
+        if blind == "mean":
             rows = blind_rows(mask, output.shape[2], value.shape[2], output.device)
-            output = torch.where(rows[:, None, :, None], value_mean(value, output), output)
+            output = fill_rows(output, value, rows[:, None, :, None], sinks)
         output = output.to(value.dtype)
         return ((output.transpose(1, 2) if order == "BNHD" else output).reshape(-1),)
 
     def short(*operands: Tensor) -> tuple[Tensor]:
         query, key, value, mask, sinks, _ = opened(operands)
-        return closed(_exact(query, key, value, mask, factor, softcap, sinks), value, mask)
+        return closed(_exact(query, key, value, mask, factor, softcap, sinks), value, mask, sinks)
 
     def long(*operands: Tensor) -> tuple[Tensor]:
         query, key, value, mask, sinks, taus = opened(operands)
         if window is not None:
             output, lse = executor.attend_natural(query, key, value, mask, scale=factor, softcap=softcap)
             output = output if sinks is None else output * sink_share(lse, sinks)[..., None]
-            return closed(output, value, mask)
+            return closed(output, value, mask, sinks)
         outputs = []
         for heads, dense in _parts(key.shape[1], dense_heads or ()):
             members = [query_heads(some, query.shape[1] // key.shape[1]) for some in heads]
@@ -108,7 +108,7 @@ def attention(
                 output = output if logits is None else output * sink_share(lse, logits)[..., None]
             sizes = [part.stop - part.start for part in members]
             outputs += zip((part.start for part in members), output.to(value.dtype).split(sizes, 1), strict=True)
-        return closed(torch.cat([part for _, part in sorted(outputs, key=lambda x: x[0])], 1), value, mask)
+        return closed(torch.cat([part for _, part in sorted(outputs, key=lambda x: x[0])], 1), value, mask, sinks)
 
     sparse = attention_chunk is None and factor > 0 and len(set(dense_heads or ())) < key.shape[1]
     enough = torch.sym_min(query.shape[2] - TILE_LEN, key.shape[2] - min_seq_len) >= 0 if sparse else False

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.blind_rows import BLIND
+from s2o_compile.kernels.blind_rows import BLIND, fill_rows
 from s2o_compile.kernels.layout import as_sdpa, empty_output
 from s2o_compile.kernels.mask import AttentionMask
 from s2o_compile.kernels.masked import run_masked
@@ -194,7 +194,12 @@ def _(
     else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
         check_sinks(sinks[0], query)
         output, lse = _attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        blind = (lse == -torch.inf).unflatten(0, (size, -1)) & (sinks == -torch.inf)[:, None, :, None]
         output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
+        if keywords.get("blind") == "mean":
+            assert flat[2] is not None
+            filled = fill_rows(output.flatten(0, 1), flat[2], blind.flatten(0, 1)[..., None])
+            output = filled.unflatten(0, (size, -1))
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 

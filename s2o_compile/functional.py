@@ -59,7 +59,7 @@ def attention(
             it is read, which waits for the device: if every value agrees with a causal, sliding or padding mask, that
             runs; under any other mask SDPA does.
         sinks: Floating [Hq], one more logit for each query head: it takes its share of the softmax, and its value is
-            zero. With sinks every query sees something: one that sees no key gets zeros.
+            zero. A query that sees no key gets zeros beside a sink, and what ``blind`` says beside one of -inf.
         causal: Key j is visible to query i iff ``j <= i + causal_offset``.
         causal_offset: Tokens; None aligns the last query with the last key (``Nk - Nq``), which is what a cached
             prefill wants. SDPA's ``is_causal=True`` is ``causal_offset=0``.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from s2o_compile.kernels import portable
 from s2o_compile.kernels.statistics import record_calls
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
@@ -219,3 +220,76 @@ def test_written_by_hand_and_compiled(kind, min_seq_len):
             **limit(torch.float32),
             msg=lambda said, name=name: f"{name}: {said}",
         )
+
+
+class TestSinksThatAreNone:
+    """A sink of -inf takes no mass: rows hidden by a finite number keep the mean of all values in its head."""
+
+    sinks = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0])
+
+    def wanted(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Attention float64 [B, Hq, Nq, Dv]."""
+        low = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        return expected(query, key, value, low, None, self.sinks)
+
+    def padded(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Tensors, a key mask, and which pairs are visible under it and the causal mask."""
+        key_mask = torch.ones(BATCH, 140, dtype=torch.bool)
+        key_mask[0, :40] = False
+        visible = torch.ones(140, 140, dtype=torch.bool).tril() & key_mask[:, None, None]
+        return tensors(140, 140), key_mask, visible
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    @pytest.mark.parametrize("config", ANYWHERE, ids=["sparse", "dense"])
+    @pytest.mark.parametrize("mask", ["key_mask", "bool", "rows"])
+    def test_output(self, mask, config, gradient):
+        given, key_mask, visible = self.padded()
+        if mask == "rows":  # a band shows them keys
+            visible = visible.clone()
+            visible[0, :, 100] = False
+        wanted = self.wanted(*given, visible)
+        given[0].requires_grad_(gradient)
+        masked = {"causal": True, "key_mask": key_mask} if mask == "key_mask" else {"attn_mask": visible}
+        output = s2o_compile.attention(*given, **masked, sinks=self.sinks, blind="mean", config=config)
+        torch.testing.assert_close(output.double(), wanted, **limit(torch.float32))
+
+    def test_plan(self):
+        given, key_mask, visible = self.padded()
+        masked = {"causal": True, "key_mask": key_mask}
+        plan = s2o_compile.plan(*given[:2], **masked, config=ANYWHERE[0])
+        output = s2o_compile.attention(*given, **masked, sinks=self.sinks, blind="mean", config=ANYWHERE[0], plan=plan)
+        torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))
+
+    @pytest.mark.parametrize("min_seq_len", [0, 10**6])
+    def test_twin(self, min_seq_len):
+        given, key_mask, visible = self.padded()
+        output, _ = portable.attention(
+            *given, key_mask, self.sinks, causal=True, blind="mean", tau=0.0, min_seq_len=min_seq_len
+        )
+        torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))
+
+    def test_vmap_over_sinks(self):
+        given, key_mask, visible = self.padded()
+
+        def call(sinks):
+            masked = {"causal": True, "key_mask": key_mask, "blind": "mean"}
+            return s2o_compile.attention(*given, **masked, sinks=sinks, config=ANYWHERE[0])
+
+        output = torch.vmap(call)(torch.stack([self.sinks, SINKS]))[0]
+        torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))
+
+    @pytest.mark.usefixtures("fresh_dynamo")
+    def test_a_proven_mask(self):
+        def by_hand(query, key, value, key_mask):
+            scores = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT * DIM**-0.5
+            hidden = ~(torch.ones(140, 140, dtype=torch.bool).tril() & key_mask[:, None, None])
+            scores = scores + torch.where(hidden, torch.finfo(torch.float32).min, 0.0)
+            scores = torch.cat([scores, self.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+            return scores.softmax(-1)[..., :-1] @ value.repeat_interleave(HEADS // KV_HEADS, 1)
+
+        given, key_mask, _ = self.padded()
+        options = {"s2o.tau": 0.0, "s2o.min_seq_len": 0, "s2o.inner_backend": "eager"}
+        with torch.no_grad(), record_calls() as calls:
+            output = torch.compile(by_hand, backend="s2o", options=options)(*given, key_mask)
+        assert [call.path for call in calls] == ["s2o"]
+        torch.testing.assert_close(output, by_hand(*given, key_mask), **limit(torch.float32))
