@@ -4,6 +4,7 @@ The interface runs the whole table. The compiled ways take seconds a pair, so th
 every cache and every history among them.
 """
 
+from contextlib import contextmanager
 from functools import cache as remembered
 
 import pytest
@@ -19,6 +20,10 @@ from tests import cache_histories as table  # noqa: E402
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 SPARSE = {"s2o", "window", "masked"}
+
+OLD = tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 23)
+"""Then transformers cannot do all of this with "sdpa" either: 5.17 masks fewer keys than a reset sliding layer of a
+dynamic cache holds, makes no chunked masks ahead of the forward, and overfills a static cache in a chunked later turn."""
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from CUDA only")
 
@@ -82,10 +87,22 @@ def logits(model, cache, history):
         return table.logits(model.to(device), make(model.config), history)
 
 
+@contextmanager
+def under_sdpa():
+    """Skips what an old transformers cannot do with "sdpa" either."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError) as error:
+        if not OLD:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} itself: {error}")
+
+
 @remembered
 def expected(cache, history, compiled=False):
     family, _ = table.CACHES[cache]
-    return logits(table.tiny(family, LAYERS.get(family) if compiled else None), cache, history)
+    with under_sdpa():
+        return logits(table.tiny(family, LAYERS.get(family) if compiled else None), cache, history)
 
 
 def assert_same(results, wanted):
@@ -98,19 +115,21 @@ def assert_same(results, wanted):
 
 @pytest.mark.parametrize(("cache", "history"), TABLE)
 def test_the_interface_runs_sparsely(cache, history):
+    wanted = expected(cache, history)
     with s2o_compile.record() as recording:
         results = logits(made("sparse", table.CACHES[cache][0]), cache, history)
-    assert_same(results, expected(cache, history))
+    assert_same(results, wanted)
     assert {call.path for call in recording.calls if call.n_queries > 1} & SPARSE
 
 
 @pytest.mark.parametrize(("cache", "history"), TABLE)
 def test_short_calls_by_default_are_those_of_sdpa(cache, history):
     """Bit by bit: the same kernel gets the same mask."""
+    wanted = expected(cache, history)
     with s2o_compile.record() as recording:
         results = logits(made("default", table.CACHES[cache][0]), cache, history)
     assert {call.path for call in recording.calls} == {"dense"}
-    for result, exact in zip(results, expected(cache, history), strict=True):
+    for result, exact in zip(results, wanted, strict=True):
         assert torch.equal(result, exact)
 
 
@@ -124,9 +143,10 @@ WAYS = [
 @pytest.mark.parametrize(("way", "cache", "history"), WAYS)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_models(way, cache, history):
+    wanted = expected(cache, history, compiled=True)
     with s2o_compile.record() as recording:
         results = logits(made(way, table.CACHES[cache][0]), cache, history)
-    assert_same(results, expected(cache, history, compiled=True))
+    assert_same(results, wanted)
     assert {call.path for call in recording.calls if call.n_queries > 1} & SPARSE
 
 
@@ -169,7 +189,9 @@ def prompt(length=150, padding=6):
 
 
 def assert_generates_the_same(model, plain, *given, **options):
-    ours, theirs = generated(model, *given, **options), generated(plain, *given, **options)
+    with under_sdpa():
+        theirs = generated(plain, *given, **options)
+    ours = generated(model, *given, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert_same(ours.logits, theirs.logits)
 
@@ -190,10 +212,9 @@ def test_generate_optimized(family, cache):
 @pytest.mark.parametrize(("family", "cache"), WITHOUT_QUANTA)
 @pytest.mark.parametrize("way", ["sparse", "default"])
 def test_beams(way, family, cache):
-    ours, theirs = (
-        generated(model, *prompt(), num_beams=3, **GENERATED[cache])
-        for model in (made(way, family), table.tiny(family))
-    )
+    with under_sdpa():
+        theirs = generated(table.tiny(family), *prompt(), num_beams=3, **GENERATED[cache])
+    ours = generated(made(way, family), *prompt(), num_beams=3, **GENERATED[cache])
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
@@ -222,7 +243,8 @@ def conversations_agree(way, name, options, turns=3):
     with torch.device(device):
         layers = LAYERS.get(family) if way in COMPILED else None
         plain, ours = table.tiny(family, layers).to(device), made(way, family).to(device)
-        wanted = conversation(plain, make(plain.config), turns, **options)
+        with under_sdpa():
+            wanted = conversation(plain, make(plain.config), turns, **options)
         assert_same(conversation(ours, make(ours.config), turns, **options), wanted)
 
 
