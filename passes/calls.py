@@ -208,7 +208,11 @@ def _functions() -> dict[object, _Known]:
     for module, names in ((F, dir(F)), (torch.functional, torch.functional.__all__)):
         for name in names:
             function = getattr(module, name)
-            own = isinstance(function, types.FunctionType) and function.__globals__ is vars(module)
+            if not isinstance(function, types.FunctionType) or function.__name__ != name:
+                continue
+            # max_pool1d and its kin are made by boolean_dispatch: one of two functions, by return_indices.
+            dispatched = function.__module__ == F.__name__ and function.__globals__ is F.boolean_dispatch.__globals__
+            own = function.__globals__ is vars(module) or dispatched
             if own and not name.startswith("__") and name not in _UNTRUSTED:
                 found[function] = _Known(name, signature=inspect.signature(function))
     for name in dir(torch.Tensor):

@@ -145,6 +145,8 @@ def test_borrowed_names_are_not_believed(attend):
         (F.dropout, (None, 0.5, False, True), True),
         (F.dropout, (None, 0.5, False), False),
         (F.embedding, (0, None, None, 1.0), True),
+        (F.max_pool1d, (None, 2), False),
+        (F.boolean_dispatch, (None,), True),
         (F.batch_norm, (None, None, None), True),
         (print, (None,), True),
         (operator.setitem, (None, 0, 1), True),
