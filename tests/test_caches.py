@@ -23,7 +23,7 @@ SPARSE = {"s2o", "window", "masked"}
 
 OLD = tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 23)
 """Then transformers cannot do all of this with "sdpa" either: 5.17 masks fewer keys than a reset sliding layer of a
-dynamic cache holds, makes no chunked masks ahead of the forward, and overfills a static cache in a chunked later turn."""
+dynamic cache holds, makes no chunked masks ahead of the forward, and overfills a static cache in chunked turns."""
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from CUDA only")
 
@@ -207,6 +207,15 @@ def test_generate_through_the_interface(way, family, cache):
 def test_generate_optimized(family, cache):
     plain = table.tiny(family, LAYERS.get(family))
     assert_generates_the_same(made("optimize", family), plain, *prompt(), **GENERATED[cache])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_decoder_with_a_prompt_of_its_own(cache):
+    """Its cache is two caches, and has no layers itself."""
+    decoder = table.tokens(2, table.TURN, seed=3)
+    given = {"decoder_input_ids": decoder, "decoder_attention_mask": torch.ones_like(decoder)} | GENERATED[cache]
+    assert_generates_the_same(made("optimize", "bart"), table.tiny("bart"), *prompt(30), **given)
 
 
 @pytest.mark.parametrize(("family", "cache"), WITHOUT_QUANTA)

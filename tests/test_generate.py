@@ -147,6 +147,32 @@ def test_a_model_that_generates_by_itself_keeps_its_masks():
     assert "create_masks_for_generate" not in vars(s2o_compile.optimize(model, EXACT))
 
 
+@pytest.mark.parametrize("held", [0, 140])
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_postponed_masks_are_those_of_the_call(held):
+    """Whoever writes into the padding between the call and the forward changes no mask."""
+    results, ids = [], prompts(padded=False)["input_ids"]
+    for change in (False, True):
+        model = s2o_compile.optimize(llama("sdpa"), EXACT)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=300)
+        if held:
+            model(ids[:, :held], past_key_values=cache)
+        padding = (torch.arange(held + PROMPT) > 30).repeat(2, 1)
+        masks = model.create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=torch.empty(2, PROMPT, 0),
+            attention_mask=padding,
+            past_key_values=cache,
+            is_first_iteration=True,
+        )
+        if change:
+            padding.fill_(True)
+        positions = torch.arange(held, held + PROMPT)[None]
+        results.append(model(ids, attention_mask=masks, past_key_values=cache, position_ids=positions).logits)
+    torch.testing.assert_close(results[1][:, 31:], results[0][:, 31:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
