@@ -93,7 +93,8 @@ def tiny(name, layers=None):
 
 
 def tokens(batch, length, seed=1):
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 97, (batch, length), generator=generator, device="cpu").to(torch.get_default_device())
 
 
 class Conversation:
