@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: demo test lint format bench zoo clean
+.PHONY: demo test test-slow lint format bench zoo clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
