@@ -99,7 +99,7 @@ def is_fake(x: object) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def fake_mode_of(tensors: Sequence[Tensor]) -> Any:  # noqa: ANN401 (a FakeTensorMode)
+def fake_mode_of(tensors: Sequence[Any]) -> Any:  # noqa: ANN401 (a FakeTensorMode)
     """The mode that traces a call of these tensors, or None."""
     return _detect_fake_mode(tensors)
 
@@ -164,6 +164,19 @@ tree_leaves: Callable[[Any], list[Any]] = _named("torch.utils._pytree.tree_leave
 tree_flatten: Callable[[Any], Any] = _named("torch.utils._pytree.tree_flatten", _OPENING)
 tree_unflatten: Callable[..., Any] = _named("torch.utils._pytree.tree_unflatten", _OPENING)
 make_fx = _named("torch.fx.experimental.proxy_tensor.make_fx", _OPENING)
+
+
+class _NoDispatchMode:
+    """The class of modes where torch has none of that name."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise MissingTorchNameError(_DISPATCH_MODE, "counting the attentions that a model runs")
+
+
+_DISPATCH_MODE = "torch.utils._python_dispatch.TorchDispatchMode"
+TorchDispatchMode = _named(
+    "torch.utils._python_dispatch.TorchDispatchMode", "counting the attentions that a model runs", _NoDispatchMode
+)
 
 # What a tensor really is.
 _is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)

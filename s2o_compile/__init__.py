@@ -15,6 +15,8 @@ from s2o_compile.errors import (
     EvaluationError,
     ImplementationUnavailableError,
     InputError,
+    LoadingError,
+    MissingTorchNameError,
     NothingRewrittenWarning,
     OptionError,
     PackageError,
@@ -22,6 +24,7 @@ from s2o_compile.errors import (
     TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
+    UnusedWeightsWarning,
 )
 from s2o_compile.evaluate import evaluate
 from s2o_compile.evaluation import Evaluation
@@ -39,6 +42,8 @@ __all__ = [
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",
+    "LoadingError",
+    "MissingTorchNameError",
     "NothingRewrittenWarning",
     "OptionError",
     "Package",
@@ -52,6 +57,7 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UnusedWeightsWarning",
     "attention",
     "calibrate",
     "evaluate",

@@ -27,10 +27,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from s2o_compile.kernels.torch_compat import TorchDispatchMode, tree_leaves
 from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes.site import SiteRecord
 

@@ -1,6 +1,7 @@
 """Every error and warning this project raises on purpose."""
 
 from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
+from s2o_compile.kernels.torch_compat import MissingTorchNameError
 
 
 class OptionError(S2OError, ValueError):
@@ -23,6 +24,14 @@ class PackageError(S2OError, ValueError):
     """A program that cannot become a package, or a path that cannot hold one."""
 
 
+class LoadingError(S2OError, RuntimeError):
+    """A folder, a file or a hub name that holds no usable model."""
+
+
+class UnusedWeightsWarning(UserWarning):
+    """A weights file holds weights that the configuration's model does not have."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 
@@ -36,6 +45,8 @@ __all__ = [
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",
+    "LoadingError",
+    "MissingTorchNameError",
     "NothingRewrittenWarning",
     "OptionError",
     "PackageError",
@@ -43,4 +54,5 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UnusedWeightsWarning",
 ]

@@ -11,12 +11,11 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch._dynamo.exc import UserError, UserErrorType
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 
 from s2o_compile.backend import rewrite
 from s2o_compile.config import S2OConfig, config_or_default
+from s2o_compile.kernels.torch_compat import fake_mode_of
 from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes import exported
 
@@ -81,6 +80,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     torch 2.11 does not know that min(64 n, 192 n), a stride of repeated heads, is 64 n, and calls it a constraint that
     some n violates. As an assertion of the program it is one that holds.
     """
+    from torch._dynamo.exc import UserError, UserErrorType  # here, as only this needs them
+
     export = partial(torch.export.export, model, args, kwargs, dynamic_shapes=dynamic_shapes)
     try:
         return export()
@@ -92,7 +93,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
             raise
         # What is learned of a size when the program is decomposed shall not become another: that there are several
         # tiles, which the example has, is no promise about one token.
-        fake = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
+        fake = fake_mode_of([node.meta.get("val") for node in program.graph.nodes])
         if fake is not None and fake.shape_env is not None:
             shapes = fake.shape_env
             shapes.settings = replace(shapes.settings, prefer_deferred_runtime_asserts_over_guards=False)

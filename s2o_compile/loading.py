@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from logging import CRITICAL
 from typing import Any
 
-from s2o_compile.errors import S2OError
+from s2o_compile.errors import LoadingError, S2OError, UnusedWeightsWarning
 from s2o_compile.kernels.arguments import shown
 
 NAMED = 3
@@ -20,14 +20,6 @@ NAMED = 3
 
 LONGEST_CAUSE = 240
 """Characters of the cause in a message."""
-
-
-class LoadingError(S2OError, RuntimeError):
-    """A folder, a file or a hub name that holds no usable model."""
-
-
-class UnusedWeightsWarning(UserWarning):
-    """A weights file holds weights that the configuration's model does not have."""
 
 
 @contextlib.contextmanager

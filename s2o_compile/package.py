@@ -11,8 +11,6 @@ from typing import IO, Any
 
 import torch
 from torch import fx
-from torch._inductor import cpp_builder
-from torch._inductor.exc import InductorError
 from torch.export import ExportedProgram
 
 import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
@@ -98,6 +96,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
             wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
         else:  # attentions that share a trace have not been tried on a GPU yet
             wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
+        from torch._inductor.exc import InductorError  # here, as only packages need it
+
         try:
             written = torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=wanted | dict(options or {})
@@ -130,6 +130,8 @@ def _check_library(written: Path) -> None:
     with zipfile.ZipFile(written) as archive:
         libraries = [_named(archive.open(name)) for name in archive.namelist() if name.endswith(".so")]
     if any(b"libtorch" in names and not names & {b"libstdc++.so", b"libc++.so"} for names in libraries):
+        from torch._inductor import cpp_builder
+
         written.unlink()
         raise PackageError(
             "package: expected a C++ compiler that links its standard library dynamically, got "

@@ -17,7 +17,7 @@ from s2o_compile.kernels.torch_compat import NAMES, Missing, MissingTorchNameErr
 ROOT = Path(__file__).parent.parent
 HOME = "torch_compat.py"
 FOLDERS = ("kernels", "passes")
-"""``s2o_compile`` itself still names some."""
+"""``s2o_compile`` itself still names some, inside functions."""
 # Public for all purposes: documented, or torch's own examples call them.
 PUBLIC = ("torch._check", "torch._assert_async", "torch.ops.")
 PRIVATE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)\b|torch\.fx\.experimental")
@@ -31,8 +31,9 @@ def dotted(node):
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def private_names(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def private_names(path, *, imported_only=False):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if imported_only else ast.walk(tree):
         found = []
         if isinstance(node, ast.Attribute):
             found = [dotted(node)]
@@ -47,6 +48,18 @@ def private_names(path):
 def test_private_names_stand_in_one_file(folder):
     found = {p.name: names for p in (ROOT / folder).rglob("*.py") if p.name != HOME and (names := {*private_names(p)})}
     assert not found
+
+
+def test_the_import_needs_no_private_name():
+    """``s2o_compile`` may use some inside functions; modules that import one are loaded where their feature is used."""
+    loaded_later = {"inductor.py", "twins.py", "lazy_mask.py", "mask_functions.py"}
+    found = {p.name for p in (ROOT / "s2o_compile").glob("*.py") if {*private_names(p, imported_only=True)}}
+    assert found == loaded_later
+    code = "import sys, s2o_compile; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    modules = done.stdout.split()
+    assert "s2o_compile.package" in modules
+    assert not [name for name in loaded_later if f"s2o_compile.{name.removesuffix('.py')}" in modules]
 
 
 def test_the_canary_every_name_is_there():
