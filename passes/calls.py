@@ -22,6 +22,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from s2o_compile.kernels.torch_compat import (
+    HigherOrderOperator,
     OpOverload,
     OpOverloadPacket,
     data_of,
@@ -97,8 +98,8 @@ _PLAIN_METHODS = (
 _SWITCHES = ("inplace", "max_norm", "out")
 """Parameters of torch's Python functions that make them write: embedding renormalises its table under ``max_norm``."""
 _EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
-_UNTRUSTED = ("batch_norm", "instance_norm")
-"""Python functions that write statistics, by the mode that they are called in."""
+_UNTRUSTED = ("batch_norm", "instance_norm", "triplet_margin_with_distance_loss")
+"""Python functions that write statistics by the mode that they are called in, or that call a function of the user's."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,12 @@ class _Known:
 def function_name(node: fx.Node) -> str:
     """What a node calls, in one spelling (``le`` for ``operator.le``, ``torch.less_equal``, ``Tensor.__le__``, ...).
 
-    Empty for anything but a call of Python's or torch's own functions. In-place variants lose their underscore too:
-    ask `Mutations` first.
+    Empty for anything but a call of Python's or torch's own functions, and for those that give a tensor another shape
+    in place: its node has that shape from the start. Other in-place variants lose their underscore too: ask `Mutations`
+    first.
     """
     known = _known(node)
-    if known is None:
+    if known is None or _reshapes(known):
         return ""
     name = known.name.strip("_")
     return _SYNONYMS.get(name, name)
@@ -152,6 +154,32 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     return _by_schemas(node, known.schemas)
 
 
+def may_reshape(node: fx.Node) -> bool:
+    """Whether a node that writes to a tensor may give it another shape, other strides or another storage."""
+    if isinstance(node.target, OpOverload):
+        return torch.Tag.inplace_view in node.target.tags
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return False  # Dynamo lets none of them
+    known = _known(node)
+    return known is None or _reshapes(known)
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether a node's value may lie where its arguments lie, although its fake value does not say so.
+
+    Dropout that is off gives its argument back, and nobody knows what an unknown function gives.
+    """
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        module = node.graph.owning_module.get_submodule(str(node.target))
+        return "Dropout" in type(module).__name__ or not type(module).__module__.startswith("torch.nn.")
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, OpOverload | OpOverloadPacket | HigherOrderOperator):
+        return "dropout" in str(node.target)
+    known = _known(node)
+    return known is None or "dropout" in known.name
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether a node can go if nobody reads its value: it writes nothing and does nothing else besides.
 
@@ -168,10 +196,16 @@ def is_pure(node: fx.Node) -> bool:
     return not any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value_of(node)) if _is_sized(leaf))
 
 
+def _reshapes(known: _Known) -> bool:
+    return any(torch.Tag.inplace_view in _tags(schema.name, schema.overload_name) for schema in known.schemas)
+
+
 def _known(node: fx.Node) -> _Known | None:
     if node.op == "call_method":
-        on_tensor = bool(node.args) and isinstance(value_of(node.args[0]), torch.Tensor)
-        return _method(str(node.target)) if on_tensor else None
+        value, name = value_of(node.args[0]) if node.args else None, str(node.target)
+        # A subclass may have a method of its own by that name.
+        own = getattr(type(value), name, None) is getattr(torch.Tensor, name, None)
+        return _method(name) if isinstance(value, torch.Tensor) and own else None
     if node.op != "call_function":
         return None
     target = node.target
@@ -213,7 +247,7 @@ def _functions() -> dict[object, _Known]:
             # max_pool1d and its kin are made by boolean_dispatch: one of two functions, by return_indices.
             dispatched = function.__module__ == F.__name__ and function.__globals__ is F.boolean_dispatch.__globals__
             own = function.__globals__ is vars(module) or dispatched
-            if own and not name.startswith("__") and name not in _UNTRUSTED:
+            if own and not name.startswith("__") and not name.endswith("_") and name not in _UNTRUSTED:
                 found[function] = _Known(name, signature=inspect.signature(function))
     for name in dir(torch.Tensor):
         known = _method(name)
@@ -273,8 +307,7 @@ def _by_schemas(node: fx.Node, schemas: tuple[torch.FunctionSchema, ...]) -> lis
     for schema in schemas:
         writes = [(at, argument) for at, argument in enumerate(schema.arguments) if _writes(argument)]
         keywords |= {argument.name for _, argument in writes if argument.kwarg_only}
-        if not any(argument.kwarg_only for _, argument in writes):  # else it is the overload with out=
-            places |= {at for at, _ in writes}
+        places |= {at for at, argument in writes if not argument.kwarg_only}
     written = _nodes([value for name, value in node.kwargs.items() if name in keywords])
     if not places:
         return written
@@ -294,7 +327,8 @@ def _is_switched(node: fx.Node, signature: inspect.Signature) -> bool:
         given = signature.bind(*node.args, **node.kwargs).arguments
     except TypeError:
         return True
-    return any(given.get(name) not in (None, False) for name in _SWITCHES)
+    switches = [given.get(name) for name in _SWITCHES]
+    return not all(value is None or value is False for value in switches)  # max_norm=0 is on
 
 
 def _draws(name: str) -> bool:

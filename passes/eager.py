@@ -88,6 +88,8 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     if rejected is None:
         rejected = _check_unchanged(chain, (query, key, value), values.node, prover)
     if rejected is None:
+        rejected = _check_views({query.node: chain.product, key.node: chain.product, value.node: values}, prover)
+    if rejected is None:
         rejected = _check_casts((*chain.nodes, *behind.nodes), value.value.dtype)
     if rejected is not None:
         return rejected
@@ -227,6 +229,19 @@ def _check_unchanged(
     for node in read_early:
         if prover.mutations.changed(node, after=chain.nodes[0], before=site):
             return Rejected("%s is changed in place before the values are read", node)
+    return None
+
+
+def _check_views(operands: Mapping[fx.Node, Product], prover: MaskProver) -> Rejected | None:
+    """An operand is read behind a view that its product had of it: no write may lie between, or reshape it at all."""
+    for operand, found in operands.items():
+        writer = prover.mutations.reshaped(operand)
+        if writer is not None:
+            return Rejected("%s may be given another shape in place by %s", operand, writer)
+        for view in found.node.all_input_nodes:
+            seen = view is not operand and operand in view.all_input_nodes
+            if seen and prover.mutations.changed(operand, after=view, before=found.node):
+                return Rejected("%s is changed in place behind its view %s", operand, view)
     return None
 
 

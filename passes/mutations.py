@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.torch_compat import storages, tree_leaves
-from s2o_compile.passes.calls import function_name, written_nodes
+from s2o_compile.passes.calls import function_name, may_alias, may_reshape, written_nodes
 from s2o_compile.passes.graph_values import value_of
 from s2o_compile.passes.site import Rejected
 
@@ -42,11 +42,15 @@ class Mutations:
         self._written: dict[fx.Node, frozenset[int]] = {}
         self._chains: dict[int, tuple[fx.Node, ...] | None] = {}
         self._state: dict[int, int] = {}  # how many writes have happened, where not all of them
+        self._shared: dict[int, int] = {}  # of storages that may be one, another one
         for node in graph.nodes:
-            for storage in _storages(node):
+            if may_alias(node):
+                self._share({storage for each in (node, *node.all_input_nodes) for storage in _storages(each)})
+        for node in graph.nodes:
+            for storage in self._places(node):
                 self._members.setdefault(storage, []).append(node)
             # `n += 1` on an integer writes nothing
-            written = frozenset(storage for target in written_nodes(node) for storage in _storages(target))
+            written = frozenset(storage for target in written_nodes(node) for storage in self._places(target))
             if written:
                 self._written[node] = written
             for storage in written:
@@ -65,6 +69,10 @@ class Mutations:
         """Whether the tensor of ``node`` is written to between two nodes."""
         start, stop = self._position[after], self._position[before]
         return any(start < self._position[writer] < stop for writer in self.writers(node))
+
+    def reshaped(self, node: fx.Node) -> fx.Node | None:
+        """A node that may give the tensor of ``node`` another shape in place, or None: its fake value has the last."""
+        return next((writer for writer in self.writers(node) if may_reshape(writer)), None)
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
@@ -110,8 +118,21 @@ class Mutations:
 
     def _touched(self, node: fx.Node) -> frozenset[int]:
         """Where the tensors of a node lie, and what it writes to."""
-        touched = _storages(node) | self._written.get(node, frozenset())
+        touched = self._places(node) | self._written.get(node, frozenset())
         return touched | {_ANYWHERE} if touched and _ANYWHERE in self._writers else touched
+
+    def _places(self, node: fx.Node) -> frozenset[int]:
+        """The storages of a node's tensors, one for all that may be the same."""
+        return frozenset(map(self._root, _storages(node)))
+
+    def _root(self, storage: int) -> int:
+        while storage in self._shared:
+            storage = self._shared[storage]
+        return storage
+
+    def _share(self, storages: set[int]) -> None:
+        first, *others = sorted({self._root(storage) for storage in storages} or {_ANYWHERE})  # _ANYWHERE stays a root
+        self._shared |= dict.fromkeys(others, first)
 
     def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
         """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""

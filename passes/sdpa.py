@@ -59,6 +59,10 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
             return heads
         query, key, value, restore = heads.query, heads.key, heads.value, heads.restore
     rejected = _check_call(call)
+    for operand in (query, key, value):
+        writer = prover.mutations.reshaped(operand.node) if isinstance(operand.node, fx.Node) else None
+        if writer is not None:
+            return Rejected("%s may be given another shape in place by %s", operand.node, writer)
     if rejected is None:  # not `or`: a rejection is false
         rejected = check_tensors(query.value, key.value, value.value, node)
     if rejected is None and not restore:

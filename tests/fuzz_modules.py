@@ -119,7 +119,10 @@ class Draw:
             return
         name = self.one(*names[-3:], *names)
         action = self._random.random()
-        if action < 0.7:
+        if action < 0.05 and table == "WRITERS":  # eager refuses most of these, but where two lengths are one
+            axes = self.one("transpose_(-1, -2)", "swapaxes_(-3, -2)", "set_({0} * 2)").format(name)
+            self.module.lines.append(f"{name}.{axes}")
+        elif action < 0.7:
             self.module.lines.append(f"{table}[{self.one(*functions)!r}]({name})")
         elif action < 0.8:
             self.module.lines.append(f"copy{len(self._looked)} = {name}.clone()")

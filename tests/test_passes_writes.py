@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.passes import pipeline
+from tests.capture import rewritten
 from tests.writers import PLACES, WRITERS
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
@@ -44,6 +46,46 @@ def test_all_of_it_is_rewritten_where_nothing_is_written():
     records = compared(lambda x: None)
     assert len(records) == len(PLACES) + 1  # one of them has two sites
     assert not [record.reason for record in records if record.reason]
+
+
+def reset(k, by):
+    """``k`` seen through a view, and then given other elements."""
+    view = k.mT
+    by(k)
+    return view
+
+
+def through(name):
+    return lambda q, k, v: (q @ getattr(k * 1, name)(-1, -2) / 4).softmax(-1) @ v
+
+
+# Keys [B, H, N, D] with N == D == H, so that a tensor that is transposed in place still fits.
+RESHAPED = {
+    "transpose_": through("transpose_"),
+    "swapaxes_": through("swapaxes_"),
+    "swapdims_": through("swapdims_"),
+    "bmm": lambda q, k, v: (torch.bmm(q[0], (k[0] * 1).transpose_(1, 2)) / 4).softmax(-1) @ v[0],
+    "behind-a-view": lambda q, k, v: (q @ reset(k * 1, lambda k: k.transpose_(-1, -2)) / 4).softmax(-1) @ v,
+    "heads-behind-a-view": lambda q, k, v: (q @ reset(k * 1, lambda k: k.swapaxes_(1, 2)) / 4).softmax(-1) @ v,
+    "leaf": lambda q, k, v: (q @ reset(k * 1, turned) / 4).softmax(-1) @ v,
+    "set_": lambda q, k, v: (q @ reset(k * 1, lambda k: k.set_(k * 2)) / 4).softmax(-1) @ v,
+    "values": lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ (v * 1).transpose_(-1, -2),
+    "sdpa": lambda q, k, v: sdpa(q, (k * 1).transpose_(1, 2), v),
+    "sdpa-later": lambda q, k, v: (sdpa(q, later := k * 1, v), later.transpose_(1, 2)),
+    "mask": lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(8, 8, dtype=torch.bool).tril().transpose_(0, 1)),
+}
+
+
+@torch.compiler.allow_in_graph
+def turned(x):
+    x.transpose_(-1, -2)
+    return x.shape[0]
+
+
+@pytest.mark.parametrize("attend", RESHAPED.values(), ids=RESHAPED)
+def test_tensors_that_are_given_another_shape_in_place(attend):
+    inputs = torch.randn(3, 2, 8, 8, 8).unbind(0)
+    rewritten(attend, *inputs)
 
 
 class Places(torch.nn.Module):

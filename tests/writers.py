@@ -6,6 +6,7 @@ it. Each way here is one that a pass may overlook: by keyword, by module, in a l
 
 import inspect
 import operator
+from functools import partial
 
 import numpy
 import torch
@@ -20,12 +21,14 @@ LIBRARY.define("double(Tensor(a!) x) -> ()")
 LIBRARY.define("flip(Tensor(a!) x) -> ()")
 LIBRARY.define("double_behind(float factor, *, Tensor(a!) x) -> ()")
 LIBRARY.define("double_all(Tensor(a!)[] xs) -> ()")
+LIBRARY.define("double_both(Tensor(a!) x, *, Tensor(b!) y) -> ()")
 LIBRARY.define("double_and_sum(Tensor(a!) x) -> Tensor")
 for key in ("CompositeExplicitAutograd", "Meta"):
     LIBRARY.impl("double", lambda x: _nothing(x.mul_(2)), key)
     LIBRARY.impl("flip", lambda x: _nothing(x.logical_not_()), key)
     LIBRARY.impl("double_behind", lambda factor, *, x: _nothing(x.mul_(factor)), key)
     LIBRARY.impl("double_all", lambda xs: _nothing([x.mul_(2) for x in xs]), key)
+    LIBRARY.impl("double_both", lambda x, *, y: _nothing((x.mul_(2), y.mul_(2))), key)
     LIBRARY.impl("double_and_sum", lambda x: x.mul_(2).sum(), key)
 OWN = torch.ops.s2o_test_writers
 
@@ -69,8 +72,8 @@ def under_vmap(x):
     torch.vmap(lambda row: row.mul_(2))(x)
 
 
-def renormalised(x):
-    F.embedding(torch.zeros(1, dtype=torch.long), x.flatten(0, -2), max_norm=0.1)
+def renormalised(x, max_norm=0.1):
+    F.embedding(torch.zeros(1, dtype=torch.long), x.flatten(0, -2), max_norm=max_norm)
 
 
 def statistics(x):
@@ -119,6 +122,8 @@ WRITERS = {
     "custom-overload": lambda x: OWN.double.default(x),
     "custom-keyword": lambda x: OWN.double(x=x),
     "custom-behind": lambda x: OWN.double_behind(3.0, x=x),
+    "custom-both": lambda x: OWN.double_both(x, y=torch.ones(2)),
+    "custom-other": lambda x: OWN.double_both(torch.ones(2), y=x),
     "custom-list": lambda x: OWN.double_all([x]),
     "custom-list-overload": lambda x: OWN.double_all.default([x]),
     "custom-that-returns": lambda x: OWN.double_and_sum(x),
@@ -127,6 +132,13 @@ WRITERS = {
     "numpy-statement": numpy_statement,
     "vmap": under_vmap,
     "embedding-max-norm": renormalised,
+    "embedding-max-norm-0": partial(renormalised, max_norm=0),
+    "embedding-bag-max-norm": lambda x: F.embedding_bag(
+        torch.zeros(1, 1, dtype=torch.long), x.flatten(0, -2), max_norm=0.0
+    ),
+    "dropout-that-is-off": lambda x: F.dropout(x, 0.5, False).mul_(2),
+    "nn.Dropout-that-is-off": lambda x: nn.Dropout().eval()(x).add_(1),
+    "dlpack": lambda x: torch.from_dlpack(torch.to_dlpack(x)).mul_(2),
     "batch-norm": statistics,
     "batch-norm-of-torch": statistics_of_torch,
     "checkpoint": checkpointed,
