@@ -98,8 +98,10 @@ _PLAIN_METHODS = (
 _SWITCHES = ("inplace", "max_norm", "out")
 """Parameters of torch's Python functions that make them write: embedding renormalises its table under ``max_norm``."""
 _EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
-_UNTRUSTED = ("batch_norm", "instance_norm", "triplet_margin_with_distance_loss")
-"""Python functions that write statistics by the mode that they are called in, or that call a function of the user's."""
+_STATISTICS = ("batch_norm", "instance_norm")
+"""Python functions that write statistics, by the mode that they are called in."""
+_CALLING = ("triplet_margin_with_distance_loss",)
+"""Python functions that call one of the user's."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class _Known:
         schemas: Of the overloads of its operator; empty if it has none.
         signature: Of a Python function with switches, else None.
         writes_first: Whether it writes to its first argument, where no schema says so.
+        writes_any: Whether it may write to each of its arguments.
     """
 
     name: str
     schemas: tuple[torch.FunctionSchema, ...] = ()
     signature: inspect.Signature | None = None
     writes_first: bool = False
+    writes_any: bool = False
 
 
 def function_name(node: fx.Node) -> str:
@@ -145,7 +149,7 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     known = _known(node)
     if known is None and isinstance(target, OpOverloadPacket):
         known = _Known("", _schemas(target))
-    if known is None:
+    if known is None or known.writes_any:
         return node.all_input_nodes
     if known.writes_first:
         return _nodes(node.args[:1])
@@ -247,8 +251,9 @@ def _functions() -> dict[object, _Known]:
             # max_pool1d and its kin are made by boolean_dispatch: one of two functions, by return_indices.
             dispatched = function.__module__ == F.__name__ and function.__globals__ is F.boolean_dispatch.__globals__
             own = function.__globals__ is vars(module) or dispatched
-            if own and not name.startswith("__") and not name.endswith("_") and name not in _UNTRUSTED:
-                found[function] = _Known(name, signature=inspect.signature(function))
+            if own and not name.startswith("__") and not name.endswith("_") and name not in _CALLING:
+                signature = inspect.signature(function)
+                found[function] = _Known(name, signature=signature, writes_any=name in _STATISTICS)
     for name in dir(torch.Tensor):
         known = _method(name)
         if known is not None:
