@@ -88,7 +88,7 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     if rejected is None:
         rejected = _check_unchanged(chain, (query, key, value), values.node, prover)
     if rejected is None:
-        rejected = _check_views({query.node: chain.product, key.node: chain.product, value.node: values}, prover)
+        rejected = _check_views(((query.node, chain.product), (key.node, chain.product), (value.node, values)), prover)
     if rejected is None:
         rejected = _check_casts((*chain.nodes, *behind.nodes), value.value.dtype)
     if rejected is not None:
@@ -232,9 +232,9 @@ def _check_unchanged(
     return None
 
 
-def _check_views(operands: Mapping[fx.Node, Product], prover: MaskProver) -> Rejected | None:
+def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver) -> Rejected | None:
     """An operand is read behind a view that its product had of it: no write may lie between, or reshape it at all."""
-    for operand, found in operands.items():
+    for operand, found in operands:
         writer = prover.mutations.reshaped(operand)
         if writer is not None:
             return Rejected("%s may be given another shape in place by %s", operand, writer)
