@@ -29,13 +29,14 @@ from calls import CAUSAL, check_exact, held_density, make_inputs, milliseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import triton_forward, triton_order
-from s2o_compile.kernels.operator import run
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import TILE_LEN, ScoreKeys, default_segment_len
-from s2o_compile.kernels.rank import TRITON_RANKINGS, build_plan
+from s2o_compile.cli.tune import cut_to_density
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, default_segment_len
+from s2o_compile.kernels.dispatch import run
+from s2o_compile.kernels.impl.triton import forward as triton_forward
+from s2o_compile.kernels.impl.triton import order as triton_order
+from s2o_compile.kernels.planner import TRITON_RANKINGS, build_plan
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.tune import cut_to_density
 
 
 def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:

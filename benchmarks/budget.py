@@ -31,11 +31,11 @@ from torch import Tensor
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.api import watched
-from s2o_compile.calibrate import AIM, TAUS, CurveMeter, budgeted
-from s2o_compile.compiled_copy import compiled_copy
-from s2o_compile.demo import MODEL, document, load_model
-from s2o_compile.kernels.observation import ObservedCall, Observer, observe_attention
-from s2o_compile.kernels.rank import LISTS
+from s2o_compile.capture.compiled_copy import compiled_copy
+from s2o_compile.cli.demo import MODEL, document, load_model
+from s2o_compile.kernels.observe import ObservedCall, Observer, observe_attention
+from s2o_compile.kernels.planner import LISTS
+from s2o_compile.quality.calibrate import AIM, TAUS, CurveMeter, budgeted
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 KEPT = (0.4, 1.25)

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import operator, torch_forward, triton_forward
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import Plan
-from s2o_compile.kernels.rank import Planner, build_plan
+from s2o_compile.cli.tune import add_topics, cut_to_density
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import Plan
+from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.impl.triton import forward as triton_forward
+from s2o_compile.kernels.planner import Planner, build_plan
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.tune import add_topics, cut_to_density
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.demo import MODEL, build_prompt, load_model
+from s2o_compile.cli.demo import MODEL, build_prompt, load_model
 
 TOKENS, LAYERS, LLAMA_HIDDEN = 512, 32, 4096
 BAR = 0.02

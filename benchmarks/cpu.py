@@ -18,9 +18,9 @@ import calls
 import torch
 from results_file import Rows
 
-from s2o_compile.kernels import torch_forward
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.rank import build_plan
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.statistics import record_calls
 
 

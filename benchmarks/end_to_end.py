@@ -38,7 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import operator, registration
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels import ops as registration
 from s2o_compile.kernels.statistics import record_calls
 
 WARM_UP = 1024

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.demo import document, load_model
+from s2o_compile.cli.demo import document, load_model
 
 FOLLOWS = 0.02
 LAST = 10

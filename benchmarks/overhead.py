@@ -36,10 +36,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.backend import s2o
-from s2o_compile.kernels import operator
-from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.kernels.tuned import crossover
 
 CHAIN = 32
 """Attentions of a compiled graph, as many as a model has layers: what entering the graph costs is shared by them."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import s2o_compile
 from s2o_compile import S2OConfig, backend
-from s2o_compile.demo import MODEL, build_prompt, load_model
+from s2o_compile.cli.demo import MODEL, build_prompt, load_model
 
 SHORT = (1, 2, 127, 128, 2047, 2048, 3001)
 """Lengths that are not timed: one, few, around a tile and around where attention becomes sparse."""

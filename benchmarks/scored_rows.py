@@ -20,8 +20,9 @@ from calls import DEVICE, make_inputs, milliseconds, run
 from results_file import Rows
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import rank, ranking_per_query
-from s2o_compile.kernels.plan import default_segment_len
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core.plan import default_segment_len
+from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.statistics import record_calls
 
 TAUS = (0.5, 1.0)

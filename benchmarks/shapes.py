@@ -31,7 +31,7 @@ from results_file import Rows
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.core.mask import AttentionMask
 
 K = 1024
 PREFIX = 2048

@@ -13,7 +13,7 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.demo import MODEL, build_prompt, load_model, timed
+from s2o_compile.cli.demo import MODEL, build_prompt, load_model, timed
 
 SETTINGS = [(0.25, "per_query"), (0.5, "per_query"), (0.75, "per_query"), (1.0, "per_query"), (1.5, "per_query")]
 SETTINGS += [(0.75, "mean_query")]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks import zoo_masks
-from s2o_compile import Report, S2OConfig, census
+from s2o_compile import Report, S2OConfig
 from s2o_compile.api import watched
-from s2o_compile.compiled_copy import compiled_copy
+from s2o_compile.capture import audit as census
+from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.passes.site import SiteRecord
 
 EXACT = S2OConfig(

@@ -17,7 +17,7 @@ Tiny random models (two layers, 160 tokens, batches of two) of every architectur
 build from a shrunk configuration, and models from elsewhere, each run as it is and through the pass at `tau=0` with
 `min_seq_len=0`, so that the sparse operator really runs. Written by `make zoo`; every line is in [zoo.csv](zoo.csv).
 
-- **ran** counts attention calls of an uncompiled run (`s2o_compile.census`). **not found** are those of them that no
+- **ran** counts attention calls of an uncompiled run (`capture.audit`). **not found** are those of them that no
   record of the pass covers. **found** counts sites in captured graphs; these are **rewritten** or **left** dense.
 - **expressible** counts the calls of that run with more than one query whose mask, by the values it had, hides what a
   causal, sliding, padded, bidirectional or cross mask hides (`benchmarks/zoo_masks.py`). In doubt a call counts: an

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.blind_rows import fill_rows
-from s2o_compile.kernels.dense import sdpa
-from s2o_compile.kernels.differentiable import plain_attention
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.mask_reading import VANISHES, ReadMask, outweighs, read_mask
-from s2o_compile.kernels.operator import choose_path, run
-from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.autograd import plain_attention
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.validation import check_attn_mask, check_inputs
+from s2o_compile.kernels.dispatch import choose_path, run
+from s2o_compile.kernels.exact.blind_rows import fill_rows
+from s2o_compile.kernels.exact.sdpa import sdpa
+from s2o_compile.kernels.read_mask import VANISHES, ReadMask, outweighs, read_mask
 from s2o_compile.kernels.statistics import record
-from s2o_compile.kernels.validation import check_attn_mask, check_inputs
 
 _NO_MASK = AttentionMask()
 

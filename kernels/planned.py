@@ -7,16 +7,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels import flex_forward, head_tau, torch_forward
-from s2o_compile.kernels.blind_rows import fill_blind_rows
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.operator import choose_implementation, triton_forward
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import Plan
-from s2o_compile.kernels.rank import tail_values
-from s2o_compile.kernels.sinks import add_sinks
+from s2o_compile.kernels.core import head_tau
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import Plan
+from s2o_compile.kernels.dispatch import choose_implementation, triton_forward
+from s2o_compile.kernels.exact.blind_rows import fill_blind_rows
+from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.impl.flex import forward as flex_forward
+from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.planner import tail_values
+from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import record
-from s2o_compile.kernels.unvisited import blocks_to_visit
 
 
 def run_planned(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.scopes import Scopes
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.support.scopes import Scopes
 
 
 @dataclass(frozen=True, kw_only=True)

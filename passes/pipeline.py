@@ -10,10 +10,15 @@ from types import ModuleType
 
 from torch import fx
 
-from s2o_compile.kernels.torch_compat import is_erased
-from s2o_compile.passes import eager, expansion, flex, flex_sparse, foreign, sdpa
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.mask_prover import MaskProver
+from s2o_compile.kernels.support.torch_compat import is_erased
+from s2o_compile.passes.frontends import decompose as expansion
+from s2o_compile.passes.frontends import sdpa
+from s2o_compile.passes.frontends import third_party as foreign
+from s2o_compile.passes.frontends.eager import match as eager
+from s2o_compile.passes.frontends.flex import match as flex
+from s2o_compile.passes.frontends.flex import sparse as flex_sparse
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
 from s2o_compile.passes.site import AttentionSite, Rejected, SiteRecord, module_path, record, unique_names
 

@@ -11,16 +11,17 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
-from s2o_compile.kernels.flex_trained import attend_trained
-from s2o_compile.kernels.layout import empty_output
-from s2o_compile.kernels.torch_compat import is_erased
-from s2o_compile.passes import sizes, trained
-from s2o_compile.passes.assumptions import check_blocks, check_causal
-from s2o_compile.passes.calls import function_name, is_pure, written_nodes
-from s2o_compile.passes.graph_values import Size, known, same_sizes, value_of
-from s2o_compile.passes.mask_proof import KeyMask, MaskPart
-from s2o_compile.passes.operand import Operand, Step, computed
+import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.kernels.core.layout import empty_output
+from s2o_compile.kernels.impl.flex.training import attend_trained
+from s2o_compile.kernels.support.torch_compat import is_erased
+from s2o_compile.passes.frontends import training as trained
+from s2o_compile.passes.graph import sizes
+from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
+from s2o_compile.passes.graph.operand import Operand, Step, computed
+from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
+from s2o_compile.passes.masks.proof import KeyMask, MaskPart
 from s2o_compile.passes.site import AttentionSite, Rejected
 
 logger = logging.getLogger(__name__)

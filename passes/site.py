@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from s2o_compile.passes.operand import Operand, Step
+from s2o_compile.passes.graph.operand import Operand, Step
 
 if TYPE_CHECKING:
-    from s2o_compile.passes.mask_proof import MaskProof
+    from s2o_compile.passes.masks.proof import MaskProof
 
 
 class Rejected:

@@ -7,8 +7,9 @@ print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
 config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budget on your own text
 """
 
+from s2o_compile.aot.export import export
+from s2o_compile.aot.package import Package, package
 from s2o_compile.api import explain, optimize
-from s2o_compile.calibrate import calibrate
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
     DenseExportWarning,
@@ -26,12 +27,11 @@ from s2o_compile.errors import (
     UnknownSiteWarning,
     UnusedWeightsWarning,
 )
-from s2o_compile.evaluate import evaluate
-from s2o_compile.evaluation import Evaluation
-from s2o_compile.export import export
 from s2o_compile.functional import attention
-from s2o_compile.package import Package, package
 from s2o_compile.planning import S2OPlan, plan
+from s2o_compile.quality.calibrate import calibrate
+from s2o_compile.quality.evaluate import evaluate
+from s2o_compile.quality.evaluation import Evaluation
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
 

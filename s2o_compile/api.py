@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from s2o_compile import census
 from s2o_compile.backend import PREFIX, s2o, split_options
-from s2o_compile.compiled_copy import Model, compiled_copy
+from s2o_compile.capture import audit as census
+from s2o_compile.capture.compiled_copy import Model, compiled_copy
+from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
-from s2o_compile.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -80,7 +80,7 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
 
     The model runs twice. First as it is, to count the attentions that really run: those that no captured graph showed
     to the pass are in ``Report.not_found``. That run works on copies of the inputs and of the model's state (parameters
-    are shared) and on a fork of the random numbers; see `s2o_compile.census`. Then compiled, on the inputs themselves.
+    are shared) and on a fork of the random numbers; see `capture.audit`. Then compiled, on the inputs themselves.
     The rewritten graphs run without Inductor, so this costs a capture and two forwards. Grad mode is the caller's:
     under enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it
     resets Dynamo: code compiled before is compiled anew at its next call.

@@ -18,7 +18,7 @@ import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
-from s2o_compile.kernels.arguments import shown
+from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify

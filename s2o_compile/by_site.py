@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.arguments import as_integer, as_number, shown
+from s2o_compile.kernels.support.arguments import as_integer, as_number, shown
 
 T = TypeVar("T", int, float)
 

@@ -14,10 +14,10 @@ import torch
 from s2o_compile.by_site import SiteHeads, SiteTaus
 from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.arguments import as_number, is_one_of, shown
-from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.json_text import parse_json
-from s2o_compile.kernels.options import OperatorOptions
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
+from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.json_text import parse_json
 
 TRAINING = ("dense", "sparse")
 LONGEST_NAME = 200

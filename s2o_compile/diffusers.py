@@ -22,8 +22,8 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import ImplementationUnavailableError
 from s2o_compile.functional import attention
-from s2o_compile.kernels.operator import is_short
-from s2o_compile.kernels.validation import sizes_of
+from s2o_compile.kernels.core.validation import sizes_of
+from s2o_compile.kernels.dispatch import is_short
 
 _ARGUMENTS = {
     *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),

@@ -1,7 +1,7 @@
 """Every error and warning this project raises on purpose."""
 
-from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
-from s2o_compile.kernels.torch_compat import MissingTorchNameError
+from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
+from s2o_compile.kernels.support.torch_compat import MissingTorchNameError
 
 
 class OptionError(S2OError, ValueError):

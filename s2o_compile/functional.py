@@ -12,16 +12,16 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import DenseExportWarning
-from s2o_compile.kernels import registration
-from s2o_compile.kernels.differentiable import attend_differentiably, attend_plainly, attend_sparsely
-from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.layout import as_sdpa
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels import ops as registration
+from s2o_compile.kernels.autograd import attend_differentiably, attend_plainly, attend_sparsely
+from s2o_compile.kernels.core.layout import as_sdpa
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions, options_of
+from s2o_compile.kernels.core.validation import check_attn_mask, check_inputs, check_numbers
 from s2o_compile.kernels.masked import under_mask
-from s2o_compile.kernels.opaque import nobody_looks
-from s2o_compile.kernels.options import OperatorOptions, options_of
 from s2o_compile.kernels.planned import run_planned
-from s2o_compile.kernels.validation import check_attn_mask, check_inputs, check_numbers
+from s2o_compile.kernels.support.define_op import nobody_looks
+from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.planning import S2OPlan, within
 
 

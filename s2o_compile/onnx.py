@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-import s2o_compile.kernels.registration  # noqa: F401  (defines torch.ops.s2o)
+import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import DenseExportWarning, InputError
-from s2o_compile.kernels.differentiable import attend_plainly
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.one_at_a_time import ONE_AT_A_TIME
+from s2o_compile.kernels.autograd import attend_plainly
+from s2o_compile.kernels.core.mask import AttentionMask
 
 
 def dense(program: ExportedProgram) -> ExportedProgram:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
-from s2o_compile.kernels import head_tau
-from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.flex_layout import FlexLayout, lay_out, pool_blocks
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.operator import choose_implementation
-from s2o_compile.kernels.plan import TILE_LEN, Plan
-from s2o_compile.kernels.rank import build_plan, estimate_unvisited
+from s2o_compile.kernels.core import head_tau
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan
+from s2o_compile.kernels.core.validation import check_inputs, check_numbers
+from s2o_compile.kernels.dispatch import choose_implementation
+from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
+from s2o_compile.kernels.planner import build_plan, estimate_unvisited
+from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import pairs_by_head
-from s2o_compile.kernels.unvisited import blocks_to_visit
-from s2o_compile.kernels.validation import check_inputs, check_numbers
+from s2o_compile.kernels.support.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

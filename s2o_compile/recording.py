@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from s2o_compile.kernels.scopes import Scopes
 from s2o_compile.kernels.statistics import Call, record_calls
+from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, join_calls
 

@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from s2o_compile.aot.export import export
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError, TensorRTUnavailableError
-from s2o_compile.export import export
 
 
 def compile(

@@ -3,7 +3,7 @@
 import torch
 
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.graph.nodes import value_of
 
 EXACT = {"tau": 0.0, "min_seq_len": 0}
 OPERATOR = torch.ops.s2o.attention.default

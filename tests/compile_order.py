@@ -8,8 +8,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from s2o_compile.kernels import triton_order
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.impl.triton import order as triton_order
 
 
 class H100:

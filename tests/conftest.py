@@ -17,10 +17,10 @@ if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Trit
 
 os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the tests
 
-from s2o_compile.kernels import plan as plan_module
-from s2o_compile.kernels import rank
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import Plan
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan as plan_module
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import Plan
 
 torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
 

@@ -3,9 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from s2o_compile.passes import sdpa
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.mask_prover import MaskProver
+from s2o_compile.passes.frontends import sdpa
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.prover import MaskProver
 
 
 def captured(mask_of, *extra, dynamic=True, lengths=(5, 9)):

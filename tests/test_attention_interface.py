@@ -13,8 +13,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
-from s2o_compile.lazy_mask import LazyMask  # noqa: E402
 from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
+from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0)
 LENGTH = 200
@@ -250,7 +250,7 @@ def test_no_mask_means_what_it_means_to_sdpa(asked, of_module, keys, prefill):
 
 def test_weights_that_are_not_made_are_not_missed_silently(monkeypatch, prefill):
     said = []
-    monkeypatch.setattr(s2o_compile.transformers.logger, "warning_once", said.append)
+    monkeypatch.setattr(s2o_compile.transformers.interface.logger, "warning_once", said.append)
     attention, tensors = tiny("llama").model.layers[0].self_attn, [torch.randn(1, h, LENGTH, 8) for h in (4, 2, 2)]
     configure(attention, EXACT)
     s2o_attention_forward(attention, *tensors, None, output_attentions=True)

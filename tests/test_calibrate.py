@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 import s2o_compile
 from s2o_compile import EvaluationError, OptionError, S2OConfig
-from s2o_compile.calibrate import AIM, TAUS, CurveMeter, budgeted
 from s2o_compile.error_budget import MEASURED, tau_for
-from s2o_compile.head_curves import DENSE_FROM, HEAD_SHARE, HeadCurves
-from s2o_compile.kernels import plan, rank
-from s2o_compile.kernels.observation import observe_attention
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.observe import observe_attention
+from s2o_compile.quality.calibrate import AIM, TAUS, CurveMeter, budgeted
+from s2o_compile.quality.head_curves import DENSE_FROM, HEAD_SHARE, HeadCurves
 from tests.tiny import tiny_language_model, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -174,7 +175,7 @@ class TestRefusals:
             S2OConfig(error=0.0, site_tau={"layers.0": (0.5,)})
 
     def test_what_cannot_be_written_before_the_work(self, tmp_path):
-        from s2o_compile import cli
+        from s2o_compile.cli.main import main as cli
 
         out = str(tmp_path / "missing" / "s2o.json")
         for command in (
@@ -226,7 +227,8 @@ class TestBudgetWithoutCalibration:
 
 
 def test_the_command_writes_a_configuration(tmp_path, monkeypatch):
-    from s2o_compile import cli, cli_calibrate
+    from s2o_compile.cli import calibrate as cli_calibrate
+    from s2o_compile.cli.main import main as cli
 
     text = tmp_path / "text.txt"
     text.write_text("any")

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import s2o_compile
-from s2o_compile import S2OConfig, census
+from s2o_compile import S2OConfig
+from s2o_compile.capture import audit as census
 from s2o_compile.passes.site import SiteRecord
 from tests.tiny import TinyAttention, tiny_input, tiny_model
 

@@ -14,9 +14,10 @@ pytest.importorskip("typer")
 transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from s2o_compile import cli, demo  # noqa: E402 (needs typer)
-from s2o_compile.evaluation import Evaluation  # noqa: E402
-from s2o_compile.loading import UnusedWeightsWarning  # noqa: E402
+from s2o_compile.cli import demo  # noqa: E402
+from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
+from s2o_compile.cli.main import main as cli  # noqa: E402 (needs typer)
+from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 
@@ -382,7 +383,7 @@ def test_a_truncated_gguf_file(s2o, tmp_path, monkeypatch, length):
 
 
 def test_tune_refuses_a_file_before_it_measures(s2o, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2o_compile.tune.compare", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("s2o_compile.cli.tune.compare", lambda *_: pytest.fail("measured"))
     (tmp_path / "tuned.json").write_text("[" * 100_000)
     line = complaint(s2o("tune", "--output", tmp_path / "tuned.json"))
     assert "tuned.json: expected a file of `s2o tune`" in line
@@ -392,7 +393,7 @@ def test_tune_without_a_home(s2o, monkeypatch):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr("s2o_compile.kernels.tuned.user_file", nobody)
+    monkeypatch.setattr("s2o_compile.kernels.core.tuned.user_file", nobody)
     assert "--output: expected a file to write, got none" in complaint(s2o("tune"))
 
 

@@ -13,10 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import Evaluation, EvaluationError, OptionError, S2OConfig
-from s2o_compile.kernels import plan, rank
-from s2o_compile.kernels.observation import observe_attention
-from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.planted import plant
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.observe import observe_attention
+from s2o_compile.quality.needles import plant
 from tests.tiny import tiny_language_model, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -26,7 +26,7 @@ from transformers import (
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import portable
+from s2o_compile.kernels.impl.aot import attention as portable
 from tests.tiny import tiny_input, tiny_language_model, tiny_model, tiny_tokens
 
 OPERATOR = torch.ops.s2o.attention.default

@@ -8,9 +8,10 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import plan, slices
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.tuned import launch
+from s2o_compile.kernels import schedule as slices
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.tuned import launch
 from tests.tiny import tiny_input, tiny_model
 
 pytestmark = [
@@ -77,7 +78,7 @@ def test_rows_beyond_two_to_the_31_elements():
 @torch.no_grad()
 def test_a_quarter_of_a_million_tokens():
     """Scores, lists and rows of 32 heads of 256K tokens: 2^31 elements and more, in all."""
-    triton_order = pytest.importorskip("s2o_compile.kernels.triton_order")
+    triton_order = pytest.importorskip("s2o_compile.kernels.impl.triton.order")
     n, heads, dim = 2**18, 32, 64
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))

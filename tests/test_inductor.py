@@ -13,7 +13,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_heuristics
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from s2o_compile import inductor
+from s2o_compile.aot import inductor_workarounds as inductor
 
 triton = pytest.importorskip("triton")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import s2o_compile
-from s2o_compile.kernels import chunked
-from s2o_compile.kernels.chunked import chunk_runs
-from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels.exact import chunked
+from s2o_compile.kernels.exact.chunked import chunk_runs
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, distance, exact_attention, on
 
 # Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.

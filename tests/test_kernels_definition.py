@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from s2o_compile.kernels import definition, ranking_per_query
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
-from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
+from s2o_compile.kernels.planner import QUERY_ORDERS, RANKINGS
+from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.statistics import Call
 from tests.conftest import Case, assert_close, bounds, dense_area, distance, exact_attention, score_all, visible_pairs
 

@@ -6,9 +6,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import dense_heads, plan, rank
-from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.exact import dense_heads
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, INTERPRETED, Case, bounds, distance, exact_attention, lay_out, on, visible_pairs
 
 OPERATOR, MASKED = torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default

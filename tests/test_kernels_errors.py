@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from s2o_compile.kernels import operator
-from s2o_compile.kernels.errors import ImplementationUnavailableError, InputError, S2OError
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.validation import check_inputs
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.validation import check_inputs
+from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError
 from tests.operator_calls import OPERATOR
 
 

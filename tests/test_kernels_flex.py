@@ -11,13 +11,21 @@ import torch
 
 import s2o_compile
 from s2o_compile import ImplementationUnavailableError, InputError, S2OConfig
-from s2o_compile.kernels import definition, flex_forward, flex_layout
-from s2o_compile.kernels.flex_layout import lay_out, pool_blocks
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.operator import choose_implementation
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.rank import build_plan
-from s2o_compile.kernels.unvisited import BLOCK_LEN, RULE_OVER_SAMPLE, blocks_to_visit, estimate_unvisited, sampled
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.dispatch import choose_implementation
+from s2o_compile.kernels.impl.flex import forward as flex_forward
+from s2o_compile.kernels.impl.flex import layout as flex_layout
+from s2o_compile.kernels.impl.flex.layout import lay_out, pool_blocks
+from s2o_compile.kernels.planner import build_plan
+from s2o_compile.kernels.ranking.unvisited import (
+    BLOCK_LEN,
+    RULE_OVER_SAMPLE,
+    blocks_to_visit,
+    estimate_unvisited,
+    sampled,
+)
 from tests.conftest import Inputs, bounds, distance, exact_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import flex_forward, flex_layout, triton_layout
+from s2o_compile.kernels.impl.flex import forward as flex_forward
+from s2o_compile.kernels.impl.flex import layout as flex_layout
+from s2o_compile.kernels.impl.flex import triton_layout
 from tests.conftest import CUDA, INTERPRETED, Case, on
 
 LISTS = (

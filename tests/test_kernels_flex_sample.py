@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import flex_sample, triton_sample
-from s2o_compile.kernels.flex_sample import HALF
+from s2o_compile.kernels.impl.flex import sample as flex_sample
+from s2o_compile.kernels.impl.flex import triton_sample
+from s2o_compile.kernels.impl.flex.sample import HALF
 from tests.conftest import CUDA, INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU gives silently

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import flex_site, triton_site
+from s2o_compile.kernels.impl.flex import triton_site
+from s2o_compile.kernels.impl.flex import user_mods as flex_site
 from tests.conftest import CUDA, INTERPRETED
 
 

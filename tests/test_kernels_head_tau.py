@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from s2o_compile import S2OConfig, attention
-from s2o_compile.kernels import definition, rank, slices, torch_forward
-from s2o_compile.kernels.errors import InputError
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels import schedule as slices
+from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, move_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")  # interpreted, as elsewhere
@@ -51,7 +54,7 @@ def test_executors_equal_the_definition(device, implementation, inputs_of, build
     inputs = inputs_of(device)
     plan = build_plan(inputs, segment_len=128, chunk_len=128)
     if implementation == "triton":
-        executor = pytest.importorskip("s2o_compile.kernels.triton_forward")
+        executor = pytest.importorskip("s2o_compile.kernels.impl.triton.forward")
     else:
         executor = torch_forward
     tau = torch.tensor(TAUS, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import portable
+from s2o_compile.kernels.impl.aot import attention as portable
 from s2o_compile.kernels.statistics import record_calls
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16

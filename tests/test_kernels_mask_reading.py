@@ -11,10 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import mask_reading
-from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.mask_reading import read_mask
+from s2o_compile.kernels import read_mask as mask_reading
+from s2o_compile.kernels.read_mask import read_mask
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, DTYPES, INTERPRETED, on
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 300, 16
@@ -274,7 +274,7 @@ FEW = ("left padding", "two-sided window", "a key too many", "padding of queries
     ],
 )
 def test_the_triton_kernel_compares_alike(device, name, dtype):
-    triton_mask_reading = pytest.importorskip("s2o_compile.kernels.triton_mask_reading")
+    triton_mask_reading = pytest.importorskip("s2o_compile.kernels.impl.triton.compare_mask")
     mask = KNOWN[name][0] if name in KNOWN else UNKNOWN[name]
     mask = mask[(None,) * (4 - mask.dim())].to(device)
     mask = mask if device == "cuda" or mask.shape[2] == 1 else mask[:, :, 190:220]  # the interpreter is slow

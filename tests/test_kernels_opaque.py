@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2o_compile
-from s2o_compile.kernels import registration
-from s2o_compile.kernels.errors import InputError, NoGradientError
-from s2o_compile.kernels.opaque import nobody_looks
-from s2o_compile.kernels.options import options_of
+from s2o_compile.kernels import ops as registration
+from s2o_compile.kernels.core.options import options_of
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.define_op import nobody_looks
+from s2o_compile.kernels.support.errors import InputError, NoGradientError
 from tests.conftest import Case, visible_pairs
 
 OPERATOR = torch.ops.s2o.attention.default

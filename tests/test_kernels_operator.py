@@ -8,11 +8,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
-from s2o_compile.kernels import operator, registration
-from s2o_compile.kernels.errors import ImplementationUnavailableError
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels import ops as registration
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import ImplementationUnavailableError
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, exact_attention, lay_out, visible_pairs
 from tests.operator_calls import DEVICES, OPERATOR, arguments, call
 

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import plan, triton_order
-from s2o_compile.kernels.mask import AttentionMask
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.impl.triton import order as triton_order
 from tests.conftest import CUDA, INTERPRETED
 
 LENGTH, SEGMENT = 2200, 512

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from s2o_compile.kernels import natural_forward, torch_forward
-from s2o_compile.kernels.cpu_parallel import for_each
+from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.support.parallel import for_each
 from tests.conftest import Case
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import Case, exact_attention
 from tests.operator_calls import DEVICES, call

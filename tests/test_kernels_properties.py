@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.kernels import plan as plan_module
-from s2o_compile.kernels import rank, torch_forward
-from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import LISTS, QUERY_ORDERS, RANKINGS, build_plan
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan as plan_module
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.planner import LISTS, QUERY_ORDERS, RANKINGS, build_plan
 from tests.conftest import Case, assert_close, bounds, distance, exact_attention
 
 SEGMENT = 128

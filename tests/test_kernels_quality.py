@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN
-from s2o_compile.kernels.rank import QUERY_ORDERS, RANKINGS
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.planner import QUERY_ORDERS, RANKINGS
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import Inputs, bounds, dense_area, exact_attention
 

@@ -5,10 +5,14 @@ import contextlib
 import pytest
 import torch
 
-from s2o_compile.kernels import operator, plan, rank, slices, streams
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.rank import RANKINGS
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import schedule as slices
+from s2o_compile.kernels import streams
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.planner import RANKINGS
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs, dense_area, exact_attention
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from s2o_compile.kernels import tail
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.operator import run
-from s2o_compile.kernels.options import OperatorOptions
-from s2o_compile.kernels.plan import prefix_mask
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import prefix_mask
+from s2o_compile.kernels.dispatch import run
+from s2o_compile.kernels.ranking import tail
 from tests.conftest import CUDA, INTERPRETED, Case, exact_attention
 
 SEGMENT = 128
@@ -34,7 +34,7 @@ CASES = [
 def test_it_is_the_mean_of_the_prefix(case, device, implementation, poison_empty):
     sums_by = tail
     if implementation == "triton":
-        sums_by = pytest.importorskip("s2o_compile.kernels.triton_tail")
+        sums_by = pytest.importorskip("s2o_compile.kernels.impl.triton.tail")
     inputs = case.inputs(device)
     mask, value = inputs.mask, inputs.value
     if mask.key_mask is not None:  # what is padding does not count, whatever it holds
@@ -61,7 +61,7 @@ def test_it_brings_the_output_closer():
 
     def error(share):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("s2o_compile.kernels.definition.TAIL_SHARE", share)
+            patch.setattr("s2o_compile.kernels.reference.TAIL_SHARE", share)
             output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
         return ((output - exact).norm() / exact.norm()).item()
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from s2o_compile.kernels import block_attention, definition, natural_forward, torch_forward
-from s2o_compile.kernels.mask import AttentionMask
-from s2o_compile.kernels.plan import TILE_LEN
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.impl.torch import blocks as block_attention
+from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import forward as torch_forward
 from tests.conftest import (
     CUDA,
     Case,

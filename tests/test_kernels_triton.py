@@ -11,17 +11,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import (
-    definition,
-    rank,
-    ranking_mean_query,
-    ranking_per_query,
-    triton_few_dims,
-    triton_forward,
-    triton_natural,
-    triton_ranking,
-)
-from s2o_compile.kernels.plan import TILE_LEN, prefix_mask
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
+from s2o_compile.kernels.impl.triton import exact as triton_natural
+from s2o_compile.kernels.impl.triton import few_dims as triton_few_dims
+from s2o_compile.kernels.impl.triton import forward as triton_forward
+from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
+from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
+from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from tests.conftest import (
     CUDA,
     INTERPRETED,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from s2o_compile import TunedFileWarning
-from s2o_compile.kernels import tuned
-from s2o_compile.kernels.tuned import Entry, Launch
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.tuned import Entry, Launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CHOSEN = {"head_dim": 128, "dtype": "bfloat16", "key_block": 32, "num_warps": 4, "stages": 3, "maxnreg": None}

@@ -9,9 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from s2o_compile import OptionError, TunedFileWarning, tune
-from s2o_compile.kernels import tuned
-from s2o_compile.kernels.tuned import Launch
+from s2o_compile import OptionError, TunedFileWarning
+from s2o_compile.cli import tune
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.tuned import Launch
 
 CPU = torch.device("cpu")
 CHOSEN = {"head_dim": 128, "dtype": "bfloat16", "key_block": 32, "num_warps": 4, "stages": 3, "maxnreg": None}

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import triton_unvisited, unvisited
+from s2o_compile.kernels.impl.triton import unvisited as triton_unvisited
+from s2o_compile.kernels.ranking import unvisited
 from tests.conftest import CUDA, INTERPRETED, Case, on
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a GPU gives silently

@@ -9,7 +9,10 @@ import importlib.util
 import pytest
 import torch
 
-from s2o_compile.kernels import block_attention, definition, natural_forward, torch_forward
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.impl.torch import blocks as block_attention
+from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import forward as torch_forward
 from tests.conftest import (
     CUDA,
     INTERPRETED,
@@ -21,7 +24,8 @@ from tests.conftest import (
 )
 
 if importlib.util.find_spec("triton"):
-    from s2o_compile.kernels import triton_forward, triton_natural
+    from s2o_compile.kernels.impl.triton import exact as triton_natural
+    from s2o_compile.kernels.impl.triton import forward as triton_forward
 
 needs_triton = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),

@@ -5,12 +5,14 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.head_curves import HeadCurves
-from s2o_compile.kernels import observation, plan, rank
-from s2o_compile.kernels.errors import InputError
-from s2o_compile.kernels.observation import observe_attention
+from s2o_compile.kernels import observe as observation
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.site_quality import SiteMeter
+from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.quality.head_curves import HeadCurves
+from s2o_compile.quality.site_quality import SiteMeter
 from tests.conftest import CUDA, Case, assert_close, bounds, computed_pairs, dense_area, distance, exact_attention, on
 from tests.tiny import tiny_input, tiny_model
 

@@ -14,9 +14,11 @@ from torch.export import Dim
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import s2o_compile
-from s2o_compile import S2OConfig, twins
-from s2o_compile.demo import load_model
-from s2o_compile.kernels import portable, ranking_per_query
+from s2o_compile import S2OConfig
+from s2o_compile.aot import lower_ops as twins
+from s2o_compile.cli.demo import load_model
+from s2o_compile.kernels.impl.aot import attention as portable
+from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from tests.tiny import tiny_input, tiny_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

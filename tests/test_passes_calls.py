@@ -9,14 +9,11 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from s2o_compile.passes import (
-    calls,
-    index_arithmetic,
-    scalar_functions,
-    score_chain,
-    views,
-)
-from s2o_compile.passes.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.frontends.eager import scores as score_chain
+from s2o_compile.passes.frontends.flex import scalar_functions
+from s2o_compile.passes.graph import calls
+from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.masks import index_arithmetic, views
 from tests.capture import rewritten
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from s2o_compile.passes import rewrite
-from s2o_compile.passes.operand import computed
+from s2o_compile.passes.graph.operand import computed
 from tests.capture import OPERATOR, Capture, heads, rewritten
 
 HIDDEN = torch.ones(40, 40, dtype=torch.bool).triu(1)

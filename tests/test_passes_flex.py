@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from s2o_compile.passes import foreign
+from s2o_compile.passes.frontends import third_party as foreign
 from tests.capture import heads, rewritten
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 from s2o_compile import S2OConfig, optimize, record
-from s2o_compile.passes.assumptions import check_blocks
+from s2o_compile.passes.masks.assumptions import check_blocks
 from tests.capture import heads, rewritten
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
@@ -225,7 +225,7 @@ def test_what_is_not_proven_is_left(attend, reason):
 
 def test_no_other_layout_of_a_block_mask_is_read(monkeypatch):
     short = BlockMask.as_tuple
-    monkeypatch.setattr("s2o_compile.passes.block_tables._LAYOUTS", (1,))
+    monkeypatch.setattr("s2o_compile.passes.frontends.flex.block_tables._LAYOUTS", (1,))
     (record,) = rewritten(masked(causal), *sized()).records
     assert "no torch version" in record.reason
     assert BlockMask.as_tuple is short

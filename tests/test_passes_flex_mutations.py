@@ -7,9 +7,9 @@ import torch
 from torch import fx
 from torch.nn.attention.flex_attention import flex_attention
 
-from s2o_compile.passes import flex
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.mask_prover import MaskProver
+from s2o_compile.passes.frontends.flex import match as flex
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import Rejected
 from tests.masks import visible
 from tests.test_passes_mutations import mutant, mutations

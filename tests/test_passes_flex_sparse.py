@@ -9,8 +9,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import flex_sample, flex_site
-from s2o_compile.passes import flex_sparse, pipeline
+from s2o_compile.kernels.impl.flex import sample as flex_sample
+from s2o_compile.kernels.impl.flex import user_mods as flex_site
+from s2o_compile.passes import pipeline
+from s2o_compile.passes.frontends.flex import sparse as flex_sparse
 from tests.conftest import distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from s2o_compile.passes import operand
-from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.graph import operand
+from s2o_compile.passes.graph.nodes import value_of
 from tests.capture import Capture, heads
 
 STORED = 48

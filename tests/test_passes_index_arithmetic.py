@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.index_arithmetic import IndexEvaluator
-from s2o_compile.passes.mutations import Mutations
+from s2o_compile.passes.graph.mutations import Mutations
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.site import Rejected
 from tests.capture import Capture
 from tests.masks import capture, visible

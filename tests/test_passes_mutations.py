@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import fx
 
-from s2o_compile.passes.calls import function_name, written_nodes
-from s2o_compile.passes.graph_values import value_of
-from s2o_compile.passes.mask_prover import MaskProver
+from s2o_compile.passes.graph.calls import function_name, written_nodes
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import Rejected
 from tests.masks import visible
 

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import s2o_compile
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.graph.nodes import value_of
 from tests.capture import EXACT, Capture, heads, rewritten
 
 SPELLINGS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.graph_values import value_of
+from s2o_compile.passes.graph.nodes import value_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,16 +7,18 @@ import torch
 
 import s2o_compile
 from s2o_compile import OptionError, S2OConfig
-from s2o_compile.kernels import definition, plan, rank
-from s2o_compile.kernels.observation import observe_attention
-from s2o_compile.visit_map import visit_map
+from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.observe import observe_attention
+from s2o_compile.quality.visit_map import visit_map
 from tests.conftest import Case, bounds, distance, visible_pairs
 from tests.tiny import tiny_language_model, tiny_tokens
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
-from s2o_compile import pictures
+from s2o_compile.quality import pictures
 
 CONFIG = S2OConfig(tau=4.0, min_seq_len=0, segment_len=128)
 

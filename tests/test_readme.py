@@ -13,7 +13,7 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import tuned
+from s2o_compile.kernels.core import tuned
 
 ROOT = Path(__file__).parent.parent
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)

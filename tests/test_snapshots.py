@@ -12,10 +12,10 @@ from transformers import masking_utils  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from s2o_compile import S2OConfig  # noqa: E402
-from s2o_compile.kernels.mask import AttentionMask  # noqa: E402
-from s2o_compile.lazy_mask import LazyMask  # noqa: E402
-from s2o_compile.snapshots import snapshot  # noqa: E402
+from s2o_compile.kernels.core.mask import AttentionMask  # noqa: E402
 from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
+from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
+from s2o_compile.transformers.snapshots import snapshot  # noqa: E402
 
 QUERIES, KEYS = 40, 60
 CAUSAL = masking_utils.causal_mask_function

@@ -19,9 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import s2o_compile
-from s2o_compile import S2OConfig, census, inductor
+from s2o_compile import S2OConfig
+from s2o_compile.aot import inductor_workarounds as inductor
 from s2o_compile.api import watched
-from s2o_compile.kernels.observation import observe_attention, observing
+from s2o_compile.capture import audit as census
+from s2o_compile.kernels.observe import observe_attention, observing
 from s2o_compile.kernels.statistics import record_calls, recording
 from s2o_compile.recording import record
 from tests.tiny import tiny_input, tiny_model

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2o_compile.kernels import torch_compat
-from s2o_compile.kernels.torch_compat import NAMES, Missing, MissingTorchNameError
+from s2o_compile.kernels.support import torch_compat
+from s2o_compile.kernels.support.torch_compat import NAMES, Missing, MissingTorchNameError
 
 ROOT = Path(__file__).parent.parent
 HOME = "torch_compat.py"

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from s2o_compile import OptionError, tune
-from s2o_compile.kernels import tuned
-from s2o_compile.kernels.tuned import Launch
-from s2o_compile.tune import Length, Shape, Timing
+from s2o_compile import OptionError
+from s2o_compile.cli import tune
+from s2o_compile.cli.tune import Length, Shape, Timing
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.tuned import Launch
 from tests.conftest import CUDA, INTERPRETED
 
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
@@ -30,7 +31,7 @@ def ticking(*times):
 @pytest.fixture
 def triton_forward(monkeypatch):
     pytest.importorskip("triton")
-    from s2o_compile.kernels import triton_forward
+    from s2o_compile.kernels.impl.triton import forward as triton_forward
 
     monkeypatch.setattr(tune, "CHECKED_LEN", 300)  # interpreted, 1024 take minutes
     return triton_forward

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks import zoo_masks
 from benchmarks.zoo_masks import BOTH, CAUSAL, DECODE, NUMBERS, OTHER, PADDING, UNREAD, WINDOW, MaskCounter
-from s2o_compile import census
+from s2o_compile.capture import audit as census
 from s2o_compile.passes.site import SiteRecord
 
 N = 12

@@ -13,7 +13,7 @@ from pathlib import Path
 
 os.environ["S2O_TUNED"] = ""
 ROOT = Path(__file__).parent.parent
-HOME = "s2o_compile.kernels.torch_compat"
+HOME = "s2o_compile.kernels.support.torch_compat"
 NAMED = re.compile(r'(?:_named|_later)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]')
 
 

@@ -1,0 +1,111 @@
+"""What a user may choose about the operator, with the defaults and the checks in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.planner import LISTS, QUERY_ORDERS, RANKINGS
+from s2o_compile.kernels.support.arguments import as_integer, as_number, as_numbers, is_one_of, shown
+from s2o_compile.kernels.support.errors import InputError
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
+
+
+LONGEST_SEGMENT = 2**20
+"""Queries of a segment at most: shorter inputs are padded to one, so that a slip of the pen would fill the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorOptions:
+    """How the operator ranks, orders, stops and runs; every field is a keyword of ``s2o::attention``.
+
+    Attributes:
+        tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
+            every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
+            number, or a tuple with one for each query head.
+        min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
+        segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
+        ranking: "per_query", "sub_mean" or "mean_query".
+        list_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
+        query_order: "none" or "mean_query".
+        implementation: "auto", "triton", "torch" or "flex" (FlexAttention). A named one never falls back to another.
+    """
+
+    tau: float | tuple[float, ...] = 0.5
+    min_seq_len: int | str = "auto"
+    segment_len: int | None = None
+    ranking: str = "per_query"
+    list_per: str = "group"
+    query_order: str = "none"
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.tau, (list, tuple))  # JSON knows no tuples
+        tau = as_numbers(self.tau) if several else as_number(self.tau)
+        if tau is None:
+            raise InputError(
+                "tau",
+                expected="finite numbers >= 0, one for each query head" if several else "a finite number >= 0",
+                got=shown(self.tau),
+                remedy="Use tau=0.0 for an exact result, and numbers that float32 can hold.",
+            )
+        shortest = self.min_seq_len if is_one_of(self.min_seq_len, ("auto",)) else as_integer(self.min_seq_len, least=0)
+        if shortest is None:
+            raise InputError(
+                "min_seq_len",
+                expected='an integer >= 0, or "auto"',
+                got=shown(self.min_seq_len),
+                remedy='Give a length in tokens; 0 never runs dense for being short, "auto" chooses by device.',
+            )
+        length = None if self.segment_len is None else as_integer(self.segment_len, least=1, most=LONGEST_SEGMENT)
+        if self.segment_len is not None and (length is None or length % TILE_LEN):
+            raise InputError(
+                "segment_len",
+                expected=f"a positive multiple of {TILE_LEN} up to {LONGEST_SEGMENT}, or None",
+                got=shown(self.segment_len),
+                remedy="Leave it None to choose by length.",
+            )
+        for name, allowed in (
+            ("ranking", tuple(RANKINGS)),
+            ("list_per", LISTS),
+            ("query_order", QUERY_ORDERS),
+            ("implementation", IMPLEMENTATIONS),
+        ):
+            if not is_one_of(getattr(self, name), allowed):
+                raise InputError(
+                    name,
+                    expected=f"one of {', '.join(map(repr, allowed))}",
+                    got=shown(getattr(self, name)),
+                    remedy="Choose one of these names.",
+                )
+        for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
+            object.__setattr__(self, name, value)  # as Python's numbers
+
+
+@lru_cache(maxsize=1024, typed=True)
+def options_of(
+    tau: float,
+    min_seq_len: int | None,
+    segment_len: int | None,
+    ranking: str,
+    list_per: str,
+    query_order: str,
+    implementation: str,
+    head_tau: tuple[float, ...] = (),
+) -> OperatorOptions:
+    """The options of a call, checked when they are first met: a model's calls have few different ones.
+
+    Arguments as the operator has them. Its schema knows no integer that may be a text, so None stands for "auto", and
+    no number that may be several, so ``head_tau`` stands for ``tau`` where it is given.
+    """
+    return OperatorOptions(
+        tau=head_tau or tau,
+        min_seq_len="auto" if min_seq_len is None else min_seq_len,
+        segment_len=segment_len,
+        ranking=ranking,
+        list_per=list_per,
+        query_order=query_order,
+        implementation=implementation,
+    )

@@ -1,0 +1,146 @@
+"""The plan: where ranking and attention meet.
+
+A ranking fills it, an executor walks it. Keys are never moved: the plan holds indices only.
+
+Shapes: B batch, Hq query heads, Hkv key/value heads, Hl heads that have lists (Hkv where the heads of a group share
+them, else Hq), Nq queries, Nk keys, P segments of ``segment_len`` queries, L the longest list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+
+ScoreKeys = Callable[[Tensor, Tensor, AttentionMask, slice], Tensor]
+"""Scores of a slice: (query [B, h, n, D], key [B, h_kv, n_k, D], mask, key/value heads) -> [B, h_l, P, n_k]."""
+
+TILE_LEN = 128
+"""Queries of one tile. A tile is what stops early, so every executor uses the same length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Order of visits for every query tile.
+
+    Attributes:
+        segment_len: Queries per segment, a multiple of TILE_LEN.
+        chunk_len: Keys between two tests of the stop rule, a multiple of 128.
+        key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
+        prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
+        query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
+        tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no
+            tile stops by itself, or until values are known.
+    """
+
+    segment_len: int
+    chunk_len: int
+    key_index: Tensor
+    prefix_count: Tensor
+    query_order: Tensor | None
+    tail_value: Tensor | None = None
+
+    @property
+    def n_segments(self) -> int:
+        """Number of segments P."""
+        return self.key_index.shape[2]
+
+
+def n_segments(n_queries: int, segment_len: int) -> int:
+    """Segments that cover n_queries, the last one possibly short; of a symbolic number two at least, the last empty.
+
+    What may be a single one is else traced for several only.
+    """
+    count = -(-n_queries // segment_len)
+    return count if isinstance(count, int) else torch.sym_max(count, 2)
+
+
+def n_tiles(n_queries: int) -> int:
+    """Query tiles that cover n_queries, the last one possibly short."""
+    return -(-n_queries // TILE_LEN)
+
+
+def default_segment_len(n_queries: int) -> int:
+    """512 up to 32K queries, 1024 beyond: small segments rank better until the index work bites."""
+    return 512 if n_queries <= 32768 else 1024
+
+
+def default_chunk_len(n_keys: int) -> int:
+    """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256.
+
+    Also of a tensor, for programs whose lengths are not known yet.
+    """
+    return 256 + 256 * (n_keys > 16384) + 512 * (n_keys > 65536)
+
+
+def own_starts_stops(
+    mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """int64 [P] starts and stops of every segment's own keys; computed on the device, so nothing waits for a copy."""
+    first = torch.arange(0, n_queries, segment_len, device=device)
+    return own_keys(mask, first, n_queries, n_keys, segment_len)
+
+
+def own_keys(
+    mask: AttentionMask, first: Tensor, n_queries: int, n_keys: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and stops of the own keys of the segments with these first queries, int64 of any shape."""
+    offset = mask.own_offset(n_queries, n_keys)
+    starts = (first + offset).clamp(0, n_keys)
+    stops = ((first + segment_len).clamp(max=n_queries) + offset).clamp(0, n_keys)
+    return starts, torch.maximum(starts, stops)
+
+
+def longest_prefix(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int) -> int:
+    """Length of the longest list, from lengths alone: nothing waits for the device."""
+    last = (n_segments(n_queries, segment_len) - 1) * segment_len
+    return mask.own_range(last, n_queries - 1, n_queries, n_keys)[0] if mask.causal else n_keys
+
+
+def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:
+    """Bool [B, Hkv, Nk]: keys that hold NaN or inf, or whose value does.
+
+    They must be visited, or a row would come out finite where SDPA's would not.
+    """
+    return ~torch.isfinite(key.sum(-1, dtype=torch.float32) + value.sum(-1, dtype=torch.float32))
+
+
+def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device) -> Tensor:
+    """Bool [B or 1, P, Nk]: which keys are prefix keys of which segment."""
+    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, device)
+    position = torch.arange(n_keys, device=device)
+    prefix = position < starts[:, None]
+    if not mask.causal:
+        prefix |= position >= stops[:, None]
+    return prefix[None] if mask.key_mask is None else prefix[None] & mask.key_mask[:, None, :]
+
+
+def order_keys(
+    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Turn importance scores into lists.
+
+    Args:
+        scores: Floating [B, Hl, P, Nk], larger is more important, any monotone scale. Overwritten.
+        poisoned: Bool [B, Hl, Nk], of ``poisoned_keys``.
+        mask: Which keys count as prefix.
+        n_queries: Number of queries Nq.
+        segment_len: Queries per segment.
+
+    Returns:
+        key_index int32 [B, Hl, P, L], prefix_count int32 [B, P].
+    """
+    batch, _, segments, n_keys = scores.shape
+    prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
+    scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
+    scores.masked_fill_(~prefix[:, None], float("-inf"))
+    longest = longest_prefix(mask, n_queries, n_keys, segment_len)
+    # Stable: where scores are equal, as those of repeated keys, the order must not depend on how many keys follow.
+    key_index = scores.sort(dim=-1, descending=True, stable=True).indices[..., :longest].to(torch.int32)
+    return key_index, prefix.sum(-1, dtype=torch.int32).expand(batch, segments).contiguous()

@@ -1,0 +1,203 @@
+"""What was measured on which device: the length from which S2O pays, and how the forward kernels are launched.
+
+Built-in entries go by the beginning of the device's name. Those of the user's file, which ``s2o tune`` writes and
+docs/tune.md describes, go by the whole name, and win. Any other device gets defaults that are sound, not fast. Nothing
+is tuned when a model runs: a tuner would time made-up indices.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.support.arguments import as_integer, shown
+from s2o_compile.kernels.support.errors import TunedFileWarning
+from s2o_compile.kernels.support.json_text import parse_json
+
+FILE_VARIABLE = "S2O_TUNED"
+"""Environment variable with the path of the user's file; empty, none is read."""
+
+FORMAT = 1
+
+HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+"""Head dims of kernels; those between run as the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a forward kernel runs on one device, for one head dim and dtype.
+
+    Attributes:
+        key_block: Keys of one step, a power of two from 16 to 128.
+        num_warps: 4, 8 or 16.
+        stages: Steps that are loaded ahead, 1 to 4.
+        maxnreg: Registers of a thread at most, a multiple of 8; None leaves that to the compiler.
+    """
+
+    key_block: int
+    num_warps: int = 8
+    stages: int = 2
+    maxnreg: int | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {"key_block": (16, 32, 64, 128), "num_warps": (4, 8, 16), "stages": (1, 2, 3, 4)}
+        for name, values in allowed.items():
+            if as_integer(getattr(self, name)) not in values:
+                raise ValueError(f"{name}: expected one of {values}, got {shown(getattr(self, name))}")
+        registers = self.maxnreg
+        if registers is not None and as_integer(registers, least=24, most=255) is None:
+            raise ValueError(f"maxnreg: expected 24 to 255 or null, got {shown(registers)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a device.
+
+    Attributes:
+        crossover: Key length in tokens from which S2O beats dense attention; None if it was not measured.
+        launches: By head dim (a power of two) and dtype.
+    """
+
+    crossover: int | None = None
+    launches: dict[tuple[int, torch.dtype], Launch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shortest = self.crossover
+        if shortest is not None and as_integer(shortest, least=0) is None:
+            raise ValueError(f"crossover: expected an integer >= 0 or null, got {shown(shortest)}")
+        for dim, _ in self.launches:
+            if as_integer(dim) not in HEAD_DIMS:
+                raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shown(dim)}")
+
+
+# By a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128, 4 to 16 warps, 2 and 3 stages. 8 warps of at
+# most 128 registers leave room for two programs on a multiprocessor: one multiplies while the other takes exponentials.
+# Dims below 64, and beyond 256, are sound, and no register is spilled; they are not tuned.
+_HOPPER_DIMS = {
+    dim: Launch(key_block=128 if dim <= 64 else 64 if dim <= 256 else 32, maxnreg=128 if dim <= 128 else None)
+    for dim in HEAD_DIMS
+}
+_HOPPER = {(dim, dtype): launch for dim, launch in _HOPPER_DIMS.items() for dtype in (torch.float16, torch.bfloat16)}
+
+BUILT_IN = {
+    "cpu": Entry(crossover=8192),  # the torch implementation, with real text
+    "NVIDIA H100": Entry(crossover=16384, launches=_HOPPER),  # synthetic input (benchmarks/README.md)
+    "NVIDIA H200": Entry(launches=_HOPPER),  # the same multiprocessors
+    "NVIDIA GH200": Entry(launches=_HOPPER),
+}
+
+UNKNOWN_CROSSOVER = 16384
+"""Of a device that was not measured: where the index work of an H100 has paid for itself."""
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called in the table: a GPU by its full name, others by their type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def crossover(device: torch.device) -> int:
+    """Key length in tokens from which S2O runs if ``min_seq_len`` is "auto"."""
+    known = [entry.crossover for entry in _entries(device_name(device)) if entry.crossover is not None]
+    return known[0] if known else UNKNOWN_CROSSOVER
+
+
+@cache
+def launch(device: torch.device, dim: int, dtype: torch.dtype) -> Launch:
+    """How the forward kernels run for head dims up to ``dim``, a power of two."""
+    if device.type != "cuda":  # interpreted: what the H100 would run
+        return _HOPPER.get((dim, dtype)) or _sound(dim, dtype, None)
+    for entry in _entries(device_name(device)):
+        if (dim, dtype) in entry.launches:
+            return entry.launches[dim, dtype]
+    properties = torch.cuda.get_device_properties(device)
+    return _sound(dim, dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+
+
+def _sound(dim: int, dtype: torch.dtype, shared_bytes: int | None) -> Launch:
+    """A launch whose query tile and two steps of keys and values fit in shared memory."""
+    if dtype == torch.float32:  # exact products run off the tensor cores: small blocks keep the registers
+        return Launch(key_block=32 if dim <= 128 else 16, stages=1)
+    row = dim * dtype.itemsize
+    fits = [
+        Launch(key_block=keys, stages=stages)
+        for stages in (2, 1)
+        for keys in (64, 32, 16)
+        if shared_bytes is None or (TILE_LEN + 2 * stages * keys) * row <= shared_bytes
+    ]
+    return fits[0] if fits else Launch(key_block=16, stages=1)
+
+
+def _entries(name: str) -> list[Entry]:
+    """What is known of a device, the user's own first."""
+    own = user_entries().get(name)
+    built_in = [entry for prefix, entry in BUILT_IN.items() if name.startswith(prefix)]
+    return built_in if own is None else [own, *built_in]
+
+
+def user_file() -> Path:
+    """Where ``s2o tune`` writes and the operator reads."""
+    given = os.environ.get(FILE_VARIABLE)
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(given) if given else Path(cache_home) / "s2o_compile" / "tuned.json").expanduser()
+
+
+@cache
+def user_entries() -> dict[str, Entry]:
+    """The user's entries by device name, read once; a file that cannot be used is named in a warning, and ignored."""
+    given = os.environ.get(FILE_VARIABLE)
+    path = None
+    try:
+        path = user_file()
+        if given == "" or (given is None and not path.exists()):
+            return {}
+        return parse(path.read_bytes())
+    except (OSError, ValueError, RuntimeError) as error:
+        if path is None and given is None:  # nobody's home, so nobody's file
+            return {}
+        warnings.warn(
+            f"{path or given}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
+            f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
+            TunedFileWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def forget() -> None:
+    """Read the user's file again at the next call: it was written, or another is meant."""
+    for function in (user_entries, crossover, launch):
+        function.cache_clear()
+
+
+def parse(text: str | bytes) -> dict[str, Entry]:
+    """Entries from a file's text, or from its bytes.
+
+    Raises:
+        ValueError: It is no such file; the message says what was found.
+    """
+    content = parse_json(text)
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("devices"), dict):
+        raise ValueError(f'no object with "format": {FORMAT} and "devices"')
+    return {name: _entry(name, fields) for name, fields in content["devices"].items()}
+
+
+def _entry(name: str, fields: Any) -> Entry:  # noqa: ANN401 (whatever the file holds)
+    try:
+        launches = {}
+        for given in fields.get("launches", ()):
+            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[given["dtype"]]
+            chosen = {key: given[key] for key in ("key_block", "num_warps", "stages", "maxnreg")}
+            launches[given["head_dim"], dtype] = Launch(**chosen)
+        return Entry(crossover=fields.get("crossover"), launches=launches)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an entry of {shown(name)} that is not understood ({shown(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"in the entry of {shown(name)} {error}") from error

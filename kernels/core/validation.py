@@ -1,0 +1,309 @@
+"""Checks of the operator's tensors: every message says expected, got, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.exact.blind_rows import BLIND
+from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
+from s2o_compile.kernels.support.errors import InputError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+LEAST_SOFTCAP = torch.finfo(torch.float32).tiny
+"""Smallest softcap: float32 can divide by no smaller one."""
+
+
+class CallNumbers(NamedTuple):
+    """Arguments of a call that are neither tensors nor names, as the operator's schema takes them."""
+
+    causal_offset: int | None
+    window: int | None
+    attention_chunk: int | None
+    scale: float | None
+    softcap: float | None
+    dense_heads: Sequence[int]
+
+
+def check_numbers(
+    *,
+    causal: bool,
+    causal_offset: int | None = None,
+    window: int | None = None,
+    attention_chunk: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dense_heads: Sequence[int] = (),
+    return_lse: bool = False,
+) -> CallNumbers:
+    """Numbers of a library as Python's; InputError for what is no number, or none that the operator can take.
+
+    While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
+    refuses other types.
+    """
+    if torch.compiler.is_compiling():
+        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise InputError(name, expected="True or False", got=shown(flag), remedy="Give one of them.")
+    return CallNumbers(
+        _integer("causal_offset", causal_offset),
+        _integer("window", window),
+        _integer("attention_chunk", attention_chunk),
+        _number("scale", scale),
+        _number("softcap", softcap),
+        _heads(dense_heads) if not isinstance(dense_heads, tuple) or dense_heads else (),
+    )
+
+
+def _integer(name: str, given: int | None) -> int | None:
+    found = given if given is None or isinstance(given, torch.SymInt) else as_integer(given)
+    if found is None and given is not None:
+        raise InputError(
+            name,
+            expected="an integer between -2**63 and 2**63, or None",
+            got=shown(given),
+            remedy="Give a number of tokens; read one out of a tensor with .item().",
+        )
+    return found
+
+
+def _number(name: str, given: float | None) -> float | None:
+    symbolic = given is None or isinstance(given, (torch.SymFloat, torch.SymInt))
+    found = given if symbolic else as_number(given, least=-FLOAT32_MAX)
+    if found is None and given is not None:
+        raise InputError(
+            name,
+            expected="a finite number that float32 can hold, or None",
+            got=shown(given),
+            remedy="Leave it None for the default; read one out of a tensor with .item().",
+        )
+    return found
+
+
+def _heads(given: Sequence[int]) -> list[int]:
+    listed = isinstance(given, (Sequence, set, frozenset)) and not isinstance(given, (str, bytes, bytearray))
+    found = [head for head in map(as_integer, given) if head is not None] if listed else []
+    if not listed or len(found) < len(given):
+        raise InputError(
+            "dense_heads",
+            expected="a sequence of key/value heads, integers >= 0",
+            got=shown(given),
+            remedy="Write dense_heads=(0, 2).",
+        )
+    return found
+
+
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool,
+    window: int | None,
+    attention_chunk: int | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    dense_heads: Sequence[int] = (),
+) -> None:
+    """Raise InputError unless the operator can run on these tensors."""
+    if sizes_of(query, key, value) is None:
+        _refuse(query, key, value)
+    batch, n_keys = key.shape[0], key.shape[2]
+    if window is not None and (not causal or window < 1):
+        raise InputError(
+            "window",
+            expected="at least 1, together with causal=True",
+            got=f"window={window}, causal={causal}",
+            remedy="A sliding window looks back from the causal diagonal.",
+        )
+    if attention_chunk is not None and (not causal or attention_chunk < 1):
+        raise InputError(
+            "attention_chunk",
+            expected="at least 1, together with causal=True",
+            got=f"attention_chunk={attention_chunk}, causal={causal}",
+            remedy="Chunks are cut from the keys before the causal diagonal.",
+        )
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys))
+    ):
+        raise InputError(
+            "key_mask",
+            expected=f"bool of shape ({batch}, {n_keys}) or (1, {n_keys}), True for a key to attend",
+            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
+            remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
+        )
+    if key_mask is not None and key_mask.device != query.device:
+        raise InputError(
+            "device of key_mask",
+            expected=f"{query.device}, as the query",
+            got=key_mask.device,
+            remedy="Move it with .to(device).",
+        )
+    if sinks is not None:
+        check_sinks(sinks, query)
+    if softcap is not None and as_number(softcap, least=LEAST_SOFTCAP) is None:
+        raise InputError(
+            "softcap",
+            expected="a positive finite number that float32 can hold, or None",
+            got=shown(softcap),
+            remedy="Leave it None for logits without a bound.",
+        )
+    if not is_one_of(blind, BLIND):
+        raise InputError(
+            "blind",
+            expected=f"one of {', '.join(map(repr, BLIND))}",
+            got=shown(blind),
+            remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
+        )
+    if any(not 0 <= head < key.shape[1] for head in dense_heads):
+        raise InputError(
+            "dense_heads",
+            expected=f"key/value heads from 0 to {key.shape[1] - 1}",
+            got=list(dense_heads),
+            remedy="A group of query heads is marked by the key/value head that it shares.",
+        )
+
+
+def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int, int] | None:
+    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others, and `_refuse` says why.
+
+    Every attribute is read once: a short call cannot afford more.
+    """
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
+        return None
+    batch, heads, n_queries, head_dim = query_shape
+    key_batch, kv_heads, n_keys, key_dim = key_shape
+    value_batch, value_heads, n_values, value_dim = value_shape
+    accepted = (
+        batch == key_batch == value_batch
+        and kv_heads == value_heads
+        and n_keys == n_values
+        and head_dim == key_dim
+        and batch * heads * n_queries * kv_heads * n_keys > 0
+        and heads % kv_heads == 0
+        and 0 < head_dim <= MAX_HEAD_DIM
+        and 0 < value_dim <= MAX_HEAD_DIM
+        and query.dtype is key.dtype is value.dtype
+        and query.dtype in DTYPES
+        and query.device == key.device == value.device
+    )
+    return (batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim) if accepted else None
+
+
+def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise InputError for the first thing that `sizes_of` does not accept."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise InputError(
+                f"rank of {name}",
+                expected="4 dimensions [batch, heads, length, head_dim]",
+                got=f"{x.dim()} of shape {tuple(x.shape)}",
+                remedy="Add the missing dimension with unsqueeze, or transpose to this order.",
+            )
+        if x.numel() == 0:
+            raise InputError(
+                f"size of {name}",
+                expected="at least one element",
+                got=f"shape {tuple(x.shape)}",
+                remedy="Skip attention for empty inputs.",
+            )
+    for name, x in tensors.items():
+        if x.dtype != query.dtype or x.dtype not in DTYPES:
+            raise InputError(
+                f"dtype of {name}",
+                expected="one of float16, bfloat16, float32, the same for query, key and value",
+                got=f"{x.dtype} beside a {query.dtype} query",
+                remedy="Convert the inputs with .to(dtype).",
+            )
+        if x.device != query.device:
+            raise InputError(
+                f"device of {name}",
+                expected=f"{query.device}, as the query",
+                got=x.device,
+                remedy="Move all inputs to one device with .to(device).",
+            )
+    batch, heads, _, head_dim = query.shape
+    if key.shape[:3] != value.shape[:3]:
+        raise InputError(
+            "shape of value",
+            expected=f"{tuple(key.shape[:3])} and a head_dim of its own, for a key of shape {tuple(key.shape)}",
+            got=tuple(value.shape),
+            remedy="Every key has one value; only its head_dim may differ.",
+        )
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise InputError(
+            "shape of key",
+            expected=f"[{batch}, kv_heads, keys, {head_dim}] for a query of shape {tuple(query.shape)}",
+            got=tuple(key.shape),
+            remedy="Batch and head_dim of query and key must be equal.",
+        )
+    if heads % key.shape[1]:
+        raise InputError(
+            "number of heads",
+            expected=f"query heads divisible by the {key.shape[1]} key/value heads",
+            got=heads,
+            remedy="Every group of query heads shares one key/value head.",
+        )
+    for name, x in (("query", query), ("value", value)):
+        if x.shape[3] > MAX_HEAD_DIM:
+            raise InputError(
+                f"head_dim of {name}",
+                expected=f"at most {MAX_HEAD_DIM}",
+                got=x.shape[3],
+                remedy="Call dense attention.",
+            )
+
+
+def check_sinks(sinks: Tensor, query: Tensor) -> None:
+    """Raise InputError unless these are the sinks of the query's heads [..., Hq, Nq, D]."""
+    heads = query.shape[-3]
+    if not sinks.is_floating_point() or tuple(sinks.shape) != (heads,):
+        raise InputError(
+            "sinks",
+            expected=f"floating of shape ({heads},), one logit for each query head",
+            got=f"{sinks.dtype} of shape {tuple(sinks.shape)}",
+            remedy="Flatten them, or drop the dimensions of batch and length.",
+        )
+    if sinks.device != query.device:
+        raise InputError(
+            "device of sinks",
+            expected=f"{query.device}, as the query",
+            got=sinks.device,
+            remedy="Move them with .to(device).",
+        )
+
+
+def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raise InputError unless this is a mask that SDPA takes, for [B, Hq, Nq, D] and [B, Hkv, Nk, D]."""
+    wanted = (*query.shape[:3], key.shape[2])
+    given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if not 2 <= attn_mask.dim() <= 4 or any(a not in (1, b) for a, b in zip(given, wanted, strict=True)):
+        raise InputError(
+            "shape of attn_mask",
+            expected=f"2 to 4 dimensions that broadcast to {wanted}, [batch, heads, queries, keys]",
+            got=tuple(attn_mask.shape),
+            remedy="Pass padding [batch, keys] as key_mask, or as attn_mask[:, None, None, :].",
+        )
+    if attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise InputError(
+            "dtype of attn_mask",
+            expected=f"bool (True for a key to attend), or {query.dtype} as the query",
+            got=attn_mask.dtype,
+            remedy="Compare a mask of numbers with 0, or convert it with .to(query.dtype).",
+        )
+    if attn_mask.device != query.device:
+        raise InputError(
+            "device of attn_mask",
+            expected=f"{query.device}, as the query",
+            got=attn_mask.device,
+            remedy="Move it with .to(device).",
+        )

@@ -1,0 +1,285 @@
+"""S2O forward on a CPU in functions that can be traced: loops are operators, lengths may be symbolic.
+
+    map over the segments of all key/value heads:  rank the segment's keys
+    map over tiles, those of a group side by side:  pass 1 over the own keys, then a loop over the list, STEP keys at a
+                                                    time, until every tile of the group has stopped
+
+``torch_forward.py`` is the same method with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
+below the other and are read by number, so no head is copied for its segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
+from s2o_compile.kernels.core.sizes import symbols
+from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment
+from s2o_compile.kernels.ranking import tail
+from s2o_compile.kernels.ranking.per_query import (
+    choose_dims,
+    dim_stride,
+    few_dims,
+    sample_moments,
+    scored_positions,
+    take_dims,
+)
+from s2o_compile.kernels.reference import tail_share
+from s2o_compile.kernels.support.torch_compat import map_loop, while_loop
+
+STEP = 256
+"""Keys of one product; the stop rule is tested every few of them, as ``plan.default_chunk_len`` says."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    taus: Sequence[float] | Tensor,
+    softcap: float | None,
+    segment_len: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention by ranked keys and early stop.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: The mask, without a window.
+        scale: Softmax scale, positive.
+        taus: Of each query head, float32 [Hq] if a tensor.
+        softcap: Bound of the logits, None for none.
+        segment_len: Queries that share one ranking.
+
+    Returns:
+        Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq].
+    """
+    query, key, value = query.float(), key.float(), value.float()
+    batch, heads, n_queries, head_dim = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    group, tiles = heads // kv_heads, segment_len // TILE_LEN
+    segments = (n_queries + segment_len - 1) // segment_len
+    dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
+    few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
+    poisoned = poisoned_keys(key, value).flatten()
+    tails = tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=tail).flatten(0, 2)
+    rest = _rest(query, key, mask)
+    tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
+
+    def place_of(number: Tensor) -> tuple[Tensor, Segment]:
+        head = (number // segments).clamp(max=batch * kv_heads - 1)
+        first = number % segments * segment_len
+        return head, Segment(first, *own_keys(mask, first, n_queries, n_keys, segment_len))
+
+    def query_rows(head: Tensor, slots: Tensor) -> Tensor:
+        return (head * group + torch.arange(group))[:, None] * n_queries + slots.clamp(max=n_queries - 1)
+
+    def allowed_keys(head: Tensor, keys: Tensor, rest: Sequence[Tensor]) -> Tensor | None:
+        return None if mask.key_mask is None else rest[0][head // kv_heads * n_keys + keys]
+
+    def rank(number: Tensor, query: Tensor, key: Tensor, poisoned: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        head, place = place_of(number)
+        keys = torch.arange(n_keys)
+        rows = head * n_keys + keys
+        slots = place.first + scored_positions(segment_len, group, query.device).expand(group, -1)
+        queries = query[query_rows(head, slots)]
+        allowed = allowed_keys(head, keys, rest)
+        ranked, count = rank_segment(
+            queries, slots, key[rows], poisoned[rows], allowed, mask, place, segment_len, n_queries
+        )
+        return (head * n_keys + ranked).to(torch.int32), count
+
+    def tile(
+        number: Tensor, query: Tensor, key: Tensor, value: Tensor, lists: Tensor, counts: Tensor, tails: Tensor,
+        tau: Tensor, *rest: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        at = number // tiles
+        head, place = place_of(at)
+        slots = place.first + number % tiles * TILE_LEN + torch.arange(TILE_LEN)
+        rows = query[query_rows(head, slots)].flatten(0, 1)
+        own = place.start + torch.arange(segment_len)
+        keys = own.clamp(max=n_keys - 1)
+        seen = (own < place.stop) & mask.visible(slots, own)
+        allowed = allowed_keys(head, keys, rest)
+        seen = seen if allowed is None else seen & allowed
+        keys = head * n_keys + keys
+        state = block(rows, key[keys], value[keys], seen, softcap)
+        count = counts.index_select(0, at.view(1)).view(())
+        limit = tau[head * group % heads + torch.arange(group)]
+        # A head has a tail more than segments where n_segments counts one that is empty.
+        own_tail = head * n_segments(n_queries, segment_len) + at % segments
+        mean = tails.index_select(0, own_tail.view(1))[0]
+        first = at * lists.shape[1]
+        return walk(rows, key, value, lists, first, count, _chunk_len(n_keys), limit, mean, state, softcap)
+
+    flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
+    # One number more than there are: what may be a single one would be traced for several only.
+    count = batch * kv_heads * segments + 1
+    lists, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], poisoned, *rest))
+    operands = (flat[0], flat[2], flat[4], lists, counts, tails, tau, *rest)
+    output, lse = map_loop(tile, (torch.arange(count * tiles),), operands)
+    rows = _tile_rows(query, group, segments * tiles)
+    return output.flatten(0, 1)[rows], lse.flatten()[rows]
+
+
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention in natural order over the visible range of each tile; arguments and results as `attend`."""
+    query, key, value = query.float() * scale, key.float(), value.float()
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    group, tiles = heads // kv_heads, (n_queries + TILE_LEN - 1) // TILE_LEN
+
+    def tile(number: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        head = (number // tiles).clamp(max=batch * kv_heads - 1)
+        slots = number % tiles * TILE_LEN + torch.arange(TILE_LEN)
+        members = (head * group + torch.arange(group))[:, None]
+        rows = query[members * n_queries + slots.clamp(max=n_queries - 1)].flatten(0, 1)
+        first, last = slots[0], slots[-1].clamp(max=n_queries - 1)
+        stop = (last + mask.offset + 1).clamp(0, n_keys) if mask.causal else torch.full((), n_keys)
+        start = torch.zeros_like(stop)
+        if mask.window is not None:
+            start = torch.minimum((first + mask.offset - mask.window + 1).clamp(min=0), stop)
+
+        def step(
+            done: Tensor, output: Tensor, lse: Tensor, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor,
+            head: Tensor, stop: Tensor, *rest: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+            place = done + torch.arange(STEP)
+            keys = place.clamp(max=n_keys - 1)
+            seen = (place < stop) & mask.visible(slots, place)
+            if mask.key_mask is not None:
+                seen = seen & rest[0][head // kv_heads * n_keys + keys]
+            keys = head * n_keys + keys
+            brought = block(rows, key[keys], value[keys], seen, softcap)
+            return done + STEP, *merge(output, lse, *brought)
+
+        def more(done: Tensor, output: Tensor, lse: Tensor, *given: Tensor) -> Tensor:
+            return done < given[5]
+
+        nothing = rows.new_zeros(rows.shape[0], value.shape[1]), rows.new_full((rows.shape[0],), float("-inf"))
+        _, *state = while_loop(more, step, (start, *nothing), (rows, slots, key, value, head, stop, *rest))
+        return tuple(state)
+
+    flat = [x.reshape(-1, x.shape[3]) for x in (query, key, value)]
+    numbers = torch.arange(batch * kv_heads * tiles + 1)
+    output, lse = map_loop(tile, (numbers,), (*flat, *_rest(query, key, mask)))
+    rows = _tile_rows(query, group, tiles)
+    return output.flatten(0, 1)[rows], lse.flatten()[rows]
+
+
+def block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """``block_attention.plain_block`` of query [M, D] and key [C, D] where ``seen`` [m or 1, C], m a divisor of M.
+
+    A row may see nothing. What hides is added by the product, as a tensor: in the loop behind it, it would be computed
+    anew for every element, and one by one.
+    """
+    bias = torch.where(seen, 0.0, float("-inf"))
+    bias = bias.expand(query.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1) if bias.shape[0] > 1 else bias[0]
+    if softcap is None:
+        logits = torch.addmm(bias, query, key.transpose(0, 1))
+    else:
+        logits = (query @ key.transpose(0, 1) / softcap).tanh() * softcap + bias
+    lse = logits.logsumexp(-1)
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    return (logits - finite[:, None]).exp() @ value, lse
+
+
+def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """``block_attention.merge`` into new memory."""
+    joint = torch.logaddexp(lse, other_lse)
+    finite = joint.masked_fill(joint == float("-inf"), 0.0)
+    return output * (lse - finite).exp()[:, None] + other * (other_lse - finite).exp()[:, None], joint
+
+
+def walk(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Tensor,
+    first: Tensor,
+    count: Tensor,
+    chunk_len: Tensor,
+    tau: Tensor,
+    mean_value: Tensor,
+    state: tuple[Tensor, Tensor],
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Pass 2 of the tiles of a group, side by side: those that have stopped keep what they have.
+
+    Args:
+        query: float32 [G * TILE_LEN, D].
+        key: float32 [R, D].
+        value: float32 [R, Dv].
+        lists: int32 [segments, L], rows of both by rank.
+        first: int64 [], where the list to walk begins.
+        count: int64 [], how many of its entries are prefix keys.
+        chunk_len: int64 [], a multiple of STEP.
+        tau: float32 [G].
+        mean_value: float32 [Dv], of the prefix keys: what stands for those that are left out.
+        state: Output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
+        softcap: Bound of the logits, None for none.
+    """
+    group = tau.shape[0]
+
+    def more(visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor) -> Tensor:
+        return (visited < given[5]) & going.any()
+
+    def step(
+        visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        query, key, value, lists, first, count, chunk_len, tau, mean_value = given
+        entries = visited + torch.arange(STEP)
+        rows = lists.view(-1)[first + entries.clamp(max=lists.shape[1] - 1)]
+        brought = block(query, key[rows], value[rows], (entries < count)[None], softcap)
+        merged, joint = merge(output, lse, *brought)
+        visited = visited + STEP
+        gain = (1 - (before - joint).exp()).nan_to_num(0.0).view(group, TILE_LEN)
+        to_come = visited / chunk_len * (count / visited).log().clamp_min(0.0)
+        tested = visited % chunk_len == 0
+        believed = visited > chunk_len
+        unvisited = torch.where(believed, gain.amax(-1), 1.0) * to_come
+        stopped = tested & (count >= 2 * chunk_len) & (tau > 0) & (unvisited < tau)
+        share = torch.where(stopped[:, None] & believed, tail_share(gain, to_come), 0.0).view(-1)
+        merged, joint = (merged + share[:, None] * mean_value) / (1 + share)[:, None], joint + share.log1p()
+        live = going[:, None].expand(group, TILE_LEN).reshape(-1)
+        output, lse = torch.where(live[:, None], merged, output), torch.where(live, joint, lse)
+        return visited, output, lse, torch.where(tested, lse, before), going & ~stopped
+
+    output, lse = state
+    start = torch.zeros_like(count), output, lse, lse.clone(), tau >= 0
+    operands = (query, key, value, lists, first, count, chunk_len, tau, mean_value)
+    _, output, lse, _, _ = while_loop(more, step, start, operands)
+    return output, lse
+
+
+def _chunk_len(n_keys: int) -> Tensor:
+    return default_chunk_len(torch.full((), n_keys))
+
+
+def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
+    """What the bodies of loops need besides: the key mask, and every size that they compute with."""
+    sizes = (*query.shape[:3], key.shape[2], mask.offset, *(() if mask.window is None else (mask.window,)))
+    return [*(() if mask.key_mask is None else (mask.key_mask.flatten(),)), *symbols(sizes)]
+
+
+def _samples(x: Tensor) -> Tensor:
+    """What ``second_moments`` takes of [B, H, N, D]; it is several rows, for the sparse path runs from a tile on."""
+    stride = dim_stride(x.shape[2])
+    return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
+
+
+def _tile_rows(query: Tensor, group: int, tiles: int) -> Tensor:
+    """int64 [B, Hq, Nq]: where each row lies in [B * Hkv * tiles, G, TILE_LEN]."""
+    batch, heads, n_queries, _ = query.shape
+    at, member = torch.arange(n_queries), torch.arange(heads)[:, None] % group
+    head = torch.arange(batch)[:, None] * (heads // group) + torch.arange(heads) // group
+    return ((head[..., None] * tiles + at // TILE_LEN) * group + member) * TILE_LEN + at % TILE_LEN

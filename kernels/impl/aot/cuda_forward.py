@@ -1,0 +1,133 @@
+"""The Triton kernels of the operator in functions that can be traced: launches are recorded, lengths are symbolic.
+
+The launchers are those of the operator. What they decide by length is decided by the longest one: segments, chunks, how
+many key/value heads are ranked at a time. Nothing waits for the device, and nothing is tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import Plan, default_chunk_len, n_segments, n_tiles
+from s2o_compile.kernels.core.sizes import longest
+from s2o_compile.kernels.exact.dense_heads import query_heads, runs
+from s2o_compile.kernels.impl.triton import forward as triton_forward
+from s2o_compile.kernels.impl.triton import order as triton_order
+from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
+from s2o_compile.kernels.impl.triton import tail as triton_tail
+from s2o_compile.kernels.impl.triton.exact import launch_natural
+from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
+from s2o_compile.kernels.ranking.tail import tail_values
+from s2o_compile.kernels.reference import Result
+from s2o_compile.kernels.schedule import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE
+from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    taus: Sequence[float],
+    softcap: float | None,
+    segment_len: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention by ranked keys and early stop; arguments and results as ``portable_walk.attend``."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
+        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
+        return _attend(query, key, value, given, scale, taus, softcap, segment_len)
+
+    return _recorded(run, query, key, value, mask)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    taus: Sequence[float],
+    softcap: float | None,
+    segment_len: int,
+) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
+    tau = taus[0]
+    if len(set(taus)) > 1:
+        tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
+    results = []
+    score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len, shared=group)
+    tail_value = tail_values(value, mask, n_queries=query.shape[2], segment_len=segment_len, sums_by=triton_tail)
+    poisoned = triton_order.find_poisoned(key, value)
+    for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
+        members = query_heads(heads, group)
+        some = query[:, members], key[:, heads], value[:, heads]
+        key_index, prefix_count = triton_order.order_keys(
+            score_keys(*some[:2], mask, heads),
+            poisoned[:, heads],
+            mask,
+            n_queries=query.shape[2],
+            segment_len=segment_len,
+        )
+        plan = Plan(
+            segment_len=segment_len,
+            chunk_len=default_chunk_len(longest(key.shape[2])),
+            key_index=key_index,
+            prefix_count=prefix_count,
+            query_order=None,
+            tail_value=tail_value[:, heads],
+        )
+        limit = tau[members] if isinstance(tau, Tensor) else tau
+        into = _empty(some[0], value.shape[3])
+        results.append(triton_forward.attend(*some, mask, plan, scale=scale, tau=limit, softcap=softcap, into=into))
+    return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
+
+
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention in natural order; arguments and results as ``portable_walk.attend``."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
+        result = _empty(query, value.shape[3])
+        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
+        for part, into in value_parts(value, result):
+            launch_natural(query, key, part, given, into, scale=scale, softcap=softcap)
+        return result.output, result.lse
+
+    return _recorded(run, query, key, value, mask)
+
+
+def _recorded(
+    run: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+) -> tuple[Tensor, Tensor]:
+    """Trace launches as functions of what they read: one that writes to memory looks dead to whoever traces again."""
+    recording = tracing.set(True)
+    try:
+        key_mask = () if mask.key_mask is None else (mask.key_mask,)
+        return dispatch_functionalize(run)(query, key, value, *key_mask)
+    finally:
+        tracing.reset(recording)
+
+
+def _together(key: Tensor, value: Tensor, n_queries: int, segment_len: int) -> int:
+    """Key/value heads that are ranked at a time, so that scores and lists stay small beside key and value."""
+    batch, kv_heads, n_keys = (longest(size) for size in key.shape[:3])
+    held = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
+    list_bytes = batch * n_segments(longest(n_queries), segment_len) * n_keys * BYTES_A_SCORE
+    return max(max(held, SCRATCH_BYTES) // list_bytes, 1)
+
+
+def _empty(query: Tensor, value_dim: int) -> Result:
+    """``definition.empty_result`` in memory order: the layout of a symbolic query cannot be asked for."""
+    batch, heads, n_queries, _ = query.shape
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    return Result(query.new_empty(batch, heads, n_queries, value_dim), lse, computed)

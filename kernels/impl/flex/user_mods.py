@@ -1,0 +1,319 @@
+"""flex_attention with score and mask functions of its own, made sparse while it is traced into a graph.
+
+A function of a score and its position may mean anything, so nothing is proven of it, and nothing needs to be: the
+functions and the block mask decide what a query sees as before, and the plan only which of these keys are computed.
+Keys are ranked by what sampled queries see through them (``flex_sample.py``).
+
+    keys of a segment    its own blocks in natural order, then blocks of its list; or all in natural order
+    score_mod, mask_mod  those of the call, of the position that a gathered key came from
+    block mask           looked up by that position: what it leaves out stays out, its full blocks need no mask_mod
+
+All steps are tensor operations of sizes known from lengths: Inductor compiles them, and autograd differentiates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len, n_tiles
+from s2o_compile.kernels.impl.flex.forward import take, wants_gradient
+from s2o_compile.kernels.impl.flex.layout import gather_lists, pool_blocks
+from s2o_compile.kernels.impl.flex.sample import Function, Site, lives_on_gpu, own_blocks, sample
+from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, blocks_to_visit
+from s2o_compile.kernels.support.define_op import define_operator
+from s2o_compile.kernels.support.torch_compat import fake_mode_of
+
+try:
+    from s2o_compile.kernels.impl.flex import triton_site
+except ImportError:  # no triton here, and no CUDA device
+    triton_site = None
+
+TABLES_AT = 2
+"""Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
+behind the sizes of a block of queries and of keys."""
+
+PARTIAL, FULL = 1, 2
+
+PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
+"""Kernel options about the call's own blocks, which say nothing of the blocks that are visited."""
+
+
+def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int) -> bool:
+    """Whether blocks of this size are whole tiles, or one block is everything."""
+    return all(
+        block % TILE_LEN == 0 or block >= length for block, length in ((query_block, n_queries), (key_block, n_keys))
+    )
+
+
+def sparse_flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Function,
+    block_mask: Sequence[Any],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_other_buffers: tuple[Any, ...] = (),
+    mask_mod_other_buffers: tuple[Any, ...] = (),
+    *,
+    tau: float | Sequence[float],
+    segment_len: int | None = None,
+    dense_heads: Sequence[int] = (),
+    stride: Sequence[int] | None = None,
+) -> tuple[Any, ...]:
+    """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
+
+    Run outside a trace it is the operator itself, for uncompiled FlexAttention gains nothing from fewer blocks.
+
+    Args:
+        query: [B, Hq, Nq, D]; lengths are integers.
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        score_mod: Of a score, its batch, head, query and key, and what it captured.
+        block_mask: As a tuple.
+        scale: Softmax scale.
+        kernel_options: The operator's.
+        score_mod_other_buffers: What the score_mod captured.
+        mask_mod_other_buffers: What the mask_mod captured.
+        tau: As in ``OperatorOptions``.
+        segment_len: Queries of one list; None chooses by length.
+        dense_heads: Key/value heads that visit everything.
+        stride: Strides of the output; None for the operator's own.
+    """
+    operator = torch.ops.higher_order.flex_attention
+    if fake_mode_of([query]) is None:
+        return operator(
+            query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
+            mask_mod_other_buffers,
+        )  # fmt: skip
+    with_gradient = wants_gradient(query, key, value)
+    with torch.no_grad():
+        site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
+        lists, unvisited, listed = sample(
+            query, key, value, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
+        )  # fmt: skip
+        if isinstance(tau, Sequence):
+            visits = torch.stack([blocks_to_visit(unvisited[:, h], limit) for h, limit in enumerate(tau)], dim=1)
+        else:
+            visits = blocks_to_visit(unvisited, tau)
+        everything = unvisited.shape[-1] + 1
+        for head in dense_heads:
+            marked = slice(head * site.group, (head + 1) * site.group)
+            visits = torch.cat(
+                [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
+            )
+        placed = _place_blocks(
+            lists, listed, visits, site.partial, site.full, n_queries=site.n_queries, n_keys=site.n_keys,
+            segment_len=site.segment_len,
+            pool=pool_blocks(
+                None, site[:5], site.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
+                with_gradient=with_gradient,
+            ),
+        )  # fmt: skip
+        layout = _Layout(*placed)
+    output = _attend(
+        query, key, value, site, layout, score_mod, block_mask[-1], scale, kernel_options, score_mod_other_buffers,
+        mask_mod_other_buffers,
+    )  # fmt: skip
+    if query.is_cpu:
+        output = _in_memory(output, stride)
+    elif stride is not None and output.stride() != tuple(stride):
+        output = output.new_empty_strided(output.shape, tuple(stride)).copy_(output)
+    return output, None, None
+
+
+def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> Site:
+    """The sizes of a call, and its block mask as flags for blocks of TILE_LEN queries and BLOCK_LEN keys."""
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    tiles, blocks = n_tiles(n_queries), -(-n_keys // BLOCK_LEN)
+    counts, order, full_counts, full_order = block_mask[TABLES_AT : TABLES_AT + 4]
+    query_block, key_block = block_mask[-3:-1]
+
+    def flags(counts: Tensor | None, order: Tensor | None) -> Tensor:
+        if counts is None or order is None:
+            return torch.zeros(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
+        width = -(-n_keys // key_block)  # tables may be narrower
+        listed = torch.arange(order.shape[3], device=order.device) < counts[..., None]
+        place = torch.where(listed, order, width).clamp(max=width).long()
+        found = torch.zeros(*order.shape[:3], width + 1, dtype=torch.bool, device=order.device)
+        found = found.scatter(3, place, listed)[..., :width]
+        found = found.repeat_interleave(min(-(-query_block // TILE_LEN), tiles), 2)[:, :, :tiles]
+        found = found.repeat_interleave(min(-(-key_block // BLOCK_LEN), blocks), 3)[..., :blocks]
+        missing = (0, blocks - found.shape[3], 0, tiles - found.shape[2])
+        return torch.nn.functional.pad(found, missing).expand(batch, heads, -1, -1)
+
+    partial, full = flags(counts, order), flags(full_counts, full_order)
+    return Site(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
+
+
+class _Layout(NamedTuple):
+    """Where keys stand and which blocks are visited; see ``flex_layout.FlexLayout``."""
+
+    index: Tensor
+    place: Tensor
+    """The same as int32."""
+    natural_start: Tensor
+    natural_stop: Tensor
+    list_start: Tensor
+    list_stop: Tensor
+    listed: Tensor
+    """int64 [B * Hkv, G, T, key blocks], what the block mask lists: PARTIAL, FULL or neither. Of fewer bits, results of
+    Inductor's CPU template are wrong (torch 2.13)."""
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+
+def place_blocks(
+    lists: Tensor,
+    listed: Tensor,
+    visits: Tensor,
+    partial: Tensor,
+    full: Tensor,
+    n_queries: int,
+    n_keys: int,
+    segment_len: int,
+    pool: int,
+) -> list[Tensor]:
+    """The tensors of a `_Layout`; an operator, for Inductor's CPU template wants them in memory.
+
+    Args:
+        lists: int32 [B, Hkv, P, Nk], keys outside a segment's own, most important first.
+        listed: int64 [B, Hkv, P], how many entries are real.
+        visits: int32 [B, Hq, P], blocks of each list to visit.
+        partial: Bool [B, Hq, T, key blocks], as in `Site`.
+        full: The same.
+        n_queries: Number of queries.
+        n_keys: Number of keys.
+        segment_len: Queries of one list.
+        pool: Blocks that are gathered at most.
+    """
+    site = Site(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
+    return [x.contiguous() for x in _lay_out(site, lists, listed, visits, pool)]
+
+
+def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
+    """A copy that Inductor makes, with these strides: its CPU template reads no view of a view, and has no epilogue."""
+    return x.new_empty_strided(x.shape, x.contiguous().stride() if stride is None else tuple(stride)).copy_(x)
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+_in_memory = define_operator(_library, in_memory)
+torch.library.register_fake("s2o::in_memory", in_memory, lib=_library)
+_place_blocks = define_operator(_library, place_blocks)
+torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
+
+
+def _lay_out(site: Site, lists: Tensor, listed: Tensor, visits: Tensor, pool: int) -> _Layout:
+    """Place the keys of a call; arguments as those of ``place_blocks``."""
+    device, tiles, natural_blocks = lists.device, site.partial.shape[2], site.partial.shape[3]
+    lists, listed = lists.flatten(0, 1), listed.flatten(0, 1)
+    rows = len(lists)
+    walk = visits.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1).long()
+    gathered, first, keys = gather_lists(lists, listed, listed, walk, natural_blocks, pool)
+    natural = torch.arange(natural_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
+    segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
+    gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
+    visited = torch.where(gathered, visited, 0)
+    own_start, own_stop = (bound[segment] for bound in own_blocks(site, device))
+    start, stop = torch.where(gathered, own_start, 0), torch.where(gathered, own_stop, natural_blocks)
+    partial, full = (
+        flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
+    )
+    dtype = torch.float16 if lists.is_cuda else torch.float32
+    source = torch.zeros(rows, pool, natural_blocks, dtype=dtype, device=device)
+    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
+
+    def some_key_from(flags: Tensor) -> Tensor:
+        """Bool [B * Hkv, G, T, pool], blocks of lists with a key from one of these blocks in natural order."""
+        return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
+
+    some_hidden = some_key_from(~full)
+    # The last block holds places behind the last key: there the mask is needed.
+    whole = full & (torch.arange(natural_blocks, device=device) < site.n_keys // BLOCK_LEN)
+    whole = torch.cat([whole, ~some_hidden], -1)
+    seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
+    place, list_stop = torch.arange(natural_blocks + pool, device=device), first[:, None] + visited
+    inside = (place >= start[..., None]) & (place < stop[..., None])
+    inside = inside | ((place >= first[:, None, :, None]) & (place < list_stop[..., None]))
+    table = triton_site.block_table if triton_site is not None and lives_on_gpu(lists) else block_table
+    numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN, list_stop * BLOCK_LEN
+    index = torch.cat([natural, keys], dim=1)
+    return _Layout(
+        index,
+        index.to(torch.int32),
+        *(x.to(torch.int32) for x in numbers),
+        partial.long() * PARTIAL + full.long() * FULL,
+        *table(inside & seen & ~whole),
+        *table(inside & whole),
+    )
+
+
+def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count int32 [B * Hkv, G, T] and order int32 [B * Hkv, G, T, blocks] of blocks chosen by flags of that shape.
+
+    What stands behind a row's count is any block.
+    """
+    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    site: Site,
+    layout: _Layout,
+    score_mod: Function,
+    mask_mod: Function,
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_buffers: tuple[Any, ...],
+    mask_buffers: tuple[Any, ...],
+) -> Tensor:
+    """FlexAttention over placed keys, [B, Hq, Nq, Dv]."""
+    kv_heads, group = site.kv_heads, site.group
+
+    def score(score: Tensor, row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
+        return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, index[row, j], *captured)
+
+    def visible(
+        row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, natural_start: Tensor, natural_stop: Tensor,
+        list_start: Tensor, list_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
+    ) -> Tensor:  # fmt: skip
+        tile, position = i // TILE_LEN, index[row, j]
+        block = position // BLOCK_LEN
+        listed = (j >= list_start[row, tile]) & (j < list_stop[row, g, tile])
+        placed = listed | ((j >= natural_start[row, g, tile]) & (j < natural_stop[row, g, tile]))
+        seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
+        kind = kinds[row, g, tile, block]
+        return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
+
+    index = layout.place
+    folded = query.unflatten(1, (kv_heads, group)).flatten(0, 1)
+    keys, values = (take(x, layout.index) for x in (key, value))
+    if query.is_cpu:
+        folded, keys, values = (_in_memory(x) for x in (folded, keys, values))
+    blocks = BlockMask.from_kv_blocks(
+        layout.partial_count,
+        layout.partial_index,
+        layout.full_count,
+        layout.full_index,
+        BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
+        mask_mod=visible,
+        seq_lengths=(site.n_queries, keys.shape[2]),
+        compute_q_blocks=torch.is_grad_enabled(),
+    )
+    kernel_options = {name: False if name.endswith(PROMISES) else x for name, x in kernel_options.items()}
+    output = torch.ops.higher_order.flex_attention(
+        folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (index, *score_buffers),
+        (*layout[1:7], *mask_buffers),
+    )[0]  # fmt: skip
+    return output.unflatten(0, (site.batch, kv_heads)).flatten(1, 2)

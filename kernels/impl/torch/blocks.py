@@ -1,0 +1,96 @@
+"""Dense attention of a block of queries to a block of keys, with its log-sum-exp; what partial results merge by.
+
+lse = log(exp(lse_1) + exp(lse_2)),   out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.exact.equal_dims import pad_to_equal
+
+_fused_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""SDPA's own CPU kernel, the only one that returns the log-sum-exp; where it is absent, or logits are capped, plain
+torch serves."""
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key that is not hidden.
+
+    Args:
+        query: float32 [M, D], already scaled.
+        key: float32 [C, D].
+        value: float32 [C, Dv].
+        hidden: bool [M, C] or [C], True where the key may not be attended.
+        softcap: Bound of the logits, None for none.
+
+    Returns:
+        output float32 [M, Dv] (zeros where all is hidden) and lse float32 [M] (-inf there).
+    """
+    if hidden is not None:
+        hidden = hidden.expand(len(query), len(key))
+    if _can_fuse(query, softcap):
+        output, lse = _fused_block(query, key, value, hidden)
+    else:
+        output, lse = plain_block(query, key, value, hidden, softcap=softcap)
+    if hidden is not None:
+        blind = hidden.all(-1)
+        output, lse = output.masked_fill(blind[:, None], 0.0), lse.masked_fill(blind, float("-inf"))
+    return output, lse
+
+
+def causal_block(query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """The same under the mask j <= i, for G heads that share keys: query [G, M, D] -> output [G, M, Dv], lse [G, M]."""
+    group, rows, _ = query.shape
+    if _can_fuse(query, softcap):
+        assert _fused_cpu is not None
+        query, key, padded = pad_to_equal(query, key, value)
+        shared = (x.expand(group, 1, *x.shape) for x in (key, padded))
+        output, lse = _fused_cpu(query[:, None], *shared, 0.0, True, scale=1.0)
+        return output[:, 0, :, : value.shape[1]], lse.reshape(group, rows)
+    positions = torch.arange(max(rows, len(key)), device=query.device)
+    hidden = (positions[None, : len(key)] > positions[:rows, None]).repeat(group, 1)
+    output, lse = plain_block(query.flatten(0, 1), key, value, hidden, softcap=softcap)
+    return output.view(group, rows, -1), lse.view(group, rows)
+
+
+def _can_fuse(query: Tensor, softcap: float | None) -> bool:
+    return query.device.type == "cpu" and _fused_cpu is not None and softcap is None
+
+
+def _fused_block(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One call of SDPA's CPU kernel."""
+    bias = None
+    if hidden is not None:
+        bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))[None, None]
+    assert _fused_cpu is not None
+    tensors = (x[None, None] for x in pad_to_equal(query, key, value))
+    output, lse = _fused_cpu(*tensors, 0.0, False, attn_mask=bias, scale=1.0)
+    return output[0, 0, :, : value.shape[1]], lse.reshape(-1)
+
+
+def plain_block(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same in matrix products and a softmax."""
+    logits = query @ key.T
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    if hidden is not None:
+        logits.masked_fill_(hidden, float("-inf"))
+    lse = logits.logsumexp(-1)
+    return (logits - lse[:, None]).exp() @ value, lse
+
+
+def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join two partial results over disjoint keys; a part that saw nothing (-inf) leaves the other as it is.
+
+    Reuses the memory of both outputs: at these sizes a fresh allocation costs more than the arithmetic.
+    """
+    joint = torch.logaddexp(lse, other_lse)
+    finite = joint.masked_fill(joint == float("-inf"), 0.0)
+    kept, brought = (lse - finite).exp_(), (other_lse - finite).exp_()
+    return output.mul_(kept[:, None]).add_(other.mul_(brought[:, None])), joint

@@ -1,0 +1,222 @@
+"""S2O forward in plain torch that really does less work: what a CPU runs.
+
+For each segment the tiles of all heads that share a list walk it together: a chunk of keys is gathered once and one
+dense block serves every tile still walking; blocks merge by their log-sum-exp. Tiles that stop leave. The method is
+stated in ``definition.py``; order, tiles and stop rule are the same. Arithmetic is float32 whatever the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block, merge
+from s2o_compile.kernels.reference import Result, chunks_to_come, empty_result, tail_share
+from s2o_compile.kernels.support.parallel import for_each
+
+KEY_STEP = 4096
+"""Keys of one block in natural order under an explicit mask: bounds the mask's memory."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float | Tensor,
+    softcap: float | None = None,
+    into: Result | None = None,
+) -> Result:
+    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
+    (batch, list_heads), kv_heads = plan.key_index.shape[:2], key.shape[1]
+    result = empty_result(query, value.shape[3]) if into is None else into
+    keys, values = key.float().contiguous(), value.float().contiguous()
+
+    def segment(place: tuple[int, int, int]) -> None:
+        b, kv = place[0], place[1] * kv_heads // list_heads
+        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, result)
+
+    last_first = reversed(range(plan.n_segments))  # the longest walks first
+    for_each(segment, itertools.product(range(batch), range(list_heads), last_first), query.device)
+    return result
+
+
+@dataclass
+class _Tiles:
+    """Tiles on their way: their numbers in the segment and, by row, query, output so far and log-sum-exp so far."""
+
+    numbers: Tensor
+    query: Tensor
+    output: Tensor
+    lse: Tensor
+
+    def update(self, output: Tensor, lse: Tensor) -> Tensor:
+        """Merge a block; returns each row's gain [tiles, TILE_LEN], the share of the mass that the block brought."""
+        self.output, joint = merge(self.output, self.lse, output, lse)
+        gain = 1 - (self.lse - joint).exp_()
+        self.lse = joint
+        return gain.nan_to_num_(0.0).view(-1, TILE_LEN)
+
+    def add_tail(self, share: Tensor, mean_value: Tensor) -> None:
+        """Count keys left out: share [tiles, TILE_LEN] of the mass visited, at mean_value [Dv]."""
+        share = share.flatten()
+        self.output = (self.output + share[:, None] * mean_value) / (1 + share)[:, None]
+        self.lse = self.lse + share.log1p()
+
+    def select(self, which: Tensor) -> _Tiles:
+        """The tiles at places ``which``, copied."""
+        rows = [x.unflatten(0, (-1, TILE_LEN))[which].flatten(0, 1) for x in (self.query, self.output, self.lse)]
+        return _Tiles(self.numbers[which], *rows)
+
+    def put(self, part: _Tiles) -> None:
+        """Take over the state of ``part``; only for tiles numbered 0, 1, 2, ..."""
+        self.output.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.output.unflatten(0, (-1, TILE_LEN))
+        self.lse.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.lse.unflatten(0, (-1, TILE_LEN))
+
+
+class _Segment:
+    """One segment of the heads that share its list."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        plan: Plan,
+        place: tuple[int, int, int],
+        softcap: float | None,
+    ) -> None:
+        self.b, list_head, segment = place
+        self.softcap = softcap
+        self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
+        group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]  # heads that share the list
+        self.first = segment * plan.segment_len
+        self.end = min(self.first + plan.segment_len, n_queries)
+        self.group, self.tiles = group, n_tiles(self.end - self.first)
+        self.heads = slice(list_head * group, (list_head + 1) * group)
+        self.query = query[self.b, self.heads]
+        self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
+        self.index = plan.key_index[self.b, list_head, segment]
+        assert plan.tail_value is not None
+        kv_heads, list_heads = plan.tail_value.shape[1], plan.key_index.shape[1]
+        self.mean_value = plan.tail_value[self.b, list_head * kv_heads // list_heads, segment]
+        self.count = int(plan.prefix_count[self.b, segment])
+        # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
+        slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
+        slots = slots.clamp(max=self.end - 1)
+        self.natural = plan.query_order is None
+        self.whole = self.natural and (self.end - self.first) % TILE_LEN == 0  # then rows are a slice
+        self.rows = slots.expand(group, -1)
+        if plan.query_order is not None:
+            self.rows = plan.query_order[self.b, self.heads][:, slots].long()
+        self.own_start, own_stop = mask.own_range(self.first, self.end - 1, n_queries, len(key))
+        self.stops = torch.full((group, self.tiles), own_stop)
+        if mask.causal and self.natural:  # no query of a tile sees further than the tile's last one
+            ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1)
+            self.stops = ends.clamp(self.own_start, own_stop).expand(group, -1)
+        self.stops = self.stops.flatten()
+
+    def attend(self, scale: float, tau: float | Tensor, into: Result) -> None:
+        """Pass 1 and pass 2; fills the segment's rows of ``into``."""
+        query = self._load(scale)
+        lse = query.new_full((len(query),), -torch.inf)
+        output = query.new_zeros(len(query), self.value.shape[-1])
+        tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
+        area = self.stops - self.own_start
+        self._own_keys(tiles)
+        taus = tau[self.heads].cpu() if isinstance(tau, Tensor) else torch.full((self.group,), tau)
+        self._walk(tiles, taus.repeat_interleave(self.tiles), area)
+        first_tile = self.first // TILE_LEN
+        into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
+        self._store(tiles, into)
+
+    def _load(self, scale: float) -> Tensor:
+        """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
+        if self.whole:
+            return (self.query[:, self.first : self.end].float() * scale).flatten(0, 1)
+        index = self.rows[..., None].expand(-1, -1, self.query.shape[-1])
+        return (self.query.gather(1, index).float() * scale).flatten(0, 1)
+
+    def _store(self, tiles: _Tiles, into: Result) -> None:
+        """Write the segment's results to the rows they belong to."""
+        real = self.end - self.first
+        output = tiles.output.view(self.group, -1, tiles.output.shape[-1])[:, :real]
+        lse = tiles.lse.view(self.group, -1)[:, :real]
+        if self.whole:
+            into.output[self.b, self.heads, self.first : self.end] = output
+            into.lse[self.b, self.heads, self.first : self.end] = lse
+        else:
+            index = self.rows[:, :real]
+            into.lse[self.b, self.heads].scatter_(1, index, lse)
+            index = index[..., None].expand(-1, -1, output.shape[-1])
+            into.output[self.b, self.heads].scatter_(1, index, output.to(into.output.dtype))
+
+    def _own_keys(self, tiles: _Tiles) -> None:
+        """Pass 1."""
+        own_stop = int(self.stops.max())
+        diagonal = self.mask.causal and self.natural and self.own_start == self.first + self.mask.offset
+        if diagonal and self.hidden_key is None and own_stop > self.own_start:
+            own = slice(self.own_start, own_stop)
+            query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
+            output, lse = causal_block(query, self.key[own], self.value[own], softcap=self.softcap)
+            tiles.update(output.flatten(0, 1), lse.flatten())
+        else:
+            part = tiles.select(tiles.numbers)
+            self._in_natural_order(part, self.own_start, self.stops)
+            tiles.put(part)
+
+    def _in_natural_order(self, tiles: _Tiles, start: int, stops: Tensor) -> None:
+        """Each tile attends to the keys from start to its own stop, under the mask."""
+        for stop in stops[tiles.numbers].unique().tolist():
+            same = (stops[tiles.numbers] == stop).nonzero()[:, 0]
+            part = tiles.select(same)
+            rows = self.rows.reshape(-1, TILE_LEN)[part.numbers].flatten()
+            for begin in range(start, stop, KEY_STEP):
+                keys = torch.arange(begin, min(begin + KEY_STEP, stop), device=rows.device)
+                hidden = None
+                if self.mask.causal and int(keys[-1]) > self.first + self.mask.offset:
+                    hidden = ~self.mask.visible(rows, keys)
+                if self.hidden_key is not None:
+                    hidden = self.hidden_key[keys] if hidden is None else hidden | self.hidden_key[keys]
+                block = slice(begin, begin + len(keys))
+                keys, values = self.key[block], self.value[block]
+                part.update(*block_attention(part.query, keys, values, hidden, softcap=self.softcap))
+            tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
+            tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
+
+    def _walk(self, tiles: _Tiles, taus: Tensor, area: Tensor) -> None:
+        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds, each with its own of ``taus``.
+
+        Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
+        """
+        walking = tiles
+        for start in range(0, self.count, self.chunk_len):
+            chunk = self.index[start : min(start + self.chunk_len, self.count)]
+            keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
+            gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
+            area[walking.numbers] += len(chunk)
+            to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
+            limit = taus[walking.numbers]
+            tested = (limit > 0) & (self.count >= 2 * self.chunk_len)
+            stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & tested
+            if not stopped.any():
+                continue
+            leaving = stopped.nonzero()[:, 0]
+            part = walking.select(leaving)
+            if start:  # what the first chunk brought is not believed
+                part.add_tail(tail_share(gain[leaving], to_come), self.mean_value)
+            tiles.put(part)
+            walking = walking.select((~stopped).nonzero()[:, 0])
+            if stopped.all():
+                break
+        if walking is not tiles:
+            tiles.put(walking)

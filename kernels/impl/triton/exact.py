@@ -1,0 +1,207 @@
+"""Exact attention in natural order on the GPU: sliding windows, dense heads, and tiles that overflowed.
+
+    out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
+
+Only the visible range of a tile is computed, and only the blocks at its edges are masked. Query [B, Hq, Nq, D], key
+[B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program computes one tile of one head.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.impl.triton.tile import (
+    NOTHING_SEEN,
+    can_fix,
+    cap_products,
+    launch,
+    launch_config,
+    load_rows,
+    logit_scales,
+    needs_wide,
+    overflowed,
+    softmax_update,
+    store_tile,
+    value_parts,
+)
+from s2o_compile.kernels.reference import Result, empty_result
+
+
+@triton.jit
+def attend_range(
+    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window,
+    qk_scale, inner, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [start, stop) in natural order; MASKED tests every pair, FIXED: ``softmax_update``."""
+    for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
+        keys = j + tl.arange(0, KEY_BLOCK)
+        present = keys < stop
+        if MASKED or HAS_KEY_MASK:
+            keys = tl.minimum(keys, n_keys - 1)
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
+        products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        products = cap_products(products, inner, HAS_SOFTCAP)
+        if MASKED or HAS_KEY_MASK:
+            seen = present[None, :]
+            if CAUSAL:
+                seen = seen & (keys[None, :] <= rows[:, None] + offset)
+            if HAS_WINDOW:
+                seen = seen & (keys[None, :] > rows[:, None] + offset - window)
+            if HAS_KEY_MASK:
+                seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
+            products = tl.where(seen, products, -float("inf"))
+        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
+        m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def attend_parts(
+    query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
+    qk_scale, inner, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All keys of a tile: [start, head_stop) and [tail_start, stop) need a mask, what lies between does not.
+
+    The tail comes first: it is never empty where there are keys, and a causal row finds its own key there, so the rest
+    has a reference to keep FIXED.
+    """
+    m = tl.full([TILE], NOTHING_SEEN, tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
+        qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
+        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    if HAS_WINDOW:
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
+            qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
+    return m, l, acc
+
+
+@triton.jit
+def natural_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, query_order_ptr, key_mask_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
+    n_queries, n_keys, heads, group, offset, window, qk_scale, inner, segment_len,
+    RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
+    # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
+    tiles = tl.num_programs(0) // group
+    tile = tiles - 1 - tl.program_id(0) // group
+    row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
+    b, h = row_head // heads, row_head % heads
+    computed = computed_ptr + b * stride_cb + h * stride_ch + tile
+    visited = 0
+    if RESTART:
+        flag = tl.load(computed)
+        if flag >= 0:
+            return
+        visited = -flag - 1
+    slots = tile * TILE + tl.arange(0, TILE)
+    present = slots < n_queries
+    slots = tl.minimum(slots, n_queries - 1)
+    rows, first, last = slots, tile * TILE, tl.minimum(tile * TILE + TILE, n_queries) - 1
+    if HAS_QUERY_ORDER:
+        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
+        first = first // segment_len * segment_len
+        last = tl.minimum(first + segment_len, n_queries) - 1
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
+    key = key_ptr + b * stride_kb + (h // group) * stride_kh
+    value = value_ptr + b * stride_vb + (h // group) * stride_vh
+    key_mask = key_mask_ptr + b * stride_mb
+
+    start, stop = 0, n_keys
+    free_start, free_stop = 0, n_keys  # keys that every row of the tile sees: no mask needed there
+    if CAUSAL:
+        stop = tl.maximum(tl.minimum(last + offset + 1, n_keys), 0)
+        free_stop = tl.minimum(first + offset + 1, stop)
+    if HAS_WINDOW:
+        start = tl.minimum(tl.maximum(first + offset - window + 1, 0), stop)
+        free_start = tl.minimum(tl.maximum(last + offset - window + 1, start), stop)
+    head_stop = tl.minimum(start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK, stop)
+    free_blocks = tl.maximum(free_stop - head_stop - 1, 0) // KEY_BLOCK
+    tail_start = head_stop + free_blocks * KEY_BLOCK
+    m, l, acc = attend_parts(
+        query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
+        window, qk_scale, inner, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+        VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    if FIXED and overflowed(l, acc):
+        m, l, acc = attend_parts(
+            query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
+            window, qk_scale, inner, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+            VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
+
+    out = out_ptr + b * stride_ob + h * stride_oh
+    lse = lse_ptr + b * stride_lb + h * stride_lh
+    store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
+    tl.store(computed, visited + stop - start)
+
+
+def launch_natural(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    into: Result,
+    *,
+    scale: float,
+    softcap: float | None,
+    restart_len: int | None = None,
+    query_order: Tensor | None = None,
+) -> None:
+    """Fill ``into``: every tile, or only those that a walk left unfinished over segments of ``restart_len`` queries."""
+    batch, heads, n_queries, _ = query.shape
+    group = heads // key.shape[1]
+    launch(
+        natural_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
+        query, key, value, into.output, into.lse, into.computed,
+        query_order if query_order is not None else into.computed,
+        mask.key_mask if mask.key_mask is not None else into.computed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
+        *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
+        n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
+        *logit_scales(scale, softcap),
+        restart_len or 0, RESTART=restart_len is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
+        HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
+        HAS_QUERY_ORDER=query_order is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+        WIDE=needs_wide(query, key, value),
+        **launch_config(query.shape[3], value.shape[3], query.dtype, query.device),
+    )  # fmt: skip
+
+
+def attend_natural(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
+) -> Result:
+    """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
+    if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
+        query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
+    result = empty_result(query, value.shape[3])
+    for part, into in value_parts(value, result):
+        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap)
+    return result

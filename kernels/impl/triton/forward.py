@@ -1,0 +1,234 @@
+"""S2O forward on the GPU: pass 1 in natural order, pass 2 over gathered keys with early stop (``definition.py``).
+
+K and V rows are gathered by int32 index straight into shared memory: a row is one contiguous piece of at least 128
+bytes and all tiles of a segment share the list through L2, so gathering costs almost nothing. A stop test inside the
+key loop would end software pipelining: an outer ``while`` walks chunks, an inner pipelined ``for`` walks a chunk's
+blocks, and the rule is tested once per chunk.
+
+The reference of the softmax is FIXED once a tile has met its own keys (``triton_tile.softmax_update``), and the list is
+walked with it. The rare tile whose weights overflow restarts in natural order, with the running maximum.
+
+Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
+computes one tile of one head. A tile that overflows writes ``-computed - 1``; a second launch restarts those tiles, and
+every other program of it ends at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.impl.triton.exact import attend_range, launch_natural
+from s2o_compile.kernels.impl.triton.tile import (
+    LN2,
+    NOTHING_SEEN,
+    WIDEST_VALUE,
+    can_fix,
+    cap_products,
+    launch,
+    launch_config,
+    load_rows,
+    logit_scales,
+    needs_wide,
+    overflowed,
+    softmax_update,
+    store_tile,
+    tracing,
+    value_parts,
+)
+from s2o_compile.kernels.reference import TAIL_SHARE, Result, empty_result
+
+
+@triton.jit
+def attend_list(
+    m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale, inner,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``.
+
+    FIXED: ``softmax_update``.
+    """
+    for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
+        entries = j + tl.arange(0, KEY_BLOCK)
+        if MASKED:
+            keys = tl.load(key_index + tl.minimum(entries, count - 1))
+        else:
+            keys = tl.load(key_index + entries)
+        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
+        products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        products = cap_products(products, inner, HAS_SOFTCAP)
+        if MASKED:
+            products = tl.where((entries < count)[None, :], products, -float("inf"))
+        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
+        m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
+    return m, l, acc
+
+
+@triton.jit
+def gathered_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
+    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr, tau_ptr, tail_value_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
+    stride_tb, stride_th, stride_ts,
+    n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, own_offset, qk_scale, inner, tau,
+    FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_QUERY_ORDER: tl.constexpr, HAS_HEAD_TAU: tl.constexpr,
+    SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
+    # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
+    tiles = tl.num_programs(0) // group
+    tile = tiles - 1 - tl.program_id(0) // group
+    row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
+    b, h = row_head // heads, row_head % heads
+    kv = h // group
+    segment = tile * TILE // SEGMENT
+    slots = tile * TILE + tl.arange(0, TILE)
+    present = slots < n_queries
+    slots = tl.minimum(slots, n_queries - 1)
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, n_queries) - 1
+    rows = slots
+    if HAS_QUERY_ORDER:
+        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
+    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
+    key = key_ptr + b * stride_kb + kv * stride_kh
+    value = value_ptr + b * stride_vb + kv * stride_vh
+    key_mask = key_mask_ptr + b * stride_mb
+    m = tl.full([TILE], NOTHING_SEEN, tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+
+    own_start = tl.minimum(tl.maximum(first + own_offset, 0), n_keys)
+    own_stop = tl.maximum(tl.minimum(last + own_offset + 1, n_keys), own_start)
+    free_stop = own_stop
+    if CAUSAL:
+        tile_first, tile_last = first, last
+        if not HAS_QUERY_ORDER:  # no query of the tile sees further than its last one
+            tile_first, tile_last = tile * TILE, tl.minimum(tile * TILE + TILE - 1, last)
+            own_stop = tl.maximum(tl.minimum(tile_last + offset + 1, own_stop), own_start)
+        free_stop = tl.minimum(tile_first + offset + 1, own_stop)
+    # The masked tail first: it is never empty where there are own keys, and gives the rest a reference to keep FIXED.
+    tail_start = own_start + tl.maximum(free_stop - own_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+    m, l, acc = attend_range(
+        m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    )  # fmt: skip
+
+    if HAS_HEAD_TAU:
+        tau = tl.load(tau_ptr + h)
+    list_row = row_head // shared * n_segments + segment
+    key_index = key_index_ptr + list_row * list_len
+    count = tl.load(prefix_count_ptr + b * n_segments + segment)
+    whole = count // CHUNK * CHUNK
+    visited = whole * 0
+    stopped = visited != 0
+    tail = tl.zeros([TILE], tl.float32)
+    start = visited
+    if FIXED and BLIND_START:  # some row may have no own key: the best block gives it a reference
+        start = tl.minimum(KEY_BLOCK, whole)
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
+            False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
+    while (visited < whole) & (stopped == 0):
+        m_before, l_before = m, l
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
+            qk_scale, inner, False, FIXED, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
+            PRECISION, WIDE,
+        )  # fmt: skip
+        visited += CHUNK
+        start = visited
+        gain = 1.0 - l_before * tl.math.exp2(m_before - m) / l
+        to_come = tl.math.log2(count.to(tl.float32) / visited) * (LN2 / CHUNK) * visited
+        tail = tl.where(visited > CHUNK, gain * to_come, 0.0)
+        unvisited = tl.where(visited > CHUNK, tl.max(tail, 0), to_come)
+        stopped = (tau > 0.0) & (count >= 2 * CHUNK) & (unvisited < tau)
+    if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
+        m, l, acc = attend_list(
+            m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
+            True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
+        visited = count
+    if stopped:  # what is left out counts as its estimated mass at the mean value
+        tail = tl.minimum(tl.maximum(tail, 0.0), 1.0) * tail_share
+        dims = tl.arange(0, BLOCK_VALUE)
+        mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
+        acc += (tail * l)[:, None] * tl.load(mean, mask=dims < VALUE_DIM, other=0.0)[None, :]
+        l += tail * l
+
+    out = out_ptr + b * stride_ob + h * stride_oh
+    lse = lse_ptr + b * stride_lb + h * stride_lh
+    store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
+    computed = visited + own_stop - own_start
+    if FIXED:
+        computed = tl.where(overflowed(l, acc), -computed - 1, computed)
+    tl.store(computed_ptr + b * stride_cb + h * stride_ch + tile, computed)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float | Tensor,
+    softcap: float | None = None,
+    into: Result | None = None,
+) -> Result:
+    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
+    batch, heads, n_queries, _ = query.shape
+    n_keys = key.shape[2]
+    group = heads // key.shape[1]
+    result = empty_result(query, value.shape[3]) if into is None else into
+    order = plan.query_order
+    by_head = isinstance(tau, Tensor)
+    fixed = can_fix(query.dtype, mask)
+    last_segment = (plan.n_segments - 1) * plan.segment_len
+    beyond = tracing.get() or last_segment + mask.offset >= n_keys  # own keys may be missing; lengths may be symbolic
+    blind_start = mask.key_mask is not None or not mask.causal or beyond
+    assert plan.tail_value is not None
+    means = plan.tail_value.split(WIDEST_VALUE, 3)
+    for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
+        launch(
+            gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
+            query, key, part, *piece, plan.key_index, plan.prefix_count,
+            order if order is not None else plan.key_index,
+            mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,
+            mean,
+            *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
+            *piece.lse.stride()[:2], *piece.computed.stride()[:2],
+            0 if mask.key_mask is None else mask.key_mask.stride(0), *mean.stride()[:3],
+            n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
+            heads // plan.key_index.shape[1], TAIL_SHARE,
+            mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
+            FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+            HAS_QUERY_ORDER=order is not None, HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
+            HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+            WIDE=needs_wide(query, key, part),
+            **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
+        )  # fmt: skip
+        if fixed:
+            launch_natural(
+                query, key, part, mask, piece, scale=scale, softcap=softcap, restart_len=plan.segment_len,
+                query_order=order,
+            )  # fmt: skip
+    return result

@@ -1,0 +1,284 @@
+"""``plan.order_keys`` on the GPU: a counting sort of each list's keys by class of score.
+
+The stop rule is tested once a chunk, so the order inside a chunk is free. Keys fall into CLASSES classes, by bounds
+taken from a sample of their row of scores. Every lane of a program counts, and then writes, LANE_KEYS keys of its own:
+no lane waits for another. Inside a class the keys stand lane by lane, and the same scores always give the same list. A
+row is cut into programs of LANES lanes, so that a few long lists keep the whole card busy; nothing waits for the
+device.
+
+score [B, Hl, P, Nk], key_index int32 [B, Hl, P, L].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import longest_prefix
+from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide, own_bounds, tracing
+
+CLASSES = 32
+"""Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
+
+LANES = 64
+"""Lanes of one program, a thread each."""
+
+LANE_KEYS = 128
+"""Keys of one lane, every LANES-th of the program's, for a load takes neighbours; a counter's field holds up to 255."""
+
+STEPS = 4
+"""Keys of a lane that are loaded together: the loop waits for memory."""
+
+SAMPLES = 4096
+"""Scores of a row that the bounds are taken from, at most."""
+
+LARGEST = tl.constexpr(65504.0)
+"""Clamp of scores, float16's largest number: inf is for keys that hold NaN or inf."""
+
+
+@triton.jit
+def find_poisoned_kernel(
+    key_ptr, value_ptr, poisoned_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, n_keys,
+    kv_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Which keys hold NaN or inf, or whose value does: ``plan.poisoned_keys``."""
+    head = tl.program_id(1).to(tl.int64)
+    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    rows = tl.minimum(keys, n_keys - 1)
+    key = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh
+    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
+    total = tl.sum(load_rows(key, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32), 1)
+    total += tl.sum(load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32), 1)
+    finite = tl.abs(total) < float("inf")
+    tl.store(poisoned_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
+
+
+# Kernels load for themselves what the place of a store depends on: torch asks what a kernel writes to, and takes every
+# pointer for written to that was given to the function where the place came from.
+
+
+@triton.jit
+def in_prefix(keys, stop, own_start, own_stop, CAUSAL: tl.constexpr):
+    """Which keys are prefix keys by their place: before ``stop``, and no own keys."""
+    present = keys < stop
+    if not CAUSAL:
+        present = present & ((keys < own_start) | (keys >= own_stop))
+    return present
+
+
+@triton.jit
+def rate(score, poisoned):
+    """Scores as float32. A key that holds NaN or inf must be visited, so it comes first."""
+    score = score.to(tl.float32)
+    score = tl.where(score == score, tl.minimum(tl.maximum(score, -LARGEST), LARGEST), 0.0)
+    return tl.where(poisoned != 0, float("inf"), score)
+
+
+@triton.jit
+def sample_step(stop, samples):
+    """Of this many of the keys before ``stop`` one is sampled."""
+    return tl.maximum(tl.cdiv(stop, samples), 1)
+
+
+@triton.jit
+def sample_scores_kernel(
+    score_ptr, poisoned_ptr, key_mask_ptr, sample_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scores of one of every few keys of a row's prefix, the lowest for what is no prefix key.
+
+    Not always at the same place: a fixed stride would see one phase only of inputs that repeat, such as the rows of an
+    image.
+    """
+    segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = head * segments + segment
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    stop = own_start if CAUSAL else n_keys
+    step = sample_step(stop, samples)
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
+    for j in range(0, samples, BLOCK):
+        sample = j + tl.arange(0, BLOCK)
+        keys = sample * step + sample * 7919 % step
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
+
+
+@triton.jit
+def bound_ranks(whole, step, samples, CLASSES: tl.constexpr):
+    """Which of its sorted samples bounds each class of a row with ``whole`` prefix keys."""
+    share = (tl.arange(0, CLASSES) + 1).to(tl.float32) / CLASSES
+    return tl.minimum((whole.to(tl.float32) / step * share * share).to(tl.int32), samples - 1)
+
+
+@triton.jit
+def class_bounds(sample, CLASSES: tl.constexpr):
+    """Descending lower bounds of the classes, -inf last.
+
+    A key belongs above its class's bound: where many scores are equal, the better ones still come first. The first
+    class is for keys that hold NaN or inf alone.
+    """
+    number = tl.arange(0, CLASSES)
+    bound = tl.where(number == 0, LARGEST, tl.minimum(sample.to(tl.float32), LARGEST))
+    return tl.where(number == CLASSES - 1, -float("inf"), bound)
+
+
+@triton.jit
+def find_classes(score, present, bound, CLASSES: tl.constexpr):
+    """Class of each key [STEPS, LANES]: how many of the bounds it is not above. CLASSES for what is in no list."""
+    return tl.where(present, tl.sum((score[None, :, :] <= bound[:, None, None]).to(tl.int32), 0), CLASSES)
+
+
+@triton.jit
+def take_step(x, step):
+    """Row ``step`` of int32 [STEPS, LANES]: every lane's own, so nothing moves."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == step, x, 0), 0)
+
+
+@triton.jit
+def one_in_class(places, step, CLASSES: tl.constexpr):
+    """A one in the field of the class of each lane's key at this step: int32 [CLASSES / 4, LANES], 4 fields each."""
+    place = take_step(places, step)
+    one = 1 << place % 4 * 8
+    return tl.where(tl.arange(0, CLASSES // 4)[:, None] == (place // 4)[None, :], one[None, :], 0)
+
+
+@triton.jit
+def count_classes_kernel(
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """How many keys of each lane of a row are in each class."""
+    program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = head * segments + segment
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    start = program * LANES * LANE_KEYS
+    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    lane = tl.arange(0, LANES)
+    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
+    whole, step = own_start, sample_step(own_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
+    ranks = bound_ranks(whole, step, samples, CLASSES)
+    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
+    counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
+    for j in range(start, stop, STEPS * LANES):
+        keys = j + steps
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        places = find_classes(score, present, bound, CLASSES)
+        for nth in tl.static_range(STEPS):
+            counts += one_in_class(places, nth, CLASSES)
+    lanes = tl.num_programs(0) * LANES
+    for field in tl.static_range(4):
+        place = tl.arange(0, CLASSES // 4) * 4 + field
+        cell = (row * CLASSES + place)[:, None] * lanes + (program * LANES + lane)[None, :]
+        tl.store(count_ptr + cell, counts >> field * 8 & 255)
+
+
+@triton.jit
+def write_classes_kernel(
+    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples, list_len,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The keys of each lane of a row, written to their places in the list."""
+    program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = head * segments + segment
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    start = program * LANES * LANE_KEYS
+    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    lane = tl.arange(0, LANES)
+    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
+    whole, step = own_start, sample_step(own_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
+    ranks = bound_ranks(whole, step, samples, CLASSES)
+    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    score_ptr += row * n_keys
+    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    key_mask_ptr += head // kv_heads * stride_mb
+    written = tl.zeros([CLASSES // 4, LANES], tl.int32)
+    lanes = tl.num_programs(0) * LANES
+    end_ptr += row * CLASSES * lanes
+    for j in range(start, stop, STEPS * LANES):
+        keys = j + steps
+        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        places = find_classes(score, present, bound, CLASSES)
+        first = tl.zeros([STEPS, LANES], tl.int32)
+        for nth in tl.static_range(STEPS):  # all loads before the first store, which they would wait for
+            place = take_step(places, nth)
+            cell = place * lanes + program * LANES + lane
+            end = tl.load(end_ptr + cell - 1, mask=(place < CLASSES) & (cell > 0), other=0)  # of the cell before
+            first += tl.where(tl.arange(0, STEPS)[:, None] == nth, end[None, :], 0)
+        for nth in tl.static_range(STEPS):
+            place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
+            before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
+            entry = take_step(first, nth) + before
+            tl.store(key_index_ptr + row * list_len + entry, j + nth * LANES + lane, mask=place < CLASSES)
+            written += one
+
+
+def find_poisoned(key: Tensor, value: Tensor) -> Tensor:
+    """``plan.poisoned_keys`` in one launch."""
+    batch, heads, n_keys, head_dim = key.shape
+    poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
+    launch(
+        find_poisoned_kernel, (triton.cdiv(n_keys, 64), batch * heads),
+        key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
+        BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
+        BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
+    )  # fmt: skip
+    return poisoned
+
+
+def order_keys(
+    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+) -> tuple[Tensor, Tensor]:
+    """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``."""
+    batch, heads, segments, n_keys = scores.shape
+    programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
+    counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
+    longest = n_keys if tracing.get() else max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
+    key_index = counts.new_empty(batch, heads, segments, longest)
+    rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
+    stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
+    samples = torch.sym_min(SAMPLES, n_keys)
+    sizes = (
+        *poisoned.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys),
+        samples,
+    )  # fmt: skip
+    kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
+    sample = scores.new_empty(batch, heads, segments, samples)
+    launch(sample_scores_kernel, (segments, batch * heads), *rows, sample, *sizes, **kind, BLOCK=1024)
+    rows = *rows, sample.sort(-1, descending=True).values
+    kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
+    grid = programs, segments, batch * heads
+    launch(count_classes_kernel, grid, *rows, counts, *sizes, **kind)
+    ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and lane by lane inside a class
+    launch(write_classes_kernel, grid, *rows, ends, key_index, *sizes, longest, **kind)
+    return key_index, ends[:, 0, :, -1].contiguous()

@@ -1,0 +1,282 @@
+"""``ranking_per_query`` on the GPU: every query against every earlier key in few dimensions, nothing of size N^2 kept.
+
+    score[s, j] = log sum over slots t of exp max over rows r = t mod SLOTS of  few_query[s, r] . few_key[j]
+
+Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
+for the row normaliser (its value and what rounding left of it), -1 in the keys. So the last kernel's product is already
+normalised, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
+them: twice the rate, and a rank needs no more. few_query [B * Hl, P, G * n, PACKED], n of each segment's queries
+(``ranking_per_query.scored_positions``), few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hl, P, Nk], G heads share a
+list.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask, same_length
+from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
+from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
+from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, launch, own_bounds
+from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
+"""Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
+
+KEY_BLOCK = 128
+"""Keys of one program of the last kernel."""
+
+
+@triton.jit
+def scored_position(slot, member, segment_len, scored, shared):
+    """Which query of its segment stands in a slot of a head; see ``ranking_per_query.scored_positions``."""
+    return slot + (slot * (segment_len - scored) + member * segment_len // shared) // scored
+
+
+@triton.jit
+def pack_rows_kernel(
+    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group, shared,
+    segment_len, scored, segments, n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
+    slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    list_head = b * (heads // shared) + h // shared
+    segment = slot // scored
+    row = segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
+    column = tl.arange(0, PACKED)
+    chosen = column < n_dims
+    place = b * stride_db + h // group * n_dims + column
+    dims = tl.load(dims_ptr + place, mask=chosen, other=0)
+    factor = tl.load(factor_ptr + place, mask=chosen, other=0.0)
+    source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n + dims[None, :]
+    x = tl.load(source, mask=(row < length)[:, None] & chosen[None, :], other=0.0).to(tl.float32)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
+    x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
+    x = tl.where((column >= PACKED - 2)[None, :], last, x)
+    target = (list_head * segments + segment) * shared * scored + (h % shared) * scored + slot % scored
+    inside = segment < segments
+    tl.store(
+        packed_ptr + target[:, None] * PACKED + column[None, :], x.to(packed_ptr.dtype.element_ty), mask=inside[:, None]
+    )
+
+
+@triton.jit
+def add_keys(
+    m, l, query, few_key, key_mask, keys, present, weight, last_seen,
+    MASKED: tl.constexpr, HAS_KEY_MASK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Fold present keys [C] into maximum m and sum l of the rows [TILE]; MASKED hides those behind ``last_seen``."""
+    dims = tl.arange(0, PACKED)
+    if HAS_KEY_MASK:
+        present = present & (tl.load(key_mask + keys, mask=present, other=0) != 0)
+    pointers = few_key + keys.to(tl.int64)[None, :] * PACKED + dims[:, None]
+    logits = tl.dot(query, tl.load(pointers, mask=present[None, :], other=0.0))
+    logits += tl.where(present, 0.0, -float("inf"))[None, :]
+    if MASKED:
+        logits = tl.where(keys[None, :] <= last_seen[:, None], logits, -float("inf"))
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    reference = tl.where(m_new == -float("inf"), 0.0, m_new) * LOG2E
+    weights = tl.math.exp2(logits * LOG2E - reference[:, None])
+    return m_new, l * tl.math.exp2(m * LOG2E - reference) + tl.sum(weights, 1) * weight
+
+
+@triton.jit
+def row_normaliser_kernel(
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, lists, offset,
+    own_offset, stride, largest,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
+    TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of TILE rows over own keys, the FIRST keys and a sample, to the last two columns of the rows."""
+    segment = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    position = segment * SEGMENT + scored_position(row % SCORED, row // SCORED, SEGMENT, SCORED, rows // SCORED)
+    dims = tl.arange(0, PACKED)
+    query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
+    query = tl.load(query_ptr + dims[None, :])
+    few_key = few_key_ptr + head // lists * n_keys * PACKED
+    key_mask = key_mask_ptr + head // heads * stride_mb
+    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    free_stop, end = own_stop, n_keys  # all rows of the tile see what lies before free_stop
+    if CAUSAL:
+        own_stop = tl.maximum(tl.minimum(own_stop, tl.max(position, 0) + 1 + offset), own_start)
+        free_stop = tl.minimum(tl.maximum(tl.min(position, 0) + 1 + offset, own_start), own_stop)
+        free_stop = own_start + (free_stop - own_start) // KEY_BLOCK * KEY_BLOCK
+        end = own_start
+    m = tl.full([TILE], -float("inf"), tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    columns = tl.arange(0, KEY_BLOCK)
+    for j in range(own_start, free_stop, KEY_BLOCK):
+        keys = j + columns
+        m, l = add_keys(
+            m, l, query, few_key, key_mask, keys, keys < free_stop, 1.0, position, False, HAS_KEY_MASK, PACKED
+        )
+    if CAUSAL:
+        for j in range(free_stop, own_stop, KEY_BLOCK):
+            keys = j + columns
+            m, l = add_keys(
+                m, l, query, few_key, key_mask, keys, keys < own_stop, 1.0, position + offset, True, HAS_KEY_MASK,
+                PACKED,
+            )  # fmt: skip
+    # Of the prefix, the first keys count once, for trained models put much weight there, and of the others a sample.
+    for j in range(0, end, KEY_BLOCK * stride):
+        keys = j + columns * stride + stride // 2
+        present = (keys >= FIRST) & (keys < end)
+        if not CAUSAL:
+            present = present & ((keys < own_start) | (keys >= own_stop))
+        m, l = add_keys(m, l, query, few_key, key_mask, keys, present, stride, position, False, HAS_KEY_MASK, PACKED)
+    keys = tl.arange(0, 16)
+    present = (keys < FIRST) & (keys < end)
+    if not CAUSAL:
+        present = present & ((keys < own_start) | (keys >= own_stop))
+    m, l = add_keys(m, l, query, few_key, key_mask, keys, present, 1.0, position, False, HAS_KEY_MASK, PACKED)
+    # A row that sees none of these keys, or lies beyond the last query, has no say.
+    normaliser = m + tl.math.log2(l) * LN2
+    silent = (l == 0.0) | (position >= n_queries)
+    packed = few_query_ptr.dtype.element_ty
+    whole = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
+    rest = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
+    tl.store(query_ptr + (PACKED - 2), whole[:, None])
+    tl.store(query_ptr + (PACKED - 1), rest.to(packed)[:, None])
+
+
+@triton.jit
+def largest_of_three(a, b, c, PTX: tl.constexpr):
+    """Elementwise maximum of fp16 numbers; in PTX, for the compiler seldom sees the one instruction for two of each."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; max.f16x2 t, $1, $2; max.f16x2 $0, t, $3; }", "=r,r,r,r", [a, b, c], dtype=tl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.maximum(tl.maximum(a, b), c)
+
+
+@triton.jit
+def score_keys_kernel(
+    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, lists, own_offset,
+    CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Scores of KEY_BLOCK keys for every segment that has them in its prefix: one program keeps its keys on chip."""
+    head = tl.program_id(1).to(tl.int64)
+    keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+    inside = keys < n_keys
+    dims = tl.arange(0, PACKED)
+    key = tl.load(
+        few_key_ptr + (head // lists * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
+    )
+    first = 0
+    if CAUSAL:  # the first segment whose own keys start behind the first key of this block
+        first = tl.maximum(tl.program_id(0) * KEY_BLOCK - own_offset, 0) // SEGMENT
+    for segment in range(first, n_segments):
+        base = few_query_ptr + (head * n_segments + segment) * rows * PACKED
+        best = tl.full([KEY_BLOCK, SLOTS], -60000.0, tl.float16)  # a key's numbers lie side by side in few threads
+        for row in tl.range(0, rows, 2 * SLOTS, num_stages=STAGES):
+            query = base + (row + tl.arange(0, SLOTS))[None, :] * PACKED + dims[:, None]
+            one = tl.dot(key, tl.load(query), out_dtype=tl.float16)
+            other = tl.dot(key, tl.load(query + SLOTS * PACKED), out_dtype=tl.float16)
+            best = largest_of_three(one, other, best, PTX)
+        most = tl.max(best, 1)
+        total = tl.sum(tl.math.exp2((best - most[:, None]).to(tl.float32) * LOG2E), 1)
+        score = most + tl.math.log2(total) * LN2
+        tl.store(score_ptr + (head * n_segments + segment) * n_keys + keys, score.to(tl.float16), mask=inside)
+
+
+def packed_dtype(device: torch.device) -> torch.dtype:
+    """8-bit floats where the tensor cores multiply them (compute capability 8.9 and later), else float16."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if fast else torch.float16
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether ``max.f16x2`` exists: on NVIDIA's devices from compute capability 8.0 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def packed_width(head_dim: int) -> int:
+    """Numbers of a packed row, a power of two from 32 on: ``few_dims`` and the normaliser, or all that 64 hold.
+
+    In heads of 64 dimensions 62 instead of 30 save 10 to 20 % of the density (SmolLM2, 16K and 64K).
+    """
+    wanted = head_dim if head_dim <= 64 else few_dims(head_dim) + 1
+    return max(32, triton.next_power_of_2(wanted))
+
+
+def pack_rows(
+    x: Tensor, dims: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, last: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
+
+    Args:
+        x: Queries or keys.
+        dims: int32 [B, Hkv, R], the dimensions to keep.
+        factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
+        shared: Neighbouring heads whose rows stand together.
+        segment_len: Rows of one segment.
+        scored: How many of them are packed (``ranking_per_query.scored_positions``).
+        last: Value of the two columns of the normaliser.
+        dtype: Of the packed rows, a key of LARGEST.
+    """
+    batch, heads, length, head_dim = x.shape
+    width = packed_width(head_dim)
+    segments = 1 if same_length(length, segment_len) else n_segments(length, segment_len)
+    packed = torch.empty(batch * heads // shared, segments, shared * scored, width, device=x.device, dtype=dtype)
+    launch(
+        pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
+        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, heads // dims.shape[1], shared,
+        segment_len, scored, segments, dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
+    """What scores the slices of a call; as ``ranking_per_query.prepare``."""
+    head_dim = query.shape[3]
+    chosen = choose_dims(query, key, min(packed_width(head_dim) - 2, head_dim), scale=scale)
+    stride = key_stride(key.shape[2])
+
+    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
+        some = FewDims(*(x[:, heads] for x in chosen))
+        return _score_keys(query, key, mask, some, stride, segment_len=segment_len, shared=shared)
+
+    return score_keys
+
+
+def _score_keys(
+    query: Tensor, key: Tensor, mask: AttentionMask, chosen: FewDims, stride: int, *, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; what is no prefix key is left undefined."""
+    batch, kv_heads, n_keys, _ = key.shape
+    list_heads = query.shape[1] // shared
+    lists = list_heads // kv_heads
+    n_queries, dtype = query.shape[2], packed_dtype(query.device)
+    dims, query_factor, key_factor = chosen
+    scored = scored_rows(segment_len, shared)
+    few_query = pack_rows(
+        query, dims, query_factor, shared=shared, segment_len=segment_len, scored=scored, last=0.0, dtype=dtype
+    )
+    few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
+    segments, rows, width = few_query.shape[1:]
+    score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    launch(
+        row_normaliser_kernel, (rows // 128, segments, batch * list_heads),
+        few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
+        0 if mask.key_mask is None else mask.key_mask.stride(0),
+        n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.own_offset(n_queries, n_keys),
+        stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+        SEGMENT=segment_len, SCORED=scored, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
+    )  # fmt: skip
+    launch(
+        score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads),
+        few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.own_offset(n_queries, n_keys),
+        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
+        PTX=takes_ptx(query.device), num_warps=4,
+    )  # fmt: skip
+    return score

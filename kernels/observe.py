@@ -1,0 +1,152 @@
+"""Look at sparse calls while they run: their tensors, what S2O makes of them, what exact attention makes of them.
+
+Evaluation, calibration and pictures are observers. The operator is opaque: calls inside compiled graphs are seen, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.exact.dense_heads import whole_tiles
+from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs
+from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.reference import Result
+from s2o_compile.kernels.statistics import pairs_by_head
+from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.scopes import Scopes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObservedCall:
+    """One call on the path "s2o": its tensors are the caller's own and must not be written to.
+
+    Sinks and what blind rows get are put in behind the call, and chunks are calls of their own.
+
+    Attributes:
+        site: Module path of the attention, "" for eager calls.
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: Which keys a query sees; without a window.
+        scale: Softmax scale.
+        softcap: Bound of the logits, None for none.
+        options: How the caller ranks, orders, stops and runs.
+        dense_heads: Key/value heads marked dense, ascending.
+        wants_lse: Whether the caller wants the log-sum-exp.
+        sinks: Floating [Hq], what is put in behind the call; None for none.
+        execute: The operator's executors on these tensors, by path.
+    """
+
+    site: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask
+    scale: float
+    softcap: float | None
+    options: OperatorOptions
+    dense_heads: Sequence[int]
+    wants_lse: bool
+    sinks: Tensor | None
+    execute: Callable[..., Result]
+
+    @cached_property
+    def result(self) -> Result:
+        """What the call gives; run once, however many observers ask.
+
+        If the log-sum-exp is not wanted, that of dense heads may be uninitialised.
+        """
+        return self.execute("s2o", options=self.options, dense_heads=self.dense_heads, return_lse=self.wants_lse)
+
+    def run(self, *, dense_heads: Sequence[int] | None = None, **options: Any) -> Result:  # noqa: ANN401 (any field)
+        """S2O on the same tensors with some of the options changed.
+
+        Args:
+            dense_heads: Key/value heads that run densely, ascending; None for those of the call.
+            **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
+        """
+        marked = self.dense_heads if dense_heads is None else dense_heads
+        return self.execute("s2o", options=replace(self.options, **options), dense_heads=marked, return_lse=True)
+
+    def exact(self) -> Tensor:
+        """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the natural-order executor."""
+        if self.softcap is None and not needs_pairs(self.mask, self.key.shape[2], self.scale):
+            return dense_attention(self.query, self.key, self.value, self.mask, scale=self.scale)
+        return self._in_natural_order.output
+
+    def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
+        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: sinks put in, which changes its error.
+
+        Keys that were not visited hardly change an output if their values are like those visited, but beside a sink
+        their mass is missing.
+
+        Args:
+            output: [B, Hq, Nq, Dv], not changed.
+            lse: The log-sum-exp that belongs to it, float32 [B, Hq, Nq]; None for the exact one.
+        """
+        if self.sinks is None:
+            return output
+        return add_sinks(output.clone(), self._in_natural_order.lse if lse is None else lse, self.sinks)[0]
+
+    def densities(self, result: Result) -> Tensor:
+        """Float64 [Hq]: computed over visible pairs of a result of this call, all passes and the batch counted."""
+        batch, _, n_queries, _ = self.query.shape
+        area = self.mask.area(batch, n_queries, self.key.shape[2]).sum().clamp(min=1.0)
+        return pairs_by_head(result.computed, n_queries).sum(0) / area.item()
+
+    def replaced_by(self, output: Tensor) -> Result:
+        """What the caller gets if an observer puts another output in place: exact log-sum-exp, every key computed."""
+        shape = (*self.query.shape[:3], self.value.shape[3])
+        if not isinstance(output, Tensor) or output.shape != shape or output.dtype != self.query.dtype:
+            got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else repr(output)
+            raise InputError(
+                "observer",
+                expected=f"None or an output {self.query.dtype} {shape}",
+                got=got,
+                remedy="Return None to pass S2O's output on, or call.exact().",
+            )
+        lse = self._in_natural_order.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
+        every = whole_tiles(self.mask, shape[2], self.key.shape[2], self.query.device)
+        return Result(output, lse, every.expand(*shape[:2], -1))
+
+    @cached_property
+    def _in_natural_order(self) -> Result:
+        return self.execute("dense", options=self.options, dense_heads=(), return_lse=True)
+
+
+Observer = Callable[[ObservedCall], Tensor | None]
+
+_observers: Scopes[Observer] = Scopes("s2o_observers")
+
+
+@contextmanager
+def observe_attention(observer: Observer) -> Iterator[None]:
+    """Inside the ``with`` block hand every call of this thread on the path "s2o" to the observer before it runs.
+
+    What the observer returns is passed on in the place of S2O's output: an output [B, Hq, Nq, Dv] in the call's dtype,
+    or None for the usual. Of several observers the one opened last decides. An observer that passes ``call.exact()`` on
+    sees every layer with the inputs it has in the dense model; else layers get what sparse layers before them gave.
+    Calls of other threads are neither shown nor answered; which calls are this thread's is told at ``record_calls``.
+    """
+    with _observers.holding(observer):
+        yield
+
+
+def observing() -> bool:
+    """Whether anybody looks at the calls of this thread."""
+    return bool(_observers)
+
+
+def observe(call: ObservedCall) -> Result:
+    """Show a call to every observer of this thread; returns what is passed on."""
+    outputs = [output for output in (observer(call) for observer in _observers.held()) if output is not None]
+    return call.replaced_by(outputs[-1]) if outputs else call.result

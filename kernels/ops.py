@@ -1,0 +1,229 @@
+"""``s2o::attention`` and ``s2o::masked_attention``: the operator as one opaque node that torch.compile keeps whole.
+
+The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
+
+Opaque on purpose: which path runs (S2O, sliding window, dense) is decided from lengths inside, so a graph needs no
+guard and no recompilation. Inference only: the public function and the graph pass send anything that wants gradients
+to dense SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.layout import as_sdpa, empty_output
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions, options_of
+from s2o_compile.kernels.core.validation import check_sinks
+from s2o_compile.kernels.dispatch import run, run_short
+from s2o_compile.kernels.exact.blind_rows import BLIND, fill_rows
+from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.masked import run_masked
+from s2o_compile.kernels.support.define_op import define_operator
+
+_DEFAULT = OperatorOptions()
+_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = False,
+    causal_offset: int | None = None,
+    window: int | None = None,
+    attention_chunk: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    return_lse: bool = False,
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = None,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    list_per: str = _DEFAULT.list_per,
+    query_order: str = _DEFAULT.query_order,
+    implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
+    dense_heads: Sequence[int] | None = None,
+    site: str = "",
+    layout: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Sparse attention by ranked keys and early stop; see ``s2o_compile.attention`` for the arguments.
+
+    Returns:
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
+    """
+    head_taus = () if head_tau is None else tuple(head_tau)
+    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
+    output = lse = None
+    usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
+    if usual and blind in BLIND:
+        output = run_short(
+            query,
+            key,
+            value,
+            causal=causal,
+            causal_offset=causal_offset,
+            scale=scale,
+            options=options,
+            site=site,
+        )
+    if output is None:
+        mask = AttentionMask.aligned(
+            query,
+            key,
+            causal=causal,
+            causal_offset=causal_offset,
+            window=window,
+            attention_chunk=attention_chunk,
+            key_mask=key_mask,
+        )
+        output, lse = run(
+            query,
+            key,
+            value,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            blind=blind,
+            return_lse=return_lse,
+            options=options,
+            dense_heads=dense_heads or (),
+            site=site,
+        )
+    output = as_sdpa(output, query, layout)
+    return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blind: str = "zeros",
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = None,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    list_per: str = _DEFAULT.list_per,
+    query_order: str = _DEFAULT.query_order,
+    implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
+    dense_heads: Sequence[int] | None = None,
+    site: str = "",
+    layout: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention under a mask that is read when it runs; see ``s2o_compile.attention`` for the arguments.
+
+    Returns:
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
+    """
+    head_taus = () if head_tau is None else tuple(head_tau)
+    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
+    output = run_masked(
+        query,
+        key,
+        value,
+        attn_mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        blind=blind,
+        options=options,
+        dense_heads=dense_heads or (),
+        site=site,
+    )
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+_attention = define_operator(_library, attention)
+# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
+_masked_attention = define_operator(_library, masked_attention, tags=_UNSAFE)
+
+
+@torch.library.register_fake("s2o::masked_attention", lib=_library)
+@torch.library.register_fake("s2o::attention", lib=_library)
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: object,
+    return_lse: bool = False,
+    layout: str = "auto",
+    **__: object,
+) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:3] if return_lse else (0,)
+    return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
+
+
+def _stacked(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """A tensor with the mapped dimension first, repeated where it is not mapped."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+@torch.library.register_vmap("s2o::attention", lib=_library)
+def _(
+    info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Fold the mapped dimension into the batch."""
+    size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
+    given = [(None if x is None else _stacked(x, dim, size), dim) for x, dim in zip(tensors, in_dims, strict=True)]
+    stacked, mapped = zip(*given, *[(None, None)] * (5 - len(given)), strict=True)
+    query, key, value, key_mask, sinks = stacked
+    if key_mask is not None:  # one row may serve the whole batch
+        key_mask = key_mask.expand(size, query.shape[1], -1).flatten(0, 1)
+    flat = *(x.flatten(0, 1) for x in (query, key, value)), key_mask
+    wants_lse = bool(keywords.get("return_lse"))
+    if sinks is None or mapped[4] is None:
+        output, lse = _attention(*flat, None if sinks is None else sinks[0], **keywords)
+        output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
+    else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
+        check_sinks(sinks[0], query)
+        output, lse = _attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
+        blind = (lse == -torch.inf).unflatten(0, (size, -1)) & (sinks == -torch.inf)[:, None, :, None]
+        output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
+        if keywords.get("blind") == "mean":
+            assert flat[2] is not None
+            filled = fill_rows(output.flatten(0, 1), flat[2], blind.flatten(0, 1)[..., None])
+            output = filled.unflatten(0, (size, -1))
+    return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
+
+
+@torch.library.register_vmap("s2o::masked_attention", lib=_library)
+def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object) -> tuple[Tensor, int]:
+    """One call for each entry: every one has a mask of its own."""
+    size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
+    stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
+    outputs = [_masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
+    return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
+
+
+def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
+        """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
+        dtype = torch.get_autocast_dtype(device_type)
+        if call is _masked_attention and rest and rest[0] is not None and rest[0].is_floating_point():
+            rest = (rest[0].to(dtype), *rest[1:])
+        with torch.autocast(device_type, enabled=False):
+            return call(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
+
+    return in_its_dtype
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("attention", _autocast(_device_type, _attention), _key)
+    _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)

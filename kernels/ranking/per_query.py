@@ -1,0 +1,224 @@
+"""Rank keys by every query of the segment, in a few dimensions and without an exponential.
+
+p[i, j] = q_i[dims] . k_j[dims] * scale - normaliser_i
+score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the heads that
+              share the list, of p[i, j];  of long segments i are ROWS queries, spread evenly, other ones in each head
+
+``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
+the log-sum-exp of the query's row from its segment's own keys, the first keys (trained models put much weight there)
+and a sample of the others, so that p is a log-probability. A mean query cannot see the key that one query retrieves;
+this can, and tells what one query wants from what many do: the sum over all queries, at one exponential a slot. The
+normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, own_starts_stops
+from s2o_compile.kernels.support.parallel import for_each
+
+KEY_STRIDE = 64
+KEY_SAMPLES = 1024
+"""The normaliser samples every 64th prefix key, or about 1024 of more than 64K."""
+
+FIRST_KEYS = 4
+"""Keys that count once in the normaliser: as samples they would stand for their neighbours."""
+
+SLOTS = 64
+"""Queries of a segment are summed by place modulo SLOTS; 16 do as well (SmolLM2, 16K)."""
+
+DIM_STRIDE = 8
+DIM_SAMPLES = 4096
+"""The dimensions are chosen from every 8th query and key, or from about 4096 of more than 32K."""
+
+ROWS = 2048
+"""Queries that rank the keys of a list, at most. On SmolLM2 at 64K half of 3072 cost 5 % more density at 5 % of error,
+a quarter 11 %; half of them, but those that their segment explains least, 16 %."""
+
+KEY_STEP = 512
+"""Keys of one product: the products of a segment stay in cache until they are reduced."""
+
+
+def few_dims(head_dim: int) -> int:
+    """A quarter of the head, rounded up to a power of two up to 64, less one, which is the normaliser's.
+
+    On a CPU twice as many cost the time that they save (SmolLM2, 8K); a GPU's packed rows have room for more of them.
+    """
+    return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
+
+
+def scored_rows(segment_len: int, shared: int) -> int:
+    """Queries of each head that rank the keys of a segment, in whole tiles; ``shared`` heads share the list."""
+    return min(segment_len, max(ROWS // shared // TILE_LEN, 1) * TILE_LEN)
+
+
+def scored_positions(segment_len: int, shared: int, device: torch.device) -> Tensor:
+    """Which queries of a segment these are, int64 [shared, rows], or [1, rows] if they are all: neighbours by head."""
+    rows = scored_rows(segment_len, shared)
+    slot = torch.arange(rows, device=device)
+    if rows == segment_len:
+        return slot[None]
+    shift = torch.arange(shared, device=device) * segment_len // shared
+    return slot + (slot * (segment_len - rows) + shift[:, None]) // rows
+
+
+def key_stride(n_keys: int) -> int:
+    """Of this many keys the normaliser sees one."""
+    return torch.sym_max(KEY_STRIDE, n_keys // KEY_SAMPLES)
+
+
+class Moments(NamedTuple):
+    """By dimension, float32 [B, Hkv, D]: E[q^2] over the group, E[k^2] and Var[k]."""
+
+    query: Tensor
+    key: Tensor
+    key_variance: Tensor
+
+
+def dim_stride(length: int) -> int:
+    """Of this many queries or keys the dimensions are chosen from one."""
+    return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)
+
+
+def second_moments(query: Tensor, key: Tensor) -> Moments:
+    """Estimated from every DIM_STRIDE-th query and key, fewer of long sequences; what is not finite counts as zero."""
+    return sample_moments(*(x[:, :, :: dim_stride(x.shape[2])] for x in (query, key)))
+
+
+def sample_moments(query: Tensor, key: Tensor) -> Moments:
+    """Moments of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D]."""
+    batch, kv_heads, _, head_dim = key.shape
+    # Norms, for they are summed in float32 without a float32 copy of the tensors.
+    query_power, key_power = (
+        torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2] for x in (query, key)
+    )
+    query_power = query_power.view(batch, kv_heads, -1, head_dim).mean(2)
+    variance = (key_power - key.mean(2, dtype=torch.float32).square()).clamp_min(0.0)
+    return Moments(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (query_power, key_power, variance)))
+
+
+def choose_dims(moments: Moments, count: int) -> Tensor:
+    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, count]."""
+    return (moments.query * moments.key_variance).topk(count, dim=-1).indices
+
+
+def take_dims(x: Tensor, dims: Tensor) -> Tensor:
+    """[B, H, N, D] and [B, Hkv, R] -> [B, H, N, R], every head of a group with its group's dimensions.
+
+    NaN and inf become zero: one bad row must not spoil the whole order.
+    """
+    batch, heads, length, _ = x.shape
+    index = dims.repeat_interleave(heads // dims.shape[1], dim=1)[:, :, None, :].expand(batch, heads, length, -1)
+    return x.gather(3, index).nan_to_num(0.0, 0.0, 0.0)
+
+
+def row_normaliser(
+    query: Tensor, key: Tensor, mask: AttentionMask, *, positions: Tensor, own: tuple[int, int], stride: int
+) -> Tensor:
+    """Estimated log-sum-exp of rows of one segment, [B, Hkv, G, n]; +inf for a row that sees none of these keys.
+
+    Args:
+        query: Scaled queries of the segment, float32 [B, Hkv, G, n, R].
+        key: Keys, float32 [B, Hkv, Nk, R].
+        mask: The mask.
+        positions: int64 [heads, n], ascending: where the queries stand; head g of a group has those of g modulo heads.
+        own: Own keys [start, stop) of the segment.
+        stride: Of this many prefix keys one is sampled.
+    """
+    device, end = query.device, own[0] if mask.causal else key.shape[2]
+    sampled = torch.arange(0, end, stride, device=device) + stride // 2
+    first = torch.arange(min(FIRST_KEYS, end), device=device)
+    outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
+    outside = outside[(outside < own[0]) | (outside >= own[1])]
+    keys = torch.cat([outside, torch.arange(*own, device=device)])
+    columns = key[:, :, keys].transpose(-1, -2)
+    weight = torch.zeros(len(keys), dtype=key.dtype, device=device)
+    weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log(stride), 0.0)
+    visible = mask.visible(positions.flatten(), keys).unflatten(0, positions.shape)
+    normaliser = query.new_empty(query.shape[:4])
+    for b in range(len(query)):
+        seen = visible if mask.key_mask is None else visible & mask.key_mask[b, keys]
+        hidden = torch.where(seen, weight, float("-inf"))
+        for first_row in range(0, query.shape[3], TILE_LEN):  # logits stay in cache, few of them hidden: -inf is slow
+            rows, stop = slice(first_row, first_row + TILE_LEN), len(keys)
+            if mask.causal:
+                last = int(positions[:, rows].max())
+                stop -= max(own[1] - max(last + 1 + mask.offset, own[0]), 0)
+            for h, g in itertools.product(*map(range, query.shape[1:3])):
+                outside_or_hidden = hidden[g % len(positions), rows, :stop]
+                logits = torch.addmm(outside_or_hidden, query[b, h, g, rows], columns[b, h, :, :stop])
+                normaliser[b, h, g, rows] = logits.logsumexp(-1)
+    return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
+
+
+def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
+    """What scores the slices of a call; dimensions and samples go by the whole call. Arguments: ``rank.Planner``."""
+    head_dim = query.shape[3]
+    dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
+    stride = key_stride(key.shape[2])
+
+    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
+        some = dims[:, heads]
+        return _score_keys(query, key, mask, some, stride, scale=scale, segment_len=segment_len, shared=shared)
+
+    return score_keys
+
+
+def _score_keys(
+    query: Tensor,
+    key: Tensor,
+    mask: AttentionMask,
+    dims: Tensor,
+    stride: int,
+    *,
+    scale: float,
+    segment_len: int,
+    shared: int,
+) -> Tensor:
+    """Importance of every key for every segment, float32 [B, Hl, P, Nk]; see the module docstring."""
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    few_key = take_dims(key, dims).float()
+    few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
+    key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
+    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
+    lists = heads // kv_heads // shared  # of each key/value head
+    shape = batch, kv_heads * lists, len(starts), n_keys
+    scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
+    starts, stops = starts.tolist(), stops.tolist()
+    members = torch.arange(heads // kv_heads, device=query.device)[:, None]
+    spread = scored_positions(segment_len, shared, query.device)
+
+    def segment(s: int) -> None:
+        own, positions = (starts[s], stops[s]), s * segment_len + spread
+        positions = positions[:, (positions < n_queries).any(0)]
+        real = (positions < n_queries)[members[:, 0] % len(positions)]
+        positions = positions.clamp(max=n_queries - 1)
+        rows = few_query[:, :, members, positions[members[:, 0] % len(positions)]]
+        normaliser = row_normaliser(rows, few_key, mask, positions=positions, own=own, stride=stride)
+        normaliser.masked_fill_(~real, float("inf"))
+        rows = torch.cat([rows, normaliser[..., None]], dim=-1)
+        missing = -rows.shape[3] % SLOTS  # silent queries
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+        rows[..., rows.shape[3] - missing :, -1] = float("inf")
+        rows = rows.view(batch, kv_heads * lists, -1, rows.shape[4])
+        end = starts[s] if mask.causal else n_keys
+        products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
+        for b in range(batch):
+            for some in range(kv_heads * lists):
+                for j in range(0, end, KEY_STEP):
+                    step = slice(j, min(j + KEY_STEP, end))
+                    columns = key_columns[b, some // lists, :, step]
+                    out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
+                    best = torch.mm(rows[b, some], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
+                    torch.logsumexp(best, 0, out=scores[b, some, s, step])
+
+    for_each(segment, reversed(range(len(starts))), query.device)
+    return scores

@@ -1,0 +1,121 @@
+"""How much of the mass is left unvisited after each block of a list: an estimate made before anything is attended.
+
+unvisited[s, n] = max over sampled queries i of segment s of  sum of softmax_i over list entries from n BLOCK_LEN on
+
+The stop rule of ``definition.py`` watches the mass while a tile walks; FlexAttention must know how far to walk before
+it starts. So some queries of every segment attend densely, weights only, and the worst of them decides. Of the
+estimates tried on SmolLM2 at 8K this one foretold errors best: at one density the scores of ``ranking_per_query``, read
+as probabilities, left a fifth more error, and between heads errors at one limit spread less than under the stop rule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import Plan, poisoned_keys
+
+BLOCK_LEN = 128
+"""Entries of a list that are visited or left together: FlexAttention's block of keys."""
+
+SAMPLES = 16
+"""Queries of a segment that are sampled, the last of them among these."""
+
+GOLDEN_RATIO = 0.6180339887498949
+
+RULE_OVER_SAMPLE = 7.0
+"""The stop rule's estimate of the worst row over this one's, where both leave the same error (SmolLM2, 8K, tau 0.1 to
+1): the rule extrapolates by Zipf's law, and sees every row."""
+
+
+def sampled(length: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """Positions of sampled queries in a segment, int64 [count]: all over it, the segment's last query at the end.
+
+    Lengths [P, 1] of several segments give [P, count].
+
+    Their distances repeat in no period: rows of an image, or a mask of every 16th key, have samples in all columns.
+    """
+    turns = torch.arange(count - 1, -1, -1, device=device, dtype=torch.float32) * GOLDEN_RATIO % 1.0
+    return length - 1 - (turns * length).long()
+
+
+def sample_segments(n_queries: int, segment_len: int, count: int, device: torch.device) -> Tensor:
+    """Positions of the sampled queries of every segment, int64 [P, count]."""
+    first = torch.arange(0, n_queries, segment_len, device=device)[:, None]
+    return first + sampled((n_queries - first).clamp(max=segment_len), count, device)
+
+
+def estimate_unvisited(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Share of a row's mass behind the first n blocks of its list, float32 [B, Hq, P, 1 + blocks], never rising in n.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: The mask, without a window.
+        plan: Its lists.
+        scale: Softmax scale.
+        softcap: Bound of the logits, None for none.
+
+    A row that holds NaN leaves infinitely much, and so does a key that is not visited and whose value is not finite.
+    """
+    batch, heads, n_queries, _ = query.shape
+    kv_heads, n_keys = key.shape[1:3]
+    longest = plan.key_index.shape[3]
+    blocks = -(-longest // BLOCK_LEN)
+    unvisited = query.new_zeros(batch, heads, plan.n_segments, blocks + 1, dtype=torch.float32)
+    columns = key.transpose(-1, -2)
+    positions = torch.arange(n_keys, device=query.device)
+    poisoned = poisoned_keys(key, value)[:, :, None].expand(-1, -1, heads // kv_heads, -1)
+    sampled_rows = sample_segments(n_queries, plan.segment_len, SAMPLES, query.device)
+    for s in range(plan.n_segments):
+        first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
+        own_start, own_stop = mask.own_range(first, stop - 1, n_queries, n_keys)
+        listed = own_start if mask.causal else longest
+        if listed == 0:
+            continue
+        rows = sampled_rows[s]
+        end = own_stop if mask.causal else n_keys
+        logits = (query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]).float() * scale
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        hidden = ~mask.visible(rows, positions[:end])
+        if mask.key_mask is not None:
+            hidden = hidden | ~mask.key_mask[:, None, :end]
+        logits = logits.unflatten(2, (-1, len(rows))).masked_fill_(
+            hidden.view(-1, 1, 1, *hidden.shape[-2:]), float("-inf")
+        )
+        seen = ~hidden.all(-1).view(-1, 1, 1, len(rows), 1)
+        weight = torch.where(seen, logits.softmax(-1), 0.0)
+        lists = plan.key_index[:, :, s, :listed].long().clamp(0, end - 1).unflatten(1, (kv_heads, -1))
+        lists = lists.repeat_interleave(heads // plan.key_index.shape[1], 2)  # one for each head of the group
+        real = torch.arange(listed, device=query.device) < plan.prefix_count[:, s, None]
+        shape = (*weight.shape[:-1], listed)
+        mass = weight.gather(-1, lists[:, :, :, None].expand(shape))
+        mass = mass.masked_fill_(poisoned.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
+        mass = mass.masked_fill_(~real[:, None, None, None], 0.0)
+        mass = torch.nn.functional.pad(mass, (0, -listed % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
+        left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"), posinf=float("inf"))
+        unvisited[:, :, s, : left.shape[-1]] = left.flatten(1, 2)
+    return unvisited
+
+
+def blocks_to_visit(unvisited: Tensor, tau: float | Tensor) -> Tensor:
+    """Blocks of each list that are visited for a tau, int32 [B, Hq, P]; 1 + blocks for all of them.
+
+    Args:
+        unvisited: Of ``estimate_unvisited``.
+        tau: As the executors have it: one number, or float32 [Hq]; 0 visits everything.
+    """
+    limit = (tau[:, None, None] if isinstance(tau, Tensor) else tau) / RULE_OVER_SAMPLE
+    return (unvisited >= limit).sum(-1, dtype=torch.int32)

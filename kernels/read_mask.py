@@ -1,0 +1,214 @@
+"""A mask of unknown origin, read: whether its values are a causal, sliding or padding mask.
+
+    True,  or 0          the key is visible
+    False, or <= HIDES   the key is hidden
+    any other number     is added to the score, as a position bias is: no mask
+
+Some rows suggest the band and the keys in use, then every element is compared with them: what is returned has been seen
+to be equal everywhere. Nothing is remembered between calls, for a tensor can be written without a trace (by compiled
+code, or under inference mode), and one reading costs little beside attention at the lengths where it is wanted. It
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import AttentionMask
+
+HIDES = -1e3
+"""Numbers from here down are taken for hidden keys; whether they hide them is checked apart (`outweighs`)."""
+
+ABSORBS = torch.finfo(torch.bfloat16).min
+"""Numbers from here down leave nothing of a score that they are added to, in float32 and bfloat16."""
+
+VANISHES = 110.0
+"""So far below another logit of its row one has no weight: exp(-110) is zero in float32."""
+
+SAMPLES = 64
+"""Rows that suggest what the mask may be."""
+
+CHUNK = 1 << 22
+"""Elements compared at once on a CPU."""
+
+
+@dataclass(frozen=True)
+class ReadMask:
+    """What the values of a mask say.
+
+    Attributes:
+        mask: Equal to the tensor in every row but the hidden ones.
+        hidden_rows: bool [B or 1, 1, Nq or 1], rows that see no key although ``mask`` shows them some; None for none.
+        blind: What rows without any key get, "zeros" or "mean" (`blind_rows`).
+        weakest: The largest number that hides a key; -inf if there is none, or a bool mask.
+    """
+
+    mask: AttentionMask
+    hidden_rows: Tensor | None
+    blind: str
+    weakest: float
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys in use, and how far behind (``late``) and before (``early``) its own number a query sees.
+
+    Attributes:
+        keys: bool [b, Nk].
+        late: int64 [], j <= i + late; Nk for no bound.
+        early: int64 [], j >= i + early; -Nq for no bound.
+    """
+
+    keys: Tensor
+    late: Tensor
+    early: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a mask differs from a band.
+
+    Attributes:
+        differs: bool [], whether a row that sees any key differs, or a number is none of a mask.
+        blind: bool [b, h, q], rows that see no key.
+        hidden_rows: bool [b, h, q], those of them to which the band shows a key.
+        extremes: float32 [2], the smallest and the largest number that hides; (inf, -inf) for none.
+    """
+
+    differs: Tensor
+    blind: Tensor
+    hidden_rows: Tensor
+    extremes: Tensor
+
+
+def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> ReadMask | None:
+    """What a mask is; None if it is none that the operator has.
+
+    Args:
+        mask: bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk].
+        n_queries: Nq.
+        n_keys: Nk.
+        dtype: Of the scores' query.
+    """
+    mask = _unexpanded(mask, n_keys)
+    band = suggest(mask)
+    compare = _on_device if mask.device.type == "cuda" else compare_with
+    found = compare(mask, band)
+    heads_agree = (found.hidden_rows == found.hidden_rows[:, :1]).all()
+    facts = [found.differs, ~heads_agree, ~band.keys.any(), band.late, band.early, band.keys.all(), found.blind.any()]
+    facts += [found.hidden_rows.any(), *found.extremes]
+    differs, heads_differ, empty, late, early, whole, any_blind, any_hidden, least, most = torch.stack(
+        [fact.double() for fact in facts]
+    ).tolist()  # the only time that the host waits
+    if differs or heads_differ or empty:
+        return None
+    blind = "zeros"
+    if any_blind and mask.dtype is not torch.bool and most > -torch.inf:
+        # Several numbers in a row without any key are no mean, and small ones leave a softmax of the scores.
+        absorbed = most <= ABSORBS and mask.dtype == dtype and dtype in (torch.float32, torch.bfloat16)
+        if least != most or not absorbed:
+            return None
+        blind = "mean"
+    early_bound, late_bound = early > -mask.shape[2], late < n_keys
+    offset = int(late) if late_bound else n_keys - 1
+    window = offset - int(early) + 1 if early_bound else None
+    if window is not None and window < 1:
+        return None
+    read = AttentionMask(
+        causal=late_bound or early_bound,
+        offset=offset if late_bound or early_bound else 0,
+        window=window,
+        key_mask=None if whole else band.keys,
+    )
+    rows = found.hidden_rows[:, :1] if any_hidden else None
+    return ReadMask(read, rows, blind, most if mask.dtype is not torch.bool else -torch.inf)
+
+
+def outweighs(number: float, query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> bool:
+    """Whether a number added to a score leaves it a weight of zero beside every score without: then it hides.
+
+    By the bound |q . k| <= |q| |k|. Waits for the device where the number is no giant.
+    """
+    if number <= ABSORBS:
+        return True
+    norms = [x.norm(dim=-1, dtype=torch.float32).amax() for x in (query, key)]
+    reach = abs(scale) * (norms[0] * norms[1]).item()
+    reach = reach if softcap is None else min(reach, softcap)
+    return number + 2 * reach < -VANISHES
+
+
+def is_visible(mask: Tensor) -> Tensor:
+    """Which elements show their key."""
+    return mask if mask.dtype is torch.bool else mask == 0
+
+
+def suggest(mask: Tensor) -> Band:
+    """The band that some rows of a mask [b, h, q, Nk] suggest, without waiting for the device.
+
+    A row that ends at the last key in use says nothing about a causal bound, one that begins at the first nothing about
+    a window.
+    """
+    n_rows, n_keys = mask.shape[2:]
+    samples = sorted({n_rows - 1 - at * n_rows // SAMPLES for at in range(min(SAMPLES, n_rows))} | {0})
+    rows = torch.tensor(samples, device=mask.device)
+    columns = torch.arange(n_keys, device=mask.device)
+    visible = is_visible(mask.index_select(2, rows)).any(1)  # [b, samples, Nk]
+    last = torch.where(visible, columns, -1).amax(-1)
+    first = torch.where(visible, columns, n_keys).amin(-1)
+    ends, begins = last < last.amax(-1, keepdim=True), first > first.amin(-1, keepdim=True)
+    late = torch.where(ends & (last >= 0), last - rows, -n_rows).amax()
+    late = torch.where(late > -n_rows, late, n_keys)
+    early = torch.where(begins & (last >= 0), first - rows, n_keys).amin()
+    early = torch.where(early < n_keys, early, -n_rows)
+    newest = (columns - late).clamp(0, n_rows - 1)  # of the queries that see a key in the band, the first
+    keys = visible.any(1) | is_visible(mask[:, :, newest, columns]).any(1)
+    return Band(keys, late, early)
+
+
+def compare_with(mask: Tensor, band: Band) -> Comparison:
+    """Every element of a mask [b, h, q, Nk] compared with a band."""
+    b, h, n_rows, n_keys = mask.shape
+    columns = torch.arange(n_keys, device=mask.device)
+    parts: list[Comparison] = []
+    together = max(CHUNK // (b * h * n_keys), 1)
+    for start in range(0, n_rows, together):
+        part = mask[:, :, start : start + together]
+        distance = columns - torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
+        shown = band.keys[:, None, None] & (distance <= band.late) & (distance >= band.early)
+        visible = is_visible(part)
+        blind = ~visible.any(-1)
+        differs = ((visible != shown).any(-1) & ~blind).any()
+        extremes = torch.tensor((torch.inf, -torch.inf), dtype=torch.float32, device=mask.device)
+        if mask.dtype is not torch.bool:
+            differs = differs | ~(visible | (part <= HIDES)).all()
+            extremes = torch.stack([part.masked_fill(visible, x).flatten() for x in (torch.inf, -torch.inf)])
+            extremes = torch.stack([extremes[0].amin(), extremes[1].amax()]).float()
+        parts.append(Comparison(differs, blind, blind & shown.any(-1), extremes))
+        if mask.device.type == "cpu" and differs:
+            break  # what is missing of the rows is not asked for
+    numbers = torch.stack([part.extremes for part in parts])
+    return Comparison(
+        differs=torch.stack([part.differs for part in parts]).any(),
+        blind=torch.cat([part.blind for part in parts], -1),
+        hidden_rows=torch.cat([part.hidden_rows for part in parts], -1),
+        extremes=torch.stack([numbers[:, 0].amin(), numbers[:, 1].amax()]),
+    )
+
+
+def _on_device(mask: Tensor, band: Band) -> Comparison:
+    try:
+        from s2o_compile.kernels.impl.triton.compare_mask import compare_with as compare
+    except ImportError:  # no triton here
+        compare = compare_with
+    return compare(mask, band)
+
+
+def _unexpanded(mask: Tensor, n_keys: int) -> Tensor:
+    """The mask without repetitions along batch, heads and queries, its keys written out."""
+    for dim in range(3):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask.expand(-1, -1, -1, n_keys)

@@ -1,0 +1,186 @@
+"""The S2O operator, stated in plain torch to be read beside the paper (arXiv 2602.22575, section 3).
+
+For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and ranked prefix list idx:
+
+    pass 1   m, l, acc  <-  online softmax over the keys of [a, b), in natural order, under the mask
+    pass 2   for chunks of chunk_len keys of idx, most important first:
+                 l_before, m_before  <-  l, m
+                 m, l, acc           <-  online softmax over the chunk
+                 gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
+                 unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
+                 stop if unvisited < tau, in lists of two chunks or more; the first chunk's gain counts as 1
+    tail     where it stopped later than after the first chunk:
+                 share_i     =  TAIL_SHARE * min(gain_i * visited / chunk_len * log(prefix_count / visited), 1)
+                 acc_i, l_i  <-  acc_i + share_i l_i mean value of the prefix keys, l_i + share_i l_i
+    output   acc / l (zeros where l = 0), log-sum-exp = m + log l
+
+Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they are capped (Gemma 2).
+
+``unvisited`` estimates the mass left, relative to the mass seen, if the chunks' masses fall off like 1 / rank (Zipf),
+as they do in trained models: chunk c brings gain * visited / c, summed over the chunks to come. The paper tests
+``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
+gain alone shrinks with it. Where the mass is flat, the share of all mass that is left unvisited is below tau too. What
+the first chunk brings is not believed, for attention sinks make it huge and a list that is wrong makes it tiny: a tile
+stops there only if tau, more than log 2, allows for a chunk that brought everything. The tail is not in the paper: keys
+left out count by the same estimate (``tail.py``).
+
+Written for clarity, in the dtype of its inputs (tests pass float64). It is the judge of every implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.layout import empty_output
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
+
+
+def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
+    """Mass of the unvisited chunks in units of the last visited one, if it falls off like 1 / rank."""
+    return visited / chunk_len * max(math.log(prefix / visited), 0.0)
+
+
+TAIL_SHARE = 0.2
+"""Part of the estimate that the tail counts, for the estimate is cautious: 0 and 0.35 want more density (SmolLM2)."""
+
+
+def tail_share(gain: Tensor, to_come: float) -> Tensor:
+    """Mass left out over mass visited, of rows whose last chunk brought ``gain``; in its shape."""
+    return (gain * to_come).clamp(0.0, 1.0) * TAIL_SHARE
+
+
+class Result(NamedTuple):
+    """What every executor returns.
+
+    Attributes:
+        output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
+        lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits and of the tail, -inf for a query that sees
+            no key.
+        computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
+    """
+
+    output: Tensor
+    lse: Tensor
+    computed: Tensor
+
+
+def empty_result(query: Tensor, value_dim: int) -> Result:
+    """Uninitialised results for a query [B, Hq, Nq, D], the output laid out as SDPA's."""
+    batch, heads, n_queries, _ = query.shape
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    return Result(empty_output(query, value_dim), lse, computed)
+
+
+class OnlineSoftmax:
+    """Running maximum m [rows], normaliser l [rows] and weighted sum acc [rows, Dv] of one tile."""
+
+    def __init__(self, query: Tensor, value_dim: int, scale: float, softcap: float | None) -> None:
+        self.query, self.scale, self.softcap = query, scale, softcap
+        self.m = query.new_full(query.shape[:1], float("-inf"))
+        self.l = torch.zeros_like(self.m)
+        self.acc = query.new_zeros(len(query), value_dim)
+
+    def update(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
+        """Attend to key [keys, D] and value [keys, Dv]; visible is bool [rows, keys]."""
+        logits = self.query @ key.T * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        if visible is not None:
+            logits = logits.masked_fill(~visible, float("-inf"))
+        m = torch.maximum(self.m, logits.amax(-1)) if len(key) else self.m
+        finite = torch.where(m == float("-inf"), 0.0, m)
+        weight, decay = (logits - finite[:, None]).exp(), (self.m - finite).exp()
+        self.l = self.l * decay + weight.sum(-1)
+        self.acc = self.acc * decay[:, None] + weight @ value
+        self.m = m
+
+    def add_tail(self, share: Tensor, mean_value: Tensor) -> None:
+        """Count keys left out: share [rows] of the mass visited, at mean_value [Dv]."""
+        self.acc = self.acc + (share * self.l)[:, None] * mean_value
+        self.l = self.l * (1 + share)
+
+    def gain(self, m_before: Tensor, l_before: Tensor) -> Tensor:
+        """Share of the mass brought since (m_before, l_before), [rows]."""
+        return 1 - l_before * (m_before - self.m).exp() / self.l
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    plan: Plan,
+    *,
+    scale: float,
+    tau: float | Tensor,
+    softcap: float | None = None,
+    visits: Tensor | None = None,
+) -> Result:
+    """Attention over a plan, one tile at a time.
+
+    Args:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: Which keys a query sees.
+        plan: Order of visits.
+        scale: Softmax scale.
+        tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
+        softcap: Bound of the logits, None for none.
+        visits: Where the walk is decided before it starts, in the place of the stop rule: entries of each list that
+            are visited, integers [B, Hq, P]; None for the rule.
+    """
+    batch, heads, n_queries, _ = query.shape
+    group, shared = heads // key.shape[1], heads // plan.key_index.shape[1]
+    n_keys = key.shape[2]
+    output = query.new_zeros(batch, heads, n_queries, value.shape[3])
+    lse = query.new_full((batch, heads, n_queries), float("-inf"))
+    computed = torch.zeros(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    everything = torch.arange(n_keys)
+    for b in range(batch):
+        allowed = torch.ones(n_keys, dtype=torch.bool) if mask.key_mask is None else mask.key_mask[b]
+        for h in range(heads):
+            kv = h // group
+            limit = float(tau[h]) if isinstance(tau, Tensor) else tau
+            for t in range(n_tiles(n_queries)):
+                slots = torch.arange(t * TILE_LEN, min((t + 1) * TILE_LEN, n_queries))
+                rows = slots if plan.query_order is None else plan.query_order[b, h, slots].long()
+                segment = t * TILE_LEN // plan.segment_len
+                first = segment * plan.segment_len
+                last = min(first + plan.segment_len, n_queries) - 1
+                a, stop = mask.own_range(first, last, n_queries, n_keys)
+                if mask.causal and plan.query_order is None:  # no query of the tile sees further than its last one
+                    stop = max(a, min(stop, int(rows[-1]) + mask.offset + 1))
+
+                state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
+                own = everything[a:stop]
+                state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
+                count = int(plan.prefix_count[b, segment])
+                if visits is not None:
+                    count, limit = min(count, int(visits[b, h, segment])), 0.0
+                visited, stopped = 0, False
+                while visited < count and not stopped:
+                    m_before, l_before = state.m, state.l
+                    chunk = plan.key_index[
+                        b, h // shared, segment, visited : min(visited + plan.chunk_len, count)
+                    ].long()
+                    state.update(key[b, kv, chunk], value[b, kv, chunk])
+                    visited += plan.chunk_len
+                    if limit > 0 and count >= 2 * plan.chunk_len:
+                        gain, to_come = state.gain(m_before, l_before), chunks_to_come(visited, count, plan.chunk_len)
+                        believed = visited > plan.chunk_len
+                        stopped = bool((gain.max() if believed else 1.0) * to_come < limit)
+                        if stopped and believed:
+                            assert plan.tail_value is not None
+                            share = tail_share(gain, to_come)
+                            state.add_tail(share, plan.tail_value[b, kv, segment].to(state.acc.dtype))
+                output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
+                lse[b, h, rows] = state.m + state.l.log()
+                computed[b, h, t] = len(own) + min(visited, count)
+    return Result(output, lse, computed)

@@ -1,0 +1,116 @@
+"""An operator that is one opaque node to whoever looks on, and costs little beside its function where nobody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.support import torch_compat
+from s2o_compile.kernels.support.errors import NoGradientError
+
+_OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
+_NEEDED = (
+    *("DispatchKey", "DispatchKeySet", "below_autograd", "after_autograd", "any_requires_grad", "eval_frame_callback"),
+    *("torch_functions", "any_autocast", "profiler_enabled", "included_keys", "keys_of"),
+)
+
+
+def _plain_keys() -> tuple[int, ...]:
+    """The dispatch keys of a call on plain tensors, by device; none where this torch does not say them.
+
+    Every mode, transform, tracer and subclass, and a conjugation or negation that is still to be done, has a key of its
+    own.
+    """
+    if any(getattr(torch_compat, name) is None for name in _NEEDED):
+        return ()
+    key, key_set = torch_compat.DispatchKey, torch_compat.DispatchKeySet
+    devices = [[device, f"Autograd{device}", f"Autocast{device}", *_OF_EVERY_CALL] for device in ("CPU", "CUDA")]
+    if not all(hasattr(key, name) for names in devices for name in names):
+        return ()
+    return tuple(reduce(or_, (key_set(getattr(key, name)) for name in names)).raw_repr() for names in devices)
+
+
+_PLAIN = _plain_keys()
+
+
+def _is_plain(keys: int) -> bool:
+    return any(keys | plain == plain for plain in _PLAIN)
+
+
+def define_operator(
+    library: torch.library.Library, function: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> Any:  # noqa: ANN401 (an overload of an operator)
+    """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
+
+    It has no gradient: a backward through it raises NoGradientError. A call costs less than half of what it costs with
+    ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
+    """
+    name = function.__name__
+    schema = name + torch.library.infer_schema(function, mutates_args=())
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    overload = getattr(getattr(torch.ops, library.ns), name).default
+    # Not for Dynamo: where it skips a frame that calls the operator, it would look into these.
+    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+    if not _PLAIN:
+        torch.library.register_autograd(f"{library.ns}::{name}", _refuse, lib=library)
+        return overload
+
+    def redispatch(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        with torch_compat.below_autograd():  # pyright: ignore[reportOptionalCall]
+            return overload.redispatch(keys & torch_compat.after_autograd, *given, **keywords)
+
+    def below_autograd(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        if torch.is_grad_enabled() and torch_compat.any_requires_grad(*given):
+            return _WithoutGradient.apply(redispatch, keywords, keys, *given)
+        if _is_plain(keys.raw_repr()):
+            return function(*given, **keywords)
+        return redispatch(keys, *given, **keywords)
+
+    library.impl(name, torch.compiler.disable(below_autograd), "Autograd", with_keyset=True)
+    return overload
+
+
+def _refuse(ctx: object, *gradients: object) -> None:
+    raise NoGradientError
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Joins the autograd graph and refuses to be walked back through."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[..., Any], keywords: dict[str, Any], *given: Any) -> Any:  # noqa: ANN401
+        """Make the call."""
+        return call(*given, **keywords)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ANN401
+        """Raise."""
+        _refuse(ctx)
+
+
+def nobody_looks(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
+
+    Then an operator's function may be called without the operator around it: no result tells.
+    """
+    if (
+        not _PLAIN
+        or torch.compiler.is_compiling()
+        or torch_compat.eval_frame_callback() is not None
+        or torch_compat.torch_functions()
+        or torch_compat.any_autocast()
+        or torch_compat.profiler_enabled()
+    ):
+        return False
+    keys = torch_compat.included_keys().raw_repr()
+    for x in tensors:
+        if x is not None:
+            if type(x) is not Tensor:
+                return False
+            keys |= torch_compat.keys_of(x).raw_repr()
+    return _is_plain(keys)

@@ -1,0 +1,266 @@
+"""Names of torch that are not public, all of them, each with what stands in for it where a torch does not have it.
+
+No other file of ``kernels`` or ``passes`` may name one (``tests/test_torch_compat.py``). A stand-in never guesses: it
+answers what leaves an attention dense, or it takes the longer public way. What has neither is a `Missing`, whose first
+use raises `MissingTorchNameError` with the feature that needs it. So a torch without one of these names costs that one
+feature, and never the import of this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from s2o_compile.kernels.support.errors import S2OError
+
+
+class MissingTorchNameError(S2OError, RuntimeError):
+    """A feature needs a name of torch that is not public, and this torch does not have it."""
+
+    def __init__(self, path: str, feature: str) -> None:
+        super().__init__(
+            f"{feature}: expected a torch with {path}, got torch {torch.__version__} without it. Install a version of "
+            "torch that s2o_compile was tested with (2.11 to 2.13), or do without this feature."
+        )
+
+
+class Missing:
+    """Stands for a name that is not there: it raises where it is called or read."""
+
+    def __init__(self, path: str, feature: str) -> None:
+        self._error = path, feature
+
+    def __call__(self, *_: object, **__: object) -> Any:  # noqa: ANN401 (it never returns)
+        """Raises MissingTorchNameError."""
+        raise MissingTorchNameError(*self._error)
+
+
+NAMES: dict[str, str] = {}
+"""Every private name by its path, and the feature that it serves."""
+
+
+def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
+    """What stands at a path, or None."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        name = ".".join(parts[:cut])
+        try:
+            found: Any = sys.modules[name] if name in sys.modules else importlib.import_module(name)
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        return found
+    return None
+
+
+def _named(path: str, feature: str, *stand_in: Any) -> Any:  # noqa: ANN401 (anything of torch's)
+    """What stands at a path; else the stand-in, or a `Missing` if none is given."""
+    NAMES[path] = feature
+    found = _find(path)
+    if found is not None:
+        return found
+    return stand_in[0] if stand_in else Missing(path, feature)
+
+
+def _later(path: str, feature: str) -> Callable[..., Any]:
+    """A function that is looked up at its first call: its module takes long to import."""
+    NAMES[path] = feature
+    held: list[Any] = []
+
+    def call(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 (as torch's own)
+        if not held:
+            held.append(_find(path) or Missing(path, feature))
+        return held[0](*args, **keywords)
+
+    return call
+
+
+class _Nothing:
+    """A class without instances, for types that are not there."""
+
+
+# Fake tensors: values of a captured graph without data.
+_REWRITING = "rewriting captured graphs"
+FakeTensor = _named("torch._subclasses.fake_tensor.FakeTensor", _REWRITING, _Nothing)
+FakeTensorMode = _named("torch._subclasses.fake_tensor.FakeTensorMode", "tracing mask functions")
+
+
+def is_fake(x: object) -> bool:
+    """Whether a tensor has no data, as while something is traced."""
+    return isinstance(x, FakeTensor)
+
+
+def fake_mode_of(tensors: Sequence[Any]) -> Any:  # noqa: ANN401 (a FakeTensorMode)
+    """The mode that traces a call of these tensors, or None."""
+    return _detect_fake_mode(tensors)
+
+
+_detect_fake_mode = _named(
+    "torch._guards.detect_fake_mode",
+    "sparse FlexAttention in graphs",
+    lambda tensors: next((x.fake_mode for x in tensors if is_fake(x)), None),
+)
+
+# Symbolic sizes. Without a name of these, what is not a plain number is not known.
+_SIZES = "proofs for symbolic lengths"
+
+
+def _stand_in_unbacked(value: Any) -> set[Any]:  # noqa: ANN401 (a tensor or a symbolic number)
+    sizes = value.shape if isinstance(value, Tensor) else (value,)
+    return {size for size in sizes if not isinstance(size, int | float)}
+
+
+statically_known_true = _named(
+    "torch.fx.experimental.symbolic_shapes.statically_known_true", _SIZES, lambda condition: condition is True
+)
+free_unbacked_symbols = _named(
+    "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols", _SIZES, _stand_in_unbacked
+)
+sympy_max = _named("torch.utils._sympy.functions.Max", _SIZES, sympy.Max)
+sympy_min = _named("torch.utils._sympy.functions.Min", _SIZES, sympy.Min)
+ValueRanges = _named("torch.utils._sympy.value_ranges.ValueRanges", _SIZES, None)
+bound_sympy = _named("torch.utils._sympy.value_ranges.bound_sympy", _SIZES, None)
+
+# Kinds of operators: of the public objects that they are the classes of.
+OpOverload: Any = type(torch.ops.aten.add.Tensor)
+OpOverloadPacket: Any = type(torch.ops.aten.add)
+HigherOrderOperator = _named("torch._ops.HigherOrderOperator", _REWRITING, _Nothing)
+flex_attention_operator = getattr(torch.ops.higher_order, "flex_attention", None)
+
+# Functions that stand in captured graphs.
+scaled_dot_product_attention = _named(
+    "torch._C._nn.scaled_dot_product_attention", _REWRITING, torch.nn.functional.scaled_dot_product_attention
+)
+nn_functions = _named("torch._C._nn", "knowing torch's own functions", types.SimpleNamespace())
+tensor_methods = _named("torch._tensor", "knowing the methods of tensors", types.SimpleNamespace())
+encoder_layer = _named("torch._transformer_encoder_layer_fwd", "nn.TransformerEncoderLayer's fast path", None)
+_VMAP = "masks that are made under torch.vmap"
+vmap_functions: tuple[Any, ...] = tuple(
+    function
+    for module in ("torch._C._functorch", "torch._functorch.predispatch")
+    for name in ("_add_batch_dim", "_remove_batch_dim")
+    if (function := _named(f"{module}.{name}", _VMAP, None)) is not None
+)
+data_of = _named("torch._C._autograd._get_data_attr", "reading x.data in graphs", None)
+
+
+def _stand_in_leaves(tree: Any) -> list[Any]:  # noqa: ANN401 (any nest)
+    if not isinstance(tree, tuple | list | dict):
+        return [tree]
+    return [leaf for part in (tree.values() if isinstance(tree, dict) else tree) for leaf in _stand_in_leaves(part)]
+
+
+_OPENING = "opening nn.MultiheadAttention and exported programs"
+tree_leaves: Callable[[Any], list[Any]] = _named("torch.utils._pytree.tree_leaves", _REWRITING, _stand_in_leaves)
+tree_flatten: Callable[[Any], Any] = _named("torch.utils._pytree.tree_flatten", _OPENING)
+tree_unflatten: Callable[..., Any] = _named("torch.utils._pytree.tree_unflatten", _OPENING)
+make_fx = _named("torch.fx.experimental.proxy_tensor.make_fx", _OPENING)
+
+
+class _NoDispatchMode:
+    """The class of modes where torch has none of that name."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise MissingTorchNameError(_DISPATCH_MODE, "counting the attentions that a model runs")
+
+
+_DISPATCH_MODE = "torch.utils._python_dispatch.TorchDispatchMode"
+TorchDispatchMode = _named(
+    "torch.utils._python_dispatch.TorchDispatchMode", "counting the attentions that a model runs", _NoDispatchMode
+)
+
+# What a tensor really is.
+_is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)
+_is_batched = _named("torch._C._functorch.is_batchedtensor", _VMAP, None)
+_is_transformed = _named("torch._C._functorch.is_functorch_wrapped_tensor", _VMAP, None)
+_unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
+
+
+def is_wrapper(x: object) -> bool:
+    """Whether a tensor is made of other tensors."""
+    return hasattr(type(x), "__tensor_flatten__") if _is_wrapper is None else _is_wrapper(x)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor is one of ``torch.vmap``."""
+    if _is_batched is not None:
+        return _is_batched(x)
+    return _storage_of(x) is None  # every transform's tensors hide theirs
+
+
+def storages(x: Tensor) -> Iterator[int | None]:
+    """Which memory a tensor lies in: a number for each storage, None for one that cannot be told."""
+    while _is_transformed is not None and _unwrapped is not None and _is_transformed(x):
+        x = _unwrapped(x)
+    if is_wrapper(x):
+        for name in x.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
+            yield from storages(getattr(x, name))
+        return
+    yield _storage_of(x)
+
+
+def _storage_of(x: Tensor) -> int | None:
+    try:
+        return getattr(x.untyped_storage(), "_cdata", None)
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and those of transforms
+        return None
+
+
+NAMES["torch.UntypedStorage._cdata"] = "seeing writes through views"
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Whether a node was taken out of its graph."""
+    erased = getattr(node, "_erased", None)
+    return all(node is not other for other in node.graph.nodes) if erased is None else erased
+
+
+NAMES["torch.fx.Node._erased"] = _REWRITING
+
+
+# FlexAttention and packages.
+_PACKAGES = "packages"
+cond = _later("torch._higher_order_ops.cond.cond_op", _PACKAGES)
+while_loop = _later("torch._higher_order_ops.while_loop.while_loop_op", _PACKAGES)
+map_loop = _later("torch._higher_order_ops.map.map_impl", _PACKAGES)
+dispatch_functionalize = _later("torch._subclasses.functional_tensor.dispatch_functionalize", _PACKAGES)
+indexing_by_tensors = _later(
+    "torch._dynamo._trace_wrapped_higher_order_op.TransformGetItemToIndex", "sparse flex_attention with own functions"
+)
+
+
+@contextmanager
+def dynamo_options(**options: object) -> Iterator[None]:
+    """Inside, Dynamo has these options, as far as it knows them."""
+    config = _find("torch._dynamo.config")
+    known = {name: value for name, value in options.items() if hasattr(config, name)}
+    with config.patch(**known) if known and hasattr(config, "patch") else nullcontext():
+        yield
+
+
+NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention"
+
+# The dispatcher. Without a name of these every call of an operator goes the public way, which is slower.
+_SHORT_CUTS = "calls of the operator without the dispatcher"
+DispatchKey = _named("torch._C.DispatchKey", _SHORT_CUTS, None)
+DispatchKeySet = _named("torch._C.DispatchKeySet", _SHORT_CUTS, None)
+below_autograd: Callable[[], AbstractContextManager[Any]] | None = _named(
+    "torch._C._AutoDispatchBelowAutograd", _SHORT_CUTS, None
+)
+after_autograd = _named("torch._C._after_autograd_keyset", _SHORT_CUTS, None)
+any_requires_grad = _named("torch._C._any_requires_grad", _SHORT_CUTS, None)
+eval_frame_callback = _named("torch._C._dynamo.eval_frame.get_eval_frame_callback", _SHORT_CUTS, None)
+torch_functions = _named("torch._C._len_torch_function_stack", _SHORT_CUTS, None)
+any_autocast = _named("torch._C._is_any_autocast_enabled", _SHORT_CUTS, None)
+profiler_enabled = _named("torch.autograd._profiler_enabled", _SHORT_CUTS, None)
+included_keys = _named("torch._C._dispatch_tls_local_include_set", _SHORT_CUTS, None)
+keys_of = _named("torch._C._dispatch_keys", _SHORT_CUTS, None)

@@ -1,0 +1,194 @@
+"""Opens opaque nodes that hold an attention, so that the frontends see it, and closes them again where they do not.
+
+    F.multi_head_attention_forward            nn.MultiheadAttention, nn.TransformerDecoderLayer
+    torch._transformer_encoder_layer_fwd      nn.TransformerEncoderLayer in eval mode ("fast path")
+    flex_attention                            written out by its own frontend
+
+What the node computes is spelt out around SDPA, traced and inlined ahead of it. If the attention in it is rewritten,
+the inlined nodes take the node's place; else they are erased and the node runs as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer, tree_leaves
+from s2o_compile.passes.frontends.flex import match as flex
+from s2o_compile.passes.graph.inlining import inline
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.rewrite import remove_dead
+from s2o_compile.passes.site import Rejected
+
+
+class UnsupportedError(Exception):
+    """A node asks for something that is not opened; the message is the reason for the user."""
+
+
+def _multi_head(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim: int, num_heads: int, in_weight: Tensor | None,
+    in_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero_attn: bool, dropout_p: float,
+    out_weight: Tensor, out_bias: Tensor | None, training: bool = True, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None, use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None, k_proj_weight: Tensor | None = None, v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None, static_v: Tensor | None = None, average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What ``F.multi_head_attention_forward`` computes, [N, B, E], with its masks kept apart from the heads."""
+    if any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
+        raise UnsupportedError("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
+    if query.ndim != 3:
+        raise UnsupportedError("its query has no batch dimension: add one with unsqueeze")
+    if use_separate_proj_weight:
+        biases = in_bias.chunk(3) if in_bias is not None else (None, None, None)
+        q, k, v = F._in_projection(query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, *biases)  # pyright: ignore
+    else:
+        q, k, v = F._in_projection_packed(query, key, value, in_weight, in_bias)  # pyright: ignore
+    q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in (q, k, v))
+    # As torch has it: the hint is the mask, unless the mask is needed for something else.
+    hinted = is_causal and key_padding_mask is None and not need_weights
+    mask = None if hinted else _joined_masks(attn_mask, key_padding_mask, num_heads, q.dtype)
+    dropout_p = dropout_p if training else 0.0
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=hinted)
+    return F.linear(output.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
+
+
+def _joined_masks(pairs: Tensor | None, padding: Tensor | None, num_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """``attn_mask`` [N, N], [B * H, N, N] or [B, H, N, N] and ``key_padding_mask`` [B, N] as SDPA's mask, or None."""
+    masks = []
+    if pairs is not None:
+        masks.append(pairs.unflatten(0, (-1, num_heads)) if pairs.ndim == 3 else pairs)
+    if padding is not None:
+        masks.append(padding[:, None, None, :])
+    if any(mask.is_floating_point() for mask in masks):
+        hidden = torch.full((), float("-inf"), dtype=dtype)
+        masks = [mask if mask.is_floating_point() else torch.where(mask, hidden, 0.0) for mask in masks]
+        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+    visible = [~mask for mask in masks]
+    return None if not visible else visible[0] if len(visible) == 1 else visible[0] & visible[1]
+
+
+def _encoder_layer(
+    src: Tensor, embed_dim: int, num_heads: int, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor,
+    out_bias: Tensor, use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor,
+    norm_weight_2: Tensor, norm_bias_2: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor,
+    mask: Tensor | None = None, mask_type: int | None = None,
+) -> Tensor:  # fmt: skip
+    """What ``nn.TransformerEncoderLayer`` computes, batch first, in eval mode; see its ``forward``."""
+    if src.is_nested:
+        raise UnsupportedError("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
+
+    def attend(x: Tensor) -> Tensor:
+        rows = x.transpose(0, 1)
+        padding, pairs = (mask, None) if mask_type == 1 else (None, mask)
+        return _multi_head(
+            rows, rows, rows, embed_dim, num_heads, in_weight, in_bias, None, None, False, 0.0, out_weight, out_bias,
+            training=False, key_padding_mask=padding, need_weights=False, attn_mask=pairs,
+        )[0].transpose(0, 1)  # fmt: skip
+
+    def feed_forward(x: Tensor) -> Tensor:
+        hidden = F.linear(x, weight_1, bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), weight_2, bias_2)
+
+    def norm_1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        src = src + attend(norm_1(src))
+        return src + feed_forward(norm_2(src))
+    src = norm_1(src + attend(src))
+    return norm_2(src + feed_forward(src))
+
+
+OPENED: dict[object, Callable[..., Any]] = {
+    F.multi_head_attention_forward: _multi_head,
+    **({} if encoder_layer is None else {encoder_layer: _encoder_layer}),
+}
+
+
+@dataclass(eq=False)
+class Expansion:
+    """An opaque node and what was inlined for it.
+
+    Attributes:
+        node: The opaque node, still in place.
+        nodes: The inlined nodes, in order.
+        outputs: What stands for the node's value: a node, or a structure of nodes.
+    """
+
+    node: fx.Node
+    nodes: list[fx.Node]
+    outputs: Any
+
+    def keep(self) -> None:
+        """Put the inlined nodes in the place of the opaque one."""
+        if isinstance(self.outputs, tuple):
+            for user in list(self.node.users):
+                if user.users:
+                    user.replace_all_uses_with(self.outputs[user.args[1]])  # pyright: ignore (expand: a getitem)
+                self.node.graph.erase_node(user)
+        else:
+            self.node.replace_all_uses_with(self.outputs)
+        inputs = self.node.all_input_nodes
+        self.node.graph.erase_node(self.node)
+        remove_dead(self.node.graph, inputs)
+
+    def erase(self) -> None:
+        """Leave the opaque node as it was."""
+        inlined = set(self.nodes)
+        for node in reversed([node for node in self.node.graph.nodes if node in inlined]):
+            self.node.graph.erase_node(node)
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether a node is one that can be opened."""
+    return node.op == "call_function" and (node.target in OPENED or flex.is_call(node))
+
+
+def expand(node: fx.Node) -> Expansion | Rejected:
+    """Inline what an opaque node computes ahead of it.
+
+    Args:
+        node: A node for which `is_opaque` holds.
+    """
+    output = tree_leaves(value_of(node))
+    if any(isinstance(x, Tensor) and x.requires_grad for x in output):
+        return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+    if isinstance(value_of(node), tuple):
+        for user in node.users:
+            if user.target is not operator.getitem:
+                return Rejected("its result is passed on whole to %s", user)
+            if user.args[1] == 1 and user.users and not flex.is_call(node):
+                return Rejected("its attention weights are read: pass need_weights=False")
+    if flex.is_call(node):
+        return _flex(node)
+    values = [value_of(leaf) for leaf in node.all_input_nodes]
+    fakes = [value for value in values if isinstance(value, FakeTensor)]
+    if not fakes or not all(isinstance(value, FakeTensor) for value in values if isinstance(value, Tensor)):
+        return Rejected("the shapes of its operands are not recorded in the graph")
+    try:
+        return Expansion(node, *inline(node, OPENED[node.target]))
+    except (UnsupportedError, MissingTorchNameError) as error:
+        return Rejected(str(error))
+
+
+def _flex(node: fx.Node) -> Expansion | Rejected:
+    nodes: list[fx.Node] = []
+    try:
+        output = flex.write(node, nodes)
+    except Exception as error:  # whatever a user's functions ask of fake tensors
+        output = Rejected("its score_mod or mask_mod could not be written out (%s: %s)", type(error).__name__, error)
+    expansion = Expansion(node, nodes, (output, None, None))
+    if isinstance(output, Rejected):
+        expansion.erase()
+        return output
+    return expansion

@@ -1,0 +1,177 @@
+"""Following the probabilities of hand-written attention: from a softmax on to their product with the values.
+
+    softmax(...)  [[..., :-1], the sinks]  [nan_to_num]  [masked_fill(hidden, 0)]  [dropout that is off]  @ v
+
+``masked_fill(isnan(x), 0)`` is ``nan_to_num``, and both say what the operator does anyway with rows that -inf hides.
+Brackets are optional; casts, copies and reshapes of leading dimensions may stand anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from s2o_compile.passes.frontends.eager import product
+from s2o_compile.passes.frontends.eager.product import Product
+from s2o_compile.passes.frontends.eager.scores import Fill
+from s2o_compile.passes.graph.calls import function_name, written_nodes
+from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
+from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import Rejected
+
+_PASSED_ON = frozenset(
+    {"contiguous", "clone", "view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "detach", *views.CASTS}
+)
+_QUESTIONS = frozenset({"isnan", "zeros_like"})
+
+
+@dataclass(frozen=True, eq=False)
+class Probabilities:
+    """What lies between a softmax and the values.
+
+    Attributes:
+        product: Probabilities times values.
+        nodes: The nodes between, first to last.
+        zeroed: Where probabilities are set to zero, and their shape there.
+    """
+
+    product: Product
+    nodes: tuple[fx.Node, ...]
+    zeroed: tuple[tuple[Fill, torch.Size], ...]
+
+
+def feed_product(node: fx.Node, depth: int = 6) -> bool:
+    """Whether some user multiplies these probabilities, or what becomes of them element by element, with values."""
+    for user in node.users:
+        found = product.read(user)
+        if found is not None and node in (found.left.node, found.right.node):
+            return True
+        value = value_of(user)
+        same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
+        if depth and found is None and same_rows and feed_product(user, depth - 1):
+            return True
+    return False
+
+
+def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities | Rejected:
+    """The product of probabilities and values, and what lies before it.
+
+    Args:
+        softmax: The softmax.
+        prover: Knows constants.
+        cut: Whether the first column (else the last) belongs to sinks and must be cut off; None without sinks.
+    """
+    holders, nodes, zeroed = [softmax], [], []  # the holders share what they hold: a tensor and writes to all of it
+    while True:
+        users = sorted(
+            {user for node in holders for user in _live_users(node)} - set(nodes), key=prover.mutations.position
+        )
+        # Questions that the next step asks: where is it NaN, what is a zero of its shape.
+        asked = [user for user in users if function_name(user) in _QUESTIONS and set(user.users) <= set(users)]
+        nodes += asked
+        users = [user for user in users if user not in asked]
+        writes = bool(users) and any(node in written_nodes(users[0]) for node in holders)
+        if len(users) != 1 and not writes:
+            others = [user for user in users if product.read(user) is None]
+            return Rejected(
+                "its probabilities are read by %s as well, as output_attentions and need_weights ask",
+                ", ".join(map(str, others or users)),
+            )
+        user = users[0]
+        node = next(holder for holder in holders if holder in user.all_input_nodes)
+        found = product.read(user, weights=node)
+        if found is not None:
+            if cut is not None:
+                return Rejected("the probabilities of its sinks are not cut off before %s", user)
+            if found.added is not None or found.alpha != 1:
+                return Rejected("%s adds a tensor to the output, or scales it", user)
+            if found.right.node in (softmax, *nodes):
+                return Rejected("%s multiplies its probabilities by themselves", user)
+            return Probabilities(found, tuple(nodes), tuple(zeroed))
+        if cut is not None and _cuts(user, node, first=cut):
+            cut = None
+        else:
+            step = _step(user, node, prover)
+            if isinstance(step, Rejected):
+                return step
+            zeroed += [] if step is None else [(step, value_of(user).shape)]
+        nodes.append(user)
+        holders = [*holders, user] if writes else [user]
+
+
+def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected | None:
+    """Where a step sets probabilities to zero; None if it passes them on as they are."""
+    name = function_name(user)
+    if name == "dropout" and _drops(user):
+        return Rejected("dropout is active: call model.eval()")
+    if name == "masked_fill":
+        source, condition, fill = arguments(user, "input|self", "mask", "value")
+        negated = False
+    elif name == "where" and (arms := choice(user)) is not None:
+        condition, source, fill = arms
+        negated = fill is not node
+        source, fill = (source, fill) if negated else (fill, source)
+    else:
+        source = node if name == "dropout" or (name in _PASSED_ON and _keeps_rows(user, node)) else None
+        if name == "nan_to_num":
+            source, nan = arguments(user, "input|self", "nan")
+            source = source if nan in (None, 0) else None
+        if source is not node:
+            return Rejected("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
+        return None
+    zero = source is node and isinstance(condition, fx.Node) and prover.indices.fill(fill) == 0
+    if not zero or not _keeps_rows(user, node):
+        return Rejected("its probabilities pass %s (%s) before they meet the values", user, name)
+    if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
+        return None
+    return Fill(condition, 0.0, negated, value_of(user).dtype)
+
+
+def _live_users(node: fx.Node) -> list[fx.Node]:
+    """Users, without views that nobody reads."""
+    return [user for user in node.users if user.users or not _is_view(user)]
+
+
+def _is_view(node: fx.Node) -> bool:
+    return function_name(node) in (*_PASSED_ON, "dropout", "getitem")
+
+
+def _keeps_rows(node: fx.Node, source: fx.Node) -> bool:
+    value, before = value_of(node), value_of(source)
+    if not isinstance(value, torch.Tensor) or value.ndim < 2 or before.ndim < 2 or not value.dtype.is_floating_point:
+        return False
+    return all(known(a == b) for a, b in zip(value.shape[-2:], before.shape[-2:], strict=True))
+
+
+def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
+    """Whether a slice takes all columns but the first, or but the last."""
+    name = function_name(node)
+    if name not in ("getitem", "slice") or not isinstance(value_of(node), torch.Tensor):
+        return False
+    before, after = value_of(source).shape, value_of(node).shape
+    items = node.args[1] if name == "getitem" else _sliced(node, len(before))
+    *rows, columns = items if isinstance(items, tuple) else (items,)
+    if not all(item is Ellipsis or item == slice(None) for item in rows) or not isinstance(columns, slice):
+        return False
+    if len(rows) + 1 != len(before) and Ellipsis not in rows:
+        return False
+    starts = columns.start == 1 if first else columns.start in (None, 0)
+    return starts and columns.step in (None, 1) and len(after) == len(before) and known(after[-1] == before[-1] - 1)
+
+
+def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
+    """What ATen's ``slice(x, dim, start, end, step)`` takes of each dimension."""
+    _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
+    items = [slice(None)] * rank
+    items[dim or 0] = slice(*rest)
+    return tuple(items)
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a call of ``F.dropout(x, p, training)`` or ``aten.dropout(x, p, train)`` drops anything."""
+    options = {**dict(zip(("p", "training"), node.args[1:], strict=False)), **node.kwargs}
+    training = options.get("training", options.get("train", True))
+    return not (options.get("p", 0.5) == 0 or training is False)

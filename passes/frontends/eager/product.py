@@ -1,0 +1,209 @@
+"""Reading matrix products, however they are spelt: ``@``, ``matmul``, ``bmm``, ``baddbmm``, ``einsum``.
+
+A product is brought to one form, [..., M, K] @ [..., K, N] = [..., M, N], by transposes and permutations of its
+operands and of its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from s2o_compile.passes.graph.calls import function_name, written_nodes
+from s2o_compile.passes.graph.nodes import arguments, value_of
+from s2o_compile.passes.graph.operand import Operand, Step
+
+_MATRICES = {
+    **dict.fromkeys(("matmul", "linalg_matmul"), "other|tensor2"),
+    **dict.fromkeys(("bmm", "mm"), "mat2"),
+}
+_NAMES = (*_MATRICES, "baddbmm", "einsum")
+_SWAPS = ("transpose", "swapaxes", "swapdims")
+_LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One matrix product.
+
+    Attributes:
+        node: The node that computes it.
+        left: [..., M, K].
+        right: [..., K, N].
+        restore: Steps from [..., M, N] to the value of ``node``; none but for an einsum that permutes its result.
+        alpha: A factor of the product (``baddbmm``).
+        added: A tensor added to it (``baddbmm``), or None.
+    """
+
+    node: fx.Node
+    left: Operand
+    right: Operand
+    restore: tuple[Step, ...] = ()
+    alpha: float = 1.0
+    added: fx.Node | None = None
+
+
+def read(node: object, weights: fx.Node | None = None) -> Product | None:
+    """The product that a node computes, or None.
+
+    Args:
+        node: Any node.
+        weights: If given, the left operand, as it is: [..., M, K]. Which dimension of an einsum is its M is a matter
+            of view where the right operand lacks several of them: without weights it is the last but one of the result.
+    """
+    if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
+        return None
+    name = function_name(node)
+    if name in _NAMES and written_nodes(node):
+        return None  # it writes to a tensor of the user's
+    found = None
+    if name in _MATRICES:
+        left, right = arguments(node, "input|self", _MATRICES[name])
+        if _is_matrix(left) and _is_matrix(right):
+            found = Product(node, Operand(left), Operand(right))
+    elif name == "baddbmm":
+        found = _baddbmm(node)
+    elif name == "einsum":
+        found = _einsum(node, weights)
+    if weights is not None and found is not None and (found.left.node is not weights or found.left.steps):
+        return None
+    return found
+
+
+def transposed(operand: Operand) -> Operand:
+    """The operand with its last two dimensions swapped, without a step where two swaps cancel."""
+    node = operand.node
+    if not operand.steps and _swaps_last_two(node):
+        return Operand(node.args[0])  # pyright: ignore[reportArgumentType]
+    if len(operand.steps) == 1 and operand.steps[0][0] is torch.permute:
+        order = operand.steps[0][1][0]
+        return _reordered(Operand(node), [*order[:-2], order[-1], order[-2]])
+    return operand.then(torch.transpose, -2, -1)
+
+
+def _swaps_last_two(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not _is_matrix(source):
+        return False
+    rank = value_of(source).ndim
+    name, dims = function_name(node), node.args[1:]
+    if name == "getattr":
+        return dims == ("mT",) or (dims == ("T",) and rank == 2)
+    if name in _SWAPS and len(dims) == 2 and all(isinstance(dim, int) for dim in dims):
+        return {dim % rank for dim in dims} == {rank - 2, rank - 1}
+    if name == "permute":
+        order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else list(dims)
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        return all(isinstance(dim, int) for dim in order) and [dim % rank for dim in order] == swapped
+    return False
+
+
+def _is_matrix(node: object) -> bool:
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.ndim >= 2
+
+
+def _baddbmm(node: fx.Node) -> Product | None:
+    added, left, right = arguments(node, "input", "batch1", "batch2")
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    if not (_is_matrix(left) and _is_matrix(right)) or not isinstance(alpha, int | float):
+        return None
+    if beta == 0:  # the added tensor is not even read: it may be uninitialised
+        return Product(node, Operand(left), Operand(right), alpha=alpha)
+    if beta != 1 or not isinstance(added, fx.Node):
+        return None
+    return Product(node, Operand(left), Operand(right), alpha=alpha, added=added)
+
+
+def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | None:
+    equation, *tensors = node.args or (None,)
+    if len(tensors) == 1 and isinstance(tensors[0], tuple | list):
+        tensors = list(tensors[0])
+    if not isinstance(equation, str) or len(tensors) != 2 or not all(_is_matrix(tensor) for tensor in tensors):
+        return None
+    labels = _labels(equation, [value_of(tensor).ndim for tensor in tensors])
+    if labels is None:
+        return None
+    first, second, output = labels
+    inner = [label for label in first if label in second and label not in output]
+    summed = [label for label in first + second if label not in output and label not in inner]
+    if len(inner) != 1 or summed or len(output) < 2:
+        return None
+    if weights is not None:
+        swapped = tensors[0] is not weights
+    else:  # [..., N, M] is the transposed product of the operands swapped
+        rows, columns = (
+            [output.index(label) for label in output if label in own and label not in other]
+            for own, other in ((first, second), (second, first))
+        )
+        swapped = bool(rows and columns) and rows[-1] > columns[-1]
+    if swapped:
+        tensors, (first, second) = tensors[::-1], (second, first)
+    return _matrices(node, tensors, (first, second, output), inner[0], as_it_is=weights is not None)
+
+
+def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
+    """The labels of two operands and of the result, an ellipsis spelt out; None if the equation is not understood."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    named = inputs.split(",")
+    if len(named) != 2 or not arrow:
+        return None
+    free = [label for label in _LABELS if label not in equation]
+    hidden = [rank - len(text.replace("...", "")) for text, rank in zip(named, ranks, strict=True)]
+    if max(hidden) > len(free) or any(count < 0 for count in hidden):
+        return None
+    # Dimensions behind an ellipsis are aligned at the last one.
+    first, second = (
+        text.replace("...", "".join(free[max(hidden) - count : max(hidden)]))
+        for text, count in zip(named, hidden, strict=True)
+    )
+    output = output.replace("...", "".join(free[: max(hidden)]))
+    if any(len(set(text)) != len(text) or (text and not text.isalpha()) for text in (first, second, output)):
+        return None
+    fits = (len(first), len(second)) == tuple(ranks) and set(output) <= set(first + second)
+    return (first, second, output) if fits else None
+
+
+def _matrices(
+    node: fx.Node, tensors: Sequence[fx.Node], labels: tuple[str, str, str], inner: str, *, as_it_is: bool
+) -> Product | None:
+    """An einsum as a product of [..., M, K] and [..., K, N]; a dimension that one operand lacks has size 1 there."""
+    first, second, output = labels
+    rows, columns = (
+        [label for label in output if label in own and label not in other]
+        for own, other in ((first, second), (second, first))
+    )
+    if not rows or not columns:
+        return None
+    column = columns[-1]
+    if as_it_is:
+        row, last = first[-2:]
+        lead = list(first[:-2])
+        if last != inner or row not in rows or len(columns) > 1:
+            return None
+    else:
+        row = rows[-1]
+        lead = [label for label in output if label not in (row, column)]
+    return Product(
+        node,
+        _arranged(tensors[0], first, [*lead, row, inner]),
+        _arranged(tensors[1], second, [*lead, inner, column]),
+        restore=_reordered(Operand(node), [[*lead, row, column].index(label) for label in output]).steps,
+    )
+
+
+def _arranged(node: fx.Node, labels: str, wanted: list[str]) -> Operand:
+    """A tensor with its dimensions in the wanted order; of size 1 where it has none, but for leading ones."""
+    operand = _reordered(Operand(node), [labels.index(label) for label in wanted if label in labels])
+    present = [label in labels for label in wanted]
+    for at in range(present.index(True), len(wanted)):
+        if not present[at]:
+            operand = operand.then(torch.unsqueeze, at - present.index(True))
+    return operand
+
+
+def _reordered(operand: Operand, order: list[int]) -> Operand:
+    return operand if order == list(range(len(order))) else operand.then(torch.permute, order)

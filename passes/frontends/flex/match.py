@@ -1,0 +1,220 @@
+"""The frontend for ``flex_attention``, a higher-order operator whose mask and scores are functions in sub-graphs.
+
+    softmax(where(mask_mod, score_mod(scale * q @ k^T), -inf)) @ v        a row without any key gives zeros
+
+The call is opened: written out like this ahead of itself, where the frontend for hand-written attention reads it. What
+a query sees is decided a second time by the block tables that say where the functions are called; they must follow
+from the mask_mod, or be promised to (``assume_block_masks``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import flex_attention_operator
+from s2o_compile.passes.frontends.eager import match as eager
+from s2o_compile.passes.frontends.eager.scores import leads_to_product
+from s2o_compile.passes.frontends.flex import block_tables
+from s2o_compile.passes.frontends.flex.block_tables import BlockTables
+from s2o_compile.passes.frontends.flex.scalar_functions import Inserter, positions, write_out
+from s2o_compile.passes.graph.calls import function_name
+from s2o_compile.passes.graph.nodes import Size, value_of
+from s2o_compile.passes.masks.proof import BlockPromise, MaskProof
+from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import AttentionSite, Rejected
+
+_NAMES = (
+    "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_mod_other_buffers",
+    "mask_mod_other_buffers",
+)  # fmt: skip
+_OPENED = "s2o_flex"
+_LARGE = -1e4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opened:
+    """What a written-out softmax stands for.
+
+    Attributes:
+        call: The flex_attention node.
+        tables: Of its block mask.
+        mask: The mask_mod for all scores, a bool node.
+        scores: The nodes of the score_mod.
+    """
+
+    call: fx.Node
+    tables: BlockTables
+    mask: fx.Node
+    scores: tuple[fx.Node, ...]
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether a node calls flex_attention."""
+    return node.op == "call_function" and node.target is flex_attention_operator
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node calls flex_attention, or is the softmax of an opened call."""
+    return is_call(node) or _OPENED in node.meta
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    call = node.meta[_OPENED].call if _OPENED in node.meta else node
+    return {**dict(zip(_NAMES, call.args, strict=False)), **call.kwargs}
+
+
+def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | Rejected:
+    """Writes a call out ahead of it.
+
+    Args:
+        node: A node for which `is_call` holds.
+        nodes: Gets the inserted nodes, also if the call is rejected.
+
+    Returns:
+        The node that computes the attention, or why the call is not opened.
+    """
+    call = operands(node)
+    if call.keys() != set(_NAMES):
+        return Rejected("%s has an unexpected signature", node)
+    outputs = [user for user in node.users if user.args[1:] == (0,)]
+    if len(outputs) != 1 or any(user.users for user in node.users if user not in outputs):
+        return Rejected("more than the output of flex_attention is read")
+    query, key, value = (value_of(call[name]) for name in _NAMES[:3])
+    tables = block_tables.read(call["block_mask"])
+    if isinstance(tables, Rejected):
+        return tables
+    score_mod, mask_mod = _body(node, call["score_mod"]), _body(node, tables.mask_mod)
+    if score_mod is None or mask_mod is None or any(x is None or x.ndim != 4 for x in (query, key, value)):
+        return Rejected("its score_mod or mask_mod is not recorded in the graph")
+    insert = Inserter(node, query)
+    insert.nodes = nodes
+    groups = query.shape[1] // key.shape[1]
+    repeated = [
+        insert.call(torch.repeat_interleave, call[name], groups, dim=1) if groups != 1 else call[name]
+        for name in ("key", "value")
+    ]
+    scores = insert.call(torch.matmul, call["query"], insert.call(torch.transpose, repeated[0], -2, -1))
+    scores = insert.call(torch.mul, insert.call("to", scores, torch.float32), call["scale"])
+    lengths = _lengths(call)
+    where = positions(insert, lengths, _used(score_mod, mask_mod), query.device)
+    if isinstance(where, Rejected):
+        return where
+    first = len(nodes)
+    scores = _written(score_mod, [scores, *where], call["score_mod_other_buffers"], insert)
+    if isinstance(scores, Rejected):
+        return Rejected("its score_mod is not understood: %s", scores)
+    modified = tuple(nodes[first:])
+    mask = _written(mask_mod, where, call["mask_mod_other_buffers"], insert)
+    if isinstance(mask, Rejected):
+        return Rejected("its mask_mod is not understood: %s", mask)
+    if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+        return Rejected("its score_mod or mask_mod returns a constant")
+    if value_of(mask).dtype is not torch.bool:
+        return Rejected("its mask_mod returns %s, expected bool", value_of(mask).dtype)
+    if function_name(mask) not in ("ones", "new_ones"):
+        scores = insert.call(torch.where, mask, scores, float("-inf"))
+    softmax = insert.call(torch.softmax, scores, -1)
+    softmax.meta[_OPENED] = _Opened(node, tables, mask, modified)
+    output = insert.call(torch.matmul, insert.call("to", softmax, value.dtype), repeated[1])
+    key = "example_value" if "example_value" in node.meta else "val"
+    output.meta[key] = value_of(outputs[0])  # as flex_attention lays it out
+    return output
+
+
+def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
+    """The attention of an opened call, or why it must stay as it is.
+
+    Args:
+        node: The softmax of an opened call.
+        prover: The mask prover of the graph.
+    """
+    opened: _Opened = node.meta[_OPENED]
+    rejected = _check_fills(opened, prover)
+    if rejected is not None:
+        return rejected
+    site = eager.match(node, prover)
+    if not isinstance(site, Rejected) and site.mask.read is not None:
+        site = site.mask.read.why  # written out, its mask would be there as a whole, which flex_attention avoids
+    if isinstance(site, Rejected):
+        return _with_bias(opened, site)
+    if block_tables.is_whole(opened.tables):
+        return site
+    mask = _with_tables(opened, site.mask, prover)
+    return mask if isinstance(mask, Rejected) else dataclasses.replace(site, mask=mask)
+
+
+def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskProof | Rejected:
+    """The proof of an attention whose block tables are proven, or promised, to be those of its mask_mod."""
+    call, tables = operands(opened.call), opened.tables
+    if block_tables.enter(tables, prover):
+        if prover.assume_block_masks:
+            return dataclasses.replace(
+                mask, blocks=BlockPromise(opened.mask, tables.partial, tables.full, tables.sizes)
+            )
+        return Rejected(
+            "its BlockMask enters the graph, and tables of blocks are data, which prove nothing (its mask_mod is "
+            "proven: %s); promise S2OConfig(assume_block_masks=True) if create_block_mask made it, or call "
+            "create_block_mask inside the compiled function",
+            mask,
+        )
+    body = _body(opened.call, tables.mask_mod)
+    assert body is not None
+    rejected = block_tables.follow(tables, body, call["mask_mod_other_buffers"], _lengths(call), prover)
+    return mask if rejected is None else rejected
+
+
+def _lengths(call: dict[str, Any]) -> tuple[Size, ...]:
+    """[B, Hq, Nq, Nk] of the scores."""
+    return (*value_of(call["query"]).shape[:3], value_of(call["key"]).shape[2])
+
+
+def _body(node: fx.Node, function: object) -> fx.Graph | None:
+    """The sub-graph that a get_attr node names."""
+    if not isinstance(function, fx.Node) or function.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    body = getattr(node.graph.owning_module, str(function.target), None)
+    return body.graph if isinstance(body, fx.GraphModule) else None
+
+
+def _used(score_mod: fx.Graph, mask_mod: fx.Graph) -> list[bool]:
+    """Which positions the two functions look at."""
+    looks = (body.find_nodes(op="placeholder")[skipped:][:4] for body, skipped in ((score_mod, 1), (mask_mod, 0)))
+    return [any(bool(node.users) for node in nodes) for nodes in zip(*looks, strict=True)]
+
+
+def _written(body: fx.Graph, scalars: list[Any], captured: object, insert: Inserter) -> object:
+    """A function for all scores; `Rejected` if it cannot be written out."""
+    arguments = [*scalars, *(captured if isinstance(captured, tuple | list) else ())]
+    if len(body.find_nodes(op="placeholder")) != len(arguments):
+        return Rejected("it has an unexpected signature")
+    return write_out(body, arguments, len(scalars), insert)
+
+
+def _check_fills(opened: _Opened, prover: MaskProver) -> Rejected | None:
+    """Scores of float16 tensors are float32 here, so that the smallest float16 hides nothing."""
+    if value_of(operands(opened.call)["query"]).dtype is not torch.float16:
+        return None
+    arguments = (argument for node in opened.scores for argument in (*node.args, *node.kwargs.values()))
+    fills = [prover.indices.fill(argument) for argument in arguments]
+    if any(fill is not None and -math.inf < fill < _LARGE for fill in fills):
+        return Rejected("its score_mod hides float16 scores by a finite number; use -inf")
+    return None
+
+
+def _with_bias(opened: _Opened, why: Rejected) -> Rejected:
+    """A rejection that names what a score_mod adds to the scores, if it adds anything."""
+    for node in opened.scores:
+        if function_name(node) in ("add", "radd", "sub", "rsub") and leads_to_product(node):
+            return Rejected(
+                "its score_mod adds a bias to the scores (%s), as ALiBi and relative positions do; only masks and a "
+                "softcap are known to the sparse operator (%s)",
+                node,
+                why,
+            )
+    return why

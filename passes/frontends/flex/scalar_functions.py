@@ -1,0 +1,176 @@
+"""Functions of one score, written out for all scores: flex_attention's ``mask_mod`` and ``score_mod``.
+
+Such a function is a graph over 0-dimensional tensors: a score, its position (batch, head, query, key), and tensors that
+the function captured. Its steps are elementwise or read one element of a captured tensor, so the same steps over
+position tensors that broadcast against each other compute the function for all scores at once. Spelt like that, it is
+read by the frontends and the prover as any mask of the graph. Other steps mean something else on tensors: `Rejected`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.passes.graph import sizes
+from s2o_compile.passes.graph.calls import function_name, written_nodes
+from s2o_compile.passes.graph.nodes import Size, value_of
+from s2o_compile.passes.graph.operand import computed
+from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks.index_tensor import COMPARISONS
+from s2o_compile.passes.site import Rejected
+
+_ELEMENTWISE = frozenset(
+    {
+        *COMPARISONS,
+        *("and", "or", "xor", "invert", "where", "masked_fill", "minimum", "maximum", "clamp", "sign", "isfinite"),
+        *("add", "radd", "sub", "rsub", "mul", "rmul", "neg", "pos", "abs", "square", "pow", "sqrt", "rsqrt"),
+        *("div", "truediv", "rtruediv", "divide", "true_divide", "floordiv", "floor_divide", "remainder", "mod"),
+        *("tanh", "sigmoid", "exp", "exp2", "log", "log2", "log1p", "sin", "cos", "erf", "relu", "floor", "ceil"),
+        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
+        *("clone", "detach", "contiguous", *views.CASTS),
+    }
+)
+_READS = ("getitem", "index")
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A captured tensor of which some leading dimensions have been read, as ``table[b]`` of ``table[b][kv_idx]``."""
+
+    tensor: fx.Node
+    items: tuple[object, ...]
+
+
+class Inserter:
+    """Inserts calls ahead of a node, with their fake values.
+
+    Args:
+        before: The node; its module and stack trace are the inserted nodes', too.
+        like: A fake tensor of the graph.
+    """
+
+    def __init__(self, before: fx.Node, like: object) -> None:
+        self.before = before
+        self.nodes: list[fx.Node] = []
+        self._like = like
+        self._key = "example_value" if "example_value" in before.meta else "val"
+
+    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: ANN401 (fx arguments)
+        """A call of a function, or of a method by name."""
+        graph = self.before.graph
+        with graph.inserting_before(self.before):
+            insert = graph.call_method if isinstance(target, str) else graph.call_function
+            node = insert(target, args, kwargs)  # pyright: ignore[reportArgumentType]
+        self.nodes.append(node)
+        kept = (name for name in ("nn_module_stack", "stack_trace") if name in self.before.meta)
+        node.meta = {name: self.before.meta[name] for name in kept}
+        function = getattr(type(value_of(args[0])), target) if isinstance(target, str) else target
+        node.meta[self._key] = computed(self._like, function, args, kwargs)
+        return node
+
+    def size(self, size: Size) -> fx.Node | int | Rejected:
+        """A size as an argument."""
+        known = set(self.before.graph.nodes)
+        emitted = sizes.emit(size, self.before.graph, self.before)
+        self.nodes += [node for node in self.before.graph.nodes if node not in known]
+        return emitted
+
+
+def positions(insert: Inserter, lengths: Sequence[Size], used: Sequence[bool], device: object) -> list[Any] | Rejected:
+    """The position along each dimension of [B, Hq, Nq, Nk] scores, [B, 1, 1, 1] to [1, 1, 1, Nk]; None if not used."""
+    found: list[Any] = []
+    for dim, (length, wanted) in enumerate(zip(lengths, used, strict=True)):
+        size = insert.size(length) if wanted else None
+        if isinstance(size, Rejected):
+            return size
+        if size is not None:
+            index = insert.call(torch.arange, size, dtype=torch.int32, device=device)
+            index = insert.call(operator.getitem, index, tuple(slice(None) if d == dim else None for d in range(4)))
+        found.append(None if size is None else index)
+    return found
+
+
+def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert: Inserter) -> object:
+    """Inserts the function for all scores.
+
+    Args:
+        body: The function's graph.
+        arguments: One a placeholder: tensors over all scores for the first ones, captured tensors or sizes behind.
+        scalars: How many of them are over all scores.
+        insert: Where to.
+
+    Returns:
+        The function's result, a node or a number, or `Rejected`.
+    """
+    placed: dict[fx.Node, Any] = {}
+    lifted: set[fx.Node] = set()
+    for node in body.nodes:
+        if node.op == "placeholder":
+            if len(placed) < scalars:
+                lifted.add(node)
+            placed[node] = arguments[len(placed)]
+        elif node.op == "output":
+            (result,) = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
+            result = placed[result] if isinstance(result, fx.Node) else result
+            return Rejected("it returns a row of a tensor") if isinstance(result, _Part) else result
+        else:
+            step = _step(node, placed, lifted, insert)
+            if isinstance(step, Rejected):
+                return step
+            placed[node] = step
+    return Rejected("it returns nothing")
+
+
+def _step(node: fx.Node, placed: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
+    name = function_name(node)
+    if not name or written_nodes(node):
+        return Rejected("it calls %s, which is not understood", node.target)
+    reads = any(argument in lifted for argument in node.all_input_nodes)
+    if reads:
+        lifted.add(node)
+        if name in _READS:
+            return _read(node, placed, lifted, insert)
+        if name not in _ELEMENTWISE:
+            return Rejected("it calls %s, which is not elementwise", name)
+    if any(isinstance(placed[argument], _Part) for argument in node.all_input_nodes):
+        return Rejected("it calls %s on a row of a tensor", name)
+    args, kwargs = (fx.map_arg(part, placed.__getitem__) for part in (node.args, node.kwargs))
+    return insert.call(node.target, *args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _read(node: fx.Node, placed: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
+    """One element of a captured tensor; a `_Part` if not all dimensions are read yet."""
+    source = placed[node.args[0]]  # pyright: ignore[reportArgumentType]
+    given = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
+    items = tuple(placed[item] if isinstance(item, fx.Node) else item for item in given)
+    if isinstance(source, _Part):
+        source, items = source.tensor, (*source.items, *items)
+    elif node.args[0] in lifted:
+        return Rejected("it reads elements of %s, which depends on the position", node.args[0])
+    for item in items:
+        value = value_of(item)
+        if not isinstance(item, int | fx.Node) or isinstance(item, bool) or not _counts(value):
+            return Rejected("it reads %s by something else than single positions", node.args[0])
+    tensor = value_of(source)
+    if not isinstance(tensor, torch.Tensor) or len(items) > tensor.ndim:
+        return Rejected("it reads %s, which is no tensor of %s dimensions", node.args[0], len(items))
+    if len(items) < tensor.ndim:
+        return _Part(source, items)
+    for dim in reversed(range(len(items))):
+        if not isinstance(value_of(items[dim]), torch.Tensor):
+            source = insert.call(torch.select, source, dim, items[dim])
+    return insert.call(
+        operator.getitem, source, tuple(item for item in items if isinstance(value_of(item), torch.Tensor))
+    )
+
+
+def _counts(value: object) -> bool:
+    """Whether a value is an integer, or a tensor of them."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype in (torch.int64, torch.int32)
+    return isinstance(value, int | torch.SymInt)

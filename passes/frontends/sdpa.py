@@ -1,0 +1,125 @@
+"""The frontend for ``torch.nn.functional.scaled_dot_product_attention``, however it is spelt in the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import scaled_dot_product_attention
+from s2o_compile.passes.frontends import repeat_kv
+from s2o_compile.passes.frontends.checks import check_tensors
+from s2o_compile.passes.frontends.head_layout import broadcast, to_heads
+from s2o_compile.passes.graph.nodes import Size, known, value_of
+from s2o_compile.passes.graph.operand import Operand, Step
+from s2o_compile.passes.masks.proof import MaskProof
+from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import AttentionSite, Rejected, module_path
+
+_SDPA = scaled_dot_product_attention
+_TARGETS = frozenset(
+    (
+        _SDPA,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    )
+)
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node calls SDPA."""
+    return node.op == "call_function" and node.target in _TARGETS
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an SDPA call by name, defaults filled in."""
+    return {**_DEFAULTS, **dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs}
+
+
+def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
+    """The attention of an SDPA call, or why it must stay dense.
+
+    Args:
+        node: A node for which `is_attention` holds.
+        prover: The mask prover of the graph.
+    """
+    call = operands(node)
+    query, key, value = (Operand(call[name]) for name in _POSITIONAL[:3])
+    restore: tuple[Step, ...] = ()
+    ranks = {getattr(operand.value, "ndim", 0) for operand in (query, key, value)}
+    if ranks == {4}:
+        query, key, value = broadcast(query, key, value)
+    elif ranks in ({3}, {5}) and call["attn_mask"] is None and call["enable_gqa"] is False:
+        scores = (*query.value.shape[:-1], key.value.shape[-2])
+        heads = to_heads(query, key, value, None, scores, scores)
+        if isinstance(heads, Rejected):
+            return heads
+        query, key, value, restore = heads.query, heads.key, heads.value, heads.restore
+    rejected = _check_call(call)
+    for operand in (query, key, value):
+        writer = prover.mutations.reshaped(operand.node) if isinstance(operand.node, fx.Node) else None
+        if writer is not None:
+            return Rejected("%s may be given another shape in place by %s", operand.node, writer)
+    if rejected is None:  # not `or`: a rejection is false
+        rejected = check_tensors(query.value, key.value, value.value, node)
+    if rejected is None and not restore:
+        rejected = _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
+    if rejected is not None:
+        return rejected
+    mask = _mask(call, query.value.shape[-2], key.value.shape[-2], prover)
+    if isinstance(mask, Rejected):
+        return mask
+    once = [repeat_kv.unwrapped(operand, node, prover) for operand in (key, value)]
+    if known(once[0].value.shape[1] == once[1].value.shape[1]):
+        key, value = once
+    return AttentionSite(
+        name=module_path(node),
+        node=node,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=call["scale"],
+        restore=restore,
+    )
+
+
+def _check_call(call: dict[str, Any]) -> Rejected | None:
+    if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
+        return Rejected(
+            "scaled_dot_product_attention is replaced, as context parallelism does; it keeps its own attention"
+        )
+    dropout = call["dropout_p"]
+    if not isinstance(dropout, int | float) or dropout != 0:
+        return Rejected("dropout_p is %s, expected 0: call model.eval()", dropout)
+    if not isinstance(call["is_causal"], bool):
+        return Rejected("is_causal is %s, which is not known at compile time", call["is_causal"])
+    scale = value_of(call["scale"])
+    if scale is not None and not isinstance(scale, int | float | torch.SymFloat):
+        return Rejected("scale is %s, expected a number", call["scale"])
+    return None
+
+
+def _check_groups(query: torch.Tensor, key: torch.Tensor, *, enable_gqa: object) -> Rejected | None:
+    heads, key_heads = query.shape[1], key.shape[1]
+    if key_heads not in (1, heads) and enable_gqa is not True:
+        return Rejected("%s key heads serve %s query heads without enable_gqa", key_heads, heads)
+    return None
+
+
+def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProver) -> MaskProof | Rejected:
+    mask = call["attn_mask"]
+    if mask is None:
+        return prover.top_left_causal(query_len, key_len) if call["is_causal"] else MaskProof()
+    if call["is_causal"]:
+        return Rejected("both attn_mask and is_causal are set")
+    if not isinstance(mask, fx.Node):
+        return Rejected("attn_mask is not a node of the graph")
+    proof = prover.prove(mask, query_len, key_len)
+    dtype, expected = value_of(mask).dtype, value_of(call["query"]).dtype
+    if not isinstance(proof, Rejected) and proof.blind == "mean" and dtype != expected:
+        return Rejected("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
+    return proof

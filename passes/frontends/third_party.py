@@ -1,0 +1,46 @@
+"""Attention kernels of other packages: found by name and left as they are, with a reason.
+
+Their masks are options of the kernel and their layouts differ from package to package; every model that calls them can
+be told to call SDPA instead, which the `sdpa` frontend rewrites.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import OpOverload, OpOverloadPacket
+from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import Rejected
+
+_NAME = re.compile(
+    r"flash_?attn|flash_?attention|memory_efficient_attention|xformers|sage_?attn|sageattention|paged_attention|"
+    r"unified_attention|native_multi_head_attention"
+)
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node calls an attention kernel of a package other than torch."""
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return bool(_NAME.search(str(target).lower()))
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
+    return bool(_NAME.search(f"{module}.{name}".lower())) and bool(re.search("attn|attention", name.lower()))
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """Nothing is known about the arguments of a foreign kernel."""
+    return {}
+
+
+def match(node: fx.Node, prover: MaskProver) -> Rejected:
+    """Always a rejection."""
+    return Rejected(
+        "%s is an attention kernel of its own, left as it is; choose scaled_dot_product_attention (in transformers "
+        'attn_implementation="sdpa")',
+        node.target,
+    )

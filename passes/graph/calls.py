@@ -1,0 +1,351 @@
+"""Which function a node calls, and what that call may write to.
+
+A name proves nothing: a user's operator may be called ``softmax``, and ``relu(x, inplace=True)`` writes. So a function
+is known only if it *is* torch's or Python's own, the same object, and what it writes is read off its operator's schema.
+Anything that is not known here may write to every tensor that it can reach through its arguments.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import math
+import operator
+import types
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from s2o_compile.kernels.support.torch_compat import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    data_of,
+    flex_attention_operator,
+    free_unbacked_symbols,
+    nn_functions,
+    tensor_methods,
+    tree_leaves,
+    vmap_functions,
+)
+from s2o_compile.passes.graph.nodes import value_of
+
+_C_FUNCTION = types.BuiltinFunctionType
+_SYNONYMS = {
+    "less_equal": "le",
+    "less": "lt",
+    "greater_equal": "ge",
+    "greater": "gt",
+    "not_equal": "ne",
+    "bitwise_and": "and",
+    "iand": "and",
+    "ior": "or",
+    "iadd": "add",
+    "imul": "mul",
+    "absolute": "abs",
+    "logical_and": "and",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "bitwise_not": "invert",
+    "logical_not": "invert",
+    "not": "invert",
+    "inv": "invert",
+    "subtract": "sub",
+    "multiply": "mul",
+    "negative": "neg",
+}
+
+# Python's functions that write: into their first argument, every one of them.
+_PYTHON_WRITES = frozenset(
+    {
+        *("iadd", "isub", "imul", "iand", "ior", "ixor", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("ilshift", "irshift", "imatmul", "iconcat", "setitem", "delitem"),
+    }
+)
+# Of the other ones, those that call something else, which may write.
+_CALLERS = frozenset({"call", "attrgetter", "itemgetter", "methodcaller"})
+_OPERATORS = frozenset(name.strip("_") for name in operator.__all__) - _CALLERS
+_BUILTINS = (
+    "getattr",
+    "len",
+    "max",
+    "min",
+    "abs",
+    "int",
+    "float",
+    "bool",
+    "round",
+    "sum",
+    "pow",
+    "divmod",
+    "tuple",
+    "list",
+)
+
+# Methods without an operator of their name that ask a tensor what it is, cast it, or copy it.
+_PLAIN_METHODS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size"),
+    *("get_device", "type", "new_tensor", "tolist", "as_subclass"),
+    *("bool", "byte", "char", "short", "int", "long", "half", "float", "double", "bfloat16", "cfloat", "cdouble"),
+    *("__bool__", "__int__", "__float__", "__index__", "__len__", "__contains__"),
+    *("split", "unflatten", "norm", "unique", "unique_consecutive", "stft", "istft"),
+)
+_SWITCHES = ("inplace", "max_norm", "out")
+"""Parameters of torch's Python functions that make them write: embedding renormalises its table under ``max_norm``."""
+_EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
+_STATISTICS = ("batch_norm", "instance_norm")
+"""Python functions that write statistics, by the mode that they are called in."""
+_CALLING = ("triplet_margin_with_distance_loss",)
+"""Python functions that call one of the user's."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A function of torch's or Python's own.
+
+    Attributes:
+        name: As torch or Python calls it, operators without their namespace.
+        schemas: Of the overloads of its operator; empty if it has none.
+        signature: Of a Python function with switches, else None.
+        writes_first: Whether it writes to its first argument, where no schema says so.
+        writes_any: Whether it may write to each of its arguments.
+    """
+
+    name: str
+    schemas: tuple[torch.FunctionSchema, ...] = ()
+    signature: inspect.Signature | None = None
+    writes_first: bool = False
+    writes_any: bool = False
+
+
+def function_name(node: fx.Node) -> str:
+    """What a node calls, in one spelling (``le`` for ``operator.le``, ``torch.less_equal``, ``Tensor.__le__``, ...).
+
+    Empty for anything but a call of Python's or torch's own functions, and for those that give a tensor another shape
+    in place: its node has that shape from the start. Other in-place variants lose their underscore too: ask `Mutations`
+    first.
+    """
+    known = _known(node)
+    if known is None or _reshapes(known):
+        return ""
+    name = known.name.strip("_")
+    return _SYNONYMS.get(name, name)
+
+
+def written_nodes(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes whose tensors a node writes to, or may write to if it is not known what it does."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return []
+    target = node.target
+    if isinstance(target, OpOverload):  # in any namespace: the schema is its author's word
+        return _by_schema(node, target._schema)
+    if target is flex_attention_operator:
+        return []  # Dynamo refuses functions that write to what they capture
+    known = _known(node)
+    if known is None and isinstance(target, OpOverloadPacket):
+        known = _Known("", _schemas(target))
+    if known is None or known.writes_any:
+        return node.all_input_nodes
+    if known.writes_first:
+        return _nodes(node.args[:1])
+    if known.signature is not None:
+        return node.all_input_nodes if _is_switched(node, known.signature) else []
+    return _by_schemas(node, known.schemas)
+
+
+def may_reshape(node: fx.Node) -> bool:
+    """Whether a node that writes to a tensor may give it another shape, other strides or another storage."""
+    if isinstance(node.target, OpOverload):
+        return torch.Tag.inplace_view in node.target.tags
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return False  # Dynamo lets none of them
+    known = _known(node)
+    return known is None or _reshapes(known)
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether a node's value may lie where its arguments lie, although its fake value does not say so.
+
+    Dropout that is off gives its argument back, and nobody knows what an unknown function gives.
+    """
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        module = node.graph.owning_module.get_submodule(str(node.target))
+        return "Dropout" in type(module).__name__ or not type(module).__module__.startswith("torch.nn.")
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, OpOverload | OpOverloadPacket | HigherOrderOperator):
+        return "dropout" in str(node.target)
+    known = _known(node)
+    return known is None or "dropout" in known.name
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node can go if nobody reads its value: it writes nothing and does nothing else besides.
+
+    Random numbers count as an effect, and so do checks and what depends on data in its size.
+    """
+    if node.op == "get_attr":
+        return True
+    known = _known(node)
+    if known is None or written_nodes(node) or known.name.strip("_").startswith(_EFFECTS):
+        return False
+    tags = {tag for schema in known.schemas for tag in _tags(schema.name, schema.overload_name)}
+    if torch.Tag.nondeterministic_seeded in tags or (known.signature is not None and _draws(known.name)):
+        return False
+    return not any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value_of(node)) if _is_sized(leaf))
+
+
+def _reshapes(known: _Known) -> bool:
+    return any(torch.Tag.inplace_view in _tags(schema.name, schema.overload_name) for schema in known.schemas)
+
+
+def _known(node: fx.Node) -> _Known | None:
+    if node.op == "call_method":
+        value, name = value_of(node.args[0]) if node.args else None, str(node.target)
+        # A subclass may have a method of its own by that name.
+        own = getattr(type(value), name, None) is getattr(torch.Tensor, name, None)
+        return _method(name) if isinstance(value, torch.Tensor) and own else None
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if isinstance(target, OpOverload):
+        packet = target.overloadpacket
+        return _Known(packet.__name__, (target._schema,)) if target.namespace == "aten" else None
+    if isinstance(target, OpOverloadPacket):
+        name = target.__name__
+        return _Known(name, _schemas(target)) if getattr(torch.ops.aten, name, None) is target else None
+    return _function(target)
+
+
+def _function(target: object) -> _Known | None:
+    return _functions().get(target) if isinstance(target, Hashable) else None
+
+
+@cache
+def _functions() -> dict[object, _Known]:
+    """Everything that is known, by the object that is called."""
+    found: dict[object, _Known] = {}
+    for name in operator.__all__:
+        function = getattr(operator, name)
+        if isinstance(function, _C_FUNCTION) and name not in _CALLERS:
+            found[function] = _Known(name, writes_first=name in _PYTHON_WRITES)
+    found |= {getattr(builtins, name): _Known(name) for name in _BUILTINS}
+    found |= {f: _Known(f.__name__) for f in vars(math).values() if isinstance(f, _C_FUNCTION)}
+    for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float", "sym_ite", "sym_sqrt", "sym_sum"):
+        found |= {getattr(torch, name): _Known(name)} if hasattr(torch, name) else {}
+    for module in (torch, F, nn_functions, torch.special, torch.linalg, torch.fft):
+        for name in dir(module):
+            function = getattr(module, name, None)
+            if isinstance(function, _C_FUNCTION) and (schemas := _operator(function.__name__)):
+                found[function] = _Known(function.__name__, schemas)
+    for module, names in ((F, dir(F)), (torch.functional, torch.functional.__all__)):
+        for name in names:
+            function = getattr(module, name)
+            if not isinstance(function, types.FunctionType) or function.__name__ != name:
+                continue
+            # max_pool1d and its kin are made by boolean_dispatch: one of two functions, by return_indices.
+            dispatched = function.__module__ == F.__name__ and function.__globals__ is F.boolean_dispatch.__globals__
+            own = function.__globals__ is vars(module) or dispatched
+            if own and not name.startswith("__") and not name.endswith("_") and name not in _CALLING:
+                signature = inspect.signature(function)
+                found[function] = _Known(name, signature=signature, writes_any=name in _STATISTICS)
+    for name in dir(torch.Tensor):
+        known = _method(name)
+        if known is not None:
+            found[getattr(torch.Tensor, name)] = known
+    found |= {function: _Known(function.__name__) for function in vmap_functions}
+    return found | ({} if data_of is None else {data_of: _Known("data")})
+
+
+def _method(name: str) -> _Known | None:
+    """What a method of plain tensors does."""
+    function = getattr(torch.Tensor, name, None)
+    return _method_by_object(name, function) if callable(function) else None
+
+
+@cache
+def _method_by_object(name: str, function: object) -> _Known | None:
+    c_implemented = isinstance(function, types.MethodDescriptorType | types.WrapperDescriptorType)
+    if not c_implemented and getattr(function, "__globals__", None) is not vars(tensor_methods):
+        return None  # put there by somebody else
+    plain = name.strip("_")
+    if name in _PLAIN_METHODS:
+        return _Known(name)
+    if name.startswith("__") and name.endswith("__"):
+        arithmetic = plain in _OPERATORS or (plain.startswith("r") and plain[1:] in _OPERATORS)
+        return _Known(name, writes_first=plain in _PYTHON_WRITES) if arithmetic else None
+    return _Known(name, schemas) if c_implemented and (schemas := _operator(name)) else None
+
+
+def _operator(name: str) -> tuple[torch.FunctionSchema, ...]:
+    """The schemas of torch's operator of a name, empty if there is none."""
+    packet = None if name.startswith("__") else getattr(torch.ops.aten, name, None)
+    return () if packet is None else _schemas(packet)
+
+
+@cache
+def _schemas(packet: Any) -> tuple[torch.FunctionSchema, ...]:  # noqa: ANN401 (an OpOverloadPacket)
+    return tuple(getattr(packet, name)._schema for name in packet.overloads())
+
+
+@cache
+def _tags(name: str, overload: str) -> tuple[torch.Tag, ...]:
+    namespace, _, name = name.partition("::")
+    return tuple(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default").tags)
+
+
+def _by_schema(node: fx.Node, schema: torch.FunctionSchema) -> list[fx.Node]:
+    """What one overload writes; keywords have the names of its schema."""
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    written = [argument.name for argument in schema.arguments if _writes(argument)]
+    return _nodes([given[name] for name in written if name in given])
+
+
+def _by_schemas(node: fx.Node, schemas: tuple[torch.FunctionSchema, ...]) -> list[fx.Node]:
+    """What a function may write whose overload its arguments choose; its keywords may differ from the schema's."""
+    keywords, places = {"out"}, set()
+    for schema in schemas:
+        writes = [(at, argument) for at, argument in enumerate(schema.arguments) if _writes(argument)]
+        keywords |= {argument.name for _, argument in writes if argument.kwarg_only}
+        places |= {at for at, argument in writes if not argument.kwarg_only}
+    written = _nodes([value for name, value in node.kwargs.items() if name in keywords])
+    if not places:
+        return written
+    # A keyword may go by another name than its schema's (input, self): then any argument is meant.
+    return _nodes([node.args[at] for at in places]) + written if max(places) < len(node.args) else node.all_input_nodes
+
+
+def _writes(argument: Any) -> bool:  # noqa: ANN401 (an argument of a schema)
+    """Whether a schema's argument is written to. Running statistics are, whatever old schemas say of them."""
+    written = argument.alias_info is not None and argument.alias_info.is_write
+    return written or argument.name.startswith("running_")
+
+
+def _is_switched(node: fx.Node, signature: inspect.Signature) -> bool:
+    """Whether a Python function of torch's is called so that it writes, or in a way that is not understood."""
+    try:
+        given = signature.bind(*node.args, **node.kwargs).arguments
+    except TypeError:
+        return True
+    switches = [given.get(name) for name in _SWITCHES]
+    return not all(value is None or value is False for value in switches)  # max_norm=0 is on
+
+
+def _draws(name: str) -> bool:
+    """Whether a Python function of torch's draws random numbers."""
+    return any(part in name for part in ("dropout", "gumbel", "rrelu", "fractional", "attention"))
+
+
+def _is_sized(value: object) -> bool:
+    return isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _nodes(values: Any) -> list[fx.Node]:  # noqa: ANN401 (any nest of arguments)
+    found: list[fx.Node] = []
+    fx.map_arg(values, found.append)
+    return found

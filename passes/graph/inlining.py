@@ -1,0 +1,53 @@
+"""Code traced into a graph, ahead of a node whose arguments it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import FakeTensor, make_fx, tree_flatten, tree_unflatten
+from s2o_compile.passes.graph.nodes import value_of
+
+_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
+
+
+def inline(node: fx.Node, function: Callable[..., Any]) -> tuple[list[fx.Node], Any]:
+    """Trace ``function`` on the arguments of a node, ahead of it.
+
+    Args:
+        node: Its arguments hold fake tensors.
+        function: Called with them; may raise, and then nothing is inserted.
+
+    Returns:
+        The inserted nodes, and what the function returned, nodes in the place of tensors.
+    """
+    leaves, spec = tree_flatten((node.args, node.kwargs))
+    inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
+    values = [value_of(leaf) for leaf in inputs]
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+    def call(*given: object) -> object:
+        found = dict(zip(inputs, given, strict=True))
+        args, kwargs = tree_unflatten([found.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
+        return function(*args, **kwargs)
+
+    with fake_mode, torch.no_grad():
+        body = make_fx(call, pre_dispatch=True)(*values)
+    placed: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    nodes = []
+    outputs: Any = None
+    key = "example_value" if "example_value" in node.meta else "val"
+    with node.graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                outputs = fx.map_arg(inner.args[0], placed.__getitem__)
+            elif inner.op != "placeholder":
+                copy = node.graph.node_copy(inner, placed.__getitem__)
+                copy.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
+                copy.meta[key] = inner.meta.get("val")
+                placed[inner] = copy
+                nodes.append(copy)
+    return nodes, tuple(outputs) if isinstance(outputs, list | tuple) else outputs

@@ -1,0 +1,167 @@
+"""Which tensors of a graph are changed in place, and what they hold where they are read.
+
+A node says what its tensor is only while nobody writes into it afterwards. One kind of writing can still be read like
+a function: a tensor made in the graph, written as a whole (``mask &= other``, ``mask.masked_fill_(...)``), and seen by
+nobody before the last of its writes. Every read then sees the same value: the last write's, applied to what the write
+before left, and so on down to the node that made the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import storages, tree_leaves
+from s2o_compile.passes.graph.calls import function_name, may_alias, may_reshape, written_nodes
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.site import Rejected
+
+_ANYWHERE = -1
+"""The storage of tensors that do not say where they lie: who writes there may write to any tensor."""
+
+# Writes that have a functional twin: the result has the shape of the first argument and depends on nothing else.
+_READABLE = frozenset({"and", "or", "mul", "add", "masked_fill", "fill", "zero", "triu", "tril", "setitem"})
+
+
+class Mutations:
+    """The in-place writes of a graph.
+
+    Views share their base's storage in the fake values too, so a write through any view counts for all of them.
+
+    Args:
+        graph: The captured graph.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position = {node: index for index, node in enumerate(graph.nodes)}
+        self._writers: dict[int, list[fx.Node]] = {}
+        self._members: dict[int, list[fx.Node]] = {}  # nodes whose value lies in a storage, in graph order
+        self._written: dict[fx.Node, frozenset[int]] = {}
+        self._chains: dict[int, tuple[fx.Node, ...] | None] = {}
+        self._state: dict[int, int] = {}  # how many writes have happened, where not all of them
+        self._shared: dict[int, int] = {}  # of storages that may be one, another one
+        for node in graph.nodes:
+            if may_alias(node):
+                self._share({storage for each in (node, *node.all_input_nodes) for storage in _storages(each)})
+        for node in graph.nodes:
+            for storage in self._places(node):
+                self._members.setdefault(storage, []).append(node)
+            # `n += 1` on an integer writes nothing
+            written = frozenset(storage for target in written_nodes(node) for storage in self._places(target))
+            if written:
+                self._written[node] = written
+            for storage in written:
+                self._writers.setdefault(storage, []).append(node)
+
+    def writers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The nodes that write to the tensors of ``node``, or to what it writes, anywhere in the graph, in order."""
+        found = {writer for storage in self._touched(node) for writer in self._writers.get(storage, ())}
+        return tuple(sorted(found, key=self.position))
+
+    def writer(self, node: fx.Node) -> fx.Node | None:
+        """The first of them, or None."""
+        return next(iter(self.writers(node)), None)
+
+    def changed(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
+        """Whether the tensor of ``node`` is written to between two nodes."""
+        start, stop = self._position[after], self._position[before]
+        return any(start < self._position[writer] < stop for writer in self.writers(node))
+
+    def reshaped(self, node: fx.Node) -> fx.Node | None:
+        """A node that may give the tensor of ``node`` another shape in place, or None: its fake value has the last."""
+        return next((writer for writer in self.writers(node) if may_reshape(writer)), None)
+
+    def position(self, node: fx.Node) -> int:
+        """Where a node stands in the graph."""
+        return self._position[node]
+
+    def last_write(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
+        """The last node that writes to the tensor of ``node`` between it and another node, or None."""
+        start, stop = self._position[node], self._position[before]
+        return next((w for w in reversed(self.writers(node)) if start < self._position[w] < stop), None)
+
+    def settled(self, node: fx.Node) -> fx.Node | Rejected:
+        """The node that, read as a function, says what the tensor of ``node`` holds: its last write, or itself.
+
+        Inside `before` that is the state before the write.
+        """
+        written = [storage for storage in self._touched(node) if storage in self._writers]
+        if not written:
+            return node
+        chain = self._chain(written[0]) if len(written) == 1 else None
+        if chain is None:
+            return Rejected("%s is changed in place by %s", node, self._writers[written[0]][0])
+        # Anything else in the storage is a view made after the last write, and says what it is.
+        return chain[self._state.get(written[0], len(chain) - 1)] if node in chain else node
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Inside, the tensor that ``node`` writes holds what it held before; nothing for nodes that write nothing."""
+        written = self._written.get(node, frozenset())
+        storage = next(iter(written)) if len(written) == 1 else None
+        chain = None if storage is None else self._chain(storage)
+        if storage is None or chain is None:
+            yield
+            return
+        outer = self._state.get(storage)
+        self._state[storage] = chain.index(node) - 1
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._state[storage]
+            else:
+                self._state[storage] = outer
+
+    def _touched(self, node: fx.Node) -> frozenset[int]:
+        """Where the tensors of a node lie, and what it writes to."""
+        touched = self._places(node) | self._written.get(node, frozenset())
+        return touched | {_ANYWHERE} if touched and _ANYWHERE in self._writers else touched
+
+    def _places(self, node: fx.Node) -> frozenset[int]:
+        """The storages of a node's tensors, one for all that may be the same."""
+        return frozenset(map(self._root, _storages(node)))
+
+    def _root(self, storage: int) -> int:
+        while storage in self._shared:
+            storage = self._shared[storage]
+        return storage
+
+    def _share(self, storages: set[int]) -> None:
+        first, *others = sorted({self._root(storage) for storage in storages} or {_ANYWHERE})  # _ANYWHERE stays a root
+        self._shared |= dict.fromkeys(others, first)
+
+    def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
+        """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""
+        if storage not in self._chains:
+            members = self._members[storage]
+            chain = (members[0], *self._writers[storage])
+            readable = storage != _ANYWHERE and self._is_readable(chain, members)
+            self._chains[storage] = chain if readable else None
+        return self._chains[storage]
+
+    def _is_readable(self, chain: Sequence[fx.Node], members: Sequence[fx.Node]) -> bool:
+        base, last = chain[0], self._position[chain[-1]]
+        if base.op not in ("call_function", "call_method") or len(set(chain)) < len(chain):
+            return False
+        for at, writer in enumerate(chain[1:], 1):
+            # The whole tensor, by its maker's name or by that of an earlier write; and by no other argument.
+            if function_name(writer) not in _READABLE or not writer.args or writer.args[0] not in chain[:at]:
+                return False
+            others: list[fx.Node] = []
+            fx.map_arg((writer.args[1:], writer.kwargs), others.append)
+            if any(other in members for other in others):
+                return False
+        if any(self._position[node] < last and node not in chain for node in members):
+            return False  # a view or a copy by reference, through which an earlier state can be seen
+        readers = {user for node in chain for user in node.users}
+        return all(user in chain or self._position[user] > last for user in readers)
+
+
+def _storages(node: fx.Node) -> frozenset[int]:
+    """Where the tensors of a node's value lie, also those in a tuple or a list of them."""
+    found = (storages(value) for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor))
+    return frozenset(_ANYWHERE if storage is None else storage for each in found for storage in each)

@@ -1,0 +1,100 @@
+"""Reading a captured graph: the values of its nodes, their sizes and their arguments.
+
+Which function a node calls, and what it writes, is a question of its own (`calls`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import (
+    ValueRanges,
+    bound_sympy,
+    free_unbacked_symbols,
+    statically_known_true,
+)
+
+Size = int | torch.SymInt
+
+LARGEST = 2**30
+"""Of lengths and other integers that enter a graph as symbols: lists of keys and positions in many masks are int32."""
+
+
+def value_of(node: object) -> Any:  # noqa: ANN401 (a tensor, a number, a tuple of them)
+    """The fake value of a node (Dynamo's ``example_value`` or export's ``val``); anything else is its own value."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every length the graph accepts; adds no guard."""
+    return statically_known_true(condition)
+
+
+def same_sizes(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Whether two shapes are equal for every length the graph accepts; ``==`` of shapes would add a guard."""
+    return len(left) == len(right) and all(known(a == b) for a, b in zip(left, right, strict=True))
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is an integer fixed when the graph is entered: an int, or a SymInt over input sizes."""
+    if isinstance(value, torch.SymInt):
+        return not free_unbacked_symbols(value)
+    return isinstance(value, int)
+
+
+def bounds(size: Size) -> tuple[float, float]:
+    """The least and the greatest value of a size, infinite where nothing is known.
+
+    No symbol is taken to leave the range from -`LARGEST` to `LARGEST`.
+    """
+    if not isinstance(size, torch.SymInt):
+        return size, size
+    if ValueRanges is None or bound_sympy is None:
+        return -math.inf, math.inf
+    expr, extents = size.node.expr, size.node.shape_env.bound_sympy
+    ranges = {}
+    for symbol in expr.free_symbols:
+        given = extents(symbol)
+        ranges[symbol] = ValueRanges(sympy.Max(given.lower, -LARGEST), sympy.Min(given.upper, LARGEST))
+    found = bound_sympy(expr, ranges)
+    least, greatest = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+    return -math.inf if least is None else least, math.inf if greatest is None else greatest
+
+
+def simplified(size: Size) -> Size:
+    """A size as a plain int where it does not depend on the inputs."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
+
+
+def arguments(node: fx.Node, *names: str) -> tuple[Any, ...]:
+    """The arguments of a call for the parameters of these names, however they are passed; None for one not given.
+
+    Alternative names are joined by a bar: ``other|mat2``. The tensor of a method is its first argument.
+    """
+    positional = node.args[: len(names)]
+    keyword = (
+        next((node.kwargs[part] for part in name.split("|") if part in node.kwargs), None)
+        for name in names[len(positional) :]
+    )
+    return (*positional, *keyword)
+
+
+def choice(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """Condition, chosen and otherwise of a ``where``; None if it is spelt in a way that is not read."""
+    method = node.op == "call_method"
+    first, second, third = arguments(
+        node, *(("input", "condition") if method else ("condition", "input|self")), "other"
+    )
+    if second is None or third is None or "out" in node.kwargs:
+        return None
+    return (second, first, third) if method else (first, second, third)

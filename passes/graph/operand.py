@@ -1,0 +1,59 @@
+"""An operand of an attention: a tensor of the graph seen through view functions that are applied when it is rewritten.
+
+A frontend must not change the graph before every proof is made, but bmm's operands are [B * H, N, D] and einsum's may
+be [B, N, H, D]. So a frontend describes the steps to [B, H, N, D], and the rewriter inserts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import FakeTensor
+from s2o_compile.passes.graph.nodes import value_of
+
+Step = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A node and the steps that follow it.
+
+    Attributes:
+        node: A tensor of the graph.
+        steps: ``(function, further arguments)``, applied one after the other; arguments may be nodes.
+    """
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+
+    def then(self, function: Callable[..., Any], *args: object) -> Operand:
+        """This operand with one more step."""
+        return Operand(self.node, (*self.steps, (function, args)))
+
+    @property
+    def value(self) -> Any:  # noqa: ANN401 (a fake tensor, or what the node holds)
+        """The fake value after all steps; None if the graph has none."""
+        value = value_of(self.node)
+        for function, args in self.steps:
+            value = computed(value, function, (value, *args))
+        return value
+
+
+def computed(
+    like: object, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:  # noqa: ANN401 (whatever the function returns)
+    """The fake value of a call, in the fake mode of a captured value; None if that is no fake tensor."""
+    # Not torch._guards.detect_fake_mode: Dynamo gives its backends a fresh mode, which refuses the captured values.
+    if not isinstance(like, FakeTensor):
+        return None
+    environment = like.fake_mode.shape_env
+    unguarded = nullcontext() if environment is None else environment.suppress_guards()
+    # What the checks inside ask of sizes, such as whether a slice ends within a buffer, must not become a guard.
+    with like.fake_mode, torch.no_grad(), unguarded:
+        return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs or {}, value_of))

@@ -1,0 +1,76 @@
+"""Writing a symbolic size back into a graph as nodes that compute it."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+
+from s2o_compile.kernels.support.torch_compat import sympy_max, sympy_min
+from s2o_compile.passes.graph.nodes import Size, simplified, value_of
+from s2o_compile.passes.site import Rejected
+
+_FUNCTIONS = (
+    (sympy.Add, operator.add),
+    (sympy.Mul, operator.mul),
+    ((sympy_max, sympy.Max), torch.sym_max),
+    ((sympy_min, sympy.Min), torch.sym_min),
+)
+
+
+def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int | Rejected:
+    """A size as an int, a node of the graph that already holds it, or new nodes inserted ahead of ``before``."""
+    size = simplified(size)
+    if isinstance(size, int):
+        return size
+    holders: dict[sympy.Expr, fx.Node] = {}
+    for node in graph.nodes:
+        if node is before:
+            break
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            holders.setdefault(value.node.expr, node)
+    with graph.inserting_before(before):
+        return _emit(size.node.expr, size, holders, graph, before)
+
+
+def _emit(
+    expr: sympy.Expr, size: torch.SymInt, holders: dict[sympy.Expr, fx.Node], graph: fx.Graph, before: fx.Node
+) -> fx.Node | int | Rejected:
+    if expr in holders:
+        return holders[expr]
+    if expr.is_Integer:
+        return int(expr)
+    function = next((function for kind, function in _FUNCTIONS if isinstance(expr, kind)), None)
+    if function is None:
+        return _shape_lookup(expr, graph, before) or Rejected("%s cannot be computed from sizes in the graph", size)
+    operands = []
+    for argument in expr.args:
+        operand = _emit(cast(sympy.Expr, argument), size, holders, graph, before)
+        if isinstance(operand, Rejected):
+            return operand
+        operands.append(operand)
+    return reduce(lambda left, right: _call(graph, function, left, right), operands)
+
+
+def _shape_lookup(expr: sympy.Expr, graph: fx.Graph, before: fx.Node) -> fx.Node | None:
+    """Reads a size off an input tensor: exported graphs have no size inputs."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.Tensor):
+            for dim, extent in enumerate(value.shape):
+                if isinstance(extent, torch.SymInt) and extent.node.expr == expr:
+                    return _call(graph, torch.ops.aten.sym_size.int, node, dim)
+    return None
+
+
+def _call(graph: fx.Graph, function: object, left: fx.Node | int, right: fx.Node | int) -> fx.Node:
+    node = graph.call_function(function, (left, right))  # pyright: ignore[reportArgumentType]
+    first, second = value_of(left), value_of(right)
+    extent = isinstance(first, torch.Tensor)
+    node.meta["example_value"] = first.shape[second] if extent else function(first, second)  # pyright: ignore
+    return node

@@ -1,0 +1,140 @@
+"""What is proven of a mask, as the rewriter needs it and as the user reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.core.mask import describe
+from s2o_compile.passes.graph.nodes import Size, simplified
+from s2o_compile.passes.site import Rejected
+
+READ = "read at run time"
+"""The mask column of attentions whose mask is not proven."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeyMask:
+    """A bool tensor of the graph that says which keys may be attended.
+
+    Attributes:
+        node: The tensor.
+        batch_dim: Its dimension that runs along the batch, or None: the same keys for every batch entry.
+        key_dim: Its dimension that runs along the keys.
+        key_start: Position of key 0 in that dimension.
+        selected: For every other dimension the position read.
+        negated: Whether True means *not* to attend.
+    """
+
+    node: fx.Node
+    batch_dim: int | None
+    key_dim: int
+    key_start: Size
+    selected: tuple[tuple[int, int], ...]
+    negated: bool
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for masks that read the same values."""
+        return self.node, self.batch_dim, self.key_dim, str(self.key_start), self.selected, self.negated
+
+
+MERGED = -1
+"""The axis of a mask's dimension that is one of several which the scores have as one, or one that they have as several:
+the mask must not vary along it."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPart:
+    """One of several masks that must all let a key through.
+
+    Attributes:
+        node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
+        hidden: What scores are filled with where the condition holds.
+        negated: Whether the fill is where the condition does *not* hold.
+        axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
+            `MERGED`; None if the last ones are the last ones.
+        dtype: Of the masked scores; None if it is that of the query.
+    """
+
+    node: fx.Node
+    hidden: float | None = None
+    negated: bool = False
+    axes: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPromise:
+    """Tables of blocks that enter the graph, promised to list what a mask leaves visible.
+
+    Attributes:
+        mask: The bool mask, broadcastable to [B, Hq, Nq, Nk]; None if it hides nothing.
+        partial: How many key blocks, and which, hold a visible score.
+        full: The same for blocks that are visible as a whole, which ``partial`` leaves out; (None, None) for no such.
+        sizes: Queries and keys of a block, integers or nodes.
+    """
+
+    mask: fx.Node
+    partial: tuple[object, object]
+    full: tuple[object, object]
+    sizes: tuple[object, object]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskReading:
+    """Masks of which nothing is proven: the operator looks at their values whenever it runs.
+
+    Attributes:
+        parts: In the order in which the scores meet them.
+        blind: What a query gets that sees no key, where a single bool mask leaves that open.
+        why: Why nothing is proven.
+    """
+
+    parts: tuple[MaskPart, ...]
+    blind: str
+    why: Rejected
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskProof:
+    """The proven mask: key j is visible to query i iff every term given here holds.
+
+    Attributes:
+        causal: Whether ``j <= i + offset``.
+        offset: The causal offset; None for bottom-right alignment, Nk - Nq.
+        window: If given, also ``j > i + offset - window``; needs ``causal``.
+        chunk: If given, also ``j // chunk == (i + offset) // chunk``; needs ``causal``.
+        key_masks: Tensors that must all allow the key.
+        blind: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
+        ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
+        promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
+        blocks: Tables of blocks that the user promised to be those of this mask.
+        read: The masks that are read when they are there, if nothing is proven and nothing else given here.
+    """
+
+    causal: bool = False
+    offset: Size | None = None
+    window: Size | None = None
+    chunk: int | None = None
+    key_masks: tuple[KeyMask, ...] = ()
+    blind: str = "zeros"
+    ahead: Size = 0
+    promised: fx.Node | None = None
+    blocks: BlockPromise | None = None
+    read: MaskReading | None = None
+
+    def __str__(self) -> str:
+        if self.read is not None:
+            return READ
+        text = describe(
+            causal=self.causal,
+            offset=self.offset,
+            window=None if self.window is None else simplified(self.window),
+            attention_chunk=self.chunk,
+            padded=bool(self.key_masks),
+            ahead=self.ahead,
+        )
+        return text + (" (promised)" if self.promised is not None or self.blocks is not None else "")

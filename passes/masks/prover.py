@@ -1,0 +1,328 @@
+"""Proves what the mask of an attention is, for every length the graph accepts, or says why it cannot.
+
+A mask is proven when each of its terms is one of
+
+    j <= i + c                causal, with offset c
+    j >= i - c                sliding window; with c' > 0 above, a window around the query
+    j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
+    look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
+
+where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`, or left to the operator,
+which reads the mask whenever it runs (`MaskReading`): an attention that stays dense costs time, one rewritten under the
+wrong mask costs the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from s2o_compile.kernels.read_mask import ABSORBS
+from s2o_compile.passes.graph.mutations import Mutations
+from s2o_compile.passes.graph.nodes import Size, known, value_of
+from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks.additive import AdditiveEvaluator, hides
+from s2o_compile.passes.masks.classify import classify
+from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
+from s2o_compile.passes.masks.index_tensor import IndexTensor
+from s2o_compile.passes.masks.proof import MERGED, MaskPart, MaskProof, MaskReading
+from s2o_compile.passes.masks.readable import is_readable
+from s2o_compile.passes.masks.terms import Term, TermEvaluator, Terms
+from s2o_compile.passes.site import Rejected
+
+
+class MaskProver:
+    """Proves the masks of one graph; layers that share a mask node share its proof.
+
+    Args:
+        graph: The captured graph.
+        assume_causal: Whether the user promised that masks which enter the graph are causal.
+        assume_block_masks: Whether the user promised that block masks which enter the graph are their mask_mods'.
+        read: Whether the operator may read masks that are not proven.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False, read: bool = False
+    ) -> None:
+        self.mutations = Mutations(graph)
+        self._terms = TermEvaluator(self.mutations)
+        self._additive = AdditiveEvaluator(self._terms, self.mutations)
+        self.assume_block_masks = assume_block_masks
+        self._assume_causal = assume_causal
+        self._read = read
+        self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
+
+    @property
+    def indices(self) -> IndexEvaluator:
+        """The evaluator of index tensors."""
+        return self._terms.indices
+
+    def top_left_causal(self, query_len: Size, key_len: Size) -> MaskProof:
+        """The mask of SDPA's ``is_causal=True``: aligned to the top left, ``j <= i``."""
+        return MaskProof(causal=True, offset=None if known(query_len == key_len) else 0)
+
+    def prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
+        """Proves an ``attn_mask`` operand.
+
+        Args:
+            mask: bool node (True: may be attended) or float node (added to the scores), broadcastable to
+                [B, Hq, Nq, Nk].
+            query_len: Nq.
+            key_len: Nk.
+        """
+        memo = mask, str(query_len), str(key_len)
+        if memo not in self._proofs:
+            proof = self._prove(mask, query_len, key_len)
+            if isinstance(proof, Rejected) and self._assume_causal and self._is_input(mask, query_len, key_len):
+                proof = MaskProof(causal=True, promised=mask)
+            elif isinstance(proof, Rejected) and self._fits(mask, query_len, key_len):
+                proof = self._reading((MaskPart(mask),), "zeros", proof)
+            self._proofs[memo] = proof
+        return self._proofs[memo]
+
+    def prove_parts(
+        self,
+        parts: Sequence[MaskPart],
+        shape: Sequence[Size],
+        dtype: torch.dtype,
+        *,
+        factor: float = 1.0,
+        floored: bool = False,
+        zeroed: bool = False,
+    ) -> MaskProof | Rejected:
+        """Proves the conjunction of the masks that hand-written attention applies to its scores.
+
+        Args:
+            parts: The masks; none is a proof, too.
+            shape: Of the scores, [B, Hq, Nq, Nk].
+            dtype: Of the scores.
+            factor: A positive number that multiplies masked scores.
+            floored: Whether masked scores are raised to the dtype's lowest number, so that all hidden ones are it.
+            zeroed: Whether the probabilities of hidden keys are set to zero behind the softmax.
+        """
+        query_len, key_len = shape[-2:]
+        for part in parts:
+            if value_of(part.node).dtype is torch.bool and part.hidden is None:
+                return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
+        if floored and factor != 1:
+            return Rejected("masked scores are clamped and multiplied by %s", factor)
+        if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
+            proof = self.prove(parts[0].node, query_len, key_len)
+            read = None if isinstance(proof, Rejected) else proof.read
+            if read is None or self._adds_alike(parts[0], dtype):
+                return proof
+            needed = "float32 for mask and query, or in the query's dtype no numbers but 0 and the lowest"
+            return Rejected("%s (it is not read at run time, which needs %s)", read.why, needed)
+        proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
+        if isinstance(proof, Rejected) and factor == 1 and not floored:
+            blind = _blind_if_read(parts, dtype, zeroed=zeroed)
+            if blind is not None and all(
+                self._fits(part.node, query_len, key_len)
+                and self._adds_alike(part, dtype)
+                # Layers share what is made of the masks, so these must stay what they are.
+                and not isinstance(self.mutations.settled(part.node), Rejected)
+                for part in parts
+            ):
+                return self._reading(tuple(parts), blind, proof)
+        return proof
+
+    def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
+        """Whether a mask, whatever it holds, added to scores of a dtype makes what fused attention makes of both.
+
+        Fused attention adds in float32. In fewer bits a score beside -1e4 is rounded, which rows without any key show.
+        """
+        if part.hidden is not None:
+            return True
+        if value_of(part.node).dtype != dtype:
+            return False
+        if dtype is torch.float32:
+            return True
+        additive = self._additive.evaluate(part.node)
+        return not isinstance(additive, Rejected) and additive.blind is not None
+
+    def _conjunction(
+        self,
+        parts: Sequence[MaskPart],
+        shape: Sequence[Size],
+        dtype: torch.dtype,
+        factor: float,
+        *,
+        floored: bool,
+        zeroed: bool,
+    ) -> MaskProof | Rejected:
+        query_len, key_len = shape[-2:]
+        terms: list[Term] = []
+        blinds: list[str | None] = []
+        for part in parts:
+            found = self._part(part, dtype, factor, floored=floored)
+            if isinstance(found, Rejected):
+                return Rejected("the mask %s is not proven: %s", part.node, found)
+            own = value_of(part.node).shape
+            axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
+            if len(own) > len(axes) or not all(
+                known(size == 1) or (not _varies_along(found[0], dim) if axis == MERGED else _runs(size, axis, shape))
+                for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
+            ):
+                return Rejected("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
+            indices = tuple(
+                IndexTensor.constant(0, shape)
+                if axis is None or axis == MERGED or known(size == 1)
+                else IndexTensor.axis(shape, axis)
+                for size, axis in zip(own, axes, strict=True)
+            )
+            terms += [term.at(indices, shape) for term in found[0]]
+            blinds.append(found[1])
+        proof = classify(tuple(terms), shape, query_len, key_len)
+        if isinstance(proof, Rejected):
+            return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
+        if zeroed or all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
+            return proof
+        # Several numbers are no mean, unless the same floor lies under all of them.
+        if blinds in (["mean"], ["lowest"] * len(blinds)):
+            return dataclasses.replace(proof, blind="mean")
+        return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
+
+    def bias(self, node: fx.Node) -> Rejected | None:
+        """Why a tensor that is added to the scores is no mask, whatever its shape; None if it may be one."""
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            return None
+        additive = self._additive.evaluate(node)
+        return additive if isinstance(additive, Rejected) else None
+
+    def _part(
+        self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool
+    ) -> tuple[Terms, str | None] | Rejected:
+        """Terms of one mask, and what it makes of a row without any key."""
+        if part.hidden is None:
+            additive = self._additive.evaluate(part.node)
+            if isinstance(additive, Rejected):
+                return additive
+            terms, hidden, blind = additive.terms, additive.hidden, additive.blind
+            dtype = part.dtype or additive.dtype
+        else:
+            dtype = part.dtype or dtype
+            terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
+            # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
+            blind = "zeros" if math.isinf(part.hidden) else "mean"
+        for number in hidden:
+            least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
+            if not hides(least, dtype):
+                return Rejected("it hides scores by %s, expected -inf or torch.finfo(%s).min", least, dtype)
+        if isinstance(terms, Rejected):
+            return terms
+        if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
+            blind = "lowest"
+        return terms, None if blind == "mean" and factor > 1 else blind  # it may overflow, then the mean is NaN
+
+    def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
+        value = value_of(mask)
+        if not isinstance(value, torch.Tensor) or not 1 <= value.ndim <= 4:
+            return Rejected("the mask %s is not a tensor of rank 1 to 4", mask)
+        if not known(value.shape[-1] == key_len):
+            return Rejected("the mask %s has %s keys, but there are %s", mask, value.shape[-1], key_len)
+        if value.ndim > 1 and not known(value.shape[-2] == query_len) and not known(value.shape[-2] == 1):
+            return Rejected("the mask %s has %s queries, but there are %s", mask, value.shape[-2], query_len)
+        blind = "zeros"
+        if value.dtype is torch.bool:
+            terms = self._terms.terms(mask)
+        elif value.dtype.is_floating_point:
+            additive = self._additive.evaluate(mask)
+            terms, blind = (additive, None) if isinstance(additive, Rejected) else (additive.terms, additive.blind)
+        else:
+            return Rejected("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
+        if isinstance(terms, Rejected):
+            return Rejected("the mask %s is not proven: %s", mask, terms)
+        proof = classify(terms, value.shape, query_len, key_len)
+        if isinstance(proof, Rejected):
+            return Rejected("the mask %s is not proven: %s", mask, proof)
+        if blind == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
+            return proof
+        if blind is None:
+            return Rejected(
+                "the mask %s adds finite numbers (%s) to hidden scores, which rows without any key show; use a bool "
+                "mask, or -inf",
+                mask,
+                value.dtype,
+            )
+        return dataclasses.replace(proof, blind=blind)
+
+    def _fits(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
+        """Whether a mask broadcasts to [.., Nq, Nk] for every length."""
+        value = value_of(mask)
+        if not isinstance(value, torch.Tensor) or not 2 <= value.ndim <= 4:
+            return False
+        rows, columns = value.shape[-2:]
+        return known(columns == key_len) and (known(rows == query_len) or known(rows == 1))
+
+    def _reading(self, parts: tuple[MaskPart, ...], blind: str, why: Rejected) -> MaskProof | Rejected:
+        """Masks left to be read, if that may be done and promises anything; else why nothing is proven."""
+        if not self._read or not all(is_readable(part.node, self.indices) for part in parts):
+            return why
+        return MaskProof(read=MaskReading(parts, blind, why))
+
+    def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
+        """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
+        value = value_of(mask)
+        if not isinstance(value, torch.Tensor) or not 2 <= value.ndim <= 4:
+            return False
+        if not known(value.shape[-2] == query_len) or not known(value.shape[-1] == key_len):
+            return False
+        indices = tuple(IndexTensor.axis(value.shape, dim) for dim in range(value.ndim))
+        while mask.op != "placeholder":
+            source = views.source(mask, self.indices)
+            if not isinstance(source, views.Source) or self.mutations.writer(mask) is not None:
+                return False
+            indices = tuple(index.at(indices, value.shape) for index in source.indices)
+            mask = source.node
+        # A padding mask spread over the queries is no causal mask, whatever was promised.
+        along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
+        return all(along) and self.mutations.writer(mask) is None
+
+
+def _as_it_is(part: MaskPart) -> bool:
+    """Whether a mask is added to the scores as fused attention adds its own, in the dtype of both."""
+    return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
+
+
+def _blind_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
+    """What rows without any key get, if several masks, or fills, can be read as one mask; None if they cannot.
+
+    Fills replace scores and masks are added to them, which is one only where the number leaves nothing of a score.
+    """
+    absorbing = dtype in (torch.float32, torch.bfloat16)
+    exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)
+    fills = [part.hidden for part in parts if part.hidden is not None]
+    added = any(part.hidden is None for part in parts)
+    low = all(math.isinf(fill) or (fill <= ABSORBS and absorbing) for fill in fills)
+    if not exact or not low:
+        return None
+    if zeroed and (added or len(fills) > 1):
+        return None
+    return "mean" if fills and not zeroed and not added and not math.isinf(fills[0]) else "zeros"
+
+
+def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
+    return axis is not None and known(size == shape[axis])
+
+
+def _varies_along(terms: Terms, dim: int) -> bool:
+    """Whether a term reads other values at other positions of a dimension."""
+    indices = [index for term in terms for index in term.read]
+    return any(index.steps[dim] for index in indices)
+
+
+def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:
+    """Whether the first query's keys begin and the last one's have not ended, with no padding in between."""
+    if proof.key_masks:
+        return False
+    if not proof.causal:
+        return True
+    offset = key_len - query_len if proof.offset is None else proof.offset
+    if proof.chunk is not None and not known(query_len + offset <= key_len):
+        return False
+    return known(offset >= 0) and (proof.window is None or known(query_len + offset - proof.window < key_len))

@@ -1,0 +1,384 @@
+"""Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
+
+A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up
+in a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not
+understood is a look-up in itself with the reason remembered: whether that matters is for the prover to decide, from
+what the look-up varies along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from s2o_compile.passes.graph.calls import function_name
+from s2o_compile.passes.graph.mutations import Mutations
+from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
+from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks.bits import complement, is_bits
+from s2o_compile.passes.masks.index_arithmetic import (
+    INDEX_DTYPES,
+    IndexEvaluator,
+    is_floor_division,
+    promoted,
+    unknown_values,
+)
+from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
+from s2o_compile.passes.site import Rejected
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """True where ``index >= 0``."""
+
+    node: fx.Node
+    index: IndexTensor
+
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return (self.index,)
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Comparison:
+        """The term seen through a view."""
+        return Comparison(self.node, self.index.at(indices, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class SameChunk:
+    """True where ``left // size == right // size``."""
+
+    node: fx.Node
+    left: IndexTensor
+    right: IndexTensor
+    size: int
+
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return self.left, self.right
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> SameChunk:
+        """The term seen through a view."""
+        return SameChunk(self.node, self.left.at(indices, shape), self.right.at(indices, shape), self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class LookUp:
+    """True where ``node[indices]`` is (or, if ``negated``, is not).
+
+    Attributes:
+        node: A bool tensor of the graph.
+        indices: The position read in each of its dimensions.
+        negated: Whether the values are inverted.
+        why: Why the tensor was not taken apart further.
+    """
+
+    node: fx.Node
+    indices: tuple[IndexTensor, ...]
+    negated: bool
+    why: Rejected
+
+    @property
+    def read(self) -> tuple[IndexTensor, ...]:
+        """Everything the term depends on, as index tensors."""
+        return tuple(self.indices)
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> LookUp:
+        """The term seen through a view."""
+        return LookUp(self.node, tuple(index.at(indices, shape) for index in self.indices), self.negated, self.why)
+
+
+Term = Comparison | SameChunk | LookUp
+Terms = tuple[Term, ...]
+_SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
+
+
+class TermEvaluator:
+    """Evaluates bool nodes to conjunctions of terms, or `Rejected`; remembers what it has evaluated.
+
+    Args:
+        mutations: The in-place writes of the graph.
+    """
+
+    def __init__(self, mutations: Mutations) -> None:
+        self._mutations = mutations
+        self.indices = IndexEvaluator(mutations)
+        self._terms: dict[tuple[fx.Node, bool], Terms | Rejected] = {}
+
+    def terms(self, node: fx.Node, *, negated: bool = False) -> Terms | Rejected:
+        """The terms that make a tensor (or, if ``negated``, its inverse) true; numbers count as ``!= 0``."""
+        settled = self._mutations.settled(node)
+        if isinstance(settled, Rejected):
+            return settled
+        if (settled, negated) not in self._terms:
+            self._terms[settled, negated] = self._evaluate(settled, negated)
+        return self._terms[settled, negated]
+
+    def _evaluate(self, node: fx.Node, negated: bool) -> Terms | Rejected:
+        value = value_of(node.args[0] if function_name(node) == "setitem" else node)
+        if not isinstance(value, torch.Tensor):
+            return Rejected("%s is not a tensor", node)
+        if node.op in ("placeholder", "get_attr"):
+            return self._leaf(node, negated, unknown_values(node))
+        fill = self.indices.filled(node)
+        if fill is not None:
+            return () if bool(fill) != negated else Rejected("%s is False everywhere", node)
+        with self._mutations.before(node):
+            taken_apart = self._take_apart(node, value, negated)
+        return self._leaf(node, negated, taken_apart) if isinstance(taken_apart, Rejected) else taken_apart
+
+    def _leaf(self, node: fx.Node, negated: bool, why: Rejected) -> Terms | Rejected:
+        if self.indices.is_written(node):
+            return why  # read at the attention it would be a later state
+        shape = value_of(node).shape
+        if value_of(node).dtype is not torch.bool:
+            return why  # its consumer, which makes it bool, becomes the leaf
+        return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, why),)
+
+    def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+        name = function_name(node)
+        source = views.source(node, self.indices)
+        if source is not None:
+            return self._view(source, name, value, negated)
+        if name == "invert" and value.dtype is torch.bool:
+            return self._argument(node.args[0], value.shape, not negated)
+        complemented = complement(node, self.indices)
+        if complemented is not None and is_bits(complemented, self.indices):
+            return self._argument(complemented, value.shape, not negated)
+        if name in ("and", "or") or (name == "mul" and is_bits(node, self.indices)):
+            if value.dtype is not torch.bool and name != "mul":
+                return Rejected("%s works on the bits of integers", node)
+            if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
+                return _union(node, name)
+            return self._conjunction([(argument, negated) for argument in node.args[:2]], value.shape)
+        if name in COMPARISONS:
+            return self._comparison(node, name, value, negated)
+        if name in ("tril", "triu"):
+            return self._triangle(node, name, value, negated)
+        if name == "where" and choice(node) is not None and value.dtype is torch.bool:
+            return self._where(node, value.shape, negated)
+        if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
+            base, condition, fill = node.args
+            if self.indices.fill(fill) is None or bool(self.indices.fill(fill)) != negated:
+                return _union(node, name)
+            return self._conjunction([(base, negated), (condition, True)], value.shape)
+        if name == "setitem" and value.dtype is torch.bool:
+            return self._setitem(node, value.shape, negated)
+        if name == "remove_batch_dim":
+            return Rejected(
+                "%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node
+            )
+        return Rejected("%s (%s) is not a mask this pass understands", node, name or node.op)
+
+    def _view(self, source: views.Source | Rejected, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+        if isinstance(source, Rejected):
+            return source
+        base = value_of(source.node)
+        if base.dtype is not torch.bool and value.dtype not in (base.dtype, torch.bool):
+            return Rejected("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
+        terms = self.terms(source.node, negated=negated)
+        return terms if isinstance(terms, Rejected) else tuple(term.at(source.indices, value.shape) for term in terms)
+
+    def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+        if isinstance(argument, bool):
+            return () if argument != negated else Rejected("the mask is False everywhere")
+        if not isinstance(argument, fx.Node) or not isinstance(value_of(argument), torch.Tensor):
+            return Rejected("%s is not a tensor", argument)
+        terms = self.terms(argument, negated=negated)
+        if isinstance(terms, Rejected):
+            return terms
+        indices = broadcast_indices(value_of(argument).shape, shape)
+        return tuple(term.at(indices, shape) for term in terms)
+
+    def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms | Rejected:
+        found: list[Term] = []
+        for argument, negated in arguments:
+            terms = self._argument(argument, shape, negated)
+            if isinstance(terms, Rejected):
+                return terms
+            found += terms
+        return tuple(found)
+
+    def _setitem(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+        """``mask[...] = value`` and ``mask[condition] = value``, for the whole tensor."""
+        base, index, value = node.args
+        items = index if isinstance(index, tuple) else (index,)
+        if all(item is Ellipsis or item == slice(None) for item in items if not isinstance(item, fx.Node)):
+            if not any(isinstance(item, fx.Node) for item in items):
+                return self._argument(value, shape, negated)
+            fill = self.indices.fill(value)
+            chosen = len(items) == 1 and is_bool_of(value_of(items[0]), shape)
+            if chosen and fill is not None and bool(fill) == negated:
+                return self._conjunction([(base, negated), (items[0], True)], shape)
+        return written_in_part(base, node)
+
+    def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+        spelling = COMPARISONS[name] if negated else name
+        operands = self.indices.operands(node, value.shape)
+        if isinstance(operands, Rejected):
+            return self._other_comparison(node, spelling, value.shape, operands)
+        bounds = compare(spelling, *operands)
+        if spelling == "ne":
+            if always_differ(*operands):
+                return ()
+            return _union(node, name)
+        return self._bounds(node, bounds)
+
+    def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms | Rejected:
+        if any(known(bound.maximum < 0) for bound in bounds):
+            return Rejected("%s is False everywhere", node)
+        return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
+
+    def _other_comparison(self, node: fx.Node, spelling: str, shape: Sequence[Size], why: Rejected) -> Terms | Rejected:
+        """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
+        if len(node.args) != 2:
+            return why
+        left, right = node.args
+        if spelling in ("eq", "ne") and self.indices.fill(right) == 0:
+            truth = self._argument(left, shape, spelling == "eq")  # tril(ones) == 0
+            return why if isinstance(truth, Rejected) else truth
+        distance, limit = self._distance(left), right
+        if distance is None:
+            distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
+        if distance is None and spelling == "eq":
+            chunks = self._chunk(left), self._chunk(right)
+            if all(chunk is not None for chunk in chunks):
+                return self._same_chunk(node, chunks, shape)
+        if distance is None:
+            root, other = _viewed(left), _viewed(right)
+            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
+            if same and spelling == "eq":
+                return Rejected(
+                    "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
+                    "not have (%s); give every sequence a row of its own, with padding",
+                    node,
+                    root,
+                    why,
+                )
+            return why
+        bound = self.indices.evaluate(limit)
+        if isinstance(bound, Rejected):
+            return bound
+        if spelling not in ("le", "lt"):
+            return Rejected("%s (%s of a distance) is a union of masks", node, spelling)
+        dtype = promoted(left, right)
+        if dtype is not None and not (distance.fits(dtype) and distance.times(-1).fits(dtype) and bound.fits(dtype)):
+            return why
+        distance, bound = distance.broadcast(shape), bound.broadcast(shape)
+        bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
+        return self._bounds(node, bounds)
+
+    def _same_chunk(
+        self, node: fx.Node, chunks: Sequence[tuple[IndexTensor, int] | Rejected | None], shape: Sequence[Size]
+    ) -> Terms | Rejected:
+        """``a // size == b // size``."""
+        found = [chunk for chunk in chunks if isinstance(chunk, tuple)]
+        if len(found) < 2:
+            return next(chunk for chunk in chunks if isinstance(chunk, Rejected))
+        (left, size), (right, other) = found
+        if size != other:
+            return Rejected("%s compares chunks of %s keys with chunks of %s", node, size, other)
+        dtype = promoted(*node.args[:2])
+        if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
+            return Rejected("%s compares chunks in %s, where their positions wrap around", node, dtype)
+        return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
+
+    def _chunk(self, argument: object) -> tuple[IndexTensor, int] | Rejected | None:
+        """``x`` and ``c`` of ``x // c``, possibly seen through views; None if it is no such quotient."""
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
+            return None
+        if is_floor_division(argument):
+            dividend, size = argument.args if len(argument.args) == 2 else (None, None)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                return Rejected("%s divides by %s, expected a positive constant", argument, size)
+            inner = self.indices.evaluate(dividend)
+            if not isinstance(inner, Rejected):
+                return inner, size
+            return Rejected(
+                "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
+                "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
+                inner,
+            )
+        source = views.source(argument, self.indices)
+        base = self._chunk(source.node) if isinstance(source, views.Source) else None
+        if not isinstance(base, tuple) or not isinstance(source, views.Source):
+            return base
+        return base[0].at(source.indices, value.shape), base[1]
+
+    def _distance(self, argument: object) -> IndexTensor | None:
+        """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return None
+        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
+            return None
+        if function_name(argument) == "abs":
+            inner = self.indices.evaluate(argument.args[0])
+            return None if isinstance(inner, Rejected) else inner
+        source = views.source(argument, self.indices)
+        base = self._distance(source.node) if isinstance(source, views.Source) else None
+        return base.at(source.indices, value.shape) if base is not None and isinstance(source, views.Source) else None
+
+    def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+        if not node.args or not self.indices.fill(node.args[0]):
+            return Rejected("%s (%s) is not the triangle of a constant", node, name)
+        diagonal = self.indices.evaluate(node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0))
+        if isinstance(diagonal, Rejected):
+            return diagonal
+        row, column = (IndexTensor.axis(value.shape, value.ndim + dim) for dim in (-2, -1))
+        limit = row.plus(diagonal.broadcast(value.shape))
+        kept = "le" if name == "tril" else "ge"
+        bounds = compare(COMPARISONS[kept] if negated else kept, column, limit)
+        return self._bounds(node, bounds)
+
+    def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+        condition, chosen, otherwise = choice(node) or node.args
+        first, second = self.indices.fill(chosen), self.indices.fill(otherwise)
+        if second is not None and bool(second) == negated:  # where(c, x, False) = c & x
+            return self._conjunction([(condition, False), (chosen, negated)], shape)
+        if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
+            return self._conjunction([(condition, True), (otherwise, negated)], shape)
+        return _union(node, "where")
+
+
+def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
+    """Whether a fake value is a bool tensor of a shape, for every length."""
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool and same_sizes(value.shape, shape)
+
+
+def written_in_part(base: object, node: fx.Node) -> Rejected:
+    """The reason why a mask that is put together from parts proves nothing."""
+    return Rejected(
+        "%s is changed in place by %s, in a part of it, as masks of images or sequences packed into one row are; give "
+        "each a row of its own, with padding",
+        base,
+        node,
+    )
+
+
+def _union(node: fx.Node, name: str) -> Rejected:
+    return Rejected(
+        "%s (%s) is a union of masks, as prefix-bidirectional ones are (a prefix or an image that sees all of itself, "
+        "causal behind it); the sparse operator has intersections only",
+        node,
+        name,
+    )
+
+
+def _call(argument: object) -> str:
+    return function_name(argument) if isinstance(argument, fx.Node) else ""
+
+
+def _viewed(argument: object) -> object:
+    """The tensor that a chain of views starts from."""
+    while isinstance(argument, fx.Node) and function_name(argument) in views.VIEWS:
+        argument = argument.args[0]
+    return argument

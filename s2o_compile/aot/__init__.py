@@ -1,0 +1,1 @@
+"""Programs that leave Python: ``export``, ``package``, and what Inductor needs for them."""

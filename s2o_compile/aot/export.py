@@ -1,0 +1,119 @@
+"""``export``: a model as an ``ExportedProgram`` whose attentions are sparse, with lengths left open."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from s2o_compile.backend import rewrite
+from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
+from s2o_compile.config import S2OConfig, config_or_default
+from s2o_compile.kernels.support.torch_compat import fake_mode_of
+from s2o_compile.passes.graph import exported
+
+_ASSERT = torch.ops.aten._assert_scalar.default
+_MANY = 2**20
+"""Stands for a size without a bound."""
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: S2OConfig | None = None,
+    dynamic_shapes: Any = None,  # noqa: ANN401 (whatever torch.export takes)
+) -> ExportedProgram:
+    """Export a model for inference and rewrite its attentions, before anything is decomposed.
+
+    Masks are proven for every length that ``dynamic_shapes`` leaves open. What was rewritten, and why the rest was not,
+    is in ``s2o_compile.record()``, as for ``torch.compile``. ``torch.export.save`` and ``load`` work on the result, and
+    ``run_decompositions`` keeps every attention one node; a process that loads it must import s2o_compile first. One
+    that cannot runs a `package`.
+
+    Exports run one at a time, for torch traces them for the whole process. Its own ``torch.export`` and a first call of
+    a compiled model know nothing of that: let no other thread trace meanwhile.
+
+    Args:
+        model: Any module, in eval mode if it has dropout.
+        args: Example inputs, as ``torch.export.export(args=...)``.
+        kwargs: Example keyword inputs.
+        config: Quality and implementation; None for the defaults. ``inner_backend`` has no meaning here.
+        dynamic_shapes: As ``torch.export.export(dynamic_shapes=...)``: which sizes may change, and between what.
+
+    Returns:
+        The program. It holds no gradient: attentions run as in inference.
+
+    Raises:
+        TypeError: The model is no ``nn.Module``, or is a compiled one.
+        OptionError: The configuration is no S2OConfig.
+        torch._dynamo.exc.UserError: torch.export cannot capture the model; its message says where.
+    """
+    config = config_or_default(config, "export")
+    optimized = getattr(model, "_compiled_call_impl", None) is not None  # by torch.export it would be looked past
+    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule) or optimized:
+        raise TypeError(
+            f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself; what "
+            "torch.compile or optimize returned cannot be exported."
+        )
+    with ONE_AT_A_TIME:
+        with torch.no_grad():  # with gradients wanted, every attention would stay dense
+            program = _capture(model, args, dict(kwargs or {}), dynamic_shapes)
+        with exported.opened(program):
+            rewrite(program.graph_module, config)
+        program.graph_module.recompile()
+        program.validate()
+    return program
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+    """torch.export's program.
+
+    torch 2.11 does not know that min(64 n, 192 n), a stride of repeated heads, is 64 n, and calls it a constraint that
+    some n violates. As an assertion of the program it is one that holds.
+    """
+    from torch._dynamo.exc import UserError, UserErrorType  # here, as only this needs them
+
+    export = partial(torch.export.export, model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    try:
+        return export()
+    except UserError as error:
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        program = export(prefer_deferred_runtime_asserts_over_guards=True)
+        if not _asserts_what_holds(program):
+            raise
+        # What is learned of a size when the program is decomposed shall not become another: that there are several
+        # tiles, which the example has, is no promise about one token.
+        fake = fake_mode_of([node.meta.get("val") for node in program.graph.nodes])
+        if fake is not None and fake.shape_env is not None:
+            shapes = fake.shape_env
+            shapes.settings = replace(shapes.settings, prefer_deferred_runtime_asserts_over_guards=False)
+        return program
+
+
+def _asserts_what_holds(program: ExportedProgram) -> bool:
+    """Whether no assertion about sizes fails at the ends of their ranges and at a few sizes between them."""
+    asserted = [node.args[0] for node in program.graph.find_nodes(op="call_function", target=_ASSERT)]
+    conditions = [x.meta["val"].node.expr for x in asserted if isinstance(x, torch.fx.Node)]
+    for condition in conditions:
+        sizes = {}
+        for symbol in condition.free_symbols:
+            span = program.range_constraints.get(symbol)
+            low, high = (1, _MANY) if span is None else (int(span.lower), int(min(span.upper, _MANY)))
+            sizes[symbol] = sorted({low, high, *(n for n in (2, 3, 127, 1000, 4097) if low < n < high)})
+        points = (dict(zip(sizes, point, strict=True)) for point in itertools.product(*sizes.values()))
+        try:
+            if any(condition.subs(point) is sympy.false for point in points):
+                return False
+        except ZeroDivisionError:  # it says something of sizes that this range does not exclude
+            return False
+    return True

@@ -1,0 +1,185 @@
+"""Twins in the graph that Inductor compiles: traced and lowered once for attentions that are alike.
+
+Nearly all that a package takes to be made goes into its attentions, whose branches and loops are traced several times
+over, lowered and written down. So the operators stay whole until Inductor has the graph. There each is replaced by a
+trace of its twin, and all that differ in nothing but their inputs share the branches of one trace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.node import map_arg
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from s2o_compile.errors import PackageError
+from s2o_compile.kernels.core.options import OperatorOptions
+
+Function = Callable[..., Any]
+
+
+class PutTwins(CustomGraphPass):
+    """Replace calls of operators by what their twins compute, in Inductor's operators.
+
+    Args:
+        twins: For every operator the function that computes it, of the same arguments. A ``head_tau`` is given to it as
+            a tensor, float32 [Hq].
+
+    Attributes:
+        ran: Whether Inductor has run it.
+    """
+
+    def __init__(self, twins: Mapping[Any, Function]) -> None:
+        self._twins = twins
+        self._traced: dict[object, tuple[str, fx.GraphModule]] = {}
+        self.ran = False
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Replace those of a graph."""
+        self.ran = True
+        for node in [node for node in graph.nodes if node.target in self._twins]:
+            _give_taus(node)
+            key = graph, _key(node)  # a branch of the model's own has branches of its own
+            if key not in self._traced:
+                self._traced[key] = f"twin_{len(self._traced)}", _trace(self._twins[node.target], node)
+            _replace(node, *self._traced[key])
+
+    def __deepcopy__(self, _: object) -> PutTwins:
+        """Itself: Inductor copies its options, and whether it ran is asked of this one."""
+        return self
+
+    def uuid(self) -> None:
+        """None: what was compiled with it is not cached."""
+
+
+def _give_taus(node: fx.Node) -> None:
+    """Make the taus of a call an input: attentions that were calibrated differ in nothing else."""
+    keywords: dict[str, Any] = dict(node.kwargs)
+    query = node.all_input_nodes[0].meta["val"]
+    taus = keywords.get("head_tau") or [keywords.get("tau", OperatorOptions.tau)] * query.shape[1]
+    with node.graph.inserting_before(node), query.fake_mode:
+        made = {"dtype": torch.float32, "device": query.device}
+        each = [_call(node.graph, torch.ops.aten.full.default, ([1], float(tau)), **made) for tau in taus]
+        together = _call(node.graph, torch.ops.aten.cat.default, (each,))
+    keywords |= {"tau": 0.0, "head_tau": together}
+    node.kwargs = dict(sorted(keywords.items()))  # in whatever order they were written
+
+
+def _call(graph: fx.Graph, target: Function, args: tuple[Any, ...], **keywords: Any) -> fx.Node:  # noqa: ANN401
+    node = graph.call_function(target, args, keywords)
+    node.meta["val"] = target(*map_arg(args, lambda given: given.meta["val"]), **keywords)
+    return node
+
+
+def _key(node: fx.Node) -> object:
+    """What two calls have in common that one trace serves."""
+    places = {given: place for place, given in enumerate(node.all_input_nodes)}
+    keywords = {name: value for name, value in node.kwargs.items() if name != "site"}  # a name decides nothing
+    call = map_arg((node.args, keywords), lambda given: f"input {places[given]}")
+    return node.target, repr(call), tuple(_described(given.meta["val"]) for given in places)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
+    return f"{type(value).__name__} {value}"
+
+
+class _Call(nn.Module):
+    """A call as a function of the tensors and sizes that its node is given."""
+
+    def __init__(self, function: Function, node: fx.Node) -> None:
+        super().__init__()
+        self.function, self.node = function, node
+
+    def forward(self, *values: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        given = dict(zip(self.node.all_input_nodes, values, strict=True))
+        args, keywords = map_arg((self.node.args, self.node.kwargs), lambda x: given[x])
+        return tuple(self.function(*args, **keywords))
+
+
+def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
+    """The twin of a call, functional and in Inductor's operators."""
+    values = [given.meta["val"] for given in node.all_input_nodes]
+    fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None
+    shape_env = fake_mode.shape_env
+    known = len(shape_env.guards) if shape_env else 0
+    ranges = dict(shape_env.var_to_range) if shape_env else {}  # a guard narrows them
+    with fake_mode, tracing(TracingContext(fake_mode)):  # the graph around it is being traced in a context of its own
+        # Tensors of their own: those given may share memory, which those of a branch may not.
+        values = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
+            for x in values
+        ]
+        call = _Call(function, node)
+        traced, _ = aot_export_module(call, values, trace_joint=False, decompositions=select_decomp_table())
+    if shape_env:
+        name = str(node.kwargs.get("site") or node.name)
+        for guard in shape_env.guards[known:]:
+            _check_open(guard.expr, dict(shape_env.var_to_range) | ranges, name)
+    return traced  # pyright: ignore[reportReturnType] (a graph module, unless it is a joint one)
+
+
+def _check_open(condition: sympy.Basic, ranges: Mapping[Any, ValueRanges[Any]], name: str) -> None:
+    """Raise PackageError for what a trace took for granted, if it does not hold for every size.
+
+    Torch notes down what it cannot prove, tautologies too. It is tried, at sizes where it would fail first.
+
+    Args:
+        condition: What was taken for granted.
+        ranges: Of every size before that. One that begins at 2 is tried at 1, too: torch traces no size of 1 that may
+            be larger, but promises them.
+        name: Of the attention.
+    """
+    sizes: list[Any] = sorted(condition.free_symbols, key=str)
+    near = {2**k + rest for k in range(18) for rest in (-1, 0, 1)} if len(sizes) <= 2 else {100, 5000}
+    tried = []
+    for size in sizes:
+        lower, upper = ranges[size].lower, ranges[size].upper
+        ends = {1 if end == 2 else int(end) for end in (lower, upper) if end.is_Integer}
+        tried.append(ends | {value for value in near if lower <= value <= upper})
+    for values in itertools.product(*tried):
+        try:
+            holds = condition.subs(dict(zip(sizes, values, strict=True))) == sympy.true
+        except ZeroDivisionError:
+            holds = False
+        if not holds:
+            raise PackageError(
+                f"package: {name}: expected a twin for every length, got one that is traced for {condition} alone. "
+                "This is a fault of s2o_compile: please report it with the model's shapes."
+            )
+
+
+def _replace(node: fx.Node, name: str, traced: fx.GraphModule) -> None:
+    """Put a trace in the place of a call; its branches become attributes of the graph's module, if they are not."""
+    graph, owner = node.graph, node.graph.owning_module
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(node.all_input_nodes)
+    *body, last = traced.graph.nodes
+    results: Any = last.args[0]
+    with graph.inserting_before(node):
+        for inner in body:
+            if inner.op == "placeholder":
+                values[inner] = next(inputs)
+                continue
+            values[inner] = graph.node_copy(inner, lambda x: values[x])
+            if inner.op == "get_attr":
+                values[inner].target = f"{name}_{inner.target}"
+                setattr(owner, values[inner].target, getattr(traced, inner.target))
+    for user in list(node.users):
+        assert user.target is operator.getitem, user
+        _, place = user.args
+        user.replace_all_uses_with(values[results[place]])
+        graph.erase_node(user)
+    graph.erase_node(node)

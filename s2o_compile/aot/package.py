@@ -1,0 +1,221 @@
+"""``package``: an exported program as an AOTInductor package, which runs where there is torch and nothing of ours."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.errors import PackageError
+from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
+
+_SPARSE = torch.ops.s2o.attention.default
+_MASKED = torch.ops.s2o.masked_attention.default
+
+_OWN_OPTIONS = {"joint_custom_pre_pass", "use_joint_graph_passes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package that was written.
+
+    Attributes:
+        path: The file, for ``torch._inductor.aoti_load_package`` and ``torch::inductor::AOTIModelPackageLoader``.
+        sparse: Names of the attentions that run sparse in it, from their ``min_seq_len`` on.
+        dense: By name, why others that are sparse in the program run dense in the package.
+    """
+
+    path: Path
+    sparse: tuple[str, ...]
+    dense: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.sparse)} attentions sparse, {len(self.dense)} dense"]
+        return "\n".join([*lines, *(f"  - {name}: {reason}" for name, reason in self.dense.items())])
+
+
+def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str, Any] | None = None) -> Package:
+    """Compile a program of `export` ahead of time, for the device that it was exported on.
+
+    Nothing of this project is needed to run the result: every sparse attention is replaced by its portable twin. It
+    runs dense below ``min_seq_len``, as the program does; "auto" becomes a number here, so package on the kind of
+    device that will run it. Any length that ``dynamic_shapes`` left open runs. The longest decides what is chosen by
+    length, so give ``Dim("n", max=...)`` a maximum.
+
+    Args:
+        program: What `export` returned, or ``torch.export.load`` of it.
+        path: File to write, ending in ``.pt2``.
+        options: Any Inductor option, but ``joint_custom_pre_pass`` and ``use_joint_graph_passes``.
+
+    Raises:
+        TypeError: The program is no ``ExportedProgram``.
+        PackageError: An attention asks for what a package cannot hold, ``options`` holds what `package` sets itself,
+            Inductor cannot compile the program or leaves the twins out, or the C++ compiler (the environment variable
+            CXX) makes libraries that crash where torch is loaded.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"package: expected a torch.export.ExportedProgram, got {type(program).__name__}. Call "
+            "s2o_compile.export(model, args) first."
+        )
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
+    if not path.resolve().parent.is_dir():
+        raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
+    sparse, dense, on_cpu = [], {}, True
+    for node in _attentions(program):
+        name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
+        _check(name, call)
+        on_cpu = on_cpu and call["query"].device.type == "cpu"
+        reason = _why_dense(node, call)
+        if reason:
+            dense[name] = reason
+        else:
+            sparse.append(name)
+    taken = sorted(_OWN_OPTIONS & set(options or {}))
+    if taken and on_cpu:
+        raise PackageError(
+            f"package: options: expected none of {', '.join(sorted(_OWN_OPTIONS))}, which put the twins in the graph, "
+            f"got {', '.join(taken)}. Leave them out; joint_custom_post_pass is free."
+        )
+    from s2o_compile.aot import inductor_workarounds as inductor  # slow to import
+    from s2o_compile.aot import lower_ops as twins
+
+    with torch.no_grad(), inductor.mended():
+        put = twins.PutTwins(_twins())
+        if on_cpu:
+            wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
+        else:  # attentions that share a trace have not been tried on a GPU yet
+            wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
+        from torch._inductor.exc import InductorError  # here, as only packages need it
+
+        try:
+            written = torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=wanted | dict(options or {})
+            )
+        except InductorError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise PackageError(
+                f"package: expected a program that Inductor compiles, got from that of torch {torch.__version__}: "
+                f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU, as that of 2.11 does not; or run "
+                "the program."
+            ) from error
+    if on_cpu and not put.ran:
+        Path(written).unlink()
+        raise PackageError(
+            "package: expected Inductor to run joint_custom_pre_pass, which puts the twins in the graph, got a package "
+            "without. Leave its passes on (torch._inductor.config, TORCHINDUCTOR_... variables)."
+        )
+    _check_library(Path(written))
+    return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
+
+
+def _check_library(written: Path) -> None:
+    """Remove a package and raise PackageError where its code brings a C++ library of its own (on Linux).
+
+    torch's is in the process already. Of two, each knows only half of what the other set up: loading ends in a
+    segmentation fault (std::regex in torch's loader, on a host whose compiler had nothing but libstdc++.a).
+    """
+    if sys.platform != "linux":
+        return
+    with zipfile.ZipFile(written) as archive:
+        libraries = [_named(archive.open(name)) for name in archive.namelist() if name.endswith(".so")]
+    if any(b"libtorch" in names and not names & {b"libstdc++.so", b"libc++.so"} for names in libraries):
+        from torch._inductor import cpp_builder
+
+        written.unlink()
+        raise PackageError(
+            "package: expected a C++ compiler that links its standard library dynamically, got "
+            f"{cpp_builder.get_cpp_compiler()}, which links it statically: with torch's own in the same process it "
+            "would crash. Set the environment variable CXX to another compiler, such as /usr/bin/g++, and start anew."
+        )
+
+
+def _named(library: IO[bytes]) -> set[bytes]:
+    """Which of the libraries that matter one names; read block by block, as the weights may lie in it, too."""
+    names, end = {b"libtorch", b"libstdc++.so", b"libc++.so"}, b""
+    found: set[bytes] = set()
+    while block := library.read(2**24):
+        found |= {name for name in names if name in end + block}
+        end = block[-16:]
+    return found
+
+
+def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
+    """Those of the graph and of the branches in it."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED))
+
+
+def _twins() -> dict[Any, Any]:
+    """The operators' portable twins, as decompositions."""
+    from s2o_compile.kernels.impl.aot import (
+        attention as portable,  # needs torch's loops and branches, which nothing else does
+    )
+
+    def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
+        shortest = crossover(query.device) if min_seq_len is None else min_seq_len
+        return portable.attention(query, *given, min_seq_len=shortest, **keywords)
+
+    return {_SPARSE: attention, _MASKED: portable.masked_attention}
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by name; tensors as fake values."""
+    schema = node.target._schema  # pyright: ignore[reportAttributeAccessIssue]
+    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {name: x.meta["val"] if isinstance(x, fx.Node) else x for name, x in given.items()}
+
+
+def _check(name: str, call: Mapping[str, Any]) -> None:
+    """Raise PackageError for what is neither portable nor replaced by dense attention without being told."""
+    device = call["query"].device.type
+    own = {"cpu": "torch", "cuda": "triton"}.get(device)
+    for option, expected in (
+        ("ranking", ("per_query",)),
+        ("list_per", ("group",)),
+        ("query_order", ("none",)),
+        ("implementation", ("auto", own)),
+    ):
+        if call[option] not in expected:
+            raise PackageError(
+                f"package: {name}: {option}: expected {expected[0]!r} in a package for {device}, got {call[option]!r}. "
+                f"Export with S2OConfig({option}={expected[0]!r})."
+            )
+    if own is None:
+        raise PackageError(f"package: {name}: expected a program on cpu or cuda, got {device}. Export it there.")
+    if call.get("return_lse"):
+        raise PackageError(
+            f"package: {name}: expected no log-sum-exp, got return_lse=True, which dense attention in a package has "
+            "not. Leave it out."
+        )
+    if device == "cuda" and call["query"].dtype == torch.float32 and call["query"].shape[3] > WIDEST_FLOAT32:
+        raise PackageError(
+            f"package: {name}: expected a head_dim of at most {WIDEST_FLOAT32} in float32 on CUDA, got "
+            f"{call['query'].shape[3]}. Export the model in bfloat16 or float16."
+        )
+
+
+def _why_dense(node: fx.Node, call: Mapping[str, Any]) -> str:
+    """Why an attention runs dense in a package, exactly; empty where it does not."""
+    if node.target is _MASKED:
+        return "its mask is read at run time, and what it says decides in Python"
+    if call["attention_chunk"] is not None:
+        return "chunked attention cuts lengths that a package does not know"
+    if call["scale"] is not None and call["scale"] <= 0:
+        return "its scale is not positive"
+    if len(set(call["dense_heads"] or ())) == call["key"].shape[1]:
+        return "all its heads are marked dense"
+    return ""

@@ -1,0 +1,388 @@
+"""The census: every attention that really runs, counted below the models' spellings, to be held against the report.
+
+A frontend that does not know a spelling finds nothing and says nothing. So the model runs once more, uncompiled, under
+a `TorchDispatchMode`: there einsum, ``@``, ``baddbmm`` and ``Tensor.softmax`` have become a handful of operators, and
+torch's fused attentions are one operator each, below which this mode sees nothing, so nothing is counted twice.
+(Not a `TorchFunctionMode`: under one, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` leave their fused
+paths.) An attention that is spelt out is a softmax over the last dimension that reaches a matrix product with values
+through operators that keep it the same matrix of weights: a router's softmax ends in ``topk``, a classifier's nowhere.
+So is ``exp`` of scores, a softmax written by hand. Where the weights are no product of queries and keys (token mergers,
+hyper-connections, additive attention) the call has a kind of its own: no pass looks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import threading
+import warnings
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
+from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, tree_leaves
+from s2o_compile.passes.site import SiteRecord
+
+SDPA = "scaled_dot_product_attention"
+FLEX = "flex_attention"
+SPELT_OUT = "softmax attention"
+MIXING = "softmax mixing"
+"""A sum of values whose softmax weights are no product of queries and keys."""
+
+_LIBRARIES = (
+    "flash_attn",
+    "xformers",
+    "sageattention",
+    "vllm",
+    "flashinfer",
+    "transformer_engine",
+    "natten",
+    "kernels",
+)
+"""Namespaces whose operators named like attention are counted; ``s2o`` itself belongs into its own report."""
+_FUSED = {
+    "_transformer_encoder_layer_fwd": "torch._transformer_encoder_layer_fwd",
+    "_native_multi_head_attention": "torch._native_multi_head_attention",
+    "_flash_attention_forward": "aten._flash_attention_forward",
+    "_efficient_attention_forward": "aten._efficient_attention_forward",
+}
+_SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
+_EXPONENTIALS = frozenset({"exp", "exp_"})
+_PRODUCTS = frozenset({"mm", "bmm", "baddbmm", "addmm", "matmul"})
+# What the weights pass between the softmax and the values, and the scores before the softmax: every operator that keeps
+# a matrix of queries x keys what it is.
+_KEEPING = frozenset(
+    (
+        "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone",
+        "alias", "detach", "contiguous", "_to_copy", "slice", "native_dropout", "dropout", "bernoulli", "mul", "mul_",
+        "div", "div_", "add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where", "nan_to_num", "tanh",
+        "cat", "copy_", "constant_pad_nd", "clamp", "clamp_min", "rsub", "lift_fresh", "_reshape_alias", "neg",
+        "select", "split", "split_with_sizes", "unbind", "tril", "maximum", "view_as", "flatten", "index_select",
+        "_log_softmax",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One call of attention, as it ran.
+
+    Attributes:
+        path: The module that ran it, such as ``model.layers.0.self_attn``; empty outside modules.
+        kind: What ran: the operator's name, or "softmax attention" where it is spelt out.
+        query_shape: [..., Nq, D]; D is absent where the scores are no matrix product.
+        key_shape: [..., Nk, D].
+        dtype: Of the query or the scores.
+        mask: What a counter that looks at values says of its mask; the census itself does not look.
+    """
+
+    path: str
+    kind: str
+    query_shape: tuple[str, ...]
+    key_shape: tuple[str, ...]
+    dtype: str
+    mask: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why this is in the report, if no record of the pass covers it."""
+        if self.kind == MIXING:
+            return "not found: values are mixed here by a softmax of what is seen to be no product of queries and keys"
+        return f"not found: {self.kind} ran here, and the pass saw it in no captured graph"
+
+
+class Counter(TorchDispatchMode):
+    """Counts attention operators and follows scores and weights from product to product."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, path: Callable[[], str]) -> None:
+        super().__init__()
+        self.ran: list[Ran] = []
+        self._path = path
+        self._scores: Any = WeakIdKeyDictionary()  # tensor -> contracted size of the product that it is
+        # tensor -> the softmax that it is, counted once a product consumes it
+        self._weights: Any = WeakIdKeyDictionary()
+        self._learned: Any = WeakIdKeyDictionary()  # what is made of one parameter alone, by views and casts
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 (an operator of any kind)
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 (what the operator returns)
+        output = func(*args, **(kwargs or {}))
+        name, space = _name(func), getattr(func, "namespace", "")
+        kind = _kind(name, space)
+        if kind:
+            self._count(func, kind, args, kwargs or {})
+        elif name in _SOFTMAXES:
+            self._softmax(args[0], args[1], output)
+        elif name in _EXPONENTIALS and isinstance(args[0], Tensor) and args[0] in self._scores:
+            self._softmax(args[0], -1, output)
+        elif name in _PRODUCTS:
+            self._product(name, args, output)
+        elif name in _KEEPING:
+            self._keep(args, output, in_place=name.endswith("_"))
+        return output
+
+    def _count(self, _: object, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+        query, key = (tensors[0], tensors[1]) if len(tensors) > 1 else (None, None)
+        if "encoder_layer" in kind:
+            key = query
+        self.ran.append(Ran(self._path(), kind, _shape(query), _shape(key), _dtype(query)))
+
+    def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
+        if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
+            return
+        *rows, keys = map(str, scores.shape)
+        contracted = self._scores.get(scores)
+        depth = () if contracted is None else (str(contracted),)
+        shapes = (*rows, *depth), (*rows[:-1], keys, *depth)
+        kind = MIXING if contracted is None else SPELT_OUT
+        self._weights[weights] = Ran(self._path(), kind, *shapes, _dtype(scores))
+
+    def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
+        left, right = args[1:3] if name in ("baddbmm", "addmm") else args[:2]
+        # Either order: values may stand on the left, transposed. A parameter is no tensor of values.
+        for weights, values in ((left, right), (right, left)):
+            pending = self._weights.get(weights)
+            if pending is not None and not self._is_learned(values):
+                self.ran.append(pending)
+                for tensor in [t for t, other in self._weights.items() if other is pending]:
+                    del self._weights[tensor]  # two products with the same weights are one attention
+                return
+        if not self._is_learned(right):  # else it is a projection
+            self._scores[output] = left.shape[-1]
+
+    def _is_learned(self, tensor: Tensor) -> bool:
+        return _is_parameter(tensor) or tensor in self._learned
+
+    def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+        if len(inputs) == 1 and self._is_learned(inputs[0]):
+            self._learned.update((x, True) for x in outputs)
+        # Scores copied into a part of a larger tensor make that one scores, too.
+        outputs += [x._base for x in outputs if in_place and x._base is not None]
+        for table in (self._weights, self._scores):
+            known = next((table[x] for x in inputs if x in table), None)
+            if known is not None:
+                for x in outputs:
+                    table[x] = known
+
+
+def _name(func: Any) -> str:  # noqa: ANN401 (an operator of any kind)
+    packet = getattr(func, "overloadpacket", func)
+    return getattr(packet, "__name__", str(packet))
+
+
+def _kind(name: str, space: str) -> str:
+    if name.startswith("_scaled_dot_product_") and "backward" not in name:
+        return SDPA
+    if name == FLEX:
+        return name
+    if space == "aten":
+        return _FUSED.get(name, "")
+    known = space.startswith(_LIBRARIES) and "backward" not in name and "bwd" not in name
+    return f"{space}::{name}" if known and any(word in name for word in ("att", "fwd", "forward")) else ""
+
+
+def _shape(tensor: Tensor | None) -> tuple[str, ...]:
+    return () if tensor is None else tuple(map(str, tensor.shape))
+
+
+def _dtype(tensor: Tensor | None) -> str:
+    return "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+class _ModulePath:
+    """Where in the model the run is, by hooks of all modules: hooks of one module would switch fused paths off.
+
+    They run in every thread; modules of others than the one that made this say nothing about the model.
+    """
+
+    def __init__(self, root: object) -> None:
+        self._thread = threading.get_ident()
+        self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._stack: list[str] = []
+        if isinstance(root, nn.Module):
+            self._learn(root, "")
+
+    def __call__(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    def _learn(self, root: nn.Module, prefix: str) -> None:
+        for name, module in root.named_modules():
+            self._names.setdefault(module, ".".join(part for part in (prefix, name) if part))
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        if module not in self._names:  # a module that a function closed over, or that was made while running
+            self._learn(module, self())
+        self._stack.append(self._names[module])
+
+    def _leave(self, *_: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._stack.pop()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handles = (
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def take(
+    model: Callable[..., object],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    counter: Callable[[Callable[[], str]], Counter] = Counter,
+) -> tuple[Ran, ...]:
+    """Run a model once, uncompiled, and return every attention that ran, in order.
+
+    Grad mode, autocast and training mode are the caller's. The run works on copies of the inputs (so caches among
+    them are not filled) and on a twin of the model that shares its parameters but no buffer and no other state; a
+    model that cannot be copied runs itself and gets its buffers back. Random numbers are drawn from a fork.
+    What a plain function keeps outside its arguments is not protected. ``counter`` makes what counts, from a function
+    that names the module that runs.
+
+    Censuses run one at a time. Meanwhile other threads run their compiled code uncompiled, warn of nothing, and see
+    their random numbers again.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(ONE_AT_A_TIME)
+        stack.enter_context(_forked_random_state())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # the compiled run gives the model's own
+        args, kwargs = _copies((args, dict(kwargs)))
+        twin = stack.enter_context(_twin(model))
+        path = _ModulePath(twin if isinstance(twin, nn.Module) else getattr(twin, "__self__", None))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # also for what is compiled inside the model
+        stack.enter_context(path.watching())
+        counting = stack.enter_context(counter(path))
+        twin(*args, **kwargs)
+        return tuple(counting.ran)
+
+
+@contextmanager
+def _forked_random_state() -> Iterator[None]:
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(state)
+
+
+def _copies(inputs: Any) -> Any:  # noqa: ANN401 (any nest of arguments)
+    # deepcopy refuses tensors with a history; a clone keeps theirs.
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_leaf]
+    return copy.deepcopy(inputs, {id(x): x.clone() for x in tensors})
+
+
+@contextmanager
+def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    owner = getattr(model, "__self__", model)  # of a bound method
+    if not isinstance(owner, nn.Module):
+        yield model
+        return
+    try:
+        shared = {id(parameter): parameter for parameter in owner.parameters()}
+        twin = copy.deepcopy(model, shared)
+    except Exception:  # whatever a model keeps: locks, generators, tensors with a history
+        twin = None
+    if twin is not None:
+        yield twin
+        return
+    holders = [(module._buffers, dict(module._buffers)) for module in owner.modules()]
+    saved = {id(b): (b, b.detach().clone()) for _, buffers in holders for b in buffers.values() if b is not None}
+    try:
+        yield model
+    finally:
+        for held, buffers in holders:
+            held.clear()
+            held.update(buffers)
+        with torch.no_grad():
+            for buffer, values in saved.values():
+                buffer.copy_(values)
+
+
+def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tuple[SiteRecord | None, ...]:
+    """For each call the record of the pass that covers it; None where none does.
+
+    Args:
+        ran: The census.
+        covered: Records and how often their graph ran: a graph that two layers share covers both.
+
+    A record covers as many calls of its module as its graph ran. Dynamo names modules from the frame that it captured,
+    and a fused encoder layer is recorded where its attention's parent is: so what the exact path leaves is matched by
+    the end or the beginning of a path, and then, for graphs that several layers share, by shape alone. What ran in no
+    submodule is recorded under a node's name.
+    """
+    left = Counts({index: runs for index, (_, runs) in enumerate(covered) if runs})
+    names = [record.name.partition("#")[0] for record, _ in covered]
+    found: list[SiteRecord | None] = [None] * len(ran)
+    for covers in (_same_path_and_shape, _same_path, _related_path, _same_shape, _outside_modules):
+        for place, call in enumerate(ran):
+            if found[place] is None:
+                index = next((i for i in left if left[i] > 0 and covers(call, names[i], covered[i][0])), None)
+                if index is not None:
+                    left[index] -= 1
+                    found[place] = covered[index][0]
+    return tuple(found)
+
+
+def _same_path_and_shape(call: Ran, name: str, record: SiteRecord) -> bool:
+    """First: prefill and decode are two records of one module."""
+    return _same_path(call, name, record) and _same_shape(call, name, record)
+
+
+def _same_path(call: Ran, name: str, _: SiteRecord) -> bool:
+    return call.path == name
+
+
+def _related_path(call: Ran, name: str, _: SiteRecord) -> bool:
+    path = call.path
+    return path.endswith("." + name) or name.endswith("." + path) or path.startswith(name + ".")
+
+
+def _outside_modules(call: Ran, name: str, _: SiteRecord) -> bool:
+    return not call.path and "." not in name
+
+
+def _same_shape(call: Ran, _: str, record: SiteRecord) -> bool:
+    """Lengths and head dims only: batch and heads may be one dimension, and repeated heads may have been undone."""
+    ours, theirs = ((x.query_shape[-2:], x.key_shape[-2:]) for x in (call, record))
+    return len(theirs[0]) == len(theirs[1]) == 2 and all(
+        len(a) == len(b) and all(x == y or not y.isdigit() for x, y in zip(a, b, strict=True))
+        for a, b in zip(ours, theirs, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""The command line ``s2o``: one module a command."""

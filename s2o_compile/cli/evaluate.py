@@ -1,0 +1,153 @@
+"""``s2o evaluate`` and ``s2o plot``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from s2o_compile.api import optimize
+from s2o_compile.cli.demo import MODEL
+from s2o_compile.cli.options import (
+    ConfigFile,
+    Console,
+    Device,
+    Model,
+    Tau,
+    Text,
+    Tokens,
+    check_out,
+    choose_config,
+    choose_device,
+    load,
+    read_file,
+    show_steps,
+    tokenize,
+    typer,
+    writing,
+)
+from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.errors import OptionError
+from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.quality.evaluate import evaluate as evaluate_model
+from s2o_compile.quality.evaluation import Evaluation
+from s2o_compile.quality.visit_map import VisitMap, visit_map
+
+TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
+"""Where ``--curve`` measures."""
+
+
+def evaluate(
+    model: Model = "smollm2",
+    tokens: Tokens = 8192,
+    text: Text = None,
+    tau: Tau = None,
+    config_file: ConfigFile = None,
+    planted: Annotated[bool, typer.Option(help="Also plant strings in the text and ask for them again.")] = True,
+    curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
+    device: Device = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
+) -> None:
+    """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
+    check_out("--json", json_file)
+    taus = TAUS if curve else ()
+    found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=planted, taus=taus)
+    Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
+    if json_file is not None:
+        with writing("--json", json_file):
+            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
+
+
+def plot(
+    kind: Annotated[str, typer.Argument(help='"density", "error", "depth" or "attention".')],
+    evaluation: Annotated[Path | None, typer.Argument(help="JSON of s2o evaluate; without it, one is made.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = Path("s2o.png"),
+    model: Model = "smollm2",
+    tokens: Tokens = 4096,
+    text: Text = None,
+    tau: Tau = None,
+    config_file: ConfigFile = None,
+    site: Annotated[str, typer.Option(help='"attention": which site; by default the first.')] = "",
+    head: Annotated[int, typer.Option(help='"attention": which query head.', min=0)] = 0,
+    device: Device = "",
+) -> None:
+    """Draw density by head, error against density, stop depth over the text, or what one head visited."""
+    from s2o_compile.quality.pictures import PICTURES, draw_attention
+
+    if kind not in (*PICTURES, "attention"):
+        raise OptionError(unknown_name("picture", kind, (*PICTURES, "attention")))
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise OptionError(f"--out: expected a name in .png, .pdf or .svg, got {str(out)!r}. Name such a file.")
+    check_out("--out", out)
+    if kind == "attention":
+        if evaluation is not None:
+            raise OptionError(
+                "plot attention: expected no evaluation, which holds no tensors, got one. Leave it out: this picture "
+                "runs the model."
+            )
+        config = _config(tau, config_file, tokens)
+        visits = _visits(model, tokens, text, config, device, site, head)
+        title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, {config.quality}"
+        with writing("--out", out):
+            draw_attention(visits, out, title=title)
+        return
+    if evaluation is not None:
+        found = Evaluation.from_json(read_file("evaluation", evaluation))
+    else:
+        taus = TAUS if kind == "error" else ()
+        found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=False, taus=taus)
+    with writing("--out", out):
+        PICTURES[kind](found, out)
+
+
+def _config(tau: float | None, file: Path | None, tokens: int) -> S2OConfig:
+    """A file's configuration, or the defaults, under which even a short text runs sparse."""
+    return choose_config(tau, file, min_seq_len=min(tokens, 2048))
+
+
+def _evaluate(
+    model: str,
+    tokens: int,
+    text: Path | None,
+    config: S2OConfig,
+    device: str,
+    *,
+    planted: bool,
+    taus: tuple[float, ...],
+) -> Evaluation:
+    with show_steps(Console(stderr=True)) as step:
+        loaded, ids = _read(model, tokens, text, device)
+        found = evaluate_model(loaded, ids, config, planted=planted, taus=taus, progress=step)
+    return dataclasses.replace(found, model=MODEL if model == "smollm2" else model)
+
+
+def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:
+    device = choose_device(device)
+    loaded, tokenizer = load(model, tokens, device)
+    return loaded, tokenize(loaded, tokenizer, tokens, text).to(device)
+
+
+@torch.no_grad()
+def _visits(
+    model: str, tokens: int, text: Path | None, config: S2OConfig, device: str, site: str, head: int
+) -> VisitMap:
+    """What a head of a site visits, of the first one if none is named."""
+    with show_steps(Console(stderr=True)) as step:
+        loaded, ids = _read(model, tokens, text, device)
+        fast = optimize(loaded, dataclasses.replace(config, inner_backend="eager"))
+        sites, found = [], []
+
+        def look(call: ObservedCall) -> None:
+            sites.append(call.site)
+            if call.site == (site or sites[0]):
+                found.append(visit_map(call, head))
+
+        with step("S2O"), observe_attention(look):
+            fast(ids, use_cache=False)
+    if not found:
+        known = unknown_name("site", site, sites) if sites else "expected some attention to run sparse, got none."
+        raise OptionError(f"plot attention: {known} `s2o explain` lists the sites of a model.")
+    return found[0]

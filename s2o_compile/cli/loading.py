@@ -1,0 +1,103 @@
+"""Models and tokenizers that transformers reads: whole, or one error that names the folder and the cause.
+
+transformers only warns where weights are missing or of another shape, and fills them with random numbers. A measurement
+of such a model says nothing, so it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Collection, Iterator
+from logging import CRITICAL
+from typing import Any
+
+from s2o_compile.errors import LoadingError, S2OError, UnusedWeightsWarning
+from s2o_compile.kernels.support.arguments import shown
+
+NAMED = 3
+"""Weights that a message names; it counts the others."""
+
+LONGEST_CAUSE = 240
+"""Characters of the cause in a message."""
+
+
+@contextlib.contextmanager
+def loading(source: str, remedy: str) -> Iterator[None]:
+    """Turn whatever is raised inside into one LoadingError. Keep code of this project outside.
+
+    Args:
+        source: What is loaded, as the message names it.
+        remedy: What to do.
+    """
+    try:
+        yield
+    except S2OError:
+        raise
+    except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
+        cause = " ".join(str(error).split()).rstrip(".")
+        cause = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]} ..."
+        raise LoadingError(
+            f"{source}: expected a model that can be loaded, got {_kind(error)}{cause}. {remedy}"
+        ) from error
+
+
+def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401 (a transformers model)
+    """A causal language model in eval mode, every weight of which was read.
+
+    Args:
+        source: What is loaded, as messages name it.
+        remedy: What to do if it cannot be.
+        **where: Arguments of ``from_pretrained``.
+
+    Raises:
+        LoadingError: It cannot be loaded, or weights are missing or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with loading(source, remedy), _quietly():
+        # Mismatched weights are refused below, and named there.
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            **where, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, found = read
+    # Weights that are tied to others, or that the architecture declares to be optional, are not among the missing.
+    if found["missing_keys"]:
+        got = f"none for {_some(found['missing_keys'])}"
+        raise LoadingError(f"{source}: expected a weight for each parameter of the model, got {got}. {remedy}")
+    if found["mismatched_keys"]:
+        wrong = [f"{name} {list(stored)} for {list(wanted)}" for name, stored, wanted in found["mismatched_keys"]]
+        raise LoadingError(f"{source}: expected weights of the model's shapes, got {_some(wrong)}. {remedy}")
+    if found["unexpected_keys"]:
+        warnings.warn(
+            f"{source}: the model of the configuration has no {_some(found['unexpected_keys'])}. They are left out.",
+            UnusedWeightsWarning,
+            stacklevel=3,
+        )
+    return model.eval()
+
+
+def _kind(error: Exception) -> str:
+    return "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
+
+
+def _some(names: Collection[str]) -> str:
+    shown_names = ", ".join(shown(name)[1:-1] for name in sorted(names)[:NAMED])
+    left = len(names) - NAMED
+    return shown_names if left <= 0 else f"{shown_names} and {left} more"
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' own report and bars: what it says of missing weights is said here."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

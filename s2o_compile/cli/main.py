@@ -1,0 +1,271 @@
+"""The command line: ``s2o demo``, ``explain``, ``calibrate``, ``evaluate``, ``plot`` and ``tune``.
+
+Needs the extra named cli.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from s2o_compile.api import explain as explain_model
+from s2o_compile.cli import tune as tuning
+from s2o_compile.cli.calibrate import calibrate
+from s2o_compile.cli.demo import QUESTION, DemoResult
+from s2o_compile.cli.demo import run as run_demo
+from s2o_compile.cli.evaluate import evaluate, plot
+from s2o_compile.cli.options import (
+    BarColumn,
+    Console,
+    Device,
+    Progress,
+    SpinnerColumn,
+    Table,
+    Tau,
+    TextColumn,
+    TimeElapsedColumn,
+    choose_config,
+    choose_device,
+    load,
+    show_steps,
+    typer,
+)
+from s2o_compile.config import S2OConfig
+from s2o_compile.errors import OptionError, S2OError
+from s2o_compile.kernels.core import tuned
+from s2o_compile.report import Report
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(calibrate)
+app.command()(evaluate)
+app.command()(plot)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=512)] = 8192,
+    tau: Tau = None,
+    device: Device = "",
+    inner_backend: Annotated[
+        str, typer.Option(help='Compiler of the rewritten graph: "eager" (none, as on the dense side) or "inductor".')
+    ] = "eager",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read a long document with SmolLM2, densely and through S2O, and compare."""
+    device = choose_device(device)
+    config = choose_config(tau, min_seq_len=min(tokens, 2048), inner_backend=inner_backend)
+    console = Console(stderr=as_json)
+    with show_steps(console) as step:
+        result = run_demo(tokens=tokens, device=device, config=config, step=step)
+    if as_json:
+        print(json.dumps(result.figures))
+    else:
+        _print_demo(console, result, config)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help='"smollm2", or a transformers model: a directory or a hub name.')],
+    tokens: Annotated[int, typer.Option(help="Length of the random prompt in tokens.", min=2)] = 512,
+    batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
+    random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,
+    tau: Tau = None,
+    device: Device = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List every attention of a causal language model: rewritten, or left dense and why."""
+    device = choose_device(device)
+    config = choose_config(tau, min_seq_len=0)
+    loaded, _ = load(model, tokens, device, random_weights=random_weights)
+    ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (batch, tokens), device=device)
+    with torch.no_grad():
+        report = explain_model(loaded, ids, config=config)
+    if as_json:
+        sites = [{name: getattr(site, name) for name in site.__dataclass_fields__} for site in report.sites]
+        print(
+            json.dumps(
+                {
+                    "sites": sites,
+                    "not_found": [site.name for site in report.not_found],
+                    "graphs": report.graphs,
+                    "graph_breaks": report.graph_breaks,
+                    "pass_seconds": report.pass_seconds,
+                    "unknown_sites": report.unknown_sites,
+                    "census_error": report.census_error,
+                }
+            )
+        )
+    else:
+        _print_report(Console(), report)
+
+
+@app.command()
+def tune(
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head dims to tune; give it again for more.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help='"bfloat16", "float16", "float32"; may be repeated.')] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="Lengths to look for the crossover; repeat it.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.", min=1)] = 8,
+    output: Annotated[Path | None, typer.Option(help="File to write; by default the one that is read.")] = None,
+) -> None:
+    """Time kernel configurations and the crossover length on this device, and write them for the operator to read."""
+    on_gpu = torch.cuda.is_available()
+    device, path = torch.device("cuda" if on_gpu else "cpu"), output or _user_file()
+    names = dtype or ["bfloat16" if on_gpu else "float32"]
+    unknown = [name for name in names if name not in ("bfloat16", "float16", "float32")]
+    if unknown:
+        raise OptionError(f'--dtype: expected "bfloat16", "float16" or "float32", got {unknown[0]!r}.')
+    if heads % kv_heads:
+        raise OptionError(f"--heads: expected a multiple of the {kv_heads} key/value heads, got {heads}.")
+    dims, tested = head_dim or [128], sorted(set(lengths or [2048, 4096, 8192, 16384, 32768][: 5 if on_gpu else 4]))
+    if tested[0] < 256 or any(dim not in tuned.HEAD_DIMS for dim in dims):
+        wanted = f"head dims out of {tuned.HEAD_DIMS} and lengths >= 256"
+        raise OptionError(f"tune: expected {wanted}, got {dims} and {tested}.")
+    tuning.read(path)  # a file that is none of ours is refused before hours of measurement
+    console, launches = Console(), {}
+    shapes = {
+        (dim, name): tuning.Shape(
+            heads=heads, kv_heads=kv_heads, head_dim=dim, dtype=getattr(torch, name), device=device
+        )
+        for dim in dims
+        for name in names
+    }
+    if not on_gpu:
+        console.print(
+            "Kernel configurations: expected a CUDA device, got none, so there are none to time. The crossover of the "
+            "torch implementation is measured."
+        )
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(SpinnerColumn(), *columns, console=console) as progress:
+        for (dim, name), shape in shapes.items() if on_gpu else ():
+            tried = tuning.candidates()
+            task = progress.add_task(f"{dim} {name}: configurations", total=len(tried))
+            timings = []
+            for timing in tuning.sweep(shape, tested[-1], tried):
+                timings.append(timing)
+                progress.advance(task)
+                # A line each: compiling takes seconds a configuration, and a bar does not show in a log.
+                found = (
+                    f"{timing.gathered_ms:.3f} and {timing.natural_ms:.3f} ms" if not timing.failed else timing.failed
+                )
+                progress.console.print(f"{timing.launch}: {found}", highlight=False, soft_wrap=True)
+            launches[dim, name] = tuning.best(timings)
+            _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
+        place, shape = next(iter(shapes.items()))
+        task = progress.add_task("crossover", total=len(tested))
+        compared = []
+        with tuning.launched(launches[place].launch) if on_gpu else nullcontext():
+            for length in tested:
+                compared.append(tuning.compare(shape, length))
+                progress.advance(task)
+    table = Table("tokens", "dense ms", "backend", "S2O ms")
+    for row in compared:
+        table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
+    console.print(table)
+    found = tuning.crossover(compared)
+    command = shlex.join(["s2o", *sys.argv[1:]])
+    tuning.write(path, shape, crossover=found, launches=launches, command=command)
+    says = f"S2O runs from {found} tokens on."
+    if found is None:
+        says = (
+            f"S2O lost at {tested[-1]} tokens: the crossover stays the built-in one. Give longer --lengths to find it."
+        )
+    console.print(f"{says} Written to {path}", soft_wrap=True)
+
+
+def _user_file() -> Path:
+    try:
+        return tuned.user_file()
+    except RuntimeError as error:  # nobody's home
+        raise OptionError(f"--output: expected a file to write, got none ({error}). Name one.") from error
+
+
+def _print_launches(console: Console, title: str, present: tuning.Timing, winner: tuning.Timing) -> None:
+    table = Table("", "key block", "warps", "stages", "maxnreg", "gathered ms", "natural ms", title=title)
+    for name, timing in (("present", present), ("fastest", winner)):
+        launch = timing.launch
+        figures = launch.key_block, launch.num_warps, launch.stages, launch.maxnreg or "-"
+        times = (timing.failed, "") if timing.failed else (f"{timing.gathered_ms:.3f}", f"{timing.natural_ms:.3f}")
+        table.add_row(name, *map(str, figures), *times)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: errors of this project end with one line and status 2, as wrong usage does; Ctrl-C with 130."""
+    try:
+        app()
+    except S2OError as error:
+        print("s2o:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_report(console: Console, report: Report) -> None:
+    """The sites as a table; runs of layers that fared alike share a row."""
+    if not report.sites:
+        console.print(str(report), style="bold red")
+        return
+    table = Table()
+    for name in ("sites", "count", "query", "key", "mask", "result", "density"):
+        table.add_column(name, overflow="fold")
+    for names, site, densities in _runs(report):
+        label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+        known = [d for d in densities if d is not None]
+        low, high = (min(known), max(known)) if known else (0.0, 0.0)
+        density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
+        result = (
+            f"[green]rewritten{site.marks}"
+            if site.rewritten
+            else f"[red]{'dense: ' if site.found else ''}{site.reason}"
+        )
+        table.add_row(
+            label,
+            str(len(names)),
+            "x".join(site.query_shape),
+            "x".join(site.key_shape),
+            site.mask or "-",
+            result,
+            density,
+        )
+    console.print(table)
+    console.print(str(report).split("\n", len(report.sites) + 2)[-1])
+
+
+def _runs(report: Report) -> list[tuple[list[str], Any, list[float | None]]]:
+    runs: list[tuple[list[str], Any, list[float | None]]] = []
+    for site in report.sites:
+        same = ("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
+        if runs and all(getattr(runs[-1][1], name) == getattr(site, name) for name in same):
+            runs[-1][0].append(site.name)
+            runs[-1][2].append(site.density)
+        else:
+            runs.append(([site.name], site, [site.density]))
+    return runs
+
+
+def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None:
+    figures = result.figures
+    console.print()
+    _print_report(console, result.report)
+    table = Table(
+        "",
+        "dense",
+        "S2O",
+        title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, {config.quality}",
+    )
+    table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
+    table.add_row("top-1 agreement", "", f"{figures['top1_agreement']:.4f}")
+    speedup = float(figures["seconds_dense"]) / float(figures["seconds_s2o"])
+    table.add_row(
+        "seconds of the prefill", f"{figures['seconds_dense']:.2f}", f"{figures['seconds_s2o']:.2f}  ({speedup:.2f}x)"
+    )
+    table.add_row("seconds to compile, once", "", f"{result.compile_seconds:.1f} ({config.inner_backend})")
+    console.print(table)
+    console.print(f"[bold]Q:[/bold] {QUESTION}\n[bold]A:[/bold] {result.answer}")

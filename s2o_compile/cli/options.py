@@ -1,0 +1,154 @@
+"""What the commands share: their packages, options, and how they load a model and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from s2o_compile.cli.demo import DemoUnavailableError, Step, document, load_model
+from s2o_compile.cli.loading import load_weights, loading
+from s2o_compile.config import S2OConfig
+from s2o_compile.errors import OptionError
+from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.json_text import decode
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`."
+    ) from error
+
+__all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextColumn", "TimeElapsedColumn", "typer"]
+
+Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]
+Model = Annotated[str, typer.Option(help='"smollm2", or a transformers model: a directory or a hub name.')]
+Text = Annotated[Path | None, typer.Option(help="Text to read; by default Python's language reference.")]
+Tokens = Annotated[int, typer.Option(help="Tokens of the text that are read.", min=2)]
+
+
+def choose_device(wanted: str) -> str:
+    """The device asked for, or the best there is."""
+    available = torch.cuda.is_available()
+    if wanted not in ("", "cpu", "cuda") or (wanted == "cuda" and not available):
+        got = f"{wanted!r}{'' if available else ' on a machine without a CUDA device'}"
+        raise DemoUnavailableError(f'--device: expected "cpu" or "cuda", got {got}. Leave it out to choose by machine.')
+    return wanted or ("cuda" if available else "cpu")
+
+
+def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
+    """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
+    config = S2OConfig(**fields) if file is None else _config_of(file)
+    return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
+
+
+def _config_of(file: Path) -> S2OConfig:
+    text = read_file("--config", file)
+    try:
+        return S2OConfig.from_json(text)
+    except OptionError as error:
+        raise OptionError(f"--config {shown(str(file))}: {error}") from error
+
+
+def read_file(option: str, file: Path) -> str:
+    """The text of a file that an option names, without a byte order mark."""
+    try:
+        return decode(file.read_bytes())
+    except (OSError, ValueError) as error:  # no UTF-8, or a name that can be no file's
+        raise OptionError(
+            f"{option}: expected a text file in UTF-8, got {shown(str(file))} ({error}). Give another path."
+        ) from error
+
+
+def check_out(option: str, file: Path | None) -> None:
+    """Refuse what cannot be written, before the work whose result it is to hold."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise OptionError(
+            f"{option}: expected a file in a directory that exists, got {str(file)!r}. Make its directory, or give "
+            "another path."
+        )
+    if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise OptionError(f"{option}: expected a file that may be written, got {str(file)!r}. Give another path.")
+
+
+@contextmanager
+def writing(option: str, file: Path) -> Iterator[None]:
+    """Name the option where its file cannot be written after all."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"{option}: expected a file that may be written, got {str(file)!r} ({error}). Give another path."
+        ) from error
+
+
+def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
+    """Model and, unless its weights are random, tokenizer.
+
+    Raises:
+        LoadingError: There is no such model, or it cannot be loaded whole.
+    """
+    if model == "smollm2":
+        return load_model(tokens, device)
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise DemoUnavailableError(
+            "--model: expected transformers, got none. Run `pip install transformers`."
+        ) from error
+    source = f"model {shown(model)}"
+    remedy = 'Give "smollm2", a directory that save_pretrained wrote, or a hub name.'
+    if random_weights:
+        with loading(source, remedy):
+            loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval(), None
+    else:
+        loaded = load_weights(source, remedy, pretrained_model_name_or_path=model)
+        with loading(f"tokenizer of {source}", remedy):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+    return loaded.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
+
+
+def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (of transformers)
+    """Exactly ``tokens`` ids [1, tokens] from the beginning of a file, or of the demo's document.
+
+    Raises:
+        OptionError: The text is too short, or has ids that the model does not know.
+    """
+    text = document() if file is None else read_file("--text", file)
+    with loading("the model's tokenizer", "Save the tokenizer anew beside the model."):
+        ids = tokenizer(text, verbose=False).input_ids[:tokens]
+    if len(ids) < tokens:
+        raise OptionError(f"--tokens: expected at most the {len(ids)} of the text, got {tokens}. Give a longer --text.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= min(ids) <= max(ids) < known:
+        raise OptionError(
+            f"--model: expected a tokenizer whose ids lie below {known}, as the model's embedding has them, got "
+            f"{max(ids)}. Save the tokenizer that the model was trained with beside it."
+        )
+    return torch.tensor([ids])
+
+
+@contextmanager
+def show_steps(console: Console) -> Iterator[Step]:
+    """A display of steps: call what this yields with the name of each, and do it inside the context."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            task = progress.add_task(name, total=1)
+            yield
+            progress.update(task, completed=1)
+
+        yield step

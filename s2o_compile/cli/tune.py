@@ -1,0 +1,307 @@
+"""``s2o tune``: times launch configurations and finds the crossover length on the present device.
+
+What it finds goes into the user's file (``kernels/tuned.py``), which the operator reads once. Inputs are synthetic and
+have structure (tokens come in runs of one topic). Every configuration is checked before it is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_compile.errors import OptionError
+from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan, default_segment_len
+from s2o_compile.kernels.core.tuned import Launch
+from s2o_compile.kernels.planner import build_plan
+from s2o_compile.kernels.support.json_text import parse_json
+
+CAUSAL = AttentionMask(causal=True)
+DENSITY = 0.1
+TOPIC_LEN = 256
+CHECKED_LEN = 1024
+WORST_ERROR = 4.0
+"""A configuration may be this many times as far from float64 as SDPA is, as in the tests."""
+
+TIMED_SECONDS = 0.3
+
+Clock = Callable[[Callable[[], object]], float]
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Heads, head dim, dtype and device of the attention that is timed."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device
+
+    def inputs(self, length: int) -> Inputs:
+        """Query, key, value [1, H, N, D], laid out as a model's projections leave them, with topics and a sink."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        options = {"device": self.device, "dtype": self.dtype, "generator": generator}
+
+        def noise(heads: int) -> Tensor:
+            return torch.randn(1, length, heads, self.head_dim, **options).transpose(1, 2)
+
+        query, key, value = noise(self.heads), noise(self.kv_heads), noise(self.kv_heads)
+        add_topics(query, key, generator)
+        return query, key, value
+
+
+def add_topics(query: Tensor, key: Tensor, generator: torch.Generator | None = None) -> None:
+    """Give noise [B, H, N, D] structure that early stopping can use, in place: runs of one topic, and a sink."""
+    batch, kv_heads, length, head_dim = key.shape
+    topics = torch.randn(64, head_dim, device=key.device, dtype=key.dtype, generator=generator)
+    topics[:, head_dim // 4 :] = 0  # trained heads, too, keep the energy of their logits in a few dimensions
+    topic = torch.randint(64, (-(-length // TOPIC_LEN),), device=key.device, generator=generator)
+    shared = 1.8 * topics[topic.repeat_interleave(TOPIC_LEN)[:length]]
+    query += shared
+    key += shared
+    key[:, :, 0] = 3 * query.mean(2).view(batch, kv_heads, -1, head_dim).mean(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One configuration: milliseconds of the gathered and the natural-order kernel, or why it has none."""
+
+    launch: Launch
+    gathered_ms: float = 0.0
+    natural_ms: float = 0.0
+    failed: str = ""
+
+
+def candidates() -> list[Launch]:
+    """Configurations that ``sweep`` tries."""
+    warps = ((4, None), (8, None), (8, 128), (16, None))
+    return [
+        Launch(key_block=keys, num_warps=number, stages=stages, maxnreg=registers)
+        for keys, (number, registers), stages in itertools.product((32, 64, 128), warps, (2, 3))
+    ]
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call, the device's work included, after one that does not count."""
+    times = []
+    call()
+    while len(times) < 3 or sum(times) < TIMED_SECONDS * 1e3:
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = True) -> Plan:
+    """The plan with every list cut so that all passes together compute ``density`` of the visible area.
+
+    Lists end where a tile would stop, between two chunks. ``length`` is that of the whole call, of whose queries the
+    plan may hold a part.
+    """
+    own, prefix = plan.segment_len, length - plan.segment_len
+    area = length * density
+    if causal:
+        own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
+    chunks = plan.prefix_count * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
+    count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.prefix_count)
+    return dataclasses.replace(plan, prefix_count=count)
+
+
+def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:
+    """Check and time both forward kernels, under the present configuration first and then under every one of ``tried``.
+
+    Args:
+        shape: Heads, head dim and dtype.
+        length: Tokens of the timed call.
+        tried: Configurations.
+        clock: Milliseconds of a call.
+    """
+    from s2o_compile.kernels.impl.triton import exact as triton_natural
+    from s2o_compile.kernels.impl.triton import forward as triton_forward
+
+    calls = []
+    for n, density in ((CHECKED_LEN, 1.0), (length, DENSITY)):
+        query, key, value = shape.inputs(n)
+        scale = shape.head_dim**-0.5
+        plan = build_plan(
+            query,
+            key,
+            value,
+            CAUSAL,
+            scale=scale,
+            ranking="per_query",
+            list_per="group",
+            query_order="none",
+            segment_len=default_segment_len(n),
+            implementation="triton",
+        )
+        plan = cut_to_density(plan, density, n) if density < 1 else plan
+        gathered = partial(triton_forward.attend, query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
+        calls.append((gathered, partial(triton_natural.attend_natural, query, key, value, CAUSAL, scale=scale)))
+    checked, timed = calls
+    inputs = shape.inputs(CHECKED_LEN)
+    exact = _dense(*(x.double() for x in inputs))
+    limit = WORST_ERROR * _error(_dense(*inputs), exact)
+    present = tuned.launch(shape.device, max(16, 1 << (shape.head_dim - 1).bit_length()), shape.dtype)
+    for launch in (present, *(other for other in tried if other != present)):
+        with launched(launch):
+            try:
+                errors = [_error(call().output, exact) for call in checked]
+                if not max(errors) <= limit:
+                    yield Timing(launch=launch, failed=f"wrong: error {max(errors):.2g} beyond {limit:.2g}")
+                    continue
+                yield Timing(launch=launch, gathered_ms=clock(timed[0]), natural_ms=clock(timed[1]))
+            except Exception as error:  # whatever a compiler or a driver raises: the others are still wanted
+                yield Timing(launch=launch, failed=f"{type(error).__name__}: {error}".partition("\n")[0][:120])
+
+
+def best(timings: Sequence[Timing]) -> Timing:
+    """The fastest of a sweep: the product of both kernels' times is smallest.
+
+    Raises:
+        OptionError: All of them failed.
+    """
+    sound = [timing for timing in timings if not timing.failed]
+    if not sound:
+        raise OptionError(f"tune: expected some configuration to run, got {timings[0].failed} and the like.")
+    return min(sound, key=lambda timing: timing.gathered_ms * timing.natural_ms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """Milliseconds of one call at a length: the operator with default settings, and the fastest dense backend."""
+
+    length: int
+    s2o_ms: float
+    dense_ms: float
+    backend: str
+
+
+def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length:
+    """Time the operator and every backend of SDPA that runs here."""
+    inputs = shape.inputs(length)
+    options = OperatorOptions(min_seq_len=0)
+    s2o_ms = clock(partial(operator.run, *inputs, CAUSAL, scale=None, return_lse=False, options=options))
+    times = {}
+    backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    for backend in backends if shape.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
+        with sdpa_kernel(backend):
+            try:
+                times[backend.name] = clock(partial(_dense, *inputs))
+            except RuntimeError:  # it does not take these inputs
+                continue
+    if not times:
+        times["SDPA"] = clock(partial(_dense, *inputs))
+    name = min(times, key=times.__getitem__)
+    return Length(length=length, s2o_ms=s2o_ms, dense_ms=times[name], backend=name)
+
+
+def crossover(lengths: Sequence[Length]) -> int | None:
+    """The length from which S2O won at every longer one, too; None if it lost at the longest: nothing is known then."""
+    won = None
+    for entry in sorted(lengths, key=lambda entry: -entry.length):
+        if entry.s2o_ms >= entry.dense_ms:
+            break
+        won = entry.length
+    return won
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
+    """What the file holds already, nothing if there is none.
+
+    Raises:
+        OptionError: The file is there and is none of ours, or cannot be read.
+    """
+    try:
+        text = path.read_bytes()
+        tuned.parse(text)
+    except FileNotFoundError:
+        return {"devices": {}}
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path}: expected a file of `s2o tune`, got {error}. Delete it or name another.") from error
+    return parse_json(text)
+
+
+def write(
+    path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing], command: str
+) -> dict[str, object]:
+    """Put what was found into the file beside what it holds already; returns the device's entry.
+
+    Raises:
+        OptionError: The file is there and is none of ours, or cannot be written.
+    """
+    content = read(path)
+    name = tuned.device_name(shape.device)
+    before: list[dict[str, object]] = content["devices"].get(name, {}).get("launches", [])  # pyright: ignore
+    found = [
+        {"head_dim": dim, "dtype": dtype, **dataclasses.asdict(timing.launch)}
+        | {"gathered_ms": round(timing.gathered_ms, 3), "natural_ms": round(timing.natural_ms, 3)}
+        for (dim, dtype), timing in launches.items()
+    ]
+    kept = [entry for entry in before if (entry["head_dim"], entry["dtype"]) not in launches]
+    about = {"date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(), "command": command} | _versions()
+    entry: dict[str, object] = {"crossover": crossover, "launches": kept + found, "about": about}
+    devices = content["devices"] | {name: entry}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{path}: expected a file to write, got {error}. Name another with --output.") from error
+    tuned.forget()
+    return entry
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("torch", "triton", "s2o-compile"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def launched(launch: Launch) -> Iterator[None]:
+    """Inside the block every forward kernel runs under this configuration."""
+    table = tuned.launch
+    tuned.launch = lambda *_: launch  # pyright: ignore
+    try:
+        yield
+    finally:
+        tuned.launch = table
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _error(output: Tensor, exact: Tensor) -> float:
+    return (output - exact).abs().max().item()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""What sparse attention costs in quality: evaluation, calibration and pictures."""

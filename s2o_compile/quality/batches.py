@@ -1,0 +1,144 @@
+"""What `evaluate` and `calibrate` let a model read: batches of token ids, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2o_compile.config import S2OConfig
+from s2o_compile.errors import EvaluationError
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.report import Report
+
+Batch = Tensor | Mapping[str, Tensor]
+Progress = Callable[[str], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """A batch: token ids [B, N], and the other keyword inputs; None if the model takes ids alone, by position."""
+
+    ids: Tensor
+    keywords: Mapping[str, Any] | None
+
+    @property
+    def real(self) -> Tensor:
+        """Bool [B, N]: no padding."""
+        mask = (self.keywords or {}).get("attention_mask")
+        return torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    @property
+    def counted(self) -> Tensor:
+        """Bool [B, N]: tokens that a token before them predicts."""
+        real = self.real
+        return real & real.roll(1, 1)
+
+    def run(self, model: nn.Module, **wanted: object) -> object:
+        """What the model returns, given of these keywords those that it knows."""
+        known = inspect.signature(model.forward).parameters
+        options = {name: x for name, x in {"use_cache": False, **wanted}.items() if name in known}
+        if self.keywords is None:
+            return model(self.ids, **options)
+        return model(input_ids=self.ids, **{**self.keywords, **options})
+
+    def logits(self, model: nn.Module, caller: str) -> Tensor:
+        """The model's logits [B, N, V]."""
+        output = self.run(model)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != self.ids.shape:
+            got = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+            batch, length = self.ids.shape
+            raise EvaluationError(
+                f"{caller}: expected logits [{batch}, {length}, vocabulary], or an object with such .logits, from the "
+                f"model, got {got}. Wrap the model in a module that returns its logits."
+            )
+        return logits
+
+
+def texts_of(caller: str, model: nn.Module, batches: Batch | Iterable[Batch]) -> list[Text]:
+    """The batches on the model's device, checked."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    listed: list[Batch] = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)  # pyright: ignore
+    texts = []
+    for batch in listed:
+        keywords = None
+        if isinstance(batch, Mapping):
+            keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        ids = batch if keywords is None else keywords.pop("input_ids", None)
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            got = (
+                f"{ids.dtype} {tuple(ids.shape)}"
+                if isinstance(ids, Tensor)
+                else "none"
+                if ids is None
+                else type(ids).__name__
+            )
+            raise EvaluationError(
+                f"{caller}: expected batches of token ids int64 [B, N], or mappings with input_ids, got {got}. Give "
+                "what a tokenizer returns with return_tensors='pt'."
+            )
+        text = Text(ids=ids.to(device), keywords=keywords)
+        if text.real.shape != ids.shape:
+            raise EvaluationError(
+                f"{caller}: expected an attention_mask {tuple(ids.shape)}, as input_ids, got {tuple(text.real.shape)}. "
+                "Give the tokenizer's."
+            )
+        texts.append(text)
+    if not texts:
+        raise EvaluationError(f"{caller}: expected at least one batch of token ids, got none. Give some text to read.")
+    return texts
+
+
+def check_model(caller: str, model: nn.Module) -> None:
+    """Refuse what is no uncompiled module in eval mode."""
+    compiled = isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None)
+    if not isinstance(model, nn.Module) or compiled:
+        got = "a compiled one" if compiled else type(model).__name__
+        raise EvaluationError(
+            f"{caller}: expected an uncompiled torch.nn.Module, got {got}. Give the original: it is what S2O is "
+            "compared with, and it is compiled inside."
+        )
+    if model.training:
+        raise EvaluationError(f"{caller}: expected a model in eval mode, got one in training mode. Call model.eval().")
+
+
+def check_lengths(caller: str, texts: Sequence[Text], config: S2OConfig) -> None:
+    """Refuse batches so short that all attention runs dense."""
+    for place, text in enumerate(texts):
+        device, length = text.ids.device, text.ids.shape[1]
+        shortest = config.min_seq_len if isinstance(config.min_seq_len, int) else crossover(device)
+        shortest = max(shortest, TILE_LEN)
+        if length < shortest:
+            raise EvaluationError(
+                f"{caller}: expected batches of at least {shortest} tokens, got {length} in batch {place + 1}: all "
+                f"attention would run dense, by min_seq_len={config.min_seq_len!r} on {device.type}. Give longer "
+                f"batches, or S2OConfig(min_seq_len={TILE_LEN})."
+            )
+
+
+def nothing_sparse(caller: str, report: Report) -> EvaluationError:
+    """What to raise where no attention ran sparse, with the reasons."""
+    reasons = sorted(set(exact_sites(report, set()).values())) or ["no attention was captured"]
+    return EvaluationError(
+        f"{caller}: expected some attention to run sparse, got none of {len(report.sites)}: {'; '.join(reasons)}. "
+        "s2o_compile.explain(model, *inputs) lists them."
+    )
+
+
+def exact_sites(report: Report, sparse: set[str]) -> dict[str, str]:
+    """Sites that did not run sparse, and why."""
+    by_path = {
+        "": "did not run",
+        "dense": "ran dense",
+        "window": "a sliding window, which is computed exactly",
+        "masked": "ran dense, under its mask",
+    }
+    left = [site for site in report.sites if site.name not in sparse]
+    return {site.name: by_path.get(site.path, site.path) if site.rewritten else site.reason for site in left}

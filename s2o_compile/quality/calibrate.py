@@ -1,0 +1,116 @@
+"""``calibrate``: the taus that keep an error budget on the user's own model and text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from s2o_compile.api import watched
+from s2o_compile.capture.compiled_copy import compiled_copy
+from s2o_compile.config import S2OConfig, check_error, config_or_default
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, texts_of
+from s2o_compile.quality.head_curves import HeadCurves
+
+TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
+"""Where every head is measured."""
+
+AIM = 0.85
+"""Share of the budget that is aimed at: other texts differ, and a budget is to be kept on them, too."""
+
+LEAST_ERROR = 1e-4
+"""The least budget that can be measured; beneath it only exact attention helps."""
+
+
+class CurveMeter:
+    """An observer that measures every head at every tau, and passes the exact output on.
+
+    So every attention is measured on the inputs that it has in the dense model, and errors do not add up over layers.
+    Calls without a site, of ``s2o_compile.attention``, bring their own configuration: they run as they are.
+
+    Args:
+        taus: Ascending, positive.
+    """
+
+    def __init__(self, taus: Sequence[float] = TAUS) -> None:
+        self._taus = taus
+        self.sites: dict[str, HeadCurves] = {}
+
+    def __call__(self, call: ObservedCall) -> Tensor | None:
+        """Measure one call."""
+        if not call.site:
+            return None
+        exact = call.exact()
+        heads, kv_heads = call.query.shape[1], call.key.shape[1]
+        self.sites.setdefault(call.site, HeadCurves(self._taus, heads, kv_heads)).add(call, exact)
+        return exact
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    error: float = 0.02,
+    *,
+    config: S2OConfig | None = None,
+    progress: Progress | None = None,
+) -> S2OConfig:
+    """Measure every head of a model on the user's own text, and return what keeps an error budget.
+
+    The error of an attention is the relative L2 error of its output, all heads and rows together: the norm of the
+    difference to exact attention over the norm of the exact output. Every head is measured at ten taus; of each
+    attention the taus are chosen that keep 85 % of the budget at the least density (``head_curves.py``). Heads that
+    would stay nearly dense are marked dense. Sinks are part of the output. A handful of prompts is enough; take them
+    from where the model is used, and about as long: the error at a tau depends on the length.
+
+    Each batch is read once, with every attention run exactly, which is passed on, and ten times sparse. Nothing is
+    compiled behind the passes. Dynamo is reset: code compiled before is compiled anew at its next call.
+
+    Args:
+        model: In eval mode, not compiled; called as by `s2o_compile.evaluate`.
+        batches: As those of `s2o_compile.evaluate`.
+        error: The budget, from 0.0001 to 1. ``S2OConfig(error=0.0)``, which is exact, needs no calibration.
+        config: Ranking, lengths and the like, kept as they are; None for the defaults. Its ``tau``, ``error``,
+            ``site_tau`` and ``dense_heads`` give way to what is found.
+        progress: Called with the name of every step; returns a context manager around it.
+
+    Returns:
+        The configuration with ``error``, ``site_tau`` and ``dense_heads``, for `optimize`, `to_json`, and
+        ``s2o evaluate --config``.
+
+    Raises:
+        OptionError: No such budget, or the configuration is no S2OConfig.
+        EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
+    """
+    check_error("calibrate: error", error, least=LEAST_ERROR)
+    unset = {"tau": OperatorOptions.tau, "error": None, "site_tau": {}, "dense_heads": {}}
+    config = dataclasses.replace(config_or_default(config, "calibrate"), **unset)
+    progress = progress or nullcontext
+    check_model("calibrate", model)
+    texts = texts_of("calibrate", model, batches)
+    check_lengths("calibrate", texts, config)
+    meter = CurveMeter()
+    with watched(config) as watch:
+        sparse_model = compiled_copy(model, watch.backend)
+        for place, text in enumerate(texts):
+            with progress(f"batch {place + 1} of {len(texts)}"), observe_attention(meter):
+                text.run(sparse_model, logits_to_keep=1)
+        if not meter.sites:
+            raise nothing_sparse("calibrate", watch.recording.report)
+    return budgeted(config, meter, error)
+
+
+def budgeted(config: S2OConfig, meter: CurveMeter, error: float) -> S2OConfig:
+    """The configuration that keeps a budget at every site of a meter."""
+    chosen = {site: curves.choose(AIM * error) for site, curves in meter.sites.items()}
+    return dataclasses.replace(
+        config,
+        error=error,
+        site_tau={site: choice.tau for site, choice in chosen.items()},
+        dense_heads={site: choice.dense_heads for site, choice in chosen.items()},
+    )

@@ -1,0 +1,151 @@
+"""Error and density of every head of a site against tau, and which taus keep a budget at the least density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.observe import ObservedCall
+
+STEPS = 8
+"""Taus tried between two measured ones; what they give is interpolated."""
+
+FLOOR = 1e-4
+"""Error of a head below which nothing is told apart."""
+
+HEAD_SHARE = 2.0
+"""No head may be off by more than this many budgets, however little it weighs in its layer."""
+
+DENSE_FROM = 0.75
+"""Mean density of a group from which it runs dense: S2O computes at 0.8 of the rate of dense kernels, and ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a site should run with.
+
+    Attributes:
+        tau: Of every query head.
+        dense_heads: Key/value heads that run dense.
+        error: Relative L2 error of the site's output that this gave on the calibration text.
+        density: Computed over visible query-key pairs that it gave there; heads that run dense count 1.
+    """
+
+    tau: tuple[float, ...]
+    dense_heads: tuple[int, ...]
+    error: float
+    density: float
+
+
+class HeadCurves:
+    """Sums over the calls of a site.
+
+    Args:
+        taus: Ascending, positive.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+    """
+
+    def __init__(self, taus: Sequence[float], heads: int, kv_heads: int) -> None:
+        self.taus, self.kv_heads = tuple(taus), kv_heads
+        self._difference = torch.zeros(len(taus), heads, dtype=torch.float64)
+        self._density = torch.zeros(len(taus), heads, dtype=torch.float64)
+        self._power = torch.zeros(heads, dtype=torch.float64)
+        self._area = 0.0
+
+    def add(self, call: ObservedCall, exact: Tensor) -> None:
+        """Run a call at every tau and compare with its exact output [B, Hq, Nq, Dv], sinks put into both."""
+        exact = call.with_sinks(exact)
+        area = call.mask.area(len(exact), call.query.shape[2], call.key.shape[2]).sum().item()
+        self._area += area
+        self._power += _squares(exact)
+        for place, tau in enumerate(self.taus):
+            result = call.run(tau=tau, dense_heads=())
+            self._difference[place] += _squares(call.with_sinks(result.output, result.lse), exact)
+            self._density[place] += call.densities(result).cpu() * area
+
+    def errors(self) -> list[float]:
+        """Relative L2 error of all heads together at every tau."""
+        return (self._difference.sum(1) / self._power.sum()).sqrt().tolist()
+
+    def densities(self) -> list[float]:
+        """Computed over visible query-key pairs at every tau, mean over heads."""
+        return (self._density.mean(1) / max(self._area, 1.0)).tolist()
+
+    def choose(self, budget: float) -> Choice:
+        """The taus of the least density at which the site's error is ``budget``, a relative L2 error of all heads.
+
+        Heads share the budget: one that saves much by a small error gets more of it than one that saves little, up to
+        HEAD_SHARE. A group that stays nearly dense is marked dense, and what it leaves is shared by the others.
+        """
+        heads = len(self._power)
+        power = self._power.clamp(min=torch.finfo(torch.float64).tiny)
+        taus, difference, density = self._refined()
+        allowed = difference <= (HEAD_SHARE * budget) ** 2 * power
+        density = density.masked_fill(~allowed, math.inf)
+        exact = torch.zeros(1, heads, dtype=torch.float64)  # the last resort of every head: never to stop
+        taus, difference = torch.cat([exact[:, :1], taus[:, None]])[:, 0], torch.cat([exact, difference])
+        density = torch.cat([exact + 1.0, density])
+        group = heads // self.kv_heads
+        dense: set[int] = set()
+        while True:
+            kept = [head for head in range(heads) if head // group not in dense]
+            place = _share(difference[:, kept], density[:, kept], budget**2 * power.sum().item())
+            chosen = torch.zeros(heads, dtype=torch.int64)
+            chosen[kept] = place
+            cost = density.gather(0, chosen[None])[0]
+            fuller = {g for g, mean in enumerate(cost.view(-1, group).mean(1).tolist()) if mean >= DENSE_FROM}
+            if fuller <= dense:
+                break
+            dense |= fuller
+        error = (difference.gather(0, chosen[None]).sum() / power.sum()).sqrt().item()
+        return Choice(
+            tau=tuple(float(f"{taus[at]:.4g}") for at in chosen.tolist()),
+            dense_heads=tuple(sorted(dense)),
+            error=error,
+            density=cost.mean().item(),
+        )
+
+    def _refined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Taus, and difference and density [taus, Hq] there: monotonic, and interpolated between what was measured."""
+        # A floor under what is all but exact: from nothing to much, logarithms would promise too little on the way.
+        floor = FLOOR**2 * self._power.clamp(min=torch.finfo(torch.float64).tiny)
+        difference = torch.maximum(self._difference.cummax(0).values, floor)
+        density = (self._density / max(self._area, 1.0)).cummin(0).values
+        share = torch.arange(STEPS, dtype=torch.float64) / STEPS
+
+        def fill(x: Tensor) -> Tensor:
+            """[taus, ...] -> [(taus - 1) * STEPS + 1, ...]."""
+            between = x[:-1, None] + (x[1:] - x[:-1])[:, None] * share.view(-1, *[1] * (x.dim() - 1))
+            return torch.cat([between.flatten(0, 1), x[-1:]])
+
+        taus = torch.tensor(self.taus, dtype=torch.float64).log()
+        return fill(taus).exp(), fill(difference.log()).exp(), fill(density)
+
+
+def _share(difference: Tensor, density: Tensor, budget: float) -> Tensor:
+    """Row of each head: the least sum of density at which the differences sum to at most ``budget``.
+
+    Where density is convex in the difference, the heads of that optimum all trade one for the other at the same price;
+    it is found by bisection.
+    """
+    heads = torch.arange(difference.shape[1])
+    low, high = -80.0, 80.0  # logarithm of the price of a difference, in densities a power
+    for _ in range(60):
+        middle = (low + high) / 2
+        place = (density + difference * math.exp(middle)).argmin(0)
+        if difference[place, heads].sum() > budget:
+            low = middle
+        else:
+            high = middle
+    return (density + difference * math.exp(high)).argmin(0)
+
+
+def _squares(output: Tensor, exact: Tensor | None = None) -> Tensor:
+    """Squared norm float64 [Hq] of an output [B, Hq, Nq, Dv], or of its difference to another."""
+    rows = [(x.float() if exact is None else x.float() - exact[:, h].float()) for h, x in enumerate(output.unbind(1))]
+    return torch.stack([row.square().sum(dtype=torch.float64) for row in rows]).cpu()

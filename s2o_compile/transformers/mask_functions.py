@@ -1,0 +1,84 @@
+"""Masks that are functions ``(batch, head, query, key) -> bool``, as transformers makes them, proven like graphs.
+
+The function is traced once over index tensors without data and its graph given to the mask prover: which spelling or
+version it comes from does not matter, and what is not proven is not guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import Rejected
+
+logger = logging.getLogger(__name__)
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def prove_function(
+    function: MaskFunction, *, batch: int, queries: tuple[int, int], keys: tuple[int, int]
+) -> AttentionMask | Rejected:
+    """The mask that a function is over a range of queries and keys, or why it is none of the operator's.
+
+    Args:
+        function: Takes positions that broadcast against each other, int64, and returns bool. It must mean the same for
+            whole tensors as for single positions.
+        batch: B.
+        queries: Position of the first query, and how many there are.
+        keys: Position of the first key, and how many there are.
+    """
+    try:
+        graph = _traced(function, batch, queries, keys)
+    except Exception as error:  # whatever a user's function raises where it looks at values
+        logger.debug("%s cannot be traced", function, exc_info=True)
+        return Rejected("the mask function cannot be traced (%s: %s)", type(error).__name__, error)
+    (mask,) = graph.graph.output_node().args
+    if not isinstance(mask, fx.Node):
+        return Rejected("the mask function returns %s, expected a bool tensor", mask)
+    _write_constants_out(graph)
+    proof = MaskProver(graph.graph).prove(mask, queries[1], keys[1])
+    if isinstance(proof, Rejected):
+        return proof
+    if proof.key_masks or not all(isinstance(size, int | None) for size in (proof.offset, proof.window)):
+        return Rejected("the mask function looks keys up in %s", [part.node for part in proof.key_masks])
+    offset = keys[1] - queries[1] if proof.offset is None else proof.offset
+    return AttentionMask(
+        causal=proof.causal,
+        offset=int(offset) if proof.causal else 0,
+        window=None if proof.window is None else int(proof.window),
+        attention_chunk=proof.chunk,
+    )
+
+
+def _traced(function: MaskFunction, batch: int, queries: tuple[int, int], keys: tuple[int, int]) -> fx.GraphModule:
+    def mask() -> Tensor:
+        ranges = ((0, batch), (0, 1), queries, keys)
+        positions = (torch.arange(start, start + length) for start, length in ranges)
+        b, h, q, k = (x.view([-1 if axis == dim else 1 for dim in range(4)]) for axis, x in enumerate(positions))
+        return function(b, h, q, k).expand(batch, -1, queries[1], keys[1])
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_fx(mask, pre_dispatch=True)()
+
+
+def _write_constants_out(graph: fx.GraphModule) -> None:
+    """Captured tensors of one number, such as a left padding of no tokens, as that number; waits for the device."""
+    for stored in graph.graph.find_nodes(op="get_attr"):
+        tensor = operator.attrgetter(str(stored.target))(graph)
+        if tensor.numel() == 0 or tensor.is_floating_point() or bool((tensor != tensor.flatten()[0]).any()):
+            continue
+        with graph.graph.inserting_before(stored):
+            arguments = list(tensor.shape), tensor.flatten()[0].item()
+            filled = graph.graph.call_function(torch.ops.aten.full.default, arguments, {"dtype": tensor.dtype})
+        filled.meta["val"] = value_of(stored)
+        stored.replace_all_uses_with(filled)
