@@ -16,6 +16,7 @@ from s2o_compile.kernels.core import head_tau
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.core.validation import check_inputs, sizes_of
 from s2o_compile.kernels.exact.blind_rows import fill_blind_rows
@@ -26,7 +27,6 @@ from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as natural_forward
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
-from s2o_compile.kernels.reference import Result
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact.dense_heads import whole_tiles
 from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs
 from s2o_compile.kernels.exact.sinks import add_sinks
-from s2o_compile.kernels.reference import Result
 from s2o_compile.kernels.statistics import pairs_by_head
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.scopes import Scopes

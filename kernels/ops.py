@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.mask import BLIND, AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions, options_of
 from s2o_compile.kernels.core.validation import check_sinks
 from s2o_compile.kernels.dispatch import run, run_short
-from s2o_compile.kernels.exact.blind_rows import BLIND, fill_rows
+from s2o_compile.kernels.exact.blind_rows import fill_rows
 from s2o_compile.kernels.exact.sinks import add_sinks
 from s2o_compile.kernels.masked import run_masked
 from s2o_compile.kernels.support.define_op import define_operator

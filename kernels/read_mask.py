@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-
-HIDES = -1e3
-"""Numbers from here down are taken for hidden keys; whether they hide them is checked apart (`outweighs`)."""
-
-ABSORBS = torch.finfo(torch.bfloat16).min
-"""Numbers from here down leave nothing of a score that they are added to, in float32 and bfloat16."""
+from s2o_compile.kernels.core.mask_band import ABSORBS, HIDES, Band, Comparison
 
 VANISHES = 110.0
 """So far below another logit of its row one has no weight: exp(-110) is zero in float32."""
@@ -50,38 +45,6 @@ class ReadMask:
     hidden_rows: Tensor | None
     blind: str
     weakest: float
-
-
-@dataclass(frozen=True)
-class Band:
-    """Keys in use, and how far behind (``late``) and before (``early``) its own number a query sees.
-
-    Attributes:
-        keys: bool [b, Nk].
-        late: int64 [], j <= i + late; Nk for no bound.
-        early: int64 [], j >= i + early; -Nq for no bound.
-    """
-
-    keys: Tensor
-    late: Tensor
-    early: Tensor
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How a mask differs from a band.
-
-    Attributes:
-        differs: bool [], whether a row that sees any key differs, or a number is none of a mask.
-        blind: bool [b, h, q], rows that see no key.
-        hidden_rows: bool [b, h, q], those of them to which the band shows a key.
-        extremes: float32 [2], the smallest and the largest number that hides; (inf, -inf) for none.
-    """
-
-    differs: Tensor
-    blind: Tensor
-    hidden_rows: Tensor
-    extremes: Tensor
 
 
 def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> ReadMask | None:

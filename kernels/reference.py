@@ -29,52 +29,13 @@ Written for clarity, in the dtype of its inputs (tests pass float64). It is the 
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
-
-
-def chunks_to_come(visited: int, prefix: int, chunk_len: int) -> float:
-    """Mass of the unvisited chunks in units of the last visited one, if it falls off like 1 / rank."""
-    return visited / chunk_len * max(math.log(prefix / visited), 0.0)
-
-
-TAIL_SHARE = 0.2
-"""Part of the estimate that the tail counts, for the estimate is cautious: 0 and 0.35 want more density (SmolLM2)."""
-
-
-def tail_share(gain: Tensor, to_come: float) -> Tensor:
-    """Mass left out over mass visited, of rows whose last chunk brought ``gain``; in its shape."""
-    return (gain * to_come).clamp(0.0, 1.0) * TAIL_SHARE
-
-
-class Result(NamedTuple):
-    """What every executor returns.
-
-    Attributes:
-        output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
-        lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits and of the tail, -inf for a query that sees
-            no key.
-        computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
-    """
-
-    output: Tensor
-    lse: Tensor
-    computed: Tensor
-
-
-def empty_result(query: Tensor, value_dim: int) -> Result:
-    """Uninitialised results for a query [B, Hq, Nq, D], the output laid out as SDPA's."""
-    batch, heads, n_queries, _ = query.shape
-    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query, value_dim), lse, computed)
+from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
 
 
 class OnlineSoftmax:

@@ -18,10 +18,10 @@ from s2o_compile.kernels.core import head_tau
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, n_segments, n_tiles
+from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
-from s2o_compile.kernels.reference import Result, empty_result
 
 SCRATCH_SHARE = 5
 SCRATCH_BYTES = 96 * 2**20

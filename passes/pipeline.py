@@ -18,9 +18,10 @@ from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
-from s2o_compile.passes.site import AttentionSite, Rejected, SiteRecord, module_path, record, unique_names
+from s2o_compile.passes.site import AttentionSite, SiteRecord, module_path, record, unique_names
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
 from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
 from s2o_compile.passes.masks.proof import KeyMask, MaskPart
-from s2o_compile.passes.site import AttentionSite, Rejected
+from s2o_compile.passes.site import AttentionSite
 
 logger = logging.getLogger(__name__)
 

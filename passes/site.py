@@ -1,52 +1,16 @@
-"""What a frontend hands to the rewriter (`AttentionSite`), or why it does not (`Rejected`), and what the user is told.
-
-A frontend answers ``AttentionSite | Rejected``. `Rejected` is false, so that ``if not site:`` reads well, and it
-formats its reason only when somebody asks: most rejections are steps of a search that went on elsewhere.
-"""
+"""What a frontend hands to the rewriter (`AttentionSite`), and what the user is told of it (`SiteRecord`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from s2o_compile.passes.graph.operand import Operand, Step
-
-if TYPE_CHECKING:
-    from s2o_compile.passes.masks.proof import MaskProof
-
-
-class Rejected:
-    """A failed match or proof: false, with a reason for the user.
-
-    Args:
-        template: ``%``-style message.
-        *args: Its arguments; nodes, shapes and other `Rejected` are formatted lazily.
-    """
-
-    __slots__ = ("args", "template")
-
-    def __init__(self, template: str, *args: object) -> None:
-        self.template = template
-        self.args = args
-
-    @property
-    def reason(self) -> str:
-        """The formatted reason."""
-        return self.template % self.args if self.args else self.template
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return self.reason
-
-    def __repr__(self) -> str:
-        return f"Rejected({self.reason!r})"
+from s2o_compile.passes.masks.proof import MaskProof
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

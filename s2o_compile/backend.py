@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
-from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
+from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
-from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import SiteRecord
-from s2o_compile.recording import notify
+from s2o_compile.rewriting import rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -98,57 +94,3 @@ def s2o(
 
         return compile_graph(gm, example_inputs, others)
     return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
-
-
-def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
-    """Run the passes over one captured graph, tell open recordings, and warn of what the user would not expect.
-
-    Args:
-        gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
-        config: What to rewrite, and to what.
-    """
-    start = time.perf_counter()
-    records = pipeline.run(
-        gm,
-        config.operator_options(),
-        assume_causal_mask=config.assume_causal_mask,
-        assume_block_masks=config.assume_block_masks,
-        check_assumptions=config.check_assumptions,
-        read_masks=config.read_masks,
-        training=config.training,
-        dense_heads=config.dense_heads,
-        site_tau=config.site_tau,
-    )
-    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
-    notify(records, time.perf_counter() - start, [name for sites in settings.values() for name in sites])
-    _warn_if_nothing(records)
-    for field, sites in settings.items():
-        _warn_of_unknown_sites(records, field, sites)
-    return records
-
-
-def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
-    """Say aloud when attention was found and all of it stays dense; decode graphs are meant to."""
-    left = [record for record in records if not record.rewritten]
-    logger.info("%d of %d attentions rewritten", len(records) - len(left), len(records))
-    if left and len(left) == len(records) and not all("decode" in record.reason for record in left):
-        reasons = sorted({record.reason for record in left})
-        warnings.warn(
-            f"none of {len(left)} attentions could be rewritten to S2O, they stay dense: {'; '.join(reasons)}. "
-            "s2o_compile.explain(model, *inputs) lists them.",
-            NothingRewrittenWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: Iterable[str]) -> None:
-    """Say aloud that a name in a field is none of the graph's; a graph without attention holds nobody's."""
-    names = [record.name for record in records]
-    for name in marked if names else ():
-        if name not in names:
-            warnings.warn(
-                f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
-                "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
-                UnknownSiteWarning,
-                stacklevel=3,
-            )

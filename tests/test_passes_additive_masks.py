@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 from tests.masks import capture, k_index, q_index, visible
 
 MIN = torch.finfo(torch.float32).min

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 from tests.masks import visible
 from tests.test_passes_mutations import mutant, mutations
 

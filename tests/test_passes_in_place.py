@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 from tests.masks import capture, k_index, q_index, visible
 
 INF, MIN = float("-inf"), torch.finfo(torch.float32).min

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
-from s2o_compile.passes.site import Rejected
 from tests.capture import Capture
 from tests.masks import capture, visible
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 from tests.masks import capture, k_index, q_index, visible
 
 LENGTHS = ((6, 11), (7, 7), (3, 14))  # (queries, keys) to evaluate at; the capture sees (5, 9)

@@ -13,8 +13,8 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 from tests.masks import visible
 
 INF, MIN = float("-inf"), torch.finfo(torch.float32).min

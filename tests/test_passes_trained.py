@@ -13,12 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.backend import rewrite, s2o
+from s2o_compile.backend import s2o
 from s2o_compile.kernels.autograd import plain_attention
 from s2o_compile.kernels.impl.flex import training as flex_trained
 from s2o_compile.kernels.impl.flex.forward import visible
 from s2o_compile.kernels.impl.flex.layout import FlexLayout
 from s2o_compile.passes.frontends import training as trained
+from s2o_compile.rewriting import rewrite
 from tests.conftest import CUDA
 
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, SEGMENT = 2, 4, 2, 700, 16, 128

@@ -131,7 +131,7 @@ def test_every_exempt_reason_is_a_text_of_the_passes():
     passes = Path(zoo_masks.__file__).parent.parent / "passes"
     texts = {
         node.value
-        for path in passes.glob("*.py")
+        for path in passes.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

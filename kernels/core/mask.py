@@ -28,6 +28,9 @@ from s2o_compile.kernels.support.torch_compat import statically_known_true
 FARTHEST = 2**61
 """Tokens of a causal offset at most. Positions are int64, and with twice as long a window none of them wraps around."""
 
+BLIND = ("zeros", "mean")
+"""What a query that sees no key gets: zeros, or the mean of all values of its head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.exact.blind_rows import BLIND
+from s2o_compile.kernels.core.mask import BLIND
 from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 
-BLIND = ("zeros", "mean")
-
 
 def all_rows_see(mask: AttentionMask, n_queries: int, n_keys: int) -> bool:
     """Whether lengths alone prove that no row is blind: blind rows are the first or the last ones, if any."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs
-from s2o_compile.kernels.reference import Result
 
 
 def runs(heads: Iterable[int], longest: int) -> list[slice]:

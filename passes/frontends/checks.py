@@ -10,7 +10,7 @@ from torch import fx
 from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM
 from s2o_compile.kernels.support.torch_compat import is_batched, is_wrapper
 from s2o_compile.passes.graph.nodes import known, value_of
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected | None:  # noqa: ANN401 (fake tensors)

@@ -23,8 +23,8 @@ from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNam
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.inlining import inline
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.rewrite import remove_dead
-from s2o_compile.passes.site import Rejected
 
 
 class UnsupportedError(Exception):

@@ -18,8 +18,8 @@ import torch
 
 from s2o_compile.passes.graph.nodes import Size, known
 from s2o_compile.passes.graph.operand import Operand, Step
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.proof import MERGED
-from s2o_compile.passes.site import Rejected
 
 Axes = tuple[int | None, ...]
 

@@ -13,9 +13,10 @@ from s2o_compile.passes.frontends.checks import check_tensors
 from s2o_compile.passes.frontends.head_layout import broadcast, to_heads
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import AttentionSite, Rejected, module_path
+from s2o_compile.passes.site import AttentionSite, module_path
 
 _SDPA = scaled_dot_product_attention
 _TARGETS = frozenset(

@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import OpOverload, OpOverloadPacket
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 
 _NAME = re.compile(
     r"flash_?attn|flash_?attention|memory_efficient_attention|xformers|sage_?attn|sageattention|paged_attention|"

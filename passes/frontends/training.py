@@ -10,7 +10,8 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.dispatch import is_short
 from s2o_compile.kernels.impl.flex.forward import LEAST_HEAD_DIM
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.site import AttentionSite, Rejected
+from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.site import AttentionSite
 
 WITHOUT_BACKWARD = ("cpu",)
 """Devices for which FlexAttention has no backward."""

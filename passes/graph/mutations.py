@@ -17,7 +17,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import storages, tree_leaves
 from s2o_compile.passes.graph.calls import function_name, may_alias, may_reshape, written_nodes
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 _ANYWHERE = -1
 """The storage of tensors that do not say where they lie: who writes there may write to any tensor."""

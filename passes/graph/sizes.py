@@ -12,7 +12,7 @@ from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import sympy_max, sympy_min
 from s2o_compile.passes.graph.nodes import Size, simplified, value_of
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 _FUNCTIONS = (
     (sympy.Add, operator.add),

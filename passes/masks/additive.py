@@ -19,11 +19,11 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import choice, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.bits import is_bits
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
 from s2o_compile.passes.masks.terms import TermEvaluator, Terms, is_bool_of, written_in_part
-from s2o_compile.passes.site import Rejected
 
 # In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number.
 _ABSORBING = (torch.float32, torch.bfloat16)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from s2o_compile.passes.graph.nodes import Size, known, simplified
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import KeyMask, MaskProof
 from s2o_compile.passes.masks.terms import LookUp, SameChunk, Terms
-from s2o_compile.passes.site import Rejected
 
 BATCH, HEAD, QUERY, KEY = range(4)
 _AXES = ("batch entries", "heads", "queries", "keys")

@@ -16,9 +16,9 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, is_size, known, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
-from s2o_compile.passes.site import Rejected
 
 # Narrower integers wrap around at lengths this package is made for, and floats stop counting at 2**24.
 INDEX_DTYPES = (torch.int64, torch.int32)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from s2o_compile.passes.graph.nodes import Size, bounds, known
+from s2o_compile.passes.graph.rejected import Rejected
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +117,11 @@ def always_differ(left: IndexTensor, right: IndexTensor) -> bool:
 
 
 COMPARISONS = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}  # each with its negation
+
+
+class Evaluator(Protocol):
+    """What finds the symbolic value of an index tensor (`IndexEvaluator`)."""
+
+    def evaluate(self, argument: object) -> IndexTensor | Rejected:
+        """Value of a node or of a Python number, as a tensor of its shape."""
+        ...

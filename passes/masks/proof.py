@@ -9,7 +9,7 @@ from torch import fx
 
 from s2o_compile.kernels.core.mask import describe
 from s2o_compile.passes.graph.nodes import Size, simplified
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 READ = "read at run time"
 """The mask column of attentions whose mask is not proven."""

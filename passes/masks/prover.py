@@ -21,9 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from s2o_compile.kernels.read_mask import ABSORBS
+from s2o_compile.kernels.core.mask_band import ABSORBS
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.additive import AdditiveEvaluator, hides
 from s2o_compile.passes.masks.classify import classify
@@ -32,7 +33,6 @@ from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import MERGED, MaskPart, MaskProof, MaskReading
 from s2o_compile.passes.masks.readable import is_readable
 from s2o_compile.passes.masks.terms import Term, TermEvaluator, Terms
-from s2o_compile.passes.site import Rejected
 
 
 class MaskProver:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from s2o_compile.kernels.read_mask import HIDES
+from s2o_compile.kernels.core.mask_band import HIDES
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import arguments, choice, value_of
 from s2o_compile.passes.masks import views

@@ -17,6 +17,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.bits import complement, is_bits
 from s2o_compile.passes.masks.index_arithmetic import (
@@ -27,7 +28,6 @@ from s2o_compile.passes.masks.index_arithmetic import (
     unknown_values,
 )
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
-from s2o_compile.passes.site import Rejected
 
 
 @dataclass(frozen=True, eq=False)

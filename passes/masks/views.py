@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, known, value_of
-from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.site import Rejected
-
-if TYPE_CHECKING:
-    from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
+from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.masks.index_tensor import Evaluator, IndexTensor, broadcast_indices
 
 Indices = tuple[IndexTensor, ...]
 Shape = Sequence[Size]
@@ -39,7 +35,7 @@ class Source:
     indices: Indices
 
 
-def source(node: fx.Node, evaluator: IndexEvaluator) -> Source | Rejected | None:
+def source(node: fx.Node, evaluator: Evaluator) -> Source | Rejected | None:
     """The source of a view; None if the node is none, `Rejected` if its mapping is not affine."""
     handler = VIEWS.get(function_name(node))
     if handler is None or not node.args or not isinstance(node.args[0], fx.Node):
@@ -51,11 +47,11 @@ def source(node: fx.Node, evaluator: IndexEvaluator) -> Source | Rejected | None
     return indices if isinstance(indices, Rejected) else Source(node.args[0], indices)
 
 
-def _same(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices:
+def _same(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
     return tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape)))
 
 
-def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
         return Rejected("%s reinterprets the bits of its source", node)
     old = [dim for dim, size in enumerate(base) if not known(size == 1)]
@@ -69,18 +65,18 @@ def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator
     )
 
 
-def _expand(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices:
+def _expand(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
     return broadcast_indices(base, shape)
 
 
-def _repeat(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _repeat(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     lead = len(shape) - len(base)
     if not all(known(size == 1) or known(size == shape[lead + dim]) for dim, size in enumerate(base)):
         return Rejected("%s repeats a dimension of several elements", node)
     return broadcast_indices(base, shape)
 
 
-def _transpose(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _transpose(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     rank = len(base)
     dims = [0, 1] if function_name(node) == "t" else [dim for dim in node.args[1:] if isinstance(dim, int)]
     if len(dims) != 2 or rank < 2:
@@ -91,7 +87,7 @@ def _transpose(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluat
     return _permuted(order, shape)
 
 
-def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     """``x.T`` of a matrix and ``x.mT``."""
     if node.args[1] not in ("T", "mT") or len(base) < 2 or (node.args[1] == "T" and len(base) > 2):
         return Rejected("%s (%s) is not a view this pass understands", node, node.args[1])
@@ -99,7 +95,7 @@ def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluat
     return _permuted([*range(rank - 2), rank - 1, rank - 2], shape)
 
 
-def _permute(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _permute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
     dims = [dim for dim in given if isinstance(dim, int)]
     if len(dims) != len(base):
@@ -111,7 +107,7 @@ def _permuted(order: Sequence[int], shape: Shape) -> Indices:
     return tuple(IndexTensor.axis(shape, order.index(dim)) for dim in range(len(shape)))
 
 
-def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     items: list[object] = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
     if any(isinstance(item, bool | list) for item in items):
         return Rejected("%s gathers by a list", node)
@@ -141,13 +137,13 @@ def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator
     return tuple(indices)
 
 
-def _index(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _index(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     """ATen's ``index(x, [i, j])``, what exported graphs hold for ``x[i, j]``."""
     return _gather(node, node.args[1], base, shape, evaluator)
 
 
 def _gather(
-    node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, evaluator: IndexEvaluator
+    node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, evaluator: Evaluator
 ) -> Indices | Rejected:
     if len(items) != len(base) or not all(isinstance(value_of(item), torch.Tensor) for item in items):
         return Rejected("%s mixes index tensors with slices", node)
@@ -165,7 +161,7 @@ def _gather(
 
 
 def _slice(
-    node: fx.Node, item: slice, size: Size, shape: Shape, dim: int, evaluator: IndexEvaluator
+    node: fx.Node, item: slice, size: Size, shape: Shape, dim: int, evaluator: Evaluator
 ) -> IndexTensor | Rejected:
     step = 1 if item.step is None else item.step
     if not isinstance(step, int) or step < 1:
@@ -174,9 +170,7 @@ def _slice(
     return first if isinstance(first, Rejected) else first.plus(IndexTensor.axis(shape, dim), step)
 
 
-def _position(
-    node: fx.Node, item: object, size: Size, shape: Shape, evaluator: IndexEvaluator
-) -> IndexTensor | Rejected:
+def _position(node: fx.Node, item: object, size: Size, shape: Shape, evaluator: Evaluator) -> IndexTensor | Rejected:
     index = evaluator.evaluate(item)
     if isinstance(index, Rejected):
         return index
@@ -186,7 +180,7 @@ def _position(
     return IndexTensor.constant(position, shape)
 
 
-def _select(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator) -> Indices | Rejected:
+def _select(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices | Rejected:
     """``select(dim, index)``, ``narrow(dim, start, length)`` and ATen's ``slice(dim, start, end, step)``."""
     defaults = {"dim": 0, "start": None, "step": 1}
     names = {"select": ("dim", "index"), "narrow": ("dim", "start", "length"), "slice": ("dim", "start", "end", "step")}
@@ -210,7 +204,7 @@ def _select(node: fx.Node, base: Shape, shape: Shape, evaluator: IndexEvaluator)
     return tuple(indices[d] for d in range(len(base)))
 
 
-_Handler = Callable[[fx.Node, Shape, Shape, "IndexEvaluator"], "Indices | Rejected"]
+_Handler = Callable[[fx.Node, Shape, Shape, Evaluator], "Indices | Rejected"]
 CASTS = frozenset({"to", "type", "type_as", "bool", "long", "int", "float", "half", "bfloat16", "double"})
 VIEWS: dict[str, _Handler] = {
     **dict.fromkeys((*CASTS, "contiguous", "clone", "detach", "alias", "cpu", "cuda"), _same),

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from s2o_compile.backend import rewrite
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
 from s2o_compile.passes.graph import exported
+from s2o_compile.rewriting import rewrite
 
 _ASSERT = torch.ops.aten._assert_scalar.default
 _MANY = 2**20

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact.dense_heads import whole_tiles
 from s2o_compile.kernels.observe import ObservedCall
-from s2o_compile.kernels.reference import Result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.transformers.mask_functions import prove_function
 from s2o_compile.transformers.snapshots import snapshot
 

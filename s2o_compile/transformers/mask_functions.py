@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)

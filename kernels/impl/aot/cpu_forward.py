@@ -18,6 +18,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
 from s2o_compile.kernels.core.sizes import symbols
+from s2o_compile.kernels.core.stop_rule import tail_share
 from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment
 from s2o_compile.kernels.ranking import tail
 from s2o_compile.kernels.ranking.per_query import (
@@ -28,7 +29,6 @@ from s2o_compile.kernels.ranking.per_query import (
     scored_positions,
     take_dims,
 )
-from s2o_compile.kernels.reference import tail_share
 from s2o_compile.kernels.support.torch_compat import map_loop, while_loop
 
 STEP = 256

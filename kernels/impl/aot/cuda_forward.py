@@ -14,6 +14,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan, default_chunk_len, n_segments, n_tiles
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.sizes import longest
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs
 from s2o_compile.kernels.impl.triton import forward as triton_forward
@@ -23,7 +24,6 @@ from s2o_compile.kernels.impl.triton import tail as triton_tail
 from s2o_compile.kernels.impl.triton.exact import launch_natural
 from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
 from s2o_compile.kernels.ranking.tail import tail_values
-from s2o_compile.kernels.reference import Result
 from s2o_compile.kernels.schedule import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE
 from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
 

@@ -20,10 +20,10 @@ from s2o_compile.kernels.core import head_tau
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
 from s2o_compile.kernels.planner import build_plan, estimate_unvisited
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, blocks_to_visit
-from s2o_compile.kernels.reference import Result
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError
 from s2o_compile.kernels.support.torch_compat import dynamo_options
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.torch.blocks import block_attention, merge
-from s2o_compile.kernels.reference import Result, empty_result
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096

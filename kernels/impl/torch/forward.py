@@ -15,8 +15,9 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
 from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block, merge
-from s2o_compile.kernels.reference import Result, chunks_to_come, empty_result, tail_share
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096

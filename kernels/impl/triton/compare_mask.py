@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.read_mask import HIDES, Band, Comparison
+from s2o_compile.kernels.core.mask_band import HIDES, Band, Comparison
 
 ROWS, COLUMNS = 8, 512
 """Elements of a block."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     can_fix,
@@ -28,7 +29,6 @@ from s2o_compile.kernels.impl.triton.tile import (
     store_tile,
     value_parts,
 )
-from s2o_compile.kernels.reference import Result, empty_result
 
 
 @triton.jit

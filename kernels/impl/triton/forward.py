@@ -21,6 +21,8 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
+from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
 from s2o_compile.kernels.impl.triton.exact import attend_range, launch_natural
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
@@ -39,7 +41,6 @@ from s2o_compile.kernels.impl.triton.tile import (
     tracing,
     value_parts,
 )
-from s2o_compile.kernels.reference import TAIL_SHARE, Result, empty_result
 
 
 @triton.jit

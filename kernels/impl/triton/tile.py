@@ -11,7 +11,7 @@ import triton.language as tl
 
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.mask import AttentionMask, upper_bound
-from s2o_compile.kernels.reference import Result
+from s2o_compile.kernels.core.result import Result
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -27,10 +27,11 @@ from s2o_compile.passes.frontends.head_layout import Axes, axes, broadcasts, to_
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.proof import MaskPart, MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import AttentionSite, Rejected, module_path
+from s2o_compile.passes.site import AttentionSite, module_path
 
 
 def is_attention(node: fx.Node) -> bool:

@@ -18,9 +18,9 @@ from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.frontends.eager.scores import Fill
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 
 _PASSED_ON = frozenset(
     {"contiguous", "clone", "view", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze", "detach", *views.CASTS}

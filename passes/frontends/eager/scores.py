@@ -21,9 +21,9 @@ from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
-from s2o_compile.passes.site import Rejected
 
 _COPIES = frozenset({"contiguous", "clone", "detach", "alias"})
 _RESHAPES = frozenset({"view", "reshape", "unflatten", "flatten", "view_as", "unsqueeze", "squeeze"})

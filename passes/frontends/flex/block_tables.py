@@ -20,8 +20,8 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import Rejected
 
 WHOLE = 1 << 30
 """Block size of the table that torch makes where no block mask is given."""

@@ -24,9 +24,10 @@ from s2o_compile.passes.frontends.flex.block_tables import BlockTables
 from s2o_compile.passes.frontends.flex.scalar_functions import Inserter, positions, write_out
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, value_of
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.proof import BlockPromise, MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import AttentionSite, Rejected
+from s2o_compile.passes.site import AttentionSite
 
 _NAMES = (
     "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_mod_other_buffers",

@@ -20,9 +20,9 @@ from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import Size, value_of
 from s2o_compile.passes.graph.operand import computed
+from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS
-from s2o_compile.passes.site import Rejected
 
 _ELEMENTWISE = frozenset(
     {

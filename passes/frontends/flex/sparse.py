@@ -25,7 +25,7 @@ from s2o_compile.kernels.support.torch_compat import FakeTensor, tree_leaves
 from s2o_compile.passes.frontends.flex import block_tables
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.site import Rejected
+from s2o_compile.passes.graph.rejected import Rejected
 
 logger = logging.getLogger(__name__)
 

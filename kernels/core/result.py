@@ -1,0 +1,34 @@
+"""What every executor returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.layout import empty_output
+from s2o_compile.kernels.core.plan import n_tiles
+
+
+class Result(NamedTuple):
+    """What every executor returns.
+
+    Attributes:
+        output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
+        lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits and of the tail, -inf for a query that sees
+            no key.
+        computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
+    """
+
+    output: Tensor
+    lse: Tensor
+    computed: Tensor
+
+
+def empty_result(query: Tensor, value_dim: int) -> Result:
+    """Uninitialised results for a query [B, Hq, Nq, D], the output laid out as SDPA's."""
+    batch, heads, n_queries, _ = query.shape
+    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
+    return Result(empty_output(query, value_dim), lse, computed)
