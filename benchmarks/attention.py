@@ -62,8 +62,8 @@ def score_all(prepare: Callable[..., ScoreKeys], query: Tensor, key: Tensor, sca
 
 def order_all(scores: Tensor, key: Tensor, value: Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
     """Lists of a whole call, all heads at once."""
-    poisoned = triton_order.find_poisoned(key, value)
-    return triton_order.order_keys(scores, poisoned, CAUSAL, n_queries=key.shape[2], segment_len=segment_len)
+    non_finite = triton_order.find_non_finite(key, value)
+    return triton_order.order_keys(scores, non_finite, CAUSAL, n_queries=key.shape[2], segment_len=segment_len)
 
 
 def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object]]:
@@ -93,8 +93,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
             CAUSAL,
             scale=scale,
             ranking="per_query",
-            list_per="group",
-            query_order="none",
+            ranking_per="group",
             implementation="triton",
         )
         plan = cut_to_density(full, density, length)

@@ -34,7 +34,7 @@ from s2o_compile.api import watched
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.cli.demo import MODEL, document, load_model
 from s2o_compile.kernels.observe import ObservedCall, Observer, observe_attention
-from s2o_compile.kernels.planner import LISTS
+from s2o_compile.kernels.planner import RANKING_PER
 from s2o_compile.quality.calibrate import AIM, TAUS, CurveMeter, budgeted
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
@@ -127,7 +127,7 @@ def bench_length(tokens: int, base: S2OConfig, rows: Rows, budgets: tuple[float,
     model, tokenizer = load_model(tokens, DEVICE)
     known, unknown = texts(tokenizer, tokens)
     base = dataclasses.replace(base, min_seq_len=min(1024, tokens))
-    lists = {"lists": base.list_per} | ({"S": base.segment_len} if base.segment_len else {})
+    lists = {"lists": base.ranking_per} | ({"S": base.segment_len} if base.segment_len else {})
     configs = {}
     if budgets:
         meter = CurveMeter()
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--calibrated", type=int, nargs="*", default=[16384, 65536], help="lengths with budgets")
-    parser.add_argument("--list-per", default="group", choices=LISTS)
+    parser.add_argument("--list-per", default="group", choices=RANKING_PER)
     parser.add_argument("--segment-len", type=int, help="queries of one list; chosen by length if not given")
     parser.add_argument("--taus", type=float, nargs="+", help="fixed taus that are evaluated")
     parser.add_argument("--json", type=Path)
@@ -161,7 +161,7 @@ def main() -> None:
     for tokens in args.tokens:
         full = tokens in args.calibrated
         taus = args.taus or ((0.25, 0.5, 1.0) if full else (0.5,))
-        base = S2OConfig(list_per=args.list_per, segment_len=args.segment_len)
+        base = S2OConfig(ranking_per=args.ranking_per, segment_len=args.segment_len)
         bench_length(tokens, base, rows, BUDGETS if full else (), tuple(taus))
 
 

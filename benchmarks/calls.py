@@ -152,8 +152,7 @@ def time_held(
             mask,
             scale=scale,
             ranking=ranking,
-            list_per=options.list_per,
-            query_order=options.query_order,
+            ranking_per=options.ranking_per,
             implementation=implementation,
         )
         forward = partial(executor.attend, query, key, value, mask, plan, scale=scale, tau=0.0)

@@ -36,8 +36,7 @@ def bench(length: int, density: float, args: argparse.Namespace) -> dict[str, ob
             calls.CAUSAL,
             scale=args.head_dim**-0.5,
             ranking=options.ranking,
-            list_per=options.list_per,
-            query_order=options.query_order,
+            ranking_per=options.ranking_per,
         )
         forward = partial(torch_forward.attend, *inputs, calls.CAUSAL, plan, scale=args.head_dim**-0.5, tau=options.tau)
         with record_calls() as recorded:

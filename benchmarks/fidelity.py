@@ -42,7 +42,7 @@ from s2o_compile.kernels.core.plan import n_tiles
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.impl.triton import forward as triton_forward
-from s2o_compile.kernels.planner import LISTS
+from s2o_compile.kernels.planner import RANKING_PER
 from s2o_compile.kernels.statistics import pairs_by_head
 
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0)
@@ -80,7 +80,7 @@ def capture(tokens: int, every: int) -> Captured:
 
 
 def s2o_attention(
-    query: Tensor, key: Tensor, value: Tensor, tau: float, *, ranking: str, list_per: str, segment_len: int
+    query: Tensor, key: Tensor, value: Tensor, tau: float, *, ranking: str, ranking_per: str, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """The operator, as ``Attend``."""
     result = slices.attend(
@@ -90,9 +90,9 @@ def s2o_attention(
         CAUSAL,
         scale=query.shape[3] ** -0.5,
         softcap=None,
-        options=OperatorOptions(tau=tau, ranking=ranking, list_per=list_per, segment_len=segment_len),
+        options=OperatorOptions(tau=tau, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len),
         executor=triton_forward if ON_GPU else torch_forward,
-        natural=operator.triton_natural if ON_GPU else operator.natural_forward,
+        exact=operator.triton_exact if ON_GPU else operator.torch_exact,
     )
     n = query.shape[2]
     return result.output, pairs_by_head(result.computed, n).sum(0).cpu() / CAUSAL.area(len(query), n, n).sum()
@@ -173,10 +173,10 @@ def measure_length(captured: Captured, rows: Rows, tokens: int, args: argparse.N
     theirs = cache(partial(curve, captured, pbs, THRESHOLDS))
     if "PBS-Attn" in args.only:
         rows.measure("PBS-Attn", {"tokens": tokens}, partial(densities_at, theirs))
-    for ranking, list_per, segment_len in itertools.product(args.rankings, args.lists, args.segments):
-        attend = partial(s2o_attention, ranking=ranking, list_per=list_per, segment_len=segment_len)
+    for ranking, ranking_per, segment_len in itertools.product(args.rankings, args.lists, args.segments):
+        attend = partial(s2o_attention, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len)
         ours = cache(partial(curve, captured, attend, TAUS))
-        what: Mapping[str, object] = {"tokens": tokens, "ranking": ranking, "lists": list_per, "S": segment_len}
+        what: Mapping[str, object] = {"tokens": tokens, "ranking": ranking, "lists": ranking_per, "S": segment_len}
         if "density at error" in args.only:
             rows.measure("density at error", what, lambda ours=ours: densities_at(ours) | default_tau(ours))
         for density in DENSITIES if "against PBS-Attn" in args.only else ():
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--layers", type=int, default=2, help="one of so many layers is measured")
     parser.add_argument("--rankings", nargs="+", default=["per_query", "mean_query"])
-    parser.add_argument("--lists", nargs="+", default=LISTS, help="whether heads of a group share a list")
+    parser.add_argument("--lists", nargs="+", default=RANKING_PER, help="whether heads of a group share a list")
     parser.add_argument("--segments", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

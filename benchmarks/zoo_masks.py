@@ -55,7 +55,7 @@ def contradicts(call: Ran, record: SiteRecord | None) -> bool:
 
 
 class MaskCounter(Counter):
-    """The census, with what each mask hides; scores that numbers were added to are marked on their way."""
+    """The audit, with what each mask hides; scores that numbers were added to are marked on their way."""
 
     def __init__(self, path: Callable[[], str]) -> None:
         super().__init__(path)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from benchmarks import zoo_masks
 from s2o_compile import Report, S2OConfig
 from s2o_compile.api import watched
-from s2o_compile.capture import audit as census
+from s2o_compile.capture import audit as audit
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.passes.site import SiteRecord
 
@@ -125,7 +125,7 @@ def _measure(subject: Subject, row: Row) -> None:
     except Exception as error:
         raise SubjectError(f"the original raises it: {describe(error)}") from error
     with watched(EXACT) as watch:
-        ran = census.take(
+        ran = audit.take(
             subject.model.generate if subject.generate else subject.model,
             subject.args,
             _options(subject),
@@ -195,7 +195,7 @@ def _fill(row: Row, report: Report, ran: int) -> None:
     row.graphs, row.graph_breaks = report.graphs, len(report.graph_breaks)
 
 
-def _judge(row: Row, calls: Sequence[tuple[census.Ran, SiteRecord | None]], masked: set[str]) -> None:
+def _judge(row: Row, calls: Sequence[tuple[audit.Ran, SiteRecord | None]], masked: set[str]) -> None:
     """Count expressible calls; ``masked`` names the sites whose masks were read, and taken for no known mask."""
     judged = [(call, site) for call, site in calls if zoo_masks.expressible(call, site)]
     missed = [

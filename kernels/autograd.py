@@ -1,27 +1,15 @@
-"""Attention that gradients flow through: SDPA, or plain torch where SDPA has no such argument; sparse by FlexAttention.
-
-The sparse forward's gradient is exact: that of attention over the keys that were visited. Which these are was decided
-by numbers that no gradient goes through.
-"""
+"""Attention that gradients flow through: SDPA, or plain torch where SDPA has no such argument."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core import head_tau
 from s2o_compile.kernels.core.layout import as_sdpa, memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.dispatch import choose_path
-from s2o_compile.kernels.exact.blind_rows import fill_blind_rows, fill_rows
 from s2o_compile.kernels.exact.chunked import attend_chunks
+from s2o_compile.kernels.exact.fully_masked_rows import fill_fully_masked_rows, fill_rows
 from s2o_compile.kernels.exact.sdpa import dense_attention
-from s2o_compile.kernels.impl.flex import forward as flex_forward
-from s2o_compile.kernels.support.errors import InputError
 
 
 def attend_differentiably(
@@ -33,7 +21,7 @@ def attend_differentiably(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    blind: str,
+    fully_masked: str,
 ) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv]; arguments as ``operator.run``."""
 
@@ -45,57 +33,9 @@ def attend_differentiably(
 
     chunked = mask.attention_chunk is not None
     output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
-    if blind == "mean":
-        output = fill_blind_rows(output, value, mask, sinks)
+    if fully_masked == "mean":
+        output = fill_fully_masked_rows(output, value, mask, sinks)
     return as_sdpa(output, query)
-
-
-def attend_sparsely(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    blind: str,
-    options: OperatorOptions,
-    dense_heads: Sequence[int] = (),
-) -> Tensor:
-    """Attention [B, Hq, Nq, Dv] by FlexAttention, dense where it is short; arguments as ``operator.run``."""
-    if sinks is not None:
-        raise InputError(
-            "sinks",
-            expected='none where training="sparse" and gradients are wanted',
-            got=tuple(sinks.shape),
-            remedy='Train such an attention with training="dense".',
-        )
-    head_tau.check(options.tau, query.shape[1])
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if mask.key_mask is not None:
-        mask = replace(mask, key_mask=mask.key_mask.expand(query.shape[0], -1).contiguous())
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, None]:
-        path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
-        if path == "dense":
-            return attend_differentiably(
-                query, key, value, mask, scale=scale, softcap=softcap, sinks=None, blind="zeros"
-            ), None  # fmt: skip
-        if path == "window":
-            exact = flex_forward.attend_planned(
-                query, key, value, mask, None, None, scale=scale, softcap=softcap, wants_lse=False
-            )
-            return exact.output, None
-        with torch.cuda.device_of(query):  # Triton launches on the current device
-            sparse = flex_forward.attend(
-                query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
-            )
-        return sparse.output, None
-
-    chunked = mask.attention_chunk is not None
-    output, _ = attend_chunks(query, key, value, mask, attend) if chunked else attend(query, key, value, mask)
-    return as_sdpa(fill_blind_rows(output, value, mask) if blind == "mean" else output, query)
 
 
 def attend_plainly(
@@ -107,7 +47,7 @@ def attend_plainly(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    blind: str,
+    fully_masked: str,
     layout: str = "auto",
 ) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
@@ -122,13 +62,13 @@ def attend_plainly(
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head.
-        blind: What a query gets that sees no key under a mask that is not additive.
+        fully_masked: What a query gets that sees no key under a mask that is not additive.
         layout: How the output lies in memory (``layout.py``).
     """
     if isinstance(mask, AttentionMask):
         mask = mask.visible_pairs(query.shape[2], key.shape[2], query.device)
     output = plain_attention(query, key, value, mask, scale=scale, softcap=softcap, sinks=sinks)
-    if blind == "mean" and mask.dtype is torch.bool:
+    if fully_masked == "mean" and mask.dtype is torch.bool:
         output = fill_rows(output, value, ~mask.any(-1, keepdim=True), sinks)
     if memory_order(query, value.shape[3], layout) == "BHND":
         return output.contiguous()

@@ -19,22 +19,22 @@ from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.core.validation import check_inputs, sizes_of
-from s2o_compile.kernels.exact.blind_rows import fill_blind_rows
 from s2o_compile.kernels.exact.chunked import attend_chunks
+from s2o_compile.kernels.exact.fully_masked_rows import fill_fully_masked_rows
 from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs, sdpa_causal
 from s2o_compile.kernels.exact.sinks import add_sinks
 from s2o_compile.kernels.impl.flex import forward as flex_forward
-from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
 
 try:
-    from s2o_compile.kernels.impl.triton import exact as triton_natural
+    from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
 except ImportError:  # no triton here: only the torch implementation can run
-    triton_forward = triton_natural = None
+    triton_forward = triton_exact = None
 
 
 FLEX_DEVICES = ("xpu",)
@@ -107,7 +107,8 @@ def run_short(
 
     A call whose attention takes a few microseconds cannot afford a mask, a plan of what to do, or a second look at its
     tensors. So what SDPA alone can do, `run` would do the same way, and nobody objects to, is done here; anything else,
-    errors included, is left to `run`. Arguments as there, under no mask but the causal one; no row of these is blind.
+    errors included, is left to `run`. Arguments as there, under no mask but the causal one; every row of these sees a
+    key.
     """
     sizes = sizes_of(query, key, value)
     if sizes is None or options.implementation == "triton":
@@ -136,7 +137,7 @@ def run(
     options: OperatorOptions,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     dense_heads: Sequence[int] = (),
     site: str = "",
 ) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +153,7 @@ def run(
         options: How to rank, order, stop and run.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head (``sinks.py``).
-        blind: What a query that sees no key gets (``blind_rows.py``).
+        fully_masked: What a query that sees no key gets (``fully_masked_rows.py``).
         dense_heads: Key/value heads whose groups run densely beside the others (``dense_heads.py``).
         site: Module path for the report.
     """
@@ -166,7 +167,7 @@ def run(
         window=mask.window,
         attention_chunk=mask.attention_chunk,
         softcap=softcap,
-        blind=blind,
+        fully_masked=fully_masked,
         dense_heads=dense_heads,
     )
     head_tau.check(options.tau, query.shape[1])
@@ -200,8 +201,8 @@ def run(
         output, lse = attend_chunks(query, key, value, mask, attend)
     if sinks is not None and lse is not None:
         output, lse = add_sinks(output, lse, sinks)
-    if blind == "mean":
-        output = fill_blind_rows(output, value, mask, sinks)
+    if fully_masked == "mean":
+        output = fill_fully_masked_rows(output, value, mask, sinks)
     return output, lse if return_lse else None
 
 
@@ -271,12 +272,12 @@ def _execute(
     options: OperatorOptions,
     dense_heads: Sequence[int],
 ) -> Result:
-    """Attention by our own executors: over a plan on the path "s2o", else exactly in natural order."""
+    """Attention by our own executors: over a plan on the path "s2o", else exactly in position order."""
     implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask.causal and mask.window is None:  # beyond these nothing changes, and kernels count in 32 bits
         mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))
-    natural = triton_natural if implementation == "triton" else natural_forward
+    exact = triton_exact if implementation == "triton" else torch_exact
     with torch.cuda.device_of(query):  # Triton launches on the current device
         if implementation == "flex" and path != "s2o":
             return flex_forward.attend_planned(
@@ -295,7 +296,7 @@ def _execute(
                 wants_lse=return_lse,
             )
         if path != "s2o":
-            return natural.attend_natural(query, key, value, mask, scale=scale, softcap=softcap)
+            return exact.attend_exact(query, key, value, mask, scale=scale, softcap=softcap)
         executor = triton_forward if implementation == "triton" else torch_forward
         return slices.attend(
             query,
@@ -306,7 +307,7 @@ def _execute(
             softcap=softcap,
             options=options,
             executor=executor,
-            natural=natural,
+            exact=exact,
             dense_heads=dense_heads,
             wants_lse=return_lse,
         )

@@ -17,7 +17,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.validation import check_attn_mask, check_inputs
 from s2o_compile.kernels.dispatch import choose_path, run
-from s2o_compile.kernels.exact.blind_rows import fill_rows
+from s2o_compile.kernels.exact.fully_masked_rows import fill_rows
 from s2o_compile.kernels.exact.sdpa import sdpa
 from s2o_compile.kernels.read_mask import VANISHES, ReadMask, outweighs, read_mask
 from s2o_compile.kernels.statistics import record
@@ -35,7 +35,7 @@ def run_masked(
     options: OperatorOptions,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     dense_heads: Sequence[int] = (),
     site: str = "",
 ) -> Tensor:
@@ -51,7 +51,7 @@ def run_masked(
         options: How to rank, order, stop and run.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head.
-        blind: What a query gets that sees no key, under a bool mask; a float mask says it itself.
+        fully_masked: What a query gets that sees no key, under a bool mask; a float mask says it itself.
         dense_heads: Key/value heads whose groups run densely beside the others.
         site: Module path for the report.
     """
@@ -64,7 +64,7 @@ def run_masked(
         causal=False,
         window=None,
         softcap=softcap,
-        blind=blind,
+        fully_masked=fully_masked,
         dense_heads=dense_heads,
     )
     check_attn_mask(attn_mask, query, key)
@@ -78,8 +78,10 @@ def run_masked(
         path = "masked" if found is None else path
     if found is None:
         record(site, path, query, key, None)
-        return under_mask(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks, blind=blind)
-    blind = found.blind if attn_mask.dtype is not torch.bool else blind
+        return under_mask(
+            query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks, fully_masked=fully_masked
+        )
+    fully_masked = found.fully_masked if attn_mask.dtype is not torch.bool else fully_masked
     output, _ = run(
         query,
         key,
@@ -90,14 +92,14 @@ def run_masked(
         options=options,
         softcap=softcap,
         sinks=sinks,
-        blind=blind,
+        fully_masked=fully_masked,
         dense_heads=dense_heads,
         site=site,
     )
     if found.hidden_rows is not None:
         rows = found.hidden_rows[..., None]
         output = torch.where(rows, output.new_zeros(()), output)
-        output = fill_rows(output, value, rows, sinks) if blind == "mean" else output
+        output = fill_rows(output, value, rows, sinks) if fully_masked == "mean" else output
     return output
 
 
@@ -110,14 +112,14 @@ def under_mask(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
 ) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] under a mask of rank 4 as it is; arguments as `run_masked`."""
     if softcap is not None or sinks is not None:
         output = plain_attention(query, key, value, attn_mask, scale=scale, softcap=softcap, sinks=sinks)
     else:
         output = sdpa(query, key, value, attn_mask, scale=scale)
-    if blind == "mean" and attn_mask.dtype is torch.bool:
+    if fully_masked == "mean" and attn_mask.dtype is torch.bool:
         output = fill_rows(output, value, ~attn_mask.any(-1, keepdim=True), sinks)
     return output
 
@@ -129,7 +131,7 @@ def _read(
     if found is None or not outweighs(found.weakest, query, key, scale=scale, softcap=softcap):
         return None
     # Rows of hidden keys alone: beside a sink they get zeros, unless it is as low as the number that hides them.
-    if found.blind == "mean" and sinks is not None and not bool(sinks.amin().float() > found.weakest + VANISHES):
+    if found.fully_masked == "mean" and sinks is not None and not bool(sinks.amin().float() > found.weakest + VANISHES):
         return None
     return found
 

@@ -29,7 +29,7 @@ from s2o_compile.kernels.support.scopes import Scopes
 class ObservedCall:
     """One call on the path "s2o": its tensors are the caller's own and must not be written to.
 
-    Sinks and what blind rows get are put in behind the call, and chunks are calls of their own.
+    Sinks and what fully masked rows get are put in behind the call, and chunks are calls of their own.
 
     Attributes:
         site: Module path of the attention, "" for eager calls.
@@ -78,10 +78,10 @@ class ObservedCall:
         return self.execute("s2o", options=replace(self.options, **options), dense_heads=marked, return_lse=True)
 
     def exact(self) -> Tensor:
-        """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the natural-order executor."""
+        """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the exact executor."""
         if self.softcap is None and not needs_pairs(self.mask, self.key.shape[2], self.scale):
             return dense_attention(self.query, self.key, self.value, self.mask, scale=self.scale)
-        return self._in_natural_order.output
+        return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
         """An output of this call as the model gets it, [B, Hq, Nq, Dv]: sinks put in, which changes its error.
@@ -95,7 +95,7 @@ class ObservedCall:
         """
         if self.sinks is None:
             return output
-        return add_sinks(output.clone(), self._in_natural_order.lse if lse is None else lse, self.sinks)[0]
+        return add_sinks(output.clone(), self._exact_result.lse if lse is None else lse, self.sinks)[0]
 
     def densities(self, result: Result) -> Tensor:
         """Float64 [Hq]: computed over visible pairs of a result of this call, all passes and the batch counted."""
@@ -114,12 +114,12 @@ class ObservedCall:
                 got=got,
                 remedy="Return None to pass S2O's output on, or call.exact().",
             )
-        lse = self._in_natural_order.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
+        lse = self._exact_result.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
         every = whole_tiles(self.mask, shape[2], self.key.shape[2], self.query.device)
         return Result(output, lse, every.expand(*shape[:2], -1))
 
     @cached_property
-    def _in_natural_order(self) -> Result:
+    def _exact_result(self) -> Result:
         return self.execute("dense", options=self.options, dense_heads=(), return_lse=True)
 
 

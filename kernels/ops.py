@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
-from s2o_compile.kernels.core.mask import BLIND, AttentionMask
+from s2o_compile.kernels.core.mask import FULLY_MASKED, AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions, options_of
 from s2o_compile.kernels.core.validation import check_sinks
 from s2o_compile.kernels.dispatch import run, run_short
-from s2o_compile.kernels.exact.blind_rows import fill_rows
+from s2o_compile.kernels.exact.fully_masked_rows import fill_rows
 from s2o_compile.kernels.exact.sinks import add_sinks
 from s2o_compile.kernels.masked import run_masked
 from s2o_compile.kernels.support.define_op import define_operator
@@ -42,14 +42,13 @@ def attention(
     attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     return_lse: bool = False,
     tau: float = _DEFAULT.tau,
     min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
-    list_per: str = _DEFAULT.list_per,
-    query_order: str = _DEFAULT.query_order,
+    ranking_per: str = _DEFAULT.ranking_per,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
     dense_heads: Sequence[int] | None = None,
@@ -62,10 +61,10 @@ def attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
     head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
+    options = options_of(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, head_taus)
     output = lse = None
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
-    if usual and blind in BLIND:
+    if usual and fully_masked in FULLY_MASKED:
         output = run_short(
             query,
             key,
@@ -94,7 +93,7 @@ def attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            blind=blind,
+            fully_masked=fully_masked,
             return_lse=return_lse,
             options=options,
             dense_heads=dense_heads or (),
@@ -113,13 +112,12 @@ def masked_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     tau: float = _DEFAULT.tau,
     min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
     ranking: str = _DEFAULT.ranking,
-    list_per: str = _DEFAULT.list_per,
-    query_order: str = _DEFAULT.query_order,
+    ranking_per: str = _DEFAULT.ranking_per,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
     dense_heads: Sequence[int] | None = None,
@@ -132,7 +130,7 @@ def masked_attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
     head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, list_per, query_order, implementation, head_taus)
+    options = options_of(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, head_taus)
     output = run_masked(
         query,
         key,
@@ -141,7 +139,7 @@ def masked_attention(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
-        blind=blind,
+        fully_masked=fully_masked,
         options=options,
         dense_heads=dense_heads or (),
         site=site,
@@ -193,12 +191,12 @@ def _(
         output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
     else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
         check_sinks(sinks[0], query)
-        output, lse = _attention(*flat, **{**keywords, "return_lse": True, "blind": "zeros"})
-        blind = (lse == -torch.inf).unflatten(0, (size, -1)) & (sinks == -torch.inf)[:, None, :, None]
+        output, lse = _attention(*flat, **{**keywords, "return_lse": True, "fully_masked": "zeros"})
+        fully_masked = (lse == -torch.inf).unflatten(0, (size, -1)) & (sinks == -torch.inf)[:, None, :, None]
         output, lse = add_sinks(output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), sinks[:, None])
-        if keywords.get("blind") == "mean":
+        if keywords.get("fully_masked") == "mean":
             assert flat[2] is not None
-            filled = fill_rows(output.flatten(0, 1), flat[2], blind.flatten(0, 1)[..., None])
+            filled = fill_rows(output.flatten(0, 1), flat[2], fully_masked.flatten(0, 1)[..., None])
             output = filled.unflatten(0, (size, -1))
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 

@@ -12,7 +12,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan
 from s2o_compile.kernels.dispatch import choose_implementation, triton_forward
-from s2o_compile.kernels.exact.blind_rows import fill_blind_rows
+from s2o_compile.kernels.exact.fully_masked_rows import fill_fully_masked_rows
 from s2o_compile.kernels.exact.sinks import add_sinks
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import forward as torch_forward
@@ -32,7 +32,7 @@ def run_planned(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    blind: str,
+    fully_masked: str,
     return_lse: bool,
     options: OperatorOptions,
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +48,7 @@ def run_planned(
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], or None.
-        blind: What a query that sees no key gets.
+        fully_masked: What a query that sees no key gets.
         return_lse: Whether the log-sum-exp is wanted.
         options: How to stop and run; rankings and lengths are the plan's.
     """
@@ -79,6 +79,6 @@ def run_planned(
     output, lse = result.output, result.lse
     if sinks is not None:
         output, lse = add_sinks(output, lse, sinks)
-    if blind == "mean":
-        output = fill_blind_rows(output, value, mask, sinks)
+    if fully_masked == "mean":
+        output = fill_fully_masked_rows(output, value, mask, sinks)
     return output, lse if return_lse else None

@@ -11,9 +11,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
 from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
-from s2o_compile.kernels.ranking import sub_mean as ranking_sub_mean
 from s2o_compile.kernels.ranking import tail, unvisited
-from s2o_compile.kernels.ranking.query_order import order_queries
 
 try:
     from s2o_compile.kernels.impl.triton import order as triton_order
@@ -34,17 +32,14 @@ def _slice_by_slice(score_keys: Callable[..., Tensor]) -> Callable[..., ScoreKey
     return prepare
 
 
-RANKINGS: dict[str, Callable[..., ScoreKeys]] = {
+_PREPARE: dict[str, Callable[..., ScoreKeys]] = {
     "per_query": ranking_per_query.prepare,
-    "sub_mean": _slice_by_slice(ranking_sub_mean.score_keys),
     "mean_query": _slice_by_slice(ranking_mean_query.score_keys),
 }
-TRITON_RANKINGS: dict[str, Callable[..., ScoreKeys]] = {}
+_PREPARE_BY_TRITON: dict[str, Callable[..., ScoreKeys]] = {}
 if triton_ranking is not None and triton_mean_query is not None:
-    TRITON_RANKINGS["per_query"] = triton_ranking.prepare
-    TRITON_RANKINGS["mean_query"] = _slice_by_slice(triton_mean_query.score_keys)
-QUERY_ORDERS = ("none", "mean_query")
-LISTS = ("head", "group")
+    _PREPARE_BY_TRITON["per_query"] = triton_ranking.prepare
+    _PREPARE_BY_TRITON["mean_query"] = _slice_by_slice(triton_mean_query.score_keys)
 
 
 def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, implementation: str) -> Tensor:
@@ -80,9 +75,8 @@ class Planner:
         value: [B, Hkv, Nk, Dv].
         mask: The proven mask of the whole call, without a window (a window is computed exactly and needs no plan).
         scale: Softmax scale.
-        ranking: A key of RANKINGS.
-        query_order: One of QUERY_ORDERS.
-        list_per: One of LISTS: whether each query head has lists of its own, or the heads of a group share them.
+        ranking: One of RANKINGS.
+        ranking_per: One of RANKING_PER: a ranking for each query head, or one for all heads of a group.
         segment_len: Queries per segment, a multiple of TILE_LEN; None chooses by length.
         implementation: "triton" or "torch": who ranks where both can.
     """
@@ -96,22 +90,20 @@ class Planner:
         *,
         scale: float,
         ranking: str,
-        query_order: str,
-        list_per: str = "group",
+        ranking_per: str = "group",
         segment_len: int | None = None,
         implementation: str = "torch",
     ) -> None:
         self.segment_len = segment_len or default_segment_len(query.shape[2])
         self._chunk_len = default_chunk_len(key.shape[2])
-        self._query_order = query_order
-        prepare, self._order_keys, poisoned = RANKINGS[ranking], plan.order_keys, plan.poisoned_keys
+        prepare, self._order_keys, non_finite = _PREPARE[ranking], plan.order_keys, plan.non_finite_keys
         if implementation == "triton":
-            prepare = TRITON_RANKINGS.get(ranking, prepare)
-            self._order_keys, poisoned = triton_order.order_keys, triton_order.find_poisoned
+            prepare = _PREPARE_BY_TRITON.get(ranking, prepare)
+            self._order_keys, non_finite = triton_order.order_keys, triton_order.find_non_finite
         group = query.shape[1] // key.shape[1]
-        self.shared = group if list_per == "group" else 1  # query heads that share a list
+        self.shared = group if ranking_per == "group" else 1  # query heads that share a list
         self._score_keys = prepare(query, key, scale=scale, segment_len=self.segment_len, shared=self.shared)
-        self._poisoned, self._lists = poisoned(key, value), group // self.shared
+        self._non_finite, self._lists = non_finite(key, value), group // self.shared
         self._tail_value = tail_values(
             value, mask, n_queries=query.shape[2], segment_len=self.segment_len, implementation=implementation
         )
@@ -131,17 +123,16 @@ class Planner:
         n_queries, n_keys = query.shape[2], key.shape[2]
         first = first_query // self.segment_len
         scores = self._score_keys(query, key, mask, heads)
-        poisoned = self._poisoned[:, heads, :n_keys]
-        poisoned = poisoned.repeat_interleave(self._lists, 1) if self._lists > 1 else poisoned
+        non_finite = self._non_finite[:, heads, :n_keys]
+        non_finite = non_finite.repeat_interleave(self._lists, 1) if self._lists > 1 else non_finite
         key_index, prefix_count = self._order_keys(
-            scores, poisoned, mask, n_queries=n_queries, segment_len=self.segment_len
+            scores, non_finite, mask, n_queries=n_queries, segment_len=self.segment_len
         )
         return Plan(
             segment_len=self.segment_len,
             chunk_len=self._chunk_len,
             key_index=key_index,
             prefix_count=prefix_count,
-            query_order=order_queries(query, self.segment_len) if self._query_order == "mean_query" else None,
             tail_value=self._tail_value[:, heads, first : first + n_segments(n_queries, self.segment_len)],
         )
 

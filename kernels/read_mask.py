@@ -37,13 +37,13 @@ class ReadMask:
     Attributes:
         mask: Equal to the tensor in every row but the hidden ones.
         hidden_rows: bool [B or 1, 1, Nq or 1], rows that see no key although ``mask`` shows them some; None for none.
-        blind: What rows without any key get, "zeros" or "mean" (`blind_rows`).
+        fully_masked: What rows without any key get, "zeros" or "mean" (`fully_masked_rows`).
         weakest: The largest number that hides a key; -inf if there is none, or a bool mask.
     """
 
     mask: AttentionMask
     hidden_rows: Tensor | None
-    blind: str
+    fully_masked: str
     weakest: float
 
 
@@ -61,20 +61,28 @@ def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> 
     compare = _on_device if mask.device.type == "cuda" else compare_with
     found = compare(mask, band)
     heads_agree = (found.hidden_rows == found.hidden_rows[:, :1]).all()
-    facts = [found.differs, ~heads_agree, ~band.keys.any(), band.late, band.early, band.keys.all(), found.blind.any()]
+    facts = [
+        found.differs,
+        ~heads_agree,
+        ~band.keys.any(),
+        band.late,
+        band.early,
+        band.keys.all(),
+        found.fully_masked.any(),
+    ]
     facts += [found.hidden_rows.any(), *found.extremes]
-    differs, heads_differ, empty, late, early, whole, any_blind, any_hidden, least, most = torch.stack(
+    differs, heads_differ, empty, late, early, whole, any_fully_masked, any_hidden, least, most = torch.stack(
         [fact.double() for fact in facts]
     ).tolist()  # the only time that the host waits
     if differs or heads_differ or empty:
         return None
-    blind = "zeros"
-    if any_blind and mask.dtype is not torch.bool and most > -torch.inf:
+    fully_masked = "zeros"
+    if any_fully_masked and mask.dtype is not torch.bool and most > -torch.inf:
         # Several numbers in a row without any key are no mean, and small ones leave a softmax of the scores.
         absorbed = most <= ABSORBS and mask.dtype == dtype and dtype in (torch.float32, torch.bfloat16)
         if least != most or not absorbed:
             return None
-        blind = "mean"
+        fully_masked = "mean"
     early_bound, late_bound = early > -mask.shape[2], late < n_keys
     offset = int(late) if late_bound else n_keys - 1
     window = offset - int(early) + 1 if early_bound else None
@@ -87,7 +95,7 @@ def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> 
         key_mask=None if whole else band.keys,
     )
     rows = found.hidden_rows[:, :1] if any_hidden else None
-    return ReadMask(read, rows, blind, most if mask.dtype is not torch.bool else -torch.inf)
+    return ReadMask(read, rows, fully_masked, most if mask.dtype is not torch.bool else -torch.inf)
 
 
 def outweighs(number: float, query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> bool:
@@ -142,20 +150,20 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
         distance = columns - torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
         shown = band.keys[:, None, None] & (distance <= band.late) & (distance >= band.early)
         visible = is_visible(part)
-        blind = ~visible.any(-1)
-        differs = ((visible != shown).any(-1) & ~blind).any()
+        fully_masked = ~visible.any(-1)
+        differs = ((visible != shown).any(-1) & ~fully_masked).any()
         extremes = torch.tensor((torch.inf, -torch.inf), dtype=torch.float32, device=mask.device)
         if mask.dtype is not torch.bool:
             differs = differs | ~(visible | (part <= HIDES)).all()
             extremes = torch.stack([part.masked_fill(visible, x).flatten() for x in (torch.inf, -torch.inf)])
             extremes = torch.stack([extremes[0].amin(), extremes[1].amax()]).float()
-        parts.append(Comparison(differs, blind, blind & shown.any(-1), extremes))
+        parts.append(Comparison(differs, fully_masked, fully_masked & shown.any(-1), extremes))
         if mask.device.type == "cpu" and differs:
             break  # what is missing of the rows is not asked for
     numbers = torch.stack([part.extremes for part in parts])
     return Comparison(
         differs=torch.stack([part.differs for part in parts]).any(),
-        blind=torch.cat([part.blind for part in parts], -1),
+        fully_masked=torch.cat([part.fully_masked for part in parts], -1),
         hidden_rows=torch.cat([part.hidden_rows for part in parts], -1),
         extremes=torch.stack([numbers[:, 0].amin(), numbers[:, 1].amax()]),
     )

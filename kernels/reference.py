@@ -1,8 +1,8 @@
 """The S2O operator, stated in plain torch to be read beside the paper (arXiv 2602.22575, section 3).
 
-For every query tile of TILE_LEN slots, in a segment s with own keys [a, b) and ranked prefix list idx:
+For every query tile of TILE_LEN slots, in a segment s with in-segment keys [a, b) and ranked prefix list idx:
 
-    pass 1   m, l, acc  <-  online softmax over the keys of [a, b), in natural order, under the mask
+    pass 1   m, l, acc  <-  online softmax over the keys of [a, b), in position order, under the mask
     pass 2   for chunks of chunk_len keys of idx, most important first:
                  l_before, m_before  <-  l, m
                  m, l, acc           <-  online softmax over the chunk
@@ -110,13 +110,12 @@ def attend(
             kv = h // group
             limit = float(tau[h]) if isinstance(tau, Tensor) else tau
             for t in range(n_tiles(n_queries)):
-                slots = torch.arange(t * TILE_LEN, min((t + 1) * TILE_LEN, n_queries))
-                rows = slots if plan.query_order is None else plan.query_order[b, h, slots].long()
+                rows = torch.arange(t * TILE_LEN, min((t + 1) * TILE_LEN, n_queries))
                 segment = t * TILE_LEN // plan.segment_len
                 first = segment * plan.segment_len
                 last = min(first + plan.segment_len, n_queries) - 1
-                a, stop = mask.own_range(first, last, n_queries, n_keys)
-                if mask.causal and plan.query_order is None:  # no query of the tile sees further than its last one
+                a, stop = mask.in_segment_range(first, last, n_queries, n_keys)
+                if mask.causal:  # no query of the tile sees further than its last one
                     stop = max(a, min(stop, int(rows[-1]) + mask.offset + 1))
 
                 state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)

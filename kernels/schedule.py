@@ -37,8 +37,8 @@ def slices(
 ) -> Iterator[tuple[slice, slice]]:
     """Key/value heads and queries that are ranked at a time, so that scores and lists stay small beside key and value.
 
-    Queries are cut between segments and only under a causal mask: the others' own keys go by the whole call's length,
-    and the lists of one head are the least that is held for them.
+    Queries are cut between segments and only under a causal mask: the others' in-segment keys go by the whole call's
+    length, and the lists of one head are the least that is held for them.
     """
     n_queries = query.shape[2]
     held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
@@ -73,7 +73,7 @@ def attend(
     softcap: float | None,
     options: OperatorOptions,
     executor: ModuleType,
-    natural: ModuleType,
+    exact: ModuleType,
     dense_heads: Sequence[int] = (),
     wants_lse: bool = True,
 ) -> Result:
@@ -88,7 +88,7 @@ def attend(
         softcap: Bound of the logits, None for none.
         options: How to rank, order and stop.
         executor: `torch_forward` or `triton_forward`.
-        natural: The same implementation's executor in natural order.
+        exact: The same implementation's executor in position order.
         dense_heads: Key/value heads that run densely (``dense_heads.py``), ascending.
         wants_lse: Whether the log-sum-exp is wanted; if not, that of dense heads may be uninitialised.
     """
@@ -105,7 +105,7 @@ def attend(
             scale=scale,
             softcap=softcap,
             wants_lse=wants_lse,
-            natural=natural,
+            exact=exact,
         )
     planner = Planner(
         query,
@@ -114,8 +114,7 @@ def attend(
         mask,
         scale=scale,
         ranking=options.ranking,
-        list_per=options.list_per,
-        query_order=options.query_order,
+        ranking_per=options.ranking_per,
         segment_len=options.segment_len,
         implementation="torch" if executor is torch_forward else "triton",
     )

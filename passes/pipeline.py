@@ -13,7 +13,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.frontends import decompose as expansion
 from s2o_compile.passes.frontends import sdpa
-from s2o_compile.passes.frontends import third_party as foreign
+from s2o_compile.passes.frontends import third_party as third_party
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
@@ -29,7 +29,7 @@ FRONTENDS = (
     sdpa,  # torch's fused call: mask, scale and groups are operands of one node
     flex,  # the higher-order operator, written out for the next one
     eager,  # product, softmax, product
-    foreign,  # kernels of other packages: named, never rewritten
+    third_party,  # kernels of other packages: named, never rewritten
 )
 
 
@@ -41,7 +41,6 @@ def run(
     assume_block_masks: bool = False,
     check_assumptions: bool = False,
     read_masks: bool = False,
-    training: str = "dense",
     dense_heads: Mapping[str, Sequence[int]] | None = None,
     site_tau: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[SiteRecord, ...]:
@@ -54,7 +53,6 @@ def run(
         assume_block_masks: Whether block masks that enter the graph are taken as those of their mask_mods.
         check_assumptions: Whether the rewritten graph compares such masks with what was promised.
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
-        training: "sparse" if attentions that gradients flow through are made sparse, too.
         dense_heads: By site name, key/value heads that run dense.
         site_tau: By site name, tau of each query head.
 
@@ -74,7 +72,7 @@ def run(
     # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
     matches = _apart([_match(frontend, node, prover) for node, frontend in found])
     calls = [frontend.operands(node) for node, frontend in found]
-    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions, training=training)
+    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
     # In the order of what is replaced: later sites share the key masks that earlier ones made.
     position = {node: at for at, node in enumerate(gm.graph.nodes)}
     sites = sorted(
@@ -90,7 +88,7 @@ def run(
     for node, opened in expansions:
         _close(node, opened, records)
         if not is_erased(node) and flex.is_call(node):
-            _make_sparse(node, opened, records, op_options, training, marked, taus)
+            _make_sparse(node, opened, records, op_options, marked, taus)
     if any(entry.rewritten for entry in records.values()):
         gm.graph.lint()
         gm.recompile()
@@ -151,7 +149,6 @@ def _make_sparse(
     opened: expansion.Expansion | Rejected,
     records: dict[fx.Node, SiteRecord],
     options: Mapping[str, object],
-    training: str,
     dense_heads: Mapping[str, Sequence[int]],
     head_tau: Mapping[str, Sequence[float]],
 ) -> None:
@@ -163,7 +160,6 @@ def _make_sparse(
         refused = flex_sparse.lower(
             node,
             options,
-            training=training,
             dense_heads=dense_heads.get(left.name, ()),
             head_tau=head_tau.get(left.name, ()),
         )

@@ -13,9 +13,7 @@ from torch.fx.node import Argument
 
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.core.layout import empty_output
-from s2o_compile.kernels.impl.flex.training import attend_trained
 from s2o_compile.kernels.support.torch_compat import is_erased
-from s2o_compile.passes.frontends import training as trained
 from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
 from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
@@ -38,7 +36,6 @@ class Rewriter:
         graph: The graph, changed in place.
         options: Keyword arguments for every call of the operator, such as ``tau``.
         check_assumptions: Whether masks are compared at run time with what was promised of them.
-        training: "sparse" if attentions that gradients flow through are rewritten, too (``trained.py``).
     """
 
     def __init__(
@@ -47,7 +44,6 @@ class Rewriter:
         options: Mapping[str, object],
         *,
         check_assumptions: bool = False,
-        training: str = "dense",
     ) -> None:
         self._graph = graph
         # Only what is not the default: every argument that a graph names is read again in each of its calls.
@@ -55,7 +51,7 @@ class Rewriter:
             argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
         }
         self._options = {name: value for name, value in options.items() if value != defaults[name]}
-        self._check_assumptions, self._training = check_assumptions, training
+        self._check_assumptions = check_assumptions
         self._checked: set[tuple[object, ...]] = set()
         self._key_masks: dict[tuple[object, ...], fx.Node] = {}
         self._read: dict[tuple[object, ...], fx.Node] = {}
@@ -83,11 +79,11 @@ class Rewriter:
         layout, restore = restored
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
-        if trained.gradients_wanted(site):
-            refused = trained.check(site, self._options, self._training)
-            if refused is not None:
-                return refused
-            function = attend_trained
+        output = value_of(node)
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            return Rejected(
+                "gradients are wanted and the sparse operator has none: call the model under torch.no_grad()"
+            )
         arguments = self._arguments(site, layout)
         if isinstance(arguments, Rejected):
             return arguments
@@ -147,8 +143,8 @@ class Rewriter:
                     return keyword[name]
         if site.mask.chunk is not None:
             keyword["attention_chunk"] = site.mask.chunk
-        if site.mask.blind == "mean":
-            keyword["blind"] = "mean"
+        if site.mask.fully_masked == "mean":
+            keyword["fully_masked"] = "mean"
         key_mask = None
         for part in site.mask.key_masks:
             operand = self._key_mask(part, site)
@@ -167,8 +163,8 @@ class Rewriter:
                 return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
         memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
-        if len(reading.parts) == 1 and first.hidden is not None and reading.blind == "mean":
-            keyword["blind"] = "mean"
+        if len(reading.parts) == 1 and first.hidden is not None and reading.fully_masked == "mean":
+            keyword["fully_masked"] = "mean"
         if memo not in self._read:
             masked = None
             if len(reading.parts) == 1:

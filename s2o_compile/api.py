@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from s2o_compile.backend import PREFIX, s2o, split_options
-from s2o_compile.capture import audit as census
+from s2o_compile.capture import audit as audit
 from s2o_compile.capture.compiled_copy import Model, compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
@@ -37,8 +37,7 @@ def optimize(
     dense, so both can be compared. Compilation happens at the first call, as with ``torch.compile``.
 
     Args:
-        model: Any module. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense, but
-            for ``S2OConfig(training="sparse")`` on a GPU.
+        model: Any module. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense.
         config: Quality and implementation; None for the defaults.
         mode: As ``torch.compile(mode=...)``.
         dynamic: As ``torch.compile(dynamic=...)``.
@@ -92,7 +91,7 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
         **kwargs: Its keyword inputs.
     """
     with watched(config) as watch:
-        ran, failure = _census(model, args, kwargs)
+        ran, failure = _audit(model, args, kwargs)
         torch.compile(model, backend=watch.backend)(*args, **kwargs)
     return watch.report(ran, failure)
 
@@ -121,21 +120,21 @@ class Watch:
 
         return counted
 
-    def joined(self, ran: Sequence[census.Ran]) -> tuple[tuple[census.Ran, SiteRecord | None], ...]:
+    def joined(self, ran: Sequence[audit.Ran]) -> tuple[tuple[audit.Ran, SiteRecord | None], ...]:
         """Every call that ran with the record that covers it; None for what was not found."""
         graphs = zip(self.recording.graphs, self._runs, strict=True)
         return tuple(
-            zip(ran, census.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph]), strict=True)
+            zip(ran, audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph]), strict=True)
         )
 
-    def report(self, ran: Sequence[census.Ran], census_error: str = "") -> Report:
+    def report(self, ran: Sequence[audit.Ran], audit_error: str = "") -> Report:
         """The report of what was compiled, and of what ran and was not found."""
         calls = [call for call, entry in self.joined(ran) if entry is None]
         names = unique_names([call.path or call.kind for call in calls])
         sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
         report = self.recording.report
         sites = report.sites + sites
-        return dataclasses.replace(report, sites=sites, census_error=census_error, compile_seconds=None)
+        return dataclasses.replace(report, sites=sites, audit_error=audit_error, compile_seconds=None)
 
 
 @contextmanager
@@ -157,16 +156,16 @@ def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
             torch._dynamo.reset()
 
 
-def _census(
+def _audit(
     model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> tuple[tuple[census.Ran, ...], str]:
+) -> tuple[tuple[audit.Ran, ...], str]:
     try:
-        return census.take(model, args, kwargs), ""
+        return audit.take(model, args, kwargs), ""
     except Exception as error:  # whatever copying or running a model raises: the compiled run decides
         return (), f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _not_found(name: str, call: census.Ran) -> Site:
+def _not_found(name: str, call: audit.Ran) -> Site:
     return Site(
         name=name,
         rewritten=False,

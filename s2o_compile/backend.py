@@ -8,13 +8,15 @@ and everything behind (training, caches, ``mode=``) works on the rewritten graph
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
-from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.config import REMOVED, RENAMED, S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.rewriting import rewrite
@@ -22,6 +24,13 @@ from s2o_compile.rewriting import rewrite
 logger = logging.getLogger(__name__)
 
 PREFIX = "s2o."
+
+
+@cache
+def _schemas() -> str:
+    """The operators' schemas, as a part of Inductor's cache keys: its code calls the operators as they were then."""
+    operators = (torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default)
+    return hashlib.sha256("".join(str(operator._schema) for operator in operators).encode()).hexdigest()
 
 
 def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:
@@ -41,7 +50,7 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     ours = {name.removeprefix(PREFIX): value for name, value in options.items() if name.startswith(PREFIX)}
     fields = [field.name for field in dataclasses.fields(S2OConfig)]
     for name in ours:
-        if name not in fields:
+        if name not in (*fields, *RENAMED, *REMOVED):
             raise OptionError(unknown_name("option", PREFIX + name, [PREFIX + field for field in fields]))
     config = S2OConfig.from_dict(ours)
     others = {name: value for name, value in options.items() if not name.startswith(PREFIX)}
@@ -82,7 +91,8 @@ def s2o(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
-        return compile_fx(gm, example_inputs, config_patches=patches)
+        with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + _schemas()):
+            return compile_fx(gm, example_inputs, config_patches=patches)
     for_tensorrt = config.inner_backend == "tensorrt"
     if mode or (others and not for_tensorrt):
         raise OptionError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,10 +19,16 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.json_text import parse_json
+from s2o_compile.kernels.support.old_names import Removed, current_names
 
-TRAINING = ("dense", "sparse")
 LONGEST_NAME = 200
 """Characters of an unknown name that are compared with the known ones; the comparison is quadratic."""
+
+RENAMED = {"list_per": "ranking_per"}
+REMOVED = {
+    "query_order": Removed("none", "no measurement was better with another order of queries. Leave it out."),
+    "training": Removed("dense", "sparse training took longer than dense training. Leave it out."),
+}
 
 _OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
 
@@ -47,15 +54,12 @@ class S2OConfig(OperatorOptions):
         segment_len: Queries that share one ranking of the keys, a multiple of 128 up to 2**20. None chooses by length:
             512 up to 32K queries, 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
-            paper's, cheapest, and loses what only a few queries look for; "sub_mean" lies between.
-        list_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query head:
-            a fifth (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
-        query_order: "none", or "mean_query" to sort queries inside a segment (denser pass 1, more alike tiles).
+            paper's, cheapest, and loses what only a few queries look for.
+        ranking_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query
+            head: a fifth (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton", "torch" and "flex" insist. "flex" is
             FlexAttention over gathered keys: for devices without our kernels, and to compare with. On a CPU it compiles
             for every length anew and returns no log-sum-exp.
-        training: What runs where gradients are wanted: "dense", or "sparse" for FlexAttention, on a GPU, which gives
-            the exact gradient of the sparse forward. Which keys are visited is no part of the gradient.
         dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
             (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA;
             a group is what is ranked, so a group is the unit. A window is exact already, marks change nothing there.
@@ -87,7 +91,6 @@ class S2OConfig(OperatorOptions):
     """
 
     error: float | None = None
-    training: str = "dense"
     site_tau: Mapping[str, Sequence[float]] = SiteTaus({})
     dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"
@@ -123,9 +126,8 @@ class S2OConfig(OperatorOptions):
                 raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
         backends = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
-        for name, known in (("training", TRAINING), ("inner_backend", sorted(backends))):
-            if not is_one_of(getattr(self, name), known):
-                raise OptionError(unknown_name(name, getattr(self, name), known))
+        if not is_one_of(self.inner_backend, known := sorted(backends)):
+            raise OptionError(unknown_name("inner_backend", self.inner_backend, known))
 
     @property
     def quality(self) -> str:
@@ -180,9 +182,24 @@ class S2OConfig(OperatorOptions):
             )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
-            if not is_one_of(name, known):
+            if not is_one_of(name, (*known, *RENAMED, *REMOVED)):
                 raise OptionError(unknown_name("configuration field", name, known))
         return cls(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def _with_old_names(init: Callable[..., None]) -> Callable[..., None]:
+    @wraps(init)
+    def current(self: S2OConfig, **fields: object) -> None:
+        try:
+            fields = current_names(fields, RENAMED, REMOVED)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        init(self, **fields)
+
+    return current
+
+
+S2OConfig.__init__ = _with_old_names(S2OConfig.__init__)
 
 
 def config_or_default(config: S2OConfig | None, who: str) -> S2OConfig:

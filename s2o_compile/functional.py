@@ -13,14 +13,14 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import ops as registration
-from s2o_compile.kernels.autograd import attend_differentiably, attend_plainly, attend_sparsely
+from s2o_compile.kernels.autograd import attend_differentiably, attend_plainly
 from s2o_compile.kernels.core.layout import as_sdpa
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions, options_of
 from s2o_compile.kernels.core.validation import check_attn_mask, check_inputs, check_numbers
 from s2o_compile.kernels.masked import under_mask
 from s2o_compile.kernels.planned import run_planned
-from s2o_compile.kernels.support.define_op import nobody_looks
+from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.planning import S2OPlan, within
 
@@ -39,11 +39,12 @@ def attention(
     attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     return_lse: bool = False,
     dense_heads: Sequence[int] = (),
     config: S2OConfig | None = None,
     plan: S2OPlan | None = None,
+    blind: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
@@ -59,7 +60,7 @@ def attention(
             it is read, which waits for the device: if every value agrees with a causal, sliding or padding mask, that
             runs; under any other mask SDPA does.
         sinks: Floating [Hq], one more logit for each query head: it takes its share of the softmax, and its value is
-            zero. A query that sees no key gets zeros beside a sink, and what ``blind`` says beside one of -inf.
+            zero. A query that sees no key gets zeros beside a sink, and what ``fully_masked`` says beside one of -inf.
         causal: Key j is visible to query i iff ``j <= i + causal_offset``.
         causal_offset: Tokens; None aligns the last query with the last key (``Nk - Nq``), which is what a cached
             prefill wants. SDPA's ``is_causal=True`` is ``causal_offset=0``.
@@ -69,9 +70,9 @@ def attention(
             ``causal``.
         scale: Softmax scale; None for ``1 / sqrt(D)``.
         softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
-            none. SDPA has neither softcap nor sinks: short lengths run exactly in natural order instead.
-        blind: What a query gets that sees no key: "zeros", or "mean" for the mean of all Nk values of its head, which
-            is what a finite additive mask (``finfo.min``) gives in SDPA and in eager attention.
+            none. SDPA has neither softcap nor sinks: short lengths run exactly in position order instead.
+        fully_masked: What a query gets that sees no key: "zeros", or "mean" for the mean of all Nk values of its head,
+            which is what a finite additive mask (``finfo.min``) gives in SDPA and in eager attention.
         return_lse: Whether to return the log-sum-exp too.
         dense_heads: Key/value heads whose groups of query heads run dense beside the sparse ones. It stands for
             ``config.dense_heads``, which goes by the names of sites in a model: a call of this function has none.
@@ -79,6 +80,7 @@ def attention(
         plan: Of `s2o_compile.plan`, for a call of the same shapes, dtype, device and mask: keys are not ranked again.
             The mask is given as without a plan, and compared with the plan's. It runs at every length, and goes by the
             ``tau`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
+        blind: The old name of ``fully_masked``.
 
     Returns:
         Output [B, Hq, Nq, Dv] in the query's dtype and SDPA's layout. With ``return_lse`` also the natural
@@ -89,10 +91,12 @@ def attention(
         ImplementationUnavailableError: ``config.implementation`` names one that cannot run here.
 
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
-    sinks in plain torch, which holds all Nq x Nk logits. Under ``S2OConfig(training="sparse")`` FlexAttention runs
-    sparse, on a GPU, and gives the exact gradient of what it computed; a plan is then left aside.
+    sinks in plain torch, which holds all Nq x Nk logits.
     While ``torch.onnx.export`` looks on, everything is attended densely.
     """
+    if blind is not None:
+        warnings.warn("blind is now called fully_masked; the old name will go.", DeprecationWarning, stacklevel=2)
+        fully_masked = blind
     causal_offset, window, attention_chunk, scale, softcap, dense_heads = check_numbers(
         causal=causal,
         causal_offset=causal_offset,
@@ -122,7 +126,7 @@ def attention(
             sinks,
             scale=scale,
             softcap=softcap,
-            blind=blind,
+            fully_masked=fully_masked,
             dense_heads=dense_heads,
             config=config,
         )
@@ -144,7 +148,7 @@ def attention(
             window=window,
             attention_chunk=attention_chunk,
             softcap=softcap,
-            blind=blind,
+            fully_masked=fully_masked,
             dense_heads=dense_heads,
         )
         mask = AttentionMask.aligned(
@@ -157,21 +161,8 @@ def attention(
             key_mask=key_mask,
         )
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        if config is not None and config.training == "sparse" and not _leaves_for_onnx():
-            return attend_sparsely(
-                query,
-                key,
-                value,
-                mask,
-                scale=factor,
-                softcap=softcap,
-                sinks=sinks,
-                blind=blind,
-                options=_options(config),
-                dense_heads=dense_heads,
-            )
         attend = attend_plainly if _leaves_for_onnx() else attend_differentiably
-        return attend(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+        return attend(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked)
     if plan is not None:
         mask = AttentionMask.aligned(
             query,
@@ -191,13 +182,13 @@ def attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            blind=blind,
+            fully_masked=fully_masked,
             return_lse=return_lse,
             dense_heads=dense_heads,
             config=config,
         )
         return (output, lse) if return_lse and lse is not None else output
-    plain = nobody_looks(query, key, value, key_mask, sinks)
+    plain = can_skip_dispatcher(query, key, value, key_mask, sinks)
     attend = registration.attention if plain else torch.ops.s2o.attention.default
     output, lse = attend(
         query,
@@ -211,7 +202,7 @@ def attention(
         attention_chunk=attention_chunk,
         scale=scale,
         softcap=softcap,
-        blind=blind,
+        fully_masked=fully_masked,
         return_lse=return_lse,
         dense_heads=list(dense_heads),
         **({} if config is None else config.operator_options()),
@@ -254,7 +245,7 @@ def _over_plan(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-    blind: str,
+    fully_masked: str,
     return_lse: bool,
     dense_heads: Sequence[int],
     config: S2OConfig | None,
@@ -270,7 +261,7 @@ def _over_plan(
         window=mask.window,
         attention_chunk=mask.attention_chunk,
         softcap=softcap,
-        blind=blind,
+        fully_masked=fully_masked,
     )
     if dense_heads:
         raise InputError(
@@ -292,7 +283,7 @@ def _over_plan(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
         sinks=sinks,
-        blind=blind,
+        fully_masked=fully_masked,
         return_lse=return_lse,
         options=_options(S2OConfig() if config is None else config),
     )
@@ -308,13 +299,13 @@ def _masked(
     *,
     scale: float | None,
     softcap: float | None,
-    blind: str,
+    fully_masked: str,
     dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
     if not _stays_dense(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
-        plain = nobody_looks(query, key, value, attn_mask, sinks)
+        plain = can_skip_dispatcher(query, key, value, attn_mask, sinks)
         attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
         output, _ = attend(
             query,
@@ -324,7 +315,7 @@ def _masked(
             sinks,
             scale=scale,
             softcap=softcap,
-            blind=blind,
+            fully_masked=fully_masked,
             dense_heads=list(dense_heads),
             **options,
         )
@@ -338,13 +329,17 @@ def _masked(
         causal=False,
         window=None,
         softcap=softcap,
-        blind=blind,
+        fully_masked=fully_masked,
         dense_heads=dense_heads,
     )
     check_attn_mask(attn_mask, query, key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if _leaves_for_onnx():
-        return attend_plainly(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+        return attend_plainly(
+            query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
+        )
     attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    output = under_mask(query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, blind=blind)
+    output = under_mask(
+        query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
+    )
     return as_sdpa(output, query)

@@ -70,7 +70,7 @@ def _attention(
     attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     layout: str = "auto",
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _attention(
         key_mask=key_mask,
     )
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "blind": blind, "layout": layout}
+    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked, "layout": layout}
     return attend_plainly(query, key, value, mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
 
 
@@ -97,12 +97,12 @@ def _masked_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     layout: str = "auto",
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "blind": blind, "layout": layout}
+    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked, "layout": layout}
     return attend_plainly(query, key, value, attn_mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
 
 

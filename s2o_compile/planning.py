@@ -36,10 +36,9 @@ class S2OPlan:
     Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, P segments, T query tiles.
 
     Attributes:
-        key_index: int32 [B, Hkv, P, L] (Hq with ``list_per="head"``), keys outside the segment's own, most important
+        key_index: int32 [B, Hkv, P, L] (Hq with ``ranking_per="head"``), keys outside the segment's own, most important
             first.
         prefix_count: int32 [B, P], how many entries of a list are real.
-        query_order: int32 [B, Hq, Nq], the query at each slot; None for natural order.
         segment_len: Queries that share one list.
         chunk_len: Keys between two tests of the stop rule.
         unvisited: float32 [B, Hq, P, 1 + blocks], estimated share of the mass behind the first n blocks of a list.
@@ -55,7 +54,6 @@ class S2OPlan:
 
     key_index: Tensor
     prefix_count: Tensor
-    query_order: Tensor | None
     segment_len: int
     chunk_len: int
     unvisited: Tensor
@@ -76,7 +74,6 @@ class S2OPlan:
             chunk_len=self.chunk_len,
             key_index=self.key_index,
             prefix_count=self.prefix_count,
-            query_order=self.query_order,
         )
 
     @property
@@ -87,7 +84,7 @@ class S2OPlan:
     @property
     def nbytes(self) -> int:
         """Memory of the plan's tensors."""
-        tensors = (self.key_index, self.prefix_count, self.query_order, self.unvisited, self.key_mask)
+        tensors = (self.key_index, self.prefix_count, self.unvisited, self.key_mask)
         return sum(x.nbytes for x in tensors if x is not None)
 
     def block_counts(self, tau: float | None = None) -> Tensor:
@@ -103,10 +100,7 @@ class S2OPlan:
         return visits[:, :, tiles // self.segment_len]
 
     def layout(self, tau: float | None = None) -> FlexLayout:
-        """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile.
-
-        Where gradients are wanted, fewer keys are gathered (``flex_layout.POOL``).
-        """
+        """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile."""
         shape = (*self.query_shape[:2], self.key_shape[1], self.query_shape[2], self.key_shape[2])
         row_bytes = self.key_shape[3] * self.dtype.itemsize
         pool = pool_blocks(self.mask, shape, self.segment_len, row_bytes, on_gpu=self.device.type != "cpu")
@@ -244,8 +238,7 @@ def plan(
             mask,
             scale=factor,
             ranking=config.ranking,
-            list_per=config.list_per,
-            query_order=config.query_order,
+            ranking_per=config.ranking_per,
             segment_len=config.segment_len,
             implementation=implementation,
         )
@@ -255,7 +248,6 @@ def plan(
     return S2OPlan(
         key_index=ranked.key_index,
         prefix_count=ranked.prefix_count,
-        query_order=ranked.query_order,
         segment_len=ranked.segment_len,
         chunk_len=ranked.chunk_len,
         unvisited=unvisited,

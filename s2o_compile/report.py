@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ class Report:
         compile_seconds: Time of the compilation that they were part of, capture included; None where nothing was
             compiled behind them, as in ``explain``.
         unknown_sites: Names in ``dense_heads`` or ``site_tau`` that none of the captured attentions has.
-        census_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
+        audit_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
     """
 
     sites: tuple[Site, ...]
@@ -52,7 +53,13 @@ class Report:
     pass_seconds: float = 0.0
     compile_seconds: float | None = None
     unknown_sites: tuple[str, ...] = ()
-    census_error: str = ""
+    audit_error: str = ""
+
+    @property
+    def census_error(self) -> str:
+        """The old name of ``audit_error``."""
+        warnings.warn("Report.census_error is now called audit_error.", DeprecationWarning, stacklevel=2)
+        return self.audit_error
 
     @property
     def not_found(self) -> tuple[Site, ...]:
@@ -98,8 +105,8 @@ class Report:
                 "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:"
             )
             notes += [f"  - {name}" for name in self.unknown_sites]
-        if self.census_error:
-            notes.append(f"not checked for attentions that were not found: {self.census_error}")
+        if self.audit_error:
+            notes.append(f"not checked for attentions that were not found: {self.audit_error}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
         if unproven:
             notes.append("masks read at run time, for they could not be proven:")

@@ -33,7 +33,6 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         assume_block_masks=config.assume_block_masks,
         check_assumptions=config.check_assumptions,
         read_masks=config.read_masks,
-        training=config.training,
         dense_heads=config.dense_heads,
         site_tau=config.site_tau,
     )

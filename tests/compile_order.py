@@ -46,8 +46,8 @@ def main():
         )
         scores = torch.zeros(batch, heads, -(-n_queries // 512), n_keys, dtype=torch.float16)
         key = torch.zeros(batch, heads, n_keys, 16, dtype=torch.bfloat16)
-        poisoned = triton_order.find_poisoned(key, key)
-        triton_order.order_keys(scores, poisoned, mask, n_queries=n_queries, segment_len=512)
+        non_finite = triton_order.find_non_finite(key, key)
+        triton_order.order_keys(scores, non_finite, mask, n_queries=n_queries, segment_len=512)
     print(*compiled)
 
 

@@ -59,7 +59,7 @@ class Inputs:
     scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    blind: str = "zeros"
+    fully_masked: str = "zeros"
 
     @property
     def tensors(self):
@@ -107,7 +107,7 @@ class Case:
     value_dim: int | None = None
     softcap: float | None = None
     sinks: bool = False
-    blind: str = "zeros"
+    fully_masked: str = "zeros"
 
     @property
     def n_keys(self):
@@ -140,8 +140,8 @@ class Case:
             parts.append(f"softcap{self.softcap}")
         if self.sinks:
             parts.append("sinks")
-        if self.blind != "zeros":
-            parts.append(f"blind_{self.blind}")
+        if self.fully_masked != "zeros":
+            parts.append(f"blind_{self.fully_masked}")
         return "-".join(parts)
 
     def key_mask(self):
@@ -181,7 +181,7 @@ class Case:
             attention_chunk=self.chunk,
             key_mask=None if key_mask is None else key_mask.to(device),
         )
-        inputs = Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5, self.softcap, blind=self.blind)
+        inputs = Inputs(*lay_out(self.layout, *tensors), mask, dim**-0.5, self.softcap, fully_masked=self.fully_masked)
         if not self.sinks:
             return inputs
         sinks = normal(self.heads) + visible_lse(inputs)
@@ -227,7 +227,7 @@ def visible_pairs(inputs):
 def softmax_attention(inputs, dtype):
     """Output and log-sum-exp by the plain formula, all of it in ``dtype``.
 
-    Zeros, or with ``blind="mean"`` the mean value, and -inf where neither key nor sink is seen.
+    Zeros, or with ``fully_masked="mean"`` the mean value, and -inf where neither key nor sink is seen.
     """
     group = inputs.query.shape[1] // inputs.key.shape[1]
     query, key, value = (x.to(dtype) for x in inputs.tensors)
@@ -240,8 +240,8 @@ def softmax_attention(inputs, dtype):
         sinks = inputs.sinks.to(dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sinks], dim=-1)
     lse = logits.logsumexp(-1)
-    blind_weight = 1 / key.shape[2] if inputs.blind == "mean" else 0.0
-    weights = logits.softmax(-1).masked_fill_((lse == float("-inf"))[..., None], blind_weight)
+    fully_masked_weight = 1 / key.shape[2] if inputs.fully_masked == "mean" else 0.0
+    weights = logits.softmax(-1).masked_fill_((lse == float("-inf"))[..., None], fully_masked_weight)
     return weights[..., : key.shape[2]] @ value, lse
 
 
@@ -325,8 +325,7 @@ def build_plan(monkeypatch):
         inputs,
         *,
         ranking="per_query",
-        list_per="group",
-        query_order="none",
+        ranking_per="group",
         segment_len=256,
         chunk_len=64,
         by="torch",
@@ -338,8 +337,7 @@ def build_plan(monkeypatch):
             inputs.mask,
             scale=inputs.scale,
             ranking=ranking,
-            list_per=list_per,
-            query_order=query_order,
+            ranking_per=ranking_per,
             segment_len=segment_len,
             implementation=by,
         )
@@ -350,7 +348,7 @@ def build_plan(monkeypatch):
 @dataclass(frozen=True)
 class Weighed:
     """128 queries at the end of 128 + 64 n keys whose softmax weights are chosen: 1 for an own key, ``masses[c] / 64``
-    for each of the 64 keys of the c-th chunk of the list. Row i, which sees i + 1 own keys, has seen the mass
+    for each of the 64 keys of the c-th chunk of the list. Row i, which sees i + 1 in-segment keys, has seen the mass
     i + 1 + masses[0] + ... + masses[c] after chunk c."""
 
     masses: tuple[float, ...]
@@ -386,7 +384,7 @@ class Weighed:
 
 @pytest.fixture
 def weighed():
-    """Factory of ``Weighed``: chunks of the list lie backwards in memory, so that natural order is no help."""
+    """Factory of ``Weighed``: chunks of the list lie backwards in memory, so that position order is no help."""
 
     def build(masses, *, device="cpu"):
         chunks, dim = len(masses), 16
@@ -402,7 +400,6 @@ def weighed():
             chunk_len=64,
             key_index=order[None, None, None].int(),
             prefix_count=torch.full((1, 1), prefix, dtype=torch.int32),
-            query_order=None,
             tail_value=value[:, :, None, :prefix].mean(3),
         )
         inputs = Inputs(query, key, value, AttentionMask(causal=True, offset=prefix), 1.0)
@@ -423,7 +420,7 @@ def fresh_dynamo():
 def poison_empty(monkeypatch):
     """Fresh memory holds NaN, and integers nobody would write: what stays unwritten shows."""
 
-    def poisoned(make):
+    def non_finite(make):
         def empty(*args, **kwargs):
             x = make(*args, **kwargs)
             if x.dtype == torch.bool:
@@ -432,9 +429,9 @@ def poison_empty(monkeypatch):
 
         return empty
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", non_finite(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", non_finite(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", non_finite(torch.Tensor.new_empty))
 
 
 def pytest_addoption(parser):

@@ -44,7 +44,7 @@ def operator_calls():
         "window": {"causal": True, "window": 100},
         "chunked": {"causal": True, "attention_chunk": 256},
         "padded": {"causal": True, "key_mask": keep},
-        "padded-mean": {"causal": True, "key_mask": keep, "blind": "mean"},
+        "padded-mean": {"causal": True, "key_mask": keep, "fully_masked": "mean"},
         "softcap": {"causal": True, "softcap": 5.0},
         "sinks": {"causal": True, "sinks": sinks},
         "lse": {"causal": True, "return_lse": True},
@@ -56,7 +56,7 @@ def operator_calls():
     for name, keywords in masks.items():
         yield name, keywords, sparse
         yield name + "-dense", keywords, {}
-    options = {"segment_len": 128, "list_per": "head", "ranking": "mean_query", "tau": (0.0, 0.2, 0.5, 1.0)}
+    options = {"segment_len": 128, "ranking_per": "head", "ranking": "mean_query", "tau": (0.0, 0.2, 0.5, 1.0)}
     for name, option in options.items():
         yield f"causal-{name}", {"causal": True}, {**sparse, name: option}
     yield "causal-flex", {"causal": True}, {**sparse, "implementation": "flex"}

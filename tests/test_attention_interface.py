@@ -362,7 +362,7 @@ def test_a_mask_that_is_written_into_is_no_longer_what_it_was(inference, prefill
 def test_models_without_sdpa_get_the_masks_of_eager():
     mask = described(config=transformers.GptOssModel.config_class(), dtype=torch.bfloat16, q_offset=-5)
     assert isinstance(mask, LazyMask)
-    assert (mask.dtype, mask.blind) == (torch.bfloat16, "mean")
+    assert (mask.dtype, mask.fully_masked) == (torch.bfloat16, "mean")
     assert torch.equal(torch.nn.functional.pad(mask, (0, 1))[..., :-1] == 0, described(q_offset=-5).made)
 
 

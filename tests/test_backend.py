@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from s2o_compile import NothingRewrittenWarning, OptionError, S2OConfig, record
+from s2o_compile import NothingRewrittenWarning, OptionError, S2OConfig, backend, record
 from s2o_compile.backend import s2o, split_options
 from tests.tiny import tiny_input, tiny_model
 
@@ -97,6 +97,23 @@ def test_fx_graph_cache_hits():
             before = hits()
             torch.testing.assert_close(torch.compile(model, backend="s2o", options=EXACT)(x), model(x))
     assert hits() > before  # the second compilation found the first one's code
+
+
+def test_code_of_another_schema_is_not_found_in_a_cache(monkeypatch):
+    """Cached code calls the operators as they were: a version with other arguments must compile anew."""
+    model, x = tiny_model(), tiny_input()
+
+    def hits():
+        counters = torch._dynamo.utils.counters
+        return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True):
+        torch.compile(model, backend="s2o", options=EXACT)(x)
+        torch._dynamo.reset()
+        monkeypatch.setattr(backend, "_schemas", lambda: "another")
+        before = hits()
+        torch.compile(model, backend="s2o", options=EXACT)(x)
+    assert hits() == before
 
 
 def test_cached_graph_honours_another_tau():

@@ -1,4 +1,4 @@
-"""The census counts what really runs, once each, and explain names what the pass did not find."""
+"""The audit counts what really runs, once each, and explain names what the pass did not find."""
 
 import random
 
@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.capture import audit as census
+from s2o_compile.capture import audit as audit
 from s2o_compile.passes.site import SiteRecord
 from tests.tiny import TinyAttention, tiny_input, tiny_model
 
@@ -27,7 +27,7 @@ def qkv(length=12, heads=2, dim=8):
 
 def counted(fn, *args, **kwargs):
     with torch.no_grad():
-        return census.take(fn, args, kwargs)
+        return audit.take(fn, args, kwargs)
 
 
 SPELLINGS = {
@@ -58,7 +58,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_one_attention(spelling):
     (ran,) = counted(SPELLINGS[spelling], *qkv())
-    assert ran.kind == census.SPELT_OUT
+    assert ran.kind == audit.SPELT_OUT
     keys = "13" if "sinks" in spelling else "12"
     assert ran.query_shape[-2:] == ("12", "8")
     assert ran.key_shape[-2:] == (keys, "8")
@@ -77,7 +77,7 @@ class Mixer(nn.Module):
 
 def test_mixing_without_queries_and_keys_is_another_kind():
     (ran,) = counted(Mixer(), torch.randn(2, 12, 8))
-    assert ran.kind == census.MIXING
+    assert ran.kind == audit.MIXING
     assert "no product of queries and keys" in ran.reason
 
 
@@ -89,7 +89,7 @@ def test_scores_copied_into_a_larger_tensor_are_scores():
         return scores.transpose(1, 2).softmax(-1).transpose(1, 2) @ v
 
     (ran,) = counted(chunked, *qkv())
-    assert ran.kind == census.SPELT_OUT
+    assert ran.kind == audit.SPELT_OUT
 
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["no-weights", "weights"])
@@ -196,7 +196,7 @@ def test_the_extra_run_leaves_no_trace(copyable):
 
 def test_inputs_with_a_history_can_be_copied():
     x = torch.randn(1, 2, 12, 8, requires_grad=True) * 2
-    assert len(census.take(F.scaled_dot_product_attention, (x, x, x), {})) == 1
+    assert len(audit.take(F.scaled_dot_product_attention, (x, x, x), {})) == 1
 
 
 def hidden(module):
@@ -217,7 +217,7 @@ def test_explain_names_what_hides_behind_disable():
     with torch.no_grad():
         report = s2o_compile.explain(hidden(tiny_model()), tiny_input(), config=EXACT)
     assert [site.name for site in report.sites if site.found] == ["seen"]
-    assert report.census_error == ""
+    assert report.audit_error == ""
     assert [site.name for site in report.not_found] == ["inner.layers.0", "inner.layers.1"]
     assert all(
         not site.rewritten and "scaled_dot_product_attention ran here" in site.reason for site in report.not_found
@@ -256,13 +256,13 @@ def test_explain_finds_everything_in_a_plain_model():
     with torch.no_grad():
         report = s2o_compile.explain(tiny_model(), tiny_input(), config=EXACT)
     assert report.not_found == ()
-    assert report.census_error == ""
+    assert report.audit_error == ""
     assert report.pass_seconds > 0
     assert report.compile_seconds is None
     assert "passes: " in str(report)
 
 
-def test_a_model_that_the_census_cannot_run_is_still_explained():
+def test_a_model_that_the_audit_cannot_run_is_still_explained():
     def touchy(x):
         if torch.compiler.is_compiling():
             return F.scaled_dot_product_attention(x, x, x)
@@ -284,21 +284,21 @@ def test_a_recorded_compilation_knows_the_share_of_the_passes():
 
 def test_cover_matches_paths_before_shapes():
     def ran(path):
-        return census.Ran(path, census.SDPA, ("1", "2", "12", "8"), ("1", "2", "12", "8"), "float32")
+        return audit.Ran(path, audit.SDPA, ("1", "2", "12", "8"), ("1", "2", "12", "8"), "float32")
 
     def site(name):
         return SiteRecord(name=name, rewritten=True, query_shape=("1", "2", "s7", "8"), key_shape=("1", "1", "s7", "8"))
 
     calls = [ran("a.attn"), ran("b.attn"), ran("b.attn")]
     first, second, other = site("b.attn"), site("b.attn#2"), site("other")
-    assert census.cover(calls, [(first, 1), (second, 1)]) == (None, first, second)
-    assert census.cover(calls, [(site("attn"), 3)]) == (site("attn"),) * 3
-    assert census.cover(calls, [(other, 2)]) == (other, other, None)
-    assert census.cover(calls, []) == (None,) * 3
+    assert audit.cover(calls, [(first, 1), (second, 1)]) == (None, first, second)
+    assert audit.cover(calls, [(site("attn"), 3)]) == (site("attn"),) * 3
+    assert audit.cover(calls, [(other, 2)]) == (other, other, None)
+    assert audit.cover(calls, []) == (None,) * 3
     prefill = SiteRecord(
         name="b.attn", rewritten=True, query_shape=("1", "2", "12", "8"), key_shape=("1", "1", "12", "8")
     )
     decode = SiteRecord(
         name="b.attn", rewritten=False, query_shape=("1", "2", "1", "8"), key_shape=("1", "1", "13", "8")
     )
-    assert census.cover(calls[1:2], [(decode, 1), (prefill, 1)]) == (prefill,)
+    assert audit.cover(calls[1:2], [(decode, 1), (prefill, 1)]) == (prefill,)

@@ -87,9 +87,9 @@ def test_a_quarter_of_a_million_tokens():
     scores = torch.empty(1, heads, segments, n, device="cuda", dtype=torch.float16)
     assert scores.numel() >= 2**31
     last = scores[0, -1, -1].normal_()
-    poisoned = triton_order.find_poisoned(key, value)
+    non_finite = triton_order.find_non_finite(key, value)
     index, count = triton_order.order_keys(
-        scores, poisoned, AttentionMask(causal=True), n_queries=n, segment_len=segment_len
+        scores, non_finite, AttentionMask(causal=True), n_queries=n, segment_len=segment_len
     )
     listed = index[0, -1, -1].long()
     assert count[0, -1] == len(listed) == len(listed.unique()) == n - segment_len

@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton")
 
 def test_a_branch_and_its_graph_have_one_numbering_of_sizes():
     length = ShapeEnv().create_unbacked_symint().node.expr
-    with inductor.mended():
+    with inductor.inductor_workarounds():
         graph = GraphLowering(fx.symbolic_trace(torch.nn.Identity()), shape_env=ShapeEnv())
         branch = graph.make_subgraph(graph.module, [], "branch").make_subgraph(graph.module, [], "inner")
     inner, outer = (
@@ -35,7 +35,7 @@ def test_kernels_keep_the_limit_of_their_registers():
     limited, free = (triton.Config({}, num_warps=8, maxnreg=limit) for limit in (128, None))
     stub = SimpleNamespace(device_props=SimpleNamespace(type="cuda"))
     meta = {"num_warps": 8, "num_stages": 2, "debug": False}
-    with inductor.mended():
+    with inductor.inductor_workarounds():
         read = triton_heuristics.config_from_dict(triton_heuristics.config_to_dict(limited))
         assert triton_heuristics.CachingAutotuner._create_compile_options(stub, read, meta)["maxnreg"] == 128
         assert "maxnreg" not in triton_heuristics.config_to_dict(free)
@@ -49,7 +49,7 @@ def test_kernels_take_numbers_in_single_precision(monkeypatch):
         return signature_of(SizeArg("scale", 0.5), size_dtype=None)
 
     monkeypatch.setattr(PythonWrapperCodegen, "define_user_defined_triton_kernel", define)
-    with inductor.mended():
+    with inductor.inductor_workarounds():
         assert PythonWrapperCodegen.define_user_defined_triton_kernel(None) == "fp32"
 
 
@@ -66,7 +66,7 @@ def test_a_kernel_is_analysed_once_for_its_kinds_of_arguments(monkeypatch):
         one | {"n": None},
         one | {"BLOCK": 128},
     ]
-    with inductor.mended():
+    with inductor.inductor_workarounds():
         analyse = getattr(triton_kernel_wrap, analysis)
         assert analyse(kernel, one, {}) == 1
         again = one | {"source": torch.zeros(7), "n": shapes.create_unbacked_symint()}

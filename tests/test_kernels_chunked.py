@@ -20,10 +20,10 @@ CASES = [
     Case(queries=650, chunk=200, heads=4, kv_heads=2, batch=2),  # the last is cut off
     Case(queries=300, keys=500, chunk=150, dtype="bf16"),  # a second turn starts inside a chunk
     Case(queries=300, keys=640, offset=130, chunk=150),  # a static cache: keys behind the last query
-    Case(queries=300, keys=120, chunk=100, blind="mean"),  # the first queries stand before the first key
+    Case(queries=300, keys=120, chunk=100, fully_masked="mean"),  # the first queries stand before the first key
     Case(queries=300, keys=120, offset=10, chunk=100),  # the last ones see nothing
     Case(queries=500, chunk=150, window=40),
-    Case(queries=500, chunk=150, batch=2, padding="left", blind="mean"),
+    Case(queries=500, chunk=150, batch=2, padding="left", fully_masked="mean"),
     Case(queries=500, chunk=150, batch=2, padding="all", value_dim=40, softcap=20.0, sinks=True),
     Case(queries=500, chunk=150, layout="transposed", dtype="fp16"),
     Case(queries=100, chunk=700),  # hides nothing
@@ -43,7 +43,7 @@ def call(inputs, **options):
         attention_chunk=mask.attention_chunk,
         scale=inputs.scale,
         softcap=inputs.softcap,
-        blind=inputs.blind,
+        fully_masked=inputs.fully_masked,
         **options,
     )
 

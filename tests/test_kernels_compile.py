@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("find_poisoned_kernel", "sample_scores_kernel", "count_classes_kernel", "write_classes_kernel")
+KERNELS = ("find_non_finite_kernel", "sample_scores_kernel", "count_classes_kernel", "write_classes_kernel")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton assembles on Linux only")

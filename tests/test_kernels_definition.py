@@ -8,8 +8,8 @@ import torch
 
 from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import RANKINGS
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
-from s2o_compile.kernels.planner import QUERY_ORDERS, RANKINGS
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.statistics import Call
 from tests.conftest import Case, assert_close, bounds, dense_area, distance, exact_attention, score_all, visible_pairs
@@ -41,23 +41,22 @@ def attend(inputs, plan, tau):
 
 
 class TestExact:
-    @pytest.mark.parametrize("query_order", QUERY_ORDERS)
     @pytest.mark.parametrize("ranking", RANKINGS)
     @pytest.mark.parametrize("case", MASKS, ids=str)
-    def test_never_stopping_is_dense_attention(self, case, ranking, query_order, build_plan):
+    def test_never_stopping_is_dense_attention(self, case, ranking, build_plan):
         inputs = case.inputs()
-        plan = build_plan(inputs, ranking=ranking, query_order=query_order)
+        plan = build_plan(inputs, ranking=ranking)
         assert_close(attend(inputs, plan, 0.0), exact_attention(inputs), inputs, torch.float64)
 
     @pytest.mark.parametrize("case", [MASKS[4], MASKS[10], MASKS[12]], ids=str)
     def test_a_query_that_sees_no_key_gets_zeros(self, case, build_plan):
         inputs = case.inputs()
         result = attend(inputs, build_plan(inputs), 0.0)
-        blind = exact_attention(inputs)[1] == float("-inf")
-        assert blind.any()
-        assert not blind.all()
-        assert (result.output[blind] == 0).all()
-        assert (result.lse[blind] == float("-inf")).all()
+        fully_masked = exact_attention(inputs)[1] == float("-inf")
+        assert fully_masked.any()
+        assert not fully_masked.all()
+        assert (result.output[fully_masked] == 0).all()
+        assert (result.lse[fully_masked] == float("-inf")).all()
 
     @pytest.mark.parametrize("case", [MASKS[2], MASKS[7], MASKS[8]], ids=str)
     def test_every_key_is_counted(self, case, build_plan):
@@ -186,13 +185,6 @@ class TestPlan:
                 count = plan.prefix_count[b, segment].item()
                 assert sorted(plan.key_index[b, -1, segment, :count].tolist()) == expected
 
-    def test_query_order_permutes_inside_segments(self, build_plan):
-        order = build_plan(Case(queries=700, heads=4).inputs(), query_order="mean_query").query_order
-        assert (order[..., 1:] < order[..., :-1]).any()
-        for first in range(0, 700, 256):
-            stop = min(first + 256, 700)
-            assert (order[..., first:stop].sort(-1).values == torch.arange(first, stop)).all()
-
     @pytest.mark.parametrize("ranking", RANKINGS)
     def test_the_keys_that_carry_the_mass_come_first(self, ranking, build_plan):
         inputs = Case(queries=1024, heads=4, kv_heads=2).inputs()
@@ -232,7 +224,7 @@ class TestPlan:
     )
     @pytest.mark.parametrize("every", [1, 2])
     def test_per_query_score_can_be_written_out(self, case, every, monkeypatch):
-        """At head_dim 8 all dimensions are kept. Own keys and the first 4 count once, every 64th other for 64.
+        """At head_dim 8 all dimensions are kept. In-segment keys and the first 4 count once, every 64th other for 64.
 
         Of two heads that share a list one ranks by even queries and one by odd ones, if half of them rank.
         """
@@ -247,7 +239,7 @@ class TestPlan:
         keys = torch.arange(case.n_keys)
         for segment, first in enumerate(range(0, case.queries, segment_len)):
             last = min(first + segment_len, case.queries)
-            start, stop = inputs.mask.own_range(first, last - 1, case.queries, case.n_keys)
+            start, stop = inputs.mask.in_segment_range(first, last - 1, case.queries, case.n_keys)
             own = (keys >= start) & (keys < stop)
             weight = torch.where(own | (keys < 4), 1.0, torch.where(keys % 64 == 32, 64.0, 0.0)).double()
             rows = seen[:, :, first:last]
@@ -265,7 +257,7 @@ class TestPlan:
             if there.any():
                 assert distance(actual[:, :, segment][there], expected[there]) <= limit
 
-    def test_a_poisoned_key_is_visited_first(self, build_plan):
+    def test_a_non_finite_key_is_visited_first(self, build_plan):
         inputs = Case(queries=600).inputs()
         inputs.key[0, 0, 70, 3] = float("nan")
         inputs.value[0, 0, 71, 3] = float("inf")

@@ -27,7 +27,13 @@ def call(inputs, dense_heads, **options):
     mask = inputs.mask
     given = {"causal": mask.causal, "causal_offset": mask.offset if mask.causal else None, "window": mask.window}
     given |= {"attention_chunk": mask.attention_chunk, "scale": inputs.scale, "softcap": inputs.softcap}
-    given |= {"blind": inputs.blind, "min_seq_len": 0, "tau": 4.0, "segment_len": 128, "dense_heads": dense_heads}
+    given |= {
+        "fully_masked": inputs.fully_masked,
+        "min_seq_len": 0,
+        "tau": 4.0,
+        "segment_len": 128,
+        "dense_heads": dense_heads,
+    }
     return OPERATOR(*inputs.tensors, mask.key_mask, inputs.sinks, **given | options)
 
 
@@ -44,7 +50,7 @@ CASES = [
     (Case(queries=520, heads=4, kv_heads=4, dtype="fp16"), (0, 1)),
     (Case(queries=520, heads=4, kv_heads=4, dtype="fp16"), (3,)),
     (Case(queries=520, heads=3, kv_heads=3, batch=2, padding="left"), (1,)),
-    (Case(queries=520, heads=4, kv_heads=4, batch=2, padding="all", blind="mean"), (0, 3)),
+    (Case(queries=520, heads=4, kv_heads=4, batch=2, padding="all", fully_masked="mean"), (0, 3)),
     (Case(queries=200, keys=600, heads=4, kv_heads=2), (1,)),
     (Case(queries=520, keys=500, heads=4, kv_heads=2, causal=False), (0,)),
     (Case(queries=700, heads=4, kv_heads=2, chunk=640), (1,)),
@@ -60,22 +66,22 @@ CASES = [
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 class TestExecution:
     @pytest.mark.parametrize(
-        ("implementation", "query_order", "return_lse", "device", "case", "heads"),
+        ("implementation", "return_lse", "device", "case", "heads"),
         [
             pytest.param(*kind, *row.values, marks=row.marks, id=f"{name}-{row.id}")
             for name, kind, interpreted in (
-                ("torch", ("torch", "none", False), CASES),
-                ("torch-ordered-lse", ("torch", "mean_query", True), CASES),
-                ("triton-lse", ("triton", "none", True), CASES[3:8]),  # interpreted, each takes several seconds
+                ("torch", ("torch", False), CASES),
+                ("torch-lse", ("torch", True), CASES),
+                ("triton-lse", ("triton", True), CASES[3:8]),  # interpreted, each takes several seconds
             )
             for row in (*on(INTERPRETED, *interpreted), *on(CUDA, *CASES))
         ],
     )
     def test_marked_heads_are_exact_and_the_others_unchanged(
-        self, device, case, heads, implementation, query_order, return_lse, poison_empty
+        self, device, case, heads, implementation, return_lse, poison_empty
     ):
         inputs = case.inputs(device)
-        options = {"implementation": implementation, "return_lse": return_lse, "query_order": query_order}
+        options = {"implementation": implementation, "return_lse": return_lse}
         with record_calls() as calls:
             plain, plain_lse = call(inputs, None, **options)
             marked, marked_lse = call(inputs, list(heads), **options)

@@ -122,8 +122,8 @@ class TestErrors:
             ("segment_len", -128, ("positive multiple of 128", "got -128", "None")),
             ("segment_len", 100, ("positive multiple of 128", "got 100", "None")),
             ("segment_len", 128.0, ("positive multiple of 128", "got 128.0", "None")),
-            ("ranking", "best", ("'per_query', 'sub_mean', 'mean_query'", "got 'best'", "Choose")),
-            ("query_order", None, ("'none', 'mean_query'", "got None", "Choose")),
+            ("ranking", "best", ("'per_query', 'mean_query'", "got 'best'", "Choose")),
+            ("ranking", "sub_mean", ("'per_query', 'mean_query'", "got 'sub_mean'", "sub_mean was removed")),
             ("implementation", "cuda", ("'auto', 'triton', 'torch'", "got 'cuda'", "Choose")),
         ],
     )

@@ -10,7 +10,7 @@ from s2o_compile.kernels.impl.flex import layout as flex_layout
 from s2o_compile.kernels.impl.flex import triton_layout
 from tests.conftest import CUDA, INTERPRETED, Case, on
 
-LISTS = (
+RANKING_PER = (
     (Case(queries=1000, batch=2, heads=4, kv_heads=2, head_dim=16), 128, 1),
     (Case(queries=1000, heads=3, kv_heads=1, head_dim=16, padding="left"), 256, 4),
     (Case(queries=700, heads=2, kv_heads=2, head_dim=16, causal=False), 128, 1),
@@ -21,7 +21,9 @@ LISTS = (
 )
 
 
-@pytest.mark.parametrize(("device", "case", "segment_len", "pool"), on(INTERPRETED, *LISTS) + on(CUDA, *LISTS))
+@pytest.mark.parametrize(
+    ("device", "case", "segment_len", "pool"), on(INTERPRETED, *RANKING_PER) + on(CUDA, *RANKING_PER)
+)
 def test_the_same_layout(device, case, segment_len, pool, build_plan, poison_empty):
     pool *= -(-case.n_keys // flex_layout.BLOCK_LEN)
     inputs = case.inputs(device)

@@ -22,22 +22,22 @@ def rows(batch, heads, kv_heads, segments, n_keys, device, dtype):
     logits.masked_fill_(torch.rand(logits.shape, generator=generator) < 0.3, -INF)
     logits[:, :, 3] = -INF  # a row that sees nothing
     candidate = torch.rand(batch, kv_heads, segments, n_keys, generator=generator) < 0.6
-    poisoned = torch.zeros(batch, kv_heads, n_keys, dtype=torch.bool)
-    return [x.to(device) for x in (logits.to(dtype), candidate, poisoned)]
+    non_finite = torch.zeros(batch, kv_heads, n_keys, dtype=torch.bool)
+    return [x.to(device) for x in (logits.to(dtype), candidate, non_finite)]
 
 
-def check(logits, candidate, poisoned):
+def check(logits, candidate, non_finite):
     """A list holds its candidates first, in the order of their weights; masses are those of its blocks."""
     (kv_heads, segments, n_keys), heads = candidate.shape[1:], logits.shape[1]
-    lists, mass = triton_sample.rank_samples(logits, candidate, poisoned)
-    ordered, expected = flex_sample._rank_by_torch(logits.float(), candidate, poisoned)
+    lists, mass = triton_sample.rank_samples(logits, candidate, non_finite)
+    ordered, expected = flex_sample._rank_by_torch(logits.float(), candidate, non_finite)
     assert torch.equal(lists.sort(-1).values, ordered.sort(-1).values), "a key is lost"
     listed = torch.arange(n_keys, device=lists.device) < candidate.sum(-1, keepdim=True)
     assert torch.equal(candidate.gather(-1, lists.long()), listed), "others stand before candidates"
 
     hidden = logits == -INF
     weight = logits.double().softmax(-1).nan_to_num(nan=INF)
-    weight = weight.masked_fill(poisoned.repeat_interleave(heads // kv_heads, 1)[:, :, None], INF)
+    weight = weight.masked_fill(non_finite.repeat_interleave(heads // kv_heads, 1)[:, :, None], INF)
     weight = weight.masked_fill(hidden, 0.0).unflatten(2, (segments, HALF, 2)).unflatten(1, (kv_heads, -1))
     score = weight[..., 0, :].sum((2, 4)).gather(-1, lists.long()).masked_fill(~listed, 0.0)
     assert (score[..., 1:] <= score[..., :-1] * 1.01 + 1e-12).all()
@@ -68,12 +68,12 @@ def test_tracing_runs_no_kernel(device):
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
 def test_what_is_no_number_ranks_first(device, poison_empty):
     """A key that holds NaN, where it is seen; a row that holds NaN leaves infinitely much."""
-    logits, candidate, poisoned = rows(1, 2, 1, 2, 700, device, torch.float32)
+    logits, candidate, non_finite = rows(1, 2, 1, 2, 700, device, torch.float32)
     candidate[..., 37:39] = True
-    poisoned[..., 37:39] = True
+    non_finite[..., 37:39] = True
     logits[..., 38] = -INF
     logits[0, 0, 2 * HALF + 1, 50] = torch.nan  # a judge of the second segment
-    lists, mass = check(logits, candidate, poisoned)
+    lists, mass = check(logits, candidate, non_finite)
     assert (lists[..., 0] == 37).all()
     assert mass[0, 0, 1, 0].isinf().any()
     assert mass[0, 1, 0, :, 1:].isfinite().all()

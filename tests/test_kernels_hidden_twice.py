@@ -213,10 +213,10 @@ def test_written_by_hand_and_compiled(kind, min_seq_len):
             output = compiled(*given, mask)
         assert len(calls) == 1
         wanted = by_hand(*given, mask)
-        blind = wanted.isnan()  # of -inf alone: softmax makes NaN of it, the operator zeros
+        fully_masked = wanted.isnan()  # of -inf alone: softmax makes NaN of it, the operator zeros
         torch.testing.assert_close(
             output,
-            wanted.masked_fill(blind, 0.0),
+            wanted.masked_fill(fully_masked, 0.0),
             **limit(torch.float32),
             msg=lambda said, name=name: f"{name}: {said}",
         )
@@ -250,21 +250,23 @@ class TestSinksThatAreNone:
         wanted = self.wanted(*given, visible)
         given[0].requires_grad_(gradient)
         masked = {"causal": True, "key_mask": key_mask} if mask == "key_mask" else {"attn_mask": visible}
-        output = s2o_compile.attention(*given, **masked, sinks=self.sinks, blind="mean", config=config)
+        output = s2o_compile.attention(*given, **masked, sinks=self.sinks, fully_masked="mean", config=config)
         torch.testing.assert_close(output.double(), wanted, **limit(torch.float32))
 
     def test_plan(self):
         given, key_mask, visible = self.padded()
         masked = {"causal": True, "key_mask": key_mask}
         plan = s2o_compile.plan(*given[:2], **masked, config=ANYWHERE[0])
-        output = s2o_compile.attention(*given, **masked, sinks=self.sinks, blind="mean", config=ANYWHERE[0], plan=plan)
+        output = s2o_compile.attention(
+            *given, **masked, sinks=self.sinks, fully_masked="mean", config=ANYWHERE[0], plan=plan
+        )
         torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))
 
     @pytest.mark.parametrize("min_seq_len", [0, 10**6])
     def test_twin(self, min_seq_len):
         given, key_mask, visible = self.padded()
         output, _ = portable.attention(
-            *given, key_mask, self.sinks, causal=True, blind="mean", tau=0.0, min_seq_len=min_seq_len
+            *given, key_mask, self.sinks, causal=True, fully_masked="mean", tau=0.0, min_seq_len=min_seq_len
         )
         torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))
 
@@ -272,7 +274,7 @@ class TestSinksThatAreNone:
         given, key_mask, visible = self.padded()
 
         def call(sinks):
-            masked = {"causal": True, "key_mask": key_mask, "blind": "mean"}
+            masked = {"causal": True, "key_mask": key_mask, "fully_masked": "mean"}
             return s2o_compile.attention(*given, **masked, sinks=sinks, config=ANYWHERE[0])
 
         output = torch.vmap(call)(torch.stack([self.sinks, SINKS]))[0]

@@ -188,15 +188,15 @@ def test_what_is_read_is_the_mask(data):
 
 class TestTheOperator:
     @pytest.mark.parametrize("mask", [CAUSAL & LEFT, UNKNOWN["prefix"]])
-    @pytest.mark.parametrize("blind", ["zeros", "mean"])
-    def test_rows_without_any_key_under_a_bool_mask(self, mask, blind):
+    @pytest.mark.parametrize("fully_masked", ["zeros", "mean"])
+    def test_rows_without_any_key_under_a_bool_mask(self, mask, fully_masked):
         query, key, value = tensors()
         mask = mask & (ROW > 3)
         for config in (EXACT, S2OConfig()):
-            output = s2o_compile.attention(query, key, value, attn_mask=mask, blind=blind, config=config)
+            output = s2o_compile.attention(query, key, value, attn_mask=mask, fully_masked=fully_masked, config=config)
             mean = value.mean(2, keepdim=True).repeat_interleave(HEADS // KV_HEADS, 1)
             expected = torch.where(mask.any(-1, keepdim=True), dense(query, key, value, mask), mean)
-            expected = expected if blind == "mean" else dense(query, key, value, mask)
+            expected = expected if fully_masked == "mean" else dense(query, key, value, mask)
             torch.testing.assert_close(output, expected, atol=3e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("name", ["left padding", "prefix"])
@@ -288,6 +288,6 @@ def test_the_triton_kernel_compares_alike(device, name, dtype):
     found = triton_mask_reading.compare_with(mask, band)
     assert bool(found.differs) == bool(expected.differs)
     if not expected.differs:  # the comparison ends at the first difference
-        assert torch.equal(found.blind.cpu(), expected.blind)
+        assert torch.equal(found.fully_masked.cpu(), expected.fully_masked)
         assert torch.equal(found.hidden_rows.cpu(), expected.hidden_rows)
         assert torch.equal(found.extremes.cpu(), expected.extremes)

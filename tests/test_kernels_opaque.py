@@ -18,7 +18,7 @@ import s2o_compile
 from s2o_compile.kernels import ops as registration
 from s2o_compile.kernels.core.options import options_of
 from s2o_compile.kernels.statistics import record_calls
-from s2o_compile.kernels.support.define_op import nobody_looks
+from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.errors import InputError, NoGradientError
 from tests.conftest import Case, visible_pairs
 
@@ -43,8 +43,8 @@ CASES = [
     Case(queries=40, window=9, batch=2, padding="right"),
     Case(queries=40, chunk=16),
     Case(queries=40, head_dim=32, value_dim=48, heads=4),
-    Case(queries=40, blind="mean"),
-    Case(queries=40, keys=7, blind="mean"),
+    Case(queries=40, fully_masked="mean"),
+    Case(queries=40, keys=7, fully_masked="mean"),
     Case(queries=40, softcap=3.0),
     Case(queries=40, sinks=True),
 ]
@@ -54,7 +54,7 @@ def arguments(inputs, **options):
     mask = inputs.mask
     given = {"causal": mask.causal, "window": mask.window, "attention_chunk": mask.attention_chunk}
     given |= {"causal_offset": mask.offset if mask.causal else None, "scale": inputs.scale}
-    return {**given, "softcap": inputs.softcap, "blind": inputs.blind, **options}
+    return {**given, "softcap": inputs.softcap, "fully_masked": inputs.fully_masked, **options}
 
 
 def public(inputs, **options):
@@ -176,7 +176,7 @@ class TestSameResult:
         x = torch.randn(1, 2, 200, 16)
         negated = torch._neg_view(x)
         assert negated.is_neg()
-        assert not nobody_looks(x, negated)
+        assert not can_skip_dispatcher(x, negated)
         assert torch.equal(s2o_compile.attention(negated, x, x), s2o_compile.attention(-x, x, x))
         assert torch.equal(OPERATOR(negated, x, x)[0], OPERATOR(-x, x, x)[0])
 
@@ -228,7 +228,13 @@ class TestSameErrors:
 
     @pytest.mark.parametrize(
         "options",
-        [{"window": 3}, {"causal": True, "window": 0}, {"attention_chunk": 4}, {"blind": "nan"}, {"softcap": -1.0}],
+        [
+            {"window": 3},
+            {"causal": True, "window": 0},
+            {"attention_chunk": 4},
+            {"fully_masked": "nan"},
+            {"softcap": -1.0},
+        ],
         ids=str,
     )
     def test_arguments(self, slow, options):
@@ -302,18 +308,18 @@ class TestWhoLooks:
     def test_nobody(self, context):
         with context():
             x = torch.randn(1, 2, 8, 16)
-            assert nobody_looks(x, x, x, None)
+            assert can_skip_dispatcher(x, x, x, None)
 
     @pytest.mark.parametrize("context", [Watch, WatchFunctions, FakeTensorMode, autocast, profiled])
     def test_modes(self, context):
         x = torch.randn(1, 2, 8, 16)
         with context():
-            assert not nobody_looks(x, x, x)
+            assert not can_skip_dispatcher(x, x, x)
 
     @pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.as_subclass(Marked), lambda x: x.to("meta")])
     def test_tensors(self, kind):
         x = torch.randn(1, 2, 8, 16)
-        assert not nobody_looks(x, kind(x), None)
+        assert not can_skip_dispatcher(x, kind(x), None)
 
     @pytest.mark.parametrize(
         "transform",
@@ -325,7 +331,7 @@ class TestWhoLooks:
         looked = []
 
         def function(x):
-            looked.append(nobody_looks(x))
+            looked.append(can_skip_dispatcher(x))
             return x.sum()
 
         transform(function)(torch.randn(3))

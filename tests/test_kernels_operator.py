@@ -121,7 +121,7 @@ class TestOpcheck:
             (Case(queries=200), {"min_seq_len": 1000, "return_lse": True}),
             (Case(queries=200, batch=2, padding="left"), {}),
             (Case(queries=200, batch=2, padding="left"), {"min_seq_len": 1000}),
-            (Case(queries=200, heads=4, kv_heads=2, keys=300), {"query_order": "mean_query", "ranking": "sub_mean"}),
+            (Case(queries=200, heads=4, kv_heads=2, keys=300), {"ranking": "mean_query"}),
             (Case(queries=200, heads=4, kv_heads=2, causal=False), {"tau": 1.0}),
         ],
         ids=lambda x: str(x) if isinstance(x, Case) else "-".join(f"{k}={v}" for k, v in x.items()) or "default",
@@ -309,11 +309,11 @@ def default_dtype(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ranking", ["per_query", "mean_query", "sub_mean"])
+@pytest.mark.parametrize("ranking", ["per_query", "mean_query"])
 @pytest.mark.parametrize("masked", [False, True], ids=["keywords", "attn_mask"])
 def test_the_default_dtype_is_nobodys_business(default_dtype, dtype, ranking, masked):
     length = 400
-    config = s2o_compile.S2OConfig(tau=0.0, min_seq_len=0, segment_len=128, ranking=ranking, query_order="mean_query")
+    config = s2o_compile.S2OConfig(tau=0.0, min_seq_len=0, segment_len=128, ranking=ranking)
     query, key, value = (torch.randn(1, 2, length, 16, dtype=torch.float32).to(dtype) for _ in range(3))
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     visible[:, 7] = False

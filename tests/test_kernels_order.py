@@ -35,10 +35,10 @@ def lists(device, kind, *, key=None, **given):
     key = torch.zeros(2, 2, LENGTH, 16, device=device) if key is None else key
     made = scores(device, kind)
     ours, theirs = (
-        order_keys(made.clone(), poisoned(key, torch.zeros_like(key)), mask, n_queries=LENGTH, segment_len=SEGMENT)
-        for order_keys, poisoned in (
-            (triton_order.order_keys, triton_order.find_poisoned),
-            (plan.order_keys, plan.poisoned_keys),
+        order_keys(made.clone(), non_finite(key, torch.zeros_like(key)), mask, n_queries=LENGTH, segment_len=SEGMENT)
+        for order_keys, non_finite in (
+            (triton_order.order_keys, triton_order.find_non_finite),
+            (plan.order_keys, plan.non_finite_keys),
         )
     )
     return made, ours, theirs
@@ -91,10 +91,10 @@ class TestLists:
         key = torch.zeros(2, 2, LENGTH, 16, device=device)
         key[0, 1, 500, 3], key[1, 0, 400, 0] = torch.nan, torch.inf
         _, (index, count), _ = lists(device, kind, key=key)
-        poisoned = {(0, 1): 500, (1, 0): 400}
+        non_finite = {(0, 1): 500, (1, 0): 400}
         for place, ours in each(index, count):
-            if place[:2] in poisoned:
-                assert ours[0] == poisoned[place[:2]], place
+            if place[:2] in non_finite:
+                assert ours[0] == non_finite[place[:2]], place
 
     def test_a_better_key_stands_before_equals(self, device, monkeypatch):
         made = scores(device, "ties")

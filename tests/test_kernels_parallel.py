@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.support.parallel import for_each
 from tests.conftest import Case
@@ -43,13 +43,13 @@ class TestTwoThreads:
     @pytest.mark.parametrize(
         "case", [Case(queries=700, heads=4, kv_heads=2, window=200), Case(queries=500, softcap=5.0)], ids=str
     )
-    def test_the_result_in_natural_order_is_that_of_one_thread(self, case, poison_empty):
+    def test_the_result_in_position_order_is_that_of_one_thread(self, case, poison_empty):
         inputs = case.inputs()
         results = []
         for threads in (2, 1):
             torch.set_num_threads(threads)
             options = {"scale": inputs.scale, "softcap": inputs.softcap}
-            results.append(natural_forward.attend_natural(*inputs.tensors, inputs.mask, **options))
+            results.append(torch_exact.attend_exact(*inputs.tensors, inputs.mask, **options))
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan as plan_module
+from s2o_compile.kernels.core.options import RANKING_PER, RANKINGS
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.impl.torch import forward as torch_forward
-from s2o_compile.kernels.planner import LISTS, QUERY_ORDERS, RANKINGS, build_plan
+from s2o_compile.kernels.planner import build_plan
 from tests.conftest import Case, assert_close, bounds, distance, exact_attention
 
 SEGMENT = 128
@@ -24,7 +25,7 @@ variants = st.fixed_dictionaries(
         "value_dim": st.sampled_from([8, 24, 72]),
         "softcap": st.sampled_from([1.0, 5.0, 30.0]),
         "sinks": st.booleans(),
-        "blind": st.sampled_from(["zeros", "mean"]),
+        "fully_masked": st.sampled_from(["zeros", "mean"]),
     },
 )
 
@@ -64,14 +65,13 @@ def small_chunks():
 
 choices = {
     "ranking": st.sampled_from(list(RANKINGS)),
-    "list_per": st.sampled_from(LISTS),
-    "query_order": st.sampled_from(QUERY_ORDERS),
+    "ranking_per": st.sampled_from(RANKING_PER),
 }
 
 
 @QUICK
 @given(case=cases(layouts=("plain", "transposed", "packed", "strided")), seed=st.integers(0, 99), **choices)
-def test_tau_zero_is_dense_attention(case, seed, ranking, list_per, query_order):
+def test_tau_zero_is_dense_attention(case, seed, ranking, ranking_per):
     inputs = case.inputs(seed=seed)
     mask = inputs.mask
     result = torch.ops.s2o.attention(
@@ -83,21 +83,20 @@ def test_tau_zero_is_dense_attention(case, seed, ranking, list_per, query_order)
         window=mask.window,
         scale=inputs.scale,
         softcap=inputs.softcap,
-        blind=inputs.blind,
+        fully_masked=inputs.fully_masked,
         return_lse=True,
         tau=0.0,
         min_seq_len=0,
         segment_len=SEGMENT,
         ranking=ranking,
-        list_per=list_per,
-        query_order=query_order,
+        ranking_per=ranking_per,
     )
     assert_close(result, exact_attention(inputs), inputs)
 
 
 def bare(case, seed):
-    """What an executor is given: sinks and blind rows come after it."""
-    return dataclasses.replace(case.inputs(seed=seed), sinks=None, blind="zeros")
+    """What an executor is given: sinks and fully masked rows come after it."""
+    return dataclasses.replace(case.inputs(seed=seed), sinks=None, fully_masked="zeros")
 
 
 def attend(inputs, tau, **options):
@@ -111,9 +110,9 @@ ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), lo
 
 @QUICK
 @given(case=ranked_cases, tau=st.sampled_from([0.01, 0.1, 0.5, 1.5, 10.0]), seed=st.integers(0, 99), **choices)
-def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, list_per, query_order):
+def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, ranking_per):
     inputs = bare(case, seed)
-    options = {"ranking": ranking, "list_per": list_per, "query_order": query_order}
+    options = {"ranking": ranking, "ranking_per": ranking_per}
     _, whole = attend(inputs, tau, **options)
     with pytest.MonkeyPatch.context() as patch:  # what was visited alone
         patch.setattr(torch_forward, "tail_share", lambda gain, _: torch.zeros_like(gain))
@@ -125,16 +124,16 @@ def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, list_per, qu
     # Work: a tile never computes more than its dense range; a permuted one spans its whole segment.
     last = torch.arange(TILE_LEN, case.queries + TILE_LEN, TILE_LEN).clamp(max=case.queries)
     dense = (last + case.causal_offset).clamp(0, case.n_keys) if case.causal else torch.tensor(case.n_keys)
-    assert (result.computed <= dense + (SEGMENT if query_order != "none" else 0)).all()
+    assert (result.computed <= dense).all()
 
     # Error: leaving out a share of the mass moves a weighted mean by at most that share of the values' range.
     limit, lse_limit = bounds(inputs)
-    blind = lse == float("-inf")
-    assert torch.equal(result.lse == float("-inf"), blind)
-    missing = (lse - result.lse).masked_fill(blind, 0.0)
+    fully_masked = lse == float("-inf")
+    assert torch.equal(result.lse == float("-inf"), fully_masked)
+    missing = (lse - result.lse).masked_fill(fully_masked, 0.0)
     assert missing.min().item() >= -lse_limit
     share = 1 - (-missing.clamp(min=0)).exp()
-    tail = 1 - (result.lse - whole.lse).masked_fill(blind, 0.0).exp()
+    tail = 1 - (result.lse - whole.lse).masked_fill(fully_masked, 0.0).exp()
     assert tail.min().item() >= -lse_limit
     assert tail.max().item() <= 0.2 / 1.2 + lse_limit
     value = inputs.value.double()
@@ -146,7 +145,7 @@ def test_early_stop_bounds_work_and_error(case, tau, seed, ranking, list_per, qu
 
 @QUICK
 @given(case=ranked_cases, seed=st.integers(0, 99), **choices)
-def test_error_vanishes_with_tau(case, seed, ranking, list_per, query_order):
+def test_error_vanishes_with_tau(case, seed, ranking, ranking_per):
     """A smaller tau stops later on the same list, so it has seen at least as much; near zero it has seen everything."""
     inputs = bare(case, seed)
     _, lse = exact_attention(inputs)
@@ -155,7 +154,7 @@ def test_error_vanishes_with_tau(case, seed, ranking, list_per, query_order):
     for tau in (10.0, 1.0, 0.1, 1e-12):
         with pytest.MonkeyPatch.context() as patch:  # what was visited alone
             patch.setattr(torch_forward, "tail_share", lambda gain, _: torch.zeros_like(gain))
-            _, result = attend(inputs, tau, ranking=ranking, list_per=list_per, query_order=query_order)
+            _, result = attend(inputs, tau, ranking=ranking, ranking_per=ranking_per)
         if seen is not None:
             shrunk = (seen - result.lse).masked_fill(seen == float("-inf"), 0.0)
             assert shrunk.max().item() <= lse_limit

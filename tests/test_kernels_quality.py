@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import RANKINGS
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.planner import QUERY_ORDERS, RANKINGS
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import Inputs, bounds, dense_area, exact_attention
 
@@ -59,11 +59,10 @@ class TestFewKeysCarryTheMass:
         value = two_weights(self.weight).value
         return value.max() - value.min()
 
-    @pytest.mark.parametrize("query_order", QUERY_ORDERS)
     @pytest.mark.parametrize("ranking", RANKINGS)
-    def test_two_chunks_are_enough(self, ranking, query_order):
+    def test_two_chunks_are_enough(self, ranking):
         inputs = two_weights(self.weight)
-        output, lse, density = run(inputs, tau=TAU, ranking=ranking, query_order=query_order)
+        output, lse, density = run(inputs, tau=TAU, ranking=ranking)
 
         # The first chunk is not believed, and holds all heavy keys, so the second brings CHUNK of weight 1: there the
         # rule stops everywhere.
@@ -72,7 +71,7 @@ class TestFewKeysCarryTheMass:
         pairs = 0
         for first in range(0, LENGTH, TILE_LEN):
             start = first // SEGMENT * SEGMENT
-            own = first + TILE_LEN - start if query_order == "none" else SEGMENT
+            own = first + TILE_LEN - start
             pairs += TILE_LEN * (own + min(start, 2 * CHUNK))
         assert density == pytest.approx(pairs * 2 / dense_area(inputs))
         assert density < 0.6

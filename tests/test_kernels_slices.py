@@ -11,8 +11,7 @@ from s2o_compile.kernels import schedule as slices
 from s2o_compile.kernels import streams
 from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.planner import RANKINGS
+from s2o_compile.kernels.core.options import RANKINGS, OperatorOptions
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs, dense_area, exact_attention
 
@@ -37,7 +36,7 @@ def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, lists, length, h
     assert covered == kv_heads * length
 
 
-@pytest.mark.parametrize(("query_order", "list_per"), [("none", "group"), ("none", "head"), ("mean_query", "head")])
+@pytest.mark.parametrize("ranking_per", ["group", "head"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -50,13 +49,13 @@ def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, lists, length, h
     ],
     ids=str,
 )
-def test_many_slices_together_are_dense_attention(case, query_order, list_per, monkeypatch, poison_empty):
+def test_many_slices_together_are_dense_attention(case, ranking_per, monkeypatch, poison_empty):
     monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
     inputs = case.inputs()
     found = list(slices.slices(*inputs.tensors, inputs.mask, 128, 1, range(inputs.key.shape[1])))
     assert len(found) == inputs.key.shape[1] * (-(-case.queries // 128) if case.causal else 1)
-    options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, query_order=query_order, list_per=list_per)
+    options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, ranking_per=ranking_per)
     result = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
     assert_close(result, exact_attention(inputs), inputs)
 
@@ -89,7 +88,7 @@ def test_no_bit_depends_on_how_a_call_is_cut(case, ranking, device, implementati
         min_seq_len=0,
         segment_len=128,
         ranking=ranking,
-        list_per="head" if case is PLAIN else "group",
+        ranking_per="head" if case is PLAIN else "group",
         implementation=implementation,
     )
 

@@ -61,7 +61,7 @@ def test_it_brings_the_output_closer():
 
     def error(share):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("s2o_compile.kernels.reference.TAIL_SHARE", share)
+            patch.setattr("s2o_compile.kernels.core.stop_rule.TAIL_SHARE", share)
             output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
         return ((output - exact).norm() / exact.norm()).item()
 

@@ -7,7 +7,7 @@ from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.impl.torch import blocks as block_attention
-from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from tests.conftest import (
     CUDA,
@@ -80,7 +80,7 @@ def assert_like_definition(inputs, plan, tau):
     return actual
 
 
-def natural_counts(inputs):
+def position_counts(inputs):
     """Keys between the first and the last that some query of each tile sees, padding aside."""
     seen = visible_pairs(Inputs(*inputs.tensors, AttentionMask(**{**vars(inputs.mask), "key_mask": None}), 1.0))[0, 0]
     return [int(tile.any(0).sum()) for tile in seen.split(TILE_LEN)]
@@ -102,7 +102,7 @@ class TestRanked:
     @pytest.mark.parametrize("case", [CASES[2], CASES[7], CASES[8], CASES[11], CASES[13]], ids=str)
     def test_equals_definition_with_permuted_queries_and_a_list_per_head(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, query_order="mean_query", list_per="head"), tau)
+        assert_like_definition(inputs, build_plan(inputs, ranking_per="head"), tau)
 
     @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
     def test_stops_where_the_arithmetic_says(self, tau, weighed):
@@ -132,20 +132,20 @@ class TestNatural:
     @pytest.mark.parametrize("case", [*WINDOWED, *UNWINDOWED], ids=str)
     def test_equals_dense_attention(self, case, poison_empty):
         inputs = case.inputs()
-        actual = natural_forward.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
-        assert (actual.computed == torch.tensor(natural_counts(inputs))).all()
+        assert (actual.computed == torch.tensor(position_counts(inputs))).all()
 
     def test_long_ranges_are_merged_from_steps(self, monkeypatch):
         inputs = Case(queries=700, batch=2, window=500, padding="left").inputs()
-        monkeypatch.setattr(natural_forward, "KEY_STEP", 96)
-        actual = natural_forward.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        monkeypatch.setattr(torch_exact, "KEY_STEP", 96)
+        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
 
     def test_equals_dense_attention_at_length_4097(self):
         inputs = Case(queries=4097, heads=1, window=1000, dtype="bf16").inputs()
-        actual = natural_forward.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -165,7 +165,7 @@ class TestWithoutTheFusedOp:
     @pytest.mark.parametrize("case", [WINDOWED[2], WINDOWED[6], WINDOWED[8]], ids=str)
     def test_natural(self, case):
         inputs = case.inputs()
-        actual = natural_forward.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
-from s2o_compile.kernels.impl.triton import exact as triton_natural
+from s2o_compile.kernels.impl.triton import exact as triton_exact
 from s2o_compile.kernels.impl.triton import few_dims as triton_few_dims
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
@@ -163,7 +163,7 @@ class TestRanked:
         self, device, case, tau, build_plan, poison_empty
     ):
         inputs = case.inputs(device)
-        plan = build_plan(inputs, query_order="mean_query", list_per="head", chunk_len=CHUNK_LEN)
+        plan = build_plan(inputs, ranking_per="head", chunk_len=CHUNK_LEN)
         assert_like_definition(inputs, plan, tau)
 
     @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
@@ -209,9 +209,9 @@ class TestOverflow:
 
     @pytest.mark.parametrize("window", [None, 450])
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
-    def test_in_natural_order(self, device, window, towering):
+    def test_in_position_order(self, device, window, towering):
         inputs = towering(device, window)
-        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -219,7 +219,7 @@ class TestNatural:
     @pytest.mark.parametrize(("device", "case"), NATURAL)
     def test_equals_dense_attention(self, device, case, poison_empty):
         inputs = case.inputs(device)
-        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
         unpadded = Inputs(*inputs.tensors, dataclasses.replace(inputs.mask, key_mask=None), 1.0)
@@ -232,7 +232,7 @@ class TestWideOffsets:
 
     @pytest.fixture(autouse=True)
     def wide(self, monkeypatch):
-        for module in (triton_forward, triton_natural):
+        for module in (triton_forward, triton_exact):
             monkeypatch.setattr(module, "needs_wide", lambda *_: True)
 
     @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestWideOffsets:
     )
     def test_natural(self, device, case):
         inputs = case.inputs(device)
-        actual = triton_natural.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -295,8 +295,8 @@ class TestRanking:
         largest = query.abs().sum(-1).max() * key.abs().max() + expected[prefix & expected.isfinite()].abs().max()
         packed, summed = torch.finfo(triton_ranking.packed_dtype(query.device)).eps, torch.finfo(torch.float16).eps
         bound = largest.item() * (1.1 * packed + summed * (1 + query.shape[-1] / 2))
-        blind = expected == float("-inf")  # no row of the segment has a say: any order will do
-        assert (actual[prefix].float() - expected[prefix])[~blind[prefix]].abs().max().item() <= bound
+        fully_masked = expected == float("-inf")  # no row of the segment has a say: any order will do
+        assert (actual[prefix].float() - expected[prefix])[~fully_masked[prefix]].abs().max().item() <= bound
 
     @pytest.mark.parametrize(("device", "case"), [*SCORED, *on(INTERPRETED, Case(queries=600, heads=6, kv_heads=2))])
     def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
@@ -324,12 +324,12 @@ class TestRanking:
         torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
         torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
 
-    @pytest.mark.parametrize("list_per", rank.LISTS)
+    @pytest.mark.parametrize("ranking_per", rank.RANKING_PER)
     @pytest.mark.parametrize(("device", "case"), SCORED)
-    def test_lists_are_those_of_the_torch_ranking(self, device, case, list_per, build_plan):
+    def test_lists_are_those_of_the_torch_ranking(self, device, case, ranking_per, build_plan):
         """fp16 may swap neighbours; the best eighth must be the same keys but for a few at its edge."""
         inputs = case.inputs(device)
-        ours, theirs = (build_plan(inputs, by=by, list_per=list_per) for by in ("triton", "torch"))
+        ours, theirs = (build_plan(inputs, by=by, ranking_per=ranking_per) for by in ("triton", "torch"))
         assert torch.equal(ours.prefix_count, theirs.prefix_count)
         torch.testing.assert_close(ours.tail_value, theirs.tail_value)
         for b, h, segment in itertools.product(*map(range, theirs.key_index.shape[:3])):

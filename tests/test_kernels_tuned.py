@@ -95,7 +95,7 @@ def test_an_entry_of_another_device_changes_nothing(gpu, user_file):
     [
         pytest.param(None, "No such file", id="missing"),
         pytest.param("{", "no JSON", id="broken"),
-        pytest.param("[1]", 'no object with "format": 1', id="foreign"),
+        pytest.param("[1]", 'no object with "format": 1', id="third_party"),
         pytest.param('{"format": 2, "devices": {}}', 'no object with "format": 1', id="newer"),
         pytest.param('{"format": 1, "devices": {"cpu": 3}}', "an entry of 'cpu' that is not understood", id="no-entry"),
         pytest.param('{"format": 1, "devices": {"cpu": {"crossover": "8K"}}}', "got '8K'", id="bad-crossover"),

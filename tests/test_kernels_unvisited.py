@@ -43,10 +43,10 @@ def both(inputs, plan):
     return [by.estimate_unvisited(*inputs.tensors, inputs.mask, plan, **given) for by in (triton_unvisited, unvisited)]
 
 
-@pytest.mark.parametrize(("device", "case", "list_per"), CASES)
-def test_the_same_is_left(device, case, list_per, build_plan, poison_empty):
+@pytest.mark.parametrize(("device", "case", "ranking_per"), CASES)
+def test_the_same_is_left(device, case, ranking_per, build_plan, poison_empty):
     inputs = case.inputs(device)
-    plan = build_plan(inputs, list_per=list_per, by="torch")
+    plan = build_plan(inputs, ranking_per=ranking_per, by="torch")
     ours, theirs = both(inputs, plan)
     # Products of float16 and bfloat16 are rounded where torch has them, and not in the kernel.
     accuracy = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}[case.dtype]

@@ -11,7 +11,7 @@ import torch
 
 from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.impl.torch import blocks as block_attention
-from s2o_compile.kernels.impl.torch import exact as natural_forward
+from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from tests.conftest import (
     CUDA,
@@ -24,7 +24,7 @@ from tests.conftest import (
 )
 
 if importlib.util.find_spec("triton"):
-    from s2o_compile.kernels.impl.triton import exact as triton_natural
+    from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
 
 needs_triton = [
@@ -95,8 +95,8 @@ def assert_like_definition(executor, inputs, plan, tau):
     return actual
 
 
-def attend_natural(module, inputs):
-    return module.attend_natural(*inputs.tensors, inputs.mask, scale=inputs.scale, softcap=inputs.softcap)
+def attend_exact(module, inputs):
+    return module.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale, softcap=inputs.softcap)
 
 
 @pytest.mark.parametrize("case", RANKED, ids=str)
@@ -122,7 +122,7 @@ class TestTorch:
     @pytest.mark.parametrize("case", NATURAL, ids=str)
     def test_natural(self, case, poison_empty):
         inputs = case.inputs()
-        assert_close(attend_natural(natural_forward, inputs), exact_attention(inputs), inputs)
+        assert_close(attend_exact(torch_exact, inputs), exact_attention(inputs), inputs)
 
 
 class TestTriton:
@@ -137,7 +137,7 @@ class TestTriton:
     @pytest.mark.parametrize(("device", "case"), [*on(INTERPRETED, *NATURAL), *on(CUDA, *NATURAL_ON_CUDA)])
     def test_natural(self, device, case, poison_empty):
         inputs = case.inputs(device)
-        assert_close(attend_natural(triton_natural, inputs), exact_attention(inputs), inputs)
+        assert_close(attend_exact(triton_exact, inputs), exact_attention(inputs), inputs)
 
     @pytest.mark.parametrize("softcap", [None, 5.0])
     @pytest.mark.parametrize("scale", [0.0, -0.2])
@@ -145,4 +145,4 @@ class TestTriton:
     def test_natural_with_a_scale_that_is_not_positive(self, device, scale, softcap):
         inputs = Case(queries=200, batch=2, padding="left", dtype="fp16", softcap=softcap).inputs(device)
         inputs = dataclasses.replace(inputs, scale=scale)
-        assert_close(attend_natural(triton_natural, inputs), exact_attention(inputs), inputs)
+        assert_close(attend_exact(triton_exact, inputs), exact_attention(inputs), inputs)

@@ -1,4 +1,4 @@
-"""Softcap, sinks, value head dims and blind rows through ``s2o::attention``: paths, transforms, errors."""
+"""Softcap, sinks, value head dims and fully masked rows through ``s2o::attention``: paths, transforms, errors."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.exact.blind_rows import all_rows_see, blind_rows
+from s2o_compile.kernels.exact.fully_masked_rows import all_rows_see, fully_masked_rows
 from s2o_compile.kernels.exact.sinks import add_sinks
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
@@ -38,7 +38,14 @@ def arguments(inputs, **options):
     mask = inputs.mask
     offset = mask.offset if mask.causal else None
     given = {"causal": mask.causal, "causal_offset": offset, "window": mask.window, "scale": inputs.scale}
-    return {**given, "softcap": inputs.softcap, "blind": inputs.blind, "min_seq_len": 0, "tau": 0.0, **options}
+    return {
+        **given,
+        "softcap": inputs.softcap,
+        "fully_masked": inputs.fully_masked,
+        "min_seq_len": 0,
+        "tau": 0.0,
+        **options,
+    }
 
 
 def call(inputs, **options):
@@ -51,15 +58,15 @@ CASES = [
     Case(queries=300, softcap=30.0, dtype="bf16"),
     Case(queries=300, batch=2, heads=4, kv_heads=2, sinks=True, dtype="bf16"),
     Case(queries=300, batch=2, sinks=True, padding="all"),
-    Case(queries=300, batch=2, sinks=True, padding="left", blind="mean"),
+    Case(queries=300, batch=2, sinks=True, padding="left", fully_masked="mean"),
     Case(queries=300, heads=4, kv_heads=2, head_dim=96, value_dim=64),
     Case(queries=300, heads=4, kv_heads=4, head_dim=64, value_dim=96, dtype="fp16", causal=False),
-    Case(queries=300, batch=2, heads=4, kv_heads=2, value_dim=16, padding="left", blind="mean"),
-    Case(queries=300, batch=2, heads=4, kv_heads=2, padding="all", blind="mean", dtype="bf16"),
-    Case(queries=300, keys=200, blind="mean", softcap=10.0),
-    Case(queries=300, keys=200, offset=150, window=20, blind="mean"),
-    Case(queries=300, batch=2, padding="left", window=20, blind="mean"),
-    Case(queries=300, batch=2, padding="all", causal=False, blind="mean"),
+    Case(queries=300, batch=2, heads=4, kv_heads=2, value_dim=16, padding="left", fully_masked="mean"),
+    Case(queries=300, batch=2, heads=4, kv_heads=2, padding="all", fully_masked="mean", dtype="bf16"),
+    Case(queries=300, keys=200, fully_masked="mean", softcap=10.0),
+    Case(queries=300, keys=200, offset=150, window=20, fully_masked="mean"),
+    Case(queries=300, batch=2, padding="left", window=20, fully_masked="mean"),
+    Case(queries=300, batch=2, padding="all", causal=False, fully_masked="mean"),
     Case(queries=300, window=50, layout="transposed", **EVERYTHING),
     Case(queries=1, keys=300, **EVERYTHING),
 ]
@@ -67,7 +74,7 @@ WITH_TRITON = [
     Case(queries=300, heads=4, kv_heads=2, dtype="fp16", **EVERYTHING),
     Case(queries=300, window=50, batch=2, padding="left", dtype="fp16", **EVERYTHING),
     Case(queries=200, batch=2, padding="all", dtype="fp16", sinks=True),
-    Case(queries=200, batch=2, padding="left", dtype="fp16", blind="mean"),
+    Case(queries=200, batch=2, padding="left", dtype="fp16", fully_masked="mean"),
 ]
 
 
@@ -124,7 +131,7 @@ class TestSinks:
             assert torch.equal(ours, expected)
 
     def test_a_row_that_sees_no_key_has_the_sink_alone(self):
-        inputs = Case(queries=300, keys=200, sinks=True, heads=4, blind="mean").inputs()
+        inputs = Case(queries=300, keys=200, sinks=True, heads=4, fully_masked="mean").inputs()
         output, lse = call(inputs, return_lse=True)
         assert (output[:, :, :100] == 0).all()
         assert torch.equal(lse[:, :, :100], inputs.sinks[None, :, None].expand(1, 4, 100))
@@ -161,11 +168,11 @@ class TestBlindRows:
         key_mask = torch.rand(3, keys, generator=torch.Generator().manual_seed(0)) < 0.3 if padded else None
         mask = dataclasses.replace(mask, key_mask=key_mask)
         expected = ~mask.visible_pairs(queries, keys, torch.device("cpu")).any(-1)[:, 0]
-        assert torch.equal(blind_rows(mask, queries, keys, torch.device("cpu")), expected)
+        assert torch.equal(fully_masked_rows(mask, queries, keys, torch.device("cpu")), expected)
         assert all_rows_see(mask, queries, keys) == (not padded and not expected.any())
 
     def test_the_mean_is_what_a_finite_mask_gives(self):
-        inputs = Case(queries=300, batch=2, padding="left", blind="mean").inputs()
+        inputs = Case(queries=300, batch=2, padding="left", fully_masked="mean").inputs()
         bias = torch.zeros(2, 1, 300, 300).masked_fill_(~visible_pairs(inputs), torch.finfo(torch.float32).min)
         key, value = (x.expand(-1, 2, -1, -1) for x in (inputs.key, inputs.value))
         expected = scaled_dot_product_attention(inputs.query, key, value, attn_mask=bias, scale=inputs.scale)
@@ -174,8 +181,8 @@ class TestBlindRows:
         assert_close((output, lse), (expected, lse), inputs)
 
     @pytest.mark.parametrize("options", [{}, {"min_seq_len": 10**6}], ids=["s2o", "dense"])
-    def test_poisoned_values_stay_in_blind_rows(self, options):
-        inputs = Case(queries=300, batch=2, padding="right", blind="mean").inputs()
+    def test_poisoned_values_stay_in_fully_masked_rows(self, options):
+        inputs = Case(queries=300, batch=2, padding="right", fully_masked="mean").inputs()
         inputs.value[0, :, 299] = math.nan  # hidden from all; the mean is over all keys, as the finite mask's is
         output = call(inputs, causal_offset=-10, **options)[0]
         assert output[0, :, :10].isnan().all()
@@ -185,14 +192,14 @@ class TestBlindRows:
         "case", [Case(queries=200), Case(queries=200, window=20), Case(queries=200, causal=False)], ids=str
     )
     def test_nothing_is_done_where_lengths_prove_sight(self, case, monkeypatch):
-        monkeypatch.setattr("s2o_compile.kernels.exact.blind_rows.blind_rows", None)
+        monkeypatch.setattr("s2o_compile.kernels.exact.fully_masked_rows.fully_masked_rows", None)
         inputs = case.inputs()
-        assert torch.equal(call(inputs, blind="mean")[0], call(inputs)[0])
+        assert torch.equal(call(inputs, fully_masked="mean")[0], call(inputs)[0])
 
     @pytest.mark.parametrize("device", [CUDA])
     @pytest.mark.parametrize("shortest", [0, 10**6], ids=["sparse", "dense"])
     def test_waits_for_nothing(self, device, shortest):
-        case = Case(queries=3000, batch=2, padding="left", dtype="bf16", blind="mean")
+        case = Case(queries=3000, batch=2, padding="left", dtype="bf16", fully_masked="mean")
         inputs = case.inputs(device)
         first = call(inputs, min_seq_len=shortest)[0]
         torch.cuda.synchronize()
@@ -217,7 +224,7 @@ class TestOpcheck:
         [
             Case(queries=200, heads=4, kv_heads=2, **EVERYTHING),
             Case(queries=200, value_dim=96),
-            Case(queries=200, batch=2, padding="left", blind="mean"),
+            Case(queries=200, batch=2, padding="left", fully_masked="mean"),
         ],
         ids=str,
     )
@@ -311,7 +318,7 @@ class TestPublic:
             window=mask.window,
             scale=inputs.scale,
             softcap=inputs.softcap,
-            blind=inputs.blind,
+            fully_masked=inputs.fully_masked,
             **options,
         )
 
@@ -359,10 +366,10 @@ def differentiable_formula(inputs):
     total = weights.sum(-1, keepdim=True)
     if inputs.sinks is not None:
         total = total + inputs.sinks[:, None, None].exp()
-    blind = total == 0
-    weights = weights / total.masked_fill(blind, 1.0)
-    if inputs.blind == "mean":
-        weights = weights + blind / n_keys
+    fully_masked = total == 0
+    weights = weights / total.masked_fill(fully_masked, 1.0)
+    if inputs.fully_masked == "mean":
+        weights = weights + fully_masked / n_keys
     return weights @ value
 
 
@@ -380,7 +387,10 @@ class TestErrors:
             ({"softcap": -5.0}, ("softcap", "finite number that float32 can hold, or None", "got -5.0", "None")),
             ({"softcap": math.inf}, ("softcap", "finite number that float32 can hold, or None", "got inf", "None")),
             ({"softcap": math.nan}, ("softcap", "finite number that float32 can hold, or None", "got nan", "None")),
-            ({"blind": "zero"}, ("blind", "one of 'zeros', 'mean'", "got 'zero'", "finite additive mask")),
+            (
+                {"fully_masked": "zero"},
+                ("fully_masked", "one of 'zeros', 'mean'", "got 'zero'", "finite additive mask"),
+            ),
             ({"sinks": torch.zeros(2)}, ("sinks", "floating of shape (4,)", "torch.float32 of shape (2,)", "Flatten")),
             ({"sinks": torch.zeros(1, 4)}, ("sinks", "floating of shape (4,)", "of shape (1, 4)", "Flatten")),
             ({"sinks": torch.zeros(4, dtype=torch.int64)}, ("sinks", "floating", "got torch.int64", "Flatten")),

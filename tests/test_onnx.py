@@ -56,7 +56,7 @@ CALLS = {
     "window-padding-softcap": {"causal": True, "window": 9, "key_mask": PADDING, "softcap": 2.0},
     "chunks-sinks": {"causal": True, "attention_chunk": 16, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
     "blind-zeros": {"causal": True, "causal_offset": -5},
-    "blind-mean": {"causal": True, "causal_offset": -5, "blind": "mean"},
+    "blind-mean": {"causal": True, "causal_offset": -5, "fully_masked": "mean"},
     "mask": {"attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(-5)},
     "additive": {"attn_mask": torch.full((QUERIES, KEYS), -torch.inf).triu(-4) + 0.1},
 }

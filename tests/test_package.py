@@ -49,7 +49,7 @@ KINDS = {
     "offset": {"causal": True, "ahead": 100},
     "cross": {"ahead": 100},
     "window": {"causal": True, "window": 200},
-    "padded": {"causal": True, "padded": True, "blind": "mean"},
+    "padded": {"causal": True, "padded": True, "fully_masked": "mean"},
     "softcap-sinks": {"causal": True, "softcap": 5.0, "sinks": True, "value_dim": 8},
     "heads": {"causal": True, "head_tau": [0.1, 0.9, 0.5, 2.0], "dense_heads": [1], "layout": "BNHD"},
     "chunk": {"causal": True, "attention_chunk": 256},
@@ -109,7 +109,7 @@ def test_alike_attentions_share_a_trace():
     )
     given, dims = inputs(700, 700, padded=False, sinks=False)[:3], {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
     program = torch.export.export(module, given, dynamic_shapes=(dims,) * 3).run_decompositions({})
-    putting = twins.PutTwins({OPERATOR: portable.attention})
+    putting = twins.DecomposeS2OOps({OPERATOR: portable.attention})
     putting(program.graph)
     program.graph.lint()
     program.graph_module.recompile()
@@ -143,7 +143,7 @@ def test_a_twin_that_decides_by_length_is_refused(asked):
     module = Attention(causal=True)
     program = torch.export.export(module, given, dynamic_shapes=(*(dims,) * 3, None, None)).run_decompositions({})
     with pytest.raises(s2o_compile.PackageError, match="expected a twin for every length"):
-        twins.PutTwins({OPERATOR: decides})(program.graph)
+        twins.DecomposeS2OOps({OPERATOR: decides})(program.graph)
 
 
 @pytest.mark.parametrize("option", ["joint_custom_pre_pass", "use_joint_graph_passes"])
@@ -155,7 +155,6 @@ def test_options_that_the_package_needs_are_refused(option, tmp_path):
 
 REFUSED = {
     "ranking": ({"ranking": "mean_query"}, r"layers\.0: ranking: expected 'per_query'"),
-    "query_order": ({"query_order": "mean_query"}, r"query_order: expected 'none'"),
 }
 
 

@@ -10,7 +10,7 @@ from tests.masks import capture, k_index, q_index, visible
 
 MIN = torch.finfo(torch.float32).min
 INF = float("-inf")
-BLIND_OPERATOR = any(argument.name == "blind" for argument in torch.ops.s2o.attention.default._schema.arguments)
+BLIND_OPERATOR = any(argument.name == "fully_masked" for argument in torch.ops.s2o.attention.default._schema.arguments)
 
 
 def causal(q, k):
@@ -81,20 +81,20 @@ def inverted_fill(mask):
     return inverted.masked_fill(inverted.to(torch.bool), MIN)
 
 
-@pytest.mark.parametrize(("mask_of", "blind"), MASKS.values(), ids=MASKS)
-def test_rows_without_keys_give_what_the_mask_makes_them(mask_of, blind):
+@pytest.mark.parametrize(("mask_of", "fully_masked"), MASKS.values(), ids=MASKS)
+def test_rows_without_keys_give_what_the_mask_makes_them(mask_of, fully_masked):
     proof, symbols = capture(mask_of)
-    if blind is None:
+    if fully_masked is None:
         assert isinstance(proof, Rejected), str(proof)
         return
     assert not isinstance(proof, Rejected), proof
-    assert proof.blind == blind
+    assert proof.fully_masked == fully_masked
     for lengths in ((6, 11), (7, 7), (3, 14)):
         q, k = lengths
         mask = mask_of(*lengths).expand(1, 1, q, k)
         assert torch.equal(visible(proof, symbols, lengths), mask == 0)
         weights = (torch.randn(1, 1, q, k) + mask).softmax(-1)[0, 0, 0]
-        assert weights.isnan().all() if blind == "zeros" else weights.eq(1 / k).all()
+        assert weights.isnan().all() if fully_masked == "zeros" else weights.eq(1 / k).all()
 
 
 ALWAYS_SEEN = {
@@ -108,12 +108,12 @@ ALWAYS_SEEN = {
 def test_where_every_row_sees_a_key_it_does_not_matter_how_others_are_hidden(mask_of):
     proof, _ = capture(mask_of, dynamic=False, lengths=(8, 8))
     assert str(proof).startswith("causal")
-    assert proof.blind == "zeros"
+    assert proof.fully_masked == "zeros"
 
 
-def test_a_window_that_may_end_before_the_keys_begin_has_blind_rows():
+def test_a_window_that_may_end_before_the_keys_begin_has_fully_masked_rows():
     proof, _ = capture(lambda q, k: torch.where(causal(q, k) & (k_index(k) > q_index(q) - 3), 0.0, MIN))
-    assert proof.blind == "mean"  # with more queries than keys the last ones are behind their window
+    assert proof.fully_masked == "mean"  # with more queries than keys the last ones are behind their window
 
 
 def test_an_integer_mask_that_enters_the_graph_may_hold_other_numbers():
@@ -132,7 +132,7 @@ PADDED = {
 }
 
 
-@pytest.mark.skipif(not BLIND_OPERATOR, reason="the operator knows no blind rows")
+@pytest.mark.skipif(not BLIND_OPERATOR, reason="the operator knows no fully masked rows")
 @pytest.mark.parametrize("mask_of", PADDED.values(), ids=PADDED)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_a_batch_entry_of_padding_only_gives_the_mean_of_all_values(mask_of, is_causal):
@@ -163,10 +163,10 @@ def test_padding_may_leave_a_row_without_keys(mask_of):
         lambda q, k, pad: mask_of(pad), torch.ones(2, 40, dtype=torch.bool), dynamic=False, lengths=(40, 40)
     )
     assert str(proof) == "bidirectional, key padding"
-    assert proof.blind == "mean"
+    assert proof.fully_masked == "mean"
 
 
-def test_a_mask_in_another_dtype_than_the_query_is_not_trusted_with_blind_rows():
+def test_a_mask_in_another_dtype_than_the_query_is_not_trusted_with_fully_masked_rows():
     def function(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.where(past(9, 9), 0.0, MIN))
 

@@ -145,7 +145,7 @@ def narrow_values(q, k, v):
     return (q @ k.transpose(-2, -1) / 4 + bias(q, k)).softmax(-1) @ v[..., :12]
 
 
-def finite_with_blind_rows(q, k, v):
+def finite_with_fully_masked_rows(q, k, v):
     """A finite mask: rows without any key get the mean of all values."""
     far = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None] - 5
     return (q @ k.transpose(-2, -1) + torch.where(far, 0.0, LOWEST)).softmax(-1) @ v
@@ -163,7 +163,7 @@ SPELLINGS = {
     "softcap": (capped, "causal"),
     "sinks": (with_sinks, "causal"),
     "narrow-values": (narrow_values, "causal"),
-    "blind-rows": (finite_with_blind_rows, "causal, offset -5"),
+    "blind-rows": (finite_with_fully_masked_rows, "causal, offset -5"),
     "matmul": (plain, "bidirectional"),
     "operators": (operators, "bidirectional"),
     "scaled-query": (scaled_query, "bidirectional"),

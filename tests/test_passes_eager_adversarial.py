@@ -217,7 +217,7 @@ def half_numbers_in_single_scores(q, k, v):
     return scores.masked_fill(~below(), torch.finfo(torch.float16).min).softmax(-1).to(q.dtype) @ v
 
 
-def blind_in_half(q, k, v, padded):
+def fully_masked_in_half(q, k, v, padded):
     """float32's lowest number is -inf in float16: a row without any key is zero, and no mean."""
     fill = torch.finfo(torch.float32).min
     return torch.where(padded[:, None, None], fill, q @ k.mT).softmax(-1).nan_to_num() @ v
@@ -227,7 +227,7 @@ def test_numbers_that_hide_in_one_dtype():
     q, k, v = (heads(dtype=torch.float16) * factor for factor in (20, 60, 1))
     with torch.no_grad():
         rewritten(half_numbers_in_single_scores, q, k, v, tolerance=1e-2)
-        rewritten(blind_in_half, q, k, v, torch.ones(2, 40, dtype=torch.bool), tolerance=1e-2)
+        rewritten(fully_masked_in_half, q, k, v, torch.ones(2, 40, dtype=torch.bool), tolerance=1e-2)
 
 
 def test_values_of_another_dtype_are_named():

@@ -77,7 +77,7 @@ def cogview(q, k, v):
 
 
 def floored(q, k, v):
-    """Blind rows of two masks are a mean behind the floor: the sum of two lowest numbers overflows, and is raised."""
+    """Rows hidden by two masks are a mean behind the floor: the sum of two lowest numbers overflows, and is raised."""
     scores = scores_of(q, k) + bias(q, LOWEST) + torch.where(padded(LEFT_PADDING), LOWEST, 0.0)
     return torch.max(scores, torch.tensor(LOWEST)).softmax(-1) @ v
 
@@ -144,8 +144,8 @@ def filled_by_a_billion(q, k, v):
     return scores_of(q, k).masked_fill(above(q), -1e9).softmax(-1) @ v
 
 
-def filled_by_a_billion_blind(q, k, v):
-    """A fill replaces the scores: the blind rows of a padded batch are means whatever the number is."""
+def filled_by_a_billion_fully_masked(q, k, v):
+    """A fill replaces the scores: the fully masked rows of a padded batch are means whatever the number is."""
     return scores_of(q, k).masked_fill(padded(ALL_PADDING), -1e9).softmax(-1) @ v
 
 
@@ -186,7 +186,7 @@ REWRITTEN = {
     "zeroed-in-place": (zeroed_in_place, "bidirectional, key padding"),
     "zeroed-by-where": (zeroed_by_where, "bidirectional, key padding"),
     "filled-by-a-billion": (filled_by_a_billion, "causal"),
-    "filled-by-a-billion-blind": (filled_by_a_billion_blind, "bidirectional, key padding"),
+    "filled-by-a-billion-blind": (filled_by_a_billion_fully_masked, "bidirectional, key padding"),
     "lowered-by-a-billion": (lowered_by_a_billion, "causal"),
     "sdpa-lowered-by-a-billion": (fused_under_a_billion, "causal"),
 }
@@ -245,7 +245,7 @@ def shrunk_fill(q, k, v):
     return ((scores_of(q, k) * 0.5).masked_fill(above(q), -1e9) * 1e-8).softmax(-1) @ v
 
 
-def enlarged_blind_rows(q, k, v):
+def enlarged_fully_masked_rows(q, k, v):
     """The lowest number overflows when it is doubled."""
     return ((2 * scores_of(q, k).masked_fill(padded(ALL_PADDING), LOWEST)).softmax(-1) @ v).nan_to_num(7.0)
 
@@ -317,7 +317,7 @@ def zeroed_under_two_masks_above_a_floor(q, k, v):
     return weights.masked_fill(mask, 0.0) @ v
 
 
-def lowered_by_a_billion_blind(q, k, v):
+def lowered_by_a_billion_fully_masked(q, k, v):
     """Scores beside -1e9 do not vanish in float32, they are rounded: neither zeros nor a mean."""
     return (scores_of(q, k) + torch.where(padded(), -1e9, 0.0)).softmax(-1) @ v
 
@@ -339,7 +339,7 @@ DENSE = {
     "negated-behind-the-mask": (negated_behind_the_mask, "multiplied by -0.5"),
     "shrunk-behind-the-mask": (shrunk_behind_the_mask, "hides scores by -3.4"),
     "shrunk-fill": (shrunk_fill, "hides scores by -10.0"),
-    "enlarged-blind-rows": (enlarged_blind_rows, "several finite numbers"),
+    "enlarged-blind-rows": (enlarged_fully_masked_rows, "several finite numbers"),
     "floored-above-the-lowest": (floored_above_the_lowest, "(clamp) stands between"),
     "clamped-on-both-sides": (clamped_on_both_sides, "(clamp) stands between"),
     "floored-under-another-fill": (floored_under_another_fill, "several finite numbers"),
@@ -353,7 +353,7 @@ DENSE = {
     "filled-by-one": (filled_by_one, "(masked_fill) before they meet"),
     "zeroed-under-two-masks": (zeroed_under_two_masks, "several finite numbers"),
     "zeroed-under-two-masks-above-a-floor": (zeroed_under_two_masks_above_a_floor, "above a floor"),
-    "lowered-by-a-billion-blind": (lowered_by_a_billion_blind, "which rows without any key show"),
+    "lowered-by-a-billion-blind": (lowered_by_a_billion_fully_masked, "which rows without any key show"),
     "filled-by-ten-thousand": (filled_by_ten_thousand, "-10000.0"),
     "lowered-by-ten-thousand": (lowered_by_ten_thousand, "-10000.0, which large scores outweigh"),
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from s2o_compile.passes.frontends import third_party as foreign
+from s2o_compile.passes.frontends import third_party as third_party
 from tests.capture import heads, rewritten
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
@@ -204,4 +204,4 @@ def test_kernels_of_other_packages_are_named():
 
 def test_torch_itself_is_not_foreign():
     capture = rewritten(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v), *sized())
-    assert not any(foreign.is_attention(node) for node in capture.nodes)
+    assert not any(third_party.is_attention(node) for node in capture.nodes)

@@ -142,11 +142,11 @@ def test_a_device_has_a_crossover_of_its_own(monkeypatch):
     assert captured(attend)[0].rewritten  # a length that was asked for counts
 
 
-def captured(attend, given=None, mark=False, training="dense", **options):
+def captured(attend, given=None, mark=False, **options):
     records = []
 
     def backend(gm, _):
-        records.extend(pipeline.run(gm, {"tau": SOME, "min_seq_len": 0, **options}, training=training))
+        records.extend(pipeline.run(gm, {"tau": SOME, "min_seq_len": 0, **options}))
         return gm.forward
 
     given = tensors() if given is None else given
@@ -190,13 +190,15 @@ def test_what_the_mask_hides_ranks_last():
     candidate = flex_sample.candidates(flex_sample.Site(1, 1, 1, 256, 256, 128, tables, ~tables), torch.arange(256))
     logits = torch.zeros(1, 1, 4 * flex_sample.HALF, 256)
     logits[..., 10] = -INF
-    poisoned = torch.zeros(1, 1, 256, dtype=torch.bool)
-    lists, left = flex_sample.rank_samples(logits, candidate, poisoned)
-    assert sorted(lists[0, 0, 0, :128].tolist()) == list(range(128, 256)), "a segment's own keys stand in its list"
+    non_finite = torch.zeros(1, 1, 256, dtype=torch.bool)
+    lists, left = flex_sample.rank_samples(logits, candidate, non_finite)
+    assert sorted(lists[0, 0, 0, :128].tolist()) == list(range(128, 256)), (
+        "a segment's in-segment keys stand in its list"
+    )
     assert lists[0, 0, 1, 127] == 10
     torch.testing.assert_close(left[0, 0, 1, :2], torch.tensor([127 / 255, 0.0]))
-    poisoned[..., 10:12] = True
-    lists, left = flex_sample.rank_samples(logits, candidate, poisoned)
+    non_finite[..., 10:12] = True
+    lists, left = flex_sample.rank_samples(logits, candidate, non_finite)
     assert (lists[0, 0, 1, 0], lists[0, 0, 1, 127]) == (11, 10), "what is visited by all is no number"
     assert left[0, 0, 1, 0] > 1e30
 

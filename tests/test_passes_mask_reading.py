@@ -128,7 +128,7 @@ def test_a_union_is_what_its_values_make_it(visible, text):
     [
         (torch.zeros(2, 1, 1, LENGTH), "s2o"),
         (added(PADDING.flip(-1), LOWEST), "s2o"),
-        (added(PADDING, LOWEST), "masked"),  # in blind rows some keys are hidden once, some twice
+        (added(PADDING, LOWEST), "masked"),  # in fully masked rows some keys are hidden once, some twice
         (added(PADDING, -1e4), "masked"),
     ],
     ids=["none", "right", "left", "left -1e4"],

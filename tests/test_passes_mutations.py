@@ -325,10 +325,10 @@ def check(graph, proof, symbols):
             part = ~part if key_mask.negated else part
             keys = part if keys is None else keys & part
         assert torch.equal(visible(proof, symbols, lengths, keys).expand_as(seen), seen), (str(proof), lengths, graph)
-        blind = ~seen.any(-1)
-        if mask.dtype is not torch.bool and blind.any():
-            hidden = mask[blind].unique()
-            assert hidden.tolist() == ([INF] if proof.blind == "zeros" else [MIN]), (str(proof), lengths, graph)
+        fully_masked = ~seen.any(-1)
+        if mask.dtype is not torch.bool and fully_masked.any():
+            hidden = mask[fully_masked].unique()
+            assert hidden.tolist() == ([INF] if proof.fully_masked == "zeros" else [MIN]), (str(proof), lengths, graph)
 
 
 def upto(graph, last):

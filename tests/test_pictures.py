@@ -8,8 +8,7 @@ import torch
 import s2o_compile
 from s2o_compile import OptionError, S2OConfig
 from s2o_compile.kernels import planner as rank
-from s2o_compile.kernels import reference as definition
-from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core import plan, stop_rule
 from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.quality.visit_map import visit_map
 from tests.conftest import Case, bounds, distance, visible_pairs
@@ -128,12 +127,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("query_order", ["none", "mean_query"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_over_the_visited_keys_is_the_output(case, query_order, monkeypatch):
-    monkeypatch.setattr(definition, "TAIL_SHARE", 0.0)  # what was not visited does not count
+def test_attention_over_the_visited_keys_is_the_output(case, monkeypatch):
+    monkeypatch.setattr(stop_rule, "TAIL_SHARE", 0.0)  # what was not visited does not count
     inputs = case.inputs()
-    call = observed(inputs, query_order=query_order)
+    call = observed(inputs)
     for head in range(case.heads):
         visits = visit_map(call, head)
         assert torch.equal(visits.visible, visible_pairs(inputs)[0, 0])
@@ -186,5 +184,5 @@ def test_colours_tell_visited_from_missed(tmp_path, drawn):
     assert tuple(original[50, 250]) == tuple(ranked[50, 250]) == (1.0, 1.0, 1.0)
     orange = [tuple(colour) == tuple(original[250, 50]) for colour in ranked[290]]
     assert sum(orange) == 100
-    assert not any(orange[: 300 - 256])  # own keys stand first
+    assert not any(orange[: 300 - 256])  # in-segment keys stand first
     assert "A title\nhere, head 0: 78% of the pairs visited" in drawn[0].get_suptitle()

@@ -66,11 +66,11 @@ def test_an_old_plan_is_never_wrong(mask):
     assert distance(s2o_compile.attention(*later, **mask, config=config(tau=1e-4), plan=plan), exact) < 1e-3
 
 
-def test_sinks_blind_rows_and_log_sum_exp():
+def test_sinks_fully_masked_rows_and_log_sum_exp():
     given, sinks = tensors(), torch.tensor([0.0, 1.0, 2.0, 3.0])
     mask = {"causal": True, "causal_offset": -30}
     plan = s2o_compile.plan(*given, **mask, config=config())
-    for options in ({"sinks": sinks, "return_lse": True}, {"blind": "mean"}, {"softcap": 2.0}):
+    for options in ({"sinks": sinks, "return_lse": True}, {"fully_masked": "mean"}, {"softcap": 2.0}):
         options = {**mask, "config": config(tau=0.0), **options}
         with_plan, without = (s2o_compile.attention(*given, **options, plan=p) for p in (plan, None))
         torch.testing.assert_close(with_plan, without, rtol=0, atol=0)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from s2o_compile.plot import plot_attention, plot_budget
+from benchmarks.plot import plot_attention, plot_budget
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 

@@ -1,4 +1,4 @@
-"""A recording, an observer or a census of one thread says nothing about another, and answers for nobody else."""
+"""A recording, an observer or a audit of one thread says nothing about another, and answers for nobody else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.aot import inductor_workarounds as inductor
 from s2o_compile.api import watched
-from s2o_compile.capture import audit as census
+from s2o_compile.capture import audit as audit
 from s2o_compile.kernels.observe import observe_attention, observing
 from s2o_compile.kernels.statistics import record_calls, recording
 from s2o_compile.recording import record
@@ -241,7 +241,7 @@ class Waiting(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
 
-def test_modules_of_other_threads_are_no_place_in_a_census():
+def test_modules_of_other_threads_are_no_place_in_a_audit():
     start, end = threading.Event(), threading.Event()
     entered = threading.Event()
 
@@ -262,7 +262,7 @@ def test_modules_of_other_threads_are_no_place_in_a_census():
 
     def take(_):
         try:
-            return census.take(nn.Sequential(model), (torch.ones(1, 1, 4, 8),), {})
+            return audit.take(nn.Sequential(model), (torch.ones(1, 1, 4, 8),), {})
         finally:
             end.set()
 
@@ -292,18 +292,18 @@ class Crowd:
         return x
 
 
-def test_two_censuses_leave_the_process_as_it_was():
+def test_two_audits_leave_the_process_as_it_was():
     """The second waits for the first: else it would restore what the first had set."""
     crowd = Crowd()
     before = torch._dynamo.eval_frame._stance
-    side_by_side(*[lambda wait: (wait(), census.take(crowd.visit, (torch.ones(1),), {}))] * 2)
+    side_by_side(*[lambda wait: (wait(), audit.take(crowd.visit, (torch.ones(1),), {}))] * 2)
     assert crowd.most == 1
     assert torch._dynamo.eval_frame._stance == before
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_one_look_at_a_time_resets_dynamo_and_keeps_warnings_off():
-    """Also a census waits for the end of a look: it has filters of its own."""
+    """Also a audit waits for the end of a look: it has filters of its own."""
     crowd = Crowd()
 
     def look(wait):
@@ -312,7 +312,7 @@ def test_one_look_at_a_time_resets_dynamo_and_keeps_warnings_off():
             crowd.visit()
 
     before = list(warnings.filters)
-    side_by_side(look, look, lambda wait: (wait(), census.take(crowd.visit, (torch.ones(1),), {})))
+    side_by_side(look, look, lambda wait: (wait(), audit.take(crowd.visit, (torch.ones(1),), {})))
     assert crowd.most == 1
     assert warnings.filters == before
 
@@ -323,14 +323,14 @@ def test_two_packages_leave_inductor_as_it_was():
     entered, both, left = threading.Event(), threading.Event(), threading.Event()
 
     def first(_):
-        with inductor.mended():
+        with inductor.inductor_workarounds():
             entered.set()
             both.wait(0.3)  # the second waits for its turn, and comes in behind this block
         left.set()
 
     def second(_):
         assert entered.wait(60)
-        with inductor.mended():
+        with inductor.inductor_workarounds():
             both.set()
             assert left.wait(60)
 

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks import zoo_masks
 from benchmarks.zoo_masks import BOTH, CAUSAL, DECODE, NUMBERS, OTHER, PADDING, UNREAD, WINDOW, MaskCounter
-from s2o_compile.capture import audit as census
+from s2o_compile.capture import audit as audit
 from s2o_compile.passes.site import SiteRecord
 
 N = 12
@@ -50,7 +50,7 @@ def qkv(length=N):
 
 def seen(attend, *args):
     with torch.no_grad():
-        (call,) = census.take(attend, args, {}, MaskCounter)
+        (call,) = audit.take(attend, args, {}, MaskCounter)
     return call.mask
 
 
@@ -109,7 +109,7 @@ def test_two_products_are_a_bias_unless_one_is_a_mask():
 
 
 def ran(mask):
-    return census.Ran("attn", census.SDPA, (), (), "float32", mask)
+    return audit.Ran("attn", audit.SDPA, (), (), "float32", mask)
 
 
 def site(reason):
@@ -162,5 +162,5 @@ def flex(score_mod=None, mask_mod=None):
 @torch.no_grad()
 def test_masks_of_flex_attention(call, mask):
     q = torch.randn(1, 2, 160, 16)
-    (ran,) = census.take(call, (q, q, q), {}, MaskCounter)
+    (ran,) = audit.take(call, (q, q, q), {}, MaskCounter)
     assert ran.mask == mask

@@ -9,10 +9,10 @@ Key j is visible to query i iff all of these hold:
 
 For one segment of queries the visible keys fall into two parts (S2O, arXiv 2602.22575, section 3):
 
-    own keys      the positions of the segment itself: pass 1 attends to them in natural order, under the mask
+    in-segment keys      the positions of the segment itself: pass 1 attends to them in position order, under the mask
     prefix keys   visible to *every* query of the segment: pass 2 visits them ranked by importance
 
-Without a causal mask the "prefix" is every key outside the segment. Cross attention has no own keys.
+Without a causal mask the "prefix" is every key outside the segment. Cross attention has no in-segment keys.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from s2o_compile.kernels.support.torch_compat import statically_known_true
 FARTHEST = 2**61
 """Tokens of a causal offset at most. Positions are int64, and with twice as long a window none of them wraps around."""
 
-BLIND = ("zeros", "mean")
+FULLY_MASKED = ("zeros", "mean")
 """What a query that sees no key gets: zeros, or the mean of all values of its head."""
 
 
@@ -111,15 +111,15 @@ class AttentionMask:
             seen = seen & (j // self.attention_chunk == i // self.attention_chunk)
         return seen
 
-    def own_offset(self, n_queries: int, n_keys: int) -> int:
-        """Offset from a query's position to its own key; ``-n_queries`` (no own keys) in cross attention."""
+    def seg_offset(self, n_queries: int, n_keys: int) -> int:
+        """Offset from a query's position to its own key; ``-n_queries`` (no in-segment keys) in cross attention."""
         if self.causal:
             return self.offset
         return 0 if same_length(n_queries, n_keys) else -n_queries
 
-    def own_range(self, first_query: int, last_query: int, n_queries: int, n_keys: int) -> tuple[int, int]:
-        """Own keys [start, stop) of the queries first_query..last_query."""
-        offset = self.own_offset(n_queries, n_keys)
+    def in_segment_range(self, first_query: int, last_query: int, n_queries: int, n_keys: int) -> tuple[int, int]:
+        """In-segment keys [start, stop) of the queries first_query..last_query."""
+        offset = self.seg_offset(n_queries, n_keys)
         start = min(max(first_query + offset, 0), n_keys)
         return start, min(max(last_query + 1 + offset, start), n_keys)
 

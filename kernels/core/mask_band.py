@@ -36,12 +36,12 @@ class Comparison:
 
     Attributes:
         differs: bool [], whether a row that sees any key differs, or a number is none of a mask.
-        blind: bool [b, h, q], rows that see no key.
+        fully_masked: bool [b, h, q], rows that see no key.
         hidden_rows: bool [b, h, q], those of them to which the band shows a key.
         extremes: float32 [2], the smallest and the largest number that hides; (inf, -inf) for none.
     """
 
     differs: Tensor
-    blind: Tensor
+    fully_masked: Tensor
     hidden_rows: Tensor
     extremes: Tensor

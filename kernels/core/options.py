@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.planner import LISTS, QUERY_ORDERS, RANKINGS
 from s2o_compile.kernels.support.arguments import as_integer, as_number, as_numbers, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
+RANKINGS = ("per_query", "mean_query")
+RANKING_PER = ("head", "group")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
 
 
@@ -27,9 +28,8 @@ class OperatorOptions:
             number, or a tuple with one for each query head.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
-        ranking: "per_query", "sub_mean" or "mean_query".
-        list_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
-        query_order: "none" or "mean_query".
+        ranking: "per_query" or "mean_query".
+        ranking_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
         implementation: "auto", "triton", "torch" or "flex" (FlexAttention). A named one never falls back to another.
     """
 
@@ -37,8 +37,7 @@ class OperatorOptions:
     min_seq_len: int | str = "auto"
     segment_len: int | None = None
     ranking: str = "per_query"
-    list_per: str = "group"
-    query_order: str = "none"
+    ranking_per: str = "group"
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -68,9 +67,8 @@ class OperatorOptions:
                 remedy="Leave it None to choose by length.",
             )
         for name, allowed in (
-            ("ranking", tuple(RANKINGS)),
-            ("list_per", LISTS),
-            ("query_order", QUERY_ORDERS),
+            ("ranking", RANKINGS),
+            ("ranking_per", RANKING_PER),
             ("implementation", IMPLEMENTATIONS),
         ):
             if not is_one_of(getattr(self, name), allowed):
@@ -78,7 +76,8 @@ class OperatorOptions:
                     name,
                     expected=f"one of {', '.join(map(repr, allowed))}",
                     got=shown(getattr(self, name)),
-                    remedy="Choose one of these names.",
+                    remedy="Choose one of these names."
+                    + (" sub_mean was removed: it was best in no measurement." if name == "ranking" else ""),
                 )
         for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
             object.__setattr__(self, name, value)  # as Python's numbers
@@ -90,8 +89,7 @@ def options_of(
     min_seq_len: int | None,
     segment_len: int | None,
     ranking: str,
-    list_per: str,
-    query_order: str,
+    ranking_per: str,
     implementation: str,
     head_tau: tuple[float, ...] = (),
 ) -> OperatorOptions:
@@ -105,7 +103,6 @@ def options_of(
         min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,
-        list_per=list_per,
-        query_order=query_order,
+        ranking_per=ranking_per,
         implementation=implementation,
     )

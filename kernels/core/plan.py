@@ -32,7 +32,6 @@ class Plan:
         chunk_len: Keys between two tests of the stop rule, a multiple of 128.
         key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
         prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
-        query_order: int32 [B, Hq, Nq], the query at each slot, permuted inside segments; None for natural order.
         tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no
             tile stops by itself, or until values are known.
     """
@@ -41,7 +40,6 @@ class Plan:
     chunk_len: int
     key_index: Tensor
     prefix_count: Tensor
-    query_order: Tensor | None
     tail_value: Tensor | None = None
 
     @property
@@ -77,19 +75,19 @@ def default_chunk_len(n_keys: int) -> int:
     return 256 + 256 * (n_keys > 16384) + 512 * (n_keys > 65536)
 
 
-def own_starts_stops(
+def in_segment_starts_stops(
     mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """int64 [P] starts and stops of every segment's own keys; computed on the device, so nothing waits for a copy."""
+    """int64 [P] starts and stops of all in-segment keys; made on the device, so nothing waits for a copy."""
     first = torch.arange(0, n_queries, segment_len, device=device)
-    return own_keys(mask, first, n_queries, n_keys, segment_len)
+    return in_segment_keys(mask, first, n_queries, n_keys, segment_len)
 
 
-def own_keys(
+def in_segment_keys(
     mask: AttentionMask, first: Tensor, n_queries: int, n_keys: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Starts and stops of the own keys of the segments with these first queries, int64 of any shape."""
-    offset = mask.own_offset(n_queries, n_keys)
+    """Starts and stops of the in-segment keys of the segments with these first queries, int64 of any shape."""
+    offset = mask.seg_offset(n_queries, n_keys)
     starts = (first + offset).clamp(0, n_keys)
     stops = ((first + segment_len).clamp(max=n_queries) + offset).clamp(0, n_keys)
     return starts, torch.maximum(starts, stops)
@@ -98,10 +96,10 @@ def own_keys(
 def longest_prefix(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int) -> int:
     """Length of the longest list, from lengths alone: nothing waits for the device."""
     last = (n_segments(n_queries, segment_len) - 1) * segment_len
-    return mask.own_range(last, n_queries - 1, n_queries, n_keys)[0] if mask.causal else n_keys
+    return mask.in_segment_range(last, n_queries - 1, n_queries, n_keys)[0] if mask.causal else n_keys
 
 
-def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:
+def non_finite_keys(key: Tensor, value: Tensor) -> Tensor:
     """Bool [B, Hkv, Nk]: keys that hold NaN or inf, or whose value does.
 
     They must be visited, or a row would come out finite where SDPA's would not.
@@ -111,7 +109,7 @@ def poisoned_keys(key: Tensor, value: Tensor) -> Tensor:
 
 def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int, device: torch.device) -> Tensor:
     """Bool [B or 1, P, Nk]: which keys are prefix keys of which segment."""
-    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, device)
+    starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, device)
     position = torch.arange(n_keys, device=device)
     prefix = position < starts[:, None]
     if not mask.causal:
@@ -120,13 +118,13 @@ def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: i
 
 
 def order_keys(
-    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+    scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """Turn importance scores into lists.
 
     Args:
         scores: Floating [B, Hl, P, Nk], larger is more important, any monotone scale. Overwritten.
-        poisoned: Bool [B, Hl, Nk], of ``poisoned_keys``.
+        non_finite: Bool [B, Hl, Nk], of ``non_finite_keys``.
         mask: Which keys count as prefix.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
@@ -138,7 +136,7 @@ def order_keys(
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max, neginf=lowest)
-    scores.masked_fill_(poisoned[:, :, None, :], float("inf"))
+    scores.masked_fill_(non_finite[:, :, None, :], float("inf"))
     scores.masked_fill_(~prefix[:, None], float("-inf"))
     longest = longest_prefix(mask, n_queries, n_keys, segment_len)
     # Stable: where scores are equal, as those of repeated keys, the order must not depend on how many keys follow.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import BLIND
+from s2o_compile.kernels.core.mask import FULLY_MASKED
 from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
@@ -109,7 +109,7 @@ def check_inputs(
     window: int | None,
     attention_chunk: int | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     dense_heads: Sequence[int] = (),
 ) -> None:
     """Raise InputError unless the operator can run on these tensors."""
@@ -155,11 +155,11 @@ def check_inputs(
             got=shown(softcap),
             remedy="Leave it None for logits without a bound.",
         )
-    if not is_one_of(blind, BLIND):
+    if not is_one_of(fully_masked, FULLY_MASKED):
         raise InputError(
-            "blind",
-            expected=f"one of {', '.join(map(repr, BLIND))}",
-            got=shown(blind),
+            "fully_masked",
+            expected=f"one of {', '.join(map(repr, FULLY_MASKED))}",
+            got=shown(fully_masked),
             remedy='Use "mean" for what a finite additive mask gives a query that sees no key.',
         )
     if any(not 0 <= head < key.shape[1] for head in dense_heads):

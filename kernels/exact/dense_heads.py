@@ -5,7 +5,7 @@ attention. A group of query heads shares one ranking, so a group is what is mark
 
 All marked heads run in one call of SDPA, exactly. Heads that lie side by side are views, others are copied, which
 N * D numbers cost little beside N * N products. Where SDPA cannot (a log-sum-exp is wanted, logits are capped) or would
-need the mask pair by pair, the natural-order executor runs, in memory linear in N.
+need the mask pair by pair, the exact executor runs, in memory linear in N.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def attend_dense(
     scale: float,
     softcap: float | None,
     wants_lse: bool,
-    natural: ModuleType,
+    exact: ModuleType,
 ) -> None:
     """Fill the marked heads of ``into``.
 
@@ -64,14 +64,14 @@ def attend_dense(
         scale: Softmax scale, positive.
         softcap: Bound of the logits, None for none.
         wants_lse: Whether the log-sum-exp is wanted; that of these heads may stay uninitialised otherwise.
-        natural: `natural_forward` or `triton_natural`.
+        exact: `torch_exact` or `triton_exact`.
     """
     group = query.shape[1] // key.shape[1]
     places = runs(dense_heads, key.shape[1])
     rows = [query_heads(heads, group) for heads in places]
     taken = take(query, rows), take(key, places), take(value, places)
     if wants_lse or softcap is not None or needs_pairs(mask, key.shape[2], scale):
-        exact = natural.attend_natural(*taken, mask, scale=scale, softcap=softcap)
+        exact = exact.attend_exact(*taken, mask, scale=scale, softcap=softcap)
     else:
         heads = taken[0].shape[:3]
         every = whole_tiles(mask, query.shape[2], key.shape[2], query.device).expand(*heads[:2], -1)

@@ -5,10 +5,11 @@ score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS o
               share the list, of p[i, j];  of long segments i are ROWS queries, spread evenly, other ones in each head
 
 ``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
-the log-sum-exp of the query's row from its segment's own keys, the first keys (trained models put much weight there)
-and a sample of the others, so that p is a log-probability. A mean query cannot see the key that one query retrieves;
-this can, and tells what one query wants from what many do: the sum over all queries, at one exponential a slot. The
-normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are made.
+the log-sum-exp of the query's row from its segment's in-segment keys, the first keys (trained models put much weight
+there) and a sample of the others, so that p is a log-probability. A mean query cannot see the key that one query
+retrieves; this can, and tells what one query wants from what many do: the sum over all queries, at one exponential a
+slot. The normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are
+made.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, own_starts_stops
+from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -129,7 +130,7 @@ def row_normaliser(
         key: Keys, float32 [B, Hkv, Nk, R].
         mask: The mask.
         positions: int64 [heads, n], ascending: where the queries stand; head g of a group has those of g modulo heads.
-        own: Own keys [start, stop) of the segment.
+        own: In-segment keys [start, stop) of the segment.
         stride: Of this many prefix keys one is sampled.
     """
     device, end = query.device, own[0] if mask.causal else key.shape[2]
@@ -188,7 +189,7 @@ def _score_keys(
     few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
-    starts, stops = own_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
+    starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     lists = heads // kv_heads // shared  # of each key/value head
     shape = batch, kv_heads * lists, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)

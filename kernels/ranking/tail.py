@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import n_segments, own_keys
+from s2o_compile.kernels.core.plan import in_segment_keys, n_segments
 
 
 def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, sums_by: ModuleType) -> Tensor:
@@ -27,13 +27,13 @@ def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_l
         sums_by: Whose ``block_sums`` and ``running_sums``: this module's, or ``triton_tail``'s.
     """
     n_keys = value.shape[2]
-    offset = mask.own_offset(n_queries, n_keys)
-    # Blocks of keys that begin where segments' own keys do; the first and the last may be short.
+    offset = mask.seg_offset(n_queries, n_keys)
+    # Blocks of keys that begin where segments' in-segment keys do; the first and the last may be short.
     shift = -offset % segment_len if mask.causal else 0
     sums = sums_by.block_sums(value, mask.key_mask, shift, segment_len)
     before = sums_by.running_sums(sums)
     first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
-    own = own_keys(mask, first, n_queries, n_keys, segment_len)
+    own = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
     first = first + (offset + shift)
     total = before[:, :, _block(first, segment_len, sums)]
     count = _counts(mask.key_mask, own[0])

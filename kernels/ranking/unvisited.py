@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import Plan, poisoned_keys
+from s2o_compile.kernels.core.plan import Plan, non_finite_keys
 
 BLOCK_LEN = 128
 """Entries of a list that are visited or left together: FlexAttention's block of keys."""
@@ -24,7 +24,7 @@ SAMPLES = 16
 
 GOLDEN_RATIO = 0.6180339887498949
 
-RULE_OVER_SAMPLE = 7.0
+STOP_RULE_TO_SAMPLE_RATIO = 7.0
 """The stop rule's estimate of the worst row over this one's, where both leave the same error (SmolLM2, 8K, tau 0.1 to
 1): the rule extrapolates by Zipf's law, and sees every row."""
 
@@ -76,16 +76,16 @@ def estimate_unvisited(
     unvisited = query.new_zeros(batch, heads, plan.n_segments, blocks + 1, dtype=torch.float32)
     columns = key.transpose(-1, -2)
     positions = torch.arange(n_keys, device=query.device)
-    poisoned = poisoned_keys(key, value)[:, :, None].expand(-1, -1, heads // kv_heads, -1)
+    non_finite = non_finite_keys(key, value)[:, :, None].expand(-1, -1, heads // kv_heads, -1)
     sampled_rows = sample_segments(n_queries, plan.segment_len, SAMPLES, query.device)
     for s in range(plan.n_segments):
         first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
-        own_start, own_stop = mask.own_range(first, stop - 1, n_queries, n_keys)
-        listed = own_start if mask.causal else longest
+        seg_start, seg_stop = mask.in_segment_range(first, stop - 1, n_queries, n_keys)
+        listed = seg_start if mask.causal else longest
         if listed == 0:
             continue
         rows = sampled_rows[s]
-        end = own_stop if mask.causal else n_keys
+        end = seg_stop if mask.causal else n_keys
         logits = (query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]).float() * scale
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
@@ -102,7 +102,7 @@ def estimate_unvisited(
         real = torch.arange(listed, device=query.device) < plan.prefix_count[:, s, None]
         shape = (*weight.shape[:-1], listed)
         mass = weight.gather(-1, lists[:, :, :, None].expand(shape))
-        mass = mass.masked_fill_(poisoned.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
+        mass = mass.masked_fill_(non_finite.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
         mass = mass.masked_fill_(~real[:, None, None, None], 0.0)
         mass = torch.nn.functional.pad(mass, (0, -listed % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
         left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"), posinf=float("inf"))
@@ -117,5 +117,5 @@ def blocks_to_visit(unvisited: Tensor, tau: float | Tensor) -> Tensor:
         unvisited: Of ``estimate_unvisited``.
         tau: As the executors have it: one number, or float32 [Hq]; 0 visits everything.
     """
-    limit = (tau[:, None, None] if isinstance(tau, Tensor) else tau) / RULE_OVER_SAMPLE
+    limit = (tau[:, None, None] if isinstance(tau, Tensor) else tau) / STOP_RULE_TO_SAMPLE_RATIO
     return (unvisited >= limit).sum(-1, dtype=torch.int32)

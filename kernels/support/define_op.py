@@ -93,7 +93,7 @@ class _WithoutGradient(torch.autograd.Function):
         _refuse(ctx)
 
 
-def nobody_looks(*tensors: Tensor | None) -> bool:
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
 
     Then an operator's function may be called without the operator around it: no result tells.

@@ -121,6 +121,6 @@ def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProv
         return Rejected("attn_mask is not a node of the graph")
     proof = prover.prove(mask, query_len, key_len)
     dtype, expected = value_of(mask).dtype, value_of(call["query"]).dtype
-    if not isinstance(proof, Rejected) and proof.blind == "mean" and dtype != expected:
+    if not isinstance(proof, Rejected) and proof.fully_masked == "mean" and dtype != expected:
         return Rejected("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
     return proof

@@ -1,10 +1,11 @@
 """Float masks that are added to the scores: 0 where a key is visible, and a number that hides where it is not.
 
-Which number that is matters for a *blind* row, one that sees no key. Under -inf its output is zero. Under a finite
+Which number that is matters for a fully masked row, one that sees no key. Under -inf its output is zero. Under a finite
 number as large as ``finfo(float32).min`` the scores vanish beside it, so that all keys weigh the same and the output is
 the mean of all values: all keys, padding too. Two such masks added up hide some keys by that number and some by twice
-as much, which overflows: no mean, no zero, and only harmless where no row is blind. The same holds of -1e9, which hides
-a key as well unless scores differ by a billion, but is too small to make its scores vanish. -1e4 hides nothing surely.
+as much, which overflows: no mean, no zero, and only harmless where every row sees a key. The same holds of -1e9, which
+hides a key as well unless scores differ by a billion, but is too small to make its scores vanish. -1e4 hides nothing
+surely.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class AdditiveMask:
     dtype: torch.dtype
 
     @property
-    def blind(self) -> str | None:
+    def fully_masked(self) -> str | None:
         """What a row without any key gives: "zeros", "mean" of all values, or None, neither."""
         if self.hidden <= {-math.inf}:
             return "zeros"

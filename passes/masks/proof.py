@@ -89,12 +89,12 @@ class MaskReading:
 
     Attributes:
         parts: In the order in which the scores meet them.
-        blind: What a query gets that sees no key, where a single bool mask leaves that open.
+        fully_masked: What a query gets that sees no key, where a single bool mask leaves that open.
         why: Why nothing is proven.
     """
 
     parts: tuple[MaskPart, ...]
-    blind: str
+    fully_masked: str
     why: Rejected
 
 
@@ -108,7 +108,7 @@ class MaskProof:
         window: If given, also ``j > i + offset - window``; needs ``causal``.
         chunk: If given, also ``j // chunk == (i + offset) // chunk``; needs ``causal``.
         key_masks: Tensors that must all allow the key.
-        blind: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
+        fully_masked: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
         promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
         blocks: Tables of blocks that the user promised to be those of this mask.
@@ -120,7 +120,7 @@ class MaskProof:
     window: Size | None = None
     chunk: int | None = None
     key_masks: tuple[KeyMask, ...] = ()
-    blind: str = "zeros"
+    fully_masked: str = "zeros"
     ahead: Size = 0
     promised: fx.Node | None = None
     blocks: BlockPromise | None = None

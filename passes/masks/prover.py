@@ -119,15 +119,15 @@ class MaskProver:
             return Rejected("%s (it is not read at run time, which needs %s)", read.why, needed)
         proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
         if isinstance(proof, Rejected) and factor == 1 and not floored:
-            blind = _blind_if_read(parts, dtype, zeroed=zeroed)
-            if blind is not None and all(
+            fully_masked = _fully_masked_if_read(parts, dtype, zeroed=zeroed)
+            if fully_masked is not None and all(
                 self._fits(part.node, query_len, key_len)
                 and self._adds_alike(part, dtype)
                 # Layers share what is made of the masks, so these must stay what they are.
                 and not isinstance(self.mutations.settled(part.node), Rejected)
                 for part in parts
             ):
-                return self._reading(tuple(parts), blind, proof)
+                return self._reading(tuple(parts), fully_masked, proof)
         return proof
 
     def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
@@ -142,7 +142,7 @@ class MaskProver:
         if dtype is torch.float32:
             return True
         additive = self._additive.evaluate(part.node)
-        return not isinstance(additive, Rejected) and additive.blind is not None
+        return not isinstance(additive, Rejected) and additive.fully_masked is not None
 
     def _conjunction(
         self,
@@ -156,7 +156,7 @@ class MaskProver:
     ) -> MaskProof | Rejected:
         query_len, key_len = shape[-2:]
         terms: list[Term] = []
-        blinds: list[str | None] = []
+        conventions: list[str | None] = []
         for part in parts:
             found = self._part(part, dtype, factor, floored=floored)
             if isinstance(found, Rejected):
@@ -175,15 +175,19 @@ class MaskProver:
                 for size, axis in zip(own, axes, strict=True)
             )
             terms += [term.at(indices, shape) for term in found[0]]
-            blinds.append(found[1])
+            conventions.append(found[1])
         proof = classify(tuple(terms), shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
-        if zeroed or all(blind == "zeros" for blind in blinds) or _every_row_sees_a_key(proof, query_len, key_len):
+        if (
+            zeroed
+            or all(fully_masked == "zeros" for fully_masked in conventions)
+            or _every_row_sees_a_key(proof, query_len, key_len)
+        ):
             return proof
         # Several numbers are no mean, unless the same floor lies under all of them.
-        if blinds in (["mean"], ["lowest"] * len(blinds)):
-            return dataclasses.replace(proof, blind="mean")
+        if conventions in (["mean"], ["lowest"] * len(conventions)):
+            return dataclasses.replace(proof, fully_masked="mean")
         return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
     def bias(self, node: fx.Node) -> Rejected | None:
@@ -202,13 +206,13 @@ class MaskProver:
             additive = self._additive.evaluate(part.node)
             if isinstance(additive, Rejected):
                 return additive
-            terms, hidden, blind = additive.terms, additive.hidden, additive.blind
+            terms, hidden, fully_masked = additive.terms, additive.hidden, additive.fully_masked
             dtype = part.dtype or additive.dtype
         else:
             dtype = part.dtype or dtype
             terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
-            blind = "zeros" if math.isinf(part.hidden) else "mean"
+            fully_masked = "zeros" if math.isinf(part.hidden) else "mean"
         for number in hidden:
             least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
             if not hides(least, dtype):
@@ -216,8 +220,11 @@ class MaskProver:
         if isinstance(terms, Rejected):
             return terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
-            blind = "lowest"
-        return terms, None if blind == "mean" and factor > 1 else blind  # it may overflow, then the mean is NaN
+            fully_masked = "lowest"
+        return (
+            terms,
+            None if fully_masked == "mean" and factor > 1 else fully_masked,
+        )  # it may overflow, then the mean is NaN
 
     def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
         value = value_of(mask)
@@ -227,12 +234,14 @@ class MaskProver:
             return Rejected("the mask %s has %s keys, but there are %s", mask, value.shape[-1], key_len)
         if value.ndim > 1 and not known(value.shape[-2] == query_len) and not known(value.shape[-2] == 1):
             return Rejected("the mask %s has %s queries, but there are %s", mask, value.shape[-2], query_len)
-        blind = "zeros"
+        fully_masked = "zeros"
         if value.dtype is torch.bool:
             terms = self._terms.terms(mask)
         elif value.dtype.is_floating_point:
             additive = self._additive.evaluate(mask)
-            terms, blind = (additive, None) if isinstance(additive, Rejected) else (additive.terms, additive.blind)
+            terms, fully_masked = (
+                (additive, None) if isinstance(additive, Rejected) else (additive.terms, additive.fully_masked)
+            )
         else:
             return Rejected("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
         if isinstance(terms, Rejected):
@@ -240,16 +249,16 @@ class MaskProver:
         proof = classify(terms, value.shape, query_len, key_len)
         if isinstance(proof, Rejected):
             return Rejected("the mask %s is not proven: %s", mask, proof)
-        if blind == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
+        if fully_masked == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
-        if blind is None:
+        if fully_masked is None:
             return Rejected(
                 "the mask %s adds finite numbers (%s) to hidden scores, which rows without any key show; use a bool "
                 "mask, or -inf",
                 mask,
                 value.dtype,
             )
-        return dataclasses.replace(proof, blind=blind)
+        return dataclasses.replace(proof, fully_masked=fully_masked)
 
     def _fits(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask broadcasts to [.., Nq, Nk] for every length."""
@@ -259,11 +268,11 @@ class MaskProver:
         rows, columns = value.shape[-2:]
         return known(columns == key_len) and (known(rows == query_len) or known(rows == 1))
 
-    def _reading(self, parts: tuple[MaskPart, ...], blind: str, why: Rejected) -> MaskProof | Rejected:
+    def _reading(self, parts: tuple[MaskPart, ...], fully_masked: str, why: Rejected) -> MaskProof | Rejected:
         """Masks left to be read, if that may be done and promises anything; else why nothing is proven."""
         if not self._read or not all(is_readable(part.node, self.indices) for part in parts):
             return why
-        return MaskProof(read=MaskReading(parts, blind, why))
+        return MaskProof(read=MaskReading(parts, fully_masked, why))
 
     def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
@@ -289,7 +298,7 @@ def _as_it_is(part: MaskPart) -> bool:
     return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
 
 
-def _blind_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
+def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
     """What rows without any key get, if several masks, or fills, can be read as one mask; None if they cannot.
 
     Fills replace scores and masks are added to them, which is one only where the number leaves nothing of a score.

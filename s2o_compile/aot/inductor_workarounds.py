@@ -36,7 +36,7 @@ _ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 
 
 @contextmanager
-def mended() -> Iterator[None]:
+def inductor_workarounds() -> Iterator[None]:
     """Compile inside this block, one thread at a time."""
     with (
         ONE_AT_A_TIME,

@@ -28,7 +28,7 @@ from s2o_compile.kernels.core.options import OperatorOptions
 Function = Callable[..., Any]
 
 
-class PutTwins(CustomGraphPass):
+class DecomposeS2OOps(CustomGraphPass):
     """Replace calls of operators by what their twins compute, in Inductor's operators.
 
     Args:
@@ -54,7 +54,7 @@ class PutTwins(CustomGraphPass):
                 self._traced[key] = f"twin_{len(self._traced)}", _trace(self._twins[node.target], node)
             _replace(node, *self._traced[key])
 
-    def __deepcopy__(self, _: object) -> PutTwins:
+    def __deepcopy__(self, _: object) -> DecomposeS2OOps:
         """Itself: Inductor copies its options, and whether it ran is asked of this one."""
         return self
 

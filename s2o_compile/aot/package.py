@@ -91,8 +91,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     from s2o_compile.aot import inductor_workarounds as inductor  # slow to import
     from s2o_compile.aot import lower_ops as twins
 
-    with torch.no_grad(), inductor.mended():
-        put = twins.PutTwins(_twins())
+    with torch.no_grad(), inductor.inductor_workarounds():
+        put = twins.DecomposeS2OOps(_twins())
         if on_cpu:
             wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
         else:  # attentions that share a trace have not been tried on a GPU yet
@@ -185,8 +185,7 @@ def _check(name: str, call: Mapping[str, Any]) -> None:
     own = {"cpu": "torch", "cuda": "triton"}.get(device)
     for option, expected in (
         ("ranking", ("per_query",)),
-        ("list_per", ("group",)),
-        ("query_order", ("none",)),
+        ("ranking_per", ("group",)),
         ("implementation", ("auto", own)),
     ):
         if call[option] not in expected:

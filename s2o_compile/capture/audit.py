@@ -1,4 +1,4 @@
-"""The census: every attention that really runs, counted below the models' spellings, to be held against the report.
+"""The audit: every attention that really runs, counted below the models' spellings, to be held against the report.
 
 A frontend that does not know a spelling finds nothing and says nothing. So the model runs once more, uncompiled, under
 a `TorchDispatchMode`: there einsum, ``@``, ``baddbmm`` and ``Tensor.softmax`` have become a handful of operators, and
@@ -83,7 +83,7 @@ class Ran:
         query_shape: [..., Nq, D]; D is absent where the scores are no matrix product.
         key_shape: [..., Nk, D].
         dtype: Of the query or the scores.
-        mask: What a counter that looks at values says of its mask; the census itself does not look.
+        mask: What a counter that looks at values says of its mask; the audit itself does not look.
     """
 
     path: str
@@ -340,7 +340,7 @@ def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tupl
     """For each call the record of the pass that covers it; None where none does.
 
     Args:
-        ran: The census.
+        ran: The audit.
         covered: Records and how often their graph ran: a graph that two layers share covers both.
 
     A record covers as many calls of its module as its graph ran. Dynamo names modules from the frame that it captured,

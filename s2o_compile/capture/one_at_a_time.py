@@ -9,4 +9,4 @@ from __future__ import annotations
 import threading
 
 ONE_AT_A_TIME = threading.RLock()
-"""One lock for all of them: nobody waits for two. A thread may enter again, as a look does with its census."""
+"""One lock for all of them: nobody waits for two. A thread may enter again, as a look does with its audit."""

@@ -97,7 +97,7 @@ def explain(
                     "graph_breaks": report.graph_breaks,
                     "pass_seconds": report.pass_seconds,
                     "unknown_sites": report.unknown_sites,
-                    "census_error": report.census_error,
+                    "audit_error": report.audit_error,
                 }
             )
         )

@@ -138,7 +138,7 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
         tried: Configurations.
         clock: Milliseconds of a call.
     """
-    from s2o_compile.kernels.impl.triton import exact as triton_natural
+    from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
 
     calls = []
@@ -152,14 +152,13 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
             CAUSAL,
             scale=scale,
             ranking="per_query",
-            list_per="group",
-            query_order="none",
+            ranking_per="group",
             segment_len=default_segment_len(n),
             implementation="triton",
         )
         plan = cut_to_density(plan, density, n) if density < 1 else plan
         gathered = partial(triton_forward.attend, query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
-        calls.append((gathered, partial(triton_natural.attend_natural, query, key, value, CAUSAL, scale=scale)))
+        calls.append((gathered, partial(triton_exact.attend_exact, query, key, value, CAUSAL, scale=scale)))
     checked, timed = calls
     inputs = shape.inputs(CHECKED_LEN)
     exact = _dense(*(x.double() for x in inputs))

@@ -131,9 +131,7 @@ def draw_attention(visits: VisitMap, picture: Path, *, title: str) -> None:
     original.set_ylabel("query, tokens")
     order = visits.key_order.repeat_interleave(visits.segment_len, 0)[:n_queries]
     real = torch.arange(n_keys) < visits.key_count.repeat_interleave(visits.segment_len)[:n_queries, None]
-    weights, visible, visited = (
-        x[visits.query_order].gather(1, order) for x in (visits.weights, visits.visible, visits.visited)
-    )
+    weights, visible, visited = (x.gather(1, order) for x in (visits.weights, visits.visible, visits.visited))
     ranked.imshow(_shades(weights, visible & real, visited & real).numpy(), **options)
     ranked.axvline(visits.segment_len, color=BLACK, linewidth=0.8, linestyle=":")
     ranked.set_title("ranked order", fontsize=9)

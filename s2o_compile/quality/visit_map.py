@@ -27,8 +27,7 @@ class VisitMap:
         visible: bool [Nq, Nk], what the mask leaves.
         visited: bool [Nq, Nk], what S2O computed of that.
         segment_len: Queries that share an order of keys.
-        query_order: int64 [Nq], the query at each slot.
-        key_order: int64 [P, Nk], the keys of each segment: its own in natural order, then the others by rank. Behind
+        key_order: int64 [P, Nk], the keys of each segment: its own in position order, then the others by rank. Behind
             ``key_count`` stand keys that none of its queries sees.
         key_count: int64 [P].
     """
@@ -39,7 +38,6 @@ class VisitMap:
     visible: Tensor
     visited: Tensor
     segment_len: int
-    query_order: Tensor
     key_order: Tensor
     key_count: Tensor
 
@@ -74,21 +72,20 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
     visible = call.mask.visible(positions[:n_queries], positions[:n_keys])
     if call.mask.key_mask is not None:
         visible &= call.mask.key_mask[0]
-    query_order = positions[:n_queries] if plan.query_order is None else plan.query_order[0, head].long()
     visited, orders, counts = torch.zeros_like(visible), [], []
     for segment in range(plan.n_segments):
         first = segment * plan.segment_len
         last = min(first + plan.segment_len, n_queries) - 1
-        start, stop = call.mask.own_range(first, last, n_queries, n_keys)
+        start, stop = call.mask.in_segment_range(first, last, n_queries, n_keys)
         count = int(plan.prefix_count[0, segment])
         ranked = plan.key_index[0, head * plan.key_index.shape[1] // heads, segment, :count].long()
         for begin in range(first, last + 1, TILE_LEN):
-            rows = query_order[begin : min(begin + TILE_LEN, last + 1)]
-            own_stop = stop
-            if call.mask.causal and plan.query_order is None:  # no query of the tile sees further than its last one
-                own_stop = max(start, min(stop, int(rows[-1]) + call.mask.offset + 1))
-            listed = int(call.result.computed[0, head, begin // TILE_LEN]) - (own_stop - start)
-            for keys in (positions[start:own_stop], ranked[:listed]):
+            rows = positions[begin : min(begin + TILE_LEN, last + 1)]
+            seg_stop = stop
+            if call.mask.causal:  # no query of the tile sees further than its last one
+                seg_stop = max(start, min(stop, int(rows[-1]) + call.mask.offset + 1))
+            listed = int(call.result.computed[0, head, begin // TILE_LEN]) - (seg_stop - start)
+            for keys in (positions[start:seg_stop], ranked[:listed]):
                 visited[rows[:, None], keys] = visible[rows[:, None], keys]
         known = torch.cat([positions[start:stop], ranked])
         others = torch.ones(n_keys, dtype=torch.bool, device=device)
@@ -102,7 +99,6 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
         visible=visible.cpu(),
         visited=visited.cpu(),
         segment_len=plan.segment_len,
-        query_order=query_order.cpu(),
         key_order=torch.stack(orders).cpu(),
         key_count=torch.tensor(counts),
     )
@@ -117,8 +113,7 @@ def _plan(call: ObservedCall) -> Plan:
         call.mask,
         scale=call.scale,
         ranking=call.options.ranking,
-        list_per=call.options.list_per,
-        query_order=call.options.query_order,
+        ranking_per=call.options.ranking_per,
         segment_len=call.options.segment_len,
         implementation="torch" if call.query.device.type == "cpu" else "triton",
     )

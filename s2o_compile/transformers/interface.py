@@ -192,9 +192,9 @@ def _sparse(
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
         record(site.name, "dense", query, key, None)
         return None
-    blind = "zeros"
+    fully_masked = "zeros"
     if _describes(mask, query, key):
-        proven, blind = mask.proven, mask.blind
+        proven, fully_masked = mask.proven, mask.fully_masked
         mask = proven if isinstance(proven, AttentionMask) else mask.or_none
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
@@ -211,7 +211,7 @@ def _sparse(
         causal_offset=mask.offset,
         window=mask.window,
         attention_chunk=mask.attention_chunk,
-        blind=blind,
+        fully_masked=fully_masked,
         **shared,
     )[0]
 

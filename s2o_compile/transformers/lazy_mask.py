@@ -86,7 +86,7 @@ class LazyMask(Tensor):
         return self.dtype is torch.bool and not isinstance(given, Rejected) and given.get("allow_is_causal_skip", True)
 
     @property
-    def blind(self) -> str:
+    def fully_masked(self) -> str:
         """What a query gets that sees no key: a finite number added to all of its scores leaves the mean."""
         return "zeros" if self.dtype is torch.bool else "mean"
 

@@ -18,8 +18,8 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
 from s2o_compile.kernels.core.sizes import Size, longest, symbols
-from s2o_compile.kernels.exact.blind_rows import blind_rows, fill_rows
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs, take
+from s2o_compile.kernels.exact.fully_masked_rows import fill_rows, fully_masked_rows
 from s2o_compile.kernels.exact.sdpa import sdpa
 from s2o_compile.kernels.exact.sinks import sink_share
 from s2o_compile.kernels.masked import under_mask
@@ -40,7 +40,7 @@ def attention(
     attention_chunk: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     tau: float = OperatorOptions.tau,
     segment_len: int | None = None,
     head_tau: Sequence[float] | Tensor | None = None,
@@ -78,8 +78,8 @@ def attention(
         return query, key, value, mask, logits, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None) -> tuple[Tensor]:
-        if blind == "mean":
-            rows = blind_rows(mask, output.shape[2], value.shape[2], output.device)
+        if fully_masked == "mean":
+            rows = fully_masked_rows(mask, output.shape[2], value.shape[2], output.device)
             output = fill_rows(output, value, rows[:, None, :, None], sinks)
         output = output.to(value.dtype)
         return ((output.transpose(1, 2) if order == "BNHD" else output).reshape(-1),)
@@ -91,7 +91,7 @@ def attention(
     def long(*operands: Tensor) -> tuple[Tensor]:
         query, key, value, mask, sinks, taus = opened(operands)
         if window is not None:
-            output, lse = executor.attend_natural(query, key, value, mask, scale=factor, softcap=softcap)
+            output, lse = executor.attend_exact(query, key, value, mask, scale=factor, softcap=softcap)
             output = output if sinks is None else output * sink_share(lse, sinks)[..., None]
             return closed(output, value, mask, sinks)
         outputs = []
@@ -139,7 +139,7 @@ def masked_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    blind: str = "zeros",
+    fully_masked: str = "zeros",
     layout: str = "auto",
     **_: object,
 ) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def masked_attention(
         scale=factor,
         softcap=softcap,
         sinks=sinks,
-        blind=blind,
+        fully_masked=fully_masked,
     )
     if memory_order(query, value.shape[3], layout) == "BNHD":
         output = output.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,7 +1,8 @@
 """S2O forward on a CPU in functions that can be traced: loops are operators, lengths may be symbolic.
 
     map over the segments of all key/value heads:  rank the segment's keys
-    map over tiles, those of a group side by side:  pass 1 over the own keys, then a loop over the list, STEP keys at a
+    map over tiles, those of a group side by side:  pass 1 over the in-segment keys, then a loop over the list, STEP
+    keys at a
                                                     time, until every tile of the group has stopped
 
 ``torch_forward.py`` is the same method with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, n_segments, own_keys, poisoned_keys
+from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, in_segment_keys, n_segments, non_finite_keys
 from s2o_compile.kernels.core.sizes import symbols
 from s2o_compile.kernels.core.stop_rule import tail_share
 from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment
@@ -68,7 +69,7 @@ def attend(
     segments = (n_queries + segment_len - 1) // segment_len
     dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
     few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
-    poisoned = poisoned_keys(key, value).flatten()
+    non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=tail).flatten(0, 2)
     rest = _rest(query, key, mask)
     tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
@@ -76,7 +77,7 @@ def attend(
     def place_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)
         first = number % segments * segment_len
-        return head, Segment(first, *own_keys(mask, first, n_queries, n_keys, segment_len))
+        return head, Segment(first, *in_segment_keys(mask, first, n_queries, n_keys, segment_len))
 
     def query_rows(head: Tensor, slots: Tensor) -> Tensor:
         return (head * group + torch.arange(group))[:, None] * n_queries + slots.clamp(max=n_queries - 1)
@@ -84,7 +85,7 @@ def attend(
     def allowed_keys(head: Tensor, keys: Tensor, rest: Sequence[Tensor]) -> Tensor | None:
         return None if mask.key_mask is None else rest[0][head // kv_heads * n_keys + keys]
 
-    def rank(number: Tensor, query: Tensor, key: Tensor, poisoned: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    def rank(number: Tensor, query: Tensor, key: Tensor, non_finite: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         head, place = place_of(number)
         keys = torch.arange(n_keys)
         rows = head * n_keys + keys
@@ -92,7 +93,7 @@ def attend(
         queries = query[query_rows(head, slots)]
         allowed = allowed_keys(head, keys, rest)
         ranked, count = rank_segment(
-            queries, slots, key[rows], poisoned[rows], allowed, mask, place, segment_len, n_queries
+            queries, slots, key[rows], non_finite[rows], allowed, mask, place, segment_len, n_queries
         )
         return (head * n_keys + ranked).to(torch.int32), count
 
@@ -114,25 +115,25 @@ def attend(
         count = counts.index_select(0, at.view(1)).view(())
         limit = tau[head * group % heads + torch.arange(group)]
         # A head has a tail more than segments where n_segments counts one that is empty.
-        own_tail = head * n_segments(n_queries, segment_len) + at % segments
-        mean = tails.index_select(0, own_tail.view(1))[0]
+        seg_tail = head * n_segments(n_queries, segment_len) + at % segments
+        mean = tails.index_select(0, seg_tail.view(1))[0]
         first = at * lists.shape[1]
         return walk(rows, key, value, lists, first, count, _chunk_len(n_keys), limit, mean, state, softcap)
 
     flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
     # One number more than there are: what may be a single one would be traced for several only.
     count = batch * kv_heads * segments + 1
-    lists, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], poisoned, *rest))
+    lists, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], non_finite, *rest))
     operands = (flat[0], flat[2], flat[4], lists, counts, tails, tau, *rest)
     output, lse = map_loop(tile, (torch.arange(count * tiles),), operands)
     rows = _tile_rows(query, group, segments * tiles)
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
 
-def attend_natural(
+def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention in natural order over the visible range of each tile; arguments and results as `attend`."""
+    """Exact attention in position order over the visible range of each tile; arguments and results as `attend`."""
     query, key, value = query.float() * scale, key.float(), value.float()
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]

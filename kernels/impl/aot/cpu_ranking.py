@@ -34,7 +34,7 @@ def rank_segment(
     query: Tensor,
     positions: Tensor,
     key: Tensor,
-    poisoned: Tensor,
+    non_finite: Tensor,
     allowed: Tensor | None,
     mask: AttentionMask,
     place: Segment,
@@ -47,7 +47,7 @@ def rank_segment(
         query: Its scaled queries that rank, float32 [G, n, R], in few dimensions.
         positions: int64 [G, n], where they stand.
         key: All keys of the head, float32 [Nk, R].
-        poisoned: bool [Nk], keys that hold NaN or inf.
+        non_finite: bool [Nk], keys that hold NaN or inf.
         allowed: bool [Nk], the key mask, or None.
         mask: The mask; its own key mask is not read.
         place: Where the segment lies.
@@ -82,7 +82,7 @@ def rank_segment(
         prefix = prefix & allowed[known]
     lowest = torch.finfo(scores.dtype).min
     scores = scores.nan_to_num(nan=0.0, posinf=-lowest, neginf=lowest)
-    scores = scores.masked_fill(poisoned[known], float("inf")).masked_fill(~prefix, float("-inf"))
+    scores = scores.masked_fill(non_finite[known], float("inf")).masked_fill(~prefix, float("-inf"))
     return scores.sort(descending=True, stable=True).indices.clamp(max=n_keys - 1), prefix.sum()
 
 

@@ -21,7 +21,7 @@ from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import order as triton_order
 from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
 from s2o_compile.kernels.impl.triton import tail as triton_tail
-from s2o_compile.kernels.impl.triton.exact import launch_natural
+from s2o_compile.kernels.impl.triton.exact import launch_exact
 from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
 from s2o_compile.kernels.ranking.tail import tail_values
 from s2o_compile.kernels.schedule import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE
@@ -65,13 +65,13 @@ def _attend(
     results = []
     score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len, shared=group)
     tail_value = tail_values(value, mask, n_queries=query.shape[2], segment_len=segment_len, sums_by=triton_tail)
-    poisoned = triton_order.find_poisoned(key, value)
+    non_finite = triton_order.find_non_finite(key, value)
     for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
         members = query_heads(heads, group)
         some = query[:, members], key[:, heads], value[:, heads]
         key_index, prefix_count = triton_order.order_keys(
             score_keys(*some[:2], mask, heads),
-            poisoned[:, heads],
+            non_finite[:, heads],
             mask,
             n_queries=query.shape[2],
             segment_len=segment_len,
@@ -81,7 +81,6 @@ def _attend(
             chunk_len=default_chunk_len(longest(key.shape[2])),
             key_index=key_index,
             prefix_count=prefix_count,
-            query_order=None,
             tail_value=tail_value[:, heads],
         )
         limit = tau[members] if isinstance(tau, Tensor) else tau
@@ -90,16 +89,16 @@ def _attend(
     return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
 
 
-def attend_natural(
+def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention in natural order; arguments and results as ``portable_walk.attend``."""
+    """Exact attention in position order; arguments and results as ``portable_walk.attend``."""
 
     def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
         result = _empty(query, value.shape[3])
         given = replace(mask, key_mask=key_mask[0] if key_mask else None)
         for part, into in value_parts(value, result):
-            launch_natural(query, key, part, given, into, scale=scale, softcap=softcap)
+            launch_exact(query, key, part, given, into, scale=scale, softcap=softcap)
         return result.output, result.lse
 
     return _recorded(run, query, key, value, mask)

@@ -1,4 +1,4 @@
-"""S2O forward by FlexAttention: a kernel that torch compiles, for devices, functions and gradients beyond our own.
+"""S2O forward by FlexAttention: a kernel that torch compiles, for devices and functions beyond our own.
 
 The walk along every list is decided before the launch (``unvisited.py``), and the lists are blocks of gathered keys
 (``flex_layout.py``). The mask_mod says the same as the tables of blocks do, so that the result is one, whether a kernel
@@ -33,7 +33,7 @@ except ImportError:  # no triton here, and no CUDA device that FlexAttention has
     triton_layout = None
 
 VARIANTS = 64
-"""Kernels that one process may compile: by head dims, dtype, scale, softcap and gradients, and on a CPU by length."""
+"""Kernels that one process may compile: by head dims, dtype, scale and softcap, and on a CPU by length."""
 
 LEAST_HEAD_DIM = 16
 """Of FlexAttention's kernels on a GPU."""
@@ -51,21 +51,21 @@ def attend_planned(
     softcap: float | None,
     wants_lse: bool,
 ) -> Result:
-    """Attention over a plan, or exact attention in natural order.
+    """Attention over a plan, or exact attention in position order.
 
     Args:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
         mask: Which keys a query sees; with a plan, without a window.
-        plan: Lists of every segment; None for natural order.
+        plan: Lists of every segment; None for position order.
         visits: int32 [B, Hq, P], blocks of each list to visit; None without a plan.
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
         wants_lse: Whether the log-sum-exp is wanted; if not, it is empty.
     """
     check_available(query, value, wants_lse=wants_lse)
-    layout = place(query, key, mask, plan, visits, with_gradient=wants_gradient(query, key, value))
+    layout = place(query, key, mask, plan, visits)
     output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
     computed = layout.computed().unflatten(0, key.shape[:2]).flatten(1, 2)
     return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
@@ -77,22 +77,13 @@ def place(
     mask: AttentionMask,
     plan: Plan | None,
     visits: Tensor | None,
-    *,
-    with_gradient: bool,
 ) -> FlexLayout:
-    """Where a call finds its keys; arguments as ``attend_planned``, and whether a backward will follow."""
-    if plan is not None and plan.query_order is not None:
-        raise InputError(
-            "query_order",
-            expected='"none" for implementation="flex", whose queries stay where they are',
-            got="another order",
-            remedy='Leave it "none", or use another implementation.',
-        )
+    """Where a call finds its keys; arguments as ``attend_planned``."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     if plan is not None and plan.key_index.shape[1] != kv_heads:
         raise InputError(
-            "list_per",
+            "ranking_per",
             expected='"group" for implementation="flex", whose gathered keys serve all heads of a group',
             got='"head"',
             remedy='Leave it "group", or use another implementation.',
@@ -100,9 +91,7 @@ def place(
     shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
     if plan is not None:
         row_bytes = key.shape[3] * key.element_size()
-        pool = pool_blocks(
-            mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu, with_gradient=with_gradient
-        )  # fmt: skip
+        pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu)
     if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
         return triton_layout.lay_out(mask, query, n_keys, plan, visits, pool)
     return lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
@@ -124,10 +113,9 @@ def attend(
 
     Scores and lists are held for the whole call, as long as they are needed: 7 bytes a key, key/value head and segment.
     """
-    with torch.no_grad():
-        plan, visits = plan_visits(
-            query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
-        )  # fmt: skip
+    plan, visits = plan_visits(
+        query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
+    )  # fmt: skip
     return attend_planned(
         query, key, value, mask, plan, visits, scale=scale, softcap=softcap, wants_lse=wants_lse
     )  # fmt: skip
@@ -153,8 +141,7 @@ def plan_visits(
         mask,
         scale=scale,
         ranking=options.ranking,
-        list_per=options.list_per,
-        query_order=options.query_order,
+        ranking_per=options.ranking_per,
         segment_len=options.segment_len,
         implementation=implementation,
     )
@@ -177,11 +164,6 @@ def check_available(query: Tensor, value: Tensor, *, wants_lse: bool) -> None:
             'implementation="flex": expected a GPU for a log-sum-exp (return_lse, sinks), got cpu, where FlexAttention '
             'returns none. Use "auto" or "torch".'
         )
-    if query.is_cpu and torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
-        raise ImplementationUnavailableError(
-            'implementation="flex": expected a GPU for gradients, got cpu, where FlexAttention has no backward. Call '
-            "attention densely, or under torch.no_grad()."
-        )
     narrowest = min(query.shape[3], value.shape[3])
     if not query.is_cpu and narrowest < LEAST_HEAD_DIM:
         raise ImplementationUnavailableError(
@@ -203,23 +185,17 @@ def attend_layout(
     """Output [B, Hq, Nq, Dv] and, if wanted, log-sum-exp float32 [B, Hq, Nq] over keys placed by a layout."""
     batch, kv_heads = key.shape[:2]
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
-    with_gradient = wants_gradient(query, key, value)
-    if query.is_cuda and triton_layout is not None and not with_gradient:
+    if query.is_cuda and triton_layout is not None:
         stop = layout.list_stop.amax((1, 2))
         keys, values = (triton_layout.take(x, layout.index, stop) for x in (key, value))
     else:
         keys, values = (take(x, layout.index) for x in (key, value))
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
-        output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse, with_gradient)
+        output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse)
     output, lse = output if wants_lse else (output, None)
     output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)
     return output, None if lse is None else lse.unflatten(0, (batch, kv_heads)).flatten(1, 2)
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Whether a backward through these will follow."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -242,7 +218,6 @@ def _attend_blocks(
     scale: float,
     softcap: float | None,
     wants_lse: bool,
-    with_gradient: bool,
 ) -> Any:  # noqa: ANN401 (a tensor or two)
     """FlexAttention of query [B * Hkv, G, Nq, D] over gathered key and value [B * Hkv, 1, K, ..]."""
 
@@ -254,15 +229,15 @@ def _attend_blocks(
         key,
         value,
         score_mod=None if softcap is None else cap,
-        block_mask=block_mask(query, key, layout, with_gradient=with_gradient),
+        block_mask=block_mask(query, key, layout),
         scale=scale,
         enable_gqa=True,
         return_lse=wants_lse,
     )
 
 
-def block_mask(query: Tensor, key: Tensor, layout: FlexLayout, *, with_gradient: bool) -> BlockMask:
-    """A layout as FlexAttention takes it; only a backward needs the same tables by key."""
+def block_mask(query: Tensor, key: Tensor, layout: FlexLayout) -> BlockMask:
+    """A layout as FlexAttention takes it; without the tables by key, which only a backward needs."""
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return visible(b, h, i, j, *layout[LOOKED_UP])
@@ -275,7 +250,7 @@ def block_mask(query: Tensor, key: Tensor, layout: FlexLayout, *, with_gradient:
         BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
         mask_mod=seen,
         seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=with_gradient,
+        compute_q_blocks=False,
     )
 
 
@@ -285,11 +260,11 @@ LOOKED_UP = slice(1, 8)
 
 def visible(
     b: Tensor, h: Tensor, i: Tensor, j: Tensor, present: Tensor, row_start: Tensor, row_stop: Tensor,
-    natural_start: Tensor, natural_stop: Tensor, list_start: Tensor, list_stop: Tensor,
+    position_start: Tensor, position_stop: Tensor, list_start: Tensor, list_stop: Tensor,
 ) -> Tensor:  # fmt: skip
     """The mask_mod of a layout: whether a query visits the key that stands at place j."""
     tile = i // TILE_LEN
     position = j.clamp(max=present.shape[1] - 1)
-    natural = (j >= natural_start[b, h, tile]) & (j < natural_stop[b, h, tile])
-    natural = natural & (j >= row_start[i]) & (j < row_stop[i]) & present[b, position]
-    return natural | ((j >= list_start[b, tile]) & (j < list_stop[b, h, tile]))
+    position_order = (j >= position_start[b, h, tile]) & (j < position_stop[b, h, tile])
+    position_order = position_order & (j >= row_start[i]) & (j < row_stop[i]) & present[b, position]
+    return position_order | ((j >= list_start[b, tile]) & (j < list_stop[b, h, tile]))

@@ -1,8 +1,8 @@
 """Keys ranked by functions of a score that nobody has looked into: sampled queries attend densely, weights only.
 
 Half of the sampled queries of a segment rank its keys, by the sum of their weights. The other half says how much of the
-mass is left behind each block of the list (``unvisited.py``); were it one half, it would find its own keys first. What
-no sampled query sees stands at the end.
+mass is left behind each block of the list (``unvisited.py``); were it one half, it would find its in-segment keys
+first. What no sampled query sees stands at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import TILE_LEN, n_segments, own_starts_stops, poisoned_keys
+from s2o_compile.kernels.core.plan import TILE_LEN, in_segment_starts_stops, n_segments, non_finite_keys
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, sample_segments
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.torch_compat import indexing_by_tensors, is_fake
@@ -83,7 +83,7 @@ def sample(
     # A GPU waits for memory here, and products have no more digits anyway; the range is enough for what has any weight.
     held = torch.float32 if query.is_cpu or query.dtype == torch.float32 else torch.float16
     largest = torch.finfo(held).max
-    poisoned = poisoned_keys(key, value)
+    non_finite = non_finite_keys(key, value)
     key = key.transpose(-1, -2)
     positions = sample_segments(site.n_queries, site.segment_len, 2 * HALF, device).flatten()
     batches, heads, keys = (torch.arange(size, device=device) for size in (site.batch, site.heads, site.n_keys))
@@ -100,18 +100,18 @@ def sample(
             visible = over_all(mask_mod, 0, len(mask_buffers))(*at, *mask_buffers)
         whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (site.full, site.partial))
         logits = logits.clamp(-largest, largest).masked_fill(~(whole | (part & visible)), float("-inf")).to(held)
-        parts.append(_rank_samples(logits, candidate[:, :, first : first + together], poisoned))
+        parts.append(_rank_samples(logits, candidate[:, :, first : first + together], non_finite))
     lists, unvisited = zip(*parts, strict=True)
     return torch.cat(lists, 2), torch.cat(unvisited, 2), candidate.sum(-1)
 
 
-def rank_samples(logits: Tensor, candidate: Tensor, poisoned: Tensor) -> tuple[Tensor, Tensor]:
+def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple[Tensor, Tensor]:
     """Rank keys by what some of the sampled queries see, and estimate by the others what is left unvisited.
 
     Args:
         logits: [B, Hq, p * 2 * HALF, Nk], of the sampled queries of p segments, -inf for what they do not see.
         candidate: Bool [B, Hkv, p, Nk], keys that the lists hold.
-        poisoned: Bool [B, Hkv, Nk], of ``plan.poisoned_keys``; these rank first where they are seen.
+        non_finite: Bool [B, Hkv, Nk], of ``plan.non_finite_keys``; these rank first where they are seen.
 
     Returns:
         Lists int32 [B, Hkv, p, Nk], most important first, candidates before all others; float32 [B, Hq, p, 1 + blocks],
@@ -119,7 +119,7 @@ def rank_samples(logits: Tensor, candidate: Tensor, poisoned: Tensor) -> tuple[T
     """
     by_kernels = triton_sample is not None and lives_on_gpu(logits)
     rank = triton_sample.rank_samples if by_kernels else _rank_by_torch  # pyright: ignore[reportOptionalMemberAccess]
-    lists, mass = rank(logits, candidate, poisoned)
+    lists, mass = rank(logits, candidate, non_finite)
     behind = mass.flip(-1).cumsum(-1).flip(-1).amax(3)
     return lists, torch.nn.functional.pad(behind, (0, 1))
 
@@ -129,12 +129,12 @@ def lives_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and not is_fake(x)
 
 
-def _rank_by_torch(logits: Tensor, candidate: Tensor, poisoned: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_by_torch(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple[Tensor, Tensor]:
     """Lists int32 [B, Hkv, p, Nk], and each judge's mass of their blocks, float32 [B, Hq, p, HALF, blocks]."""
     (kv_heads, segments, n_keys), heads = candidate.shape[1:], logits.shape[1]
     hidden = logits == float("-inf")
     weight = logits.float().softmax(-1).nan_to_num_(nan=float("inf"))
-    weight = weight.masked_fill_(poisoned.repeat_interleave(heads // kv_heads, 1)[:, :, None], float("inf"))
+    weight = weight.masked_fill_(non_finite.repeat_interleave(heads // kv_heads, 1)[:, :, None], float("inf"))
     weight = weight.masked_fill_(hidden, 0.0).unflatten(2, (segments, HALF, 2))
     ranking, judging = (half.unflatten(1, (kv_heads, -1)) for half in weight.unbind(4))
     score = ranking.sum((2, 4)).masked_fill_(~candidate, -1.0)
@@ -152,13 +152,13 @@ def candidates(site: Site, keys: Tensor) -> Tensor:
     missing = segments * site.segment_len // TILE_LEN - listed.shape[2]
     listed = torch.nn.functional.pad(listed, (0, 0, 0, missing)).unflatten(2, (segments, -1)).any(3)
     listed = listed.unflatten(1, (site.kv_heads, site.group)).any(2)[..., keys // BLOCK_LEN]
-    start, stop = (bound[:, None] for bound in own_blocks(site, keys.device))
+    start, stop = (bound[:, None] for bound in seg_blocks(site, keys.device))
     return listed & ~((keys >= start * BLOCK_LEN) & (keys < stop * BLOCK_LEN))
 
 
-def own_blocks(site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
+def seg_blocks(site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last block, int64 [P], of keys that stand where a segment's queries do; cross attention has none."""
-    start, stop = own_starts_stops(AttentionMask(), site.n_queries, site.n_keys, site.segment_len, device)
+    start, stop = in_segment_starts_stops(AttentionMask(), site.n_queries, site.n_keys, site.segment_len, device)
     return start // BLOCK_LEN, -(-stop // BLOCK_LEN)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.impl.flex.layout import WORTH_GATHERING, FlexLayout
-from s2o_compile.kernels.impl.triton.tile import load_rows, needs_wide, own_bounds
+from s2o_compile.kernels.impl.triton.tile import load_rows, needs_wide, seg_bounds
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
 
 PAIRS = 4096
@@ -29,54 +29,56 @@ ROWS = 64
 
 
 @triton.jit
-def load_walk(visits_ptr, prefix_count_ptr, segment, natural, segments, BLOCK_LEN: tl.constexpr, WORTH: tl.constexpr):
+def load_walk(
+    visits_ptr, prefix_count_ptr, segment, position_order, segments, BLOCK_LEN: tl.constexpr, WORTH: tl.constexpr
+):
     """Blocks that one head would visit of each list, and whether that is worth gathering them."""
     walk = tl.load(visits_ptr + segment, mask=segment < segments, other=0)
     listed = tl.load(prefix_count_ptr + segment, mask=segment < segments, other=0)
     # A list's last block may be short, and a list that is walked to the end saves nothing.
-    fits = (walk <= listed // BLOCK_LEN) & (walk.to(tl.float32) * BLOCK_LEN <= natural.to(tl.float32) * WORTH)
+    fits = (walk <= listed // BLOCK_LEN) & (walk.to(tl.float32) * BLOCK_LEN <= position_order.to(tl.float32) * WORTH)
     return walk, fits
 
 
 @triton.jit
 def wanted_blocks(
-    visits_ptr, prefix_count_ptr, segment, segments, group, n_queries, n_keys, own_offset,
+    visits_ptr, prefix_count_ptr, segment, segments, group, n_queries, n_keys, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_LEN: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
     """Blocks of each list that some head of a group wants, their share of its natural keys, and the number of these."""
-    natural, _ = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    position_order, _ = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     if not CAUSAL:
-        natural = natural * 0 + n_keys
+        position_order = position_order * 0 + n_keys
     wanted = segment * 0
     for g in range(0, group):
         walk, fits = load_walk(
-            visits_ptr + g * segments, prefix_count_ptr, segment, natural, segments, BLOCK_LEN, WORTH
+            visits_ptr + g * segments, prefix_count_ptr, segment, position_order, segments, BLOCK_LEN, WORTH
         )  # fmt: skip
         wanted = tl.maximum(wanted, tl.where(fits, walk, 0))
-    share = tl.div_rn((wanted * BLOCK_LEN).to(tl.float32), tl.maximum(natural, 1).to(tl.float32))
-    return wanted, share, natural
+    share = tl.div_rn((wanted * BLOCK_LEN).to(tl.float32), tl.maximum(position_order, 1).to(tl.float32))
+    return wanted, share, position_order
 
 
 @triton.jit
 def choose_lists_kernel(
-    visits_ptr, prefix_count_ptr, walk_ptr, end_ptr, n_queries, n_keys, own_offset, segments, kv_heads, group, pool,
+    visits_ptr, prefix_count_ptr, walk_ptr, end_ptr, n_queries, n_keys, seg_offset, segments, kv_heads, group, pool,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, STEP: tl.constexpr, BLOCK_LEN: tl.constexpr,
     WORTH: tl.constexpr,
 ):  # fmt: skip
-    """Blocks that each head of a group visits of each list, -1 for natural order, and where the lists' blocks end."""
+    """Blocks that each head of a group visits of each list, -1 for position order, and where the lists' blocks end."""
     row = tl.program_id(0).to(tl.int64)
     visits_ptr += row * group * segments
     prefix_count_ptr += row // kv_heads * segments
     segment = tl.arange(0, SEGMENTS)
-    wanted, share, natural = wanted_blocks(
-        visits_ptr, prefix_count_ptr, segment, segments, group, n_queries, n_keys, own_offset, CAUSAL, SEGMENT,
+    wanted, share, position_order = wanted_blocks(
+        visits_ptr, prefix_count_ptr, segment, segments, group, n_queries, n_keys, seg_offset, CAUSAL, SEGMENT,
         BLOCK_LEN, WORTH,
     )  # fmt: skip
     before = tl.zeros([SEGMENTS], tl.int32)  # itself and all that save more a block
     for start in range(0, segments, STEP):
         other = start + tl.arange(0, STEP)
         more, better, _ = wanted_blocks(
-            visits_ptr, prefix_count_ptr, other, segments, group, n_queries, n_keys, own_offset, CAUSAL, SEGMENT,
+            visits_ptr, prefix_count_ptr, other, segments, group, n_queries, n_keys, seg_offset, CAUSAL, SEGMENT,
             BLOCK_LEN, WORTH,
         )  # fmt: skip
         first = (better[None, :] == share[:, None]) & (other[None, :] <= segment[:, None])
@@ -86,7 +88,7 @@ def choose_lists_kernel(
     tl.store(end_ptr + row * segments + segment, tl.cumsum(tl.where(room, wanted, 0), 0), mask=segment < segments)
     for g in range(0, group):
         walk, fits = load_walk(
-            visits_ptr + g * segments, prefix_count_ptr, segment, natural, segments, BLOCK_LEN, WORTH
+            visits_ptr + g * segments, prefix_count_ptr, segment, position_order, segments, BLOCK_LEN, WORTH
         )  # fmt: skip
         target = walk_ptr + (row * group + g) * segments + segment
         tl.store(target, tl.where(fits & room, walk, -1), mask=segment < segments)
@@ -94,15 +96,15 @@ def choose_lists_kernel(
 
 @triton.jit
 def place_keys_kernel(
-    key_index_ptr, end_ptr, index_ptr, n_keys, segments, list_len, natural_blocks,
+    key_index_ptr, end_ptr, index_ptr, n_keys, segments, list_len, position_blocks,
     SEGMENTS: tl.constexpr, BLOCK_LEN: tl.constexpr,
 ):  # fmt: skip
-    """Which keys stand in one block: of natural order, then of the lists."""
+    """Which keys stand in one block: of position order, then of the lists."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, BLOCK_LEN)
     keys = block * BLOCK_LEN + lane
-    if block >= natural_blocks:
-        block = block - natural_blocks
+    if block >= position_blocks:
+        block = block - position_blocks
         segment = tl.arange(0, SEGMENTS)
         ends = tl.load(end_ptr + row * segments + segment, mask=segment < segments, other=0)
         owner = tl.minimum(tl.sum(((ends <= block) & (segment < segments)).to(tl.int32), 0), segments - 1)
@@ -116,9 +118,10 @@ def place_keys_kernel(
 
 @triton.jit
 def write_tables_kernel(
-    walk_ptr, end_ptr, row_start_ptr, row_stop_ptr, natural_start_ptr, natural_stop_ptr, list_start_ptr, list_stop_ptr,
+    walk_ptr, end_ptr, row_start_ptr, row_stop_ptr, position_start_ptr, position_stop_ptr,
+    list_start_ptr, list_stop_ptr,
     partial_count_ptr, partial_index_ptr, full_count_ptr, full_index_ptr,
-    n_queries, n_keys, offset, own_offset, segments, group, natural_blocks, blocks,
+    n_queries, n_keys, offset, seg_offset, segments, group, position_blocks, blocks,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, TILE: tl.constexpr,
     BLOCK_LEN: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
@@ -128,9 +131,9 @@ def write_tables_kernel(
     walk = tl.load(walk_ptr + head * segments + segment)
     gathered, visited = walk >= 0, tl.maximum(walk, 0)
     before = tl.load(end_ptr + row * segments + segment - 1, mask=segment > 0, other=0)
-    first_block = natural_blocks + before
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
-    start, stop = tl.where(gathered, own_start, 0), tl.where(gathered, own_stop, n_keys)
+    first_block = position_blocks + before
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
+    start, stop = tl.where(gathered, seg_start, 0), tl.where(gathered, seg_stop, n_keys)
 
     position = tile * TILE + tl.arange(0, TILE)
     last = tl.minimum(tile * TILE + TILE, n_queries) - 1
@@ -149,8 +152,8 @@ def write_tables_kernel(
     before_full, n_full = full_begin - begin, full_end - full_begin
 
     at = head * tiles + tile
-    tl.store(natural_start_ptr + at, start)
-    tl.store(natural_stop_ptr + at, stop)
+    tl.store(position_start_ptr + at, start)
+    tl.store(position_stop_ptr + at, stop)
     tl.store(list_stop_ptr + at, (first_block + visited) * BLOCK_LEN)
     tl.store(partial_count_ptr + at, end - begin - n_full)
     tl.store(full_count_ptr + at, n_full + visited)
@@ -194,36 +197,36 @@ def lay_out(mask: AttentionMask, query: Tensor, n_keys: int, plan: Plan, visits:
         mask: Which keys a query sees, without a window.
         query: [B, Hq, Nq, D].
         n_keys: Number of keys.
-        plan: Lists of every group of heads, queries in natural order.
+        plan: Lists of every group of heads, queries in position order.
         visits: int32 [B, Hq, P], blocks of each list to visit.
         pool: Blocks that are gathered at most.
     """
     batch, heads, n_queries, _ = query.shape
     kv_heads, segments, longest = plan.key_index.shape[1:]
     rows, group, tiles = batch * kv_heads, heads // kv_heads, n_tiles(n_queries)
-    natural_blocks = triton.cdiv(n_keys, BLOCK_LEN)
-    blocks, padded = natural_blocks + pool, max(triton.next_power_of_2(segments), 2)
+    position_blocks = triton.cdiv(n_keys, BLOCK_LEN)
+    blocks, padded = position_blocks + pool, max(triton.next_power_of_2(segments), 2)
     kind = {"CAUSAL": mask.causal, "SEGMENT": plan.segment_len, "BLOCK_LEN": BLOCK_LEN}
-    own_offset = mask.own_offset(n_queries, n_keys)
+    seg_offset = mask.seg_offset(n_queries, n_keys)
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=query.device)
 
     walk, ends = integers(rows, group, segments), integers(rows, segments)
     choose_lists_kernel[(rows,)](
-        visits, plan.prefix_count, walk, ends, n_queries, n_keys, own_offset, segments, kv_heads, group,
+        visits, plan.prefix_count, walk, ends, n_queries, n_keys, seg_offset, segments, kv_heads, group,
         pool, SEGMENTS=padded, STEP=min(padded, max(PAIRS // padded, 1)), WORTH=WORTH_GATHERING, num_warps=4, **kind,
     )  # fmt: skip
     index = torch.empty(rows, blocks * BLOCK_LEN, dtype=torch.int64, device=query.device)
     place_keys_kernel[(blocks, rows)](
-        plan.key_index, ends, index, n_keys, segments, longest, natural_blocks, SEGMENTS=padded, BLOCK_LEN=BLOCK_LEN,
+        plan.key_index, ends, index, n_keys, segments, longest, position_blocks, SEGMENTS=padded, BLOCK_LEN=BLOCK_LEN,
         num_warps=1,
     )  # fmt: skip
     each, table = (rows, group, tiles), (rows, group, tiles, blocks)
     shapes = (n_queries,), (n_queries,), each, each, (rows, tiles), each, each, table, each, table
     numbers = [integers(*shape) for shape in shapes]
     write_tables_kernel[(tiles, rows * group)](
-        walk, ends, *numbers, n_queries, n_keys, mask.offset, own_offset, segments, group, natural_blocks, blocks,
+        walk, ends, *numbers, n_queries, n_keys, mask.offset, seg_offset, segments, group, position_blocks, blocks,
         HAS_KEY_MASK=mask.key_mask is not None, TILE=TILE_LEN, ENTRIES=ENTRIES, num_warps=4, **kind,
     )  # fmt: skip
     if mask.key_mask is None:

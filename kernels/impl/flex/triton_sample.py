@@ -46,29 +46,29 @@ def row_totals_kernel(logit_ptr, total_ptr, n_keys, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_weights(logit_ptr, total_ptr, row, keys, present, poisoned, n_keys):
+def load_weights(logit_ptr, total_ptr, row, keys, present, non_finite, n_keys):
     """Weights of rows for keys, [rows, keys]: 0 for what is hidden, inf for what holds NaN or inf and is seen."""
     pointers = logit_ptr + row[:, None] * n_keys + keys[None, :]
     logit = tl.load(pointers, mask=present[None, :], other=-float("inf")).to(tl.float32)
     weight = tl.math.exp2(logit * LOG2E - tl.load(total_ptr + row)[:, None])
-    weight = tl.where((weight == weight) & (poisoned == 0)[None, :], weight, float("inf"))
+    weight = tl.where((weight == weight) & (non_finite == 0)[None, :], weight, float("inf"))
     return tl.where(logit == -float("inf"), 0.0, weight)
 
 
 @triton.jit
 def score_keys_kernel(
-    logit_ptr, total_ptr, candidate_ptr, poisoned_ptr, score_ptr, n_keys, segments, group,
+    logit_ptr, total_ptr, candidate_ptr, non_finite_ptr, score_ptr, n_keys, segments, group,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the ranking rows of a group see of some keys, -1 for keys that no list holds."""
     segment, head = tl.program_id(1), tl.program_id(2).to(tl.int64)  # of [B * Hkv]
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     present = keys < n_keys
-    poisoned = tl.load(poisoned_ptr + head * n_keys + keys, mask=present, other=0)
+    non_finite = tl.load(non_finite_ptr + head * n_keys + keys, mask=present, other=0)
     score = tl.zeros([BLOCK], tl.float32)
     for g in range(0, group):
         row = ((head * group + g) * segments + segment) * (2 * HALF) + 2 * tl.arange(0, HALF)
-        score += tl.sum(load_weights(logit_ptr, total_ptr, row, keys, present, poisoned, n_keys), 0)
+        score += tl.sum(load_weights(logit_ptr, total_ptr, row, keys, present, non_finite, n_keys), 0)
     at = (head * segments + segment) * n_keys + keys
     score = tl.where(tl.load(candidate_ptr + at, mask=present, other=0) != 0, score, -1.0)
     tl.store(score_ptr + at, score.to(score_ptr.dtype.element_ty), mask=present)
@@ -76,7 +76,7 @@ def score_keys_kernel(
 
 @triton.jit
 def block_masses_kernel(
-    logit_ptr, total_ptr, candidate_ptr, poisoned_ptr, order_ptr, list_ptr, mass_ptr, n_keys, segments, group,
+    logit_ptr, total_ptr, candidate_ptr, non_finite_ptr, order_ptr, list_ptr, mass_ptr, n_keys, segments, group,
     HALF: tl.constexpr, BLOCK_LEN: tl.constexpr,
 ):  # fmt: skip
     """What each judging row of one head sees of one block of a list; the list as 32-bit numbers."""
@@ -87,15 +87,15 @@ def block_masses_kernel(
     if head % group == 0:
         tl.store(list_ptr + lists + entry, keys.to(tl.int32), mask=entry < n_keys)
     listed = (entry < n_keys) & (tl.load(candidate_ptr + lists + keys) != 0)
-    poisoned = tl.load(poisoned_ptr + head // group * n_keys + keys)
+    non_finite = tl.load(non_finite_ptr + head // group * n_keys + keys)
     judge = tl.arange(0, HALF)
     row = (head * segments + segment) * (2 * HALF) + 2 * judge + 1
-    mass = tl.sum(load_weights(logit_ptr, total_ptr, row, keys, listed, poisoned, n_keys), 1)
+    mass = tl.sum(load_weights(logit_ptr, total_ptr, row, keys, listed, non_finite, n_keys), 1)
     target = mass_ptr + ((head * segments + segment) * HALF + judge) * tl.num_programs(0) + block
     tl.store(target, mass)
 
 
-def rank_samples(logits: Tensor, candidate: Tensor, poisoned: Tensor) -> tuple[Tensor, Tensor]:
+def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple[Tensor, Tensor]:
     """Lists int32 [B, Hkv, p, Nk] and each judge's mass of their blocks, float32 [B, Hq, p, HALF, blocks].
 
     Scores are sorted as bfloat16: what differs by less than a hundredth may stand in any order.
@@ -103,23 +103,23 @@ def rank_samples(logits: Tensor, candidate: Tensor, poisoned: Tensor) -> tuple[T
     Args:
         logits: As of ``flex_sample.rank_samples``.
         candidate: The same.
-        poisoned: The same.
+        non_finite: The same.
     """
     batch, heads, rows, n_keys = logits.shape
     kv_heads, segments = candidate.shape[1:3]
     half, blocks = rows // (2 * segments), triton.cdiv(n_keys, BLOCK_LEN)
-    logits, candidate, poisoned = logits.contiguous(), candidate.contiguous(), poisoned.contiguous()
+    logits, candidate, non_finite = logits.contiguous(), candidate.contiguous(), non_finite.contiguous()
     totals = torch.empty(batch, heads, rows, dtype=torch.float32, device=logits.device)
     scores = torch.empty(candidate.shape, dtype=torch.bfloat16, device=logits.device)
     mass = totals.new_empty(batch, heads, segments, half, blocks)
     sizes = n_keys, segments, heads // kv_heads
     row_totals_kernel[(batch * heads * rows,)](logits, totals, n_keys, BLOCK=ROW_KEYS, num_warps=4)
     score_keys_kernel[(triton.cdiv(n_keys, SCORE_KEYS), segments, batch * kv_heads)](
-        logits, totals, candidate, poisoned, scores, *sizes, HALF=half, BLOCK=SCORE_KEYS, num_warps=4
+        logits, totals, candidate, non_finite, scores, *sizes, HALF=half, BLOCK=SCORE_KEYS, num_warps=4
     )
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     lists = torch.empty(candidate.shape, dtype=torch.int32, device=logits.device)
     block_masses_kernel[(blocks, segments, batch * heads)](
-        logits, totals, candidate, poisoned, order, lists, mass, *sizes, HALF=half, BLOCK_LEN=BLOCK_LEN, num_warps=2
+        logits, totals, candidate, non_finite, order, lists, mass, *sizes, HALF=half, BLOCK_LEN=BLOCK_LEN, num_warps=2
     )
     return lists, mass

@@ -4,11 +4,11 @@ A function of a score and its position may mean anything, so nothing is proven o
 functions and the block mask decide what a query sees as before, and the plan only which of these keys are computed.
 Keys are ranked by what sampled queries see through them (``flex_sample.py``).
 
-    keys of a segment    its own blocks in natural order, then blocks of its list; or all in natural order
+    keys of a segment    its own blocks in position order, then blocks of its list; or all in position order
     score_mod, mask_mod  those of the call, of the position that a gathered key came from
     block mask           looked up by that position: what it leaves out stays out, its full blocks need no mask_mod
 
-All steps are tensor operations of sizes known from lengths: Inductor compiles them, and autograd differentiates them.
+All steps are tensor operations of sizes known from lengths: Inductor compiles them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len, n_tiles
-from s2o_compile.kernels.impl.flex.forward import take, wants_gradient
+from s2o_compile.kernels.impl.flex.forward import take
 from s2o_compile.kernels.impl.flex.layout import gather_lists, pool_blocks
-from s2o_compile.kernels.impl.flex.sample import Function, Site, lives_on_gpu, own_blocks, sample
+from s2o_compile.kernels.impl.flex.sample import Function, Site, lives_on_gpu, sample, seg_blocks
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, blocks_to_visit
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
@@ -91,7 +91,6 @@ def sparse_flex_attention(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
             mask_mod_other_buffers,
         )  # fmt: skip
-    with_gradient = wants_gradient(query, key, value)
     with torch.no_grad():
         site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
         lists, unvisited, listed = sample(
@@ -112,7 +111,6 @@ def sparse_flex_attention(
             segment_len=site.segment_len,
             pool=pool_blocks(
                 None, site[:5], site.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
-                with_gradient=with_gradient,
             ),
         )  # fmt: skip
         layout = _Layout(*placed)
@@ -158,8 +156,8 @@ class _Layout(NamedTuple):
     index: Tensor
     place: Tensor
     """The same as int32."""
-    natural_start: Tensor
-    natural_stop: Tensor
+    position_start: Tensor
+    position_stop: Tensor
     list_start: Tensor
     list_stop: Tensor
     listed: Tensor
@@ -213,39 +211,41 @@ torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 def _lay_out(site: Site, lists: Tensor, listed: Tensor, visits: Tensor, pool: int) -> _Layout:
     """Place the keys of a call; arguments as those of ``place_blocks``."""
-    device, tiles, natural_blocks = lists.device, site.partial.shape[2], site.partial.shape[3]
+    device, tiles, position_blocks = lists.device, site.partial.shape[2], site.partial.shape[3]
     lists, listed = lists.flatten(0, 1), listed.flatten(0, 1)
     rows = len(lists)
     walk = visits.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1).long()
-    gathered, first, keys = gather_lists(lists, listed, listed, walk, natural_blocks, pool)
-    natural = torch.arange(natural_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
+    gathered, first, keys = gather_lists(lists, listed, listed, walk, position_blocks, pool)
+    position_order = (
+        torch.arange(position_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
+    )
     segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
     gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
     visited = torch.where(gathered, visited, 0)
-    own_start, own_stop = (bound[segment] for bound in own_blocks(site, device))
-    start, stop = torch.where(gathered, own_start, 0), torch.where(gathered, own_stop, natural_blocks)
+    seg_start, seg_stop = (bound[segment] for bound in seg_blocks(site, device))
+    start, stop = torch.where(gathered, seg_start, 0), torch.where(gathered, seg_stop, position_blocks)
     partial, full = (
         flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
     )
     dtype = torch.float16 if lists.is_cuda else torch.float32
-    source = torch.zeros(rows, pool, natural_blocks, dtype=dtype, device=device)
+    source = torch.zeros(rows, pool, position_blocks, dtype=dtype, device=device)
     source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
 
     def some_key_from(flags: Tensor) -> Tensor:
-        """Bool [B * Hkv, G, T, pool], blocks of lists with a key from one of these blocks in natural order."""
+        """Bool [B * Hkv, G, T, pool], blocks of lists with a key from one of these blocks in position order."""
         return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
 
     some_hidden = some_key_from(~full)
     # The last block holds places behind the last key: there the mask is needed.
-    whole = full & (torch.arange(natural_blocks, device=device) < site.n_keys // BLOCK_LEN)
+    whole = full & (torch.arange(position_blocks, device=device) < site.n_keys // BLOCK_LEN)
     whole = torch.cat([whole, ~some_hidden], -1)
     seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
-    place, list_stop = torch.arange(natural_blocks + pool, device=device), first[:, None] + visited
+    place, list_stop = torch.arange(position_blocks + pool, device=device), first[:, None] + visited
     inside = (place >= start[..., None]) & (place < stop[..., None])
     inside = inside | ((place >= first[:, None, :, None]) & (place < list_stop[..., None]))
     table = triton_site.block_table if triton_site is not None and lives_on_gpu(lists) else block_table
     numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN, list_stop * BLOCK_LEN
-    index = torch.cat([natural, keys], dim=1)
+    index = torch.cat([position_order, keys], dim=1)
     return _Layout(
         index,
         index.to(torch.int32),
@@ -285,13 +285,13 @@ def _attend(
         return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, index[row, j], *captured)
 
     def visible(
-        row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, natural_start: Tensor, natural_stop: Tensor,
+        row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, position_start: Tensor, position_stop: Tensor,
         list_start: Tensor, list_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
     ) -> Tensor:  # fmt: skip
         tile, position = i // TILE_LEN, index[row, j]
         block = position // BLOCK_LEN
         listed = (j >= list_start[row, tile]) & (j < list_stop[row, g, tile])
-        placed = listed | ((j >= natural_start[row, g, tile]) & (j < natural_stop[row, g, tile]))
+        placed = listed | ((j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile]))
         seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
         kind = kinds[row, g, tile, block]
         return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
@@ -309,7 +309,7 @@ def _attend(
         BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
         mask_mod=visible,
         seq_lengths=(site.n_queries, keys.shape[2]),
-        compute_q_blocks=torch.is_grad_enabled(),
+        compute_q_blocks=False,
     )
     kernel_options = {name: False if name.endswith(PROMISES) else x for name, x in kernel_options.items()}
     output = torch.ops.higher_order.flex_attention(

@@ -37,8 +37,8 @@ def block_attention(
     else:
         output, lse = plain_block(query, key, value, hidden, softcap=softcap)
     if hidden is not None:
-        blind = hidden.all(-1)
-        output, lse = output.masked_fill(blind[:, None], 0.0), lse.masked_fill(blind, float("-inf"))
+        fully_masked = hidden.all(-1)
+        output, lse = output.masked_fill(fully_masked[:, None], 0.0), lse.masked_fill(fully_masked, float("-inf"))
     return output, lse
 
 

@@ -1,4 +1,4 @@
-"""Exact attention in natural order in plain torch: only the visible range of each block of queries is computed.
+"""Exact attention in position order in plain torch: only the visible range of each block of queries is computed.
 
 Serves sliding windows (the work is linear in the length), and on the dense path what SDPA cannot do: return a
 log-sum-exp, take sinks (which need it), cap logits. Tiles are many small operations, so they run one a thread.
@@ -21,7 +21,7 @@ KEY_STEP = 4096
 """Keys of one block: bounds the memory of the explicit mask."""
 
 
-def attend_natural(
+def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
 ) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""

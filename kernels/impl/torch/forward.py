@@ -21,7 +21,7 @@ from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block,
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096
-"""Keys of one block in natural order under an explicit mask: bounds the mask's memory."""
+"""Keys of one block in position order under an explicit mask: bounds the mask's memory."""
 
 
 def attend(
@@ -114,16 +114,13 @@ class _Segment:
         # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
         slots = slots.clamp(max=self.end - 1)
-        self.natural = plan.query_order is None
-        self.whole = self.natural and (self.end - self.first) % TILE_LEN == 0  # then rows are a slice
+        self.whole = (self.end - self.first) % TILE_LEN == 0  # then rows are a slice
         self.rows = slots.expand(group, -1)
-        if plan.query_order is not None:
-            self.rows = plan.query_order[self.b, self.heads][:, slots].long()
-        self.own_start, own_stop = mask.own_range(self.first, self.end - 1, n_queries, len(key))
-        self.stops = torch.full((group, self.tiles), own_stop)
-        if mask.causal and self.natural:  # no query of a tile sees further than the tile's last one
+        self.seg_start, seg_stop = mask.in_segment_range(self.first, self.end - 1, n_queries, len(key))
+        self.stops = torch.full((group, self.tiles), seg_stop)
+        if mask.causal:  # no query of a tile sees further than the tile's last one
             ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1)
-            self.stops = ends.clamp(self.own_start, own_stop).expand(group, -1)
+            self.stops = ends.clamp(self.seg_start, seg_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
     def attend(self, scale: float, tau: float | Tensor, into: Result) -> None:
@@ -132,8 +129,8 @@ class _Segment:
         lse = query.new_full((len(query),), -torch.inf)
         output = query.new_zeros(len(query), self.value.shape[-1])
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
-        area = self.stops - self.own_start
-        self._own_keys(tiles)
+        area = self.stops - self.seg_start
+        self._in_segment_keys(tiles)
         taus = tau[self.heads].cpu() if isinstance(tau, Tensor) else torch.full((self.group,), tau)
         self._walk(tiles, taus.repeat_interleave(self.tiles), area)
         first_tile = self.first // TILE_LEN
@@ -161,21 +158,21 @@ class _Segment:
             index = index[..., None].expand(-1, -1, output.shape[-1])
             into.output[self.b, self.heads].scatter_(1, index, output.to(into.output.dtype))
 
-    def _own_keys(self, tiles: _Tiles) -> None:
+    def _in_segment_keys(self, tiles: _Tiles) -> None:
         """Pass 1."""
-        own_stop = int(self.stops.max())
-        diagonal = self.mask.causal and self.natural and self.own_start == self.first + self.mask.offset
-        if diagonal and self.hidden_key is None and own_stop > self.own_start:
-            own = slice(self.own_start, own_stop)
+        seg_stop = int(self.stops.max())
+        diagonal = self.mask.causal and self.seg_start == self.first + self.mask.offset
+        if diagonal and self.hidden_key is None and seg_stop > self.seg_start:
+            own = slice(self.seg_start, seg_stop)
             query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
             output, lse = causal_block(query, self.key[own], self.value[own], softcap=self.softcap)
             tiles.update(output.flatten(0, 1), lse.flatten())
         else:
             part = tiles.select(tiles.numbers)
-            self._in_natural_order(part, self.own_start, self.stops)
+            self._exact_result(part, self.seg_start, self.stops)
             tiles.put(part)
 
-    def _in_natural_order(self, tiles: _Tiles, start: int, stops: Tensor) -> None:
+    def _exact_result(self, tiles: _Tiles, start: int, stops: Tensor) -> None:
         """Each tile attends to the keys from start to its own stop, under the mask."""
         for stop in stops[tiles.numbers].unique().tolist():
             same = (stops[tiles.numbers] == stop).nonzero()[:, 0]

@@ -76,7 +76,7 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
     visible, different, shown, strange = (state & bit.value != 0 for bit in (VISIBLE, DIFFERENT, SHOWN, STRANGE))
     return Comparison(
         differs=((different & visible) | strange).any(),
-        blind=~visible,
+        fully_masked=~visible,
         hidden_rows=~visible & shown,
         extremes=torch.stack([extremes[:, 0].amin(), extremes[:, 1].amax()]),
     )

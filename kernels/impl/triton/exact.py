@@ -1,4 +1,4 @@
-"""Exact attention in natural order on the GPU: sliding windows, dense heads, and tiles that overflowed.
+"""Exact attention in position order on the GPU: sliding windows, dense heads, and tiles that overflowed.
 
     out[i] = sum_j softmax_j(q_i . k_j * scale) v_j      over the keys visible to i (``mask.py``)
 
@@ -39,7 +39,7 @@ def attend_range(
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys [start, stop) in natural order; MASKED tests every pair, FIXED: ``softmax_update``."""
+    """Online softmax over keys [start, stop) in position order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
         keys = j + tl.arange(0, KEY_BLOCK)
         present = keys < stop
@@ -98,13 +98,13 @@ def attend_parts(
 
 
 @triton.jit
-def natural_fwd_kernel(
-    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, query_order_ptr, key_mask_ptr,
+def exact_fwd_kernel(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
-    n_queries, n_keys, heads, group, offset, window, qk_scale, inner, segment_len,
+    n_queries, n_keys, heads, group, offset, window, qk_scale, inner,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_QUERY_ORDER: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -121,14 +121,10 @@ def natural_fwd_kernel(
         if flag >= 0:
             return
         visited = -flag - 1
-    slots = tile * TILE + tl.arange(0, TILE)
-    present = slots < n_queries
-    slots = tl.minimum(slots, n_queries - 1)
-    rows, first, last = slots, tile * TILE, tl.minimum(tile * TILE + TILE, n_queries) - 1
-    if HAS_QUERY_ORDER:
-        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
-        first = first // segment_len * segment_len
-        last = tl.minimum(first + segment_len, n_queries) - 1
+    rows = tile * TILE + tl.arange(0, TILE)
+    present = rows < n_queries
+    rows = tl.minimum(rows, n_queries - 1)
+    first, last = tile * TILE, tl.minimum(tile * TILE + TILE, n_queries) - 1
     query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + (h // group) * stride_kh
     value = value_ptr + b * stride_vb + (h // group) * stride_vh
@@ -163,7 +159,7 @@ def natural_fwd_kernel(
     tl.store(computed, visited + stop - start)
 
 
-def launch_natural(
+def launch_exact(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,30 +168,28 @@ def launch_natural(
     *,
     scale: float,
     softcap: float | None,
-    restart_len: int | None = None,
-    query_order: Tensor | None = None,
+    restart: bool = False,
 ) -> None:
-    """Fill ``into``: every tile, or only those that a walk left unfinished over segments of ``restart_len`` queries."""
+    """Fill ``into``: every tile, or with ``restart`` only those that overflowed in pass 2."""
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     launch(
-        natural_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
+        exact_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
         query, key, value, into.output, into.lse, into.computed,
-        query_order if query_order is not None else into.computed,
         mask.key_mask if mask.key_mask is not None else into.computed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
         *logit_scales(scale, softcap),
-        restart_len or 0, RESTART=restart_len is not None, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
+        RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
-        HAS_QUERY_ORDER=query_order is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+        HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
         WIDE=needs_wide(query, key, value),
         **launch_config(query.shape[3], value.shape[3], query.dtype, query.device),
     )  # fmt: skip
 
 
-def attend_natural(
+def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
 ) -> Result:
     """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
@@ -203,5 +197,5 @@ def attend_natural(
         query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
     result = empty_result(query, value.shape[3])
     for part, into in value_parts(value, result):
-        launch_natural(query, key, part, mask, into, scale=scale, softcap=softcap)
+        launch_exact(query, key, part, mask, into, scale=scale, softcap=softcap)
     return result

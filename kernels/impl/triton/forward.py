@@ -1,12 +1,12 @@
-"""S2O forward on the GPU: pass 1 in natural order, pass 2 over gathered keys with early stop (``definition.py``).
+"""S2O forward on the GPU: pass 1 in position order, pass 2 over gathered keys with early stop (``definition.py``).
 
 K and V rows are gathered by int32 index straight into shared memory: a row is one contiguous piece of at least 128
 bytes and all tiles of a segment share the list through L2, so gathering costs almost nothing. A stop test inside the
 key loop would end software pipelining: an outer ``while`` walks chunks, an inner pipelined ``for`` walks a chunk's
 blocks, and the rule is tested once per chunk.
 
-The reference of the softmax is FIXED once a tile has met its own keys (``triton_tile.softmax_update``), and the list is
-walked with it. The rare tile whose weights overflow restarts in natural order, with the running maximum.
+The reference of the softmax is FIXED once a tile has met its in-segment keys (``triton_tile.softmax_update``), and the
+list is walked with it. The rare tile whose weights overflow restarts in position order, with the running maximum.
 
 Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
 computes one tile of one head. A tile that overflows writes ``-computed - 1``; a second launch restarts those tiles, and
@@ -23,7 +23,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
-from s2o_compile.kernels.impl.triton.exact import attend_range, launch_natural
+from s2o_compile.kernels.impl.triton.exact import attend_range, launch_exact
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     NOTHING_SEEN,
@@ -73,19 +73,19 @@ def attend_list(
 @triton.jit
 def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
-    key_index_ptr, prefix_count_ptr, query_order_ptr, key_mask_ptr, tau_ptr, tail_value_ptr,
+    key_index_ptr, prefix_count_ptr, key_mask_ptr, tau_ptr, tail_value_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     stride_tb, stride_th, stride_ts,
-    n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, own_offset, qk_scale, inner, tau,
-    FIXED: tl.constexpr, BLIND_START: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_QUERY_ORDER: tl.constexpr, HAS_HEAD_TAU: tl.constexpr,
+    n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, seg_offset, qk_scale, inner, tau,
+    FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    HAS_HEAD_TAU: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: pass 1 over its own keys, pass 2 over its segment's list."""
+    """One query tile of one head: pass 1 over its in-segment keys, pass 2 over its segment's list."""
     # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
     tiles = tl.num_programs(0) // group
     tile = tiles - 1 - tl.program_id(0) // group
@@ -93,14 +93,11 @@ def gathered_fwd_kernel(
     b, h = row_head // heads, row_head % heads
     kv = h // group
     segment = tile * TILE // SEGMENT
-    slots = tile * TILE + tl.arange(0, TILE)
-    present = slots < n_queries
-    slots = tl.minimum(slots, n_queries - 1)
+    rows = tile * TILE + tl.arange(0, TILE)
+    present = rows < n_queries
+    rows = tl.minimum(rows, n_queries - 1)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, n_queries) - 1
-    rows = slots
-    if HAS_QUERY_ORDER:
-        rows = tl.load(query_order_ptr + row_head * n_queries + slots)
     query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + kv * stride_kh
     value = value_ptr + b * stride_vb + kv * stride_vh
@@ -109,24 +106,23 @@ def gathered_fwd_kernel(
     l = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
 
-    own_start = tl.minimum(tl.maximum(first + own_offset, 0), n_keys)
-    own_stop = tl.maximum(tl.minimum(last + own_offset + 1, n_keys), own_start)
-    free_stop = own_stop
-    if CAUSAL:
-        tile_first, tile_last = first, last
-        if not HAS_QUERY_ORDER:  # no query of the tile sees further than its last one
-            tile_first, tile_last = tile * TILE, tl.minimum(tile * TILE + TILE - 1, last)
-            own_stop = tl.maximum(tl.minimum(tile_last + offset + 1, own_stop), own_start)
-        free_stop = tl.minimum(tile_first + offset + 1, own_stop)
-    # The masked tail first: it is never empty where there are own keys, and gives the rest a reference to keep FIXED.
-    tail_start = own_start + tl.maximum(free_stop - own_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
+    seg_start = tl.minimum(tl.maximum(first + seg_offset, 0), n_keys)
+    seg_stop = tl.maximum(tl.minimum(last + seg_offset + 1, n_keys), seg_start)
+    free_stop = seg_stop
+    if CAUSAL:  # no query of the tile sees further than its last one
+        tile_last = tl.minimum(tile * TILE + TILE - 1, last)
+        seg_stop = tl.maximum(tl.minimum(tile_last + offset + 1, seg_stop), seg_start)
+        free_stop = tl.minimum(tile * TILE + offset + 1, seg_stop)
+    # The masked tail first: it is never empty where there are in-segment keys, and gives the rest a reference to keep
+    # FIXED.
+    tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, tail_start, own_stop, stride_kn, stride_vn, n_keys, offset, 0,
+        m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
         qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
         BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, own_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
+        m, l, acc, query, rows, key, value, key_mask, seg_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
         qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
         BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
@@ -141,7 +137,7 @@ def gathered_fwd_kernel(
     stopped = visited != 0
     tail = tl.zeros([TILE], tl.float32)
     start = visited
-    if FIXED and BLIND_START:  # some row may have no own key: the best block gives it a reference
+    if FIXED and MAY_SEE_NONE:  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_list(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
@@ -177,7 +173,7 @@ def gathered_fwd_kernel(
     out = out_ptr + b * stride_ob + h * stride_oh
     lse = lse_ptr + b * stride_lb + h * stride_lh
     store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
-    computed = visited + own_stop - own_start
+    computed = visited + seg_stop - seg_start
     if FIXED:
         computed = tl.where(overflowed(l, acc), -computed - 1, computed)
     tl.store(computed_ptr + b * stride_cb + h * stride_ch + tile, computed)
@@ -200,19 +196,18 @@ def attend(
     n_keys = key.shape[2]
     group = heads // key.shape[1]
     result = empty_result(query, value.shape[3]) if into is None else into
-    order = plan.query_order
     by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
-    beyond = tracing.get() or last_segment + mask.offset >= n_keys  # own keys may be missing; lengths may be symbolic
-    blind_start = mask.key_mask is not None or not mask.causal or beyond
+    # Beyond the keys a tile may have no in-segment key; lengths may be symbolic.
+    beyond = tracing.get() or last_segment + mask.offset >= n_keys
+    may_see_none = mask.key_mask is not None or not mask.causal or beyond
     assert plan.tail_value is not None
     means = plan.tail_value.split(WIDEST_VALUE, 3)
     for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
         launch(
             gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
             query, key, part, *piece, plan.key_index, plan.prefix_count,
-            order if order is not None else plan.key_index,
             mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,
             mean,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
@@ -220,16 +215,13 @@ def attend(
             0 if mask.key_mask is None else mask.key_mask.stride(0), *mean.stride()[:3],
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             heads // plan.key_index.shape[1], TAIL_SHARE,
-            mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
-            FIXED=fixed, BLIND_START=blind_start, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-            HAS_QUERY_ORDER=order is not None, HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
+            mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
+            FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
+            HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip
         if fixed:
-            launch_natural(
-                query, key, part, mask, piece, scale=scale, softcap=softcap, restart_len=plan.segment_len,
-                query_order=order,
-            )  # fmt: skip
+            launch_exact(query, key, part, mask, piece, scale=scale, softcap=softcap, restart=True)
     return result

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import longest_prefix
-from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide, own_bounds, tracing
+from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide, seg_bounds, tracing
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -40,12 +40,12 @@ LARGEST = tl.constexpr(65504.0)
 
 
 @triton.jit
-def find_poisoned_kernel(
-    key_ptr, value_ptr, poisoned_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, n_keys,
+def find_non_finite_kernel(
+    key_ptr, value_ptr, non_finite_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, n_keys,
     kv_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Which keys hold NaN or inf, or whose value does: ``plan.poisoned_keys``."""
+    """Which keys hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     rows = tl.minimum(keys, n_keys - 1)
@@ -54,7 +54,7 @@ def find_poisoned_kernel(
     total = tl.sum(load_rows(key, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32), 1)
     total += tl.sum(load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32), 1)
     finite = tl.abs(total) < float("inf")
-    tl.store(poisoned_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
+    tl.store(non_finite_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
 
 
 # Kernels load for themselves what the place of a store depends on: torch asks what a kernel writes to, and takes every
@@ -62,20 +62,20 @@ def find_poisoned_kernel(
 
 
 @triton.jit
-def in_prefix(keys, stop, own_start, own_stop, CAUSAL: tl.constexpr):
-    """Which keys are prefix keys by their place: before ``stop``, and no own keys."""
+def in_prefix(keys, stop, seg_start, seg_stop, CAUSAL: tl.constexpr):
+    """Which keys are prefix keys by their place: before ``stop``, and no in-segment keys."""
     present = keys < stop
     if not CAUSAL:
-        present = present & ((keys < own_start) | (keys >= own_stop))
+        present = present & ((keys < seg_start) | (keys >= seg_stop))
     return present
 
 
 @triton.jit
-def rate(score, poisoned):
+def rate(score, non_finite):
     """Scores as float32. A key that holds NaN or inf must be visited, so it comes first."""
     score = score.to(tl.float32)
     score = tl.where(score == score, tl.minimum(tl.maximum(score, -LARGEST), LARGEST), 0.0)
-    return tl.where(poisoned != 0, float("inf"), score)
+    return tl.where(non_finite != 0, float("inf"), score)
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def sample_step(stop, samples):
 
 @triton.jit
 def sample_scores_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sample_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
+    score_ptr, non_finite_ptr, key_mask_ptr, sample_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,20 +98,20 @@ def sample_scores_kernel(
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
-    stop = own_start if CAUSAL else n_keys
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
+    stop = seg_start if CAUSAL else n_keys
     step = sample_step(stop, samples)
     score_ptr += row * n_keys
-    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
     for j in range(0, samples, BLOCK):
         sample = j + tl.arange(0, BLOCK)
         keys = sample * step + sample * 7919 % step
-        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL)
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
         score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
-        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        score = rate(score, tl.load(non_finite_ptr + keys, mask=present, other=0))
         tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
 
 
@@ -156,35 +156,35 @@ def one_in_class(places, step, CLASSES: tl.constexpr):
 
 @triton.jit
 def count_classes_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, count_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples,
+    score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, count_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """How many keys of each lane of a row are in each class."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start = program * LANES * LANE_KEYS
-    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole, step = own_start, sample_step(own_start, samples)
+    whole, step = seg_start, sample_step(seg_start, samples)
     if not CAUSAL:
-        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
+        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
     ranks = bound_ranks(whole, step, samples, CLASSES)
     bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
     score_ptr += row * n_keys
-    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
     counts = tl.zeros([CLASSES // 4, LANES], tl.int32)
     for j in range(start, stop, STEPS * LANES):
         keys = j + steps
-        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL)
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
         score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
-        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        score = rate(score, tl.load(non_finite_ptr + keys, mask=present, other=0))
         places = find_classes(score, present, bound, CLASSES)
         for nth in tl.static_range(STEPS):
             counts += one_in_class(places, nth, CLASSES)
@@ -197,37 +197,37 @@ def count_classes_kernel(
 
 @triton.jit
 def write_classes_kernel(
-    score_ptr, poisoned_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, own_offset, samples, list_len,
+    score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples, list_len,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The keys of each lane of a row, written to their places in the list."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start = program * LANES * LANE_KEYS
-    stop = tl.minimum(own_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
     lane = tl.arange(0, LANES)
     steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole, step = own_start, sample_step(own_start, samples)
+    whole, step = seg_start, sample_step(seg_start, samples)
     if not CAUSAL:
-        whole, step = n_keys - (own_stop - own_start), sample_step(n_keys, samples)
+        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
     ranks = bound_ranks(whole, step, samples, CLASSES)
     bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
     score_ptr += row * n_keys
-    poisoned_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
+    non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
     end_ptr += row * CLASSES * lanes
     for j in range(start, stop, STEPS * LANES):
         keys = j + steps
-        present = in_prefix(keys, stop, own_start, own_stop, CAUSAL)
+        present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL)
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
         score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
-        score = rate(score, tl.load(poisoned_ptr + keys, mask=present, other=0))
+        score = rate(score, tl.load(non_finite_ptr + keys, mask=present, other=0))
         places = find_classes(score, present, bound, CLASSES)
         first = tl.zeros([STEPS, LANES], tl.int32)
         for nth in tl.static_range(STEPS):  # all loads before the first store, which they would wait for
@@ -243,21 +243,21 @@ def write_classes_kernel(
             written += one
 
 
-def find_poisoned(key: Tensor, value: Tensor) -> Tensor:
-    """``plan.poisoned_keys`` in one launch."""
+def find_non_finite(key: Tensor, value: Tensor) -> Tensor:
+    """``plan.non_finite_keys`` in one launch."""
     batch, heads, n_keys, head_dim = key.shape
-    poisoned = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
+    non_finite = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
     launch(
-        find_poisoned_kernel, (triton.cdiv(n_keys, 64), batch * heads),
-        key, value, poisoned, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
+        find_non_finite_kernel, (triton.cdiv(n_keys, 64), batch * heads),
+        key, value, non_finite, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
         BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
     )  # fmt: skip
-    return poisoned
+    return non_finite
 
 
 def order_keys(
-    scores: Tensor, poisoned: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
+    scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``."""
     batch, heads, segments, n_keys = scores.shape
@@ -265,11 +265,11 @@ def order_keys(
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
     longest = n_keys if tracing.get() else max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
     key_index = counts.new_empty(batch, heads, segments, longest)
-    rows = scores, poisoned, poisoned if mask.key_mask is None else mask.key_mask
+    rows = scores, non_finite, non_finite if mask.key_mask is None else mask.key_mask
     stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
     samples = torch.sym_min(SAMPLES, n_keys)
     sizes = (
-        *poisoned.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.own_offset(n_queries, n_keys),
+        *non_finite.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.seg_offset(n_queries, n_keys),
         samples,
     )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}

@@ -25,7 +25,7 @@ LARGEST = tl.constexpr(60000.0)
 
 @triton.jit
 def score_means_kernel(
-    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, lists, own_offset,
+    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, lists, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -38,8 +38,8 @@ def score_means_kernel(
     row = tl.arange(0, SEGMENTS * GROUP)
     member = tl.minimum(row % GROUP, group - 1)  # a group that is no power of two repeats its last head
     first = 0
-    if CAUSAL:  # the first segment whose own keys start behind the first key of this block
-        first = tl.maximum(tl.program_id(0) * KEY_BLOCK - own_offset, 0) // SEGMENT
+    if CAUSAL:  # the first segment whose in-segment keys start behind the first key of this block
+        first = tl.maximum(tl.program_id(0) * KEY_BLOCK - seg_offset, 0) // SEGMENT
     for start in range(first, segments, SEGMENTS):
         segment = tl.minimum(start + row // GROUP, segments - 1)
         mean = load_rows(mean_ptr, (head * segments + segment) * group + member, HEAD_DIM, HEAD_DIM, BLOCK_DIM, False)
@@ -92,7 +92,7 @@ def score_keys(
     key_block = 32 if exact else 128
     score_means_kernel[(triton.cdiv(n_keys, key_block), batch * list_heads)](
         means, key, score, *key.stride()[:3], n_keys, segments, shared, list_heads, list_heads // kv_heads,
-        mask.own_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
+        mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, PRECISION="ieee" if exact else "tf32",
         WIDE=needs_wide(key), num_warps=4,

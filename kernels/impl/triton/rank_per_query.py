@@ -20,7 +20,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import AttentionMask, same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
-from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, launch, own_bounds
+from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, launch, seg_bounds
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -88,11 +88,11 @@ def add_keys(
 @triton.jit
 def row_normaliser_kernel(
     few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, lists, offset,
-    own_offset, stride, largest,
+    seg_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of TILE rows over own keys, the FIRST keys and a sample, to the last two columns of the rows."""
+    """Log-sum-exp of TILE rows over in-segment keys, the FIRST keys and a sample, to the rows' last two columns."""
     segment = tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -102,26 +102,26 @@ def row_normaliser_kernel(
     query = tl.load(query_ptr + dims[None, :])
     few_key = few_key_ptr + head // lists * n_keys * PACKED
     key_mask = key_mask_ptr + head // heads * stride_mb
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
-    free_stop, end = own_stop, n_keys  # all rows of the tile see what lies before free_stop
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
+    free_stop, end = seg_stop, n_keys  # all rows of the tile see what lies before free_stop
     if CAUSAL:
-        own_stop = tl.maximum(tl.minimum(own_stop, tl.max(position, 0) + 1 + offset), own_start)
-        free_stop = tl.minimum(tl.maximum(tl.min(position, 0) + 1 + offset, own_start), own_stop)
-        free_stop = own_start + (free_stop - own_start) // KEY_BLOCK * KEY_BLOCK
-        end = own_start
+        seg_stop = tl.maximum(tl.minimum(seg_stop, tl.max(position, 0) + 1 + offset), seg_start)
+        free_stop = tl.minimum(tl.maximum(tl.min(position, 0) + 1 + offset, seg_start), seg_stop)
+        free_stop = seg_start + (free_stop - seg_start) // KEY_BLOCK * KEY_BLOCK
+        end = seg_start
     m = tl.full([TILE], -float("inf"), tl.float32)
     l = tl.zeros([TILE], tl.float32)
     columns = tl.arange(0, KEY_BLOCK)
-    for j in range(own_start, free_stop, KEY_BLOCK):
+    for j in range(seg_start, free_stop, KEY_BLOCK):
         keys = j + columns
         m, l = add_keys(
             m, l, query, few_key, key_mask, keys, keys < free_stop, 1.0, position, False, HAS_KEY_MASK, PACKED
         )
     if CAUSAL:
-        for j in range(free_stop, own_stop, KEY_BLOCK):
+        for j in range(free_stop, seg_stop, KEY_BLOCK):
             keys = j + columns
             m, l = add_keys(
-                m, l, query, few_key, key_mask, keys, keys < own_stop, 1.0, position + offset, True, HAS_KEY_MASK,
+                m, l, query, few_key, key_mask, keys, keys < seg_stop, 1.0, position + offset, True, HAS_KEY_MASK,
                 PACKED,
             )  # fmt: skip
     # Of the prefix, the first keys count once, for trained models put much weight there, and of the others a sample.
@@ -129,12 +129,12 @@ def row_normaliser_kernel(
         keys = j + columns * stride + stride // 2
         present = (keys >= FIRST) & (keys < end)
         if not CAUSAL:
-            present = present & ((keys < own_start) | (keys >= own_stop))
+            present = present & ((keys < seg_start) | (keys >= seg_stop))
         m, l = add_keys(m, l, query, few_key, key_mask, keys, present, stride, position, False, HAS_KEY_MASK, PACKED)
     keys = tl.arange(0, 16)
     present = (keys < FIRST) & (keys < end)
     if not CAUSAL:
-        present = present & ((keys < own_start) | (keys >= own_stop))
+        present = present & ((keys < seg_start) | (keys >= seg_stop))
     m, l = add_keys(m, l, query, few_key, key_mask, keys, present, 1.0, position, False, HAS_KEY_MASK, PACKED)
     # A row that sees none of these keys, or lies beyond the last query, has no say.
     normaliser = m + tl.math.log2(l) * LN2
@@ -159,7 +159,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 
 @triton.jit
 def score_keys_kernel(
-    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, lists, own_offset,
+    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, lists, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -172,8 +172,8 @@ def score_keys_kernel(
         few_key_ptr + (head // lists * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
     )
     first = 0
-    if CAUSAL:  # the first segment whose own keys start behind the first key of this block
-        first = tl.maximum(tl.program_id(0) * KEY_BLOCK - own_offset, 0) // SEGMENT
+    if CAUSAL:  # the first segment whose in-segment keys start behind the first key of this block
+        first = tl.maximum(tl.program_id(0) * KEY_BLOCK - seg_offset, 0) // SEGMENT
     for segment in range(first, n_segments):
         base = few_query_ptr + (head * n_segments + segment) * rows * PACKED
         best = tl.full([KEY_BLOCK, SLOTS], -60000.0, tl.float16)  # a key's numbers lie side by side in few threads
@@ -269,13 +269,13 @@ def _score_keys(
         row_normaliser_kernel, (rows // 128, segments, batch * list_heads),
         few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
         0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.own_offset(n_queries, n_keys),
+        n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.seg_offset(n_queries, n_keys),
         stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
         SEGMENT=segment_len, SCORED=scored, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     launch(
         score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads),
-        few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.own_offset(n_queries, n_keys),
+        few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.seg_offset(n_queries, n_keys),
         CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
         PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip

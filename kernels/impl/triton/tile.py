@@ -37,11 +37,11 @@ def load_rows(base, rows, stride, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexp
 
 
 @triton.jit
-def own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT: tl.constexpr):
-    """Own keys [start, stop) of a segment."""
-    own_start = tl.minimum(tl.maximum(segment * SEGMENT + own_offset, 0), n_keys)
-    own_stop = tl.minimum(tl.maximum(tl.minimum(segment * SEGMENT + SEGMENT, n_queries) + own_offset, 0), n_keys)
-    return own_start, tl.maximum(own_start, own_stop)
+def seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT: tl.constexpr):
+    """In-segment keys [start, stop) of a segment."""
+    seg_start = tl.minimum(tl.maximum(segment * SEGMENT + seg_offset, 0), n_keys)
+    seg_stop = tl.minimum(tl.maximum(tl.minimum(segment * SEGMENT + SEGMENT, n_queries) + seg_offset, 0), n_keys)
+    return seg_start, tl.maximum(seg_start, seg_stop)
 
 
 @triton.jit

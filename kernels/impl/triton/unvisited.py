@@ -3,8 +3,8 @@
     mass[i, c] = log2 of  sum over keys j of block c of  2^(q_i . k_j * scale * log2(e))
     behind[n]  = max over sampled queries i of  sum over blocks c >= n of  2^(mass[i, c] - log2 of all mass of i)
 
-Blocks know nothing of each other, so one launch computes them side by side, a segment's own keys before those of its
-list, and a second one adds them up. What a row has seen in all is known only then, hence the logarithms.
+Blocks know nothing of each other, so one launch computes them side by side, a segment's in-segment keys before those of
+its list, and a second one adds them up. What a row has seen in all is known only then, hence the logarithms.
 
 Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], any strides with unit last stride; mass float32 [B * Hq, P, SAMPLES, own
 blocks + list blocks]. A program takes the sampled queries of all heads that share a list as rows of one tile.
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan
-from s2o_compile.kernels.impl.triton.order import find_poisoned
+from s2o_compile.kernels.impl.triton.order import find_non_finite
 from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     cap_products,
     load_rows,
     logit_scales,
     needs_wide,
-    own_bounds,
+    seg_bounds,
 )
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, SAMPLES, sample_segments
 
@@ -44,15 +44,15 @@ PROGRAM_BLOCKS = 8
 
 @triton.jit
 def block_masses_kernel(
-    query_ptr, key_ptr, key_index_ptr, prefix_count_ptr, sampled_ptr, poisoned_ptr, key_mask_ptr, mass_ptr, bad_ptr,
+    query_ptr, key_ptr, key_index_ptr, prefix_count_ptr, sampled_ptr, non_finite_ptr, key_mask_ptr, mass_ptr, bad_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, n_queries, n_keys, segments, list_len,
-    columns, lists, shared, group, offset, own_offset, qk_scale, inner,
+    columns, lists, shared, group, offset, seg_offset, qk_scale, inner,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEGMENT: tl.constexpr,
     SAMPLES: tl.constexpr, HEADS: tl.constexpr, OWN_BLOCKS: tl.constexpr, PROGRAM_BLOCKS: tl.constexpr,
     KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mass of some blocks of one list, for the sampled queries of HEADS heads, and which blocks hold poisoned keys."""
+    """Mass of some blocks of one list, for the sampled queries of HEADS heads; which blocks hold non-finite keys."""
     segment = tl.program_id(1) % segments
     list_row = tl.program_id(2).to(tl.int64)  # of [B * Hl]
     b, heads = list_row // lists, lists * shared
@@ -66,12 +66,12 @@ def block_masses_kernel(
     position = tl.load(sampled_ptr + segment * SAMPLES + row % SAMPLES)
     kv = list_row % lists * shared // group
     key = key_ptr + b * stride_kb + kv * stride_kh
-    poisoned = poisoned_ptr + (b * (heads // group) + kv) * n_keys
+    non_finite = non_finite_ptr + (b * (heads // group) + kv) * n_keys
     dims = tl.arange(0, BLOCK_DIM)
     wide = position.to(tl.int64)
     pointers = query_ptr + (b * stride_qb + h * stride_qh + wide * stride_qn)[:, None] + dims[None, :]
     query = tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
-    own_start, own_stop = own_bounds(segment, n_queries, n_keys, own_offset, SEGMENT)
+    seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     last_seen = position + offset
     key_index = key_index_ptr + (list_row * segments + segment) * list_len
     target = mass_ptr + (((b * heads + h) * segments + segment) * SAMPLES + row % SAMPLES) * columns
@@ -80,8 +80,8 @@ def block_masses_kernel(
         own, entries = block < OWN_BLOCKS, (block - OWN_BLOCKS) * KEY_BLOCK + lane
         listed = (entries >= 0) & (entries < count)
         keys = tl.load(key_index + entries, mask=listed, other=0)
-        keys = tl.where(own, own_start + block * KEY_BLOCK + lane, keys)
-        present = tl.where(own, keys < own_stop, listed)
+        keys = tl.where(own, seg_start + block * KEY_BLOCK + lane, keys)
+        present = tl.where(own, keys < seg_stop, listed)
         keys = tl.minimum(keys, n_keys - 1)
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + b * stride_mb + keys) != 0)
@@ -94,7 +94,7 @@ def block_masses_kernel(
         most = tl.maximum(tl.max(logits, 1), NOTHING_SEEN)
         mass = most + tl.math.log2(tl.sum(tl.math.exp2(logits - most[:, None]), 1))
         tl.store(target + block, mass, mask=member < shared)
-        bad = tl.max((listed & (tl.load(poisoned + keys) != 0)).to(tl.int32), 0)
+        bad = tl.max((listed & (tl.load(non_finite + keys) != 0)).to(tl.int32), 0)
         tl.store(bad_ptr + (list_row * segments + segment) * columns + block, bad)
 
 
@@ -155,21 +155,21 @@ def estimate_unvisited(
     block_rows = TILE_BYTES // (block_dim * query.element_size())
     key_block = max(16, min(block_rows, BLOCK_LEN))
     together = max(1, min(triton.next_power_of_2(shared), min(block_rows, ROWS) // SAMPLES))
-    own_blocks = triton.cdiv(plan.segment_len, key_block)
-    columns = own_blocks + triton.cdiv(longest, key_block)
+    seg_blocks = triton.cdiv(plan.segment_len, key_block)
+    columns = seg_blocks + triton.cdiv(longest, key_block)
     width = 1 + triton.cdiv(longest, BLOCK_LEN)
     rows = sample_segments(n_queries, plan.segment_len, SAMPLES, query.device).to(torch.int32)
     mass = torch.empty(batch * heads, segments, SAMPLES, columns, dtype=torch.float32, device=query.device)
     bad = torch.empty(batch * lists, segments, columns, dtype=torch.int32, device=query.device)
     unvisited = torch.empty(batch, heads, segments, width, dtype=torch.float32, device=query.device)
-    sizes = {"SAMPLES": SAMPLES, "OWN_BLOCKS": own_blocks, "KEY_BLOCK": key_block}
+    sizes = {"SAMPLES": SAMPLES, "OWN_BLOCKS": seg_blocks, "KEY_BLOCK": key_block}
     block_masses_kernel[
         triton.cdiv(columns, PROGRAM_BLOCKS), segments * triton.cdiv(shared, together), batch * lists
     ](
-        query, key, plan.key_index, plan.prefix_count, rows, find_poisoned(key, value),
+        query, key, plan.key_index, plan.prefix_count, rows, find_non_finite(key, value),
         rows if mask.key_mask is None else mask.key_mask, mass, bad, *query.stride()[:3], *key.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0), n_queries, n_keys, segments, longest, columns, lists,
-        shared, heads // kv_heads, mask.offset, mask.own_offset(n_queries, n_keys), *logit_scales(scale, softcap),
+        shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(scale, softcap),
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_SOFTCAP=softcap is not None,
         SEGMENT=plan.segment_len, HEADS=together, PROGRAM_BLOCKS=PROGRAM_BLOCKS, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, STAGES=STAGES, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

@@ -44,7 +44,6 @@ def lower(
     node: fx.Node,
     options: Mapping[str, Any],
     *,
-    training: str,
     dense_heads: Sequence[int],
     head_tau: Sequence[float],
 ) -> Rejected | None:
@@ -53,12 +52,11 @@ def lower(
     Args:
         node: A call of flex_attention.
         options: Keyword arguments of the operator.
-        training: "sparse" if calls that want gradients are made sparse, too.
         dense_heads: Key/value heads that visit everything.
         head_tau: Tau of each query head, empty for that of the options.
     """
     call = flex.operands(node)
-    refused = _check(node, call, options, training)
+    refused = _check(node, call, options)
     if refused is not None:
         return refused
     tau = tuple(head_tau) or tuple(options.get("head_tau") or ()) or options.get("tau", OperatorOptions.tau)
@@ -78,7 +76,7 @@ def lower(
     return refused
 
 
-def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any], training: str) -> Rejected | None:
+def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> Rejected | None:
     if options.get("implementation", "auto") not in ("auto", "flex"):
         return Rejected(
             'implementation=%r knows no functions of its own, "auto" and "flex" do', options["implementation"]
@@ -100,10 +98,7 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any], trai
         return Rejected("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
     wanted = [x for x in tree_leaves(value_of(node)) if isinstance(x, torch.Tensor)]
     if any(x.requires_grad for x in wanted):
-        if training != "sparse":
-            return Rejected('gradients are wanted: S2OConfig(training="sparse") makes them sparse, too')
-        if query.device.type == "cpu":
-            return Rejected("gradients are wanted, and FlexAttention has no backward on a CPU")
+        return Rejected("gradients are wanted: call the model under torch.no_grad()")
     shortest = options.get("min_seq_len")
     if shortest is None:
         shortest = PAYS_FROM.get(query.device.type, "auto")

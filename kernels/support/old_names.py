@@ -1,0 +1,54 @@
+"""Keywords that were renamed or removed: the old ones warn and mean what they meant, or say why they are gone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from s2o_compile.kernels.support.arguments import shown
+
+
+class Removed(NamedTuple):
+    """A keyword that is gone.
+
+    Attributes:
+        harmless: Its one value that changes nothing now: it is dropped with a warning.
+        reason: Why every other value is gone, and what to do.
+    """
+
+    harmless: object
+    reason: str
+
+
+def current_names(
+    given: Mapping[str, object], renamed: Mapping[str, str], removed: Mapping[str, Removed]
+) -> dict[str, object]:
+    """The keywords with today's names.
+
+    Args:
+        given: Keywords of a call, or fields of a file.
+        renamed: Today's name of each old one.
+        removed: What is gone.
+
+    Raises:
+        ValueError: A removed keyword asks for what is gone, or both names of one keyword are given.
+    """
+    found = dict(given)
+    for old, new in renamed.items():
+        if old in found:
+            if new in found:
+                raise ValueError(f"{old}: expected one of {old} and {new}, got both. {old} is now called {new}.")
+            _warn(f"{old} is now called {new}; the old name will go.")
+            found[new] = found.pop(old)
+    for name, gone in removed.items():
+        if name in found:
+            value = found.pop(name)
+            if value != gone.harmless:
+                raise ValueError(f"{name}: expected none, got {shown(value)}. It was removed: {gone.reason}")
+            _warn(f"{name} was removed and {gone.harmless!r} changes nothing; leave it out.")
+    return found
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, DeprecationWarning, stacklevel=4)
