@@ -91,7 +91,8 @@ def s2o(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
-        with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + _schemas()):
+        tag = torch.compiler.config.cache_key_tag + _schemas()
+        with torch.compiler.config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
             return compile_fx(gm, example_inputs, config_patches=patches)
     for_tensorrt = config.inner_backend == "tensorrt"
     if mode or (others and not for_tensorrt):

@@ -67,11 +67,11 @@ UNWINDOWED = [
 def define(inputs, plan, tau):
     """What the definition makes of a plan, in float64 on the CPU."""
     wide = inputs.to("cpu").to(torch.float64)
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=tau)
+    return definition.attend(wide.call, move_plan(plan, "cpu"), tau)
 
 
 def assert_like_definition(inputs, plan, tau):
-    actual = torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+    actual = torch_forward.attend(inputs.call, plan, tau)
     expected = define(inputs, plan, tau)
     assert actual.output.dtype == inputs.query.dtype
     assert actual.lse.dtype == torch.float32
@@ -118,7 +118,7 @@ class TestRanked:
         inputs = CASES[2].inputs()
         before = [x.clone() for x in inputs.tensors]
         plan = build_plan(inputs)
-        torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=1.0)
+        torch_forward.attend(inputs.call, plan, 1.0)
         assert all(torch.equal(x, y) for x, y in zip(inputs.tensors, before, strict=True))
 
     @pytest.mark.parametrize("device", [CUDA])
@@ -132,7 +132,7 @@ class TestNatural:
     @pytest.mark.parametrize("case", [*WINDOWED, *UNWINDOWED], ids=str)
     def test_equals_dense_attention(self, case, poison_empty):
         inputs = case.inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
         assert (actual.computed == torch.tensor(position_counts(inputs))).all()
@@ -140,12 +140,12 @@ class TestNatural:
     def test_long_ranges_are_merged_from_steps(self, monkeypatch):
         inputs = Case(queries=700, batch=2, window=500, padding="left").inputs()
         monkeypatch.setattr(torch_exact, "KEY_STEP", 96)
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
     def test_equals_dense_attention_at_length_4097(self):
         inputs = Case(queries=4097, heads=1, window=1000, dtype="bf16").inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -165,7 +165,7 @@ class TestWithoutTheFusedOp:
     @pytest.mark.parametrize("case", [WINDOWED[2], WINDOWED[6], WINDOWED[8]], ids=str)
     def test_natural(self, case):
         inputs = case.inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.impl.triton import exact as triton_exact
 from s2o_compile.kernels.impl.triton import few_dims as triton_few_dims
@@ -139,11 +140,11 @@ SCORED = [
 def define(inputs, plan, tau):
     """What the definition makes of a plan, in float64 on the CPU."""
     wide = inputs.to("cpu").to(torch.float64)
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=tau)
+    return definition.attend(wide.call, move_plan(plan, "cpu"), tau)
 
 
 def assert_like_definition(inputs, plan, tau):
-    actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+    actual = triton_forward.attend(inputs.call, plan, tau)
     expected = define(inputs, plan, tau)
     assert actual.output.dtype == inputs.query.dtype
     assert actual.lse.dtype == torch.float32
@@ -202,7 +203,7 @@ class TestOverflow:
     def test_of_a_list_restarts(self, device, towering, build_plan):
         inputs = towering(device)
         plan = build_plan(inputs, segment_len=256, chunk_len=CHUNK_LEN)
-        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        actual = triton_forward.attend(inputs.call, plan, 0.0)
         assert_close(actual, exact_attention(inputs), inputs)
         seen = [128, 256, 384, 512, 600]
         assert actual.computed.flatten().tolist() == seen[:2] + [2 * keys for keys in seen[2:]]
@@ -211,7 +212,7 @@ class TestOverflow:
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     def test_in_position_order(self, device, window, towering):
         inputs = towering(device, window)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -219,7 +220,7 @@ class TestNatural:
     @pytest.mark.parametrize(("device", "case"), NATURAL)
     def test_equals_dense_attention(self, device, case, poison_empty):
         inputs = case.inputs(device)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
         unpadded = Inputs(*inputs.tensors, dataclasses.replace(inputs.mask, key_mask=None), 1.0)
@@ -252,7 +253,7 @@ class TestWideOffsets:
     )
     def test_natural(self, device, case):
         inputs = case.inputs(device)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -324,7 +325,7 @@ class TestRanking:
         torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
         torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
 
-    @pytest.mark.parametrize("ranking_per", rank.RANKING_PER)
+    @pytest.mark.parametrize("ranking_per", RANKING_PER)
     @pytest.mark.parametrize(("device", "case"), SCORED)
     def test_lists_are_those_of_the_torch_ranking(self, device, case, ranking_per, build_plan):
         """fp16 may swap neighbours; the best eighth must be the same keys but for a few at its edge."""
@@ -346,6 +347,6 @@ class TestWithoutOwnKeys:
     def test_nothing_overflows(self, device, case, build_plan):
         inputs = case.inputs(device)
         plan = build_plan(inputs, segment_len=128, chunk_len=CHUNK_LEN)
-        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        actual = triton_forward.attend(inputs.call, plan, 0.0)
         assert_close(actual, exact_attention(inputs), inputs)
         assert (actual.computed <= case.n_keys).all()

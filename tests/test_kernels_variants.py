@@ -80,13 +80,11 @@ NATURAL_ON_CUDA = [
 def define(inputs, plan, tau):
     """What the definition makes of a plan, in float64 on the CPU."""
     wide = inputs.to("cpu").to(torch.float64)
-    options = {"scale": wide.scale, "tau": tau, "softcap": wide.softcap}
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), **options)
+    return definition.attend(wide.call, move_plan(plan, "cpu"), tau)
 
 
 def assert_like_definition(executor, inputs, plan, tau):
-    options = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
-    actual = executor.attend(*inputs.tensors, inputs.mask, plan, **options)
+    actual = executor.attend(inputs.call, plan, tau)
     expected = define(inputs, plan, tau)
     assert actual.output.dtype == inputs.query.dtype
     assert actual.lse.dtype == torch.float32
@@ -96,7 +94,7 @@ def assert_like_definition(executor, inputs, plan, tau):
 
 
 def attend_exact(module, inputs):
-    return module.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale, softcap=inputs.softcap)
+    return module.attend_exact(inputs.call)
 
 
 @pytest.mark.parametrize("case", RANKED, ids=str)

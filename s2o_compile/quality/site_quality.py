@@ -140,7 +140,7 @@ class _Sums:
         area = call.mask.area(batch, n_queries, call.key.shape[2]).sum().item()
         self.density = call.densities(result) * area + self.density.to(difference.device)
         self.area += area
-        visible = whole_tiles(call.mask, n_queries, call.key.shape[2], exact.device).double()
+        visible = whole_tiles(call).double()
         self.tile_keys = _add_at_front(self.tile_keys, result.computed.double().mean((0, 1)))
         self.tile_visible = _add_at_front(self.tile_visible, visible)
         self.tile_calls = _add_at_front(self.tile_calls, torch.ones_like(visible))
