@@ -19,12 +19,12 @@ import torch
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
-from s2o_compile.kernels.support.torch_compat import (
+from s2o_compile.kernels.support.torch_compat import schema_of
+from s2o_compile.kernels.support.torch_compile import (
     compile_fx,
     inductor_mode_options,
     inductor_options,
     lookup_backend,
-    schema_of,
 )
 from s2o_compile.rewriting import rewrite
 

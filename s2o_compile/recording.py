@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
-from s2o_compile.kernels.support.torch_compat import compile_seconds, graph_breaks
+from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, join_calls
 

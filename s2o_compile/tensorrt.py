@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 from s2o_compile.aot.export import export
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError, TensorRTUnavailableError
-from s2o_compile.kernels.support.torch_compat import OpOverload, lookup_backend
+from s2o_compile.kernels.support.torch_compat import OpOverload
+from s2o_compile.kernels.support.torch_compile import lookup_backend
 
 
 def compile(

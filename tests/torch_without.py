@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["S2O_TUNED"] = ""
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "kernels" / "support"
+HOMES = ("torch_compat.py", "torch_compile.py", "torch_inductor.py")
 HOME = "s2o_compile.kernels.support.torch_compat"
 NAMED = re.compile(
     r'(?:_named|_later|_attribute)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]|^    "(torch\.[\w.]+)",$', re.MULTILINE
@@ -26,7 +27,7 @@ ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 
 def paths():
     """Every name by its path, out of the sources: a child must not have imported the package before."""
-    sources = "".join((FOLDER / name).read_text() for name in ("torch_compat.py", "torch_inductor.py"))
+    sources = "".join((FOLDER / name).read_text() for name in HOMES)
     found = [next(filter(None, groups)) for groups in NAMED.findall(sources)]
     functions = [f"torch.{module}.{name}" for module in ("_C._functorch", "_functorch.predispatch") for name in VMAP]
     return sorted({*found, *functions, *(f"torch._higher_order_ops.triton_kernel_wrap.{name}" for name in ANALYSES)})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2o_compile.kernels.support.torch_compat import _named, _NotRaised
+from s2o_compile.kernels.support.torch_compat import _named
+from s2o_compile.kernels.support.torch_compile import _NotRaised
 
 PACKAGES = "packages"
 

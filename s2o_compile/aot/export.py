@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
-from s2o_compile.kernels.support.torch_compat import UserError, UserErrorType, fake_mode_of, is_compiled
+from s2o_compile.kernels.support.torch_compat import fake_mode_of
+from s2o_compile.kernels.support.torch_compile import UserError, UserErrorType, is_compiled
 from s2o_compile.passes.graph import exported
 from s2o_compile.rewriting import rewrite
 

@@ -30,13 +30,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
-from s2o_compile.kernels.support.torch_compat import (
-    TorchDispatchMode,
-    base_of,
-    buffers_of,
-    tree_leaves,
-    uncompiled,
-)
+from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, base_of, buffers_of, tree_leaves
+from s2o_compile.kernels.support.torch_compile import uncompiled
 from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2o_compile.kernels.support.torch_compat import mark_dynamic
+from s2o_compile.kernels.support.torch_compile import mark_dynamic
 
 _HOOK = "create_masks_for_generate"
 _MARK = "inputs_embeds"  # an argument of the call; dicts of finished masks have layer types for keys

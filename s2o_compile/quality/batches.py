@@ -15,7 +15,7 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
-from s2o_compile.kernels.support.torch_compat import is_compiled
+from s2o_compile.kernels.support.torch_compile import is_compiled
 from s2o_compile.report import Report
 
 Batch = Tensor | Mapping[str, Tensor]
