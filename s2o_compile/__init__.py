@@ -10,7 +10,10 @@ config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budge
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
+
+import torch
 
 from s2o_compile.api import explain, optimize
 from s2o_compile.config import S2OConfig
@@ -28,9 +31,11 @@ from s2o_compile.errors import (
     TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
+    UntestedTorchWarning,
     UnusedWeightsWarning,
 )
 from s2o_compile.functional import attention
+from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, torch_release
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -41,6 +46,14 @@ if TYPE_CHECKING:
     from s2o_compile.quality.calibrate import calibrate
     from s2o_compile.quality.evaluate import evaluate
     from s2o_compile.quality.evaluation import Evaluation
+
+if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
+    warnings.warn(
+        f"s2o_compile: expected torch {'.'.join(map(str, FIRST_TESTED))} to {'.'.join(map(str, LAST_TESTED))}, got "
+        f"{torch.__version__}, which is untested. Install a torch of that range if something fails.",
+        UntestedTorchWarning,
+        stacklevel=2,
+    )
 
 _LOADED_ON_FIRST_USE = {
     "Evaluation": "quality.evaluation",
@@ -73,6 +86,7 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UntestedTorchWarning",
     "UnusedWeightsWarning",
     "attention",
     "calibrate",

@@ -92,3 +92,26 @@ def test_no_name_is_invented():
     assert set(LAZY) == set(s2o_compile._LOADED_ON_FIRST_USE) <= set(s2o_compile.__all__)
     with pytest.raises(AttributeError, match="module 's2o_compile' has no attribute 'exprot'"):
         _ = s2o_compile.exprot
+
+
+@pytest.mark.parametrize(("version", "warned"), [("2.14.0", 1), ("3.0.0a1+cu999", 1), ("2.10.2", 1), ("2.13.7+cpu", 0)])
+def test_an_untested_torch_warns_once_and_works(version, warned):
+    """Under `-W error` this warning would stop the import, so that a program can refuse an untested torch."""
+    words = run(
+        f"""
+import warnings, torch
+torch.__version__ = torch.torch_version.TorchVersion({version!r})
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    import s2o_compile
+    import s2o_compile.backend
+ours = [x for x in found if issubclass(x.category, s2o_compile.UntestedTorchWarning)]
+assert all("expected torch 2.11 to 2.13, got {version}" in str(x.message) for x in ours)
+q, k, v = torch.randn(3, 1, 2, 256, 16).unbind(0)
+exact = s2o_compile.S2OConfig(tau=0.0, min_seq_len=0)
+expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+torch.testing.assert_close(s2o_compile.attention(q, k, v, config=exact), expected)
+print(len(ours), issubclass(s2o_compile.UntestedTorchWarning, UserWarning))
+"""
+    )
+    assert words == [str(warned), "True"]
