@@ -74,8 +74,8 @@ def read(model: torch.nn.Module, some: Text, config: S2OConfig, observer: Observ
 
 def curve(meter: CurveMeter, place: int) -> dict[str, object]:
     """Errors and density of all layers at one of TAUS."""
-    errors = [site.errors()[place] for site in meter.sites.values()]
-    densities = [site.densities()[place] for site in meter.sites.values()]
+    errors = [site.sums.errors()[place] for site in meter.sites.values()]
+    densities = [site.sums.densities()[place].mean().item() for site in meter.sites.values()]
     return {
         "density": round(statistics.mean(densities), 4),
         "mean": round(statistics.mean(errors), 4),

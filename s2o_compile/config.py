@@ -123,7 +123,7 @@ class S2OConfig(OperatorOptions):
             if not isinstance(given, bool):
                 raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
-        backends = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
+        backends = {*torch.compiler.list_backends(exclude_tags=()), "tensorrt"} - {"s2o"}
         if not is_one_of(self.inner_backend, known := sorted(backends)):
             raise OptionError(unknown_name("inner_backend", self.inner_backend, known))
 

@@ -15,8 +15,8 @@ transformers, tokenizers = pytest.importorskip("transformers"), pytest.importors
 safetensors = pytest.importorskip("safetensors.torch")
 
 from s2o_compile.cli import demo  # noqa: E402
+from s2o_compile.cli import main as cli  # noqa: E402 (needs typer)
 from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
-from s2o_compile.cli.main import main as cli  # noqa: E402 (needs typer)
 from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
 
 WEIGHTS = "model.safetensors"
