@@ -18,7 +18,7 @@ from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
 from s2o_compile.passes.site import AttentionSite, SiteRecord, module_path, record, unique_names
@@ -157,7 +157,8 @@ def _make_sparse(
     place = next(place for place in (node, *inner) if place in records)
     left = records[place]
     try:
-        refused = flex_sparse.lower(
+        refused = attempt(
+            flex_sparse.lower,
             node,
             options,
             dense_heads=dense_heads.get(left.name, ()),

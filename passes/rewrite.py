@@ -18,7 +18,7 @@ from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
 from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
 from s2o_compile.passes.masks.proof import KeyMask, MaskPart
 from s2o_compile.passes.site import AttentionSite
@@ -61,7 +61,7 @@ class Rewriter:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
         self._inserted = []
         try:
-            return self._replace(site)
+            return attempt(self._replace, site)
         except Exception as error:  # a failure of the pass itself must not fail the user's compilation
             logger.exception("%s: the pass failed", site.node)
             for node in reversed(self._inserted):
@@ -71,26 +71,20 @@ class Rewriter:
             self._read = {memo: node for memo, node in self._read.items() if not is_erased(node)}
             return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
-    def _replace(self, site: AttentionSite) -> Rejected | None:
+    def _replace(self, site: AttentionSite) -> None:
         node = site.node
         restored = _restored(site)
         if restored is None:
-            return Rejected("the operator cannot reproduce the shape and strides of its output")
+            raise Refused("the operator cannot reproduce the shape and strides of its output")
         layout, restore = restored
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
         output = value_of(node)
         if isinstance(output, torch.Tensor) and output.requires_grad:
-            return Rejected(
-                "gradients are wanted and the sparse operator has none: call the model under torch.no_grad()"
-            )
-        arguments = self._arguments(site, layout)
-        if isinstance(arguments, Rejected):
-            return arguments
-        refused = self._check(site) if self._check_assumptions else None
-        if refused is not None:
-            return refused
-        positional, keyword = arguments
+            raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+        positional, keyword = self._arguments(site, layout)
+        if self._check_assumptions:
+            self._check(site)
         with self._graph.inserting_before(node):
             call = self._graph.call_function(function, positional, keyword)
         self._inserted.append(call)
@@ -113,9 +107,8 @@ class Rewriter:
                 inputs += part.all_input_nodes
                 self._graph.erase_node(part)
         remove_dead(self._graph, inputs)
-        return None
 
-    def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
+    def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         keyword: dict[str, Any] = {**self._options, "scale": site.scale, "site": site.name, "layout": layout}
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
@@ -124,23 +117,16 @@ class Rewriter:
         if site.head_tau:
             keyword["head_tau"] = list(site.head_tau)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
-        if isinstance(mask, Rejected):
-            return mask
         operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
-        refused = next((operand for operand in operands if isinstance(operand, Rejected)), None)
-        if refused is not None:
-            return refused
         sinks = () if site.sinks is None else (site.sinks,)
         return (*operands, mask, *sinks), keyword
 
-    def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected | None:
+    def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | None:
         """The key mask [B, Nk], if there is one; the rest of the mask becomes keyword arguments."""
         keyword["causal"] = site.mask.causal
         for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
             if size is not None:
                 keyword[name] = self._size(size, site.node)
-                if isinstance(keyword[name], Rejected):
-                    return keyword[name]
         if site.mask.chunk is not None:
             keyword["attention_chunk"] = site.mask.chunk
         if site.mask.fully_masked == "mean":
@@ -148,19 +134,17 @@ class Rewriter:
         key_mask = None
         for part in site.mask.key_masks:
             operand = self._key_mask(part, site)
-            if isinstance(operand, Rejected):
-                return operand
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
         return key_mask
 
-    def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected:
+    def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node:
         """A mask that the operator reads: the only one as it is, several as what they make of scores of zero."""
         reading, query = site.mask.read, site.query.value
         assert reading is not None
         for part in reading.parts:
             leading = value_of(part.node).shape[:-2][::-1]
             if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
-                return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
+                raise Refused("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
         memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.fully_masked == "mean":
@@ -186,40 +170,32 @@ class Rewriter:
             masked = self._insert(at, torch.Tensor.to, filled, query.dtype)
         return self._insert(at, torch.masked_fill, masked, filled, part.hidden)
 
-    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
+    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node:
         node = operand.node
         for function, args in operand.steps:
             emitted = [self._size(arg, before) if isinstance(arg, torch.SymInt) else arg for arg in args]
-            refused = next((arg for arg in emitted if isinstance(arg, Rejected)), None)
-            if refused is not None:
-                return refused
             node = self._insert(before, function, node, *emitted)
         return node
 
-    def _check(self, site: AttentionSite) -> Rejected | None:
+    def _check(self, site: AttentionSite) -> None:
         """Compares a mask with what was promised of it, once for all layers that share it."""
         promised, blocks = site.mask.promised, site.mask.blocks
         if promised is None and blocks is None:
-            return None
+            return
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
         watched = (promised,) if blocks is None else (*blocks.partial, *blocks.full)
         # The same tables may be promised of two masks: each is compared.
         memo = watched, str(site.mask), *(part.identity for part in site.mask.key_masks), *map(str, lengths)
         if memo in self._checked:
-            return None
+            return
         query_len, key_len = (self._size(length, site.node) for length in lengths)
-        if isinstance(query_len, Rejected):
-            return query_len
-        if isinstance(key_len, Rejected):
-            return key_len
         if promised is not None:
             self._insert(site.node, check_causal, promised, query_len, key_len)
         if blocks is not None:
             self._insert(site.node, check_blocks, blocks.mask, query_len, key_len, *blocks.sizes, *watched)
         self._checked.add(memo)
-        return None
 
-    def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
+    def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node:
         """The mask as a [B, Nk] tensor, computed once for all layers."""
         batch, key_len = site.query.value.shape[0], site.key.value.shape[-2]
         memo = (*mask.identity, str(batch), str(key_len))
@@ -228,15 +204,9 @@ class Rewriter:
         node, at = mask.node, site.node
         if not (known(mask.key_start == 0) and known(value_of(node).shape[mask.key_dim] == key_len)):
             start, length = self._size(mask.key_start, at), self._size(key_len, at)
-            if isinstance(start, Rejected):
-                return start
-            if isinstance(length, Rejected):
-                return length
             node = self._insert(at, torch.narrow, node, mask.key_dim, start, length)
         if mask.batch_dim is not None and not known(value_of(node).shape[mask.batch_dim] == batch):
             rows = self._size(batch, at)  # it is read row by row, and may hold more of them
-            if isinstance(rows, Rejected):
-                return rows
             node = self._insert(at, torch.narrow, node, mask.batch_dim, 0, rows)
         # Highest dimension first, so that the lower ones keep their numbers.
         for dim, position in sorted(mask.selected, reverse=True):
@@ -249,13 +219,11 @@ class Rewriter:
             node = self._insert(at, torch.logical_not, node)
         if not known(value_of(node).shape[0] == batch):
             rows = self._size(batch, at)
-            if isinstance(rows, Rejected):
-                return rows
             node = self._insert(at, torch.Tensor.expand, node, rows, -1)
         self._key_masks[memo] = node
         return node
 
-    def _size(self, size: Size, before: fx.Node) -> fx.Node | int | Rejected:
+    def _size(self, size: Size, before: fx.Node) -> fx.Node | int:
         return sizes.emit(size, self._graph, before)
 
     def _insert(self, before: fx.Node, function: Callable[..., Any], *args: Argument) -> fx.Node:

@@ -23,12 +23,8 @@ from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNam
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.inlining import inline
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.rewrite import remove_dead
-
-
-class UnsupportedError(Exception):
-    """A node asks for something that is not opened; the message is the reason for the user."""
 
 
 def _multi_head(
@@ -42,9 +38,9 @@ def _multi_head(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What ``F.multi_head_attention_forward`` computes, [N, B, E], with its masks kept apart from the heads."""
     if any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
-        raise UnsupportedError("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
+        raise Refused("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
     if query.ndim != 3:
-        raise UnsupportedError("its query has no batch dimension: add one with unsqueeze")
+        raise Refused("its query has no batch dimension: add one with unsqueeze")
     if use_separate_proj_weight:
         biases = in_bias.chunk(3) if in_bias is not None else (None, None, None)
         q, k, v = F._in_projection(query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, *biases)  # pyright: ignore
@@ -82,7 +78,7 @@ def _encoder_layer(
 ) -> Tensor:  # fmt: skip
     """What ``nn.TransformerEncoderLayer`` computes, batch first, in eval mode; see its ``forward``."""
     if src.is_nested:
-        raise UnsupportedError("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
+        raise Refused("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
 
     def attend(x: Tensor) -> Tensor:
         rows = x.transpose(0, 1)
@@ -155,40 +151,45 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def expand(node: fx.Node) -> Expansion | Rejected:
-    """Inline what an opaque node computes ahead of it.
+    """Inline what an opaque node computes ahead of it; or say why not.
 
     Args:
         node: A node for which `is_opaque` holds.
     """
+    return attempt(_expand, node)
+
+
+def _expand(node: fx.Node) -> Expansion:
     output = tree_leaves(value_of(node))
     if any(isinstance(x, Tensor) and x.requires_grad for x in output):
-        return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+        raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
     if isinstance(value_of(node), tuple):
         for user in node.users:
             if user.target is not operator.getitem:
-                return Rejected("its result is passed on whole to %s", user)
+                raise Refused("its result is passed on whole to %s", user)
             if user.args[1] == 1 and user.users and not flex.is_call(node):
-                return Rejected("its attention weights are read: pass need_weights=False")
+                raise Refused("its attention weights are read: pass need_weights=False")
     if flex.is_call(node):
         return _flex(node)
     values = [value_of(leaf) for leaf in node.all_input_nodes]
     fakes = [value for value in values if isinstance(value, FakeTensor)]
     if not fakes or not all(isinstance(value, FakeTensor) for value in values if isinstance(value, Tensor)):
-        return Rejected("the shapes of its operands are not recorded in the graph")
+        raise Refused("the shapes of its operands are not recorded in the graph")
     try:
         return Expansion(node, *inline(node, OPENED[node.target]))
-    except (UnsupportedError, MissingTorchNameError) as error:
-        return Rejected(str(error))
+    except MissingTorchNameError as error:
+        raise Refused(str(error)) from error
 
 
-def _flex(node: fx.Node) -> Expansion | Rejected:
-    nodes: list[fx.Node] = []
+def _flex(node: fx.Node) -> Expansion:
+    expansion = Expansion(node, [], None)
     try:
-        output = flex.write(node, nodes)
-    except Exception as error:  # whatever a user's functions ask of fake tensors
-        output = Rejected("its score_mod or mask_mod could not be written out (%s: %s)", type(error).__name__, error)
-    expansion = Expansion(node, nodes, (output, None, None))
-    if isinstance(output, Rejected):
+        expansion.outputs = (flex.write(node, expansion.nodes), None, None)
+    except Refused:
         expansion.erase()
-        return output
+        raise
+    except Exception as error:  # whatever a user's functions ask of fake tensors
+        expansion.erase()
+        kind = type(error).__name__
+        raise Refused("its score_mod or mask_mod could not be written out (%s: %s)", kind, error) from error
     return expansion

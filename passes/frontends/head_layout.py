@@ -18,7 +18,7 @@ import torch
 
 from s2o_compile.passes.graph.nodes import Size, known
 from s2o_compile.passes.graph.operand import Operand, Step
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks.proof import MERGED
 
 Axes = tuple[int | None, ...]
@@ -43,7 +43,7 @@ class Heads:
 
 def to_heads(
     query: Operand, key: Operand, value: Operand, heads: int | None, scores: Sequence[Size], weights: Sequence[Size]
-) -> Heads | Rejected:
+) -> Heads:
     """The operands of two products over [B, H, N, D].
 
     Args:
@@ -56,23 +56,23 @@ def to_heads(
     """
     operands = (query, key, value)
     if not all(isinstance(operand.value, torch.Tensor) for operand in operands):
-        return Rejected("the shapes of query, key and value are not recorded in the graph")
+        raise Refused("the shapes of query, key and value are not recorded in the graph")
     shapes = ", ".join(str(tuple(operand.value.shape)) for operand in operands)
     rank = max(len(weights), value.value.ndim)
     if len(scores) > 5 or rank > 5:
-        return Rejected("query, key and value have shapes %s, expected at most [B, Hkv, G, N, D]", shapes)
+        raise Refused("query, key and value have shapes %s, expected at most [B, Hkv, G, N, D]", shapes)
     if value.value.ndim > len(weights) > 2 and not known(weights[0] == 1):
-        return Rejected("its probabilities of shape %s are broadcast to values of a higher rank", tuple(weights))
+        raise Refused("its probabilities of shape %s are broadcast to values of a higher rank", tuple(weights))
     lifted = [_lifted(operand, at) for operand, at in zip(operands, (len(scores), len(scores), rank), strict=True)]
     rows = [operand.value.shape[0] for operand in lifted if operand.value.ndim == 3]
     several = [count for count in rows if not known(count == 1)]
     if not all(known(count == several[0]) for count in several):
-        return Rejected("its products broadcast %s rows of heads to one another", ", ".join(map(str, rows)))
+        raise Refused("its products broadcast %s rows of heads to one another", ", ".join(map(str, rows)))
     groups = next((tuple(shape[1:3]) for shape in (scores, weights) if len(shape) == 5), None)
     fours = [_four(operand, heads or 1, groups) for operand in lifted]
     found = [operand for operand in fours if operand is not None]
     if len(found) < len(fours):
-        return Rejected("query, key and value of shapes %s have no common split into heads", shapes)
+        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
     restore: dict[int, tuple[Step, ...]] = {
         2: ((torch.select, (0, 0)), (torch.select, (0, 0))),
         3: ((torch.flatten, (0, 1)),),
@@ -80,7 +80,7 @@ def to_heads(
     }
     brought = broadcast(*found)
     if rank == 5 and not known(math.prod(groups or ()) == brought[0].value.shape[1]):
-        return Rejected("query, key and value of shapes %s have no common split into heads", shapes)
+        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
     return Heads(*brought, restore.get(rank, ()))
 
 

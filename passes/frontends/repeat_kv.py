@@ -19,6 +19,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.operand import Operand
+from s2o_compile.passes.graph.rejected import attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.prover import MaskProver
@@ -98,8 +99,8 @@ def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size],
     full = value_of(node).shape
     indices = tuple(IndexTensor.axis(full, dim) for dim in range(len(full)))
     while True:
-        source = views.source(node, prover.indices)
-        if not isinstance(source, views.Source) or value_of(source.node).dtype != value_of(node).dtype:
+        source = attempt(views.source, node, prover.indices)
+        if not source or value_of(source.node).dtype != value_of(node).dtype:
             return None
         indices = tuple(index.at(indices, full) for index in source.indices)
         node = source.node

@@ -17,7 +17,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import storages, tree_leaves
 from s2o_compile.passes.graph.calls import function_name, may_alias, may_reshape, written_nodes
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 
 _ANYWHERE = -1
 """The storage of tensors that do not say where they lie: who writes there may write to any tensor."""
@@ -83,7 +83,7 @@ class Mutations:
         start, stop = self._position[node], self._position[before]
         return next((w for w in reversed(self.writers(node)) if start < self._position[w] < stop), None)
 
-    def settled(self, node: fx.Node) -> fx.Node | Rejected:
+    def settled(self, node: fx.Node) -> fx.Node:
         """The node that, read as a function, says what the tensor of ``node`` holds: its last write, or itself.
 
         Inside `before` that is the state before the write.
@@ -93,7 +93,7 @@ class Mutations:
             return node
         chain = self._chain(written[0]) if len(written) == 1 else None
         if chain is None:
-            return Rejected("%s is changed in place by %s", node, self._writers[written[0]][0])
+            raise Refused("%s is changed in place by %s", node, self._writers[written[0]][0])
         # Anything else in the storage is a view made after the last write, and says what it is.
         return chain[self._state.get(written[0], len(chain) - 1)] if node in chain else node
 

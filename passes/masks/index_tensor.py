@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from s2o_compile.passes.graph.nodes import Size, bounds, known
-from s2o_compile.passes.graph.rejected import Rejected
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +121,6 @@ COMPARISONS = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne":
 class Evaluator(Protocol):
     """What finds the symbolic value of an index tensor (`IndexEvaluator`)."""
 
-    def evaluate(self, argument: object) -> IndexTensor | Rejected:
-        """Value of a node or of a Python number, as a tensor of its shape."""
+    def evaluate(self, argument: object) -> IndexTensor:
+        """Value of a node or of a Python number, as a tensor of its shape; raises `Refused`."""
         ...

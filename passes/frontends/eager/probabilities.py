@@ -18,7 +18,7 @@ from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.frontends.eager.scores import Fill
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.prover import MaskProver
 
@@ -56,7 +56,7 @@ def feed_product(node: fx.Node, depth: int = 6) -> bool:
     return False
 
 
-def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities | Rejected:
+def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities:
     """The product of probabilities and values, and what lies before it.
 
     Args:
@@ -76,7 +76,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         writes = bool(users) and any(node in written_nodes(users[0]) for node in holders)
         if len(users) != 1 and not writes:
             others = [user for user in users if product.read(user) is None]
-            return Rejected(
+            raise Refused(
                 "its probabilities are read by %s as well, as output_attentions and need_weights ask",
                 ", ".join(map(str, others or users)),
             )
@@ -85,28 +85,26 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         found = product.read(user, weights=node)
         if found is not None:
             if cut is not None:
-                return Rejected("the probabilities of its sinks are not cut off before %s", user)
+                raise Refused("the probabilities of its sinks are not cut off before %s", user)
             if found.added is not None or found.alpha != 1:
-                return Rejected("%s adds a tensor to the output, or scales it", user)
+                raise Refused("%s adds a tensor to the output, or scales it", user)
             if found.right.node in (softmax, *nodes):
-                return Rejected("%s multiplies its probabilities by themselves", user)
+                raise Refused("%s multiplies its probabilities by themselves", user)
             return Probabilities(found, tuple(nodes), tuple(zeroed))
         if cut is not None and _cuts(user, node, first=cut):
             cut = None
         else:
             step = _step(user, node, prover)
-            if isinstance(step, Rejected):
-                return step
             zeroed += [] if step is None else [(step, value_of(user).shape)]
         nodes.append(user)
         holders = [*holders, user] if writes else [user]
 
 
-def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected | None:
+def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | None:
     """Where a step sets probabilities to zero; None if it passes them on as they are."""
     name = function_name(user)
     if name == "dropout" and _drops(user):
-        return Rejected("dropout is active: call model.eval()")
+        raise Refused("dropout is active: call model.eval()")
     if name == "masked_fill":
         source, condition, fill = arguments(user, "input|self", "mask", "value")
         negated = False
@@ -120,11 +118,11 @@ def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected |
             source, nan = arguments(user, "input|self", "nan")
             source = source if nan in (None, 0) else None
         if source is not node:
-            return Rejected("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
+            raise Refused("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
         return None
     zero = source is node and isinstance(condition, fx.Node) and prover.indices.fill(fill) == 0
     if not zero or not _keeps_rows(user, node):
-        return Rejected("its probabilities pass %s (%s) before they meet the values", user, name)
+        raise Refused("its probabilities pass %s (%s) before they meet the values", user, name)
     if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
         return None
     return Fill(condition, 0.0, negated, value_of(user).dtype)

@@ -20,7 +20,7 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 
 WHOLE = 1 << 30
@@ -52,10 +52,10 @@ class BlockTables:
         return tuple(table for table in (*self.partial, *self.full) if isinstance(table, fx.Node))
 
 
-def read(block_mask: object) -> BlockTables | Rejected:
+def read(block_mask: object) -> BlockTables:
     """The tables in a call's ``block_mask`` operand."""
     if not isinstance(block_mask, tuple | list) or len(block_mask) not in _LAYOUTS:
-        return Rejected("its block mask is laid out as no torch version does that this pass knows")
+        raise Refused("its block mask is laid out as no torch version does that this pass knows")
     _, _, counts, order, full_counts, full_order, *_, query_block, key_block, mask_mod = block_mask
     found = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
     kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in found.sizes) and _is_get_attr(mask_mod)
@@ -63,7 +63,7 @@ def read(block_mask: object) -> BlockTables | Rejected:
         all(_is_table(table) for table in found.full) or found.full == (None, None)
     )
     if not kinds or not tensors:
-        return Rejected("its block mask is laid out as no torch version does that this pass knows")
+        raise Refused("its block mask is laid out as no torch version does that this pass knows")
     return found
 
 
@@ -80,10 +80,10 @@ def enter(tables: BlockTables, prover: MaskProver) -> bool:
     )
 
 
-def follow(
+def check_follow(
     tables: BlockTables, body: fx.Graph, captured: Sequence[object], lengths: Sequence[Size], prover: MaskProver
-) -> Rejected | None:
-    """Why the tables do not follow from the mask_mod; None if they do.
+) -> None:
+    """Raises `Refused` unless the tables follow from the mask_mod.
 
     Args:
         tables: Of one call.
@@ -93,19 +93,19 @@ def follow(
         prover: Of the graph.
     """
     if not all(isinstance(size, int) for size in tables.sizes):
-        return Rejected("its block size %s is no constant", tables.sizes)
+        raise Refused("its block size %s is no constant", tables.sizes)
     partial, full = _blocks(tables.partial, prover), _blocks(tables.full, prover)
     sums = None if partial is None else _partial_sums(partial, tables.sizes, separate=full is not None)
     if sums is None or (tables.full[0] is not None and (full is None or _full_sums(full, tables.sizes) is not sums)):
-        return Rejected("its block tables are made in the graph, but not by create_block_mask")
+        raise Refused("its block tables are made in the graph, but not by create_block_mask")
     mask = _dense(sums, tables.sizes)
     if mask is None:
-        return Rejected("its block tables count something else than the blocks of a mask")
+        raise Refused("its block tables count something else than the blocks of a mask")
     root, axes = _under_vmap(mask)
     written = next((node for node in _ancestors(sums, root) if prover.mutations.writer(node) is not None), None)
     if root is None or written is not None:
-        return Rejected("its block tables count a mask that is not a mask_mod's (%s)", written or mask)
-    return _Comparison(axes, body, captured, lengths, prover).differ(root)
+        raise Refused("its block tables count a mask that is not a mask_mod's (%s)", written or mask)
+    _Comparison(axes, body, captured, lengths, prover).check(root)
 
 
 def _is_get_attr(argument: object) -> bool:
@@ -231,15 +231,15 @@ class _Comparison:
         self._arguments = captured
         self._same: dict[tuple[fx.Node, fx.Node], bool] = {}
 
-    def differ(self, root: fx.Node) -> Rejected | None:
-        """The reason why they are not the same function of the same positions."""
+    def check(self, root: fx.Node) -> None:
+        """Raises `Refused` unless they are the same function of the same positions."""
         (result,) = self._result if isinstance(self._result, tuple | list) else (self._result,)
-        if self._equal(root, result):
-            return None
-        return Rejected(
-            "its block tables are not proven to be made of its own mask_mod for its own scores; call create_block_mask "
-            "with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the mask_mod looks at b and h"
-        )
+        if not self._equal(root, result):
+            raise Refused(
+                "its block tables are not proven to be made of its own mask_mod for its own scores; call "
+                "create_block_mask with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the "
+                "mask_mod looks at b and h"
+            )
 
     def _equal(self, left: object, right: object) -> bool:
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
@@ -291,8 +291,8 @@ class _Comparison:
         source = _argument(node, "add_batch_dim")
         if source is None or node.args[1:] != (0, self._levels[dim]):
             return False
-        index = self._prover.indices.evaluate(source)
-        if isinstance(index, Rejected) or index.steps != (1,):
+        index = attempt(self._prover.indices.evaluate, source)
+        if not index or index.steps != (1,):
             return False
         return known(index.const == 0) and known(index.shape[0] == self._lengths[dim])
 
