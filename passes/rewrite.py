@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.graph import sizes
-from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
@@ -26,7 +26,6 @@ from s2o_compile.passes.site import AttentionSite
 logger = logging.getLogger(__name__)
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
-_FRESH = frozenset({"zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", "new_empty"})
 
 
 class Rewriter:
@@ -274,41 +273,6 @@ def _memory_order(value: torch.Tensor) -> list[int]:
     """The dimensions from the outermost in memory to the innermost."""
     strides = value.stride()
     return sorted(range(value.ndim), key=lambda dim: sum(known(strides[dim] < other) for other in strides))
-
-
-def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
-    """Erases those of the candidates, and of what they alone used, that nobody uses and that have no effect.
-
-    Not ``Graph.eliminate_dead_code``: that would erase in-place methods such as ``cache.copy_(...)`` anywhere in a
-    Dynamo graph, for they have no users either.
-    """
-    pending = list(candidates)
-    while pending:
-        node = pending.pop()
-        if not is_erased(node) and node.users and (written := _only_written(node)):
-            for user in written:
-                pending += user.all_input_nodes
-                graph.erase_node(user)
-        if node.graph is not graph or is_erased(node) or node.users or not is_pure(node):
-            continue
-        pending += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def _only_written(node: fx.Node) -> list[fx.Node]:
-    """What uses a tensor made in the graph, last to first, if all of it only prepares writes to that tensor."""
-    if function_name(node) not in _FRESH:
-        return []
-    users, pending = set(), list(node.users)
-    while pending:
-        user = pending.pop()
-        written = written_nodes(user)
-        if user.op == "output" or not (is_pure(user) or (written == [node] and not user.users)):
-            return []
-        if user not in users:
-            users.add(user)
-            pending += user.users
-    return [user for user in reversed(node.graph.nodes) if user in users]
 
 
 def _copy_meta(source: fx.Node, target: fx.Node) -> None:

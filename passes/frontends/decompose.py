@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer, tree_leaves
 from s2o_compile.passes.frontends.flex import match as flex
+from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.inlining import inline
 from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
-from s2o_compile.passes.rewrite import remove_dead
 
 
 def _multi_head(
