@@ -1,4 +1,4 @@
-"""Writes what each pass changes in a graph to files, for a reader who looks for a pass that went wrong.
+"""Writes a graph to files before and after each pass that changes it. The files show which pass went wrong.
 
 ``S2O_DUMP=folder`` turns it on. For each step that changes a graph, two files hold its readable text:
 
@@ -52,7 +52,7 @@ class Dump:
         """Write the texts of a graph before and after a step; nothing if the step left it alone.
 
         Args:
-            step: The step's place in the order, from 1.
+            step: The step's number in the order, from 1.
             name: The step's name.
             before: The graph's text ahead of it.
             after: The graph's text behind it.

@@ -1,4 +1,4 @@
-"""Runs the passes over one captured graph and reports what became of every attention in it."""
+"""Runs the passes over one captured graph and reports the outcome of every attention in it."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class _Run:
     dense_heads: Mapping[str, Sequence[int]]
     site_tau: Mapping[str, Sequence[float]]
     expansions: list[tuple[fx.Node, decompose.Expansion | Rejected]] = dataclasses.field(default_factory=list)
-    sites: list[_Found] = dataclasses.field(default_factory=list)
+    sites: list[_Candidate] = dataclasses.field(default_factory=list)
     records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
     inner: list[SiteRecord] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Found:
+class _Candidate:
     """An attention that a frontend knows, before anything is changed.
 
     Attributes:
@@ -152,7 +152,7 @@ def _match_all(run: _Run) -> None:
     prover = MaskProver(graph, **run.prover_options)
     matches = _apart([_match(frontend, node, prover) for node, frontend in attentions])
     run.sites = [
-        _Found(node, name, frontend.operands(node), match)
+        _Candidate(node, name, frontend.operands(node), match)
         for (node, frontend), name, match in zip(attentions, names, matches, strict=True)
     ]
 
@@ -232,7 +232,7 @@ def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | 
 
 
 def _close(node: fx.Node, opened: decompose.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
-    """Keep what was inlined for an opaque node if its attentions are rewritten, else take it out again."""
+    """Replaces an opaque node by its inlined nodes if their attentions are rewritten, else erases these."""
     if isinstance(opened, Rejected):
         frontend = _frontend(node)
         call = {} if frontend is None else frontend.operands(node)
@@ -267,7 +267,7 @@ def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Ru
         run.records[recorded] = dataclasses.replace(left, reason=f"{left.reason} (sparse FlexAttention: {refused})")
 
 
-def _rewrite(site: _Found, rewriter: Rewriter, run: _Run) -> SiteRecord:
+def _rewrite(site: _Candidate, rewriter: Rewriter, run: _Run) -> SiteRecord:
     node, name, match = site.node, site.name, site.match
     query, key = value_of(site.operands.get("query")), value_of(site.operands.get("key"))
     if isinstance(match, Rejected):

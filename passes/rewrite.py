@@ -1,4 +1,4 @@
-"""Replaces a matched attention by the sparse operator and removes what only the old one needed."""
+"""Replaces a matched attention by the sparse operator and removes the nodes that only the old one needed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rewriter:
         check_assumptions: bool = False,
     ) -> None:
         self._graph = graph
-        # Only what is not the default: every argument that a graph names is read again in each of its calls.
+        # Only values other than the default: each run of the graph reads every argument that a call names.
         defaults = {
             argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
         }
@@ -137,7 +137,7 @@ class Rewriter:
         return key_mask
 
     def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node:
-        """A mask that the operator reads: the only one as it is, several as what they make of scores of zero."""
+        """A mask that the operator reads: the only one as it is, several as the scores that they make of zeros."""
         reading, query = site.mask.read, site.query.value
         assert reading is not None
         for part in reading.parts:
@@ -161,7 +161,7 @@ class Rewriter:
         return self._read[memo]
 
     def _added(self, part: MaskPart, masked: fx.Node | None, query: torch.Tensor, at: fx.Node) -> fx.Node:
-        """What the next of several masks makes of scores that were zero before the first."""
+        """The scores after the next of several masks, if they were zero before the first."""
         if part.hidden is None:
             return part.node if masked is None else self._insert(at, torch.add, masked, part.node)
         filled = self._insert(at, torch.logical_not, part.node) if part.negated else part.node
@@ -177,7 +177,7 @@ class Rewriter:
         return node
 
     def _check(self, site: AttentionSite) -> None:
-        """Compares a mask with what was promised of it, once for all layers that share it."""
+        """Inserts the check of a promise about a mask, once for all layers that share it."""
         promised, blocks = site.mask.promised, site.mask.blocks
         if promised is None and blocks is None:
             return
@@ -235,10 +235,10 @@ class Rewriter:
 
 
 def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
-    """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do.
+    """The operator's layout, and the steps behind it, that reproduce the replaced value's strides, or None.
 
-    Which of SDPA's kernels would have run decides how that is, and legal code behind it may count on it: a query stored
-    as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
+    SDPA's kernels lay their output out differently, and legal code behind them may rely on it. For example, a query
+    stored as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
     """
     wanted = value_of(site.node)
     if not isinstance(wanted, torch.Tensor):

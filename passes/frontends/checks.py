@@ -1,4 +1,4 @@
-"""What every attention must satisfy before its mask is looked at, whichever way it is spelt."""
+"""Conditions that every attention must meet before its mask is proven, in whatever form it is written."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     if any(known(size == 0) for tensor in tensors for size in tensor.shape):
         raise Refused("its query, key or value holds no element")
     if query.dtype not in DTYPES or len(dtypes) > 1:
-        found = ", ".join(str(tensor.dtype) for tensor in tensors)
-        raise Refused("query, key and value are %s, expected one of float16, bfloat16, float32 for all", found)
+        got = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise Refused("query, key and value are %s, expected one of float16, bfloat16, float32 for all", got)
     if any(tensor.device != query.device for tensor in tensors):
         raise Refused("query, key and value are on different devices")
     if not known(key.shape[-1] == query.shape[-1]):
@@ -53,7 +53,7 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     for name, tensor in (("head dim", query), ("head dim of the values", value)):
         if not known(tensor.shape[-1] <= MAX_HEAD_DIM):
             raise Refused("%s is %s, expected a constant of at most %s", name, tensor.shape[-1], MAX_HEAD_DIM)
-    # Sizes that only *may* differ need no proof: where they do, SDPA fails, and so does the operator.
+    # Sizes that only *may* differ need no proof: if they do differ, SDPA fails, and so does the operator.
     if any(known(tensor.shape[0] != query.shape[0]) for tensor in tensors):
         raise Refused("query, key and value have different batch sizes")
     if any(known(a != b) for a, b in zip(key.shape[1:3], value.shape[1:3], strict=True)):

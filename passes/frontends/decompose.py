@@ -1,11 +1,11 @@
-"""Opens opaque nodes that hold an attention, so that the frontends see it, and closes them again where they do not.
+"""Decomposes opaque nodes around SDPA so that the frontends see the attention; undoes it where nothing is rewritten.
 
     F.multi_head_attention_forward            nn.MultiheadAttention, nn.TransformerDecoderLayer
     torch._transformer_encoder_layer_fwd      nn.TransformerEncoderLayer in eval mode ("fast path")
     flex_attention                            written out by its own frontend
 
-What the node computes is spelt out around SDPA, traced and inlined ahead of it. If the attention in it is rewritten,
-the inlined nodes take the node's place; else they are erased and the node runs as it was.
+A node's function is written in terms of SDPA, traced, and inlined ahead of the node. If the attention is rewritten,
+the inlined nodes replace the node. Else they are erased and the node runs as before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _multi_head(
     static_k: Tensor | None = None, static_v: Tensor | None = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What ``F.multi_head_attention_forward`` computes, [N, B, E], with its masks kept apart from the heads."""
+    """``F.multi_head_attention_forward``, [N, B, E], with masks that do not repeat along the heads."""
     if any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
         raise Refused("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
     if query.ndim != 3:
@@ -47,7 +47,7 @@ def _multi_head(
     else:
         q, k, v = F._in_projection_packed(query, key, value, in_weight, in_bias)  # pyright: ignore
     q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in (q, k, v))
-    # As torch has it: the hint is the mask, unless the mask is needed for something else.
+    # As in torch: the hint replaces the mask, unless something else needs the mask.
     hinted = is_causal and key_padding_mask is None and not need_weights
     mask = None if hinted else _joined_masks(attn_mask, key_padding_mask, num_heads, q.dtype)
     dropout_p = dropout_p if training else 0.0
@@ -76,7 +76,7 @@ def _encoder_layer(
     norm_weight_2: Tensor, norm_bias_2: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor,
     mask: Tensor | None = None, mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What ``nn.TransformerEncoderLayer`` computes, batch first, in eval mode; see its ``forward``."""
+    """``nn.TransformerEncoderLayer``, batch first, in eval mode; see its ``forward``."""
     if src.is_nested:
         raise Refused("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
 
@@ -113,12 +113,12 @@ OPENED: dict[object, Callable[..., Any]] = {
 
 @dataclass(eq=False)
 class Expansion:
-    """An opaque node and what was inlined for it.
+    """An opaque node and the nodes that were inlined for it.
 
     Attributes:
         node: The opaque node, still in place.
         nodes: The inlined nodes, in order.
-        outputs: What stands for the node's value: a node, or a structure of nodes.
+        outputs: The node or the structure of nodes with the opaque node's value.
     """
 
     node: fx.Node
@@ -126,7 +126,7 @@ class Expansion:
     outputs: Any
 
     def keep(self) -> None:
-        """Put the inlined nodes in the place of the opaque one."""
+        """Replaces the opaque node by the inlined ones."""
         if isinstance(self.outputs, tuple):
             for user in list(self.node.users):
                 if user.users:
@@ -139,7 +139,7 @@ class Expansion:
         remove_dead(self.node.graph, inputs)
 
     def erase(self) -> None:
-        """Leave the opaque node as it was."""
+        """Removes the inlined nodes; the opaque node stays as it was."""
         inlined = set(self.nodes)
         for node in reversed([node for node in self.node.graph.nodes if node in inlined]):
             self.node.graph.erase_node(node)
@@ -151,7 +151,7 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def expand(node: fx.Node) -> Expansion | Rejected:
-    """Inline what an opaque node computes ahead of it; or say why not.
+    """Inlines the decomposition of an opaque node ahead of it, or says why not.
 
     Args:
         node: A node for which `is_opaque` holds.

@@ -6,7 +6,7 @@ Grouped-query models copy every key head for its group of query heads before the
     torch.repeat_interleave(k, G, dim=1)                                 the same by name
     k.expand(B, Hq, N, D), from one head                                 Falcon's multi-query
 
-The operator knows groups itself. Every step is checked by where it reads its elements, not by its spelling.
+The operator knows groups itself. A step is checked by the elements that it reads, not by its form.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def unwrapped(operand: Operand, site: fx.Node, prover: MaskProver) -> Operand:
 
 
 def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver) -> bool:
-    """Whether ``base``, read at the site, gives what ``node``, made of it by copies and views, holds there."""
+    """Whether reading ``base`` at the site gives the value of ``node``, a copy or view of it."""
     path = []
     while node is not base and node.args and isinstance(node.args[0], fx.Node):
         path.append(node)

@@ -1,4 +1,4 @@
-"""The frontend for ``torch.nn.functional.scaled_dot_product_attention``, however it is spelt in the graph."""
+"""The frontend for ``torch.nn.functional.scaled_dot_product_attention``, in every form that graphs hold."""
 
 from __future__ import annotations
 

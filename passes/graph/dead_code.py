@@ -13,10 +13,10 @@ _FRESH = frozenset({"zeros", "new_zeros", "ones", "new_ones", "full", "new_full"
 
 
 def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
-    """Erases those of the candidates, and of what they alone used, that nobody uses and that have no effect.
+    """Erases the candidates that have neither users nor effects, and then their inputs likewise.
 
-    Not ``Graph.eliminate_dead_code``: that would erase in-place methods such as ``cache.copy_(...)`` anywhere in a
-    Dynamo graph, for they have no users either.
+    ``Graph.eliminate_dead_code`` would erase too much. In-place methods such as ``cache.copy_(...)`` have no users
+    in a Dynamo graph either.
     """
     pending = list(candidates)
     while pending:
@@ -32,7 +32,7 @@ def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
 
 
 def _only_written(node: fx.Node) -> list[fx.Node]:
-    """What uses a tensor made in the graph, last to first, if all of it only prepares writes to that tensor."""
+    """The users of a fresh tensor, last to first, if all of them only prepare writes to it; else nothing."""
     if function_name(node) not in _FRESH:
         return []
     users, pending = set(), list(node.users)

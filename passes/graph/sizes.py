@@ -1,4 +1,4 @@
-"""Writing a symbolic size back into a graph as nodes that compute it."""
+"""Writes a symbolic size back into a graph, as nodes that compute it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FUNCTIONS = (
 
 
 def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
-    """A size as an int, a node of the graph that already holds it, or new nodes inserted ahead of ``before``."""
+    """A size as an int, a node that already holds it, or new nodes ahead of ``before``; raises `Refused`."""
     size = simplified(size)
     if isinstance(size, int):
         return size

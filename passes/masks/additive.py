@@ -1,11 +1,10 @@
 """Float masks that are added to the scores: 0 where a key is visible, and a number that hides where it is not.
 
-Which number that is matters for a fully masked row, one that sees no key. Under -inf its output is zero. Under a finite
-number as large as ``finfo(float32).min`` the scores vanish beside it, so that all keys weigh the same and the output is
-the mean of all values: all keys, padding too. Two such masks added up hide some keys by that number and some by twice
-as much, which overflows: no mean, no zero, and only harmless where every row sees a key. The same holds of -1e9, which
-hides a key as well unless scores differ by a billion, but is too small to make its scores vanish. -1e4 hides nothing
-surely.
+The number matters for a fully masked row, one that sees no key. Under -inf its output is zero. Beside a finite number
+as large as ``finfo(float32).min`` all scores vanish. All keys then weigh the same, and the output is the mean of all
+values, padding included. Two such masks added up hide some keys by that number and others by twice as much, which
+overflows. The output is then neither the mean nor zero, so every row must see a key. So it must under -1e9, which
+hides a key unless scores differ by a billion, but does not absorb its score. -1e4 hides nothing for certain.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class AdditiveMask:
     """A float tensor that is 0 where all terms hold.
 
     Attributes:
-        terms: What makes a key visible.
-        hidden: What may be added elsewhere; nothing if no key is hidden.
+        terms: The terms that make a key visible.
+        hidden: The numbers that may be added elsewhere; empty if no key is hidden.
         dtype: Its dtype.
     """
 
@@ -55,7 +54,7 @@ class AdditiveMask:
 
     @property
     def fully_masked(self) -> str | None:
-        """What a row without any key gives: "zeros", "mean" of all values, or None, neither."""
+        """The output of a fully masked row: "zeros", "mean" of all values, or None, neither."""
         if self.hidden <= {-math.inf}:
             return "zeros"
         return "mean" if len(self.hidden) == 1 and max(self.hidden) <= _ABSORBS and self.dtype in _ABSORBING else None

@@ -1,7 +1,7 @@
 """Numbers that are provably 0 or 1: a bool tensor turned into numbers, its complement, its products.
 
-Only for these is ``1 - mask`` the opposite of a mask and ``mask * x`` a choice. An integer attention mask that enters
-the graph may hold any number.
+``1 - mask`` is the opposite of a mask, and ``mask * x`` is a choice, only for these. An integer attention mask that
+enters the graph may hold any number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a conjunction of terms says about queries and keys: a band, chunks, and keys that padding hides."""
+"""Turns a conjunction of terms into a proof about queries and keys: a band, chunks, and key masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _AXES = ("batch entries", "heads", "queries", "keys")
 
 
 def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof:
-    """The proof that a conjunction of terms over a mask's shape [.., Nq, Nk] is, or why it is none."""
+    """The proof that a conjunction of terms over a mask's shape [.., Nq, Nk] is; raises `Refused`."""
     lead = 4 - len(shape)
     singleton = [True] * lead + [known(size == 1) for size in shape]
     offsets: list[Size] = []  # j <= i + offset

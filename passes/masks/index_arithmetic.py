@@ -1,9 +1,9 @@
 """Symbolic values of integer index tensors: ``value[i0, i1, ...] = const + step0 * i0 + step1 * i1 + ...``.
 
 Masks are made of such tensors: an ``arange`` seen through additions, broadcasts, views and look-ups. Their values are
-derived from the graph's *structure* and from sizes that may be symbolic, never by running the sub-graph on an example:
-they hold for every length the graph accepts. A tensor whose values come from anywhere else (an input, a parameter, a
-function not listed here) is `Refused`.
+derived from the graph's *structure* and from sizes that may be symbolic. No sub-graph is run on an example, so the
+values hold for every length that the graph accepts. Tensors with values from elsewhere (an input, a parameter, a
+function not listed here) are `Refused`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class IndexEvaluator:
             raise Refused("%s is not an integer", argument)
         if argument not in self._values:
             try:
-                found = self._evaluate(argument, value)
-                # Only now: it is what the node computes, and its operands have been looked at before.
-                self._values[argument] = found if found.fits(value.dtype) else _may_wrap(argument, value.dtype).why
+                tensor = self._evaluate(argument, value)
+                # Last, because the value is the node's own: its operands are checked by now.
+                self._values[argument] = tensor if tensor.fits(value.dtype) else _may_wrap(argument, value.dtype).why
             except Refused as error:
                 self._values[argument] = error.why
         return accepted(self._values[argument])
@@ -88,8 +88,8 @@ class IndexEvaluator:
 
     def _constant_comparison(self, node: fx.Node, name: str, value: torch.Tensor) -> IndexTensor:
         operands = self.operands(node, value.shape)
-        for result, spelling in ((True, name), (False, COMPARISONS[name])):
-            bounds = compare(spelling, *operands)
+        for result, comparison in ((True, name), (False, COMPARISONS[name])):
+            bounds = compare(comparison, *operands)
             if bounds and all(known(bound.minimum >= 0) for bound in bounds):
                 return IndexTensor.constant(result, value.shape)
         if name in ("eq", "ne") and always_differ(*operands):

@@ -1,4 +1,4 @@
-"""Proves what the mask of an attention is, for every length the graph accepts, or says why it cannot.
+"""Proves the mask of an attention for every length that the graph accepts, or says why it cannot.
 
 A mask is proven when each of its terms is one of
 
@@ -7,9 +7,8 @@ A mask is proven when each of its terms is one of
     j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
     look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
 
-where i counts queries and j keys. All terms must hold at once. Everything else is refused, or left to the operator,
-which reads the mask whenever it runs (`MaskReading`): an attention that stays dense costs time, one rewritten under the
-wrong mask costs the result.
+where i counts queries and j keys. All terms must hold at once. Every other mask is refused, or left to the operator,
+which reads it in every run (`MaskReading`). A dense attention costs time; a wrong mask costs the result.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ class MaskProver:
             alike = all(
                 self._fits(part.node, query_len, key_len)
                 and self._adds_alike(part, dtype)
-                # Layers share what is made of the masks, so these must stay what they are.
+                # Layers share the joined mask, so its parts must not change.
                 and attempt(self.mutations.settled, part.node)
                 for part in parts
             )
@@ -143,9 +142,9 @@ class MaskProver:
             return MaskProof(read=MaskReading(tuple(parts), fully_masked, error.why))
 
     def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
-        """Whether a mask, whatever it holds, added to scores of a dtype makes what fused attention makes of both.
+        """Whether adding a mask to scores of a dtype gives the result of fused attention, whatever the mask holds.
 
-        Fused attention adds in float32. In fewer bits a score beside -1e4 is rounded, which rows without any key show.
+        Fused attention adds in float32. In fewer bits, a score beside -1e4 is rounded, which fully masked rows show.
         """
         if part.hidden is not None:
             return True
@@ -171,13 +170,13 @@ class MaskProver:
         conventions: list[str | None] = []
         for part in parts:
             try:
-                found = self._part(part, dtype, factor, floored=floored)
+                part_terms, convention = self._part(part, dtype, factor, floored=floored)
             except Refused as error:
                 raise Refused("the mask %s is not proven: %s", part.node, error.why) from None
             own = value_of(part.node).shape
             axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
             if len(own) > len(axes) or not all(
-                known(size == 1) or (not _varies_along(found[0], dim) if axis == MERGED else _runs(size, axis, shape))
+                known(size == 1) or (not _varies_along(part_terms, dim) if axis == MERGED else _runs(size, axis, shape))
                 for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
             ):
                 raise Refused("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
@@ -187,8 +186,8 @@ class MaskProver:
                 else IndexTensor.axis(shape, axis)
                 for size, axis in zip(own, axes, strict=True)
             )
-            terms += [term.at(indices, shape) for term in found[0]]
-            conventions.append(found[1])
+            terms += [term.at(indices, shape) for term in part_terms]
+            conventions.append(convention)
         try:
             proof = classify(tuple(terms), shape, query_len, key_len)
         except Refused as error:
@@ -212,7 +211,7 @@ class MaskProver:
             self._additive.evaluate(node)
 
     def _part(self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool) -> tuple[Terms, str | None]:
-        """Terms of one mask, and what it makes of a row without any key."""
+        """The terms of one mask, and the output that it gives fully masked rows."""
         if part.hidden is None:
             additive = self._additive.evaluate(part.node)
             hidden, fully_masked = additive.hidden, additive.fully_masked
@@ -301,9 +300,9 @@ def _as_it_is(part: MaskPart) -> bool:
 
 
 def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
-    """What rows without any key get, if several masks, or fills, can be read as one mask; None if they cannot.
+    """The output of fully masked rows if several masks, or fills, can be read as one mask; None if they cannot.
 
-    Fills replace scores and masks are added to them, which is one only where the number leaves nothing of a score.
+    Fills replace scores, and masks are added to them. Both are the same only if the number absorbs every score.
     """
     absorbing = dtype in (torch.float32, torch.bfloat16)
     exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)

@@ -1,9 +1,8 @@
-"""Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
+"""Takes a boolean mask apart into a conjunction of terms, which says which elements of a tensor are True.
 
-A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up
-in a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not
-understood is a look-up in itself with the reason remembered: whether that matters is for the prover to decide, from
-what the look-up varies along.
+A term compares index tensors (``index >= 0``), or the chunks that two of them lie in. Or it looks up a tensor of
+unknown values, such as a padding mask. An unrecognised tensor becomes an opaque `LookUp` term that carries the reason.
+Whether the reason matters depends on the axes that the look-up varies along, and the prover decides it.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ class LookUp:
 
 Term = Comparison | SameChunk | LookUp
 Terms = tuple[Term, ...]
-_SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
+_DOCUMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its document
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
@@ -214,13 +213,13 @@ class TermEvaluator:
         raise written_in_part(base, node)
 
     def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms:
-        spelling = COMPARISONS[name] if negated else name
+        comparison = COMPARISONS[name] if negated else name
         try:
             operands = self.indices.operands(node, value.shape)
         except Refused as error:
-            return self._other_comparison(node, spelling, value.shape, error)
-        bounds = compare(spelling, *operands)
-        if spelling == "ne":
+            return self._other_comparison(node, comparison, value.shape, error)
+        bounds = compare(comparison, *operands)
+        if comparison == "ne":
             if always_differ(*operands):
                 return ()
             raise _union(node, name)
@@ -231,28 +230,28 @@ class TermEvaluator:
             raise Refused("%s is False everywhere", node)
         return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
 
-    def _other_comparison(self, node: fx.Node, spelling: str, shape: Sequence[Size], error: Refused) -> Terms:
+    def _other_comparison(self, node: fx.Node, comparison: str, shape: Sequence[Size], error: Refused) -> Terms:
         """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
         if len(node.args) != 2:
             raise error
         left, right = node.args
-        if spelling in ("eq", "ne") and self.indices.fill(right) == 0:
+        if comparison in ("eq", "ne") and self.indices.fill(right) == 0:
             try:
-                return self._argument(left, shape, spelling == "eq")  # tril(ones) == 0
+                return self._argument(left, shape, comparison == "eq")  # tril(ones) == 0
             except Refused:
                 raise error from None
         distance, limit = self._distance(left), right
         if distance is None:
-            distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
-        if distance is None and spelling == "eq":
+            distance, limit, comparison = self._distance(right), left, _MIRRORED[comparison]
+        if distance is None and comparison == "eq":
             # Both first: where one side is no quotient, the other's reason does not matter.
             first, second = attempt(self._chunk, left), attempt(self._chunk, right)
             if first is not None and second is not None:
                 return self._same_chunk(node, accepted(first), accepted(second), shape)
         if distance is None:
             root, other = _viewed(left), _viewed(right)
-            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
-            if same and spelling == "eq":
+            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _DOCUMENT_SEARCHES)
+            if same and comparison == "eq":
                 raise Refused(
                     "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
                     "not have (%s); give every sequence a row of its own, with padding",
@@ -262,13 +261,13 @@ class TermEvaluator:
                 )
             raise error
         bound = self.indices.evaluate(limit)
-        if spelling not in ("le", "lt"):
-            raise Refused("%s (%s of a distance) is a union of masks", node, spelling)
+        if comparison not in ("le", "lt"):
+            raise Refused("%s (%s of a distance) is a union of masks", node, comparison)
         dtype = promoted(left, right)
         if dtype is not None and not (distance.fits(dtype) and distance.times(-1).fits(dtype) and bound.fits(dtype)):
             raise error
         distance, bound = distance.broadcast(shape), bound.broadcast(shape)
-        bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
+        bounds = (*compare(comparison, distance, bound), *compare(comparison, distance.times(-1), bound))
         return self._bounds(node, bounds)
 
     def _same_chunk(
@@ -345,7 +344,7 @@ def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
 
 
 def written_in_part(base: object, node: fx.Node) -> Refused:
-    """Says why a mask that is put together from parts proves nothing."""
+    """Says why a mask that is assembled from parts proves nothing."""
     return Refused(
         "%s is changed in place by %s, in a part of it, as masks of images or sequences packed into one row are; give "
         "each a row of its own, with padding",

@@ -1,8 +1,8 @@
-"""Views as look-ups: where each element of a view, broadcast, slice or gather is read in its source.
+"""Views as look-ups: the source element that each element of a view, broadcast, slice or gather reads.
 
-``unsqueeze``, ``expand``, ``x[:, None, 3:]``, ``x[batch_indices, key_indices]`` and their kin all read element
-``(f0(i), f1(i), ...)`` of their source with affine ``f``. One `IndexTensor` a source dimension says which, so that the
-evaluators need a single rule for all of them. Shapes come from the fake values; only the mapping is derived here.
+``unsqueeze``, ``expand``, ``x[:, None, 3:]`` and ``x[batch_indices, key_indices]`` all read element
+``(f0(i), f1(i), ...)`` of their source with affine ``f``. One `IndexTensor` a source dimension holds ``f``, so the
+evaluators need a single rule for all views. Shapes come from the fake values; only the mapping is derived here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = Sequence[Size]
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a view reads.
+    """The tensor that a view reads, and the positions.
 
     Attributes:
         node: The tensor it reads from.
@@ -95,8 +95,8 @@ def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -
 
 
 def _permute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
-    given = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    dims = [dim for dim in given if isinstance(dim, int)]
+    order = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+    dims = [dim for dim in order if isinstance(dim, int)]
     if len(dims) != len(base):
         raise Refused("%s has an unexpected signature", node)
     return _permuted([dim % len(base) for dim in dims], shape)
@@ -135,7 +135,7 @@ def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> 
 
 
 def _index(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
-    """ATen's ``index(x, [i, j])``, what exported graphs hold for ``x[i, j]``."""
+    """ATen's ``index(x, [i, j])``: exported graphs hold it instead of ``x[i, j]``."""
     return _gather(node, node.args[1], base, shape, evaluator)
 
 

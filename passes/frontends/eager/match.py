@@ -1,11 +1,11 @@
-"""The frontend for hand-written ("eager") attention: product, softmax, product, in all spellings.
+"""The frontend for hand-written ("eager") attention: product, softmax, product, in all forms.
 
     softmax(mask(scale * q @ k^T)) @ v
 
 A site is anchored at its softmax. A softmax is attention if its scores are a product and its probabilities are the
-left side of one; routers of experts and classifiers are not. `score_chain` reads what lies before the softmax,
-`probabilities` what lies behind it. A row that -inf hides completely is NaN in hand-written attention, and zeros in the
-operator, as behind ``nan_to_num``.
+left side of one; routers of experts and classifiers are not. `scores` reads the steps before the softmax,
+`probabilities` those behind it. A row that -inf masks fully is NaN in hand-written attention. The operator gives zeros,
+as ``nan_to_num`` does.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def is_attention(node: fx.Node) -> bool:
 
 def operands(node: fx.Node) -> dict[str, Any]:
     """Query and key of the product behind the softmax, as far as they can be found, for the report."""
-    found = _first_product(_softmax_input(node))
-    if found is None:
+    matmul = _first_product(_softmax_input(node))
+    if matmul is None:
         return {}
-    return {"query": found.left.value, "key": product.transposed(found.right).value}
+    return {"query": matmul.left.value, "key": product.transposed(matmul.right).value}
 
 
 def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
@@ -97,13 +97,13 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     masks = [part.node for part in chain.masks]
     runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
-        found = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
-        if found is None:
+        along = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
+        if along is None:
             if any(isinstance(part, Bias) and part.node is node_met for part in chain.masks):
                 prover.check_no_bias(node_met)
             if node_met not in masks:
                 raise Refused("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
-        runs[node_met] = found
+        runs[node_met] = along
     for factor in chain.factors:
         query = _scaled(query, factor, runs[factor])
     if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
@@ -173,9 +173,9 @@ def _softmax_input(node: fx.Node) -> fx.Node | None:
 
 def _first_product(node: object, depth: int = 16) -> Product | None:
     """The nearest product that scores are made of."""
-    found = product.read(node)
-    if found is not None or depth == 0 or not isinstance(node, fx.Node):
-        return found
+    matmul = product.read(node)
+    if matmul is not None or depth == 0 or not isinstance(node, fx.Node):
+        return matmul
     for source in node.all_input_nodes:
         if leads_to_product(source, depth):
             return _first_product(source, depth - 1)
@@ -183,7 +183,7 @@ def _first_product(node: object, depth: int = 16) -> Product | None:
 
 
 def _check_private(chain: ScoreChain, behind: Probabilities, prover: MaskProver) -> None:
-    """In-place steps are part of the chain: then nobody else may read what they overwrite."""
+    """Refuses other readers of tensors that in-place steps of the chain overwrite."""
     nodes = (*chain.nodes, *behind.nodes)
     interior = set(nodes)
     for node in nodes:
@@ -208,7 +208,10 @@ def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.Node, prover: MaskProver) -> None:
-    """The operator reads its operands where the values are read, later than the product of the scores did."""
+    """Refuses writes to operands between the product of the scores and the reading of the values.
+
+    The operator reads all operands where the values are read.
+    """
     read_early = [*(operand.node for operand in operands[:2]), *chain.factors]
     if chain.sinks is not None:
         read_early.append(chain.sinks)
@@ -218,19 +221,19 @@ def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.No
 
 
 def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver) -> None:
-    """An operand is read behind a view that its product had of it: no write may lie between, or reshape it at all."""
-    for operand, found in operands:
+    """Refuses writes to an operand between its view and the product, and every write that reshapes it."""
+    for operand, matmul in operands:
         writer = prover.mutations.reshaped(operand)
         if writer is not None:
             raise Refused("%s may be given another shape in place by %s", operand, writer)
-        for view in found.node.all_input_nodes:
+        for view in matmul.node.all_input_nodes:
             seen = view is not operand and operand in view.all_input_nodes
-            if seen and prover.mutations.changed(operand, after=view, before=found.node):
+            if seen and prover.mutations.changed(operand, after=view, before=matmul.node):
                 raise Refused("%s is changed in place behind its view %s", operand, view)
 
 
 def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
-    """A detour through fewer bits than the operands have is a rounding that the operator does not make."""
+    """Refuses casts to fewer bits than the operands have: the operator does not round there."""
     for node in nodes:
         value = value_of(node)
         floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point

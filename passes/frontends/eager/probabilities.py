@@ -1,8 +1,8 @@
-"""Following the probabilities of hand-written attention: from a softmax on to their product with the values.
+"""Follows the probabilities of hand-written attention from a softmax to their product with the values.
 
     softmax(...)  [[..., :-1], the sinks]  [nan_to_num]  [masked_fill(hidden, 0)]  [dropout that is off]  @ v
 
-``masked_fill(isnan(x), 0)`` is ``nan_to_num``, and both say what the operator does anyway with rows that -inf hides.
+``masked_fill(isnan(x), 0)`` is ``nan_to_num``. The operator gives fully masked rows (by -inf) zeros anyway.
 Brackets are optional; casts, copies and reshapes of leading dimensions may stand anywhere.
 """
 
@@ -30,12 +30,12 @@ _QUESTIONS = frozenset({"isnan", "zeros_like"})
 
 @dataclass(frozen=True, eq=False)
 class Probabilities:
-    """What lies between a softmax and the values.
+    """The steps between a softmax and the values.
 
     Attributes:
         product: Probabilities times values.
         nodes: The nodes between, first to last.
-        zeroed: Where probabilities are set to zero, and their shape there.
+        zeroed: The fills that set probabilities to zero, and the shape of the probabilities.
     """
 
     product: Product
@@ -44,20 +44,20 @@ class Probabilities:
 
 
 def feed_product(node: fx.Node, depth: int = 6) -> bool:
-    """Whether some user multiplies these probabilities, or what becomes of them element by element, with values."""
+    """Whether some user multiplies these probabilities, or an elementwise function of them, with values."""
     for user in node.users:
-        found = product.read(user)
-        if found is not None and node in (found.left.node, found.right.node):
+        matmul = product.read(user)
+        if matmul is not None and node in (matmul.left.node, matmul.right.node):
             return True
         value = value_of(user)
         same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
-        if depth and found is None and same_rows and feed_product(user, depth - 1):
+        if depth and matmul is None and same_rows and feed_product(user, depth - 1):
             return True
     return False
 
 
 def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities:
-    """The product of probabilities and values, and what lies before it.
+    """The product of probabilities and values, and the steps before it; raises `Refused`.
 
     Args:
         softmax: The softmax.
@@ -69,7 +69,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         users = sorted(
             {user for node in holders for user in _live_users(node)} - set(nodes), key=prover.mutations.position
         )
-        # Questions that the next step asks: where is it NaN, what is a zero of its shape.
+        # The next step's questions: where is it NaN, and a zero of its shape.
         asked = [user for user in users if function_name(user) in _QUESTIONS and set(user.users) <= set(users)]
         nodes += asked
         users = [user for user in users if user not in asked]
@@ -82,15 +82,15 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             )
         user = users[0]
         node = next(holder for holder in holders if holder in user.all_input_nodes)
-        found = product.read(user, weights=node)
-        if found is not None:
+        matmul = product.read(user, weights=node)
+        if matmul is not None:
             if cut is not None:
                 raise Refused("the probabilities of its sinks are not cut off before %s", user)
-            if found.added is not None or found.alpha != 1:
+            if matmul.added is not None or matmul.alpha != 1:
                 raise Refused("%s adds a tensor to the output, or scales it", user)
-            if found.right.node in (softmax, *nodes):
+            if matmul.right.node in (softmax, *nodes):
                 raise Refused("%s multiplies its probabilities by themselves", user)
-            return Probabilities(found, tuple(nodes), tuple(zeroed))
+            return Probabilities(matmul, tuple(nodes), tuple(zeroed))
         if cut is not None and _cuts(user, node, first=cut):
             cut = None
         else:
@@ -101,7 +101,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
 
 
 def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | None:
-    """Where a step sets probabilities to zero; None if it passes them on as they are."""
+    """The fill by which a step sets probabilities to zero; None if it passes them on as they are."""
     name = function_name(user)
     if name == "dropout" and _drops(user):
         raise Refused("dropout is active: call model.eval()")
@@ -161,7 +161,7 @@ def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
 
 
 def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
-    """What ATen's ``slice(x, dim, start, end, step)`` takes of each dimension."""
+    """The slice of each dimension that ATen's ``slice(x, dim, start, end, step)`` takes."""
     _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
     items = [slice(None)] * rank
     items[dim or 0] = slice(*rest)

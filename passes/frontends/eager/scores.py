@@ -1,10 +1,11 @@
-"""Reading the scores of hand-written attention: from a softmax back to the product of queries and keys.
+"""Reads the scores of hand-written attention from a softmax back to the product of queries and keys.
 
     softmax( [max(x, lowest)] [x - max x] [x * c] [cat(x, sinks)] mask(x)... [cap * tanh(x)] [x * scale]... q @ k^T )
 
-Brackets are optional, the order is fixed but for the first three: a positive constant there scales the numbers of the
-masks too. Casts between floating dtypes, reshapes of leading dimensions and additions of zero may stand anywhere:
-the operator keeps its scores in float32. Each tensor is read as its last write before the reading left it.
+Brackets are optional. The first three may stand in any order; the order of the others is fixed. A positive constant
+among the first three scales the numbers of the masks, too. Casts between floating dtypes, reshapes of leading
+dimensions and additions of zero may stand anywhere, because the operator keeps its scores in float32. A tensor that is
+written in place is read as the last write before the reader left it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Fill:
 
 @dataclass(eq=False)
 class ScoreChain:
-    """What lies between the product and the softmax.
+    """The steps between the product and the softmax.
 
     Attributes:
         product: Queries times keys.
@@ -97,10 +98,10 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     """Whether a tensor is made, element by element, of a product of its own last two dimensions: of scores."""
     if not isinstance(node, fx.Node) or depth == 0:
         return False
-    found = product.read(node)
-    if found is not None:
+    matmul = product.read(node)
+    if matmul is not None:
         # A projection's product reads a parameter; scores are a product of two activations.
-        return not any(operand.node.op == "get_attr" or _is_parameter(operand.node) for operand in _sides(found))
+        return not any(operand.node.op == "get_attr" or _is_parameter(operand.node) for operand in _sides(matmul))
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.ndim < 2 or node.op not in ("call_function", "call_method"):
         return False
@@ -114,9 +115,9 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     )
 
 
-def _sides(found: Product) -> Iterator[product.Operand]:
-    yield found.left
-    yield found.right
+def _sides(matmul: Product) -> Iterator[product.Operand]:
+    yield matmul.left
+    yield matmul.right
 
 
 def _is_parameter(node: fx.Node) -> bool:
@@ -154,7 +155,7 @@ class ScoreReader:
     def _scaled_product(self, node: fx.Node, chain: ScoreChain) -> ScoreChain:
         """The rest of the chain, from the masks to the product."""
         scale, softcap = chain.tail, None
-        while (found := product.read(node)) is None:
+        while (matmul := product.read(node)) is None:
             name = function_name(node)
             if name == "tanh" and softcap is None and not chain.factors:
                 softcap, scale = scale, 1.0
@@ -172,23 +173,23 @@ class ScoreReader:
                 raise Refused("%s (%s) stands between the scores and the softmax", node, name or node.op)
             chain.nodes.append(node)
             node = self._plain(source, chain)
-        chain.nodes.append(found.node)
-        if found.restore:
-            raise Refused("%s leaves the scores in another order than [..., queries, keys]", found.node)
+        chain.nodes.append(matmul.node)
+        if matmul.restore:
+            raise Refused("%s leaves the scores in another order than [..., queries, keys]", matmul.node)
         if softcap is not None and softcap <= 0:
             raise Refused("its scores are capped at %s, expected a positive number", softcap)
-        if found.added is not None and self._indices.fill(found.added) != 0:
+        if matmul.added is not None and self._indices.fill(matmul.added) != 0:
             if softcap is not None or scale != chain.tail or chain.factors or chain.tail <= 0:
-                raise Refused("%s is scaled after a tensor was added to it", found.node)
-            chain.masks.append(Bias(found.added, value_of(found.node).dtype))
-            chain.met.append((found.added, value_of(found.node).shape))
+                raise Refused("%s is scaled after a tensor was added to it", matmul.node)
+            chain.masks.append(Bias(matmul.added, value_of(matmul.node).dtype))
+            chain.met.append((matmul.added, value_of(matmul.node).shape))
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
-        chain.scale = scale * found.alpha * (softcap or 1.0)
-        chain.softcap, chain.product, chain.nodes = softcap, found, chain.nodes[::-1]
+        chain.scale = scale * matmul.alpha * (softcap or 1.0)
+        chain.softcap, chain.product, chain.nodes = softcap, matmul, chain.nodes[::-1]
         return chain
 
     def _tail(self, node: fx.Node, chain: ScoreChain) -> fx.Node:
-        """The node behind what stands between masks and softmax: constant factors, a floor, ``x - max(x)``."""
+        """The node behind the steps between masks and softmax: constant factors, a floor, ``x - max(x)``."""
         while True:
             name = function_name(node)
             source = None

@@ -1,12 +1,12 @@
-"""The tables of a BlockMask, which say in which blocks of scores flex_attention calls its mask_mod at all.
+"""Proves the tables of a BlockMask, which list the blocks of scores that flex_attention computes.
 
-``create_block_mask`` makes them of the mask_mod itself, evaluated for all scores under ``vmap``:
+``create_block_mask`` makes them from the mask_mod, evaluated for all scores under ``vmap``:
 
     dense mask  ->  pad to whole blocks  ->  count the True of every block  ->  some / all are True  ->  counts, order
 
-Traced into a graph, these steps prove that the tables list exactly the blocks that the mask_mod leaves visible: the
-function under ``vmap`` is the mask_mod step by step, over the very positions of the attention. Tables that enter the
-graph prove nothing. What they list can be promised (``assume_block_masks``), and be compared at run time.
+Traced into a graph, these steps prove that the tables list exactly the blocks that the mask_mod leaves visible. The
+function under ``vmap`` must be the mask_mod step by step, over the positions of the attention. Tables that enter the
+graph prove nothing. The user can promise their contents (``assume_block_masks``), which a run can check.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from s2o_compile.passes.masks.prover import MaskProver
 WHOLE = 1 << 30
 """Block size of the table that torch makes where no block mask is given."""
 _FACTORIES = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
-_SPELLINGS = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide"}  # under vmap, and outside
+_SAME_NAMES = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide"}  # under vmap, and outside
 _LAYOUTS = (13, 17)  # entries of BlockMask.as_tuple(): torch 2.11, torch 2.13
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTables:
-    """What of a call's ``block_mask`` decides its output; the rest serves gradients.
+    """The part of a call's ``block_mask`` that decides its output; the rest serves gradients.
 
     Attributes:
         partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
@@ -57,14 +57,14 @@ def read(block_mask: object) -> BlockTables:
     if not isinstance(block_mask, tuple | list) or len(block_mask) not in _LAYOUTS:
         raise Refused("its block mask is laid out as no torch version does that this pass knows")
     _, _, counts, order, full_counts, full_order, *_, query_block, key_block, mask_mod = block_mask
-    found = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
-    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in found.sizes) and _is_get_attr(mask_mod)
-    tensors = all(_is_table(table) for table in found.partial) and (
-        all(_is_table(table) for table in found.full) or found.full == (None, None)
+    tables = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
+    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in tables.sizes) and _is_get_attr(mask_mod)
+    typed = all(_is_table(table) for table in tables.partial) and (
+        all(_is_table(table) for table in tables.full) or tables.full == (None, None)
     )
-    if not kinds or not tensors:
+    if not kinds or not typed:
         raise Refused("its block mask is laid out as no torch version does that this pass knows")
-    return found
+    return tables
 
 
 def is_whole(tables: BlockTables) -> bool:
@@ -88,7 +88,7 @@ def check_follow(
     Args:
         tables: Of one call.
         body: The mask_mod's graph.
-        captured: What it captured, behind its four positions.
+        captured: Its captured tensors, behind the four positions.
         lengths: [B, Hq, Nq, Nk] of the scores.
         prover: Of the graph.
     """
@@ -257,7 +257,7 @@ class _Comparison:
                 untouched = self._prover.mutations.writer(left) is None
                 return untouched and left is self._arguments[at - 4]
             return self._is_position(left, at)
-        name, other = (_SPELLINGS.get(function_name(node), function_name(node)) for node in (left, right))
+        name, other = (_SAME_NAMES.get(function_name(node), function_name(node)) for node in (left, right))
         if self._prover.mutations.writer(left) is not None:
             return False
         if name == other == "getitem":
@@ -298,5 +298,5 @@ class _Comparison:
 
 
 def _items(node: fx.Node) -> tuple[object, ...]:
-    given = node.args[1]
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
+    index = node.args[1]
+    return tuple(index) if isinstance(index, tuple | list) else (index,)

@@ -2,9 +2,9 @@
 
     softmax(where(mask_mod, score_mod(scale * q @ k^T), -inf)) @ v        a row without any key gives zeros
 
-The call is opened: written out like this ahead of itself, where the frontend for hand-written attention reads it. What
-a query sees is decided a second time by the block tables that say where the functions are called; they must follow
-from the mask_mod, or be promised to (``assume_block_masks``).
+The call is written out in this form ahead of itself, and the frontend for hand-written attention reads that. The block
+tables decide a second time which keys a query sees, because the functions are called only in listed blocks. So the
+tables must follow from the mask_mod, or be promised to (``assume_block_masks``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LARGE = -1e4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Opened:
-    """What a written-out softmax stands for.
+    """The call that a written-out softmax belongs to.
 
     Attributes:
         call: The flex_attention node.
@@ -181,7 +181,7 @@ def _body(node: fx.Node, function: object) -> fx.Graph | None:
 
 
 def _used(score_mod: fx.Graph, mask_mod: fx.Graph) -> list[bool]:
-    """Which positions the two functions look at."""
+    """For each dimension, whether one of the two functions uses the position."""
     looks = (body.find_nodes(op="placeholder")[skipped:][:4] for body, skipped in ((score_mod, 1), (mask_mod, 0)))
     return [any(bool(node.users) for node in nodes) for nodes in zip(*looks, strict=True)]
 
@@ -198,7 +198,7 @@ def _written(name: str, body: fx.Graph, scalars: list[Any], captured: object, in
 
 
 def _check_fills(opened: _Opened, prover: MaskProver) -> None:
-    """Scores of float16 tensors are float32 here, so that the smallest float16 hides nothing."""
+    """Refuses finite fills of float16 scores: these are float32 here, where float16's lowest number hides nothing."""
     if value_of(operands(opened.call)["query"]).dtype is not torch.float16:
         return
     arguments = (argument for node in opened.scores for argument in (*node.args, *node.kwargs.values()))
@@ -208,7 +208,7 @@ def _check_fills(opened: _Opened, prover: MaskProver) -> None:
 
 
 def _with_bias(opened: _Opened, why: Rejected) -> Refused:
-    """A refusal that names what a score_mod adds to the scores, if it adds anything."""
+    """A refusal that names the bias that a score_mod adds to the scores, if it adds one."""
     for node in opened.scores:
         if function_name(node) in ("add", "radd", "sub", "rsub") and leads_to_product(node):
             return Refused(

@@ -1,7 +1,7 @@
-"""Makes a call of flex_attention sparse and leaves its functions as they are: what no frontend could prove.
+"""Makes a call of flex_attention sparse that no frontend could prove, and keeps its functions.
 
-A plan chooses which keys are computed, and the call's own score_mod, mask_mod and block mask decide what a query sees
-(``flex_site.py``). Nothing is asked of the functions but that they run for many scores at once, which is tried.
+A plan chooses the keys that are computed. The call's own score_mod, mask_mod and block mask still decide which keys a
+query sees (``impl/flex/user_mods.py``). The functions must run for many scores at once, which is tried here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _KERNEL_BLOCK = re.compile("BLOCK_[MN]")
 _BACKENDS = ("AUTO", "TRITON")
 
 MASK = "its own mask_mod and score_mod"
-"""What a report says of the mask."""
+"""The report's text about the mask."""
 
 PAYS_FROM = {"cuda": 32768}
-"""Keys from which such a call is faster sparse, where it is not the operator's own crossover: on an H100 an ALiBi call
-of 32 heads takes 19.3 ms over 32K tokens, dense 22.4; shorter ones were not measured."""
+"""By device, the number of keys from which such a call is faster sparse; else the operator's own crossover.
+
+An ALiBi call of 32 heads over 32K tokens takes 19.3 ms on an H100, dense 22.4. Shorter calls were not measured."""
 
 
 def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[int], head_tau: Sequence[float]) -> None:
@@ -110,21 +111,21 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
 
 
 def _try(node: fx.Node, keywords: dict[str, Any]) -> None:
-    """Runs the sparse call on fake tensors: who knows what a user's functions ask of many scores."""
+    """Runs the sparse call on fake tensors, because a user's functions may fail for many scores."""
     query = value_of(flex.operands(node)["query"])
 
-    def given(argument: fx.Node) -> object:
+    def fake(argument: fx.Node) -> object:
         if argument.op == "get_attr" and node.graph.owning_module is not None:
-            held = getattr(node.graph.owning_module, str(argument.target), None)
-            if isinstance(held, fx.GraphModule):
-                return held
+            body = getattr(node.graph.owning_module, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                return body
         return value_of(argument)
 
     environment = query.fake_mode.shape_env
     unguarded = nullcontext() if environment is None else environment.suppress_guards()
     try:
         with query.fake_mode, torch.no_grad(), unguarded:
-            sparse_flex_attention(*fx.map_arg(node.args, given), **fx.map_arg(node.kwargs, given), **keywords)
+            sparse_flex_attention(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake), **keywords)
     except Exception as error:
         logger.debug("%s cannot be made sparse", node, exc_info=True)
         raise Refused("its score_mod or mask_mod cannot be run for many scores (%s)", type(error).__name__) from error
