@@ -2,6 +2,7 @@
 
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
 from s2o_compile.kernels.support.torch_compat import MissingTorchNameError
+from s2o_compile.passes.dump import DumpError
 
 
 class OptionError(S2OError, ValueError):
@@ -46,6 +47,7 @@ class UntestedTorchWarning(UserWarning):
 
 __all__ = [
     "DenseExportWarning",
+    "DumpError",
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",

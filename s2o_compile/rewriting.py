@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -25,7 +24,7 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
         config: What to rewrite, and to what.
     """
-    start = time.perf_counter()
+    seconds: dict[str, float] = {}
     records = pipeline.run(
         gm,
         config.operator_options(),
@@ -35,9 +34,10 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         read_masks=config.read_masks,
         dense_heads=config.dense_heads,
         site_tau=config.site_tau,
+        step_seconds=seconds,
     )
     settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
-    notify(records, time.perf_counter() - start, [name for sites in settings.values() for name in sites])
+    notify(records, seconds, [name for sites in settings.values() for name in sites])
     _warn_if_nothing(records)
     for field, sites in settings.items():
         _warn_of_unknown_sites(records, field, sites)
