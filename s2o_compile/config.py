@@ -138,13 +138,21 @@ class S2OConfig(OperatorOptions):
             return f"error {self.error:g}"
         return "tau by head" if isinstance(self.tau, tuple) else f"tau {self.tau:g}"
 
-    def operator_options(self) -> dict[str, Any]:
-        """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
+    def operator_options(self, site: str = "") -> dict[str, Any]:
+        """The keyword arguments of ``torch.ops.s2o.attention`` that make it sparse as this configuration says.
+
+        Operator schemas have no int-or-str and no float-or-list type. So None encodes "auto", and ``head_tau`` encodes
+        a tau for each head.
+
+        Args:
+            site: Name of the site whose ``site_tau`` and ``dense_heads`` count; "" for none.
+        """
         options = {name: getattr(self, name) for name in _OPERATOR_FIELDS}
-        if self.error is not None:
-            options["tau"] = tau_for(self.error)
-        if isinstance(self.tau, tuple):
-            options |= {"tau": OperatorOptions.tau, "head_tau": list(self.tau)}
+        tau = self.site_tau.get(site, self.tau if self.error is None else tau_for(self.error))
+        several = isinstance(tau, tuple)
+        options |= {"tau": OperatorOptions.tau, "head_tau": list(tau)} if several else {"tau": tau}
+        if site in self.dense_heads:
+            options["dense_heads"] = list(self.dense_heads[site])
         return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
     def to_json(self) -> str:

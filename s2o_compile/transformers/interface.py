@@ -255,12 +255,7 @@ def _all_have_sdpa(modeling: ModuleType) -> bool:
 
 
 def _site(name: str, config: S2OConfig) -> _Site:
-    options = config.operator_options()
-    if name in config.site_tau:
-        options["head_tau"] = list(config.site_tau[name])
-    if name in config.dense_heads:
-        options["dense_heads"] = list(config.dense_heads[name])
-    return _Site(name, config.min_seq_len, config.read_masks, options)
+    return _Site(name, config.min_seq_len, config.read_masks, config.operator_options(name))
 
 
 def _class_and_layer(module: nn.Module) -> str:
