@@ -80,7 +80,7 @@ def plot(
     head: Annotated[int, typer.Option(help='"attention": which query head.', min=0)] = 0,
     device: Device = "",
 ) -> None:
-    """Draw density by head, error against density, stop depth over the text, or what one head visited."""
+    """Draw density by head, error against density, stop depth over the text, or the keys that one head visited."""
     from s2o_compile.quality.pictures import PICTURES, draw_attention
 
     if kind not in (*PICTURES, "attention"):
@@ -140,7 +140,7 @@ def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torc
 def _visits(
     model: str, tokens: int, text: Path | None, config: S2OConfig, device: str, site: str, head: int
 ) -> VisitMap:
-    """What a head of a site visits, of the first one if none is named."""
+    """The keys that a head of a site visits, of the first site if none is named."""
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
         fast = optimize(loaded, dataclasses.replace(config, inner_backend="eager"))
