@@ -10,7 +10,7 @@ class OptionError(S2OError, ValueError):
 
 
 class EvaluationError(S2OError, ValueError):
-    """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
+    """A model that cannot be evaluated, or batches so short that no attention runs sparse."""
 
 
 class DenseExportWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Watch what is compiled and what runs: the source of every report."""
+"""Records compilations and calls: the source of every report."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def record() -> Iterator[Recording]:
     """Record compilations and calls of this thread or asyncio task, for a report of a real run.
 
     Code compiled before the block is not compiled again, so its sites are not listed: open the block before the first
-    call of an optimized model. What other threads compile and call is theirs, also of those started inside the block:
-    let them run in a copy of its context, ``executor.submit(contextvars.copy_context().run, model, x)``. Only
-    ``graph_breaks`` and ``compile_seconds`` are Dynamo's counts of the whole process.
+    call of an optimized model. Other threads are not recorded, even those started inside the block, unless they run in
+    a copy of its context: ``executor.submit(contextvars.copy_context().run, model, x)``. ``graph_breaks`` and
+    ``compile_seconds`` are Dynamo's counts of the whole process.
     """
     recording = Recording()
     before, seconds = graph_breaks(), compile_seconds()
