@@ -435,5 +435,5 @@ def poison_empty(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/test_fuzz.py searches.")
+    parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/passes/test_fuzz.py searches.")
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")

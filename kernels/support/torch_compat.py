@@ -1,6 +1,6 @@
 """Names of torch that are not public, all of them, each with what stands in for it where a torch does not have it.
 
-No other file of ``kernels`` or ``passes`` may name one (``tests/test_torch_compat.py``). A stand-in never guesses: it
+No other file of ``kernels`` or ``passes`` may name one (``test_torch_compat.py``). A stand-in never guesses: it
 answers what leaves an attention dense, or it takes the longer public way. What has neither is a `Missing`, whose first
 use raises `MissingTorchNameError` with the feature that needs it. So a torch without one of these names costs that one
 feature, and never the import of this package.
