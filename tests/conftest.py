@@ -21,6 +21,7 @@ from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan as plan_module
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan
+from tests.helpers import durations
 
 torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
 
@@ -437,3 +438,9 @@ def poison_empty(monkeypatch):
 def pytest_addoption(parser):
     parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/passes/test_fuzz.py searches.")
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Keeps all workers busy to the end: Makefile hands out whole files in this order."""
+    durations.long_files_first(items)
