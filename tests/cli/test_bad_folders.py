@@ -4,8 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
-import warnings
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ transformers, tokenizers = pytest.importorskip("transformers"), pytest.importors
 safetensors = pytest.importorskip("safetensors.torch")
 
 from s2o_compile.cli import demo  # noqa: E402
+from s2o_compile.cli import main as cli  # noqa: E402 (needs typer)
 from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
-from s2o_compile.cli.main import main as cli  # noqa: E402 (needs typer)
 from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
 
 WEIGHTS = "model.safetensors"
@@ -43,30 +41,9 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
 
 
-@pytest.fixture
-def s2o(monkeypatch, capsys):
-    """Run the command line in this process: its status, and what it printed to the error stream."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["s2o", *map(str, args)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", UnusedWeightsWarning)
-            try:
-                cli.main()
-                status = 0
-            except SystemExit as error:
-                status = error.code or 0
-        return status, capsys.readouterr().err
-
-    return run
-
-
 def complaint(result):
     """The one line of a refusal."""
-    status, printed = result
+    status, printed, _ = result
     assert status == 2, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("s2o: ")]
     assert printed.rstrip().endswith(line)
@@ -411,6 +388,6 @@ def test_an_interrupt_leaves_no_traceback(s2o, folder, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "explain_model", interrupted)
-    status, printed = s2o("explain", folder, "--tokens", 200, "--device", "cpu")
+    status, printed, _ = s2o("explain", folder, "--tokens", 200, "--device", "cpu")
     assert status == 130
     assert "Traceback" not in printed

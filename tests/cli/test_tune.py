@@ -1,8 +1,6 @@
 """``s2o tune``: what is checked, chosen and written; the clock is made up where a choice depends on it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -146,16 +144,10 @@ class TestFile:
         assert path.read_text() == "mine"
 
 
-def s2o_tune(*args):
-    command = [sys.executable, "-W", "ignore", "-m", "s2o_compile.cli", "tune", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is tuned for minutes")
-def test_command_without_a_gpu(tmp_path):
-    pytest.importorskip("typer")
+def test_command_without_a_gpu(s2o, tmp_path):
     path = tmp_path / "tuned.json"
-    done = s2o_tune("--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--lengths", "512", "--output", str(path))
+    done = s2o("tune", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--lengths", "512", "--output", str(path))
     assert done.returncode == 0, done.stderr
     assert "expected a CUDA device, got none" in done.stdout.replace("\n", " ")
     assert tuned.parse(path.read_text())["cpu"].crossover in (512, None)
@@ -170,9 +162,8 @@ def test_command_without_a_gpu(tmp_path):
     ],
     ids=["dtype", "heads", "head-dim"],
 )
-def test_wrong_arguments_end_with_a_message(args, message):
-    pytest.importorskip("typer")
-    done = s2o_tune(*args)
+def test_wrong_arguments_end_with_a_message(s2o, args, message):
+    done = s2o("tune", *args)
     assert done.returncode != 0
     assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
