@@ -59,7 +59,15 @@ def check(row):
     assert row.contradictions == 0
 
 
-@pytest.mark.parametrize("architecture", SDPA)
+QUICK = ("llama", "gemma3_text")
+"""The rest of the sample is in the slow tier."""
+
+
+def rows_of(table, quick):
+    return [pytest.param(key, marks=[] if key in quick else pytest.mark.slow) for key in table]
+
+
+@pytest.mark.parametrize("architecture", rows_of(SDPA, QUICK))
 def test_sdpa(architecture):
     found = {row.case: row for row in rows(architecture, "sdpa")}
     expected = dict(zip(("no mask", "padded", "generate"), SDPA[architecture], strict=True))
@@ -74,6 +82,7 @@ def test_sdpa(architecture):
             assert "decode stays dense" in row.left_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "implementation"), OTHERS)
 def test_what_is_not_found_is_named(architecture, implementation):
     row = rows(architecture, implementation)[0]

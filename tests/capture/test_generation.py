@@ -1,5 +1,7 @@
 """generate() with every cache: prefill through S2O, decode dense; tokens and compilations as with torch.compile."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -55,13 +57,20 @@ def generated(model, cache, inputs, **options):
     return tokens, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+KINDS = list(itertools.product(["sdpa", "eager"], ["dynamic", "static"], ["plain", "padded"]))
+QUICK = [("sdpa", "dynamic", "padded"), ("sdpa", "static", "plain"), ("eager", "dynamic", "plain")]
+QUICK += [("eager", "static", "padded")]
+"""Every pair of values."""
+
+
+@pytest.mark.parametrize(
+    ("implementation", "cache", "padded"),
+    [pytest.param(*k, marks=[] if k in QUICK else pytest.mark.slow, id="-".join(k)) for k in KINDS],
+)
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::s2o_compile.NothingRewrittenWarning")
 def test_tokens_and_compilations_are_those_of_torch_compile(implementation, cache, padded):
-    model, inputs = llama(implementation), prompts(padded)
+    model, inputs = llama(implementation), prompts(padded == "padded")
     expected, _ = generated(model, cache, inputs)
     plain = llama(implementation)
     plain.compile(backend="eager")
@@ -75,7 +84,7 @@ def test_tokens_and_compilations_are_those_of_torch_compile(implementation, cach
     assert prefill == ["s2o"]
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_layers_of_two_kinds_in_a_static_cache(implementation):
     model, inputs = gemma3(implementation), prompts(padded=True)
@@ -91,7 +100,7 @@ def test_layers_of_two_kinds_in_a_static_cache(implementation):
     assert sorted(masks) == ["causal, offset 0, key padding", "causal, window 40, key padding"]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_chunked_prefill(cache):
     model, inputs, chunk = llama("sdpa"), prompts(padded=True, length=3 * PROMPT), {"prefill_chunk_size": PROMPT}

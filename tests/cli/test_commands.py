@@ -102,9 +102,7 @@ def test_explain_json_in_a_process_of_its_own(model_dir):
         (("explain", "no/such-model-here"), "'no/such-model-here': expected a model that can be loaded"),
         (("demo", "--device", "tpu"), 'expected "cpu" or "cuda", got \'tpu\''),
         (("demo", "--tau", "-1"), "tau: expected a finite number >= 0, got -1.0"),
-        pytest.param(
-            ("demo", "--tokens", "9999999"), "Choose another --tokens", marks=pytest.mark.slow
-        ),  # loads SmolLM2
+        pytest.param(("demo", "--tokens", "9999999"), "Choose another --tokens", marks=pytest.mark.slow),
         (("demo", "--inner-backend", "inductr"), "Did you mean 'inductor'"),
         (("evaluate", "--config", "no-such.json"), "--config: expected a text file in UTF-8, got 'no-such.json'"),
         (("evaluate", "--config", "pyproject.toml"), "S2OConfig.from_json: expected JSON"),

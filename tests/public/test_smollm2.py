@@ -27,8 +27,12 @@ def smollm2():
 
 @pytest.mark.parametrize(
     ("padded", "use_cache", "dynamic"),
-    [(False, False, None), (False, True, True), (True, False, True), (True, True, None)],
-    ids=["plain-no-cache-static", "plain-cache-dynamic", "left-padded-no-cache-dynamic", "left-padded-cache-static"],
+    [
+        pytest.param(False, False, None, id="plain-no-cache-static"),
+        pytest.param(False, True, True, id="plain-cache-dynamic", marks=pytest.mark.slow),
+        pytest.param(True, False, True, id="left-padded-no-cache-dynamic", marks=pytest.mark.slow),
+        pytest.param(True, True, None, id="left-padded-cache-static", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
     model, tokenizer = smollm2
@@ -49,6 +53,7 @@ def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
     assert (actual - expected)[real].abs().max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_generate_prefills_through_s2o_and_says_the_same(smollm2):
     model, tokenizer = smollm2
     ids = build_prompt(tokenizer, TOKENS)
@@ -60,6 +65,7 @@ def test_generate_prefills_through_s2o_and_says_the_same(smollm2):
     assert [call.path for call in prefill] == ["s2o"] * 30
 
 
+@pytest.mark.slow
 def test_demo_runs_and_reports():
     from contextlib import nullcontext
 

@@ -1,7 +1,7 @@
 """Every cache of transformers with every history: logits through S2O are those of "sdpa", not compiled, call by call.
 
 The interface runs the whole table. The compiled ways take seconds a pair, so they run some, which have
-every cache and every history among them.
+every cache and every history among them; most of these are in the slow tier.
 """
 
 from contextlib import contextmanager
@@ -62,6 +62,12 @@ COMPILED = {
         ("static_sliding", "left_padding"),
     ),
 }
+QUICK = {
+    ("optimize", "dynamic_hybrid", "second_turn"),
+    ("optimize", "static", "reset"),
+    ("backend", "static", "chunks"),
+}
+"""One of a dynamic cache, one of a static one, and one of the other way; the rest of them is slow."""
 LAYERS = {"llama": 1, "mistral": 1}
 """Of models whose layers are all of a kind, where they are compiled."""
 
@@ -136,7 +142,12 @@ def test_short_calls_by_default_are_those_of_sdpa(cache, history):
 
 
 WAYS = [
-    pytest.param(way, *row.values, marks=row.marks, id=f"{way}-{row.id}")
+    pytest.param(
+        way,
+        *row.values,
+        marks=[*row.marks, *([] if (way, *row.values) in QUICK else [pytest.mark.slow])],
+        id=f"{way}-{row.id}",
+    )
     for way in COMPILED
     for row in rows(COMPILED[way])
 ]
@@ -158,6 +169,7 @@ def test_every_cache_and_every_history_is_compiled():
     assert set(histories) == set(table.HISTORIES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_and_a_static_cache():
     model = table.tiny("llama-1")
@@ -204,6 +216,7 @@ def test_generate_through_the_interface(way, family, cache):
     assert_generates_the_same(made(way, family), table.tiny(family), *prompt(), **GENERATED[cache])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "cache"), [("llama", "static"), ("gemma3", "dynamic"), ("bart", "static")])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_generate_optimized(family, cache):
@@ -211,6 +224,7 @@ def test_generate_optimized(family, cache):
     assert_generates_the_same(made("optimize", family), plain, *prompt(), **GENERATED[cache])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_decoder_with_a_prompt_of_its_own(cache):
@@ -268,6 +282,7 @@ def test_turns_of_generate_through_the_interface(way, name, options):
     conversations_agree(way, name, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("static", {"prefill_chunk_size": 128}), ("static_hybrid", {})], ids=["chunked", "whole"]
 )
