@@ -37,12 +37,11 @@ from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import MODEL, build_prompt, load_model
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels import schedule as slices
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.options import RANKING_PER, OperatorOptions
 from s2o_compile.kernels.core.plan import n_tiles
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.impl.triton import forward as triton_forward
-from s2o_compile.kernels.planner import RANKING_PER
 from s2o_compile.kernels.statistics import pairs_by_head
 
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0)
