@@ -42,10 +42,10 @@ INTERPRETED = pytest.param(
 
 
 def on(device, *values):
-    """Parameters (device, *value), readable as ``cpu-value``."""
+    """Parameters (device, *value), readable as ``cpu-value``; a float is a tau."""
     name = device.values[0]
     rows = [value if isinstance(value, tuple) else (value,) for value in values]
-    ids = ["-".join([name, *(str(x) if isinstance(x, Case) else f"tau{x}" for x in row)]) for row in rows]
+    ids = ["-".join([name, *(f"tau{x}" if isinstance(x, float) else str(x) for x in row)]) for row in rows]
     return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
 
 

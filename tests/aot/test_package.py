@@ -56,7 +56,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("cross", "window", "heads", "offset")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
 def test_the_twin_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "ROWS", 256)
@@ -100,6 +103,7 @@ class Layers(nn.Module):
         return query
 
 
+@pytest.mark.slow
 def test_alike_attentions_share_a_trace():
     module = Layers(
         Attention(causal=True, head_tau=[0.1, 0.9, 0.5, 2.0], site="a"),

@@ -9,7 +9,6 @@ import importlib.util
 import pytest
 import torch
 
-from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.impl.torch import blocks as block_attention
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
@@ -19,9 +18,9 @@ from tests.conftest import (
     Case,
     assert_close,
     exact_attention,
-    move_plan,
     on,
 )
+from tests.helpers.operator_calls import assert_like_definition, define
 
 if importlib.util.find_spec("triton"):
     from s2o_compile.kernels.impl.triton import exact as triton_exact
@@ -75,24 +74,6 @@ NATURAL_ON_CUDA = [
     Case(queries=1000, batch=2, heads=2, padding="left", head_dim=400, softcap=5.0, dtype="fp16"),
     Case(queries=500, head_dim=64, value_dim=512),
 ]
-
-
-def define(inputs, plan, tau):
-    """What the definition makes of a plan, in float64 on the CPU."""
-    wide = inputs.to("cpu").to(torch.float64)
-    options = {"scale": wide.scale, "tau": tau, "softcap": wide.softcap}
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), **options)
-
-
-def assert_like_definition(executor, inputs, plan, tau):
-    options = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
-    actual = executor.attend(*inputs.tensors, inputs.mask, plan, **options)
-    expected = define(inputs, plan, tau)
-    assert actual.output.dtype == inputs.query.dtype
-    assert actual.lse.dtype == torch.float32
-    assert actual.computed.tolist() == expected.computed.tolist()
-    assert_close(actual, expected, inputs)
-    return actual
 
 
 def attend_exact(module, inputs):

@@ -143,7 +143,7 @@ def test_calls_on_other_paths_are_not_shown(options):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("inner_backend", ["eager", "inductor"])
+@pytest.mark.parametrize("inner_backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_calls_of_a_compiled_model_are_seen_by_site(inner_backend):
     model, x = tiny_model(), tiny_input(300)
     fast = s2o_compile.optimize(model, S2OConfig(min_seq_len=0, tau=4.0, inner_backend=inner_backend))

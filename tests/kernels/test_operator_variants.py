@@ -27,30 +27,11 @@ from tests.conftest import (
     on,
     visible_pairs,
 )
+from tests.helpers.operator_calls import OPERATOR, arguments, call
 
-OPERATOR = torch.ops.s2o.attention.default
 EVERYTHING = {"value_dim": 40, "softcap": 5.0, "sinks": True}
 # Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
-
-
-def arguments(inputs, **options):
-    mask = inputs.mask
-    offset = mask.offset if mask.causal else None
-    given = {"causal": mask.causal, "causal_offset": offset, "window": mask.window, "scale": inputs.scale}
-    return {
-        **given,
-        "softcap": inputs.softcap,
-        "fully_masked": inputs.fully_masked,
-        "min_seq_len": 0,
-        "tau": 0.0,
-        **options,
-    }
-
-
-def call(inputs, **options):
-    """The operator on a case's inputs; S2O at every length unless told otherwise."""
-    return OPERATOR(*inputs.tensors, inputs.mask.key_mask, inputs.sinks, **arguments(inputs, **options))
 
 
 CASES = [

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import fuzz
 from tests.helpers.writers import BOOL_WRITERS, INTEGER_WRITERS, WRITERS
 
-QUICK = 12
+QUICK = 8
 """Modules drawn in the quick tier."""
 
 SHARES = 2

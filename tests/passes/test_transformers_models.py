@@ -98,12 +98,22 @@ MODELS = {
     "bert": (bert, ["bidirectional", "bidirectional"], 4),
 }
 CASES = [(name, True) for name in MODELS] + [("llama", False)]
-cases = pytest.mark.parametrize(
-    ("name", "dynamic"), CASES, ids=[f"{n}-{'dynamic' if d else 'static'}" for n, d in CASES]
-)
 
 
-@cases
+def cases(pairs, slow=()):
+    rows = [
+        pytest.param(
+            name,
+            dynamic,
+            id=f"{name}-{'dynamic' if dynamic else 'static'}",
+            marks=[pytest.mark.slow] if (name, dynamic) in slow else [],
+        )
+        for name, dynamic in pairs
+    ]
+    return pytest.mark.parametrize(("name", "dynamic"), rows)
+
+
+@cases(CASES)
 @torch.no_grad()
 def test_without_padding(name, dynamic):
     recipe, masks, key_heads = MODELS[name]
@@ -116,7 +126,7 @@ def test_without_padding(name, dynamic):
         assert len(capture.graphs) == 1
 
 
-@cases
+@cases(CASES, slow=[("gpt2", True), ("falcon", True), ("llama", False)])
 @torch.no_grad()
 def test_left_padding(name, dynamic):
     recipe, masks, key_heads = MODELS[name]
@@ -132,7 +142,7 @@ def test_left_padding(name, dynamic):
 TURNS = [("llama", True), ("qwen2", True), ("falcon", True), ("llama", False)]
 
 
-@pytest.mark.parametrize(("name", "dynamic"), TURNS, ids=[f"{n}-{'dynamic' if d else 'static'}" for n, d in TURNS])
+@cases(TURNS, slow=[("falcon", True), ("llama", False)])
 @torch.no_grad()
 def test_second_turn_on_a_cache(name, dynamic):
     recipe, masks, key_heads = MODELS[name]

@@ -34,7 +34,9 @@ def test_every_example_is_run():
     assert {path.stem for path in FOLDER.glob("*.py")} == EXAMPLES.keys()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "flex_score_mod" else []) for name in EXAMPLES]
+)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_example(name, capsys, tmp_path):
     arguments, said = EXAMPLES[name]
@@ -51,6 +53,7 @@ def test_example(name, capsys, tmp_path):
         assert float(difference) < 0.1
 
 
+@pytest.mark.slow
 def test_an_example_is_a_program():
     command = [sys.executable, "-W", "ignore", str(FOLDER / "wrap_a_model.py"), "--tokens", "128"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(FOLDER.parent)})

@@ -83,7 +83,9 @@ def diffusion():
     return {"transformer": flux(), "inputs": inputs()}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page == "export.md" else []) for page in PAGES]
+)
 @pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):

@@ -11,6 +11,7 @@ from s2o_compile.kernels.exact.chunked import chunk_runs
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, distance, exact_attention, on
+from tests.helpers.operator_calls import public
 
 # Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
@@ -31,23 +32,6 @@ CASES = [
 ]
 
 
-def call(inputs, **options):
-    mask = inputs.mask
-    return s2o_compile.attention(
-        *inputs.tensors,
-        key_mask=mask.key_mask,
-        sinks=inputs.sinks,
-        causal=True,
-        causal_offset=mask.offset,
-        window=mask.window,
-        attention_chunk=mask.attention_chunk,
-        scale=inputs.scale,
-        softcap=inputs.softcap,
-        fully_masked=inputs.fully_masked,
-        **options,
-    )
-
-
 def config(**options):
     return s2o_compile.S2OConfig(**{"tau": 0.0, "min_seq_len": 0, **options})
 
@@ -58,22 +42,22 @@ class TestExact:
     def test_equals_dense_attention(self, case, shortest):
         inputs = case.inputs()
         given = config(min_seq_len=shortest)
-        result = call(inputs, return_lse=True, config=given)
+        result = public(inputs, return_lse=True, config=given)
         assert_close(result, exact_attention(inputs), inputs)
-        assert_close((call(inputs, config=given), result[1]), exact_attention(inputs), inputs)
+        assert_close((public(inputs, config=given), result[1]), exact_attention(inputs), inputs)
 
     @pytest.mark.parametrize(("device", "case"), [*on(INTERPRETED, CASES[9]), *on(CUDA, *CASES)])
     def test_equals_dense_attention_with_triton(self, device, case):
         pytest.importorskip("triton")
         inputs = case.inputs(device)
-        result = call(inputs, return_lse=True, config=config(implementation="triton"))
+        result = public(inputs, return_lse=True, config=config(implementation="triton"))
         assert_close(result, exact_attention(inputs), inputs)
 
     @pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "fp32"], ids=str)
     def test_with_gradients(self, case):
         inputs = case.inputs()
         leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in ("query", "key", "value")}
-        output = call(dataclasses.replace(inputs, **leaves))
+        output = public(dataclasses.replace(inputs, **leaves))
         assert output.requires_grad
         assert_close((output.detach(), exact_attention(inputs)[1]), exact_attention(inputs), inputs)
 
@@ -88,7 +72,7 @@ class TestWork:
     def test_every_chunk_chooses_its_own_path(self):
         inputs = Case(queries=500, chunk=200).inputs()
         with record_calls() as calls:
-            call(inputs, config=config(min_seq_len=150))
+            public(inputs, config=config(min_seq_len=150))
         assert [(c.path, c.n_queries, c.n_keys) for c in calls] == [("s2o", 200, 200), ("dense", 100, 100)]
 
     def test_whole_chunks_of_one_sequence_are_views(self):
@@ -106,7 +90,7 @@ class TestWork:
     def test_each_chunk_stops_early_by_itself(self):
         inputs = Case(queries=6000, chunk=3000).inputs(heavy=64)
         with record_calls() as calls:
-            output = call(inputs, config=config(tau=1.0))
+            output = public(inputs, config=config(tau=1.0))
         expected, _ = exact_attention(inputs)
         assert calls[0].density < 0.7
         assert distance(output, expected) < 0.2 * inputs.value.abs().max()

@@ -12,6 +12,7 @@ from s2o_compile.kernels.exact import dense_heads
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, INTERPRETED, Case, bounds, distance, exact_attention, lay_out, on, visible_pairs
+from tests.helpers import operator_calls
 
 OPERATOR, MASKED = torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default
 
@@ -24,17 +25,7 @@ def short_lists(monkeypatch):
 
 
 def call(inputs, dense_heads, **options):
-    mask = inputs.mask
-    given = {"causal": mask.causal, "causal_offset": mask.offset if mask.causal else None, "window": mask.window}
-    given |= {"attention_chunk": mask.attention_chunk, "scale": inputs.scale, "softcap": inputs.softcap}
-    given |= {
-        "fully_masked": inputs.fully_masked,
-        "min_seq_len": 0,
-        "tau": 4.0,
-        "segment_len": 128,
-        "dense_heads": dense_heads,
-    }
-    return OPERATOR(*inputs.tensors, mask.key_mask, inputs.sinks, **given | options)
+    return operator_calls.call(inputs, **{"tau": 4.0, "segment_len": 128, "dense_heads": dense_heads, **options})
 
 
 def rows_of(heads, inputs):
@@ -62,6 +53,15 @@ CASES = [
     (Case(queries=520, heads=4, kv_heads=4, layout="strided"), (2,)),
 ]
 
+INTERPRETED_CASES = [
+    (Case(queries=390, heads=2, kv_heads=2, batch=2, padding="left"), (1,)),
+    (Case(queries=390, heads=2, kv_heads=2, batch=2, padding="all", fully_masked="mean"), (0,)),
+    (Case(queries=200, keys=600, heads=4, kv_heads=2), (1,)),
+    (Case(queries=390, keys=400, heads=4, kv_heads=2, causal=False), (0,)),
+    (Case(queries=700, heads=2, kv_heads=2, chunk=640), (1,)),
+]
+"""Short ones: interpreted, each takes seconds."""
+
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 class TestExecution:
@@ -72,7 +72,7 @@ class TestExecution:
             for name, kind, interpreted in (
                 ("torch", ("torch", False), CASES),
                 ("torch-lse", ("torch", True), CASES),
-                ("triton-lse", ("triton", True), CASES[3:8]),  # interpreted, each takes several seconds
+                ("triton-lse", ("triton", True), INTERPRETED_CASES),
             )
             for row in (*on(INTERPRETED, *interpreted), *on(CUDA, *CASES))
         ],

@@ -21,6 +21,7 @@ from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.errors import InputError, NoGradientError
 from tests.conftest import Case, visible_pairs
+from tests.helpers.operator_calls import described, public
 
 OPERATOR = torch.ops.s2o.attention.default
 MASKED = torch.ops.s2o.masked_attention.default
@@ -50,20 +51,8 @@ CASES = [
 ]
 
 
-def arguments(inputs, **options):
-    mask = inputs.mask
-    given = {"causal": mask.causal, "window": mask.window, "attention_chunk": mask.attention_chunk}
-    given |= {"causal_offset": mask.offset if mask.causal else None, "scale": inputs.scale}
-    return {**given, "softcap": inputs.softcap, "fully_masked": inputs.fully_masked, **options}
-
-
-def public(inputs, **options):
-    others = {"key_mask": inputs.mask.key_mask, "sinks": inputs.sinks}
-    return s2o_compile.attention(*inputs.tensors, **others, **arguments(inputs, **options))
-
-
 def by_operator(inputs, **options):
-    return OPERATOR(*inputs.tensors, inputs.mask.key_mask, inputs.sinks, **arguments(inputs, **options))[0]
+    return OPERATOR(*inputs.tensors, inputs.mask.key_mask, inputs.sinks, **described(inputs, **options))[0]
 
 
 class Watch(TorchDispatchMode):
@@ -192,7 +181,7 @@ class TestSameResult:
     def test_vmap(self, case):
         entries = [case.inputs(seed=seed) for seed in range(3)]
         stacked = [torch.stack(x) for x in zip(*(entry.tensors for entry in entries), strict=True)]
-        given = {**arguments(entries[0]), "key_mask": entries[0].mask.key_mask}
+        given = {**described(entries[0]), "key_mask": entries[0].mask.key_mask}
         mapped = torch.vmap(lambda *tensors: s2o_compile.attention(*tensors, **given))(*stacked)
         torch.testing.assert_close(mapped, torch.stack([public(entry) for entry in entries]))
 
@@ -247,11 +236,11 @@ class TestSameErrors:
             assert str(error.value) == str(expected.value)
 
     def test_options_are_checked_by_type_although_they_are_remembered(self):
-        assert options_of(1.0, 0, None, "per_query", "group", "none", "auto").tau == 1.0
+        assert options_of(1.0, 0, None, "per_query", "group", "auto").tau == 1.0
         with pytest.raises(InputError, match="got True"):
-            options_of(True, 0, None, "per_query", "group", "none", "auto")
+            options_of(True, 0, None, "per_query", "group", "auto")
         with pytest.raises(InputError, match="min_seq_len"):
-            options_of(1.0, False, None, "per_query", "group", "none", "auto")
+            options_of(1.0, False, None, "per_query", "group", "auto")
 
 
 class TestGradients:
@@ -437,7 +426,7 @@ class TestOpcheck:
         utils = ["test_schema", "test_faketensor", "test_autograd_registration"]
         utils += [] if requires_grad else ["test_aot_dispatch_dynamic"]
         given = (*tensors, inputs.mask.key_mask, inputs.sinks)
-        result = torch.library.opcheck(OPERATOR, given, arguments(inputs), test_utils=utils)
+        result = torch.library.opcheck(OPERATOR, given, described(inputs), test_utils=utils)
         assert set(result.values()) == {"SUCCESS"}
 
     def test_masked(self):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.impl.torch import blocks as block_attention
@@ -17,10 +16,10 @@ from tests.conftest import (
     bounds,
     distance,
     exact_attention,
-    move_plan,
     softmax_attention,
     visible_pairs,
 )
+from tests.helpers.operator_calls import assert_like_definition
 
 CASES = [
     Case(queries=1),
@@ -64,22 +63,6 @@ UNWINDOWED = [
 ]
 
 
-def define(inputs, plan, tau):
-    """What the definition makes of a plan, in float64 on the CPU."""
-    wide = inputs.to("cpu").to(torch.float64)
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=tau)
-
-
-def assert_like_definition(inputs, plan, tau):
-    actual = torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
-    expected = define(inputs, plan, tau)
-    assert actual.output.dtype == inputs.query.dtype
-    assert actual.lse.dtype == torch.float32
-    assert actual.computed.tolist() == expected.computed.tolist()
-    assert_close(actual, expected, inputs)
-    return actual
-
-
 def position_counts(inputs):
     """Keys between the first and the last that some query of each tile sees, padding aside."""
     seen = visible_pairs(Inputs(*inputs.tensors, AttentionMask(**{**vars(inputs.mask), "key_mask": None}), 1.0))[0, 0]
@@ -91,28 +74,28 @@ class TestRanked:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_equals_definition(self, case, tau, build_plan, poison_empty):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs), tau)
+        assert_like_definition(torch_forward, inputs, build_plan(inputs), tau)
 
     @pytest.mark.parametrize("tau", [0.0, 1.0])
     def test_equals_definition_at_length_4097(self, tau, build_plan):
         inputs = LONG.inputs()
-        assert_like_definition(inputs, build_plan(inputs, segment_len=512, chunk_len=256), tau)
+        assert_like_definition(torch_forward, inputs, build_plan(inputs, segment_len=512, chunk_len=256), tau)
 
     @pytest.mark.parametrize("tau", [0.0, 1.0])
     @pytest.mark.parametrize("case", [CASES[2], CASES[7], CASES[8], CASES[11], CASES[13]], ids=str)
     def test_equals_definition_with_permuted_queries_and_a_list_per_head(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs, ranking_per="head"), tau)
+        assert_like_definition(torch_forward, inputs, build_plan(inputs, ranking_per="head"), tau)
 
     @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
     def test_stops_where_the_arithmetic_says(self, tau, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125))
-        actual = assert_like_definition(example.inputs, example.plan, tau)
+        actual = assert_like_definition(torch_forward, example.inputs, example.plan, tau)
         assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
 
     def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(self, weighed):
         example = weighed((64, 8)).shortened(96)
-        assert assert_like_definition(example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
+        assert assert_like_definition(torch_forward, example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
 
     def test_inputs_are_left_alone(self, build_plan):
         inputs = CASES[2].inputs()
@@ -125,7 +108,7 @@ class TestRanked:
     @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[14]], ids=str)
     def test_equals_definition_on_cuda(self, case, device, build_plan):
         inputs = case.inputs(device)
-        assert_like_definition(inputs, build_plan(inputs), 1.0)
+        assert_like_definition(torch_forward, inputs, build_plan(inputs), 1.0)
 
 
 class TestNatural:
@@ -160,7 +143,7 @@ class TestWithoutTheFusedOp:
     @pytest.mark.parametrize("case", [*CASES[:4], CASES[8], CASES[11], CASES[13], CASES[15]], ids=str)
     def test_ranked(self, case, tau, build_plan):
         inputs = case.inputs()
-        assert_like_definition(inputs, build_plan(inputs), tau)
+        assert_like_definition(torch_forward, inputs, build_plan(inputs), tau)
 
     @pytest.mark.parametrize("case", [WINDOWED[2], WINDOWED[6], WINDOWED[8]], ids=str)
     def test_natural(self, case):

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import reference as definition
 from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.impl.triton import exact as triton_exact
@@ -28,11 +27,11 @@ from tests.conftest import (
     Inputs,
     assert_close,
     exact_attention,
-    move_plan,
     on,
     score_all,
     visible_pairs,
 )
+from tests.helpers.operator_calls import assert_like_definition
 
 # Interpreted, log2(0) warns through numpy where a row sees no key; a GPU gives -inf silently.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
@@ -118,46 +117,28 @@ NATURAL = [
         Case(queries=1000, keys=300, head_dim=96, causal=False, dtype="bf16"),
     ),
 ]
-SCORED = [
-    *on(
-        INTERPRETED,
-        Case(queries=390, batch=2, heads=4, kv_heads=2, dtype="fp16"),
-        Case(queries=300, keys=700, head_dim=128),
-        Case(queries=500, keys=300, head_dim=80, dtype="fp16"),
-        Case(queries=600, causal=False, dtype="fp16"),
-        Case(queries=200, keys=600, causal=False, dtype="fp16"),
-        Case(queries=600, batch=2, padding="left", dtype="fp16"),
-    ),
-    *on(
-        CUDA,
-        Case(queries=4097, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"),
-        Case(queries=1000, causal=False, padding="right", dtype="fp16"),
-        Case(queries=1000, keys=4097, head_dim=256),
-    ),
+ROWS = (ranking_per_query.ROWS, 256)
+SCORED_INTERPRETED = [
+    Case(queries=390, batch=2, heads=4, kv_heads=2, dtype="fp16"),
+    Case(queries=300, keys=700, head_dim=128),
+    Case(queries=500, keys=300, head_dim=80, dtype="fp16"),
+    Case(queries=600, causal=False, dtype="fp16"),
+    Case(queries=200, keys=600, causal=False, dtype="fp16"),
+    Case(queries=600, batch=2, padding="left", dtype="fp16"),
 ]
-
-
-def define(inputs, plan, tau):
-    """What the definition makes of a plan, in float64 on the CPU."""
-    wide = inputs.to("cpu").to(torch.float64)
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=tau)
-
-
-def assert_like_definition(inputs, plan, tau):
-    actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
-    expected = define(inputs, plan, tau)
-    assert actual.output.dtype == inputs.query.dtype
-    assert actual.lse.dtype == torch.float32
-    assert actual.computed.tolist() == expected.computed.tolist()
-    assert_close(actual, expected, inputs)
-    return actual
+SCORED_ON_CUDA = [
+    Case(queries=4097, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"),
+    Case(queries=1000, causal=False, padding="right", dtype="fp16"),
+    Case(queries=1000, keys=4097, head_dim=256),
+]
+SCORED = [*on(INTERPRETED, *SCORED_INTERPRETED), *on(CUDA, *SCORED_ON_CUDA)]
 
 
 class TestRanked:
     @pytest.mark.parametrize(("device", "case", "tau"), RANKED)
     def test_equals_definition(self, device, case, tau, build_plan, poison_empty):
         inputs = case.inputs(device)
-        assert_like_definition(inputs, build_plan(inputs, chunk_len=CHUNK_LEN), tau)
+        assert_like_definition(triton_forward, inputs, build_plan(inputs, chunk_len=CHUNK_LEN), tau)
 
     @pytest.mark.parametrize(("device", "case", "tau"), PERMUTED)
     def test_equals_definition_with_permuted_queries_and_a_list_per_head(
@@ -165,19 +146,20 @@ class TestRanked:
     ):
         inputs = case.inputs(device)
         plan = build_plan(inputs, ranking_per="head", chunk_len=CHUNK_LEN)
-        assert_like_definition(inputs, plan, tau)
+        assert_like_definition(triton_forward, inputs, plan, tau)
 
     @pytest.mark.parametrize("tau", [2.1, 1.0, 0.5, 0.02])
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     def test_stops_where_the_arithmetic_says(self, device, tau, weighed):
         example = weighed((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), device=device)
-        actual = assert_like_definition(example.inputs, example.plan, tau)
+        actual = assert_like_definition(triton_forward, example.inputs, example.plan, tau)
         assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
 
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(self, device, weighed):
         example = weighed((64, 8), device=device).shortened(96)
-        assert assert_like_definition(example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
+        actual = assert_like_definition(triton_forward, example.inputs, example.plan, 0.6)
+        assert actual.computed.item() == TILE_LEN + 96
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")
@@ -245,7 +227,7 @@ class TestWideOffsets:
     )
     def test_ranked(self, device, case, tau, build_plan):
         inputs = case.inputs(device)
-        assert_like_definition(inputs, build_plan(inputs, chunk_len=CHUNK_LEN), tau)
+        assert_like_definition(triton_forward, inputs, build_plan(inputs, chunk_len=CHUNK_LEN), tau)
 
     @pytest.mark.parametrize(
         ("device", "case"),
@@ -277,8 +259,13 @@ class TestRanking:
         """A packed row holds more dimensions than the torch ranking takes of a small head."""
         monkeypatch.setattr(ranking_per_query, "few_dims", lambda head_dim: triton_ranking.packed_width(head_dim) - 2)
 
-    @pytest.mark.parametrize("rows", [ranking_per_query.ROWS, 256])
-    @pytest.mark.parametrize(("device", "case"), SCORED)
+    @pytest.mark.parametrize(
+        ("device", "case", "rows"),
+        [
+            *on(INTERPRETED, *zip(SCORED_INTERPRETED, itertools.cycle(ROWS))),  # both take seconds
+            *on(CUDA, *itertools.product(SCORED_ON_CUDA, ROWS)),
+        ],
+    )
     def test_scores_equal_the_torch_ranking(self, device, case, rows, poison_empty, monkeypatch):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
         monkeypatch.setattr(ranking_per_query, "ROWS", rows)
@@ -327,8 +314,13 @@ class TestRanking:
         torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
         torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
 
-    @pytest.mark.parametrize("ranking_per", RANKING_PER)
-    @pytest.mark.parametrize(("device", "case"), SCORED)
+    @pytest.mark.parametrize(
+        ("device", "case", "ranking_per"),
+        [
+            *on(INTERPRETED, *zip(SCORED_INTERPRETED, itertools.cycle(RANKING_PER))),  # both take seconds
+            *on(CUDA, *itertools.product(SCORED_ON_CUDA, RANKING_PER)),
+        ],
+    )
     def test_lists_are_those_of_the_torch_ranking(self, device, case, ranking_per, build_plan):
         """fp16 may swap neighbours; the best eighth must be the same keys but for a few at its edge."""
         inputs = case.inputs(device)

@@ -232,6 +232,7 @@ def every_16th(b, h, i, j):
     return (i - j) % torch.tensor(16) == 0
 
 
+@pytest.mark.slow
 def test_a_mask_of_every_16th_key(sparse_calls):
     """Queries of one column would stand for none of the others."""
     blocks = create_block_mask(every_16th, None, None, LENGTH, LENGTH, device="cpu")
@@ -242,6 +243,7 @@ def test_a_mask_of_every_16th_key(sparse_calls):
     assert (output - dense).norm() < 0.1 * dense.norm()
 
 
+@pytest.mark.slow
 def test_tables_narrower_than_the_keys(sparse_calls):
     """As from_kv_blocks takes them: as many columns as the longest row lists."""
     apart = lambda b, h, i, j: (j // 128 - i // 128) % torch.tensor(8) == 3  # noqa: E731
