@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.cli.tune import cut_to_density
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, default_segment_len
 from s2o_compile.kernels.dispatch import run
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import order as triton_order
-from s2o_compile.kernels.planner import TRITON_RANKINGS, build_plan
+from s2o_compile.kernels.planner import PREPARE_BY_TRITON, build_plan
 from s2o_compile.kernels.statistics import record_calls
 
 
@@ -54,10 +55,9 @@ def dense_rivals(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callabl
     return rivals | {"FlashAttention-3": flash3}
 
 
-def score_all(prepare: Callable[..., ScoreKeys], query: Tensor, key: Tensor, scale: float, segment_len: int) -> Tensor:
+def score_all(prepare: Callable[..., ScoreKeys], call: AttentionCall, segment_len: int) -> Tensor:
     """Scores of a whole call, all heads at once."""
-    shared = query.shape[1] // key.shape[1]
-    return prepare(query, key, scale=scale, segment_len=segment_len, shared=shared)(query, key, CAUSAL, slice(None))
+    return prepare(call, segment_len, call.group)(call, slice(None))
 
 
 def order_all(scores: Tensor, key: Tensor, value: Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
@@ -84,31 +84,20 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
     for name, call in dense_rivals(query, key, value).items():
         row(name, milliseconds(call), 1.0)
 
-    scale = args.head_dim**-0.5
+    whole = AttentionCall(query=query, key=key, value=value, mask=CAUSAL, scale=args.head_dim**-0.5)
     for density in args.densities:
-        full = build_plan(
-            query,
-            key,
-            value,
-            CAUSAL,
-            scale=scale,
-            ranking="per_query",
-            ranking_per="group",
-            implementation="triton",
-        )
+        full = build_plan(whole, OperatorOptions(), "triton")
         plan = cut_to_density(full, density, length)
-        result = triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
+        result = triton_forward.attend(whole, plan, 0.0)
         area = CAUSAL.area(1, length, length).item()
         real = (result.computed.double().sum() * TILE_LEN / args.heads / area).item()
-        ms = milliseconds(
-            lambda plan=plan: triton_forward.attend(query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
-        )
+        ms = milliseconds(partial(triton_forward.attend, whole, plan, 0.0))
         row(f"S2O forward, density {density}", ms, real)
         del full, plan, result
     segment_len = default_segment_len(length)
     scores = torch.empty(0)
-    for ranking, prepare in TRITON_RANKINGS.items():
-        score = partial(score_all, prepare, query, key, scale, segment_len)
+    for ranking, prepare in PREPARE_BY_TRITON.items():
+        score = partial(score_all, prepare, whole, segment_len)
         scores = score()
         row(f"S2O index work: score, {ranking}", milliseconds(score), 0.0)
     row("S2O index work: order", milliseconds(partial(order_all, scores, key, value, segment_len)), 0.0)

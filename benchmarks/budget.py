@@ -33,8 +33,8 @@ from s2o_compile import S2OConfig
 from s2o_compile.api import watched
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.cli.demo import MODEL, document, load_model
+from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.observe import ObservedCall, Observer, observe_attention
-from s2o_compile.kernels.planner import RANKING_PER
 from s2o_compile.quality.calibrate import AIM, TAUS, CurveMeter, budgeted
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
@@ -74,8 +74,8 @@ def read(model: torch.nn.Module, some: Text, config: S2OConfig, observer: Observ
 
 def curve(meter: CurveMeter, place: int) -> dict[str, object]:
     """Errors and density of all layers at one of TAUS."""
-    errors = [site.errors()[place] for site in meter.sites.values()]
-    densities = [site.densities()[place] for site in meter.sites.values()]
+    errors = [site.sums.errors()[place] for site in meter.sites.values()]
+    densities = [site.sums.densities()[place].mean().item() for site in meter.sites.values()]
     return {
         "density": round(statistics.mean(densities), 4),
         "mean": round(statistics.mean(errors), 4),

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.cli.tune import add_topics, cut_to_density
 from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan
@@ -115,7 +116,7 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
         return cut_to_density(plan(*given), density, length, causal=causal)  # pyright: ignore
 
     def never_stop(attend: Callable[..., object]) -> Callable[..., object]:
-        return lambda *args, **keywords: attend(*args, **{**keywords, "tau": 0.0})
+        return lambda call, plan, _tau, into=None: attend(call, plan, 0.0, into)
 
     with (
         patch.object(Planner, "plan", cut_plan),
@@ -128,34 +129,30 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
 def run(inputs: Inputs, mask: AttentionMask = CAUSAL, **options: object) -> Tensor:
     """The operator's output; it is never dense for being short."""
     chosen = OperatorOptions(**{"min_seq_len": 0, **options})  # pyright: ignore
-    return operator.run(*inputs, mask, scale=None, return_lse=False, options=chosen)[0]
+    return operator.run(call_of(inputs, mask), chosen)[0]
+
+
+def call_of(inputs: Inputs, mask: AttentionMask = CAUSAL) -> AttentionCall:
+    """The call of these tensors."""
+    query, key, value = inputs
+    return AttentionCall(query=query, key=key, value=value, mask=mask, scale=query.shape[3] ** -0.5)
 
 
 def time_held(
     inputs: Inputs, density: float, mask: AttentionMask = CAUSAL, *, ranking: str = OperatorOptions().ranking
 ) -> dict[str, float]:
     """The operator at a held density: its time, that of the forward kernel in it, and what was computed."""
-    query, key, value = inputs
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, head_dim = inputs[0].shape
     implementation = "triton" if ON_GPU else "torch"
     executor = triton_forward if ON_GPU else torch_forward
-    scale, options = head_dim**-0.5, OperatorOptions()
     with held_density(density, length, causal=mask.causal):
         with record_calls() as calls:
             run(inputs, mask, ranking=ranking)
         real = calls[0].density
         whole_ms = milliseconds(partial(run, inputs, mask, ranking=ranking))
-        plan = build_plan(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            ranking=ranking,
-            ranking_per=options.ranking_per,
-            implementation=implementation,
-        )
-        forward = partial(executor.attend, query, key, value, mask, plan, scale=scale, tau=0.0)
+        call = call_of(inputs, mask)
+        plan = build_plan(call, OperatorOptions(ranking=ranking), implementation)
+        forward = partial(executor.attend, call, plan, 0.0)
         forward_ms = milliseconds(forward)
     flops = 4 * head_dim * heads * real * mask.area(batch, length, length).sum().item()
     return {

@@ -31,14 +31,8 @@ def bench(length: int, density: float, args: argparse.Namespace) -> dict[str, ob
     options = OperatorOptions()
     (dense,) = calls.sdpa_calls(*inputs).values()
     with calls.held_density(density, length):
-        plan = build_plan(
-            *inputs,
-            calls.CAUSAL,
-            scale=args.head_dim**-0.5,
-            ranking=options.ranking,
-            ranking_per=options.ranking_per,
-        )
-        forward = partial(torch_forward.attend, *inputs, calls.CAUSAL, plan, scale=args.head_dim**-0.5, tau=options.tau)
+        call = calls.call_of(inputs)
+        forward = partial(torch_forward.attend, call, build_plan(call, options), options.tau)
         with record_calls() as recorded:
             calls.run(inputs)
         competitors = {"dense": dense, "whole": partial(calls.run, inputs), "forward": forward}

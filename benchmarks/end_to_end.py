@@ -40,6 +40,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels import ops as registration
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.statistics import record_calls
 
 WARM_UP = 1024
@@ -100,14 +101,14 @@ class Stopwatch:
 @contextmanager
 def dense_operator(backend: SDPBackend) -> Iterator[None]:
     """Inside the block every call of the operator runs dense, by this backend of SDPA."""
-    dense = operator.dense_attention
+    dense = operator.attend_by_sdpa
 
-    def attend(*args: Any, **keywords: Any) -> Tensor:  # noqa: ANN401 (those of dense_attention)
+    def attend(call: AttentionCall) -> Tensor:
         with sdpa_kernel(backend):
-            return dense(*args, **keywords)
+            return dense(call)
 
     to_dense = patch.object(operator, "choose_path", lambda *_, **__: "dense")
-    with to_dense, patch.object(operator, "dense_attention", attend):
+    with to_dense, patch.object(operator, "attend_by_sdpa", attend):
         yield
 
 

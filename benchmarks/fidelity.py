@@ -36,12 +36,11 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import MODEL, build_prompt, load_model
 from s2o_compile.kernels import dispatch as operator
-from s2o_compile.kernels import schedule as slices
+from s2o_compile.kernels import schedule
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import RANKING_PER, OperatorOptions
 from s2o_compile.kernels.core.plan import n_tiles
 from s2o_compile.kernels.core.result import Result
-from s2o_compile.kernels.impl.torch import forward as torch_forward
-from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.statistics import pairs_by_head
 
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0)
@@ -65,7 +64,8 @@ def capture(tokens: int, every: int) -> Captured:
     ids = build_prompt(tokenizer, tokens).to(DEVICE)
     found, number = [], itertools.count()
 
-    def exact(query: Tensor, key: Tensor, value: Tensor, *_: object, scale: float, **__: object) -> Result:
+    def exact(call: AttentionCall, *_: object) -> Result:
+        (query, key, value), scale = call.tensors, call.scale
         output = torch.empty_like(query)
         output.copy_(scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True))
         if next(number) % every == 0:
@@ -73,7 +73,7 @@ def capture(tokens: int, every: int) -> Captured:
         computed = torch.zeros(*query.shape[:2], n_tiles(query.shape[2]), dtype=torch.int32, device=query.device)
         return Result(output, output.new_zeros(query.shape[:3], dtype=torch.float32), computed)
 
-    with patch.object(operator.slices, "attend", exact):
+    with patch.object(schedule, "attend", exact):
         s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend="eager"))(ids, logits_to_keep=1)
     return found
 
@@ -82,17 +82,10 @@ def s2o_attention(
     query: Tensor, key: Tensor, value: Tensor, tau: float, *, ranking: str, ranking_per: str, segment_len: int
 ) -> tuple[Tensor, Tensor]:
     """The operator, as ``Attend``."""
-    result = slices.attend(
-        query,
-        key,
-        value,
-        CAUSAL,
-        scale=query.shape[3] ** -0.5,
-        softcap=None,
-        options=OperatorOptions(tau=tau, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len),
-        executor=triton_forward if ON_GPU else torch_forward,
-        exact=operator.triton_exact if ON_GPU else operator.torch_exact,
-    )
+    call = AttentionCall.of(query, key, value, causal=True)
+    options = OperatorOptions(tau=tau, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len)
+    implementation = "triton" if ON_GPU else "torch"
+    result = schedule.attend(call, options, implementation, operator.EXACT[implementation])
     n = query.shape[2]
     return result.output, pairs_by_head(result.computed, n).sum(0).cpu() / CAUSAL.area(len(query), n, n).sum()
 

@@ -157,10 +157,8 @@ def dense_heads_row(length: int) -> dict[str, object]:
     rows = HEADS[0] // 2
     marked, others = ((query[:, q], key[:, k], value[:, k]) for q, k in _halves(rows, half))
     options = OperatorOptions(min_seq_len=0)
-    call = partial(
-        operator.run, query, key, value, calls.CAUSAL, scale=None, return_lse=False, options=options,
-        dense_heads=range(half),
-    )  # fmt: skip
+    whole = calls.call_of((query, key, value)).but(dense_heads=range(half))
+    call = partial(operator.run, whole, options)
     with calls.held_density(0.1, length):
         torch.testing.assert_close(call()[0][:, :rows], dense(*marked))
         together = milliseconds(call)

@@ -16,11 +16,11 @@ from unittest.mock import patch
 
 import torch
 from attention import score_all
-from calls import DEVICE, make_inputs, milliseconds, run
+from calls import DEVICE, call_of, make_inputs, milliseconds, run
 from results_file import Rows
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import planner
 from s2o_compile.kernels.core.plan import default_segment_len
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.statistics import record_calls
@@ -31,18 +31,16 @@ TAUS = (0.5, 1.0)
 @torch.no_grad()
 def bench_length(length: int, rows: Rows) -> None:
     """The rows of one length."""
-    heads, kv_heads, head_dim = (32, 8, 128) if DEVICE == "cuda" else (4, 2, 32)
-    inputs = make_inputs("topical", length, heads, kv_heads, head_dim)
+    shape = (32, 8, 128) if DEVICE == "cuda" else (4, 2, 32)
+    inputs = make_inputs("topical", length, *shape)
     exact = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    rankings = rank.TRITON_RANKINGS if DEVICE == "cuda" else rank.RANKINGS
-    every = default_segment_len(length) * heads // kv_heads
+    rankings = planner.PREPARE_BY_TRITON if DEVICE == "cuda" else planner.PREPARE
+    every = default_segment_len(length) * shape[0] // shape[1]
     for queries, tau in itertools.product((min(ranking_per_query.ROWS, every), every), TAUS):
 
         def measure(queries: int = queries, tau: float = tau) -> dict[str, float]:
             with patch.object(ranking_per_query, "ROWS", queries):
-                score = partial(
-                    score_all, rankings["per_query"], *inputs[:2], head_dim**-0.5, default_segment_len(length)
-                )
+                score = partial(score_all, rankings["per_query"], call_of(inputs), default_segment_len(length))
                 call = partial(run, inputs, tau=tau)
                 with record_calls() as calls:
                     output = call()

@@ -1,38 +1,45 @@
-"""One call of the operator, from tensors to output: check, choose a path, plan, execute, record."""
+"""One call of the operator, from a checked call to its output: choose a path and an executor, run it, record it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.kernels import schedule as slices
-from s2o_compile.kernels.core import head_tau
+from s2o_compile.kernels import planner, schedule
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.tuned import crossover
-from s2o_compile.kernels.core.validation import check_inputs, sizes_of
+from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.exact.chunked import attend_chunks
-from s2o_compile.kernels.exact.fully_masked_rows import fill_fully_masked_rows
-from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs, sdpa_causal
-from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.exact.epilogue import finish
+from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs, sdpa_causal
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
+from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
+
+EXACT: dict[str, Callable[[AttentionCall], Result]] = {
+    "torch": torch_exact.attend_exact,
+    "flex": flex_forward.attend_exact,
+}
+"""Attention over every visible key, by implementation."""
 
 try:
     from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
+
+    EXACT["triton"] = triton_exact.attend_exact
 except ImportError:  # no triton here: only the torch implementation can run
     triton_forward = triton_exact = None
 
@@ -44,11 +51,11 @@ WIDEST_FLOAT32 = 256
 """Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
 
 
-def choose_path(query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, min_seq_len: int | str) -> str:
+def choose_path(call: AttentionCall, min_seq_len: int | str) -> str:
     """Choose "s2o", "window" or "dense" from lengths alone: nothing waits for the device and no graph recompiles."""
-    if scale <= 0 or is_short(query, query.shape[2], key.shape[2], min_seq_len):
+    if call.scale <= 0 or is_short(call.query, call.n_queries, call.n_keys, min_seq_len):
         return "dense"
-    return "s2o" if mask.window is None else "window"
+    return "s2o" if call.mask.window is None else "window"
 
 
 def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str) -> bool:
@@ -57,8 +64,9 @@ def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str)
     return n_queries < TILE_LEN or n_keys < shortest
 
 
-def choose_implementation(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose_implementation(wanted: str, query: Tensor) -> str:
     """Choose "triton", "torch" or "flex"; an explicit wish is fulfilled or refused, never replaced."""
+    device, dtype, head_dim = query.device, query.dtype, query.shape[3]
     fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
         if triton_forward is None:
@@ -121,193 +129,82 @@ def run_short(
     if is_causal is None:
         return None
     if recording():
-        record(site, "dense", query, key, AttentionMask(causal=causal, offset=offset if causal else 0))
+        mask = AttentionMask(causal=causal, offset=offset if causal else 0)
+        record(AttentionCall(query=query, key=key, value=value, mask=mask, scale=scale or 0.0, site=site), "dense")
     grouped = heads != kv_heads
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float | None,
-    return_lse: bool,
-    options: OperatorOptions,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    fully_masked: str = "zeros",
-    dense_heads: Sequence[int] = (),
-    site: str = "",
+def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq]."""
+    options.check_heads(call.query.shape[1])
+    call = call.but(mask=call.mask.for_batch(call.query.shape[0]))
+    chunk = call.mask.attention_chunk
+    if chunk is not None and 0 <= call.mask.offset <= chunk - call.n_queries:  # one chunk holds all queries
+        call, chunk = call.but(mask=replace(call.mask, attention_chunk=None)), None
+    if chunk is None:
+        return finish(call, *_attend(call, options))
+    return finish(call, *attend_chunks(call, lambda part: _attend(part, options)))
+
+
+def run_planned(
+    call: AttentionCall, plan: Plan, unvisited: Tensor, options: OperatorOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+    """The results of `run` over a plan that was made before.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Which keys a query sees.
-        scale: Softmax scale, None for 1 / sqrt(D).
-        return_lse: Whether the log-sum-exp is wanted.
-        options: How to rank, order, stop and run.
-        softcap: Bound of the logits, None for none.
-        sinks: Floating [Hq], one more logit a head (``sinks.py``).
-        fully_masked: What a query that sees no key gets (``fully_masked_rows.py``).
-        dense_heads: Key/value heads whose groups run densely beside the others (``dense_heads.py``).
-        site: Module path for the report.
+        call: Its mask is that of the plan.
+        plan: Ranked key indices of every segment.
+        unvisited: Of ``estimate_unvisited``, for implementations that decide before they start.
+        options: How to stop and run; rankings and lengths are the plan's.
     """
-    check_inputs(
-        query,
-        key,
-        value,
-        mask.key_mask,
-        sinks,
-        causal=mask.causal,
-        window=mask.window,
-        attention_chunk=mask.attention_chunk,
-        softcap=softcap,
-        fully_masked=fully_masked,
-        dense_heads=dense_heads,
-    )
-    head_tau.check(options.tau, query.shape[1])
-    marked = sorted(set(dense_heads))
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    key_mask = mask.key_mask
-    if key_mask is not None and (key_mask.shape[0] != query.shape[0] or not key_mask.is_contiguous()):
-        mask = replace(mask, key_mask=key_mask.expand(query.shape[0], -1).contiguous())
-    wants_lse = return_lse or sinks is not None
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> tuple[Tensor, Tensor | None]:
-        return _attend(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            softcap=softcap,
-            return_lse=wants_lse,
-            options=options,
-            dense_heads=marked,
-            sinks=sinks,
-            site=site,
-        )
-
-    if mask.attention_chunk is not None and 0 <= mask.offset <= mask.attention_chunk - query.shape[2]:
-        mask = replace(mask, attention_chunk=None)  # one chunk holds all queries
-    if mask.attention_chunk is None:
-        output, lse = attend(query, key, value, mask)
-    else:
-        output, lse = attend_chunks(query, key, value, mask, attend)
-    if sinks is not None and lse is not None:
-        output, lse = add_sinks(output, lse, sinks)
-    if fully_masked == "mean":
-        output = fill_fully_masked_rows(output, value, mask, sinks)
-    return output, lse if return_lse else None
+    options.check_heads(call.query.shape[1])
+    implementation = choose_implementation(options.implementation, call.query)
+    ready, tau = call.for_kernels(), options.tau_on(call.query.device)
+    with ready.on_device():
+        if implementation == "flex":
+            result = flex_forward.attend(ready, plan, blocks_to_visit(unvisited, tau))
+        else:
+            executor = triton_forward if implementation == "triton" else torch_forward
+            assert executor is not None
+            tail_value = planner.tail_values(ready, plan.segment_len, implementation)
+            result = executor.attend(ready, replace(plan, tail_value=tail_value), tau)
+    record(call, "s2o", result.computed)
+    return finish(call, result.output, result.lse)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float | None,
-    return_lse: bool,
-    options: OperatorOptions,
-    dense_heads: Sequence[int],
-    sinks: Tensor | None,
-    site: str,
-) -> tuple[Tensor, Tensor | None]:
+def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
     """Attention without chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp.
 
-    Sinks are for observers: `run` puts them in.
+    Sinks are for observers: `finish` puts them in.
     """
-    n_keys = key.shape[2]
-    if mask.window is not None and mask.window >= n_keys + max(query.shape[2] + mask.offset - n_keys, 0):
-        mask = replace(mask, window=None)  # the window hides nothing
-    path = choose_path(query, key, mask, scale=scale, min_seq_len=options.min_seq_len)
+    mask, n_keys = call.mask, call.n_keys
+    if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
+        call = call.but(mask=replace(mask, window=None))  # the window hides nothing
+    path = choose_path(call, options.min_seq_len)
     # A long mask, pair by pair, takes more memory than keys and values: there our own executor runs.
-    by_sdpa = not return_lse and softcap is None and (path == "dense" or not needs_pairs(mask, n_keys, scale))
-    if path == "s2o" and len(dense_heads) == key.shape[1]:
+    by_sdpa = path == "dense" or not needs_pairs(call.mask, n_keys, call.scale)
+    if path == "s2o" and len(call.dense_heads) == call.key.shape[1]:
         path = "dense"
-    if path == "dense" and by_sdpa:
-        choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])  # or refuse
-        record(site, path, query, key, mask)
-        return dense_attention(query, key, value, mask, scale=scale), None
-    execute = partial(_execute, query, key, value, mask, scale=scale, softcap=softcap)
+    if path == "dense" and by_sdpa and not call.wants_lse and call.softcap is None:
+        choose_implementation(options.implementation, call.query)  # or refuse
+        record(call, path)
+        return attend_by_sdpa(call), None
     if path == "s2o" and observing():
-        call = ObservedCall(
-            site=site,
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            options=options,
-            dense_heads=dense_heads,
-            wants_lse=return_lse,
-            sinks=sinks,
-            execute=execute,
-        )
-        result = observe(call)
+        result = observe(ObservedCall(**vars(call), options=options, execute=_execute))
     else:
-        result = execute(path, options=options, dense_heads=dense_heads, return_lse=return_lse)
-    record(site, path, query, key, mask, result.computed)
+        result = _execute(call, path, options)
+    record(call, path, result.computed)
     return result.output, result.lse
 
 
-def _execute(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    path: str,
-    *,
-    scale: float,
-    softcap: float | None,
-    return_lse: bool,
-    options: OperatorOptions,
-    dense_heads: Sequence[int],
-) -> Result:
-    """Attention by our own executors: over a plan on the path "s2o", else exactly in position order."""
-    implementation = choose_implementation(options.implementation, query.device, query.dtype, query.shape[3])
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if mask.causal and mask.window is None:  # beyond these nothing changes, and kernels count in 32 bits
-        mask = replace(mask, offset=min(max(mask.offset, -query.shape[2]), key.shape[2]))
-    exact = triton_exact if implementation == "triton" else torch_exact
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        if implementation == "flex" and path != "s2o":
-            return flex_forward.attend_planned(
-                query, key, value, mask, None, None, scale=scale, softcap=softcap, wants_lse=return_lse
-            )
-        if implementation == "flex":
-            return flex_forward.attend(
-                query,
-                key,
-                value,
-                mask,
-                scale=scale,
-                softcap=softcap,
-                options=options,
-                dense_heads=dense_heads,
-                wants_lse=return_lse,
-            )
+def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result:
+    """Attention by our own executors: over a plan on the path "s2o", else over every visible key."""
+    implementation = choose_implementation(options.implementation, call.query)
+    call = call.for_kernels()
+    with call.on_device():
         if path != "s2o":
-            return exact.attend_exact(query, key, value, mask, scale=scale, softcap=softcap)
-        executor = triton_forward if implementation == "triton" else torch_forward
-        return slices.attend(
-            query,
-            key,
-            value,
-            mask,
-            scale=scale,
-            softcap=softcap,
-            options=options,
-            executor=executor,
-            exact=exact,
-            dense_heads=dense_heads,
-            wants_lse=return_lse,
-        )
+            return EXACT[implementation](call)
+        if implementation == "flex":
+            return flex_forward.attend(call, *planner.plan_visits(call, options))
+        return schedule.attend(call, options, implementation, EXACT[implementation])

@@ -5,6 +5,7 @@ Evaluation, calibration and pictures are observers. The operator is opaque: call
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,50 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact.dense_heads import whole_tiles
-from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs
-from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.exact.epilogue import add_sinks
+from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs
 from s2o_compile.kernels.statistics import pairs_by_head
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.scopes import Scopes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ObservedCall:
-    """One call on the path "s2o": its tensors are the caller's own and must not be written to.
+class ObservedCall(AttentionCall):
+    """One call on the path "s2o", with what an `AttentionCall` has.
 
-    Sinks and what fully masked rows get are put in behind the call, and chunks are calls of their own.
+    Sinks and the values of fully masked rows are put in behind the call, and chunks are calls of their own. Its mask
+    has no window.
 
     Attributes:
-        site: Module path of the attention, "" for eager calls.
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Which keys a query sees; without a window.
-        scale: Softmax scale.
-        softcap: Bound of the logits, None for none.
         options: How the caller ranks, orders, stops and runs.
-        dense_heads: Key/value heads marked dense, ascending.
-        wants_lse: Whether the caller wants the log-sum-exp.
-        sinks: Floating [Hq], what is put in behind the call; None for none.
-        execute: The operator's executors on these tensors, by path.
+        execute: The operator's executors: of a call, its path and options.
     """
 
-    site: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: AttentionMask
-    scale: float
-    softcap: float | None
     options: OperatorOptions
-    dense_heads: Sequence[int]
-    wants_lse: bool
-    sinks: Tensor | None
-    execute: Callable[..., Result]
+    execute: Callable[[AttentionCall, str, OperatorOptions], Result]
 
     @cached_property
     def result(self) -> Result:
@@ -65,7 +47,7 @@ class ObservedCall:
 
         If the log-sum-exp is not wanted, that of dense heads may be uninitialised.
         """
-        return self.execute("s2o", options=self.options, dense_heads=self.dense_heads, return_lse=self.wants_lse)
+        return self.execute(self, "s2o", self.options)
 
     def run(self, *, dense_heads: Sequence[int] | None = None, **options: Any) -> Result:  # noqa: ANN401 (any field)
         """S2O on the same tensors with some of the options changed.
@@ -75,12 +57,12 @@ class ObservedCall:
             **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
         """
         marked = self.dense_heads if dense_heads is None else dense_heads
-        return self.execute("s2o", options=replace(self.options, **options), dense_heads=marked, return_lse=True)
+        return self.execute(self._again(marked), "s2o", replace(self.options, **options))
 
     def exact(self) -> Tensor:
         """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the exact executor."""
-        if self.softcap is None and not needs_pairs(self.mask, self.key.shape[2], self.scale):
-            return dense_attention(self.query, self.key, self.value, self.mask, scale=self.scale)
+        if self.softcap is None and not needs_pairs(self.mask, self.n_keys, self.scale):
+            return attend_by_sdpa(self)
         return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
@@ -115,12 +97,15 @@ class ObservedCall:
                 remedy="Return None to pass S2O's output on, or call.exact().",
             )
         lse = self._exact_result.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
-        every = whole_tiles(self.mask, shape[2], self.key.shape[2], self.query.device)
-        return Result(output, lse, every.expand(*shape[:2], -1))
+        return Result(output, lse, whole_tiles(self).expand(*shape[:2], -1))
 
     @cached_property
     def _exact_result(self) -> Result:
-        return self.execute("dense", options=self.options, dense_heads=(), return_lse=True)
+        return self.execute(self._again(()), "dense", self.options)
+
+    def _again(self, dense_heads: Sequence[int]) -> AttentionCall:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(AttentionCall)}
+        return AttentionCall(**fields | {"dense_heads": dense_heads, "return_lse": True})
 
 
 Observer = Callable[[ObservedCall], Tensor | None]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
-from s2o_compile.kernels.core.mask import FULLY_MASKED, AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions, options_of
+from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
+from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
 from s2o_compile.kernels.core.validation import check_sinks
 from s2o_compile.kernels.dispatch import run, run_short
-from s2o_compile.kernels.exact.fully_masked_rows import fill_rows
-from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.masked import run_masked
 from s2o_compile.kernels.support.define_op import define_operator
 
@@ -60,45 +60,33 @@ def attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
-    head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, head_taus)
+    taus = () if head_tau is None else tuple(head_tau)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus)
     output = lse = None
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and fully_masked in FULLY_MASKED:
         output = run_short(
+            query, key, value, causal=causal, causal_offset=causal_offset, scale=scale, options=options, site=site
+        )
+    if output is None:
+        call = AttentionCall.of(
             query,
             key,
             value,
-            causal=causal,
-            causal_offset=causal_offset,
-            scale=scale,
-            options=options,
-            site=site,
-        )
-    if output is None:
-        mask = AttentionMask.aligned(
-            query,
-            key,
+            key_mask,
+            sinks,
             causal=causal,
             causal_offset=causal_offset,
             window=window,
             attention_chunk=attention_chunk,
-            key_mask=key_mask,
-        )
-        output, lse = run(
-            query,
-            key,
-            value,
-            mask,
             scale=scale,
             softcap=softcap,
-            sinks=sinks,
             fully_masked=fully_masked,
             return_lse=return_lse,
-            options=options,
             dense_heads=dense_heads or (),
             site=site,
         )
+        output, lse = run(call, options)
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -129,21 +117,21 @@ def masked_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    head_taus = () if head_tau is None else tuple(head_tau)
-    options = options_of(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, head_taus)
-    output = run_masked(
+    taus = () if head_tau is None else tuple(head_tau)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus)
+    call = AttentionCall.of(
         query,
         key,
         value,
-        attn_mask,
+        None,
+        sinks,
         scale=scale,
         softcap=softcap,
-        sinks=sinks,
         fully_masked=fully_masked,
-        options=options,
         dense_heads=dense_heads or (),
         site=site,
     )
+    output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, options)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
@@ -72,31 +72,19 @@ class OnlineSoftmax:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan,
-    *,
-    scale: float,
-    tau: float | Tensor,
-    softcap: float | None = None,
-    visits: Tensor | None = None,
+    call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None, *, visits: Tensor | None = None
 ) -> Result:
     """Attention over a plan, one tile at a time.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Which keys a query sees.
+        call: What is attended; its mask has no window.
         plan: Order of visits.
-        scale: Softmax scale.
         tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
-        softcap: Bound of the logits, None for none.
-        visits: Where the walk is decided before it starts, in the place of the stop rule: entries of each list that
+        into: Tensors that the results are written into; None for new ones.
+        visits: Where pass 2 is decided before it starts, in the place of the stop rule: entries of each ranking that
             are visited, integers [B, Hq, P]; None for the rule.
     """
+    (query, key, value), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     group, shared = heads // key.shape[1], heads // plan.key_index.shape[1]
     n_keys = key.shape[2]
@@ -118,7 +106,7 @@ def attend(
                 if mask.causal:  # no query of the tile sees further than its last one
                     stop = max(a, min(stop, int(rows[-1]) + mask.offset + 1))
 
-                state = OnlineSoftmax(query[b, h, rows], value.shape[3], scale, softcap)
+                state = OnlineSoftmax(query[b, h, rows], value.shape[3], call.scale, call.softcap)
                 own = everything[a:stop]
                 state.update(key[b, kv, own], value[b, kv, own], mask.visible(rows, own) & allowed[own])
                 count = int(plan.prefix_count[b, segment])
@@ -143,4 +131,7 @@ def attend(
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
                 computed[b, h, t] = len(own) + min(visited, count)
-    return Result(output, lse, computed)
+    found = Result(output, lse, computed)
+    for target, source in zip(into or (), found, strict=into is not None):
+        target.copy_(source)
+    return found if into is None else into

@@ -1,4 +1,4 @@
-"""What the operator did at run time, for the report: which path each call took and its density."""
+"""What the operator did at run time, for reports: which path each call took, and its density."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import UNKNOWN_MASK
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.scopes import Scopes
 
@@ -72,21 +73,25 @@ def recording() -> bool:
     return bool(_recordings)
 
 
-def record(
-    site: str, path: str, query: Tensor, key: Tensor, mask: AttentionMask | None, computed: Tensor | None = None
-) -> None:
-    """Tell this thread's recordings about a call under a mask, None for any other; costs nothing when there is none."""
+def record(call: AttentionCall, path: str, computed: Tensor | None = None) -> None:
+    """Tell this thread's recordings about a call; costs nothing when there is none.
+
+    Args:
+        call: What was attended.
+        path: "s2o", "window" or "dense", or "masked" if the call's own mask is not the one that it ran under.
+        computed: int32 [B, Hq, tiles], keys that each tile computed; None for all.
+    """
     if not _recordings:
         return
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    call = Call(
-        site=site,
+    n_queries, n_keys = call.n_queries, call.n_keys
+    made = Call(
+        site=call.site,
         path=path,
         n_queries=n_queries,
         n_keys=n_keys,
         computed=computed,
-        area=(mask or AttentionMask()).area(query.shape[0], n_queries, n_keys),
-        mask="" if mask is None else mask.text(n_queries, n_keys),
+        area=call.mask.area(call.query.shape[0], n_queries, n_keys),
+        mask="" if call.mask is UNKNOWN_MASK else call.mask.text(n_queries, n_keys),
     )
     for calls in _recordings.held():
-        calls.append(call)
+        calls.append(made)

@@ -16,7 +16,6 @@ from s2o_compile.passes.frontends import sdpa
 from s2o_compile.passes.frontends import third_party as third_party
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
-from s2o_compile.passes.frontends.flex import sparse as flex_sparse
 from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
@@ -153,6 +152,8 @@ def _make_sparse(
     head_tau: Mapping[str, Sequence[float]],
 ) -> None:
     """Let a call of flex_attention that could not be replaced keep its functions, and be sparse all the same."""
+    from s2o_compile.passes.frontends.flex import sparse as flex_sparse  # loads the sampling of keys
+
     inner = () if isinstance(opened, Rejected) else opened.nodes
     place = next(place for place in (node, *inner) if place in records)
     left = records[place]

@@ -7,8 +7,14 @@ print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
 config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budget on your own text
 """
 
-from s2o_compile.aot.export import export
-from s2o_compile.aot.package import Package, package
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
 from s2o_compile.api import explain, optimize
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
@@ -25,15 +31,38 @@ from s2o_compile.errors import (
     TensorRTUnavailableError,
     TunedFileWarning,
     UnknownSiteWarning,
+    UntestedTorchWarning,
     UnusedWeightsWarning,
 )
 from s2o_compile.functional import attention
+from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, torch_release
 from s2o_compile.planning import S2OPlan, plan
-from s2o_compile.quality.calibrate import calibrate
-from s2o_compile.quality.evaluate import evaluate
-from s2o_compile.quality.evaluation import Evaluation
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
+
+if TYPE_CHECKING:
+    from s2o_compile.aot.export import export
+    from s2o_compile.aot.package import Package, package
+    from s2o_compile.quality.calibrate import calibrate
+    from s2o_compile.quality.evaluate import evaluate
+    from s2o_compile.quality.evaluation import Evaluation
+
+if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
+    warnings.warn(
+        f"s2o_compile: expected torch {'.'.join(map(str, FIRST_TESTED))} to {'.'.join(map(str, LAST_TESTED))}, got "
+        f"{torch.__version__}, which is untested. Install a torch of that range if something fails.",
+        UntestedTorchWarning,
+        stacklevel=2,
+    )
+
+_LOADED_ON_FIRST_USE = {
+    "Evaluation": "quality.evaluation",
+    "Package": "aot.package",
+    "calibrate": "quality.calibrate",
+    "evaluate": "quality.evaluate",
+    "export": "aot.export",
+    "package": "aot.package",
+}
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,6 +86,7 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UntestedTorchWarning",
     "UnusedWeightsWarning",
     "attention",
     "calibrate",
@@ -68,3 +98,15 @@ __all__ = [
     "plan",
     "record",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LOADED_ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LOADED_ON_FIRST_USE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

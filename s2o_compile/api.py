@@ -16,6 +16,7 @@ from s2o_compile.capture.compiled_copy import Model, compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
+from s2o_compile.kernels.support.torch_compile import uncompiled
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -53,7 +54,7 @@ def optimize(
             f"optimize: expected a torch.nn.Module, got {type(model).__name__}. For a function use "
             'torch.compile(fn, backend="s2o").'
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if uncompiled(model) is not model:
         raise TypeError(
             "optimize: expected an uncompiled module, got the result of torch.compile. Pass the original module, or "
             'give torch.compile backend="s2o".'
@@ -146,14 +147,14 @@ def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
     """
     watch = Watch(config)
     with ONE_AT_A_TIME:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             with record() as watch.recording, warnings.catch_warnings():
                 for said in (NothingRewrittenWarning, UnknownSiteWarning):  # by the report
                     warnings.simplefilter("ignore", said)
                 yield watch
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
 
 
 def _audit(

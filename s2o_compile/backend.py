@@ -19,6 +19,13 @@ import torch
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.torch_compat import schema_of
+from s2o_compile.kernels.support.torch_compile import (
+    compile_fx,
+    inductor_mode_options,
+    inductor_options,
+    lookup_backend,
+)
 from s2o_compile.rewriting import rewrite
 
 logger = logging.getLogger(__name__)
@@ -30,7 +37,7 @@ PREFIX = "s2o."
 def _schemas() -> str:
     """The operators' schemas, as a part of Inductor's cache keys: its code calls the operators as they were then."""
     operators = (torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default)
-    return hashlib.sha256("".join(str(operator._schema) for operator in operators).encode()).hexdigest()
+    return hashlib.sha256("".join(str(schema_of(operator)) for operator in operators).encode()).hexdigest()
 
 
 def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:
@@ -57,9 +64,9 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     if config.inner_backend != "inductor":
         return config, others
     inductor = {name.replace("-", "_"): value for name, value in others.items()}
-    known = torch._inductor.list_options()
+    known = inductor_options()
     for name in inductor:
-        if name not in known:
+        if known is not None and name not in known:
             nearest = unknown_name("option", name, known).rpartition("Did you mean")[2]
             hint = f" Did you mean{nearest}" if nearest.startswith(" '") else ""
             raise OptionError(
@@ -88,10 +95,9 @@ def s2o(
     config, others = split_options(options)
     rewrite(gm, config)
     if config.inner_backend == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **others}
-        with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag + _schemas()):
+        patches = {**(inductor_mode_options(mode) if mode else {}), **others}
+        settings: Any = torch.compiler.config
+        with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
             return compile_fx(gm, example_inputs, config_patches=patches)
     for_tensorrt = config.inner_backend == "tensorrt"
     if mode or (others and not for_tensorrt):
@@ -103,4 +109,6 @@ def s2o(
         from s2o_compile.tensorrt import compile_graph
 
         return compile_graph(gm, example_inputs, others)
-    return torch._dynamo.lookup_backend(config.inner_backend)(gm, example_inputs)
+    if config.inner_backend == "eager":
+        return gm.forward
+    return lookup_backend(config.inner_backend)(gm, example_inputs)

@@ -15,7 +15,7 @@ import torch
 from s2o_compile.by_site import SiteHeads, SiteTaus
 from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.options import FIELDS, OperatorOptions
 from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.json_text import parse_json
@@ -29,8 +29,6 @@ REMOVED = {
     "query_order": Removed("none", "no measurement was better with another order of queries. Leave it out."),
     "training": Removed("dense", "sparse training took longer than dense training. Leave it out."),
 }
-
-_OPERATOR_FIELDS = tuple(field.name for field in dataclasses.fields(OperatorOptions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +123,7 @@ class S2OConfig(OperatorOptions):
             if not isinstance(given, bool):
                 raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
-        backends = {*torch._dynamo.list_backends(exclude_tags=None), "tensorrt"} - {"s2o"}
+        backends = {*torch.compiler.list_backends(exclude_tags=()), "tensorrt"} - {"s2o"}
         if not is_one_of(self.inner_backend, known := sorted(backends)):
             raise OptionError(unknown_name("inner_backend", self.inner_backend, known))
 
@@ -138,14 +136,17 @@ class S2OConfig(OperatorOptions):
             return f"error {self.error:g}"
         return "tau by head" if isinstance(self.tau, tuple) else f"tau {self.tau:g}"
 
+    @property
+    def options(self) -> OperatorOptions:
+        """The operator's fields, with the tau that ``error`` stands for."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        if self.error is not None:
+            fields["tau"] = tau_for(self.error)
+        return OperatorOptions(**fields)
+
     def operator_options(self) -> dict[str, Any]:
         """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        options = {name: getattr(self, name) for name in _OPERATOR_FIELDS}
-        if self.error is not None:
-            options["tau"] = tau_for(self.error)
-        if isinstance(self.tau, tuple):
-            options |= {"tau": OperatorOptions.tau, "head_tau": list(self.tau)}
-        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
+        return self.options.to_op_kwargs()
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""

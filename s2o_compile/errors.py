@@ -40,6 +40,10 @@ class UnknownSiteWarning(UserWarning):
     """The configuration names a site, and no attention of a captured graph has that name."""
 
 
+class UntestedTorchWarning(UserWarning):
+    """This torch is outside the range that s2o_compile was tested with."""
+
+
 __all__ = [
     "DenseExportWarning",
     "EvaluationError",
@@ -54,5 +58,6 @@ __all__ = [
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
+    "UntestedTorchWarning",
     "UnusedWeightsWarning",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import DenseExportWarning
-from s2o_compile.kernels import ops as registration
-from s2o_compile.kernels.autograd import attend_differentiably, attend_plainly
+from s2o_compile.kernels import ops
+from s2o_compile.kernels.core.call import AttentionCall, MaskTerms
 from s2o_compile.kernels.core.layout import as_sdpa
-from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions, options_of
-from s2o_compile.kernels.core.validation import check_attn_mask, check_inputs, check_numbers
-from s2o_compile.kernels.masked import under_mask
-from s2o_compile.kernels.planned import run_planned
+from s2o_compile.kernels.core.validation import check_attn_mask, check_numbers
+from s2o_compile.kernels.dispatch import run_planned
+from s2o_compile.kernels.exact.formula import attend_differentiably, attend_outside_torch, attend_under
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.errors import InputError
-from s2o_compile.planning import S2OPlan, within
+from s2o_compile.planning import S2OPlan
 
 
 def attention(
@@ -107,9 +104,13 @@ def attention(
         dense_heads=dense_heads,
         return_lse=return_lse,
     )
+    arguments: dict[str, Any] = {"scale": scale, "softcap": softcap, "fully_masked": fully_masked}
+    terms: MaskTerms = {
+        "causal": causal, "causal_offset": causal_offset, "window": window, "attention_chunk": attention_chunk
+    }  # fmt: skip
     if attn_mask is not None:
-        others = {"key_mask": key_mask, "causal_offset": causal_offset, "window": window, "plan": plan}
-        others |= {"attention_chunk": attention_chunk, "causal": causal or None, "return_lse": return_lse or None}
+        others = {"key_mask": key_mask, "plan": plan, **terms, "causal": causal or None}
+        others |= {"return_lse": return_lse or None}
         given = [name for name, argument in others.items() if argument is not None]
         if given:
             raise InputError(
@@ -118,18 +119,7 @@ def attention(
                 got=", ".join(given),
                 remedy="Merge them into attn_mask, or leave it out.",
             )
-        return _masked(
-            query,
-            key,
-            value,
-            attn_mask,
-            sinks,
-            scale=scale,
-            softcap=softcap,
-            fully_masked=fully_masked,
-            dense_heads=dense_heads,
-            config=config,
-        )
+        return _masked(query, key, value, attn_mask, sinks, arguments, dense_heads, config)
     if _stays_dense(query, key, value, sinks):
         if return_lse:
             raise InputError(
@@ -138,81 +128,27 @@ def attention(
                 got="inputs that require grad, or torch.onnx.export",
                 remedy="Use torch.no_grad(), or leave return_lse out.",
             )
-        check_inputs(
-            query,
-            key,
-            value,
-            key_mask,
-            sinks,
-            causal=causal,
-            window=window,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            fully_masked=fully_masked,
-            dense_heads=dense_heads,
-        )
-        mask = AttentionMask.aligned(
-            query,
-            key,
-            causal=causal,
-            causal_offset=causal_offset,
-            window=window,
-            attention_chunk=attention_chunk,
-            key_mask=key_mask,
-        )
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        attend = attend_plainly if _leaves_for_onnx() else attend_differentiably
-        return attend(query, key, value, mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked)
+        call = AttentionCall.of(query, key, value, key_mask, sinks, dense_heads=dense_heads, **arguments, **terms)
+        return attend_outside_torch(call) if _leaves_for_onnx() else as_sdpa(attend_differentiably(call), query)
     if plan is not None:
-        mask = AttentionMask.aligned(
-            query,
-            key,
-            causal=causal,
-            causal_offset=causal_offset,
-            window=window,
-            attention_chunk=attention_chunk,
-            key_mask=key_mask,
-        )
-        output, lse = _over_plan(
-            query,
-            key,
-            value,
-            mask,
-            plan,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            fully_masked=fully_masked,
-            return_lse=return_lse,
-            dense_heads=dense_heads,
-            config=config,
-        )
+        call = AttentionCall.of(query, key, value, key_mask, sinks, return_lse=return_lse, **arguments, **terms)
+        output, lse = _over_plan(call, plan, dense_heads, config)
         return (output, lse) if return_lse and lse is not None else output
     plain = can_skip_dispatcher(query, key, value, key_mask, sinks)
-    attend = registration.attention if plain else torch.ops.s2o.attention.default
+    attend = ops.attention if plain else torch.ops.s2o.attention.default
     output, lse = attend(
         query,
         key,
         value,
         key_mask,
         sinks,
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        scale=scale,
-        softcap=softcap,
-        fully_masked=fully_masked,
         return_lse=return_lse,
         dense_heads=list(dense_heads),
+        **terms,
+        **arguments,
         **({} if config is None else config.operator_options()),
     )
     return (output, lse) if return_lse else output
-
-
-def _options(config: S2OConfig) -> OperatorOptions:
-    given = config.operator_options()
-    return options_of(**{**given, "head_tau": tuple(given.get("head_tau", ()))})
 
 
 def _stays_dense(*tensors: Tensor | None) -> bool:
@@ -236,33 +172,8 @@ _uncompiled: Any = torch.compiler.disable
 
 @_uncompiled
 def _over_plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: S2OPlan,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    fully_masked: str,
-    return_lse: bool,
-    dense_heads: Sequence[int],
-    config: S2OConfig | None,
+    call: AttentionCall, plan: S2OPlan, dense_heads: Sequence[int], config: S2OConfig | None
 ) -> tuple[Tensor, Tensor | None]:
-    key_mask = mask.key_mask
-    check_inputs(
-        query,
-        key,
-        value,
-        key_mask,
-        sinks,
-        causal=mask.causal,
-        window=mask.window,
-        attention_chunk=mask.attention_chunk,
-        softcap=softcap,
-        fully_masked=fully_masked,
-    )
     if dense_heads:
         raise InputError(
             "dense_heads",
@@ -270,24 +181,11 @@ def _over_plan(
             got=list(dense_heads),
             remedy="Give these heads a tau of 0 in config.tau.",
         )
-    if key_mask is not None:
-        mask = replace(mask, key_mask=key_mask.expand(query.shape[0], -1))
-    plan.check(query, key, value, within(mask, query.shape[2], key.shape[2]))
-    output, lse = run_planned(
-        query,
-        key,
-        value,
-        plan.mask,
-        plan.lists,
-        plan.unvisited,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        sinks=sinks,
-        fully_masked=fully_masked,
-        return_lse=return_lse,
-        options=_options(S2OConfig() if config is None else config),
-    )
-    return as_sdpa(output, query), lse
+    mask = call.mask.for_batch(call.query.shape[0])
+    plan.check(*call.tensors, mask.within(call.n_queries, call.n_keys))
+    options = (config or S2OConfig()).options
+    output, lse = run_planned(call.but(mask=plan.mask), plan.lists, plan.unvisited, options)
+    return as_sdpa(output, call.query), lse
 
 
 def _masked(
@@ -296,50 +194,18 @@ def _masked(
     value: Tensor,
     attn_mask: Tensor,
     sinks: Tensor | None,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    fully_masked: str,
+    arguments: dict[str, Any],
     dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
     if not _stays_dense(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
         plain = can_skip_dispatcher(query, key, value, attn_mask, sinks)
-        attend = registration.masked_attention if plain else torch.ops.s2o.masked_attention.default
-        output, _ = attend(
-            query,
-            key,
-            value,
-            attn_mask,
-            sinks,
-            scale=scale,
-            softcap=softcap,
-            fully_masked=fully_masked,
-            dense_heads=list(dense_heads),
-            **options,
-        )
+        attend = ops.masked_attention if plain else torch.ops.s2o.masked_attention.default
+        output, _ = attend(query, key, value, attn_mask, sinks, **arguments, dense_heads=list(dense_heads), **options)
         return output
-    check_inputs(
-        query,
-        key,
-        value,
-        None,
-        sinks,
-        causal=False,
-        window=None,
-        softcap=softcap,
-        fully_masked=fully_masked,
-        dense_heads=dense_heads,
-    )
+    call = AttentionCall.of(query, key, value, None, sinks, dense_heads=dense_heads, **arguments)
     check_attn_mask(attn_mask, query, key)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if _leaves_for_onnx():
-        return attend_plainly(
-            query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
-        )
-    attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    output = under_mask(
-        query, key, value, attn_mask, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
-    )
-    return as_sdpa(output, query)
+        return attend_outside_torch(call, attn_mask)
+    return as_sdpa(attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())]), query)

@@ -20,8 +20,9 @@ from torch.export import ExportedProgram
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import DenseExportWarning, InputError
-from s2o_compile.kernels.autograd import attend_plainly
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
+from s2o_compile.kernels.exact.formula import attend_outside_torch
 
 
 def dense(program: ExportedProgram) -> ExportedProgram:
@@ -74,18 +75,10 @@ def _attention(
     layout: str = "auto",
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
-    mask = AttentionMask.aligned(
-        query,
-        key,
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        key_mask=key_mask,
-    )
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked, "layout": layout}
-    return attend_plainly(query, key, value, mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
+    terms = {"window": window, "attention_chunk": attention_chunk, "key_mask": key_mask}
+    mask = AttentionMask.aligned(query, key, causal=causal, causal_offset=causal_offset, **terms)
+    call = _call(query, key, value, mask, scale, {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked})
+    return attend_outside_torch(call, layout=layout), query.new_empty(0, dtype=torch.float32)
 
 
 def _masked_attention(
@@ -101,9 +94,16 @@ def _masked_attention(
     layout: str = "auto",
     **_: Any,  # noqa: ANN401 (how to be sparse)
 ) -> tuple[Tensor, Tensor]:
+    rest = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked}
+    call = _call(query, key, value, UNKNOWN_MASK, scale, rest)
+    return attend_outside_torch(call, attn_mask, layout), query.new_empty(0, dtype=torch.float32)
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float | None, rest: dict[str, Any]
+) -> AttentionCall:
     factor = query.shape[3] ** -0.5 if scale is None else scale
-    how: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked, "layout": layout}
-    return attend_plainly(query, key, value, attn_mask, scale=factor, **how), query.new_empty(0, dtype=torch.float32)
+    return AttentionCall(query=query, key=key, value=value, mask=mask, scale=factor, **rest)
 
 
 _DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig
-from s2o_compile.kernels.core import head_tau
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
-from s2o_compile.kernels.core.validation import check_inputs, check_numbers
+from s2o_compile.kernels.core.validation import check_numbers
 from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
 from s2o_compile.kernels.planner import build_plan, estimate_unvisited
@@ -147,10 +148,9 @@ class S2OPlan:
 
     def _visits(self, tau: float | None) -> Tensor:
         chosen = self.tau if tau is None else tau
-        head_tau.check(chosen, self.query_shape[1])
-        if isinstance(chosen, tuple):
-            return blocks_to_visit(self.unvisited, torch.tensor(chosen, device=self.device))
-        return blocks_to_visit(self.unvisited, chosen)
+        options = OperatorOptions(tau=chosen)
+        options.check_heads(self.query_shape[1])
+        return blocks_to_visit(self.unvisited, options.tau_on(self.device))
 
     def __repr__(self) -> str:
         _, heads, n_queries, _ = self.query_shape
@@ -203,48 +203,30 @@ def plan(
     config = _configured(config, fields)
     value = key if value is None else value
     numbers = check_numbers(causal=causal, causal_offset=causal_offset, scale=scale, softcap=softcap)
-    causal_offset, scale, softcap = numbers.causal_offset, numbers.scale, numbers.softcap
-    check_inputs(query, key, value, key_mask, causal=causal, window=None, softcap=softcap)
-    batch, _, n_queries, head_dim = query.shape
-    factor = head_dim**-0.5 if scale is None else scale
-    if factor <= 0:
-        raise InputError(
-            "scale",
-            expected="a positive number, for keys are ranked by their scores",
-            got=factor,
-            remedy="Negate the query, or attend without a plan.",
-        )
-    mask = AttentionMask.aligned(
+    call = AttentionCall.of(
         query,
         key,
+        value,
+        None if key_mask is None else key_mask.clone(),
         causal=causal,
-        causal_offset=causal_offset,
-        window=None,
-        attention_chunk=None,
-        key_mask=None if key_mask is None else key_mask.expand(batch, -1).clone(),
+        causal_offset=numbers.causal_offset,
+        scale=numbers.scale,
+        softcap=numbers.softcap,
     )
-    mask = within(mask, n_queries, key.shape[2])
-    options = config.operator_options()
-    tau = tuple(options["head_tau"]) if "head_tau" in options else options["tau"]
-    head_tau.check(tau, query.shape[1])
-    chosen = choose_implementation("auto", query.device, query.dtype, head_dim)
-    implementation = "triton" if chosen == "triton" else "torch"
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        ranked = build_plan(
-            query,
-            key,
-            value,
-            mask,
-            scale=factor,
-            ranking=config.ranking,
-            ranking_per=config.ranking_per,
-            segment_len=config.segment_len,
-            implementation=implementation,
+    if call.scale <= 0:
+        raise InputError(
+            "scale",
+            expected="a positive number, because keys are ranked by their scores",
+            got=call.scale,
+            remedy="Negate the query, or attend without a plan.",
         )
-        unvisited = estimate_unvisited(
-            query, key, value, mask, ranked, scale=factor, softcap=softcap, implementation=implementation
-        )
+    options = config.options
+    options.check_heads(query.shape[1])
+    implementation = "triton" if choose_implementation("auto", query) == "triton" else "torch"
+    call = call.but(mask=call.mask.for_batch(query.shape[0])).for_kernels()
+    with call.on_device():
+        ranked = build_plan(call, options, implementation)
+        unvisited = estimate_unvisited(call, ranked, implementation)
     return S2OPlan(
         key_index=ranked.key_index,
         prefix_count=ranked.prefix_count,
@@ -255,16 +237,11 @@ def plan(
         key_shape=tuple(key.shape),  # pyright: ignore[reportArgumentType]
         dtype=query.dtype,
         device=query.device,
-        causal=mask.causal,
-        causal_offset=mask.offset,
-        key_mask=mask.key_mask,
-        tau=tau,
+        causal=call.mask.causal,
+        causal_offset=call.mask.offset,
+        key_mask=call.mask.key_mask,
+        tau=options.tau,
     )
-
-
-def within(mask: AttentionMask, n_queries: int, n_keys: int) -> AttentionMask:
-    """The mask with an offset beyond which nothing changes, as kernels count in 32 bits."""
-    return replace(mask, offset=min(max(mask.offset, -n_queries), n_keys)) if mask.causal else mask
 
 
 def _configured(config: S2OConfig | None, fields: Mapping[str, object]) -> S2OConfig:

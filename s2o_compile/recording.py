@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-
 from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
+from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, join_calls
 
@@ -56,16 +55,15 @@ def record() -> Iterator[Recording]:
     ``graph_breaks`` and ``compile_seconds`` are Dynamo's counts of the whole process.
     """
     recording = Recording()
-    before = dict(torch._dynamo.utils.counters["graph_break"])
-    compiled_before = _compile_seconds()
+    before, seconds = graph_breaks(), compile_seconds()
     try:
         with _open.holding(recording), record_calls() as calls:
             recording.calls = calls
             yield recording
     finally:
-        breaks = torch._dynamo.utils.counters["graph_break"]
-        recording.compile_seconds = _compile_seconds() - compiled_before
-        recording.graph_breaks = tuple(reason for reason, count in breaks.items() if count > before.get(reason, 0))
+        recording.compile_seconds = compile_seconds() - seconds
+        after = graph_breaks().items()
+        recording.graph_breaks = tuple(reason for reason, count in after if count > before.get(reason, 0))
 
 
 def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[str]) -> None:
@@ -74,8 +72,3 @@ def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[
         recording.graphs.append(tuple(records))
         recording.pass_seconds += pass_seconds
         recording.marked |= dict.fromkeys(marked)
-
-
-def _compile_seconds() -> float:
-    """What Dynamo and the backends behind it have taken so far in this process, capture included."""
-    return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", ()))

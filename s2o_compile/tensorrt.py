@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from s2o_compile.aot.export import export
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError, TensorRTUnavailableError
+from s2o_compile.kernels.support.torch_compat import OpOverload
+from s2o_compile.kernels.support.torch_compile import lookup_backend
 
 
 def compile(
@@ -72,7 +73,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: M
         TensorRTUnavailableError: torch-tensorrt or TensorRT's libraries are missing.
     """
     _torch_tensorrt()  # makes the backend known
-    backend: Any = torch._dynamo.lookup_backend("torch_tensorrt")
+    backend: Any = lookup_backend("torch_tensorrt")
     return backend(gm, example_inputs, options=_with_our_operators(settings, gm.graph))
 
 
@@ -92,6 +93,6 @@ def _with_our_operators(settings: Mapping[str, Any], graph: fx.Graph) -> dict[st
     ours = {
         f"torch.ops.{node.target}"  # the name that torch-tensorrt's partitioner compares
         for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "s2o"
+        if isinstance(node.target, OpOverload) and node.target.namespace == "s2o"
     }
     return {**settings, "torch_executed_ops": {*settings.get("torch_executed_ops", ()), *ours}}

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the
 
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan as plan_module
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan
 from tests.helpers import durations
 
@@ -39,6 +42,11 @@ INTERPRETED = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 )
 """The device parameter of a Triton test that is interpreted."""
+
+
+def query_on(device, dtype, head_dim):
+    """Says of a query on any device what chooses an implementation."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, head_dim))
 
 
 def on(device, *values):
@@ -65,6 +73,11 @@ class Inputs:
     @property
     def tensors(self):
         return self.query, self.key, self.value
+
+    @property
+    def call(self):
+        """The same as the operator's executors take it."""
+        return AttentionCall(**vars(self))
 
     def to(self, target):
         """The same on another device or in another floating dtype."""
@@ -314,8 +327,7 @@ def move_plan(plan, device):
 
 def score_all(prepare, inputs, segment_len, shared):
     """Scores of a whole call by a ranking."""
-    score_keys = prepare(inputs.query, inputs.key, scale=inputs.scale, segment_len=segment_len, shared=shared)
-    return score_keys(inputs.query, inputs.key, inputs.mask, slice(None))
+    return prepare(inputs.call, segment_len, shared)(inputs.call, slice(None))
 
 
 @pytest.fixture
@@ -333,15 +345,8 @@ def build_plan(monkeypatch):
     ):
         monkeypatch.setattr(plan_module, "default_chunk_len", lambda _: chunk_len)
         monkeypatch.setattr(rank, "default_chunk_len", lambda _: chunk_len)
-        return rank.build_plan(
-            *inputs.tensors,
-            inputs.mask,
-            scale=inputs.scale,
-            ranking=ranking,
-            ranking_per=ranking_per,
-            segment_len=segment_len,
-            implementation=by,
-        )
+        options = OperatorOptions(ranking=ranking, ranking_per=ranking_per, segment_len=segment_len)
+        return rank.build_plan(inputs.call, options, by)
 
     return build
 

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.imports import LAYERS, ROOT, circles, imported_names, imports, product, room_of, short, sources, tree
 
 MAX_FILES, MAX_LINES, MAX_PARAMETERS = 14, 400, 12
-PRODUCT_LINES = 21_719
+PRODUCT_LINES = 21_489
 """A ceiling to be lowered: the goal is 19,000."""
 
 METHOD = ("kernels/support", "kernels/core", "kernels/ranking", "kernels/exact")
@@ -45,10 +45,16 @@ MAY_IMPORT = {
     "s2o_compile: ground": ("kernels/support", "kernels/core", "kernels", "passes: site", "passes"),
     "s2o_compile/aot": (*SURFACE, "passes/graph", "s2o_compile/capture"),
     "s2o_compile/transformers": (*SURFACE, "passes/graph", "passes/masks"),
-    "s2o_compile": (*SURFACE, "kernels/ranking", "passes: site", "s2o_compile/capture", "s2o_compile/aot"),
+    "s2o_compile": (*SURFACE, *METHOD, "passes: site", "s2o_compile/capture", "s2o_compile/aot"),
     "s2o_compile/quality": (*SURFACE, "kernels/exact", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality"),
-    "s2o_compile: face": ("s2o_compile: ground", "s2o_compile/aot", "s2o_compile", "s2o_compile/quality"),
+    "s2o_compile: face": (
+        "kernels/support",
+        "s2o_compile: ground",
+        "s2o_compile/aot",
+        "s2o_compile",
+        "s2o_compile/quality",
+    ),
 }
 # Files on another floor than the rest of their folder.
 FLOORS = {
@@ -60,9 +66,6 @@ FLOORS = {
     "s2o_compile/__init__.py": "s2o_compile: face",
 }
 UPWARD = {
-    ("kernels/impl/flex/forward.py", "kernels/planner.py"): "plans its own slices; dispatch is to hand it the plan",
-    ("kernels/impl/aot/attention.py", "kernels/masked.py"): "shares the exact fallback, which belongs into exact",
-    ("kernels/impl/aot/cuda_forward.py", "kernels/schedule.py"): "shares the size of a slice, which belongs into core",
     ("passes/frontends/decompose.py", "passes/frontends/flex/match.py"): "asks whether an opened node holds flex",
     ("passes/frontends/decompose.py", "passes/rewrite.py"): "closes nodes again that nobody rewrote",
 }
@@ -70,7 +73,6 @@ UPWARD = {
 CHOOSERS = ("kernels/dispatch.py", "kernels/planner.py", "kernels/schedule.py")
 """The only files that choose an executor, and so import any."""
 OTHER_CHOOSERS = {
-    "kernels/planned.py": "runs a plan that a user made; to be dispatch's",
     "kernels/read_mask.py": "compares masks on CUDA by a kernel; to be chosen by dispatch",
     "passes/frontends/flex/sparse.py": "inserts the operator of flex calls with functions of their own",
     "s2o_compile/aot/package.py": "a package holds the decomposition of kernels/impl/aot, and no other",
@@ -194,7 +196,8 @@ def test_the_product_is_small():
 
 def n_parameters(function):
     given = function.args
-    return len(given.posonlyargs + given.args + given.kwonlyargs) + bool(given.vararg) + bool(given.kwarg)
+    names = [x.arg for x in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if x]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
 
 
 def test_functions_take_few_parameters():

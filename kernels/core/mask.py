@@ -17,7 +17,7 @@ Without a causal mask the "prefix" is every key outside the segment. Cross atten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,11 +57,11 @@ class AttentionMask:
         query: Tensor,
         key: Tensor,
         *,
-        causal: bool,
-        causal_offset: int | None,
-        window: int | None,
-        attention_chunk: int | None,
-        key_mask: Tensor | None,
+        causal: bool = False,
+        causal_offset: int | None = None,
+        window: int | None = None,
+        attention_chunk: int | None = None,
+        key_mask: Tensor | None = None,
     ) -> AttentionMask:
         """The mask of a call on [.., Nq, D] and [.., Nk, D]; no offset aligns the last query with the last key.
 
@@ -86,6 +86,19 @@ class AttentionMask:
         if type(attention_chunk) is int:
             attention_chunk = min(attention_chunk, 2 * FARTHEST)
         return cls(causal=causal, offset=offset, window=window, attention_chunk=attention_chunk, key_mask=key_mask)
+
+    def for_batch(self, batch: int) -> AttentionMask:
+        """The mask with a key mask of its own for each batch entry, contiguous, as kernels read it."""
+        key_mask = self.key_mask
+        if key_mask is None or (key_mask.shape[0] == batch and key_mask.is_contiguous()):
+            return self
+        return replace(self, key_mask=key_mask.expand(batch, -1).contiguous())
+
+    def within(self, n_queries: int, n_keys: int) -> AttentionMask:
+        """The mask with an offset beyond which nothing changes: kernels count in 32 bits."""
+        if not self.causal or self.window is not None or -n_queries <= self.offset <= n_keys:
+            return self
+        return replace(self, offset=min(max(self.offset, -n_queries), n_keys))
 
     def text(self, n_queries: int, n_keys: int) -> str:
         """The mask in words, such as ``causal, window 4096, key padding``."""
@@ -167,6 +180,10 @@ class AttentionMask:
         """
         start, stop = self.row_ranges(n_queries, n_keys, torch.device("cpu"))
         return (stop - start).sum().double().expand(batch)
+
+
+UNKNOWN_MASK = AttentionMask()
+"""Stands for the mask of a call that runs under a mask tensor: reports know no words for it."""
 
 
 def same_length(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:

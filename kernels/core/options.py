@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.arguments import as_integer, as_number, as_numbers, is_one_of, shown
@@ -82,9 +86,37 @@ class OperatorOptions:
         for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
             object.__setattr__(self, name, value)  # as Python's numbers
 
+    def check_heads(self, heads: int) -> None:
+        """Raise InputError unless tau is one number, or one for each of this many query heads."""
+        if isinstance(self.tau, tuple) and len(self.tau) != heads:
+            raise InputError(
+                "tau",
+                expected=f"one number, or {heads}, one for each query head",
+                got=f"{len(self.tau)} numbers",
+                remedy="Give one number for all heads, or calibrate the model again if its heads have changed.",
+            )
+
+    def tau_on(self, device: torch.device) -> float | Tensor:
+        """Tau as executors take it: one number, or float32 [Hq] on the device."""
+        return self.tau if not isinstance(self.tau, tuple) else _on_device(self.tau, device)
+
+    def to_op_kwargs(self) -> dict[str, Any]:
+        """The options as keyword arguments of ``torch.ops.s2o.attention``.
+
+        Operator schemas have no int-or-str type, so None encodes "auto", and no float-or-list type, so ``head_tau``
+        stands for ``tau`` where each head has its own.
+        """
+        options: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        if isinstance(self.tau, tuple):
+            options |= {"tau": OperatorOptions.tau, "head_tau": list(self.tau)}
+        return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
+
+
+FIELDS = tuple(field.name for field in fields(OperatorOptions))
+
 
 @lru_cache(maxsize=1024, typed=True)
-def options_of(
+def from_op_kwargs(
     tau: float,
     min_seq_len: int | None,
     segment_len: int | None,
@@ -93,10 +125,9 @@ def options_of(
     implementation: str,
     head_tau: tuple[float, ...] = (),
 ) -> OperatorOptions:
-    """The options of a call, checked when they are first met: a model's calls have few different ones.
+    """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
 
-    Arguments as the operator has them. Its schema knows no integer that may be a text, so None stands for "auto", and
-    no number that may be several, so ``head_tau`` stands for ``tau`` where it is given.
+    Checked when they are first met: a model's calls have few different ones.
     """
     return OperatorOptions(
         tau=head_tau or tau,
@@ -106,3 +137,17 @@ def options_of(
         ranking_per=ranking_per,
         implementation=implementation,
     )
+
+
+def _on_device(taus: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [Hq]; kept from call to call, because each copy to a GPU takes time."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A CUDA graph records no copy from the host, and its memory must not be shared with other calls.
+        return torch.cat([torch.full((1,), tau, dtype=torch.float32, device=device) for tau in taus])
+    return _kept(taus, device)
+
+
+@lru_cache(maxsize=1024)
+def _kept(taus: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor(taus, dtype=torch.float32, device=device)

@@ -14,13 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 
-ScoreKeys = Callable[[Tensor, Tensor, AttentionMask, slice], Tensor]
-"""Scores of a slice: (query [B, h, n, D], key [B, h_kv, n_k, D], mask, key/value heads) -> [B, h_l, P, n_k]."""
+ScoreKeys = Callable[[AttentionCall, slice], Tensor]
+"""Scores of a slice of a call, which key/value heads it holds -> [B, h_l, P, n_k]."""
 
 TILE_LEN = 128
 """Queries of one tile. A tile is what stops early, so every executor uses the same length."""
+
+SCRATCH_SHARE = 5
+SCRATCH_BYTES = 96 * 2**20
+"""Scores and indices that are held at once, of one slice a stream, take at most 1/5 of the memory of key and value, or
+96 MiB."""
+
+BYTES_A_SCORE = 7
+"""A score in float16, an index of int32, and the counts of classes that order it."""
 
 
 @dataclass(frozen=True, kw_only=True)

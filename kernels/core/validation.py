@@ -98,37 +98,40 @@ def _heads(given: Sequence[int]) -> list[int]:
     return found
 
 
-def check_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    sinks: Tensor | None = None,
-    *,
-    causal: bool,
-    window: int | None,
-    attention_chunk: int | None = None,
-    softcap: float | None = None,
-    fully_masked: str = "zeros",
-    dense_heads: Sequence[int] = (),
-) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise InputError unless the operator can run on these tensors."""
     if sizes_of(query, key, value) is None:
         _refuse(query, key, value)
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+    attention_chunk: int | None,
+    softcap: float | None,
+    fully_masked: str,
+    dense_heads: Sequence[int],
+) -> None:
+    """Raise InputError unless the operator can take these arguments beside tensors that `check_tensors` accepts."""
     batch, n_keys = key.shape[0], key.shape[2]
     if window is not None and (not causal or window < 1):
         raise InputError(
             "window",
             expected="at least 1, together with causal=True",
             got=f"window={window}, causal={causal}",
-            remedy="A sliding window looks back from the causal diagonal.",
+            remedy="Pass causal=True, or drop window.",
         )
     if attention_chunk is not None and (not causal or attention_chunk < 1):
         raise InputError(
             "attention_chunk",
             expected="at least 1, together with causal=True",
             got=f"attention_chunk={attention_chunk}, causal={causal}",
-            remedy="Chunks are cut from the keys before the causal diagonal.",
+            remedy="Pass causal=True, or drop attention_chunk.",
         )
     if key_mask is not None and (
         key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys))

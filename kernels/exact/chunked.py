@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 
-Attend = Callable[[Tensor, Tensor, Tensor, AttentionMask], tuple[Tensor, Tensor | None]]
+Attend = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
 def chunk_runs(size: int, offset: int, n_queries: int, n_keys: int) -> Iterator[tuple[int, int]]:
@@ -29,19 +29,15 @@ def chunk_runs(size: int, offset: int, n_queries: int, n_keys: int) -> Iterator[
             yield chunk, 1
 
 
-def attend_chunks(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, attend: Attend
-) -> tuple[Tensor, Tensor | None]:
+def attend_chunks(call: AttentionCall, attend: Attend) -> tuple[Tensor, Tensor | None]:
     """Output [B, Hq, Nq, Dv] and log-sum-exp [B, Hq, Nq] under a mask with ``attention_chunk``.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Causal, with ``attention_chunk``; its key mask, if any, is [B, Nk].
+        call: Its mask is causal, with ``attention_chunk``; its key mask, if any, is [B, Nk].
         attend: Attention under a mask without chunks, with a log-sum-exp or None.
     """
-    batch, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
+    (query, key, value), mask = call.tensors, call.mask
+    batch, n_queries, n_keys = query.shape[0], call.n_queries, call.n_keys
     size, key_mask = mask.attention_chunk, mask.key_mask
     assert size is not None
     outputs, masses = [], []
@@ -60,7 +56,7 @@ def attend_chunks(
             key_mask=None if key_mask is None else _fold(key_mask[:, None, columns], count)[:, 0],
         )
         parts = (_fold(x[:, :, part], count) for x, part in ((query, rows), (key, columns), (value, columns)))
-        output, mass = attend(*parts, inside)
+        output, mass = attend(call.over(*parts, inside))
         outputs.append(_unfold(output, batch))
         masses.append(None if mass is None else _unfold(mass, batch))
     return torch.cat(outputs, 2), None if any(mass is None for mass in masses) else torch.cat(masses, 2)

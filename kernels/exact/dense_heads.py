@@ -10,16 +10,15 @@ need the mask pair by pair, the exact executor runs, in memory linear in N.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result
-from s2o_compile.kernels.exact.sdpa import dense_attention, needs_pairs
+from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs
 
 
 def runs(heads: Iterable[int], longest: int) -> list[slice]:
@@ -39,53 +38,34 @@ def query_heads(heads: slice, group: int) -> slice:
     return slice(heads.start * group, heads.stop * group)
 
 
-def attend_dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    into: Result,
-    dense_heads: Sequence[int],
-    *,
-    scale: float,
-    softcap: float | None,
-    wants_lse: bool,
-    exact: ModuleType,
-) -> None:
+def attend_dense(call: AttentionCall, into: Result, exact: Callable[[AttentionCall], Result]) -> None:
     """Fill the marked heads of ``into``.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Without a window.
-        into: Results of all heads.
-        dense_heads: Key/value heads, ascending.
-        scale: Softmax scale, positive.
-        softcap: Bound of the logits, None for none.
-        wants_lse: Whether the log-sum-exp is wanted; that of these heads may stay uninitialised otherwise.
-        exact: `torch_exact` or `triton_exact`.
+        call: Its mask has no window, its scale is positive.
+        into: Results of all heads. If no log-sum-exp is wanted, that of the marked heads may stay uninitialised.
+        exact: The implementation's executor over every visible key.
     """
-    group = query.shape[1] // key.shape[1]
-    places = runs(dense_heads, key.shape[1])
-    rows = [query_heads(heads, group) for heads in places]
-    taken = take(query, rows), take(key, places), take(value, places)
-    if wants_lse or softcap is not None or needs_pairs(mask, key.shape[2], scale):
-        exact = exact.attend_exact(*taken, mask, scale=scale, softcap=softcap)
+    query, key, value = call.tensors
+    places = runs(call.dense_heads, key.shape[1])
+    rows = [query_heads(heads, call.group) for heads in places]
+    marked = call.over(take(query, rows), take(key, places), take(value, places))
+    if call.wants_lse or call.softcap is not None or needs_pairs(call.mask, call.n_keys, call.scale):
+        found = exact(marked)
     else:
-        heads = taken[0].shape[:3]
-        every = whole_tiles(mask, query.shape[2], key.shape[2], query.device).expand(*heads[:2], -1)
-        lse = query.new_empty(heads, dtype=torch.float32)
-        exact = Result(dense_attention(*taken, mask, scale=scale), lse, every)
+        heads = marked.query.shape[:3]
+        every = whole_tiles(call).expand(*heads[:2], -1)
+        found = Result(attend_by_sdpa(marked), query.new_empty(heads, dtype=torch.float32), every)
     sizes = [heads.stop - heads.start for heads in rows]
-    for whole, parts in zip(into, (x.split(sizes, 1) for x in exact), strict=True):
+    for whole, parts in zip(into, (x.split(sizes, 1) for x in found), strict=True):
         for heads, part in zip(rows, parts, strict=True):
             whole[:, heads] = part
 
 
-def whole_tiles(mask: AttentionMask, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+def whole_tiles(call: AttentionCall) -> Tensor:
     """int32 [tiles]: keys that each tile computes densely, up to the last that one of its queries sees."""
-    _, stops = mask.row_ranges(n_queries, n_keys, device)
+    n_queries, device = call.n_queries, call.query.device
+    _, stops = call.mask.row_ranges(n_queries, call.n_keys, device)
     last = torch.arange(TILE_LEN - 1, n_queries + TILE_LEN - 1, TILE_LEN, device=device).clamp(max=n_queries - 1)
     return stops[last].int()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.exact.equal_dims import pad_to_equal
 
 
 def needs_pairs(mask: AttentionMask, n_keys: int, scale: float) -> bool:
@@ -16,13 +16,14 @@ def needs_pairs(mask: AttentionMask, n_keys: int, scale: float) -> bool:
     return sdpa_causal(mask.causal, mask.offset, n_keys, scale) is None
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float) -> Tensor:
-    """Exact attention [B, Hq, Nq, Dv]; a query that sees no key gets zeros, as SDPA's boolean masks give."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    if needs_pairs(mask, n_keys, scale):
-        return sdpa(query, key, value, mask.visible_pairs(n_queries, n_keys, query.device), scale=scale)
-    is_causal = sdpa_causal(mask.causal, mask.offset, n_keys, scale)
-    return sdpa(query, key, value, is_causal=bool(is_causal), scale=scale)
+def attend_by_sdpa(call: AttentionCall) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] of a call without softcap and sinks; fully masked rows get zeros."""
+    mask = call.mask
+    if needs_pairs(mask, call.n_keys, call.scale):
+        pairs = mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)
+        return sdpa(*call.tensors, pairs, scale=call.scale)
+    is_causal = sdpa_causal(mask.causal, mask.offset, call.n_keys, call.scale)
+    return sdpa(*call.tensors, is_causal=bool(is_causal), scale=call.scale)
 
 
 def sdpa(
@@ -55,3 +56,16 @@ def sdpa_causal(causal: bool, offset: int, n_keys: int, scale: float | None) -> 
     if offset == 0 and (scale is None or scale > 0):  # is_causal hides by adding before it scales
         return True
     return None
+
+
+def pad_to_equal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key [..., D] and value [..., Dv] with zero columns up to the larger of the two; themselves if equal.
+
+    Zero columns change no product q . k, and those of the value are zero columns of the output, to be cut off again.
+    """
+    missing = query.shape[-1] - value.shape[-1]
+    if missing > 0:
+        value = pad(value, (0, missing))
+    elif missing < 0:
+        query, key = pad(query, (0, -missing)), pad(key, (0, -missing))
+    return query, key, value

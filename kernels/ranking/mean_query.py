@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 
 
 def segment_means(query: Tensor, group_len: int) -> Tensor:
@@ -24,12 +24,17 @@ def segment_means(query: Tensor, group_len: int) -> Tensor:
     return sums / (n_queries - first).clamp(max=group_len)[:, None]
 
 
-def score_keys(
-    query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int, shared: int
-) -> Tensor:
-    """Importance of every key for every segment, [B, Hl, P, Nk]; see the module docstring."""
+def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
+    """Importance of every key for every segment, [B, Hl, P, Nk]; see the module docstring.
+
+    Args:
+        call: What is attended.
+        segment_len: Queries that share one ranking.
+        shared: Query heads that share one ranking.
+    """
+    key = call.key
     batch, kv_heads, n_keys, head_dim = key.shape
-    means = segment_means(query, segment_len).to(key.dtype) * scale
+    means = segment_means(call.query, segment_len).to(key.dtype) * call.scale
     segments = means.shape[2]
     grouped = means.view(batch, kv_heads, -1, head_dim)
     logits = grouped @ key.transpose(-1, -2)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
 from s2o_compile.kernels.support.parallel import for_each
@@ -159,35 +160,31 @@ def row_normaliser(
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
-def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
-    """What scores the slices of a call; dimensions and samples go by the whole call. Arguments: ``rank.Planner``."""
-    head_dim = query.shape[3]
-    dims = choose_dims(second_moments(query, key), min(few_dims(head_dim), head_dim))
-    stride = key_stride(key.shape[2])
+def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
+    """The function that scores slices of a call; dimensions and samples go by the whole call.
 
-    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
-        some = dims[:, heads]
-        return _score_keys(query, key, mask, some, stride, scale=scale, segment_len=segment_len, shared=shared)
+    Args:
+        call: The whole call.
+        segment_len: Queries that share one ranking.
+        shared: Query heads that share one ranking.
+    """
+    head_dim = call.query.shape[3]
+    dims = choose_dims(second_moments(call.query, call.key), min(few_dims(head_dim), head_dim))
+    stride = key_stride(call.n_keys)
+
+    def score_keys(part: AttentionCall, heads: slice) -> Tensor:
+        return _score_keys(part, dims[:, heads], stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    dims: Tensor,
-    stride: int,
-    *,
-    scale: float,
-    segment_len: int,
-    shared: int,
-) -> Tensor:
+def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int, shared: int) -> Tensor:
     """Importance of every key for every segment, float32 [B, Hl, P, Nk]; see the module docstring."""
+    (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     few_key = take_dims(key, dims).float()
-    few_query = (take_dims(query, dims).float() * scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
+    few_query = (take_dims(query, dims).float() * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     lists = heads // kv_heads // shared  # of each key/value head

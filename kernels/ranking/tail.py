@@ -12,21 +12,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_keys, n_segments
 
 
-def tail_values(value: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int, sums_by: ModuleType) -> Tensor:
+def tail_values(call: AttentionCall, segment_len: int, sums_by: ModuleType) -> Tensor:
     """Mean value of the prefix keys of every segment, float32 [B, Hkv, P, Dv]; zeros where there are none.
 
     Args:
-        value: [B, Hkv, Nk, Dv].
-        mask: The proven mask, without a window.
-        n_queries: Number of queries Nq.
+        call: Its mask has no window.
         segment_len: Queries per segment.
-        sums_by: Whose ``block_sums`` and ``running_sums``: this module's, or ``triton_tail``'s.
+        sums_by: Whose ``block_sums`` and ``running_sums``: this module's, or ``impl.triton.tail``'s.
     """
-    n_keys = value.shape[2]
+    value, mask, n_queries, n_keys = call.value, call.mask, call.n_queries, call.n_keys
     offset = mask.seg_offset(n_queries, n_keys)
     # Blocks of keys that begin where segments' in-segment keys do; the first and the last may be short.
     shift = -offset % segment_len if mask.causal else 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan, non_finite_keys
 
 BLOCK_LEN = 128
@@ -46,29 +46,16 @@ def sample_segments(n_queries: int, segment_len: int, count: int, device: torch.
     return first + sampled((n_queries - first).clamp(max=segment_len), count, device)
 
 
-def estimate_unvisited(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Share of a row's mass behind the first n blocks of its list, float32 [B, Hq, P, 1 + blocks], never rising in n.
+def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
+    """Share of a row's mass behind the first n blocks of its ranking, float32 [B, Hq, P, 1 + blocks], falling in n.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: The mask, without a window.
-        plan: Its lists.
-        scale: Softmax scale.
-        softcap: Bound of the logits, None for none.
+        call: Its mask has no window.
+        plan: Its ranked key indices.
 
     A row that holds NaN leaves infinitely much, and so does a key that is not visited and whose value is not finite.
     """
+    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     longest = plan.key_index.shape[3]
@@ -86,7 +73,8 @@ def estimate_unvisited(
             continue
         rows = sampled_rows[s]
         end = seg_stop if mask.causal else n_keys
-        logits = (query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]).float() * scale
+        logits = query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]
+        logits = logits.float() * call.scale
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
         hidden = ~mask.visible(rows, positions[:end])

@@ -1,14 +1,15 @@
-"""Names of torch that are not public, all of them, each with what stands in for it where a torch does not have it.
+"""Private names of torch, each with a stand-in for a torch that lacks it.
 
-No other file of ``kernels`` or ``passes`` may name one (``test_torch_compat.py``). A stand-in never guesses: it
-answers what leaves an attention dense, or it takes the longer public way. What has neither is a `Missing`, whose first
-use raises `MissingTorchNameError` with the feature that needs it. So a torch without one of these names costs that one
-feature, and never the import of this package.
+Only this file, ``torch_compile.py`` and ``torch_inductor.py`` may name one (``test_torch_compat.py``). A stand-in
+never guesses: it leaves an attention dense, or takes the longer public way. A name without a stand-in is a `Missing`,
+whose first use raises `MissingTorchNameError` with the feature that needs it. So a torch without one of these names
+costs that feature, and never the import of this package.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,18 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from s2o_compile.kernels.support.errors import S2OError
+
+FIRST_TESTED, LAST_TESTED = (2, 11), (2, 13)
+"""The range of torch that this package was tested with."""
+
+
+def torch_release() -> tuple[int, int]:
+    """Major and minor version of the torch that is installed."""
+    major, minor = re.findall(r"\d+", torch.__version__)[:2]
+    return int(major), int(minor)
 
 
 class MissingTorchNameError(S2OError, RuntimeError):
@@ -33,7 +43,7 @@ class MissingTorchNameError(S2OError, RuntimeError):
 
 
 class Missing:
-    """Stands for a name that is not there: it raises where it is called or read."""
+    """Stands for a name that is not there. Calling it, reading it or deriving from it raises MissingTorchNameError."""
 
     def __init__(self, path: str, feature: str) -> None:
         self._error = path, feature
@@ -42,9 +52,33 @@ class Missing:
         """Raises MissingTorchNameError."""
         raise MissingTorchNameError(*self._error)
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (it never returns)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise MissingTorchNameError(*self._error)
+
+    def __mro_entries__(self, _: object) -> Any:  # noqa: ANN401 (it never returns)
+        raise MissingTorchNameError(*self._error)
+
+    def __instancecheck__(self, _: object) -> bool:
+        raise MissingTorchNameError(*self._error)
+
 
 NAMES: dict[str, str] = {}
 """Every private name by its path, and the feature that it serves."""
+
+ATTRIBUTES: set[str] = set()
+"""Those of them that only objects have, not their classes."""
+
+_NEEDED: list[str] = []
+"""Those of them without a stand-in."""
+
+
+def require(feature: str) -> None:
+    """Raise MissingTorchNameError if this torch lacks a name that a feature cannot do without."""
+    for path in _NEEDED:
+        if NAMES[path] == feature and _find(path) is None:
+            raise MissingTorchNameError(path, feature)
 
 
 def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
@@ -62,24 +96,35 @@ def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
     return None
 
 
+def _attribute(path: str, feature: str) -> str:
+    """The name of an attribute, which `getattr` looks up with a default."""
+    NAMES[path] = feature
+    ATTRIBUTES.add(path)
+    return path.rpartition(".")[2]
+
+
 def _named(path: str, feature: str, *stand_in: Any) -> Any:  # noqa: ANN401 (anything of torch's)
     """What stands at a path; else the stand-in, or a `Missing` if none is given."""
     NAMES[path] = feature
+    if not stand_in:
+        _NEEDED.append(path)
     found = _find(path)
     if found is not None:
         return found
     return stand_in[0] if stand_in else Missing(path, feature)
 
 
-def _later(path: str, feature: str) -> Callable[..., Any]:
+def _later(path: str, feature: str, stand_in: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A function that is looked up at its first call: its module takes long to import."""
     NAMES[path] = feature
-    held: list[Any] = []
+    if stand_in is None:
+        _NEEDED.append(path)
+    found: list[Any] = []
 
     def call(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 (as torch's own)
-        if not held:
-            held.append(_find(path) or Missing(path, feature))
-        return held[0](*args, **keywords)
+        if not found:
+            found.append(_find(path) or stand_in or Missing(path, feature))
+        return found[0](*args, **keywords)
 
     return call
 
@@ -208,23 +253,66 @@ def storages(x: Tensor) -> Iterator[int | None]:
     yield _storage_of(x)
 
 
+_CDATA = _attribute("torch.UntypedStorage._cdata", "seeing writes through views")
+
+
 def _storage_of(x: Tensor) -> int | None:
     try:
-        return getattr(x.untyped_storage(), "_cdata", None)
+        return getattr(x.untyped_storage(), _CDATA, None)
     except (NotImplementedError, RuntimeError):  # sparse tensors, and those of transforms
         return None
 
 
-NAMES["torch.UntypedStorage._cdata"] = "seeing writes through views"
+_ERASED = _attribute("torch.fx.Node._erased", _REWRITING)
 
 
 def is_erased(node: fx.Node) -> bool:
     """Whether a node was taken out of its graph."""
-    erased = getattr(node, "_erased", None)
+    erased = getattr(node, _ERASED, None)
     return all(node is not other for other in node.graph.nodes) if erased is None else erased
 
 
-NAMES["torch.fx.Node._erased"] = _REWRITING
+_BASE = _attribute("torch.Tensor._base", "counting attentions behind views")
+
+
+def base_of(x: Tensor) -> Tensor | None:
+    """The tensor that a view looks at; None for a tensor of its own."""
+    return getattr(x, _BASE, None)
+
+
+_VERSION = _attribute("torch.Tensor._version", "reusing a transformers mask that was looked at")
+
+
+def version_of(x: Tensor) -> int | None:
+    """A count of the writes into a tensor, or None."""
+    return getattr(x, _VERSION, None)
+
+
+make_wrapper_tensor = _named("torch.Tensor._make_wrapper_subclass", "transformers' masks as descriptions")
+tree_map_only = _named("torch.utils._pytree.tree_map_only", "transformers' masks as descriptions")
+NoTorchFunction = _named("torch._C.DisableTorchFunctionSubclass", "transformers' masks as descriptions")
+
+_BUFFERS = _attribute("torch.nn.Module._buffers", "protecting the buffers of a model that cannot be copied")
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own table of buffers."""
+    return getattr(module, _BUFFERS, {})
+
+
+_SCHEMA = _attribute("torch._ops.OpOverload._schema", _REWRITING)
+
+
+def schema_of(operator: Any) -> Any:  # noqa: ANN401 (an operator and its FunctionSchema)
+    """The schema of an operator.
+
+    Raises:
+        MissingTorchNameError: Operators have none.
+    """
+    schema = getattr(operator, _SCHEMA, None)
+    if schema is None:
+        raise MissingTorchNameError("torch._ops.OpOverload._schema", _REWRITING)
+    return schema
 
 
 # FlexAttention and packages.

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
+from s2o_compile.kernels.support.torch_compile import UserError, UserErrorType, is_compiled
 from s2o_compile.passes.graph import exported
 from s2o_compile.rewriting import rewrite
 
@@ -58,8 +59,7 @@ def export(
         torch._dynamo.exc.UserError: torch.export cannot capture the model; its message says where.
     """
     config = config_or_default(config, "export")
-    optimized = getattr(model, "_compiled_call_impl", None) is not None  # by torch.export it would be looked past
-    if not isinstance(model, nn.Module) or isinstance(model, torch._dynamo.OptimizedModule) or optimized:
+    if not isinstance(model, nn.Module) or is_compiled(model):  # torch.export would capture the model as it was
         raise TypeError(
             f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself; what "
             "torch.compile or optimize returned cannot be exported."
@@ -80,13 +80,11 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     torch 2.11 does not know that min(64 n, 192 n), a stride of repeated heads, is 64 n, and calls it a constraint that
     some n violates. As an assertion of the program it is one that holds.
     """
-    from torch._dynamo.exc import UserError, UserErrorType  # here, as only this needs them
-
     export = partial(torch.export.export, model, args, kwargs, dynamic_shapes=dynamic_shapes)
     try:
         return export()
     except UserError as error:
-        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+        if getattr(error, "error_type", None) is not UserErrorType.CONSTRAINT_VIOLATION:
             raise
         program = export(prefer_deferred_runtime_asserts_over_guards=True)
         if not _asserts_what_holds(program):

@@ -1,64 +1,123 @@
-"""What Inductor loses of a package on its way from the graph, kept, and what it does over and over, done once.
+"""Workarounds for bugs of Inductor that break or slow AOT packages: one context manager a bug.
 
-A graph's branches, and the kernels that a graph brings along, take a longer way through it than anything else. For
-torch 2.11 to 2.13.
+A graph's branches and the Triton kernels that a graph brings along take a longer way through Inductor than anything
+else. Each workaround names the upstream issue and the range of torch that it was tested with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import sympy
 import torch
-from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import config
-from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-from torch._inductor.codegen.wrapper import EnterSubgraphLine, ExitSubgraphLine, PythonWrapperCodegen
-from torch._inductor.graph import GraphLowering, SubgraphLowering
-from torch._inductor.ir import Conditional, Subgraph, TensorBox
-from torch._inductor.runtime import triton_heuristics
-from torch._inductor.virtualized import V
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
+from s2o_compile.errors import PackageError
+from s2o_compile.kernels.support.torch_compat import torch_release
+from s2o_compile.kernels.support.torch_inductor import (
+    ANALYSIS,
+    Conditional,
+    CppWrapperCpu,
+    EnterSubgraphLine,
+    ExitSubgraphLine,
+    PythonWrapperCodegen,
+    SubgraphLowering,
+    TensorBox,
+    V,
+    config,
+    triton_heuristics,
+    triton_kernel_wrap,
+)
 
-OPTIONS = {
-    # Whether memory is used again is decided by the number of a node, which in a branch counts that branch's nodes, and
-    # by the memory in use at this node of the whole graph. Such a number may not even exist there.
-    "allow_buffer_reuse": False,
-}
-"""Options to compile with."""
+NOT_FILED = "not filed upstream yet"
+_PULLS = "https://github.com/pytorch/pytorch/pull/"
+_ISSUES = "https://github.com/pytorch/pytorch/issues/"
 
-_ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
-"""What finds out what a kernel writes to, in torch 2.13 and 2.11."""
+
+@dataclass(frozen=True, kw_only=True)
+class Workaround:
+    """One bug of Inductor.
+
+    Attributes:
+        bug: The bug in one line.
+        upstream: Its issue or pull request in pytorch/pytorch, or `NOT_FILED`.
+        first: The oldest torch that the workaround was tested with.
+        last: The newest one.
+        patched: A context manager inside which Inductor does not have the bug.
+    """
+
+    bug: str
+    upstream: str
+    first: tuple[int, int]
+    last: tuple[int, int]
+    patched: Callable[[], AbstractContextManager[None]]
+
+    def check(self) -> None:
+        """Raise PackageError if this torch is outside the tested range."""
+        if not self.first <= torch_release() <= self.last:
+            low, high = (".".join(map(str, version)) for version in (self.first, self.last))
+            raise PackageError(
+                f"package: expected torch {low} to {high}, which the workaround for this bug of Inductor was tested "
+                f"with: {self.bug} ({self.upstream}); got torch {torch.__version__}. Install a torch of that range to "
+                "write packages, or run the exported program itself."
+            )
+
+
+WORKAROUNDS: list[Workaround] = []
+
+
+def _works_around(
+    bug: str, *, upstream: str, first: tuple[int, int] = (2, 11), last: tuple[int, int] = (2, 13)
+) -> Callable[[Callable[[], Iterator[None]]], Callable[[], AbstractContextManager[None]]]:
+    def register(function: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:
+        patched = contextmanager(function)
+        WORKAROUNDS.append(Workaround(bug=bug, upstream=upstream, first=first, last=last, patched=patched))
+        return patched
+
+    return register
 
 
 @contextmanager
 def inductor_workarounds() -> Iterator[None]:
-    """Compile inside this block, one thread at a time."""
-    with (
-        ONE_AT_A_TIME,
-        _one_numbering_of_sizes(),
-        _registers_limited(),
-        _numbers_in_single_precision(),
-        _kernels_analysed_once(),
-        _branches_written_once(),
-    ):
+    """Compile inside this block, one thread at a time.
+
+    Raises:
+        PackageError: This torch is outside the range that a workaround was tested with.
+    """
+    for workaround in WORKAROUNDS:
+        workaround.check()
+    with ONE_AT_A_TIME, ExitStack() as stack:
+        for workaround in WORKAROUNDS:
+            stack.enter_context(workaround.patched())
         yield
 
 
-@contextmanager
-def _one_numbering_of_sizes() -> Iterator[None]:
-    """Sizes that are computed before a launch (ps0, ps1, ...) have one numbering in a graph and its branches.
+@_works_around("memory of a branch is reused by the peak estimate of the graph around it", upstream=f"{_PULLS}184623")
+def _no_buffer_reuse() -> Iterator[None]:
+    """Buffers are not reused.
 
-    A branch would have its own. But its launches are written down under the graph around it, which does not know these
-    names, or gave them to other sizes.
+    Reuse is decided by the number of a scheduler node and the memory in use at this node. In a branch, the number
+    counts the branch's nodes, but the memory is that of the whole graph, which may not have so many nodes. torch 2.13
+    estimates by scope. Reuse stays off there, because packages have not been tested with it.
+    """
+    with config.patch(allow_buffer_reuse=False):
+        yield
+
+
+@_works_around("a graph and its branches give one name (ps0, ps1, ...) to different sizes", upstream=f"{_ISSUES}195604")
+def _one_numbering_of_sizes() -> Iterator[None]:
+    """A graph and its branches share one numbering of precomputed sizes.
+
+    The launches of a branch are written under the graph around it, which does not know the branch's own names, or uses
+    them for other sizes.
     """
     make = SubgraphLowering.__init__
 
-    def made(self: SubgraphLowering, parent: GraphLowering, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
+    def made(self: Any, parent: Any, *args: Any, **keywords: Any) -> None:  # noqa: ANN401
         make(self, parent, *args, **keywords)
         self.sizevars.precomputed_replacements = parent.sizevars.precomputed_replacements
         self.sizevars.inv_precomputed_replacements = parent.sizevars.inv_precomputed_replacements
@@ -67,11 +126,11 @@ def _one_numbering_of_sizes() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@_works_around("a user's Triton kernel loses the maxnreg of its configuration", upstream=NOT_FILED)
 def _registers_limited() -> Iterator[None]:
-    """Kernels are compiled with the ``maxnreg`` of their configuration, which would be dropped twice.
+    """Kernels keep ``maxnreg``, which Inductor drops when it writes a configuration and when it compiles.
 
-    They are compiled in this process: to those that Inductor starts, nothing here is known.
+    Kernels are compiled in this process, because the processes that Inductor starts do not have this patch.
     """
     write, choose = triton_heuristics.config_to_dict, triton_heuristics.CachingAutotuner._create_compile_options
 
@@ -92,57 +151,64 @@ def _registers_limited() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@_works_around("a user's Triton kernel gets Python floats as doubles", upstream=f"{_PULLS}190340")
 def _numbers_in_single_precision() -> Iterator[None]:
-    """Our kernels take numbers in single precision, as from Triton itself; with doubles they would compute in these."""
+    """Kernels get floats in single precision, as Triton passes them. With doubles they would compute in doubles."""
     define = PythonWrapperCodegen.define_user_defined_triton_kernel
 
-    def defined(self: PythonWrapperCodegen, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+    def defined(self: Any, *args: Any, **keywords: Any) -> Any:  # noqa: ANN401
         with config.patch(_use_fp64_for_unbacked_floats=False):
             return define(self, *args, **keywords)
 
-    known = hasattr(config, "_use_fp64_for_unbacked_floats")
-    with patch.object(PythonWrapperCodegen, "define_user_defined_triton_kernel", defined if known else define):
+    with patch.object(PythonWrapperCodegen, "define_user_defined_triton_kernel", defined):
         yield
 
 
-@contextmanager
+@_works_around("a Triton kernel is compiled and analysed anew for each of its launches", upstream=f"{_PULLS}193227")
 def _kernels_analysed_once() -> Iterator[None]:
-    """What a kernel writes to is found out once for its kinds of arguments.
+    """Each kernel is analysed once for its kinds of arguments.
 
-    torch compiles and reads it anew for every launch in a graph, several times over: most of what a layer cost.
+    Inductor asks several times per launch what a kernel writes to. That was most of the time that a layer took.
     """
-    analyse = next((name for name in _ANALYSES if hasattr(triton_kernel_wrap, name)), None)
-    if analyse is None:  # a torch of another name for it takes its time
+    if ANALYSIS is None:  # a torch with another name for it is slow, not wrong
         yield
         return
-    plain = getattr(triton_kernel_wrap, analyse)
+    plain = getattr(triton_kernel_wrap, ANALYSIS)
     known: dict[object, Any] = {}
 
-    def once(kernel: Any, given: dict[str, Any], *rest: Any) -> Any:  # noqa: ANN401
+    def once(kernel: Any, arguments: dict[str, Any], *rest: Any) -> Any:  # noqa: ANN401
         configs = getattr(kernel, "configs", None)
         # A configuration that sets no argument changes nothing in the kernel; ours are made anew for every launch.
         function = kernel.fn if configs and not any(chosen.kwargs for chosen in configs) else kernel
-        key = function, tuple((name, _kind(value)) for name, value in given.items()), repr(rest)
+        key = function, tuple((name, _kind(value)) for name, value in arguments.items()), repr(rest)
         if key not in known:
-            known[key] = plain(kernel, given, *rest)
+            known[key] = plain(kernel, arguments, *rest)
         return known[key]
 
-    with patch.object(triton_kernel_wrap, analyse, once):
+    with patch.object(triton_kernel_wrap, ANALYSIS, once):
         yield
 
 
-@contextmanager
-def _branches_written_once() -> Iterator[None]:
-    """Branches that several conditionals share become functions of the C++ program, which each of them calls.
+def _kind(value: Any) -> object:  # noqa: ANN401
+    """The part of an argument that a kernel's code may depend on; not the value of a number known only at run time."""
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
+        return type(value)
+    if isinstance(value, (torch.Tensor, TensorBox)):
+        return torch.Tensor, value.dtype
+    return type(value), repr(value)
 
-    Inductor knows shared branches and lowers them once, but would write them into each conditional, where from the
-    second time on their buffers count as allocated.
+
+@_works_around("a branch that several conditionals share is written into each of them", upstream=NOT_FILED)
+def _branches_written_once() -> Iterator[None]:
+    """A branch that several conditionals share becomes one function of the C++ program.
+
+    Inductor lowers a shared branch once, but writes it into each conditional. From the second time on, its buffers
+    count as allocated and are missing in the program.
     """
     write_conditional, write_branch = CppWrapperCpu.codegen_conditional, CppWrapperCpu.codegen_subgraph
-    functions: dict[int, tuple[str, Subgraph]] = {}
+    functions: dict[int, tuple[str, Any]] = {}
 
-    def conditional(self: CppWrapperCpu, branching: Conditional) -> None:
+    def conditional(self: Any, branching: Any) -> None:  # noqa: ANN401
         others = [node for node in V.graph.operations if isinstance(node, Conditional) and node is not branching]
         elsewhere = [taken for node in others for taken in _branches(node)]
         for taken in _branches(branching):
@@ -151,7 +217,7 @@ def _branches_written_once() -> Iterator[None]:
                 functions[id(taken)] = _function_name(taken), taken  # kept alive with its id
         write_conditional(self, branching)
 
-    def branch(self: CppWrapperCpu, taken: Subgraph, inputs: list[str], outputs: list[str]) -> None:
+    def branch(self: Any, taken: Any, inputs: list[str], outputs: list[str]) -> None:  # noqa: ANN401
         if id(taken) in functions:
             name, _ = functions[id(taken)]
             self.writeline(f"{name}({', '.join([*_tensors(taken, inputs), *outputs])});")
@@ -165,24 +231,22 @@ def _branches_written_once() -> Iterator[None]:
         yield
 
 
-def _branches(branching: Conditional) -> list[Subgraph]:
+def _branches(branching: Any) -> list[Any]:  # noqa: ANN401
     return [branch for branch in (branching.true_subgraph, branching.false_subgraph) if branch is not None]
 
 
-def _function_name(branch: Subgraph) -> str:
+def _function_name(branch: Any) -> str:  # noqa: ANN401
     return f"run_{branch.name}"
 
 
-def _tensors(branch: Subgraph, inputs: list[str]) -> list[str]:
-    """Those of a branch's inputs that are tensors: sizes have the same name everywhere."""
-    assert branch.graph is not None
+def _tensors(branch: Any, inputs: list[str]) -> list[str]:  # noqa: ANN401
+    """Those of a branch's inputs that are tensors. Sizes have the same name everywhere."""
     known = branch.graph.graph_inputs.values()
     return [name for name, value in zip(inputs, known, strict=True) if isinstance(value, TensorBox)]
 
 
-def _write_function(wrapper: CppWrapperCpu, branch: Subgraph, n_outputs: int, write: Callable[..., None]) -> None:
-    """A branch as a function of its tensors; sizes, kernels and streams are those around it."""
-    assert branch.graph is not None
+def _write_function(wrapper: Any, branch: Any, n_outputs: int, write: Callable[..., None]) -> None:  # noqa: ANN401
+    """Writes a branch as a function of its tensors. It captures sizes, kernels and streams from around it."""
     inputs = [f"{branch.name}_in{place}" for place in range(len(branch.graph.graph_inputs))]
     outputs = [f"{branch.name}_out{place}" for place in range(n_outputs)]
     parameters = [f"AtenTensorHandle {name}" for name in _tensors(branch, inputs)]
@@ -192,12 +256,3 @@ def _write_function(wrapper: CppWrapperCpu, branch: Subgraph, n_outputs: int, wr
     write(wrapper, branch, inputs, outputs)
     wrapper.writeline(ExitSubgraphLine(wrapper))
     wrapper.writeline("};")
-
-
-def _kind(value: object) -> object:
-    """What of an argument the code of a kernel may depend on: not the value of what is known when it runs."""
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | sympy.Expr):
-        return type(value)
-    if isinstance(value, torch.Tensor | TensorBox):
-        return torch.Tensor, value.dtype
-    return type(value), repr(value)

@@ -1,8 +1,7 @@
-"""Twins in the graph that Inductor compiles: traced and lowered once for attentions that are alike.
+"""Replaces s2o operators in Inductor's joint graph by a decomposition; calls that differ only in inputs share a trace.
 
-Nearly all that a package takes to be made goes into its attentions, whose branches and loops are traced several times
-over, lowered and written down. So the operators stay whole until Inductor has the graph. There each is replaced by a
-trace of its twin, and all that differ in nothing but their inputs share the branches of one trace.
+Most of the time that a package takes goes into its attentions: their branches and loops are traced several times over,
+lowered and written. So the operators stay whole until Inductor has the graph, and each trace is made and lowered once.
 """
 
 from __future__ import annotations
@@ -15,55 +14,59 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.node import map_arg
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from s2o_compile.errors import PackageError
 from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.support.torch_compat import fake_mode_of
+from s2o_compile.kernels.support.torch_inductor import (
+    CustomGraphPass,
+    TracingContext,
+    aot_export_module,
+    select_decomp_table,
+    tracing,
+)
 
 Function = Callable[..., Any]
 
 
 class DecomposeS2OOps(CustomGraphPass):
-    """Replace calls of operators by what their twins compute, in Inductor's operators.
+    """Replaces calls of operators by their decompositions, in Inductor's operators.
 
     Args:
-        twins: For every operator the function that computes it, of the same arguments. A ``head_tau`` is given to it as
-            a tensor, float32 [Hq].
+        decompositions: For every operator a function of the same arguments that computes it. The function gets
+            ``head_tau`` as a tensor, float32 [Hq].
 
     Attributes:
         ran: Whether Inductor has run it.
     """
 
-    def __init__(self, twins: Mapping[Any, Function]) -> None:
-        self._twins = twins
+    def __init__(self, decompositions: Mapping[Any, Function]) -> None:
+        self._decompositions = decompositions
         self._traced: dict[object, tuple[str, fx.GraphModule]] = {}
         self.ran = False
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Replace those of a graph."""
+        """Replaces the operators of one graph."""
         self.ran = True
-        for node in [node for node in graph.nodes if node.target in self._twins]:
+        for node in [node for node in graph.nodes if node.target in self._decompositions]:
             _give_taus(node)
             key = graph, _key(node)  # a branch of the model's own has branches of its own
             if key not in self._traced:
-                self._traced[key] = f"twin_{len(self._traced)}", _trace(self._twins[node.target], node)
+                trace = _trace(self._decompositions[node.target], node)
+                self._traced[key] = f"s2o_{len(self._traced)}", trace
             _replace(node, *self._traced[key])
 
     def __deepcopy__(self, _: object) -> DecomposeS2OOps:
-        """Itself: Inductor copies its options, and whether it ran is asked of this one."""
+        """Itself. Inductor copies its options, and ``ran`` is read from the original."""
         return self
 
     def uuid(self) -> None:
-        """None: what was compiled with it is not cached."""
+        """None, so that Inductor caches nothing that it compiled with this pass."""
 
 
 def _give_taus(node: fx.Node) -> None:
-    """Make the taus of a call an input: attentions that were calibrated differ in nothing else."""
+    """Makes the taus of a call an input, because calibrated attentions differ in nothing else."""
     keywords: dict[str, Any] = dict(node.kwargs)
     query = node.all_input_nodes[0].meta["val"]
     taus = keywords.get("head_tau") or [keywords.get("tau", OperatorOptions.tau)] * query.shape[1]
@@ -82,7 +85,7 @@ def _call(graph: fx.Graph, target: Function, args: tuple[Any, ...], **keywords: 
 
 
 def _key(node: fx.Node) -> object:
-    """What two calls have in common that one trace serves."""
+    """A key that two calls share exactly if one trace serves both."""
     places = {given: place for place, given in enumerate(node.all_input_nodes)}
     keywords = {name: value for name, value in node.kwargs.items() if name != "site"}  # a name decides nothing
     call = map_arg((node.args, keywords), lambda given: f"input {places[given]}")
@@ -109,15 +112,15 @@ class _Call(nn.Module):
 
 
 def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
-    """The twin of a call, functional and in Inductor's operators."""
+    """The decomposition of a call, functional and in Inductor's operators."""
     values = [given.meta["val"] for given in node.all_input_nodes]
-    fake_mode = detect_fake_mode(values)
+    fake_mode = fake_mode_of(values)
     assert fake_mode is not None
     shape_env = fake_mode.shape_env
     known = len(shape_env.guards) if shape_env else 0
     ranges = dict(shape_env.var_to_range) if shape_env else {}  # a guard narrows them
-    with fake_mode, tracing(TracingContext(fake_mode)):  # the graph around it is being traced in a context of its own
-        # Tensors of their own: those given may share memory, which those of a branch may not.
+    with fake_mode, tracing(TracingContext(fake_mode)):  # the graph around it is being traced in another context
+        # New tensors, because the given ones may share memory, and the inputs of a branch may not.
         values = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
             for x in values
@@ -127,20 +130,21 @@ def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
     if shape_env:
         name = str(node.kwargs.get("site") or node.name)
         for guard in shape_env.guards[known:]:
-            _check_open(guard.expr, dict(shape_env.var_to_range) | ranges, name)
+            check_open(guard.expr, dict(shape_env.var_to_range) | ranges, name)
     return traced  # pyright: ignore[reportReturnType] (a graph module, unless it is a joint one)
 
 
-def _check_open(condition: sympy.Basic, ranges: Mapping[Any, ValueRanges[Any]], name: str) -> None:
-    """Raise PackageError for what a trace took for granted, if it does not hold for every size.
+def check_open(condition: sympy.Basic, ranges: Mapping[Any, Any], name: str) -> None:
+    """Raise PackageError if a condition that a trace took for granted fails for some size.
 
-    Torch notes down what it cannot prove, tautologies too. It is tried, at sizes where it would fail first.
+    Torch records every condition that it cannot prove, tautologies too. The condition is tried at the sizes where it
+    would fail first.
 
     Args:
-        condition: What was taken for granted.
-        ranges: Of every size before that. One that begins at 2 is tried at 1, too: torch traces no size of 1 that may
-            be larger, but promises them.
-        name: Of the attention.
+        condition: The condition.
+        ranges: Range of every size before the trace. A size from 2 on is tried at 1, too: torch traces no size of 1
+            that may be larger, but promises it.
+        name: Name of the attention.
     """
     sizes: list[Any] = sorted(condition.free_symbols, key=str)
     near = {2**k + rest for k in range(18) for rest in (-1, 0, 1)} if len(sizes) <= 2 else {100, 5000}
@@ -156,13 +160,13 @@ def _check_open(condition: sympy.Basic, ranges: Mapping[Any, ValueRanges[Any]], 
             holds = False
         if not holds:
             raise PackageError(
-                f"package: {name}: expected a twin for every length, got one that is traced for {condition} alone. "
-                "This is a fault of s2o_compile: please report it with the model's shapes."
+                f"package: {name}: expected a decomposition for every length, got one traced for {condition} alone. "
+                "This is a fault of s2o_compile. Report it with the model's shapes."
             )
 
 
 def _replace(node: fx.Node, name: str, traced: fx.GraphModule) -> None:
-    """Put a trace in the place of a call; its branches become attributes of the graph's module, if they are not."""
+    """Puts a trace in the place of a call. Its branches become attributes of the graph's module."""
     graph, owner = node.graph, node.graph.owning_module
     values: dict[fx.Node, Any] = {}
     inputs = iter(node.all_input_nodes)

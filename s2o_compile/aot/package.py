@@ -17,6 +17,7 @@ import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import PackageError
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
+from s2o_compile.kernels.support.torch_compat import require, schema_of
 
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
@@ -46,10 +47,10 @@ class Package:
 def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str, Any] | None = None) -> Package:
     """Compile a program of `export` ahead of time, for the device that it was exported on.
 
-    Nothing of this project is needed to run the result: every sparse attention is replaced by its portable twin. It
-    runs dense below ``min_seq_len``, as the program does; "auto" becomes a number here, so package on the kind of
-    device that will run it. Any length that ``dynamic_shapes`` left open runs. The longest decides what is chosen by
-    length, so give ``Dim("n", max=...)`` a maximum.
+    The result runs without this project: every sparse attention is replaced by its decomposition. It runs dense below
+    ``min_seq_len``, as the program does. "auto" becomes a number here, so package on the kind of device that will run
+    it. Any length that ``dynamic_shapes`` left open runs. The longest length decides every choice by length, so give
+    ``Dim("n", max=...)`` a maximum.
 
     Args:
         program: What `export` returned, or ``torch.export.load`` of it.
@@ -58,9 +59,10 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 
     Raises:
         TypeError: The program is no ``ExportedProgram``.
-        PackageError: An attention asks for what a package cannot hold, ``options`` holds what `package` sets itself,
-            Inductor cannot compile the program or leaves the twins out, or the C++ compiler (the environment variable
-            CXX) makes libraries that crash where torch is loaded.
+        PackageError: A package cannot hold what an attention asks for. Or ``options`` holds what `package` sets itself.
+            Or this torch is outside the tested range, or its Inductor cannot compile the program, or skips the pass
+            that replaces s2o operators. Or the C++ compiler (environment variable CXX) makes libraries that crash.
+        MissingTorchNameError: This torch lacks a private name that packages need.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -85,36 +87,37 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     taken = sorted(_OWN_OPTIONS & set(options or {}))
     if taken and on_cpu:
         raise PackageError(
-            f"package: options: expected none of {', '.join(sorted(_OWN_OPTIONS))}, which put the twins in the graph, "
-            f"got {', '.join(taken)}. Leave them out; joint_custom_post_pass is free."
+            f"package: options: expected none of {', '.join(sorted(_OWN_OPTIONS))}, which run the pass that replaces "
+            f"s2o operators, got {', '.join(taken)}. Leave them out; joint_custom_post_pass is free."
         )
-    from s2o_compile.aot import inductor_workarounds as inductor  # slow to import
-    from s2o_compile.aot import lower_ops as twins
+    # Slow to import.
+    from s2o_compile.aot.inductor_workarounds import inductor_workarounds
+    from s2o_compile.aot.lower_ops import DecomposeS2OOps
+    from s2o_compile.kernels.support import torch_inductor
 
-    with torch.no_grad(), inductor.inductor_workarounds():
-        put = twins.DecomposeS2OOps(_twins())
+    require(torch_inductor.PACKAGES)
+    with torch.no_grad(), inductor_workarounds():
+        decompose, ours = DecomposeS2OOps(_decompositions()), {}
         if on_cpu:
-            wanted = inductor.OPTIONS | {"joint_custom_pre_pass": put, "use_joint_graph_passes": True}
+            ours = {"joint_custom_pre_pass": decompose, "use_joint_graph_passes": True}
         else:  # attentions that share a trace have not been tried on a GPU yet
-            wanted, program = inductor.OPTIONS, program.run_decompositions(_twins())
-        from torch._inductor.exc import InductorError  # here, as only packages need it
-
+            program = program.run_decompositions(_decompositions())
         try:
-            written = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=wanted | dict(options or {})
+            written = torch_inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=ours | dict(options or {})
             )
-        except InductorError as error:
+        except torch_inductor.InductorError as error:
             said = str(error).strip().partition("\n")[0]
             raise PackageError(
                 f"package: expected a program that Inductor compiles, got from that of torch {torch.__version__}: "
-                f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU, as that of 2.11 does not; or run "
+                f"{said}. Use torch 2.13, whose Inductor compiles packages for a CPU (that of 2.11 does not), or run "
                 "the program."
             ) from error
-    if on_cpu and not put.ran:
+    if on_cpu and not decompose.ran:
         Path(written).unlink()
         raise PackageError(
-            "package: expected Inductor to run joint_custom_pre_pass, which puts the twins in the graph, got a package "
-            "without. Leave its passes on (torch._inductor.config, TORCHINDUCTOR_... variables)."
+            "package: expected Inductor to run joint_custom_pre_pass, which replaces s2o operators, got a package "
+            "without. Leave Inductor's passes on (torch._inductor.config, TORCHINDUCTOR_... variables)."
         )
     _check_library(Path(written))
     return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
@@ -123,7 +126,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
 def _check_library(written: Path) -> None:
     """Remove a package and raise PackageError where its code brings a C++ library of its own (on Linux).
 
-    torch's is in the process already. Of two, each knows only half of what the other set up: loading ends in a
+    Torch has loaded one already, and two C++ libraries in one process do not share their state. Loading ended in a
     segmentation fault (std::regex in torch's loader, on a host whose compiler had nothing but libstdc++.a).
     """
     if sys.platform != "linux":
@@ -131,18 +134,18 @@ def _check_library(written: Path) -> None:
     with zipfile.ZipFile(written) as archive:
         libraries = [_named(archive.open(name)) for name in archive.namelist() if name.endswith(".so")]
     if any(b"libtorch" in names and not names & {b"libstdc++.so", b"libc++.so"} for names in libraries):
-        from torch._inductor import cpp_builder
+        from s2o_compile.kernels.support.torch_inductor import cpp_compiler
 
         written.unlink()
         raise PackageError(
             "package: expected a C++ compiler that links its standard library dynamically, got "
-            f"{cpp_builder.get_cpp_compiler()}, which links it statically: with torch's own in the same process it "
+            f"{cpp_compiler()}, which links it statically: with torch's own in the same process it "
             "would crash. Set the environment variable CXX to another compiler, such as /usr/bin/g++, and start anew."
         )
 
 
 def _named(library: IO[bytes]) -> set[bytes]:
-    """Which of the libraries that matter one names; read block by block, as the weights may lie in it, too."""
+    """The C++ libraries that a library names. Read block by block, because it may hold the weights, too."""
     names, end = {b"libtorch", b"libstdc++.so", b"libc++.so"}, b""
     found: set[bytes] = set()
     while block := library.read(2**24):
@@ -152,17 +155,15 @@ def _named(library: IO[bytes]) -> set[bytes]:
 
 
 def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
-    """Those of the graph and of the branches in it."""
+    """Every call of an s2o operator, in the graph and in its branches."""
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED))
 
 
-def _twins() -> dict[Any, Any]:
-    """The operators' portable twins, as decompositions."""
-    from s2o_compile.kernels.impl.aot import (
-        attention as portable,  # needs torch's loops and branches, which nothing else does
-    )
+def _decompositions() -> dict[Any, Any]:
+    """For every operator a function of torch's own operators that computes it."""
+    from s2o_compile.kernels.impl.aot import attention as portable  # imports torch's loops and branches
 
     def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
         shortest = crossover(query.device) if min_seq_len is None else min_seq_len
@@ -173,14 +174,14 @@ def _twins() -> dict[Any, Any]:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by name; tensors as fake values."""
-    schema = node.target._schema  # pyright: ignore[reportAttributeAccessIssue]
-    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    declared = schema_of(node.target).arguments
+    given = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    given |= dict(zip((argument.name for argument in declared), node.args, strict=False)) | dict(node.kwargs)
     return {name: x.meta["val"] if isinstance(x, fx.Node) else x for name, x in given.items()}
 
 
 def _check(name: str, call: Mapping[str, Any]) -> None:
-    """Raise PackageError for what is neither portable nor replaced by dense attention without being told."""
+    """Raise PackageError for a call that has no decomposition, and that dense attention must not replace silently."""
     device = call["query"].device.type
     own = {"cpu": "torch", "cuda": "triton"}.get(device)
     for option, expected in (
@@ -197,8 +198,8 @@ def _check(name: str, call: Mapping[str, Any]) -> None:
         raise PackageError(f"package: {name}: expected a program on cpu or cuda, got {device}. Export it there.")
     if call.get("return_lse"):
         raise PackageError(
-            f"package: {name}: expected no log-sum-exp, got return_lse=True, which dense attention in a package has "
-            "not. Leave it out."
+            f"package: {name}: expected no log-sum-exp, got return_lse=True, which dense attention in a package "
+            "does not have. Leave it out."
         )
     if device == "cuda" and call["query"].dtype == torch.float32 and call["query"].shape[3] > WIDEST_FLOAT32:
         raise PackageError(

@@ -30,7 +30,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
-from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, tree_leaves
+from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, base_of, buffers_of, tree_leaves
+from s2o_compile.kernels.support.torch_compile import uncompiled
 from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"
@@ -176,7 +177,7 @@ class Counter(TorchDispatchMode):
         if len(inputs) == 1 and self._is_learned(inputs[0]):
             self._learned.update((x, True) for x in outputs)
         # Scores copied into a part of a larger tensor make that one scores, too.
-        outputs += [x._base for x in outputs if in_place and x._base is not None]
+        outputs += [base for x in outputs if in_place and (base := base_of(x)) is not None]
         for table in (self._weights, self._scores):
             known = next((table[x] for x in inputs if x in table), None)
             if known is not None:
@@ -209,7 +210,7 @@ def _dtype(tensor: Tensor | None) -> str:
 
 
 def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    return isinstance(tensor, nn.Parameter) or isinstance(base_of(tensor), nn.Parameter)
 
 
 class _ModulePath:
@@ -309,8 +310,7 @@ def _copies(inputs: Any) -> Any:  # noqa: ANN401 (any nest of arguments)
 
 @contextmanager
 def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
+    model = uncompiled(model)
     owner = getattr(model, "__self__", model)  # of a bound method
     if not isinstance(owner, nn.Module):
         yield model
@@ -323,7 +323,7 @@ def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
     if twin is not None:
         yield twin
         return
-    holders = [(module._buffers, dict(module._buffers)) for module in owner.modules()]
+    holders = [(table := buffers_of(module), dict(table)) for module in owner.modules()]
     saved = {id(b): (b, b.detach().clone()) for _, buffers in holders for b in buffers.values() if b is not None}
     try:
         yield model

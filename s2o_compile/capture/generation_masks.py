@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2o_compile.kernels.support.torch_compile import mark_dynamic
+
 _HOOK = "create_masks_for_generate"
 _MARK = "inputs_embeds"  # an argument of the call; dicts of finished masks have layer types for keys
 _FILLED = "filled"  # a tensor with two rows more than the cache has tokens: graphs specialise on sizes of 0 and 1
@@ -112,9 +114,9 @@ def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
     if not _is_allocated(call["past_key_values"]):
         return arguments
     arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
-    torch._dynamo.maybe_mark_dynamic(arguments[_FILLED], 0)
+    mark_dynamic(arguments[_FILLED], 0)
     if arguments.get("attention_mask") is not None:
-        torch._dynamo.maybe_mark_dynamic(arguments["attention_mask"], 1)
+        mark_dynamic(arguments["attention_mask"], 1)
     return arguments
 
 

@@ -27,9 +27,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.plan import TILE_LEN, Plan, default_segment_len
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.tuned import Launch
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.support.json_text import parse_json
@@ -144,21 +145,10 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
     calls = []
     for n, density in ((CHECKED_LEN, 1.0), (length, DENSITY)):
         query, key, value = shape.inputs(n)
-        scale = shape.head_dim**-0.5
-        plan = build_plan(
-            query,
-            key,
-            value,
-            CAUSAL,
-            scale=scale,
-            ranking="per_query",
-            ranking_per="group",
-            segment_len=default_segment_len(n),
-            implementation="triton",
-        )
+        call = AttentionCall(query=query, key=key, value=value, mask=CAUSAL, scale=shape.head_dim**-0.5)
+        plan = build_plan(call, OperatorOptions(), "triton")
         plan = cut_to_density(plan, density, n) if density < 1 else plan
-        gathered = partial(triton_forward.attend, query, key, value, CAUSAL, plan, scale=scale, tau=0.0)
-        calls.append((gathered, partial(triton_exact.attend_exact, query, key, value, CAUSAL, scale=scale)))
+        calls.append((partial(triton_forward.attend, call, plan, 0.0), partial(triton_exact.attend_exact, call)))
     checked, timed = calls
     inputs = shape.inputs(CHECKED_LEN)
     exact = _dense(*(x.double() for x in inputs))
@@ -202,7 +192,7 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
     """Time the operator and every backend of SDPA that runs here."""
     inputs = shape.inputs(length)
     options = OperatorOptions(min_seq_len=0)
-    s2o_ms = clock(partial(operator.run, *inputs, CAUSAL, scale=None, return_lse=False, options=options))
+    s2o_ms = clock(partial(operator.run, AttentionCall.of(*inputs, causal=True), options))
     times = {}
     backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     for backend in backends if shape.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):

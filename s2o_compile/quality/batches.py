@@ -15,6 +15,7 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.support.torch_compile import is_compiled
 from s2o_compile.report import Report
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -98,9 +99,8 @@ def texts_of(caller: str, model: nn.Module, batches: Batch | Iterable[Batch]) ->
 
 def check_model(caller: str, model: nn.Module) -> None:
     """Refuse what is no uncompiled module in eval mode."""
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None)
-    if not isinstance(model, nn.Module) or compiled:
-        got = "a compiled one" if compiled else type(model).__name__
+    if not isinstance(model, nn.Module) or is_compiled(model):
+        got = "a compiled one" if is_compiled(model) else type(model).__name__
         raise EvaluationError(
             f"{caller}: expected an uncompiled torch.nn.Module, got {got}. Give the original: it is what S2O is "
             "compared with, and it is compiled inside."

@@ -46,8 +46,7 @@ class CurveMeter:
         if not call.site:
             return None
         exact = call.exact()
-        heads, kv_heads = call.query.shape[1], call.key.shape[1]
-        self.sites.setdefault(call.site, HeadCurves(self._taus, heads, kv_heads)).add(call, exact)
+        self.sites.setdefault(call.site, HeadCurves(self._taus, call.key.shape[1])).add(call, exact)
         return exact
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.observe import ObservedCall
+from s2o_compile.quality.error_sums import ErrorSums
 
 STEPS = 8
 """Taus tried between two measured ones; what they give is interpolated."""
@@ -42,39 +43,22 @@ class Choice:
 
 
 class HeadCurves:
-    """Sums over the calls of a site.
+    """Errors and densities of a site's heads at several taus, summed over its calls.
 
     Args:
         taus: Ascending, positive.
-        heads: Query heads.
         kv_heads: Key/value heads.
+
+    Attributes:
+        sums: For every tau, the sums over the calls.
     """
 
-    def __init__(self, taus: Sequence[float], heads: int, kv_heads: int) -> None:
-        self.taus, self.kv_heads = tuple(taus), kv_heads
-        self._difference = torch.zeros(len(taus), heads, dtype=torch.float64)
-        self._density = torch.zeros(len(taus), heads, dtype=torch.float64)
-        self._power = torch.zeros(heads, dtype=torch.float64)
-        self._area = 0.0
+    def __init__(self, taus: Sequence[float], kv_heads: int) -> None:
+        self.taus, self.kv_heads, self.sums = tuple(taus), kv_heads, ErrorSums()
 
     def add(self, call: ObservedCall, exact: Tensor) -> None:
         """Run a call at every tau and compare with its exact output [B, Hq, Nq, Dv], sinks put into both."""
-        exact = call.with_sinks(exact)
-        area = call.mask.area(len(exact), call.query.shape[2], call.key.shape[2]).sum().item()
-        self._area += area
-        self._power += _squares(exact)
-        for place, tau in enumerate(self.taus):
-            result = call.run(tau=tau, dense_heads=())
-            self._difference[place] += _squares(call.with_sinks(result.output, result.lse), exact)
-            self._density[place] += call.densities(result).cpu() * area
-
-    def errors(self) -> list[float]:
-        """Relative L2 error of all heads together at every tau."""
-        return (self._difference.sum(1) / self._power.sum()).sqrt().tolist()
-
-    def densities(self) -> list[float]:
-        """Computed over visible query-key pairs at every tau, mean over heads."""
-        return (self._density.mean(1) / max(self._area, 1.0)).tolist()
+        self.sums.add(call, (call.run(tau=tau, dense_heads=()) for tau in self.taus), call.with_sinks(exact))
 
     def choose(self, budget: float) -> Choice:
         """The taus of the least density at which the site's error is ``budget``, a relative L2 error of all heads.
@@ -82,9 +66,9 @@ class HeadCurves:
         Heads share the budget: one that saves much by a small error gets more of it than one that saves little, up to
         HEAD_SHARE. A group that stays nearly dense is marked dense, and what it leaves is shared by the others.
         """
-        heads = len(self._power)
-        power = self._power.clamp(min=torch.finfo(torch.float64).tiny)
-        taus, difference, density = self._refined()
+        power = self.sums.power.cpu().clamp(min=torch.finfo(torch.float64).tiny)
+        heads = len(power)
+        taus, difference, density = self._refined(power)
         allowed = difference <= (HEAD_SHARE * budget) ** 2 * power
         density = density.masked_fill(~allowed, math.inf)
         exact = torch.zeros(1, heads, dtype=torch.float64)  # the last resort of every head: never to stop
@@ -110,12 +94,12 @@ class HeadCurves:
             density=cost.mean().item(),
         )
 
-    def _refined(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Taus, and difference and density [taus, Hq] there: monotonic, and interpolated between what was measured."""
-        # A floor under what is all but exact: from nothing to much, logarithms would promise too little on the way.
-        floor = FLOOR**2 * self._power.clamp(min=torch.finfo(torch.float64).tiny)
-        difference = torch.maximum(self._difference.cummax(0).values, floor)
-        density = (self._density / max(self._area, 1.0)).cummin(0).values
+    def _refined(self, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Taus, and difference and density [taus, Hq] there: monotonic, and interpolated between measured taus."""
+        # A floor under differences near zero, from where interpolated logarithms would promise too little.
+        floor = FLOOR**2 * power
+        difference = torch.maximum(self.sums.difference.cpu().cummax(0).values, floor)
+        density = self.sums.densities().cpu().cummin(0).values
         share = torch.arange(STEPS, dtype=torch.float64) / STEPS
 
         def fill(x: Tensor) -> Tensor:
@@ -143,9 +127,3 @@ def _share(difference: Tensor, density: Tensor, budget: float) -> Tensor:
         else:
             high = middle
     return (density + difference * math.exp(high)).argmin(0)
-
-
-def _squares(output: Tensor, exact: Tensor | None = None) -> Tensor:
-    """Squared norm float64 [Hq] of an output [B, Hq, Nq, Dv], or of its difference to another."""
-    rows = [(x.float() if exact is None else x.float() - exact[:, h].float()) for h, x in enumerate(output.unbind(1))]
-    return torch.stack([row.square().sum(dtype=torch.float64) for row in rows]).cpu()

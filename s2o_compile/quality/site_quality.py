@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
-from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact.dense_heads import whole_tiles
 from s2o_compile.kernels.observe import ObservedCall
+from s2o_compile.quality.error_sums import ErrorSums, relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class SiteQuality:
 
 
 class SiteMeter:
-    """An observer (``kernels/observation.py``) that measures every call and changes none.
+    """An observer (``kernels/observe.py``) that measures every call and changes none.
 
     Args:
         taus: Other taus at which every call is run once more.
@@ -73,15 +74,13 @@ class SiteMeter:
 
     def __init__(self, taus: Sequence[float] = ()) -> None:
         self._taus = tuple(taus)
-        self._sums: dict[str, list[_Sums]] = {}
+        self._sums: dict[str, tuple[ErrorSums, _Tiles]] = {}
 
     def __call__(self, call: ObservedCall) -> None:
         """Measure one call."""
-        sums = self._sums.setdefault(call.site, [_Sums() for _ in range(1 + len(self._taus))])
-        exact = call.with_sinks(call.exact())
-        sums[0].add(call, call.result, exact)
-        for other, tau in zip(sums[1:], self._taus, strict=True):
-            other.add(call, call.run(tau=tau), exact)
+        sums, tiles = self._sums.setdefault(call.site, (ErrorSums(), _Tiles()))
+        results = chain((call.result,), (call.run(tau=tau) for tau in self._taus))
+        tiles.add(call, *sums.add(call, results, call.with_sinks(call.exact())))
 
     @property
     def seen(self) -> bool:
@@ -90,78 +89,46 @@ class SiteMeter:
 
     def sites(self) -> tuple[SiteQuality, ...]:
         """Every site seen so far, in the order of their first calls. Waits for the device."""
-        return tuple(
-            SiteQuality(
-                name=name,
-                head_density=tuple(own.densities()),
-                error=own.error(),
-                head_error=tuple(own.errors()),
-                worst_tile=float(own.worst_tile),
-                worst_row=float(own.worst_row),
-                tile_keys=tuple(round(keys, 1) for keys in (own.tile_keys / own.tile_calls).tolist()),
-                tile_visible=tuple(round(keys, 1) for keys in (own.tile_visible / own.tile_calls).tolist()),
-                curve=tuple(
-                    TauPoint(tau=tau, density=_mean(other.densities()), error=other.error())
-                    for tau, other in zip(self._taus, others, strict=True)
-                ),
-            )
-            for name, (own, *others) in self._sums.items()
+        return tuple(self._site(name, *sums) for name, sums in self._sums.items())
+
+    def _site(self, name: str, sums: ErrorSums, tiles: _Tiles) -> SiteQuality:
+        errors, densities = sums.errors(), sums.densities().tolist()
+        others = zip(self._taus, densities[1:], errors[1:], strict=True)
+        return SiteQuality(
+            name=name,
+            head_density=tuple(densities[0]),
+            error=errors[0],
+            head_error=tuple(sums.head_errors()[0].tolist()),
+            worst_tile=float(tiles.worst_tile),
+            worst_row=float(tiles.worst_row),
+            tile_keys=tuple(round(keys, 1) for keys in (tiles.keys / tiles.calls).tolist()),
+            tile_visible=tuple(round(keys, 1) for keys in (tiles.visible / tiles.calls).tolist()),
+            curve=tuple(TauPoint(tau=tau, density=_mean(density), error=error) for tau, density, error in others),
         )
 
 
-def _nothing() -> Tensor:
+def _zero() -> Tensor:
     return torch.zeros((), dtype=torch.float64)
 
 
 @dataclass
-class _Sums:
-    """Sums over the calls of a site, kept where the calls ran: by head [Hq], or by place of the tile [tiles]."""
+class _Tiles:
+    """The worst tile and row of a site, and sums over its calls by place of the tile [tiles]."""
 
-    difference: Tensor = field(default_factory=_nothing)
-    power: Tensor = field(default_factory=_nothing)
-    density: Tensor = field(default_factory=_nothing)
-    area: float = 0.0
-    worst_tile: Tensor = field(default_factory=_nothing)
-    worst_row: Tensor = field(default_factory=_nothing)
-    tile_keys: Tensor = field(default_factory=_nothing)
-    tile_visible: Tensor = field(default_factory=_nothing)
-    tile_calls: Tensor = field(default_factory=_nothing)
+    worst_tile: Tensor = field(default_factory=_zero)
+    worst_row: Tensor = field(default_factory=_zero)
+    keys: Tensor = field(default_factory=_zero)
+    visible: Tensor = field(default_factory=_zero)
+    calls: Tensor = field(default_factory=_zero)
 
-    def add(self, call: ObservedCall, result: Result, exact: Tensor) -> None:
-        """Take in one result of a call; the exact output has its sinks."""
-        batch, _, n_queries, _ = call.query.shape
-        output = call.with_sinks(result.output, result.lse)
-        rows = [_squares(output[:, head], exact[:, head]) for head in range(exact.shape[1])]
-        difference, power = (torch.stack(part, 1) for part in zip(*rows, strict=True))  # [B, Hq, Nq]
+    def add(self, call: ObservedCall, difference: Tensor, power: Tensor) -> None:
+        """Add one call, by the squared norms [B, Hq, Nq] of its rows."""
         self.worst_row = _largest(self.worst_row, difference, power)
         self.worst_tile = _largest(self.worst_tile, _by_tile(difference), _by_tile(power))
-        self.difference = difference.sum((0, 2)) + self.difference.to(difference.device)
-        self.power = power.sum((0, 2)) + self.power.to(power.device)
-        area = call.mask.area(batch, n_queries, call.key.shape[2]).sum().item()
-        self.density = call.densities(result) * area + self.density.to(difference.device)
-        self.area += area
-        visible = whole_tiles(call.mask, n_queries, call.key.shape[2], exact.device).double()
-        self.tile_keys = _add_at_front(self.tile_keys, result.computed.double().mean((0, 1)))
-        self.tile_visible = _add_at_front(self.tile_visible, visible)
-        self.tile_calls = _add_at_front(self.tile_calls, torch.ones_like(visible))
-
-    def error(self) -> float:
-        """Error of all heads together."""
-        return float(_ratio(self.difference.sum(), self.power.sum()))
-
-    def errors(self) -> list[float]:
-        """Error of every head."""
-        return _ratio(self.difference, self.power).tolist()
-
-    def densities(self) -> list[float]:
-        """Density of every head."""
-        return (self.density / max(self.area, 1.0)).tolist()
-
-
-def _squares(output: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms float64 [B, Nq] of difference and exact output [B, Nq, Dv]; a head at a time, to save memory."""
-    output, exact = output.float(), exact.float()
-    return (output - exact).square().sum(-1).double(), exact.square().sum(-1).double()
+        visible = whole_tiles(call).double()
+        self.keys = _add_at_front(self.keys, call.result.computed.double().mean((0, 1)))
+        self.visible = _add_at_front(self.visible, visible)
+        self.calls = _add_at_front(self.calls, torch.ones_like(visible))
 
 
 def _by_tile(rows: Tensor) -> Tensor:
@@ -170,13 +137,8 @@ def _by_tile(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, missing)).unflatten(2, (-1, TILE_LEN)).sum(-1)
 
 
-def _ratio(difference: Tensor, power: Tensor) -> Tensor:
-    """Relative errors out of squares; zero where both are, as in rows that see no key."""
-    return torch.where(difference == 0, 0.0, difference / power).sqrt()
-
-
 def _largest(before: Tensor, difference: Tensor, power: Tensor) -> Tensor:
-    return torch.maximum(before.to(power.device), _ratio(difference, power).max())
+    return torch.maximum(before.to(power.device), relative(difference, power).max())
 
 
 def _add_at_front(total: Tensor, part: Tensor) -> Tensor:

@@ -106,17 +106,7 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
 
 def _plan(call: ObservedCall) -> Plan:
     """The lists that the call walked, made again."""
-    return build_plan(
-        call.query,
-        call.key,
-        call.value,
-        call.mask,
-        scale=call.scale,
-        ranking=call.options.ranking,
-        ranking_per=call.options.ranking_per,
-        segment_len=call.options.segment_len,
-        implementation="torch" if call.query.device.type == "cpu" else "triton",
-    )
+    return build_plan(call, call.options, "torch" if call.query.device.type == "cpu" else "triton")
 
 
 def _weights(call: ObservedCall, head: int, kv_head: int, visible: Tensor) -> Tensor:

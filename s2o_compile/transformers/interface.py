@@ -21,10 +21,11 @@ from transformers.utils.import_utils import is_tracing
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import InputError, UnknownSiteWarning
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.dispatch import is_short
-from s2o_compile.kernels.statistics import record
+from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.transformers.lazy_mask import LazyMask
 
 logger = logging.get_logger(__name__)
@@ -190,7 +191,8 @@ def _sparse(
         return None
     site = getattr(module, _SITE, None) or _site(_class_and_layer(module), S2OConfig())
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
-        record(site.name, "dense", query, key, None)
+        if recording():
+            record(AttentionCall(query=query, key=key, value=value, scale=1.0, site=site.name), "dense")
         return None
     fully_masked = "zeros"
     if _describes(mask, query, key):

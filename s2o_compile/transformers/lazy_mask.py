@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
 
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.support.torch_compat import NoTorchFunction, make_wrapper_tensor, tree_map_only, version_of
 from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.transformers.mask_functions import prove_function
 from s2o_compile.transformers.snapshots import snapshot
@@ -38,7 +38,7 @@ class LazyMask(Tensor):
 
     _make: Callable[..., Tensor | None]
     _arguments: dict[str, Any] | Rejected
-    _version_made: int
+    _version_made: int | None
 
     @staticmethod
     def __new__(
@@ -46,7 +46,7 @@ class LazyMask(Tensor):
     ) -> LazyMask:
         """A tensor without data."""
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arguments["device"])
+        self = make_wrapper_tensor(cls, shape, dtype=dtype, device=arguments["device"])
         self._make, self._arguments = make, snapshot(arguments)
         if isinstance(self._arguments, Rejected):
             self.made = self._from(arguments)
@@ -66,13 +66,13 @@ class LazyMask(Tensor):
         ):  # tensors of inference mode do not count who writes into them
             mask = self._make(**arguments | skips)
         assert mask is not None
-        self._version_made = mask._version
+        self._version_made = version_of(mask)
         return mask
 
     @property
     def holds(self) -> bool:
         """Whether the description is still that of the mask: nobody who looked into it wrote into it."""
-        return "made" not in vars(self) or self.made._version == self._version_made
+        return "made" not in vars(self) or version_of(self.made) == self._version_made is not None
 
     @cached_property
     def or_none(self) -> Tensor | None:
@@ -120,7 +120,7 @@ class LazyMask(Tensor):
         if func is Tensor.contiguous and len(args) == 1 and not kwargs:
             return args[0]  # as a contiguous tensor does; generate() asks it of every mask
         if func in _OUTSIDE or getattr(func, "__name__", "") == "__get__":
-            with torch._C.DisableTorchFunctionSubclass():
+            with NoTorchFunction():
                 found = func(*args, **kwargs or {})
             if not isinstance(found, Tensor):
                 return found

@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.support.torch_compat import FakeTensorMode, make_fx
 from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver

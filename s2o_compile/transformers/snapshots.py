@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.support.torch_compat import OpOverload, OpOverloadPacket
 from s2o_compile.passes.graph.rejected import Rejected
 
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_OPERATORS = (OpOverload, OpOverloadPacket)
 # Their modules, classes and functions are code, which nobody assigns to; other modules may hold settings.
 _LIBRARIES = frozenset({"torch", "math", "operator", "builtins"})
 

@@ -1,4 +1,4 @@
-"""What Inductor loses of a package: each remedy by what Inductor does inside the block, and undoes behind it."""
+"""Workarounds for Inductor: what it does inside the block, that it is undone behind it, and which torch it is for."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,9 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_heuristics
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from s2o_compile import PackageError
 from s2o_compile.aot import inductor_workarounds as inductor
+from s2o_compile.kernels.support import torch_inductor
 
 triton = pytest.importorskip("triton")
 
@@ -54,7 +56,7 @@ def test_kernels_take_numbers_in_single_precision(monkeypatch):
 
 
 def test_a_kernel_is_analysed_once_for_its_kinds_of_arguments(monkeypatch):
-    (analysis,) = (name for name in inductor._ANALYSES if hasattr(triton_kernel_wrap, name))
+    (analysis,) = (name for name in torch_inductor.ANALYSES if hasattr(triton_kernel_wrap, name))
     seen = []
     monkeypatch.setattr(triton_kernel_wrap, analysis, lambda kernel, given, tma: seen.append(given) or len(seen))
     shapes = ShapeEnv()
@@ -77,6 +79,31 @@ def test_a_kernel_is_analysed_once_for_its_kinds_of_arguments(monkeypatch):
         assert analyse(triton.autotune([triton.Config({"BLOCK": 32})], key=[])(kernel), one, {}) == 7
     assert getattr(triton_kernel_wrap, analysis) is not analyse
     assert len(seen) == 7
+
+
+def test_memory_is_not_reused():
+    with inductor.inductor_workarounds():
+        assert not torch._inductor.config.allow_buffer_reuse
+    assert torch._inductor.config.allow_buffer_reuse
+
+
+def test_every_workaround_names_its_bug_its_versions_and_its_issue():
+    bugs = {workaround.bug: workaround for workaround in inductor.WORKAROUNDS}
+    assert len(bugs) == 6
+    for workaround in bugs.values():
+        assert (2, 11) <= workaround.first <= workaround.last
+        upstream = workaround.upstream
+        assert upstream == inductor.NOT_FILED or upstream.startswith("https://github.com/pytorch/pytorch/")
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.14.0a0+git1234"])
+def test_a_torch_outside_the_tested_range_is_refused(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    with (
+        pytest.raises(PackageError, match=r"expected torch 2\.11 to 2\.13.*got torch 2\.1[04].*Install a torch"),
+        inductor.inductor_workarounds(),
+    ):
+        pass
 
 
 def _copy_kernel(source, n, BLOCK):

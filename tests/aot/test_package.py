@@ -1,4 +1,4 @@
-"""Packages: the twin against the operator, and a package where nothing of this project can be imported."""
+"""Packages: the decomposition against the operator, and a package where nothing of this project can be imported."""
 
 import subprocess
 import sys
@@ -15,10 +15,11 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.aot import lower_ops as twins
+from s2o_compile.aot import lower_ops
 from s2o_compile.cli.demo import load_model
 from s2o_compile.kernels.impl.aot import attention as portable
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
+from s2o_compile.kernels.support import torch_inductor
 from tests.helpers.tiny import tiny_input, tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,7 +61,7 @@ SLOW = ("cross", "window", "heads", "offset")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
-def test_the_twin_does_what_the_operator_does(kind, monkeypatch):
+def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "ROWS", 256)
     keywords = dict(KINDS[kind])
@@ -72,9 +73,9 @@ def test_the_twin_does_what_the_operator_does(kind, monkeypatch):
     shapes += ({0: batch, 1: n_keys} if given["padded"] else None, None)
     module = Attention(**keywords)
     program = torch.export.export(module, inputs(700, 700 + ahead, **given), dynamic_shapes=shapes)
-    twin = program.run_decompositions({OPERATOR: portable.attention})
-    assert not any(node.target is OPERATOR for node in twin.graph.nodes)
-    assert all(int(bound.lower) <= 1 for bound in twin.range_constraints.values())
+    decomposed = program.run_decompositions({OPERATOR: portable.attention})
+    assert not any(node.target is OPERATOR for node in decomposed.graph.nodes)
+    assert all(int(bound.lower) <= 1 for bound in decomposed.range_constraints.values())
     densities = []
     for queries in (1, 300, 500, 1100):
         tensors = inputs(
@@ -82,12 +83,12 @@ def test_the_twin_does_what_the_operator_does(kind, monkeypatch):
         )
         with s2o_compile.record() as recording:
             expected = module(*tensors)
-        actual = twin.module()(*tensors)
+        actual = decomposed.module()(*tensors)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
         assert actual.stride() == expected.stride()
         densities.append(recording.calls[-1].density)
     if kind in ("offset", "cross", "padded"):
-        assert densities[-1] < 1  # some tile has stopped early, and the twin's at the same chunk
+        assert densities[-1] < 1  # some tile has stopped early, and the decomposition at the same chunk
 
 
 class Layers(nn.Module):
@@ -113,13 +114,13 @@ def test_alike_attentions_share_a_trace():
     )
     given, dims = inputs(700, 700, padded=False, sinks=False)[:3], {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
     program = torch.export.export(module, given, dynamic_shapes=(dims,) * 3).run_decompositions({})
-    putting = twins.DecomposeS2OOps({OPERATOR: portable.attention})
-    putting(program.graph)
+    decompose = lower_ops.DecomposeS2OOps({OPERATOR: portable.attention})
+    decompose(program.graph)
     program.graph.lint()
     program.graph_module.recompile()
-    # Whatever their taus, names and order of arguments; another layout is another twin.
+    # Whatever their taus, names and order of arguments; another layout is another decomposition.
     branches = [node.args[1].target for node in program.graph.nodes if node.target is torch.ops.higher_order.cond]
-    assert branches == [f"twin_{number}_true_graph_0" for number in (0, 1, 0, 0)]
+    assert branches == [f"s2o_{number}_true_graph_0" for number in (0, 1, 0, 0)]
     for length in (1, 300, 1100):
         tensors = inputs(length, length, padded=False, sinks=False)[:3]
         expected = module(*tensors)
@@ -130,24 +131,24 @@ def test_a_trace_for_some_lengths_is_refused():
     size, other = sympy.Symbol("s0", integer=True), sympy.Symbol("s1", integer=True)
     env = {size: ValueRanges(2, 4096), other: ValueRanges(300, 4096)}
     for always in (sympy.Ne(sympy.Mod(3, size + 3), 0), size <= 4096, other >= 300, sympy.Ne(size, 5000)):
-        twins._check_open(always, env, "layers.0")
+        lower_ops.check_open(always, env, "layers.0")
     for sometimes in (sympy.Eq(size, 700), size > 1, size < 4096, other > 300, sympy.Le(size, other)):
-        with pytest.raises(s2o_compile.PackageError, match=r"layers\.0: expected a twin for every length"):
-            twins._check_open(sometimes, env, "layers.0")
+        with pytest.raises(s2o_compile.PackageError, match=r"layers\.0: expected a decomposition for every length"):
+            lower_ops.check_open(sometimes, env, "layers.0")
 
 
 @pytest.mark.parametrize(
     "asked", [lambda n: n > 512, lambda n: n <= 1000, lambda n: n == 700, lambda n: n // 64 > 5, lambda n: n % 2 == 0]
 )
-def test_a_twin_that_decides_by_length_is_refused(asked):
+def test_a_decomposition_that_decides_by_length_is_refused(asked):
     def decides(query, *_, **__):
         return (query * 2 if asked(query.shape[2]) else query + 0), query.new_empty(0)
 
     given, dims = inputs(700, 700, padded=False, sinks=False), {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
     module = Attention(causal=True)
     program = torch.export.export(module, given, dynamic_shapes=(*(dims,) * 3, None, None)).run_decompositions({})
-    with pytest.raises(s2o_compile.PackageError, match="expected a twin for every length"):
-        twins.DecomposeS2OOps({OPERATOR: decides})(program.graph)
+    with pytest.raises(s2o_compile.PackageError, match="expected a decomposition for every length"):
+        lower_ops.DecomposeS2OOps({OPERATOR: decides})(program.graph)
 
 
 @pytest.mark.parametrize("option", ["joint_custom_pre_pass", "use_joint_graph_passes"])
@@ -188,7 +189,7 @@ def test_a_compiler_that_links_its_library_statically_is_refused(linked, monkeyp
             archive.writestr("model/data/aotinductor/model/code.wrapper.so", b"\x7fELF libtorch.so " + linked.encode())
         return package_path
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", write)
     program, path = s2o_compile.export(tiny_model(), (tiny_input(),)), tmp_path / "model.pt2"
     if linked:
         s2o_compile.package(program, path)
@@ -199,9 +200,9 @@ def test_a_compiler_that_links_its_library_statically_is_refused(linked, monkeyp
     assert not path.exists()
 
 
-def test_a_package_without_twins_is_refused(monkeypatch, tmp_path):
+def test_a_package_without_decompositions_is_refused(monkeypatch, tmp_path):
     path = tmp_path / "model.pt2"
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: path.touch() or path)
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", lambda *_, **__: path.touch() or path)
     with pytest.raises(s2o_compile.PackageError, match="expected Inductor to run joint_custom_pre_pass"):
         s2o_compile.package(s2o_compile.export(tiny_model(), (tiny_input(),)), path)
     assert not path.exists()
@@ -211,7 +212,7 @@ def test_what_inductor_cannot_compile_is_said(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise InductorError(AssertionError("ps0"), None)
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", fail)
     program = s2o_compile.export(tiny_model(), (tiny_input(),))
     with pytest.raises(s2o_compile.PackageError, match=r"got from that of torch.*ps0.*Use torch 2\.13"):
         s2o_compile.package(program, tmp_path / "model.pt2")
@@ -272,8 +273,8 @@ def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
         (written,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
     layers = len([node for node in model.graph.nodes if node.target is OPERATOR])
     for branch in ("true", "false"):
-        assert written.count(f"auto run_twin_0_{branch}_graph_0 = ") == 1
-        assert written.count(f"run_twin_0_{branch}_graph_0(") == layers >= 2
+        assert written.count(f"auto run_s2o_0_{branch}_graph_0 = ") == 1
+        assert written.count(f"run_s2o_0_{branch}_graph_0(") == layers >= 2
     lengths = (1, 2, 127, 511, 512, 513, 8192, 1999)
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(vocabulary, (1, length), generator=generator) for length in lengths]

@@ -44,14 +44,12 @@ def public(inputs, **options):
 def define(inputs, plan, tau):
     """What the definition makes of a plan, in float64 on the CPU."""
     wide = inputs.to("cpu").to(torch.float64)
-    options = {"scale": wide.scale, "tau": tau, "softcap": wide.softcap}
-    return definition.attend(*wide.tensors, wide.mask, move_plan(plan, "cpu"), **options)
+    return definition.attend(wide.call, move_plan(plan, "cpu"), tau)
 
 
 def assert_like_definition(executor, inputs, plan, tau):
     """The executor's result, which is that of the definition over the same plan."""
-    options = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
-    actual = executor.attend(*inputs.tensors, inputs.mask, plan, **options)
+    actual = executor.attend(inputs.call, plan, tau)
     expected = define(inputs, plan, tau)
     assert actual.output.dtype == inputs.query.dtype
     assert actual.lse.dtype == torch.float32

@@ -9,24 +9,28 @@ import json
 import os
 import re
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 os.environ["S2O_TUNED"] = ""
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "kernels" / "support"
+HOMES = ("torch_compat.py", "torch_compile.py", "torch_inductor.py")
 HOME = "s2o_compile.kernels.support.torch_compat"
-NAMED = re.compile(r'(?:_named|_later)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]')
+NAMED = re.compile(
+    r'(?:_named|_later|_attribute)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]|^    "(torch\.[\w.]+)",$', re.MULTILINE
+)
+VMAP = ("_add_batch_dim", "_remove_batch_dim")
+ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 
 
 def paths():
-    """Every name by its path, out of the source: a child must not have imported the package before."""
-    source = (ROOT / "kernels" / "support" / "torch_compat.py").read_text()
-    found = [first or second for first, second in NAMED.findall(source)]
+    """Every name by its path, out of the sources: a child must not have imported the package before."""
+    sources = "".join((FOLDER / name).read_text() for name in HOMES)
+    found = [next(filter(None, groups)) for groups in NAMED.findall(sources)]
     functions = [f"torch.{module}.{name}" for module in ("_C._functorch", "_functorch.predispatch") for name in VMAP]
-    return sorted({*found, *functions})
-
-
-IN_CLASSES = ("._cdata", "._erased")
-VMAP = ("_add_batch_dim", "_remove_batch_dim")
+    return sorted({*found, *functions, *(f"torch._higher_order_ops.triton_kernel_wrap.{name}" for name in ANALYSES)})
 
 
 class Hiding(importlib.machinery.SourceFileLoader):
@@ -39,11 +43,11 @@ class Hiding(importlib.machinery.SourceFileLoader):
         if not path.endswith(".py"):
             return source.encode()
         look_up = f"    if path == {self.hidden!r}:\n        return None\n    parts = path.split"
+        assert "    parts = path.split" in source
         source = source.replace("    parts = path.split", look_up, 1)
-        last = self.hidden.rpartition(".")[2]
-        for holder in ("node", "x.untyped_storage()"):
-            source = source.replace(f'getattr({holder}, "{last}"', f'getattr({holder}, "gone"')
-        return source.encode()
+        last = 'path.rpartition(".")[2]'
+        assert f"return {last}" in source
+        return source.replace(f"return {last}", f'return "gone" if path == {self.hidden!r} else {last}').encode()
 
     def get_code(self, fullname):
         return compile(self.get_data(self.path), self.path, "exec")
@@ -56,7 +60,7 @@ class Finder:
     def find_spec(fullname, path=None, target=None):
         if fullname != HOME:
             return None
-        file = str(ROOT / "kernels" / "support" / "torch_compat.py")
+        file = str(FOLDER / "torch_compat.py")
         return importlib.util.spec_from_file_location(fullname, loader=Hiding(fullname, file))
 
 
@@ -103,8 +107,45 @@ def try_it():
         torch.testing.assert_close(actual, expected, **near)
 
 
+class Reached(Exception):
+    """Raised where Inductor would compile."""
+
+
+def try_to_package(path):
+    """`export` and `package`, but for Inductor itself: they work, or name what is missing."""
+    import torch
+
+    import s2o_compile
+
+    def forward(_, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    module = type("Attend", (torch.nn.Module,), {"forward": forward})()
+    inputs = tuple(torch.randn(3, 1, 2, 160, 16).unbind(0))
+    try:
+        program = s2o_compile.export(module, inputs)
+        from s2o_compile.kernels.support import torch_inductor
+
+        def reached(*_, **__):
+            raise Reached  # noqa: TRY301
+
+        kept = torch_inductor.aoti_compile_and_package
+        if not isinstance(kept, sys.modules[HOME].Missing):
+            torch_inductor.aoti_compile_and_package = reached
+        with tempfile.TemporaryDirectory() as folder:
+            s2o_compile.package(program, Path(folder) / "model.pt2")
+    except s2o_compile.MissingTorchNameError as error:
+        assert f"a torch with {path}, got" in str(error)  # noqa: PT017
+        assert sys.modules[HOME].NAMES[path] in str(error)  # noqa: PT017
+    except Reached:
+        names = sys.modules[HOME]
+        assert not (names.NAMES[path] == "packages" and path in names._NEEDED)
+    else:
+        raise AssertionError("compiled")
+
+
 def problem_without(path):
-    """What fails without a name, empty if nothing does."""
+    """The problem without a name, empty if there is none."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -114,9 +155,11 @@ def problem_without(path):
             Hiding.hidden = path
             sys.meta_path.insert(0, Finder)
             try_it()
-            assert path.endswith(IN_CLASSES) or sys.modules[HOME]._find(path) is None
+            try_to_package(path)
+            names = sys.modules[HOME]
+            assert path in names.ATTRIBUTES or names._find(path) is None
         except BaseException as error:  # told to the parent
-            problem = f"{type(error).__name__}: {error}"[:2000]
+            problem = f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
         os.write(write, problem.encode())
         os._exit(0)
     os.close(write)
@@ -130,6 +173,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import torch
     import torch._dynamo
+    import torch._inductor.codegen.cpp_wrapper_cpu
+    import torch._inductor.cpp_builder
+    import torch._inductor.decomposition
 
     torch.set_num_threads(1)
     tried = sys.argv[1:] or paths()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.validation import check_inputs
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError
 from tests.helpers.operator_calls import OPERATOR
 
@@ -69,11 +69,11 @@ class TestErrors:
             (tensors(key=(2, 3, 200, 64)), {}, ("number of heads", "divisible by the 3", "got 4", "group")),
             (tensors((1, 1, 9, 513), (1, 1, 9, 513)), {}, ("head_dim of query", "at most 512", "got 513", "dense")),
             (tensors(value=(2, 2, 200, 513)), {}, ("head_dim of value", "at most 512", "got 513", "dense")),
-            (tensors(), {"causal": True, "window": 0}, ("window", "at least 1", "window=0, causal=True", "looks back")),
+            (tensors(), {"causal": True, "window": 0}, ("window", "at least 1", "window=0, causal=True", "drop")),
             (
                 tensors(),
                 {"causal": False, "window": 9},
-                ("window", "causal=True", "window=9, causal=False", "looks"),
+                ("window", "causal=True", "window=9, causal=False", "Pass causal=True"),
             ),
             (
                 [*tensors(), torch.ones(2, 200)],
@@ -102,7 +102,7 @@ class TestErrors:
         given = {"causal": True, "window": None, **options}
         key_mask = args[3] if len(args) > 3 else None
         with pytest.raises(InputError, match=says(*message)):
-            check_inputs(*args[:3], key_mask, **given)
+            AttentionCall.of(*args[:3], key_mask, **given)
         if all(x.device.type == "cpu" for x in args):
             with pytest.raises(InputError, match=says(*message)):
                 OPERATOR(*args, **given)

@@ -77,7 +77,7 @@ NATURAL_ON_CUDA = [
 
 
 def attend_exact(module, inputs):
-    return module.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale, softcap=inputs.softcap)
+    return module.attend_exact(inputs.call)
 
 
 @pytest.mark.parametrize("case", RANKED, ids=str)

@@ -166,7 +166,7 @@ def test_sinks_are_put_in_for_comparison():
     """Errors are those of what the model gets."""
     inputs = Case(queries=900, heads=4, kv_heads=2, sinks=True).inputs()
     inputs.sinks.add_(6.0)
-    curves, meter, seen = HeadCurves([4.0], 4, 2), SiteMeter(), []
+    curves, meter, seen = HeadCurves([4.0], 2), SiteMeter(), []
 
     def look(call):  # at once: sinks are put into the call's own output behind it
         curves.add(call, call.exact())
@@ -179,5 +179,5 @@ def test_sinks_are_put_in_for_comparison():
     torch.testing.assert_close(seen[0], exact, rtol=1e-4, atol=1e-5)
     assert torch.equal(seen[1], output)
     wanted = pytest.approx(((output - exact).norm() / exact.norm()).item(), rel=1e-3)
-    assert (curves.errors()[0], meter.sites()[0].error) == (wanted, wanted)
-    assert seen[2] != pytest.approx(curves.errors()[0], rel=0.2)  # what would be measured without them
+    assert (curves.sums.errors()[0], meter.sites()[0].error) == (wanted, wanted)
+    assert seen[2] != pytest.approx(curves.sums.errors()[0], rel=0.2)  # what would be measured without them

@@ -10,12 +10,17 @@ from torch.nn.functional import scaled_dot_product_attention
 import s2o_compile
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels import ops as registration
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
-from tests.conftest import CUDA, INTERPRETED, Case, assert_close, exact_attention, lay_out, visible_pairs
+from tests.conftest import CUDA, INTERPRETED, Case, assert_close, exact_attention, lay_out, query_on, visible_pairs
 from tests.helpers.operator_calls import DEVICES, OPERATOR, arguments, call
+
+
+def causal_call(x, scale):
+    return AttentionCall(query=x, key=x, value=x, mask=AttentionMask(causal=True), scale=scale)
 
 
 class TestExact:
@@ -197,17 +202,18 @@ class TestDispatch:
     def test_path_follows_from_lengths(self, case, shortest, path):
         query, key = torch.empty(1, 1, case.queries, 16), torch.empty(1, 1, case.n_keys, 16)
         mask = AttentionMask(causal=True, offset=case.causal_offset, window=case.window)
-        assert operator.choose_path(query, key, mask, scale=1.0, min_seq_len=shortest) == path
+        attention_call = AttentionCall(query=query, key=key, value=key, mask=mask, scale=1.0)
+        assert operator.choose_path(attention_call, shortest) == path
 
     @pytest.mark.parametrize("scale", [0.0, -1.0])
     def test_a_scale_that_is_not_positive_runs_dense(self, scale):
         x = torch.empty(1, 1, 4096, 16)
-        assert operator.choose_path(x, x, AttentionMask(causal=True), scale=scale, min_seq_len=0) == "dense"
+        assert operator.choose_path(causal_call(x, scale), 0) == "dense"
 
     def test_the_crossover_knows_every_device(self):
         for length, path in ((16383, "dense"), (16384, "s2o")):
             x = torch.empty(1, 1, length, 16, device="meta")
-            assert operator.choose_path(x, x, AttentionMask(causal=True), scale=1.0, min_seq_len="auto") == path
+            assert operator.choose_path(causal_call(x, 1.0), "auto") == path
 
     @pytest.mark.parametrize(
         ("case", "path"),
@@ -230,21 +236,20 @@ class TestDispatch:
 
     @pytest.mark.parametrize("wanted", ["auto", "torch"])
     def test_cpu_tensors_run_in_torch(self, wanted):
-        assert operator.choose_implementation(wanted, torch.device("cpu"), torch.float32, 64) == "torch"
+        assert operator.choose_implementation(wanted, query_on("cpu", torch.float32, 64)) == "torch"
 
     def test_cuda_tensors_run_in_triton_where_there_is_triton(self, monkeypatch):
-        cuda = torch.device("cuda"), torch.float32, 64
-        assert operator.choose_implementation("auto", *cuda) == "triton"
-        assert operator.choose_implementation("torch", *cuda) == "torch"
+        cuda = query_on("cuda", torch.float32, 64)
+        assert operator.choose_implementation("auto", cuda) == "triton"
+        assert operator.choose_implementation("torch", cuda) == "torch"
         monkeypatch.setattr(operator, "triton_forward", None)
-        assert operator.choose_implementation("auto", *cuda) == "torch"
+        assert operator.choose_implementation("auto", cuda) == "torch"
 
     def test_wide_float32_heads_do_not_fit_the_kernels(self):
-        cuda = torch.device("cuda")
-        assert operator.choose_implementation("auto", cuda, torch.float32, 257) == "torch"
-        assert operator.choose_implementation("auto", cuda, torch.bfloat16, 512) == "triton"
+        assert operator.choose_implementation("auto", query_on("cuda", torch.float32, 257)) == "torch"
+        assert operator.choose_implementation("auto", query_on("cuda", torch.bfloat16, 512)) == "triton"
         with pytest.raises(ImplementationUnavailableError, match="head_dim of at most 256 in float32, got 512"):
-            operator.choose_implementation("triton", cuda, torch.float32, 512)
+            operator.choose_implementation("triton", query_on("cuda", torch.float32, 512))
 
 
 class TestStatistics:

@@ -11,8 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.exact.fully_masked_rows import all_rows_see, fully_masked_rows
-from s2o_compile.kernels.exact.sinks import add_sinks
+from s2o_compile.kernels.exact.epilogue import add_sinks, all_rows_see, fully_masked_rows
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import (
@@ -173,7 +172,7 @@ class TestBlindRows:
         "case", [Case(queries=200), Case(queries=200, window=20), Case(queries=200, causal=False)], ids=str
     )
     def test_nothing_is_done_where_lengths_prove_sight(self, case, monkeypatch):
-        monkeypatch.setattr("s2o_compile.kernels.exact.fully_masked_rows.fully_masked_rows", None)
+        monkeypatch.setattr("s2o_compile.kernels.exact.epilogue.fully_masked_rows", None)
         inputs = case.inputs()
         assert torch.equal(call(inputs, fully_masked="mean")[0], call(inputs)[0])
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan as plan_module
-from s2o_compile.kernels.core.options import RANKING_PER, RANKINGS
+from s2o_compile.kernels.core.options import RANKING_PER, RANKINGS, OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import build_plan
@@ -100,9 +100,8 @@ def bare(case, seed):
 
 
 def attend(inputs, tau, **options):
-    plan = build_plan(*inputs.tensors, inputs.mask, scale=inputs.scale, segment_len=SEGMENT, **options)
-    given = {"scale": inputs.scale, "tau": tau, "softcap": inputs.softcap}
-    return plan, torch_forward.attend(*inputs.tensors, inputs.mask, plan, **given)
+    plan = build_plan(inputs.call, OperatorOptions(segment_len=SEGMENT, **options))
+    return plan, torch_forward.attend(inputs.call, plan, tau)
 
 
 ranked_cases = cases(masks=("causal", "top_left", "offset", "full", "cross"), longest=700)

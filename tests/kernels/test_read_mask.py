@@ -254,7 +254,7 @@ class TestTheOperator:
             (torch.ones(LENGTH, dtype=torch.bool), {}, "shape of attn_mask"),
             (torch.ones(LENGTH, LENGTH, dtype=torch.int64), {}, "dtype of attn_mask"),
             (torch.ones(LENGTH, LENGTH, dtype=torch.float16), {}, "dtype of attn_mask"),
-            (CAUSAL, {"causal": True, "window": 5}, "got window, causal"),
+            (CAUSAL, {"causal": True, "window": 5}, "got causal, window"),
             (CAUSAL, {"return_lse": True}, "got return_lse"),
         ],
     )

@@ -37,7 +37,7 @@ MASKS = [
 def attend(inputs, plan, tau):
     """The definition in float64."""
     wide = inputs.to(torch.float64)
-    return definition.attend(*wide.tensors, wide.mask, plan, scale=wide.scale, tau=tau)
+    return definition.attend(wide.call, plan, tau)
 
 
 class TestExact:

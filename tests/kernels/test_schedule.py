@@ -8,8 +8,8 @@ import torch
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels import schedule as slices
-from s2o_compile.kernels import streams
 from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import RANKINGS, OperatorOptions
 from s2o_compile.kernels.statistics import record_calls
@@ -30,7 +30,8 @@ from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs
 def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, lists, length, heads, queries):
     key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
     segment_len = plan.default_segment_len(length)
-    found = list(slices.slices(key, key, key, AttentionMask(causal=True), segment_len, lists, range(kv_heads)))
+    call = AttentionCall(query=key, key=key, value=key, mask=AttentionMask(causal=True), scale=1.0)
+    found = list(slices.slices(call, segment_len, lists, range(kv_heads)))
     assert found[0] == (slice(0, heads), slice(0, queries))
     covered = sum((some.stop - some.start) * (rows.stop - rows.start) for some, rows in found)
     assert covered == kv_heads * length
@@ -53,10 +54,10 @@ def test_many_slices_together_are_dense_attention(case, ranking_per, monkeypatch
     monkeypatch.setattr(slices, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(slices, "SCRATCH_SHARE", 2**40)
     inputs = case.inputs()
-    found = list(slices.slices(*inputs.tensors, inputs.mask, 128, 1, range(inputs.key.shape[1])))
+    found = list(slices.slices(inputs.call, 128, 1, range(inputs.key.shape[1])))
     assert len(found) == inputs.key.shape[1] * (-(-case.queries // 128) if case.causal else 1)
     options = OperatorOptions(tau=0.0, min_seq_len=0, segment_len=128, ranking_per=ranking_per)
-    result = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
+    result = operator.run(inputs.call.but(return_lse=True), options)
     assert_close(result, exact_attention(inputs), inputs)
 
 
@@ -97,7 +98,7 @@ def test_no_bit_depends_on_how_a_call_is_cut(case, ranking, device, implementati
 
     def run():
         with record_calls() as calls:
-            found = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=True, options=options)
+            found = operator.run(inputs.call.but(return_lse=True), options)
         return *found, calls[0].computed
 
     whole = run()
@@ -115,7 +116,7 @@ def test_a_key_that_holds_nan_is_visited_in_the_slice_of_its_head(monkeypatch):
     inputs = PLAIN.inputs()
     inputs.key[0, 1, 70] = torch.nan
     options = OperatorOptions(tau=1000.0, min_seq_len=0, segment_len=128)  # every tile stops as soon as it may
-    output, _ = operator.run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+    output, _ = operator.run(inputs.call, options)
     assert output[:, 2:].isnan().all()
     assert not output[:, :2].isnan().any()
 
@@ -136,10 +137,10 @@ def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(streams, "_streams_of", lambda *_: sides)
+    monkeypatch.setattr(slices, "_streams_of", lambda *_: sides)
     with (
         pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(),
-        streams.side_by_side(torch.device("cuda"), 3) as turn,
+        slices.side_by_side(torch.device("cuda"), 3) as turn,
     ):
         assert [turn(number) for number in range(3)] == [sides[0], sides[1], sides[0]]
         assert all(side.waited == [current] for side in sides)
@@ -151,8 +152,8 @@ def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
 @pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("cuda", 1), ("cuda", 3)])
 def test_one_piece_and_a_cpu_and_a_capture_need_no_stream(device, pieces, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(streams, "_streams_of", None)
-    with streams.side_by_side(torch.device(device), pieces) as turn, turn(0):
+    monkeypatch.setattr(slices, "_streams_of", None)
+    with slices.side_by_side(torch.device(device), pieces) as turn, turn(0):
         pass
 
 
@@ -168,7 +169,7 @@ def test_equal_keys_stand_in_the_same_order_in_a_slice(ranking, monkeypatch):
     for scratch in (2**27, 1):
         monkeypatch.setattr(slices, "SCRATCH_BYTES", scratch)
         with record_calls() as calls:
-            output, _ = operator.run(*inputs.tensors, inputs.mask, scale=0.2, return_lse=False, options=options)
+            output, _ = operator.run(inputs.call.but(scale=0.2), options)
         results.append((output, calls[0].computed))
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import uuid
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_code_of_another_schema_is_not_found_in_a_cache(monkeypatch):
     with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=True):
         torch.compile(model, backend="s2o", options=EXACT)(x)
         torch._dynamo.reset()
-        monkeypatch.setattr(backend, "_schemas", lambda: "another")
+        monkeypatch.setattr(backend, "_schemas", lambda: uuid.uuid4().hex)  # of no earlier run either
         before = hits()
         torch.compile(model, backend="s2o", options=EXACT)(x)
     assert hits() == before

@@ -10,6 +10,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels import schedule as slices
 from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.tuned import launch
 from tests.helpers.tiny import tiny_input, tiny_model
@@ -113,7 +114,7 @@ def test_many_slices_are_captured_in_a_cuda_graph(ranking, monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, h, LENGTH, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 4, 4))
     config = S2OConfig(min_seq_len=0, ranking=ranking)
-    assert len(list(slices.slices(query, key, value, AttentionMask(causal=True), 512, 1, range(4)))) > 4
+    assert len(list(slices.slices(AttentionCall.of(query, key, value, causal=True), 512, 1, range(4)))) > 4
     expected = s2o_compile.attention(query, key, value, causal=True, config=config)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -59,12 +59,11 @@ def measured(model, ids, config=CONFIG):
 
 def curves(errors, densities, *, power=None, kv_heads=None):
     """Curves by hand: errors and densities [taus, Hq]."""
-    made = HeadCurves([2.0**i for i in range(len(errors))], len(errors[0]), kv_heads or len(errors[0]))
+    made = HeadCurves([2.0**i for i in range(len(errors))], kv_heads or len(errors[0]))
     power = torch.ones(len(errors[0]), dtype=torch.float64) if power is None else torch.tensor(power).double()
-    made._power += power
-    made._difference += torch.tensor(errors).double().square() * power
-    made._density += torch.tensor(densities).double()
-    made._area = 1.0
+    made.sums.power = power
+    made.sums.difference = torch.tensor(errors).double().square() * power
+    made.sums.computed, made.sums.area = torch.tensor(densities).double(), 1.0
     return made
 
 
@@ -108,7 +107,7 @@ class TestChoice:
 
     def test_curves_that_are_no_curves_are_made_monotonic(self):
         made = curves([[0.02], [0.01], [0.05]], [[0.3], [0.4], [0.2]])
-        _, difference, density = made._refined()
+        _, difference, density = made._refined(made.sums.power)
         assert (difference.diff(dim=0) >= 0).all()
         assert (density.diff(dim=0) <= 0).all()
 
@@ -122,9 +121,10 @@ class TestMeasuring:
         for place, tau in enumerate((0.5, 4.0)):
             for site, (error, density) in measured(model, ids, dataclasses.replace(CONFIG, tau=tau)).items():
                 found = meter.sites[site]
-                assert found.errors()[place] == pytest.approx(error, rel=1e-4)
-                assert found.densities()[place] == pytest.approx(density)
-        assert 0 < meter.sites["layers.0"].errors()[0] < meter.sites["layers.0"].errors()[1]
+                assert found.sums.errors()[place] == pytest.approx(error, rel=1e-4)
+                assert found.sums.densities()[place].mean().item() == pytest.approx(density)
+        first, second = meter.sites["layers.0"].sums.errors()
+        assert 0 < first < second
 
     @pytest.mark.parametrize("error", [0.05, 0.1])
     def test_the_budget_is_kept_in_the_optimized_model(self, error):
@@ -175,7 +175,7 @@ class TestRefusals:
             S2OConfig(error=0.0, site_tau={"layers.0": (0.5,)})
 
     def test_what_cannot_be_written_before_the_work(self, tmp_path):
-        from s2o_compile.cli.main import main as cli
+        from s2o_compile.cli import main as cli
 
         out = str(tmp_path / "missing" / "s2o.json")
         for command in (
@@ -228,7 +228,7 @@ class TestBudgetWithoutCalibration:
 
 def test_the_command_writes_a_configuration(tmp_path, monkeypatch):
     from s2o_compile.cli import calibrate as cli_calibrate
-    from s2o_compile.cli.main import main as cli
+    from s2o_compile.cli import main as cli
 
     text = tmp_path / "text.txt"
     text.write_text("any")

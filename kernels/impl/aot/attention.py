@@ -1,7 +1,7 @@
-"""``s2o::attention`` in functions that torch can trace, for programs that leave Python: its portable twin.
+"""``s2o::attention`` in functions that torch can trace, for programs that leave Python: its decomposition.
 
-A custom operator is Python, which an AOTInductor package has not. The twin computes the same by operators of torch's
-own. Lengths are symbolic, so the path is chosen when the program runs (``cond``). What shapes depend on, and the
+A custom operator is Python, which an AOTInductor package has not. The decomposition computes the same by torch's own
+operators. Lengths are symbolic, so the path is chosen when the program runs (``cond``). What shapes depend on, and the
 operator chooses by length, is chosen by the longest length that the program accepts.
 """
 
@@ -13,16 +13,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
 from s2o_compile.kernels.core.sizes import Size, longest, symbols
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs, take
-from s2o_compile.kernels.exact.fully_masked_rows import fill_rows, fully_masked_rows
+from s2o_compile.kernels.exact.epilogue import fill_rows, fully_masked_rows, sink_share
+from s2o_compile.kernels.exact.formula import attend_under
 from s2o_compile.kernels.exact.sdpa import sdpa
-from s2o_compile.kernels.exact.sinks import sink_share
-from s2o_compile.kernels.masked import under_mask
 from s2o_compile.kernels.support.torch_compat import cond, statically_known_true
 
 
@@ -60,55 +60,52 @@ def attention(
     shapes = [x.shape for x in given]
     executor = _executor(query.device)
 
-    def opened(
-        operands: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, AttentionMask, Tensor | None, Sequence[float] | Tensor]:
-        found = [x.view(shape) for x, shape in zip(operands, shapes, strict=False)]
-        query, key, value, *rest = found
-        mask = AttentionMask.aligned(
-            query,
-            key,
-            causal=causal,
-            causal_offset=causal_offset,
-            window=window,
-            attention_chunk=attention_chunk,
-            key_mask=rest.pop(0) if key_mask is not None else None,
+    def opened(operands: Sequence[Tensor]) -> tuple[AttentionCall, Sequence[float] | Tensor]:
+        query, key, value, *rest = [x.view(shape) for x, shape in zip(operands, shapes, strict=False)]
+        terms = {"causal_offset": causal_offset, "window": window, "attention_chunk": attention_chunk}
+        key_masks = rest.pop(0) if key_mask is not None else None
+        call = AttentionCall(
+            query=query,
+            key=key,
+            value=value,
+            mask=AttentionMask.aligned(query, key, causal=causal, key_mask=key_masks, **terms),
+            scale=factor,
+            softcap=softcap,
+            sinks=rest.pop(0) if sinks is not None else None,
         )
-        logits = rest.pop(0) if sinks is not None else None
-        return query, key, value, mask, logits, rest.pop(0) if isinstance(taus, Tensor) else taus
+        return call, rest.pop(0) if isinstance(taus, Tensor) else taus
 
-    def closed(output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None) -> tuple[Tensor]:
+    def closed(call: AttentionCall, output: Tensor) -> tuple[Tensor]:
         if fully_masked == "mean":
-            rows = fully_masked_rows(mask, output.shape[2], value.shape[2], output.device)
-            output = fill_rows(output, value, rows[:, None, :, None], sinks)
-        output = output.to(value.dtype)
+            rows = fully_masked_rows(call.mask, call.n_queries, call.n_keys, output.device)
+            output = fill_rows(output, call.value, rows[:, None, :, None], call.sinks)
+        output = output.to(call.value.dtype)
         return ((output.transpose(1, 2) if order == "BNHD" else output).reshape(-1),)
 
     def short(*operands: Tensor) -> tuple[Tensor]:
-        query, key, value, mask, sinks, _ = opened(operands)
-        return closed(_exact(query, key, value, mask, factor, softcap, sinks), value, mask, sinks)
+        call, _ = opened(operands)
+        return closed(call, _exact(call))
 
     def long(*operands: Tensor) -> tuple[Tensor]:
-        query, key, value, mask, sinks, taus = opened(operands)
+        call, taus = opened(operands)
         if window is not None:
-            output, lse = executor.attend_exact(query, key, value, mask, scale=factor, softcap=softcap)
-            output = output if sinks is None else output * sink_share(lse, sinks)[..., None]
-            return closed(output, value, mask, sinks)
+            return closed(call, _with_sinks(call, *executor.attend_exact(call)))
         outputs = []
-        for heads, dense in _parts(key.shape[1], dense_heads or ()):
-            members = [query_heads(some, query.shape[1] // key.shape[1]) for some in heads]
-            some = take(query, members), take(key, heads), take(value, heads), mask
-            logits = None if sinks is None else torch.cat([sinks[part] for part in members])
+        for heads, dense in _parts(call.key.shape[1], dense_heads or ()):
+            members = [query_heads(part, call.group) for part in heads]
+            logits = None if call.sinks is None else torch.cat([call.sinks[part] for part in members])
+            part = call.but(
+                query=take(call.query, members), key=take(call.key, heads), value=take(call.value, heads), sinks=logits
+            )
             if dense:
-                output = _exact(*some, factor, softcap, logits)
+                output = _exact(part)
             else:
-                own = [taus[part] for part in members]
-                own = torch.cat(own) if isinstance(taus, Tensor) else [t for some in own for t in some]
-                output, lse = executor.attend(*some, scale=factor, taus=own, softcap=softcap, segment_len=segment_len)
-                output = output if logits is None else output * sink_share(lse, logits)[..., None]
-            sizes = [part.stop - part.start for part in members]
-            outputs += zip((part.start for part in members), output.to(value.dtype).split(sizes, 1), strict=True)
-        return closed(torch.cat([part for _, part in sorted(outputs, key=lambda x: x[0])], 1), value, mask, sinks)
+                own = [taus[rows] for rows in members]
+                own = torch.cat(own) if isinstance(taus, Tensor) else [tau for some in own for tau in some]
+                output = _with_sinks(part, *executor.attend(part, own, segment_len))
+            sizes = [rows.stop - rows.start for rows in members]
+            outputs += zip((rows.start for rows in members), output.to(value.dtype).split(sizes, 1), strict=True)
+        return closed(call, torch.cat([output for _, output in sorted(outputs, key=lambda x: x[0])], 1))
 
     sparse = attention_chunk is None and factor > 0 and len(set(dense_heads or ())) < key.shape[1]
     enough = torch.sym_min(query.shape[2] - TILE_LEN, key.shape[2] - min_seq_len) >= 0 if sparse else False
@@ -144,17 +141,16 @@ def masked_attention(
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """``s2o::masked_attention`` by SDPA under the mask as it is: reading a mask takes decisions in Python."""
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    output = under_mask(
-        query,
-        key,
-        value,
-        attn_mask[(None,) * (4 - attn_mask.dim())],
-        scale=factor,
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[3] ** -0.5 if scale is None else scale,
         softcap=softcap,
         sinks=sinks,
         fully_masked=fully_masked,
     )
+    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
     if memory_order(query, value.shape[3], layout) == "BNHD":
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output.contiguous() if layout == "BHND" else output, query.new_empty(0, dtype=torch.float32)
@@ -177,23 +173,20 @@ def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice],
     return [(heads, dense) for heads, dense in parts if heads]
 
 
-def _exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Dense attention [B, Hq, Nq, Dv]; the mask is given pair by pair where SDPA has no word for it."""
-    plain = softcap is None and sinks is None
+def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
+    return output if call.sinks is None else output * sink_share(lse, call.sinks)[..., None]
+
+
+def _exact(call: AttentionCall) -> Tensor:
+    """Dense attention [B, Hq, Nq, Dv]; materialises the [Nq, Nk] mask where ``is_causal`` cannot express it."""
+    mask = call.mask
+    plain = call.softcap is None and call.sinks is None
     bare = mask.key_mask is None and mask.window is None and mask.attention_chunk is None
-    top_left = statically_known_true(mask.offset == 0) and scale > 0
+    top_left = statically_known_true(mask.offset == 0) and call.scale > 0
     if plain and bare and (not mask.causal or top_left):
-        return sdpa(query, key, value, is_causal=mask.causal, scale=scale)
-    rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (query, key))
+        return sdpa(*call.tensors, is_causal=mask.causal, scale=call.scale)
+    rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
     visible = mask.visible(rows, columns)[None, None]
     if mask.key_mask is not None:
         visible = visible & mask.key_mask[:, None, None, :]
-    return under_mask(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
+    return attend_under(call, visible)

@@ -1,9 +1,8 @@
 """S2O forward on a CPU in functions that can be traced: loops are operators, lengths may be symbolic.
 
     map over the segments of all key/value heads:  rank the segment's keys
-    map over tiles, those of a group side by side:  pass 1 over the in-segment keys, then a loop over the list, STEP
-    keys at a
-                                                    time, until every tile of the group has stopped
+    map over tiles, those of a group side by side:  pass 1, then a loop over the ranked keys, STEP at a time, until
+                                                    every tile of the group has stopped
 
 ``torch_forward.py`` is the same method with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
 below the other and are read by number, so no head is copied for its segments.
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, in_segment_keys, n_segments, non_finite_keys
 from s2o_compile.kernels.core.sizes import symbols
@@ -36,33 +36,19 @@ STEP = 256
 """Keys of one product; the stop rule is tested every few of them, as ``plan.default_chunk_len`` says."""
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    taus: Sequence[float] | Tensor,
-    softcap: float | None,
-    segment_len: int,
-) -> tuple[Tensor, Tensor]:
+def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
     """Attention by ranked keys and early stop.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: The mask, without a window.
-        scale: Softmax scale, positive.
+        call: Its mask has no window, its scale is positive.
         taus: Of each query head, float32 [Hq] if a tensor.
-        softcap: Bound of the logits, None for none.
         segment_len: Queries that share one ranking.
 
     Returns:
         Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq].
     """
-    query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (x.float() for x in call.tensors)
+    mask, scale, softcap = call.mask, call.scale, call.softcap
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, segment_len // TILE_LEN
@@ -70,7 +56,7 @@ def attend(
     dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
     few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
     non_finite = non_finite_keys(key, value).flatten()
-    tails = tail.tail_values(value, mask, n_queries=n_queries, segment_len=segment_len, sums_by=tail).flatten(0, 2)
+    tails = tail.tail_values(call.over(query, key, value), segment_len, sums_by=tail).flatten(0, 2)
     rest = _rest(query, key, mask)
     tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
 
@@ -130,11 +116,10 @@ def attend(
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
 
 
-def attend_exact(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Exact attention in position order over the visible range of each tile; arguments and results as `attend`."""
-    query, key, value = query.float() * scale, key.float(), value.float()
+def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Exact attention in position order over the visible range of each tile; results as `attend`."""
+    query, key, value = call.query.float() * call.scale, call.key.float(), call.value.float()
+    mask, softcap = call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, (n_queries + TILE_LEN - 1) // TILE_LEN

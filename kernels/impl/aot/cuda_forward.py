@@ -12,8 +12,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import Plan, default_chunk_len, n_segments, n_tiles
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.plan import (
+    BYTES_A_SCORE,
+    SCRATCH_BYTES,
+    SCRATCH_SHARE,
+    Plan,
+    default_chunk_len,
+    n_segments,
+    n_tiles,
+)
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.sizes import longest
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs
@@ -24,94 +32,67 @@ from s2o_compile.kernels.impl.triton import tail as triton_tail
 from s2o_compile.kernels.impl.triton.exact import launch_exact
 from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
 from s2o_compile.kernels.ranking.tail import tail_values
-from s2o_compile.kernels.schedule import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE
 from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    taus: Sequence[float],
-    softcap: float | None,
-    segment_len: int,
-) -> tuple[Tensor, Tensor]:
-    """Attention by ranked keys and early stop; arguments and results as ``portable_walk.attend``."""
-
-    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
-        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
-        return _attend(query, key, value, given, scale, taus, softcap, segment_len)
-
-    return _recorded(run, query, key, value, mask)
+def attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tuple[Tensor, Tensor]:
+    """Attention by ranked keys and early stop; arguments and results as ``cpu_forward.attend``."""
+    return _recorded(lambda call: _attend(call, taus, segment_len), call)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    scale: float,
-    taus: Sequence[float],
-    softcap: float | None,
-    segment_len: int,
-) -> tuple[Tensor, Tensor]:
-    group = query.shape[1] // key.shape[1]
+def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tuple[Tensor, Tensor]:
+    query, key, value = call.tensors
     tau = taus[0]
     if len(set(taus)) > 1:
         tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
     results = []
-    score_keys = triton_ranking.prepare(query, key, scale=scale, segment_len=segment_len, shared=group)
-    tail_value = tail_values(value, mask, n_queries=query.shape[2], segment_len=segment_len, sums_by=triton_tail)
+    score_keys = triton_ranking.prepare(call, segment_len, call.group)
+    tail_value = tail_values(call, segment_len, sums_by=triton_tail)
     non_finite = triton_order.find_non_finite(key, value)
-    for heads in runs(range(key.shape[1]), _together(key, value, query.shape[2], segment_len)):
-        members = query_heads(heads, group)
-        some = query[:, members], key[:, heads], value[:, heads]
+    for heads in runs(range(key.shape[1]), _together(key, value, call.n_queries, segment_len)):
+        members = query_heads(heads, call.group)
+        part = call.over(query[:, members], key[:, heads], value[:, heads])
         key_index, prefix_count = triton_order.order_keys(
-            score_keys(*some[:2], mask, heads),
+            score_keys(part, heads),
             non_finite[:, heads],
-            mask,
-            n_queries=query.shape[2],
+            call.mask,
+            n_queries=call.n_queries,
             segment_len=segment_len,
         )
         plan = Plan(
             segment_len=segment_len,
-            chunk_len=default_chunk_len(longest(key.shape[2])),
+            chunk_len=default_chunk_len(longest(call.n_keys)),
             key_index=key_index,
             prefix_count=prefix_count,
             tail_value=tail_value[:, heads],
         )
         limit = tau[members] if isinstance(tau, Tensor) else tau
-        into = _empty(some[0], value.shape[3])
-        results.append(triton_forward.attend(*some, mask, plan, scale=scale, tau=limit, softcap=softcap, into=into))
+        results.append(triton_forward.attend(part, plan, limit, _empty(part.query, value.shape[3])))
     return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
 
 
-def attend_exact(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Exact attention in position order; arguments and results as ``portable_walk.attend``."""
+def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Exact attention in position order; results as ``cpu_forward.attend``."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
-        result = _empty(query, value.shape[3])
-        given = replace(mask, key_mask=key_mask[0] if key_mask else None)
-        for part, into in value_parts(value, result):
-            launch_exact(query, key, part, given, into, scale=scale, softcap=softcap)
+    def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        result = _empty(call.query, call.value.shape[3])
+        for part, into in value_parts(call.value, result):
+            launch_exact(call, part, into)
         return result.output, result.lse
 
-    return _recorded(run, query, key, value, mask)
+    return _recorded(run, call)
 
 
-def _recorded(
-    run: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
-) -> tuple[Tensor, Tensor]:
-    """Trace launches as functions of what they read: one that writes to memory looks dead to whoever traces again."""
+def _recorded(run: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Trace launches as functions of the tensors they read: one that writes to memory looks dead when traced again."""
+
+    def functional(query: Tensor, key: Tensor, value: Tensor, *key_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return run(call.over(query, key, value, replace(call.mask, key_mask=key_mask[0] if key_mask else None)))
+
     recording = tracing.set(True)
     try:
-        key_mask = () if mask.key_mask is None else (mask.key_mask,)
-        return dispatch_functionalize(run)(query, key, value, *key_mask)
+        key_mask = () if call.mask.key_mask is None else (call.mask.key_mask,)
+        return dispatch_functionalize(functional)(*call.tensors, *key_mask)
     finally:
         tracing.reset(recording)
 

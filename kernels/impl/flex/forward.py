@@ -8,7 +8,7 @@ them: where nothing compiles around the call, it compiles itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from s2o_compile.kernels.core import head_tau
-from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
-from s2o_compile.kernels.planner import build_plan, estimate_unvisited
-from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, blocks_to_visit
+from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError
 from s2o_compile.kernels.support.torch_compat import dynamo_options
 
@@ -39,46 +36,33 @@ LEAST_HEAD_DIM = 16
 """Of FlexAttention's kernels on a GPU."""
 
 
-def attend_planned(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan | None,
-    visits: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    wants_lse: bool,
-) -> Result:
-    """Attention over a plan, or exact attention in position order.
+def attend(call: AttentionCall, plan: Plan, visits: Tensor) -> Result:
+    """Attention over a plan.
 
     Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        mask: Which keys a query sees; with a plan, without a window.
-        plan: Lists of every segment; None for position order.
-        visits: int32 [B, Hq, P], blocks of each list to visit; None without a plan.
-        scale: Softmax scale.
-        softcap: Bound of the logits, None for none.
-        wants_lse: Whether the log-sum-exp is wanted; if not, it is empty.
+        call: Its mask has no window. The log-sum-exp is empty unless it is wanted.
+        plan: Ranked key indices of every segment.
+        visits: int32 [B, Hq, P], blocks of each ranking to visit.
     """
-    check_available(query, value, wants_lse=wants_lse)
-    layout = place(query, key, mask, plan, visits)
-    output, lse = attend_layout(query, key, value, layout, scale=scale, softcap=softcap, wants_lse=wants_lse)
-    computed = layout.computed().unflatten(0, key.shape[:2]).flatten(1, 2)
-    return Result(output, query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
+    return _attend(call, plan, visits)
 
 
-def place(
-    query: Tensor,
-    key: Tensor,
-    mask: AttentionMask,
-    plan: Plan | None,
-    visits: Tensor | None,
-) -> FlexLayout:
-    """Where a call finds its keys; arguments as ``attend_planned``."""
+def attend_exact(call: AttentionCall) -> Result:
+    """Exact attention, every visible block of keys visited in position order."""
+    return _attend(call, None, None)
+
+
+def _attend(call: AttentionCall, plan: Plan | None, visits: Tensor | None) -> Result:
+    check_available(call)
+    layout = place(call, plan, visits)
+    output, lse = attend_layout(call, layout)
+    computed = layout.computed().unflatten(0, call.key.shape[:2]).flatten(1, 2)
+    return Result(output, call.query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
+
+
+def place(call: AttentionCall, plan: Plan | None, visits: Tensor | None) -> FlexLayout:
+    """Where a call finds its keys: a plan's ranked keys, or without a plan all keys in position order."""
+    query, key, _ = call.tensors
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     if plan is not None and plan.key_index.shape[1] != kv_heads:
@@ -91,75 +75,16 @@ def place(
     shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
     if plan is not None:
         row_bytes = key.shape[3] * key.element_size()
-        pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu)
+        pool = pool_blocks(call.mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu)
     if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
-        return triton_layout.lay_out(mask, query, n_keys, plan, visits, pool)
-    return lay_out(mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
+        return triton_layout.lay_out(call.mask, query, n_keys, plan, visits, pool)
+    return lay_out(call.mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float | None,
-    options: OperatorOptions,
-    dense_heads: Sequence[int] = (),
-    wants_lse: bool = False,
-) -> Result:
-    """Rank, estimate and attend; arguments as ``slices.attend``.
-
-    Scores and lists are held for the whole call, as long as they are needed: 7 bytes a key, key/value head and segment.
-    """
-    plan, visits = plan_visits(
-        query, key, value, mask, scale=scale, softcap=softcap, options=options, dense_heads=dense_heads
-    )  # fmt: skip
-    return attend_planned(
-        query, key, value, mask, plan, visits, scale=scale, softcap=softcap, wants_lse=wants_lse
-    )  # fmt: skip
-
-
-def plan_visits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    *,
-    scale: float,
-    softcap: float | None,
-    options: OperatorOptions,
-    dense_heads: Sequence[int] = (),
-) -> tuple[Plan, Tensor]:
-    """The plan of a call and int32 [B, Hq, P], how many blocks of each list its tau visits; arguments as ``attend``."""
-    implementation = "triton" if query.is_cuda else "torch"
-    plan = build_plan(
-        query,
-        key,
-        value,
-        mask,
-        scale=scale,
-        ranking=options.ranking,
-        ranking_per=options.ranking_per,
-        segment_len=options.segment_len,
-        implementation=implementation,
-    )
-    tau = options.tau if isinstance(options.tau, float | int) else head_tau.on_device(options.tau, query.device)
-    unvisited = estimate_unvisited(
-        query, key, value, mask, plan, scale=scale, softcap=softcap, implementation=implementation
-    )
-    visits = blocks_to_visit(unvisited, tau)
-    if dense_heads:
-        group = query.shape[1] // key.shape[1]
-        marked = torch.tensor([h // group in dense_heads for h in range(query.shape[1])], device=query.device)
-        visits = torch.where(marked[:, None], torch.iinfo(torch.int32).max // BLOCK_LEN, visits)
-    return plan, visits
-
-
-def check_available(query: Tensor, value: Tensor, *, wants_lse: bool) -> None:
-    """Refuse what FlexAttention cannot do on this device."""
-    if query.is_cpu and wants_lse:
+def check_available(call: AttentionCall) -> None:
+    """Refuse a call that FlexAttention cannot run on this device."""
+    query, value = call.query, call.value
+    if query.is_cpu and call.wants_lse:
         raise ImplementationUnavailableError(
             'implementation="flex": expected a GPU for a log-sum-exp (return_lse, sinks), got cpu, where FlexAttention '
             'returns none. Use "auto" or "torch".'
@@ -172,17 +97,9 @@ def check_available(query: Tensor, value: Tensor, *, wants_lse: bool) -> None:
         )
 
 
-def attend_layout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: FlexLayout,
-    *,
-    scale: float,
-    softcap: float | None,
-    wants_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def attend_layout(call: AttentionCall, layout: FlexLayout) -> tuple[Tensor, Tensor | None]:
     """Output [B, Hq, Nq, Dv] and, if wanted, log-sum-exp float32 [B, Hq, Nq] over keys placed by a layout."""
+    query, key, value = call.tensors
     batch, kv_heads = key.shape[:2]
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
     if query.is_cuda and triton_layout is not None:
@@ -192,8 +109,9 @@ def attend_layout(
         keys, values = (take(x, layout.index) for x in (key, value))
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
-        output = _compiled(query.device.type)(folded, keys, values, layout, scale, softcap, wants_lse)
-    output, lse = output if wants_lse else (output, None)
+        attend = _compiled(query.device.type)
+        output = attend(folded, keys, values, layout, call.scale, call.softcap, call.wants_lse)
+    output, lse = output if call.wants_lse else (output, None)
     output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)
     return output, None if lse is None else lse.unflatten(0, (batch, kv_heads)).flatten(1, 2)
 

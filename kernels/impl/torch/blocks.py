@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.exact.equal_dims import pad_to_equal
+from s2o_compile.kernels.exact.sdpa import pad_to_equal
 
 _fused_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """SDPA's own CPU kernel, the only one that returns the log-sum-exp; where it is absent, or logits are capped, plain

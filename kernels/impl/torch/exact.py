@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.torch.blocks import block_attention, merge
@@ -21,10 +20,9 @@ KEY_STEP = 4096
 """Keys of one block: bounds the memory of the explicit mask."""
 
 
-def attend_exact(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
-) -> Result:
-    """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
+def attend_exact(call: AttentionCall) -> Result:
+    """Exact attention; results as ``reference.attend``, with every visible key computed."""
+    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
     key, value = key.contiguous(), value.contiguous()
@@ -36,7 +34,7 @@ def attend_exact(
         start, stop = mask.visible_range(first, last, n_keys)
         rows = torch.arange(first, last + 1, device=query.device)
         group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
-        tile_query = (query[b, group, first : last + 1].float() * scale).flatten(0, 1)
+        tile_query = (query[b, group, first : last + 1].float() * call.scale).flatten(0, 1)
         out = tile_query.new_zeros(len(tile_query), value_dim)
         mass = tile_query.new_full(tile_query.shape[:1], -torch.inf)
         for begin in range(start, stop, KEY_STEP):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
@@ -24,29 +24,18 @@ KEY_STEP = 4096
 """Keys of one block in position order under an explicit mask: bounds the mask's memory."""
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan,
-    *,
-    scale: float,
-    tau: float | Tensor,
-    softcap: float | None = None,
-    into: Result | None = None,
-) -> Result:
-    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
-    (batch, list_heads), kv_heads = plan.key_index.shape[:2], key.shape[1]
-    result = empty_result(query, value.shape[3]) if into is None else into
-    keys, values = key.float().contiguous(), value.float().contiguous()
+def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
+    """Attention over a plan, written ``into`` given tensors; arguments as ``reference.attend``."""
+    (batch, list_heads), kv_heads = plan.key_index.shape[:2], call.key.shape[1]
+    result = empty_result(call.query, call.value.shape[3]) if into is None else into
+    keys, values = call.key.float().contiguous(), call.value.float().contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
         b, kv = place[0], place[1] * kv_heads // list_heads
-        _Segment(query, keys[b, kv], values[b, kv], mask, plan, place, softcap).attend(scale, tau, result)
+        _Segment(call, keys[b, kv], values[b, kv], plan, place).attend(tau, result)
 
     last_first = reversed(range(plan.n_segments))  # the longest walks first
-    for_each(segment, itertools.product(range(batch), range(list_heads), last_first), query.device)
+    for_each(segment, itertools.product(range(batch), range(list_heads), last_first), call.query.device)
     return result
 
 
@@ -88,16 +77,15 @@ class _Segment:
 
     def __init__(
         self,
-        query: Tensor,
+        call: AttentionCall,
         key: Tensor,
         value: Tensor,
-        mask: AttentionMask,
         plan: Plan,
         place: tuple[int, int, int],
-        softcap: float | None,
     ) -> None:
         self.b, list_head, segment = place
-        self.softcap = softcap
+        query, mask = call.query, call.mask
+        self.scale, self.softcap = call.scale, call.softcap
         self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
         group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]  # heads that share the list
         self.first = segment * plan.segment_len
@@ -123,9 +111,9 @@ class _Segment:
             self.stops = ends.clamp(self.seg_start, seg_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
-    def attend(self, scale: float, tau: float | Tensor, into: Result) -> None:
+    def attend(self, tau: float | Tensor, into: Result) -> None:
         """Pass 1 and pass 2; fills the segment's rows of ``into``."""
-        query = self._load(scale)
+        query = self._load()
         lse = query.new_full((len(query),), -torch.inf)
         output = query.new_zeros(len(query), self.value.shape[-1])
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
@@ -137,12 +125,12 @@ class _Segment:
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
         self._store(tiles, into)
 
-    def _load(self, scale: float) -> Tensor:
+    def _load(self) -> Tensor:
         """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
         if self.whole:
-            return (self.query[:, self.first : self.end].float() * scale).flatten(0, 1)
+            return (self.query[:, self.first : self.end].float() * self.scale).flatten(0, 1)
         index = self.rows[..., None].expand(-1, -1, self.query.shape[-1])
-        return (self.query.gather(1, index).float() * scale).flatten(0, 1)
+        return (self.query.gather(1, index).float() * self.scale).flatten(0, 1)
 
     def _store(self, tiles: _Tiles, into: Result) -> None:
         """Write the segment's results to the rows they belong to."""

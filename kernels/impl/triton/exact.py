@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.triton.tile import (
@@ -159,18 +159,9 @@ def exact_fwd_kernel(
     tl.store(computed, visited + stop - start)
 
 
-def launch_exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    into: Result,
-    *,
-    scale: float,
-    softcap: float | None,
-    restart: bool = False,
-) -> None:
-    """Fill ``into``: every tile, or with ``restart`` only those that overflowed in pass 2."""
+def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> None:
+    """Fill ``into``, for a part of the value's columns: every tile, or those that overflowed in pass 2."""
+    (query, key, _), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     launch(
@@ -180,7 +171,7 @@ def launch_exact(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
         n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
-        *logit_scales(scale, softcap),
+        *logit_scales(call.scale, softcap),
         RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
@@ -189,13 +180,12 @@ def launch_exact(
     )  # fmt: skip
 
 
-def attend_exact(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, *, scale: float, softcap: float | None = None
-) -> Result:
-    """Exact attention; shapes and results as ``definition.attend``, with every visible key computed."""
+def attend_exact(call: AttentionCall) -> Result:
+    """Exact attention; results as ``reference.attend``, with every visible key computed."""
+    scale = call.scale
     if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
-        query, scale = query * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
-    result = empty_result(query, value.shape[3])
-    for part, into in value_parts(value, result):
-        launch_exact(query, key, part, mask, into, scale=scale, softcap=softcap)
+        call = call.but(query=call.query * ((scale > 0) - (scale < 0)), scale=abs(scale) or 1.0)
+    result = empty_result(call.query, call.value.shape[3])
+    for part, into in value_parts(call.value, result):
+        launch_exact(call, part, into)
     return result

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
@@ -179,19 +179,9 @@ def gathered_fwd_kernel(
     tl.store(computed_ptr + b * stride_cb + h * stride_ch + tile, computed)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan,
-    *,
-    scale: float,
-    tau: float | Tensor,
-    softcap: float | None = None,
-    into: Result | None = None,
-) -> Result:
-    """Attention over a plan, written ``into`` given tensors; arguments and results as ``definition.attend``."""
+def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
+    """Attention over a plan, written ``into`` given tensors; arguments as ``reference.attend``."""
+    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
@@ -215,7 +205,8 @@ def attend(
             0 if mask.key_mask is None else mask.key_mask.stride(0), *mean.stride()[:3],
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             heads // plan.key_index.shape[1], TAIL_SHARE,
-            mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(scale, softcap), 0.0 if by_head else tau,
+            mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(call.scale, softcap),
+            0.0 if by_head else tau,
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
@@ -223,5 +214,5 @@ def attend(
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip
         if fixed:
-            launch_exact(query, key, part, mask, piece, scale=scale, softcap=softcap, restart=True)
+            launch_exact(call, part, piece, restart=True)
     return result

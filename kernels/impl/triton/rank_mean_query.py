@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import n_segments
 from s2o_compile.kernels.impl.triton.tile import load_rows, needs_wide
 
@@ -73,17 +73,16 @@ def segment_means_kernel(
     tl.store(mean_ptr + target * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-def score_keys(
-    query: Tensor, key: Tensor, mask: AttentionMask, *, scale: float, segment_len: int, shared: int
-) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; what is no prefix key is left undefined."""
+def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; undefined for keys outside the prefix."""
+    (query, key, _), mask = call.tensors, call.mask
     batch, kv_heads, n_keys, head_dim = key.shape
     heads, n_queries = query.shape[1:3]
     segments, list_heads = n_segments(n_queries, segment_len), heads // shared
     block_dim = max(16, triton.next_power_of_2(head_dim))
     means = key.new_empty(batch * list_heads, segments, shared, head_dim)
     segment_means_kernel[(segments, batch * heads)](
-        query, means, *query.stride()[:3], n_queries, heads, shared, scale, SEGMENT=segment_len, ROWS=64,
+        query, means, *query.stride()[:3], n_queries, heads, shared, call.scale, SEGMENT=segment_len, ROWS=64,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, WIDE=needs_wide(query), num_warps=4,
     )  # fmt: skip
     score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask, same_length
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
 from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, launch, seg_bounds
@@ -236,23 +237,21 @@ def pack_rows(
     return packed
 
 
-def prepare(query: Tensor, key: Tensor, *, scale: float, segment_len: int, shared: int) -> ScoreKeys:
-    """What scores the slices of a call; as ``ranking_per_query.prepare``."""
-    head_dim = query.shape[3]
-    chosen = choose_dims(query, key, min(packed_width(head_dim) - 2, head_dim), scale=scale)
-    stride = key_stride(key.shape[2])
+def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
+    """The function that scores slices of a call; as ``ranking.per_query.prepare``."""
+    head_dim = call.query.shape[3]
+    chosen = choose_dims(call.query, call.key, min(packed_width(head_dim) - 2, head_dim), scale=call.scale)
+    stride = key_stride(call.n_keys)
 
-    def score_keys(query: Tensor, key: Tensor, mask: AttentionMask, heads: slice) -> Tensor:
-        some = FewDims(*(x[:, heads] for x in chosen))
-        return _score_keys(query, key, mask, some, stride, segment_len=segment_len, shared=shared)
+    def score_keys(part: AttentionCall, heads: slice) -> Tensor:
+        return _score_keys(part, FewDims(*(x[:, heads] for x in chosen)), stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(
-    query: Tensor, key: Tensor, mask: AttentionMask, chosen: FewDims, stride: int, *, segment_len: int, shared: int
-) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; what is no prefix key is left undefined."""
+def _score_keys(call: AttentionCall, chosen: FewDims, stride: int, segment_len: int, shared: int) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; undefined for keys outside the prefix."""
+    (query, key, _), mask = call.tensors, call.mask
     batch, kv_heads, n_keys, _ = key.shape
     list_heads = query.shape[1] // shared
     lists = list_heads // kv_heads

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan
 from s2o_compile.kernels.impl.triton.order import find_non_finite
 from s2o_compile.kernels.impl.triton.tile import (
@@ -136,17 +136,9 @@ def mass_behind_kernel(
         behind += tl.sum(share, 1)
 
 
-def estimate_unvisited(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """Arguments and results as ``unvisited.estimate_unvisited``."""
+def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
+    """Arguments and results as ``ranking.unvisited.estimate_unvisited``."""
+    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]
     lists, segments, longest = plan.key_index.shape[1:]
@@ -169,7 +161,7 @@ def estimate_unvisited(
         query, key, plan.key_index, plan.prefix_count, rows, find_non_finite(key, value),
         rows if mask.key_mask is None else mask.key_mask, mass, bad, *query.stride()[:3], *key.stride()[:3],
         0 if mask.key_mask is None else mask.key_mask.stride(0), n_queries, n_keys, segments, longest, columns, lists,
-        shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(scale, softcap),
+        shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(call.scale, softcap),
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_SOFTCAP=softcap is not None,
         SEGMENT=plan.segment_len, HEADS=together, PROGRAM_BLOCKS=PROGRAM_BLOCKS, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, STAGES=STAGES, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

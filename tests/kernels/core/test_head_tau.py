@@ -58,11 +58,9 @@ def test_executors_equal_the_definition(device, implementation, inputs_of, build
     else:
         executor = torch_forward
     tau = torch.tensor(TAUS, device=device)
-    actual = executor.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau)
+    actual = executor.attend(inputs.call, plan, tau)
     wide = inputs.to("cpu").to(torch.float64)
-    expected = definition.attend(
-        *wide.tensors, wide.mask, move_plan(plan, "cpu"), scale=wide.scale, tau=torch.tensor(TAUS)
-    )
+    expected = definition.attend(wide.call, move_plan(plan, "cpu"), torch.tensor(TAUS))
     assert actual.computed.tolist() == expected.computed.tolist()
     assert_close(actual, expected, inputs)
     assert len({tuple(head) for head in actual.computed[0].tolist()}) == len(TAUS)  # they do stop apart

@@ -79,11 +79,11 @@ class TestWork:
         inputs = CASES[0].inputs()
         seen = []
 
-        def attend(query, key, value, mask):
-            seen.extend((query, key, value))
-            return query, None
+        def attend(part):
+            seen.extend(part.tensors)
+            return part.query, None
 
-        chunked.attend_chunks(*inputs.tensors, inputs.mask, attend)
+        chunked.attend_chunks(inputs.call, attend)
         assert [x.shape[0] for x in seen] == [3, 3, 3]
         assert [x.data_ptr() for x in seen] == [x.data_ptr() for x in inputs.tensors]
 

@@ -123,7 +123,7 @@ class TestExecution:
 
     def test_no_mask_of_all_pairs_is_made(self, monkeypatch):
         """With padding SDPA would be given Nq x Nk flags."""
-        monkeypatch.setattr(dense_heads, "dense_attention", None)
+        monkeypatch.setattr(dense_heads, "attend_by_sdpa", None)
         call(Case(queries=300, heads=4, kv_heads=2, padding="left").inputs(), [1])
         call(Case(queries=300, keys=600, heads=4, kv_heads=2).inputs(), [1])
 

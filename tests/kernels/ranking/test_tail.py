@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import prefix_mask
@@ -39,7 +40,7 @@ def test_it_is_the_mean_of_the_prefix(case, device, implementation, poison_empty
     mask, value = inputs.mask, inputs.value
     if mask.key_mask is not None:  # what is padding does not count, whatever it holds
         value = value.masked_fill(~mask.key_mask[:, None, :, None], torch.nan)
-    found = tail.tail_values(value, mask, n_queries=case.queries, segment_len=SEGMENT, sums_by=sums_by)
+    found = tail.tail_values(inputs.call.but(value=value), SEGMENT, sums_by)
     prefix = prefix_mask(mask, case.queries, case.n_keys, SEGMENT, value.device).double().expand(case.batch, -1, -1)
     expected = prefix[:, None] @ inputs.value.double() / prefix.sum(-1).clamp(min=1)[:, None, :, None]
     torch.testing.assert_close(found, expected.float())
@@ -49,7 +50,8 @@ def test_own_values_do_not_enter():
     """However large, of bidirectional attention, too: what is added and taken away would leave its rounding."""
     value = torch.ones(1, 1, 512, 4)
     value[:, :, 200] = 1e12
-    found = tail.tail_values(value, AttentionMask(), n_queries=512, segment_len=SEGMENT, sums_by=tail)
+    call = AttentionCall(query=value, key=value, value=value, mask=AttentionMask(), scale=1.0)
+    found = tail.tail_values(call, SEGMENT, tail)
     torch.testing.assert_close(found[:, :, 1], torch.ones(1, 1, 4))
 
 
@@ -62,7 +64,7 @@ def test_it_brings_the_output_closer():
     def error(share):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("s2o_compile.kernels.core.stop_rule.TAIL_SHARE", share)
-            output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+            output, _ = run(inputs.call, options)
         return ((output - exact).norm() / exact.norm()).item()
 
     assert error(0.2) < 0.9 * error(0.0)
@@ -74,7 +76,7 @@ def test_it_runs_under_deterministic_algorithms(device):
     options = OperatorOptions(tau=1.0, min_seq_len=0, segment_len=SEGMENT)
     torch.use_deterministic_algorithms(True)
     try:
-        output, _ = run(*inputs.tensors, inputs.mask, scale=inputs.scale, return_lse=False, options=options)
+        output, _ = run(inputs.call, options)
     finally:
         torch.use_deterministic_algorithms(False)
     assert output.isfinite().all()

@@ -39,8 +39,7 @@ CASES = [
 
 
 def both(inputs, plan):
-    given = {"scale": inputs.scale, "softcap": inputs.softcap}
-    return [by.estimate_unvisited(*inputs.tensors, inputs.mask, plan, **given) for by in (triton_unvisited, unvisited)]
+    return [by.estimate_unvisited(inputs.call, plan) for by in (triton_unvisited, unvisited)]
 
 
 @pytest.mark.parametrize(("device", "case", "ranking_per"), CASES)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2o_compile
 from s2o_compile.kernels import ops as registration
-from s2o_compile.kernels.core.options import options_of
+from s2o_compile.kernels.core.options import from_op_kwargs
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.errors import InputError, NoGradientError
@@ -236,11 +236,11 @@ class TestSameErrors:
             assert str(error.value) == str(expected.value)
 
     def test_options_are_checked_by_type_although_they_are_remembered(self):
-        assert options_of(1.0, 0, None, "per_query", "group", "auto").tau == 1.0
+        assert from_op_kwargs(1.0, 0, None, "per_query", "group", "auto").tau == 1.0
         with pytest.raises(InputError, match="got True"):
-            options_of(True, 0, None, "per_query", "group", "auto")
+            from_op_kwargs(True, 0, None, "per_query", "group", "auto")
         with pytest.raises(InputError, match="min_seq_len"):
-            options_of(1.0, False, None, "per_query", "group", "auto")
+            from_op_kwargs(1.0, False, None, "per_query", "group", "auto")
 
 
 class TestGradients:

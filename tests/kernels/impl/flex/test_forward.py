@@ -18,7 +18,7 @@ from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.flex import layout as flex_layout
 from s2o_compile.kernels.impl.flex.layout import lay_out, pool_blocks
-from s2o_compile.kernels.planner import build_plan
+from s2o_compile.kernels.planner import build_plan, plan_visits
 from s2o_compile.kernels.ranking.unvisited import (
     BLOCK_LEN,
     STOP_RULE_TO_SAMPLE_RATIO,
@@ -26,7 +26,7 @@ from s2o_compile.kernels.ranking.unvisited import (
     estimate_unvisited,
     sampled,
 )
-from tests.conftest import Inputs, bounds, distance, exact_attention
+from tests.conftest import Inputs, bounds, distance, exact_attention, query_on
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, SEGMENT = 2, 4, 2, 1000, 16, 128
@@ -72,15 +72,13 @@ def agrees(output, exact, given):
 
 
 def planned(given, options=OPTIONS):
-    plan = build_plan(
-        *given.tensors,
-        given.mask,
-        scale=SCALE,
-        ranking="per_query",
-        segment_len=SEGMENT,
-    )
-    unvisited = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE, softcap=given.softcap)
+    plan = build_plan(given.call, options)
+    unvisited = estimate_unvisited(given.call, plan)
     return plan, blocks_to_visit(unvisited, options.tau)
+
+
+def attend(call, options):
+    return flex_forward.attend(call, *plan_visits(call, options))
 
 
 def laid_out(given, plan, visits, pool=32):
@@ -99,9 +97,7 @@ def entries(layout, n_segments):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_without_a_stop_it_is_dense(mask):
     given = inputs(mask)
-    output = flex_forward.attend(
-        *given.tensors, mask, scale=SCALE, softcap=None, options=dataclasses.replace(OPTIONS, tau=0.0)
-    ).output
+    output = attend(given.call, dataclasses.replace(OPTIONS, tau=0.0)).output
     agrees(output, exact_attention(given)[0], given)
 
 
@@ -111,11 +107,9 @@ def test_it_walks_as_the_definition_does(mask):
     plan, visits = planned(given)
     walked = entries(laid_out(given, plan, visits), plan.n_segments)
     assert (walked < plan.prefix_count[:, None]).float().mean() > 0.4, "too few lists are left early to prove anything"
-    result = flex_forward.attend_planned(
-        *given.tensors, mask, plan, visits, scale=SCALE, softcap=None, wants_lse=False
-    )  # fmt: skip
+    result = flex_forward.attend(given.call, plan, visits)
     double = given.to(torch.float64)
-    wanted = definition.attend(*double.tensors, mask, plan, scale=SCALE, tau=0.0, visits=walked)
+    wanted = definition.attend(double.call, plan, 0.0, visits=walked)
     agrees(result.output, wanted.output, given)
     assert (result.computed >= wanted.computed).all(), "keys that are visited are not counted"
     assert (result.computed - wanted.computed <= 3 * BLOCK_LEN)[:, :, :-1].all()
@@ -124,13 +118,12 @@ def test_it_walks_as_the_definition_does(mask):
 def test_a_softcap():
     given = inputs(MASKS["causal"], softcap=1.5)
     plan, visits = planned(given)
-    attend = {"scale": SCALE, "softcap": 1.5, "wants_lse": False}
-    exact = flex_forward.attend_planned(*given.tensors, given.mask, plan, torch.full_like(visits, 99), **attend).output
+    exact = flex_forward.attend(given.call, plan, torch.full_like(visits, 99)).output
     agrees(exact, exact_attention(given)[0], given)
-    output = flex_forward.attend_planned(*given.tensors, given.mask, plan, visits, **attend).output
+    output = flex_forward.attend(given.call, plan, visits).output
     walked = entries(laid_out(given, plan, visits), plan.n_segments)
     double = given.to(torch.float64)
-    wanted = definition.attend(*double.tensors, given.mask, plan, scale=SCALE, tau=0.0, softcap=1.5, visits=walked)
+    wanted = definition.attend(double.call, plan, 0.0, visits=walked)
     agrees(output, wanted.output, given)
 
 
@@ -145,7 +138,7 @@ WINDOWS = {
 @pytest.mark.parametrize("mask", WINDOWS.values(), ids=WINDOWS)
 def test_position_order_is_exact(mask):
     given = inputs(mask)
-    result = flex_forward.attend_planned(*given.tensors, mask, None, None, scale=SCALE, softcap=None, wants_lse=False)
+    result = flex_forward.attend_exact(given.call)
     agrees(result.output, exact_attention(given)[0], given)
     if mask.window:
         assert result.computed.max() <= mask.window + 3 * BLOCK_LEN
@@ -159,7 +152,7 @@ def test_tables_and_mask_say_the_same():
     keys, values = (flex_forward.take(x, layout.index) for x in (given.key, given.value))
     query = given.query.unflatten(1, (KV_HEADS, -1)).flatten(0, 1)
     output = flex_forward._attend_blocks(query, keys, values, layout, SCALE, None, False)
-    compiled, _ = flex_forward.attend_layout(*given.tensors, layout, scale=SCALE, softcap=None)
+    compiled, _ = flex_forward.attend_layout(given.call, layout)
     agrees(output.view_as(compiled), compiled, given)
 
 
@@ -192,14 +185,12 @@ def test_heads_have_their_own_walk():
     given = inputs(MASKS["causal"])
     taus = (0.0, 3.0, 4.0, 0.0)
     options = dataclasses.replace(OPTIONS, tau=taus)
-    result = flex_forward.attend(*given.tensors, given.mask, scale=SCALE, softcap=None, options=options)
+    result = attend(given.call, options)
     exact = exact_attention(given)[0]
     for head in (0, 3):
         agrees(result.output[:, head], exact[:, head], given)
     assert result.computed[:, 1].sum() < result.computed[:, 0].sum()
-    dense = flex_forward.attend(
-        *given.tensors, given.mask, scale=SCALE, softcap=None, options=OPTIONS, dense_heads=[1]
-    ).output
+    dense = attend(given.call.but(dense_heads=[1]), OPTIONS).output
     agrees(dense[:, 2:], exact[:, 2:], given)
     assert (dense[:, :2] - exact[:, :2]).abs().max() > 1e-3
 
@@ -214,16 +205,16 @@ def test_the_operator_takes_it():
 
 
 def test_it_is_chosen_where_our_kernels_are_not():
-    assert choose_implementation("auto", torch.device("xpu"), torch.bfloat16, 64) == "flex"
-    assert choose_implementation("auto", torch.device("cpu"), torch.bfloat16, 64) == "torch"
-    assert choose_implementation("flex", torch.device("cpu"), torch.bfloat16, 64) == "flex"
+    assert choose_implementation("auto", query_on("xpu", torch.bfloat16, 64)) == "flex"
+    assert choose_implementation("auto", query_on("cpu", torch.bfloat16, 64)) == "torch"
+    assert choose_implementation("flex", query_on("cpu", torch.bfloat16, 64)) == "flex"
 
 
 class TestEstimate:
     def test_it_is_the_mass_behind_each_block(self):
         given = inputs(AttentionMask(causal=True)).to(torch.float64)
         plan, _ = planned(inputs(MASKS["causal"]))
-        left = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE)
+        left = estimate_unvisited(given.call, plan)
         b, h, segment = 1, 3, 5
         first = segment * SEGMENT
         rows = first + sampled(SEGMENT, 16, given.query.device)
@@ -238,7 +229,7 @@ class TestEstimate:
         given.query[0, 1, 700] = float("nan")
         plan, _ = planned(inputs(MASKS["causal"]))
         given.query[:, :, 700 // SEGMENT * SEGMENT + SEGMENT - 1] = float("nan")
-        left = estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE)
+        left = estimate_unvisited(given.call, plan)
         visits = blocks_to_visit(left, 2.0)
         assert (visits[:, :, 700 // SEGMENT] >= 700 // SEGMENT).all()
 
@@ -248,7 +239,7 @@ class TestEstimate:
         given.value[0, 1, 7] = float("nan")
         plan, _ = planned(given)
         assert (plan.key_index[0, 1, 1:, 0] == 7).all()
-        assert blocks_to_visit(estimate_unvisited(*given.tensors, given.mask, plan, scale=SCALE), 1e6)[0].tolist() == (
+        assert blocks_to_visit(estimate_unvisited(given.call, plan), 1e6)[0].tolist() == (
             [[0] * plan.n_segments] * 2 + [[0] + [1] * (plan.n_segments - 1)] * 2
         )
 

@@ -101,7 +101,7 @@ class TestRanked:
         inputs = CASES[2].inputs()
         before = [x.clone() for x in inputs.tensors]
         plan = build_plan(inputs)
-        torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=1.0)
+        torch_forward.attend(inputs.call, plan, 1.0)
         assert all(torch.equal(x, y) for x, y in zip(inputs.tensors, before, strict=True))
 
     @pytest.mark.parametrize("device", [CUDA])
@@ -115,7 +115,7 @@ class TestNatural:
     @pytest.mark.parametrize("case", [*WINDOWED, *UNWINDOWED], ids=str)
     def test_equals_dense_attention(self, case, poison_empty):
         inputs = case.inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
         assert (actual.computed == torch.tensor(position_counts(inputs))).all()
@@ -123,12 +123,12 @@ class TestNatural:
     def test_long_ranges_are_merged_from_steps(self, monkeypatch):
         inputs = Case(queries=700, batch=2, window=500, padding="left").inputs()
         monkeypatch.setattr(torch_exact, "KEY_STEP", 96)
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
     def test_equals_dense_attention_at_length_4097(self):
         inputs = Case(queries=4097, heads=1, window=1000, dtype="bf16").inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -148,7 +148,7 @@ class TestWithoutTheFusedOp:
     @pytest.mark.parametrize("case", [WINDOWED[2], WINDOWED[6], WINDOWED[8]], ids=str)
     def test_natural(self, case):
         inputs = case.inputs()
-        actual = torch_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = torch_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 

@@ -28,7 +28,7 @@ class TestTwoThreads:
         results = []
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            results.append(torch_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=tau))
+            results.append(torch_forward.attend(inputs.call, plan, tau))
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
 
@@ -48,8 +48,7 @@ class TestTwoThreads:
         results = []
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            options = {"scale": inputs.scale, "softcap": inputs.softcap}
-            results.append(torch_exact.attend_exact(*inputs.tensors, inputs.mask, **options))
+            results.append(torch_exact.attend_exact(inputs.call))
         for ours, expected in zip(*results, strict=True):
             assert torch.equal(ours, expected)
 

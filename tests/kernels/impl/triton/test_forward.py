@@ -185,7 +185,7 @@ class TestOverflow:
     def test_of_a_list_restarts(self, device, towering, build_plan):
         inputs = towering(device)
         plan = build_plan(inputs, segment_len=256, chunk_len=CHUNK_LEN)
-        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        actual = triton_forward.attend(inputs.call, plan, 0.0)
         assert_close(actual, exact_attention(inputs), inputs)
         seen = [128, 256, 384, 512, 600]
         assert actual.computed.flatten().tolist() == seen[:2] + [2 * keys for keys in seen[2:]]
@@ -194,7 +194,7 @@ class TestOverflow:
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     def test_in_position_order(self, device, window, towering):
         inputs = towering(device, window)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -202,7 +202,7 @@ class TestNatural:
     @pytest.mark.parametrize(("device", "case"), NATURAL)
     def test_equals_dense_attention(self, device, case, poison_empty):
         inputs = case.inputs(device)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert actual.output.dtype == inputs.query.dtype
         assert_close(actual, exact_attention(inputs), inputs)
         unpadded = Inputs(*inputs.tensors, dataclasses.replace(inputs.mask, key_mask=None), 1.0)
@@ -235,7 +235,7 @@ class TestWideOffsets:
     )
     def test_natural(self, device, case):
         inputs = case.inputs(device)
-        actual = triton_exact.attend_exact(*inputs.tensors, inputs.mask, scale=inputs.scale)
+        actual = triton_exact.attend_exact(inputs.call)
         assert_close(actual, exact_attention(inputs), inputs)
 
 
@@ -341,6 +341,6 @@ class TestWithoutOwnKeys:
     def test_nothing_overflows(self, device, case, build_plan):
         inputs = case.inputs(device)
         plan = build_plan(inputs, segment_len=128, chunk_len=CHUNK_LEN)
-        actual = triton_forward.attend(*inputs.tensors, inputs.mask, plan, scale=inputs.scale, tau=0.0)
+        actual = triton_forward.attend(inputs.call, plan, 0.0)
         assert_close(actual, exact_attention(inputs), inputs)
         assert (actual.computed <= case.n_keys).all()

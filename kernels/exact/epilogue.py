@@ -1,10 +1,15 @@
-"""Fully masked rows: queries that see no key. What they get is a convention of the mask that hid everything from them.
+"""What follows from the log-sum-exp and the mask alone, behind any executor: sinks and fully masked rows.
 
-"zeros" is what SDPA makes of a boolean mask. "mean" is the mean of all values, which SDPA and eager attention make of a
-finite additive mask (``finfo.min``): it drowns the logits, all keys weigh the same. A sink takes all the mass of such a
-row, which is left with zeros; a sink of -inf is none.
+Attention sinks (gpt-oss) are one more logit for each query head, which takes its share of the mass and brings nothing:
 
-Which rows are fully masked follows from the mask alone, in O(B (Nq + Nk)) and without waiting for the device.
+    out_i  <-  out_i exp(lse_i) / (exp(lse_i) + exp(sink)),    lse_i  <-  log(exp(lse_i) + exp(sink))
+
+The stop rule does not know them: it stops later than it might.
+
+Fully masked rows see no key. A boolean mask gives them zeros in SDPA. A finite additive mask (``finfo.min``) gives them
+the mean of all values: it drowns the logits, so that all keys weigh the same. A sink takes all the mass of such a row
+and leaves zeros; a sink of -inf is none. Which rows these are follows from the mask alone, in O(B (Nq + Nk)) and
+without waiting for the device.
 """
 
 from __future__ import annotations
@@ -12,7 +17,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
+
+
+def finish(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The call's output and log-sum-exp, None unless the caller wants it, of what an executor returned.
+
+    Args:
+        call: The call; its key mask, if any, is [B, Nk].
+        output: [B, Hq, Nq, Dv]; overwritten where there are sinks.
+        lse: float32 [B, Hq, Nq]; given where ``call.wants_lse``.
+    """
+    if call.sinks is not None and lse is not None:
+        output, lse = add_sinks(output, lse, call.sinks)
+    if call.fully_masked == "mean":
+        output = fill_fully_masked_rows(output, call.value, call.mask, call.sinks)
+    return output, lse if call.return_lse else None
+
+
+def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let sinks take part.
+
+    Args:
+        output: [..., Hq, Nq, Dv], overwritten.
+        lse: float32 [..., Hq, Nq].
+        sinks: Floating, [Hq] or with leading dimensions that broadcast.
+
+    Returns:
+        The output and its log-sum-exp; a row that sees no key has zeros and the sink.
+    """
+    return output.mul_(sink_share(lse, sinks)[..., None]), torch.logaddexp(lse, sinks.float()[..., None])
+
+
+def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What is left of every row's output, float32 [..., Hq, Nq]; arguments as `add_sinks`."""
+    kept = torch.sigmoid(lse - sinks.float()[..., None])
+    return kept.masked_fill(lse == float("-inf"), 0.0)  # also where the sink is -inf itself, which is no sink at all
 
 
 def all_rows_see(mask: AttentionMask, n_queries: int, n_keys: int) -> bool:

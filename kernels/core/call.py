@@ -1,0 +1,158 @@
+"""One attention call: its tensors, its mask, and everything else that changes its result.
+
+A call is checked and completed once, by `AttentionCall.of`. After that every function takes the call itself: executors
+take ``(call, plan, tau, into)``, exact attention takes ``(call)``, and parts of a call are calls, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
+from s2o_compile.kernels.core.validation import check_arguments, check_tensors
+
+
+class MaskTerms(TypedDict, total=False):
+    """Which keys a query sees, as `AttentionMask.aligned` takes it."""
+
+    causal: bool
+    causal_offset: int | None
+    window: int | None
+    attention_chunk: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One call; its tensors are the caller's own and must not be written to.
+
+    Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, D and Dv head dims.
+
+    Attributes:
+        query: [B, Hq, Nq, D].
+        key: [B, Hkv, Nk, D].
+        value: [B, Hkv, Nk, Dv].
+        mask: Which keys a query sees.
+        scale: Softmax scale.
+        softcap: Bound of the logits, None for none.
+        sinks: Floating [Hq], one more logit a head; None for none.
+        fully_masked: What a query gets that sees no key, one of FULLY_MASKED.
+        return_lse: Whether the caller wants the log-sum-exp.
+        dense_heads: Key/value heads whose groups run densely beside the others, ascending.
+        site: Module path of the attention, "" for eager calls.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask = UNKNOWN_MASK
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    fully_masked: str = "zeros"
+    return_lse: bool = False
+    dense_heads: Sequence[int] = ()
+    site: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        fully_masked: str = "zeros",
+        return_lse: bool = False,
+        dense_heads: Sequence[int] = (),
+        site: str = "",
+        **terms: Unpack[MaskTerms],
+    ) -> AttentionCall:
+        """The call of these arguments, completed: a scale of None is ``D ** -0.5``.
+
+        Args:
+            query: [B, Hq, Nq, D].
+            key: [B, Hkv, Nk, D].
+            value: [B, Hkv, Nk, Dv].
+            key_mask: bool [B, Nk] or [1, Nk], True where a key may be attended.
+            sinks: Floating [Hq].
+            scale: Softmax scale.
+            softcap: Bound of the logits.
+            fully_masked: One of FULLY_MASKED.
+            return_lse: Whether the log-sum-exp is wanted.
+            dense_heads: Key/value heads, in any order.
+            site: Module path.
+            **terms: ``causal``, ``causal_offset``, ``window`` and ``attention_chunk``.
+
+        Raises:
+            InputError: Tensors or arguments that the operator cannot take.
+        """
+        check_tensors(query, key, value)
+        check_arguments(
+            query, key, key_mask, sinks, causal=terms.get("causal", False), window=terms.get("window"),
+            attention_chunk=terms.get("attention_chunk"), softcap=softcap, fully_masked=fully_masked,
+            dense_heads=dense_heads,
+        )  # fmt: skip
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            mask=AttentionMask.aligned(query, key, key_mask=key_mask, **terms),
+            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=sinks,
+            fully_masked=fully_masked,
+            return_lse=return_lse,
+            dense_heads=sorted(set(dense_heads)) if dense_heads else (),
+            site=site,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def n_queries(self) -> int:
+        """Number of queries Nq."""
+        return self.query.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        """Number of keys Nk."""
+        return self.key.shape[2]
+
+    @property
+    def wants_lse(self) -> bool:
+        """Whether an executor must return the log-sum-exp: for the caller, or for sinks."""
+        return self.return_lse or self.sinks is not None
+
+    def but(self, **changes: Any) -> AttentionCall:  # noqa: ANN401 (any field)
+        """The call with some fields changed."""
+        return replace(self, **changes)
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None = None) -> AttentionCall:
+        """The same call over other tensors, and under another mask if one is given."""
+        return replace(self, query=query, key=key, value=value, mask=self.mask if mask is None else mask)
+
+    def for_kernels(self) -> AttentionCall:
+        """The call as our executors take it: unit last strides, and an offset beyond which nothing changes."""
+        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in self.tensors)
+        return self.over(*tensors, self.mask.within(self.n_queries, self.n_keys))
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """A block in which launches go to the call's device: Triton launches on the current one."""
+        return torch.cuda.device_of(self.query)

@@ -1,0 +1,93 @@
+"""Exact attention by the formula itself, and under any mask tensor; all of it is differentiable.
+
+The formula serves what SDPA has no argument for (softcap, sinks), and graphs that leave torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.layout import memory_order
+from s2o_compile.kernels.exact.chunked import attend_chunks
+from s2o_compile.kernels.exact.epilogue import fill_fully_masked_rows, fill_rows
+from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, sdpa
+
+
+def attend_differentiably(call: AttentionCall) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] that gradients flow through: SDPA, or the formula for softcap and sinks."""
+
+    def attend(part: AttentionCall) -> tuple[Tensor, None]:
+        if part.softcap is None and part.sinks is None:
+            return attend_by_sdpa(part), None
+        return attend_by_formula(part), None
+
+    output, _ = attend_chunks(call, attend) if call.mask.attention_chunk is not None else attend(call)
+    if call.fully_masked == "mean":
+        output = fill_fully_masked_rows(output, call.value, call.mask, call.sinks)
+    return output
+
+
+def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] under a mask tensor as it is, in the place of the call's own mask.
+
+    Args:
+        call: What is attended.
+        attn_mask: bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
+    """
+    if call.softcap is not None or call.sinks is not None:
+        output = attend_by_formula(call, attn_mask)
+    else:
+        output = sdpa(*call.tensors, attn_mask, scale=call.scale)
+    return _with_means(call, output, attn_mask)
+
+
+def attend_outside_torch(call: AttentionCall, attn_mask: Tensor | None = None, layout: str = "auto") -> Tensor:
+    """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
+
+    Fully masked rows get zeros from SDPA in torch, and something else in other formats. Nothing is written in place.
+
+    Args:
+        call: What is attended.
+        attn_mask: A bool or additive mask of rank 2 to 4, in the place of the call's own; None for that.
+        layout: How the output lies in memory (``core/layout.py``).
+    """
+    if attn_mask is None:
+        attn_mask = call.mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)
+    output = _with_means(call, attend_by_formula(call, attn_mask), attn_mask)
+    if memory_order(call.query, call.value.shape[3], layout) == "BHND":
+        return output.contiguous()
+    return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _with_means(call: AttentionCall, output: Tensor, attn_mask: Tensor) -> Tensor:
+    if call.fully_masked == "mean" and attn_mask.dtype is torch.bool:
+        output = fill_rows(output, call.value, ~attn_mask.any(-1, keepdim=True), call.sinks)
+    return output
+
+
+def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None) -> Tensor:
+    """The formula under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
+
+    A number of the mask is added to the logit in float32, and nothing stands in its place: a key under -inf weighs
+    nothing, keys under ``finfo.min`` share a row that has no other. A row without any logit above -inf gets zeros.
+    """
+    mask = attn_mask
+    if mask is None:
+        mask = call.mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)
+    query, sinks, softcap, n_keys = call.query, call.sinks, call.softcap, call.n_keys
+    key, value = (x.repeat_interleave(call.group, dim=1) for x in (call.key, call.value))
+    logits = (query @ key.transpose(-1, -2)).float() * call.scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+    if mask.dtype is not torch.bool:
+        logits = logits + mask
+    logits = logits.masked_fill(hidden, -torch.inf)  # also where the key is NaN
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    # Softmax of -inf alone is NaN, forth and back: such rows go through it as zeros, and come out as zeros.
+    empty = logits.detach().amax(-1, keepdim=True) == -torch.inf
+    weights = logits.masked_fill(empty, 0.0).softmax(-1)[..., :n_keys].masked_fill(empty, 0.0)
+    return weights.to(value.dtype) @ value

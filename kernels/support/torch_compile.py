@@ -1,0 +1,56 @@
+"""Private names of torch around ``torch.compile``: Dynamo, and Inductor as a backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2o_compile.kernels.support.torch_compat import _attribute, _later, _named, _Nothing
+
+_COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "refusing compiled modules")
+_ORIGINAL = _attribute("torch._dynamo.OptimizedModule._orig_mod", "refusing compiled modules")
+_OptimizedModule = _named("torch._dynamo.OptimizedModule", "refusing compiled modules", _Nothing)
+
+
+def is_compiled(model: object) -> bool:
+    """Whether a model is the result of `torch.compile`, or was compiled in place."""
+    return isinstance(model, _OptimizedModule) or getattr(model, _COMPILED, None) is not None
+
+
+def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
+    """The module behind the result of `torch.compile`; everything else as it is."""
+    return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
+
+
+class _NotRaised(Exception):
+    """An exception that this torch does not have."""
+
+
+UserError: type[Exception] = _named("torch._dynamo.exc.UserError", "exporting repeated heads", _NotRaised)
+UserErrorType = _named("torch._dynamo.exc.UserErrorType", "exporting repeated heads", _Nothing)
+
+lookup_backend = _later("torch._dynamo.lookup_backend", "inner backends other than inductor and eager")
+mark_dynamic = _later(
+    "torch._dynamo.maybe_mark_dynamic", "one compilation for all chunks of a prefill", lambda *_: None
+)
+_counters = _named("torch._dynamo.utils.counters", "graph breaks in reports", None)
+_compile_metrics = _named("torch._dynamo.utils.compilation_time_metrics", "compile time in reports", None)
+
+
+def graph_breaks() -> dict[str, int]:
+    """How often Dynamo broke a graph for each reason, in this process."""
+    return {} if _counters is None else dict(_counters["graph_break"])
+
+
+def compile_seconds() -> float:
+    """Seconds that Dynamo and the backends behind it have taken in this process, capture included."""
+    return 0.0 if _compile_metrics is None else sum(_compile_metrics.get("_compile.compile_inner", ()))
+
+
+_INDUCTOR = "options of the inner backend inductor"
+compile_fx = _later(
+    "torch._inductor.compile_fx.compile_fx",
+    "the inner backend inductor",
+    lambda gm, inputs, config_patches: lookup_backend("inductor")(gm, inputs, config_patches=config_patches),
+)
+inductor_options = _later("torch._inductor.list_options", _INDUCTOR, lambda: None)
+inductor_mode_options = _later("torch._inductor.list_mode_options", _INDUCTOR)
