@@ -57,6 +57,15 @@ def on(device, *values):
     return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
 
 
+def quick_rows(table, quick):
+    """The keys of a table as parameters; those that are not named as quick are in the slow tier."""
+    assert {*quick} <= {*table}
+    return [
+        pytest.param(*(key if isinstance(key, tuple) else (key,)), marks=[] if key in quick else [pytest.mark.slow])
+        for key in table
+    ]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tensors and mask of one attention call."""

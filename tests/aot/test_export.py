@@ -62,8 +62,15 @@ def exported(model, args=(), kwargs=None, *, shapes, config=EXACT):
 AUTO = {0: Dim.AUTO, 1: Dim.AUTO}
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("kind", "padded"),
+    [
+        pytest.param("sdpa", False, id="sdpa-"),
+        pytest.param("sdpa", True, id="sdpa-padded", marks=pytest.mark.slow),
+        pytest.param("eager", False, id="eager-", marks=pytest.mark.slow),
+        pytest.param("eager", True, id="eager-padded"),
+    ],
+)
 def test_llama_is_rewritten_in_every_spelling(kind, padded):
     model = LlamaForCausalLM(LlamaConfig(**SMALL, attn_implementation=kind))
     ids = torch.randint(64, (2, 70))
@@ -181,6 +188,7 @@ def test_any_length_after_a_round_trip_through_a_file(tmp_path):
     assert {call.path for call in recording.calls} == {"dense", "s2o"}
 
 
+@pytest.mark.slow
 def test_a_load_without_the_package_names_the_operator(tmp_path):
     program = s2o_compile.export(tiny_model(), (tiny_input(),))
     torch.export.save(program, tmp_path / "model.pt2")
@@ -227,6 +235,7 @@ def test_a_constraint_that_some_length_violates_is_torchs_error(bound):
         s2o_compile.export(Pairs(), (torch.ones(3, 8),), dynamic_shapes=({1: Dim("n", **bound)},))
 
 
+@pytest.mark.slow
 def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
     """torch 2.11 cannot prove one of repeated heads; later versions are made to fail alike."""
     export = torch.export.export

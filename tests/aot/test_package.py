@@ -20,6 +20,7 @@ from s2o_compile.cli.demo import load_model
 from s2o_compile.kernels.impl.aot import attention as portable
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.support import torch_inductor
+from tests.conftest import quick_rows
 from tests.helpers.tiny import tiny_input, tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -57,10 +58,7 @@ KINDS = {
 }
 
 
-SLOW = ("cross", "window", "heads", "offset")
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS])
+@pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
 def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "ROWS", 256)

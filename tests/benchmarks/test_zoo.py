@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import zoo, zoo_measure, zoo_page, zoo_shrink
 from benchmarks.zoo_measure import Row
+from tests.conftest import quick_rows
 
 pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore")]
 
@@ -63,11 +64,7 @@ QUICK = ("llama", "gemma3_text")
 """The rest of the sample is in the slow tier."""
 
 
-def rows_of(table, quick):
-    return [pytest.param(key, marks=[] if key in quick else pytest.mark.slow) for key in table]
-
-
-@pytest.mark.parametrize("architecture", rows_of(SDPA, QUICK))
+@pytest.mark.parametrize("architecture", quick_rows(SDPA, QUICK))
 def test_sdpa(architecture):
     found = {row.case: row for row in rows(architecture, "sdpa")}
     expected = dict(zip(("no mask", "padded", "generate"), SDPA[architecture], strict=True))

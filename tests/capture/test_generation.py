@@ -156,7 +156,7 @@ def test_a_model_that_generates_by_itself_keeps_its_masks():
     assert "create_masks_for_generate" not in vars(s2o_compile.optimize(model, EXACT))
 
 
-@pytest.mark.parametrize("held", [0, 140])
+@pytest.mark.parametrize("held", [pytest.param(0, marks=pytest.mark.slow), 140])
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_postponed_masks_are_those_of_the_call(held):
@@ -182,7 +182,7 @@ def test_postponed_masks_are_those_of_the_call(held):
     torch.testing.assert_close(results[1][:, 31:], results[0][:, 31:], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", [pytest.param("sdpa", marks=pytest.mark.slow), "eager"])
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_a_second_turn_on_top_of_a_cache(implementation):

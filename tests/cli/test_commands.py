@@ -85,6 +85,7 @@ def test_explain_prints_a_table(s2o, model_dir):
     assert "2 attention sites found, 2 rewritten, 0 left dense" in done.stdout
 
 
+@pytest.mark.slow
 def test_explain_json_in_a_process_of_its_own(model_dir):
     command = [sys.executable, "-W", "ignore", "-m", "s2o_compile.cli", "explain", str(model_dir)]
     command += ["--random-weights", "--tokens", "200", "--json"]

@@ -113,7 +113,7 @@ def cases(pairs, slow=()):
     return pytest.mark.parametrize(("name", "dynamic"), rows)
 
 
-@cases(CASES)
+@cases(CASES, slow=[("qwen2", True), ("falcon", True), ("bert", True)])
 @torch.no_grad()
 def test_without_padding(name, dynamic):
     recipe, masks, key_heads = MODELS[name]

@@ -151,7 +151,7 @@ def test_split_options():
         split_options({"nonsense": 1})
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_autocast(dtype):
     model, x = tiny_model(), tiny_input()
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):

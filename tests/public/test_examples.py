@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import quick_rows
+
 FOLDER = Path(__file__).parents[2] / "examples"
 EAGER = ["--inner-backend", "eager"]
 EXAMPLES = {
@@ -34,9 +36,7 @@ def test_every_example_is_run():
     assert {path.stem for path in FOLDER.glob("*.py")} == EXAMPLES.keys()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "flex_score_mod" else []) for name in EXAMPLES]
-)
+@pytest.mark.parametrize("name", quick_rows(EXAMPLES, EXAMPLES.keys() - {"flex_score_mod"}))
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_example(name, capsys, tmp_path):
     arguments, said = EXAMPLES[name]

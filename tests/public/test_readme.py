@@ -84,7 +84,8 @@ def diffusion():
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] if page == "export.md" else []) for page in PAGES]
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page in ("README.md", "export.md") else []) for page in PAGES],
 )
 @pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
 def test_snippets_run(page, capsys):

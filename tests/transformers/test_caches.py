@@ -64,10 +64,9 @@ COMPILED = {
 }
 QUICK = {
     ("optimize", "dynamic_hybrid", "second_turn"),
-    ("optimize", "static", "reset"),
     ("backend", "static", "chunks"),
 }
-"""One of a dynamic cache, one of a static one, and one of the other way; the rest of them is slow."""
+"""One of a dynamic cache by one way, and one of a static one by the other; the rest of them is slow."""
 LAYERS = {"llama": 1, "mistral": 1}
 """Of models whose layers are all of a kind, where they are compiled."""
 
@@ -277,7 +276,7 @@ def conversations_agree(way, name, options, turns=3):
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 128}], ids=["whole", "chunked"])
 @pytest.mark.parametrize("name", on_their_devices(TURNS))
-@pytest.mark.parametrize("way", ["sparse", "default"])
+@pytest.mark.parametrize("way", ["sparse", pytest.param("default", marks=pytest.mark.slow)])
 def test_turns_of_generate_through_the_interface(way, name, options):
     conversations_agree(way, name, options)
 

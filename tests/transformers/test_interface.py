@@ -381,7 +381,7 @@ def test_decode_gets_the_masks_of_sdpa():
     assert not isinstance(described(q_length=1, q_offset=150, allow_is_causal_skip=False), LazyMask)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_what_is_compiled_is_proven_and_rewritten_as_ever(name, prefill):
     model, given = tiny(name), inputs("left")

@@ -442,6 +442,7 @@ def random_mask(rng):
     return mask_of
 
 
+@pytest.mark.slow
 def test_whatever_is_proven_of_random_masks_is_true_at_every_length():
     rng = random.Random(0)
     proven = windows = 0

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 KERNELS = ("find_non_finite_kernel", "sample_scores_kernel", "count_classes_kernel", "write_classes_kernel")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton assembles on Linux only")
 @pytest.mark.skipif(importlib.util.find_spec("triton.backends.nvidia") is None, reason="needs Triton's NVIDIA backend")
 def test_order_kernels_compile_without_a_gpu(tmp_path):

@@ -62,12 +62,15 @@ def each(index, count):
             yield (b, h, segment), index[b, h, segment, : count[b, segment]].long()
 
 
-KINDS = ("normal", "heavy", "periodic", "ascending")
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+"""Of a kind whose lists take seconds in the interpreter."""
+
+KINDS = ("normal", "heavy", "periodic", SLOW("ascending"))
 
 
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
 class TestLists:
-    @pytest.mark.parametrize("given", [{}, {"causal": False}, {"padded": True}], ids=["causal", "full", "padded"])
+    @pytest.mark.parametrize("given", [{}, SLOW({"causal": False}), {"padded": True}], ids=["causal", "full", "padded"])
     def test_hold_every_prefix_key_once(self, device, given, poison_empty):
         given = dict(given)
         if given.pop("padded", False):
@@ -96,7 +99,7 @@ class TestLists:
                 chunks = [chunk.median() for chunk in keys.split(chunk_len)]
                 assert sorted(chunks, reverse=True) == chunks, place
 
-    @pytest.mark.parametrize("kind", ["normal", "ties", "two_values", "infinite"])
+    @pytest.mark.parametrize("kind", [SLOW("normal"), "ties", "two_values", SLOW("infinite")])
     def test_start_with_keys_that_hold_nan(self, device, kind):
         """However many keys share the best score: a tile may stop before it has seen them all."""
         last = n_heads(device) - 1
