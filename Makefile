@@ -10,11 +10,12 @@ JOBS ?= 2
 demo: $(READY)
 	$(BIN)/s2o demo
 
+# Whole files, the longest first (tests/durations.json): what a file makes once is made once, and no worker waits long.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

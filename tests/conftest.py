@@ -24,6 +24,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan
+from tests.helpers import durations
 
 torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
 
@@ -49,11 +50,20 @@ def query_on(device, dtype, head_dim):
 
 
 def on(device, *values):
-    """Parameters (device, *value), readable as ``cpu-value``."""
+    """Parameters (device, *value), readable as ``cpu-value``; a float is a tau."""
     name = device.values[0]
     rows = [value if isinstance(value, tuple) else (value,) for value in values]
-    ids = ["-".join([name, *(str(x) if isinstance(x, Case) else f"tau{x}" for x in row)]) for row in rows]
+    ids = ["-".join([name, *(f"tau{x}" if isinstance(x, float) else str(x) for x in row)]) for row in rows]
     return [pytest.param(name, *row, marks=device.marks, id=i) for row, i in zip(rows, ids, strict=True)]
+
+
+def quick_rows(table, quick):
+    """The keys of a table as parameters; those that are not named as quick are in the slow tier."""
+    assert {*quick} <= {*table}
+    return [
+        pytest.param(*(key if isinstance(key, tuple) else (key,)), marks=[] if key in quick else [pytest.mark.slow])
+        for key in table
+    ]
 
 
 @dataclass(frozen=True)
@@ -440,5 +450,11 @@ def poison_empty(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/test_fuzz.py searches.")
+    parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/passes/test_fuzz.py searches.")
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Keeps all workers busy to the end: Makefile hands out whole files in this order."""
+    durations.long_files_first(items)

@@ -1,6 +1,6 @@
 """Private names of torch, each with a stand-in for a torch that lacks it.
 
-Only this file, ``torch_compile.py`` and ``torch_inductor.py`` may name one (``tests/test_torch_compat.py``). A stand-in
+Only this file, ``torch_compile.py`` and ``torch_inductor.py`` may name one (``test_torch_compat.py``). A stand-in
 never guesses: it leaves an attention dense, or takes the longer public way. A name without a stand-in is a `Missing`,
 whose first use raises `MissingTorchNameError` with the feature that needs it. So a torch without one of these names
 costs that feature, and never the import of this package.

@@ -1,0 +1,393 @@
+"""Folders and files that the command line cannot use: one line that names them, status 2, and no measurement."""
+
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+from s2o_compile.cli import demo  # noqa: E402
+from s2o_compile.cli import main as cli  # noqa: E402 (needs typer)
+from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
+from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A tiny model with weights and a tokenizer: a word is a number below 60."""
+    words = {str(number): number for number in range(60)} | {"?": 60}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61
+    )
+    path = tmp_path_factory.mktemp("good") / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    (path / "text.txt").write_text(" ".join(str(number * number % 59) for number in range(700)))
+    return path
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "model")
+
+
+def complaint(result):
+    """The one line of a refusal."""
+    status, printed, _ = result
+    assert status == 2, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("s2o: ")]
+    assert printed.rstrip().endswith(line)
+    assert "Traceback" not in printed
+    assert len(line) < 1000
+    return line
+
+
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def change_weights(folder, change):
+    weights = safetensors.load_file(folder / WEIGHTS)
+    change(weights)
+    safetensors.save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def truncate(folder, name, length):
+    (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": print}))
+
+
+def saved_list(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save([1, 2], folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    names = safetensors.load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def index_that_is_none(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text("[" * 100_000)
+
+
+BROKEN = {
+    "truncated-weights": lambda folder: truncate(folder, WEIGHTS, 5000),
+    "truncated-header": lambda folder: truncate(folder, WEIGHTS, 5),
+    "empty-weights": lambda folder: truncate(folder, WEIGHTS, 0),
+    "no-weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "weights-folder": lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
+    "pickled": pickled,
+    "saved-list": saved_list,
+    "missing-shard": missing_shard,
+    "deep-index": index_that_is_none,
+    "missing-layer": lambda folder: change_config(folder, num_hidden_layers=3),
+    "missing-weight": lambda folder: change_weights(folder, lambda found: found.pop("model.norm.weight")),
+    "other-names": lambda folder: change_weights(
+        folder, lambda found: [found.update({f"my.{name}": found.pop(name)}) for name in list(found)]
+    ),
+    "other-shapes": lambda folder: change_config(folder, intermediate_size=128),
+    "other-vocabulary": lambda folder: change_config(folder, vocab_size=99),
+    "no-config": lambda folder: (folder / "config.json").unlink(),
+    "empty-config": lambda folder: (folder / "config.json").write_text(""),
+    "config-without-fields": lambda folder: (folder / "config.json").write_text("{}"),
+    "config-list": lambda folder: (folder / "config.json").write_text("[]"),
+    "config-deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "config-long-number": lambda folder: (folder / "config.json").write_text(f'{{"vocab_size": {"9" * 5000}}}'),
+    "config-bytes": lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\0\1"),
+    "config-folder": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+    "unknown-type": lambda folder: change_config(folder, model_type="no-such-type", architectures=None),
+    "type-of-a-number": lambda folder: change_config(folder, model_type=3),
+    "sizes-of-text": lambda folder: change_config(folder, hidden_size="wide"),
+    "heads-that-do-not-divide": lambda folder: change_config(folder, num_attention_heads=0),
+    "nothing": lambda folder: [file.unlink() for file in folder.iterdir()],
+}
+NAMED = {
+    "missing-layer": r"none for model\.layers\.2\.\S+, model\.layers\.2\.\S+, model\.layers\.2\.\S+ and 6 more",
+    "missing-weight": r"none for model\.norm\.weight",
+    "other-names": r"none for lm_head\.weight, model\..* more",
+    "other-shapes": r"model\.layers\.0\.mlp\.down_proj\.weight \[32, 64\] for \[32, 128\].* and 3 more",
+    "other-vocabulary": r"lm_head\.weight \[61, 32\] for \[99, 32\], model\.embed_tokens\.weight \[61, 32\]",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_folder_that_holds_no_whole_model(s2o, folder, kind):
+    BROKEN[kind](folder)
+    line = complaint(s2o("explain", folder, "--tokens", 200, "--device", "cpu"))
+    assert str(folder)[:20] in line
+    assert "expected" in line
+    assert "got" in line
+    if kind in NAMED:
+        assert re.search(NAMED[kind], line), line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate", "plot"])
+def test_every_command_refuses_missing_weights(s2o, folder, tmp_path, command):
+    pytest.importorskip("matplotlib")
+    BROKEN["missing-weight"](folder)
+    kind = ["depth"] if command == "plot" else []
+    out = [] if command == "evaluate" else ["--out", tmp_path / "out.png"]
+    read = ["--model", folder, "--text", folder / "text.txt", "--tokens", 600, "--device", "cpu"]
+    assert "none for model.norm.weight" in complaint(s2o(command, *kind, *read, *out))
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_weights_of_more_layers_are_a_warning(s2o, folder):
+    change_config(folder, num_hidden_layers=1)
+    with pytest.raises(UnusedWeightsWarning, match=r"has no model\.layers\.1\.\S+, .* and 6 more\. They are left out"):
+        s2o("explain", folder, "--tokens", 200, "--device", "cpu")
+
+
+def test_tied_weights_are_not_missing(s2o, folder):
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=61
+    )
+    config.tie_word_embeddings = True
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    assert "lm_head.weight" not in safetensors.load_file(folder / WEIGHTS)
+    assert s2o("explain", folder, "--tokens", 200, "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--random-weights"]], ids=["weights", "random"])
+@pytest.mark.parametrize("kind", ["config-deep", "unknown-type", "sizes-of-text", "nothing"])
+def test_random_weights_want_a_configuration_too(s2o, folder, kind, options):
+    BROKEN[kind](folder)
+    complaint(s2o("explain", folder, "--tokens", 200, "--device", "cpu", *options))
+
+
+def test_a_file_where_a_folder_is_expected(s2o, folder):
+    assert "text.txt" in complaint(s2o("explain", folder / "text.txt", "--device", "cpu"))
+
+
+def test_no_permission(s2o, folder, monkeypatch):
+    """The tests may run as root, so it is pretended."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    assert "Permission denied" in complaint(s2o("explain", folder, "--device", "cpu"))
+
+
+def read(folder, tokens=600):
+    return ["--model", folder, "--text", folder / "text.txt", "--tokens", tokens, "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[" * 100_000, b"\xff\0", b'{"version": 3}'],
+    ids=["empty", "object", "deep", "bytes", "three"],
+)
+def test_a_tokenizer_that_is_none(s2o, folder, content):
+    (folder / "tokenizer.json").write_bytes(content)
+    assert "tokenizer" in complaint(s2o("evaluate", *read(folder)))
+
+
+def test_a_tokenizer_of_another_model(s2o, folder):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["3"] = 61
+    file.write_text(json.dumps(content))
+    assert "expected a tokenizer whose ids lie below 61" in complaint(s2o("evaluate", *read(folder)))
+
+
+TEXTS = {"bytes": b"\xff\xfe\0\1", "latin": "né ".encode("latin-1") * 700}
+
+
+@pytest.mark.parametrize("kind", [*TEXTS, "folder", "none", "no-such"])
+@pytest.mark.parametrize("option", ["--text", "--config"])
+def test_a_text_that_is_none(s2o, folder, tmp_path, option, kind):
+    file = tmp_path / "file"
+    if kind in TEXTS:
+        file.write_bytes(TEXTS[kind])
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "none":
+        file = file / "below" / "nothing"
+    line = complaint(s2o("evaluate", "--model", folder, "--tokens", 600, "--device", "cpu", option, file))
+    assert f"{option}: expected a text file in UTF-8" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, f'{{"segment_len": {"9" * 5000}}}', '{"tau": NaN}', "[]", '{"tua": 1}']
+)
+def test_a_configuration_names_its_file(s2o, tmp_path, text):
+    file = tmp_path / "s2o.json"
+    file.write_text(text)
+    assert str(file)[:30] in complaint(s2o("evaluate", "--config", file))
+
+
+def test_a_byte_order_mark_is_dropped(s2o, folder):
+    text, config = folder / "text.txt", folder / "s2o.json"
+    text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    config.write_bytes(b'\xef\xbb\xbf{"tau": 0.25, "min_seq_len": 256, "segment_len": 256}')
+    assert s2o("evaluate", *read(folder), "--no-needles", "--config", config)[0] == 0
+
+
+EVALUATION = {
+    "format": 1,
+    "model": "m",
+    "device": "cpu",
+    "config": {},
+    "lengths": [600],
+    "tokens": 599,
+    "loss_dense": 1.0,
+    "loss_s2o": 1.0,
+    "top1_agreement": 1.0,
+    "kl": 0.0,
+    "sites": [
+        {
+            "name": "layers.0",
+            "head_density": [0.5],
+            "error": 0.1,
+            "head_error": [0.1],
+            "worst_tile": 0.1,
+            "worst_row": 0.1,
+            "tile_keys": [1.0],
+            "tile_visible": [2.0],
+            "curve": [],
+        }
+    ],
+    "exact_sites": {},
+    "needles": None,
+}
+WRONG = ["null", "true", "3", '"text"', "[]", "{}", "[null]", "[[]]", '{"a": 3}', "9" * 5000]
+
+
+def test_an_evaluation_can_be_drawn(s2o, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    for kind in ("density", "error", "depth"):
+        assert s2o("plot", kind, tmp_path / "evaluation.json", "--out", tmp_path / f"{kind}.png")[0] == 0
+
+
+@pytest.mark.parametrize("place", [*EVALUATION, *(f"sites.{name}" for name in EVALUATION["sites"][0])])
+def test_a_wrong_field_of_an_evaluation_is_named(s2o, tmp_path, place):
+    pytest.importorskip("matplotlib")
+    file, refused = tmp_path / "evaluation.json", 0
+    for value in WRONG:
+        content = json.loads(json.dumps(EVALUATION))
+        holder = content["sites"][0] if place.startswith("sites.") else content
+        holder[place.removeprefix("sites.")] = "VALUE"
+        file.write_text(json.dumps(content).replace('"VALUE"', value))
+        result = s2o("plot", "depth", file, "--out", tmp_path / "depth.png")
+        if result[0]:
+            line = complaint(result)
+            assert "evaluation: expected the JSON of `s2o evaluate --json`" in line
+            assert place.rpartition(".")[2] in line
+            refused += 1
+    assert refused >= len(WRONG) - 4
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0], ids=str)
+def test_counts_are_finite_and_losses_need_not_be(number):
+    content = json.loads(json.dumps(EVALUATION))
+    content["loss_s2o"] = number
+    assert "loss" in str(Evaluation.from_json(json.dumps(content)))
+    for name in ("head_density", "tile_keys", "tile_visible"):
+        wrong = json.loads(json.dumps(EVALUATION))
+        wrong["sites"][0][name] = [number]
+        with pytest.raises(cli.S2OError, match=f"as {name} of the site 'layers.0'"):
+            Evaluation.from_json(json.dumps(wrong))
+
+
+@pytest.mark.parametrize("field", ["lengths", "sites"])
+def test_an_evaluation_of_nothing(field):
+    with pytest.raises(cli.S2OError, match=r"got [01] sites and [01] lengths"):
+        Evaluation.from_json(json.dumps(EVALUATION | {field: []}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "", "3", '{"format": true}', '{"format": 1, "format": 1}', "\ud800"],
+    ids=["deep", "empty", "number", "flag", "twice", "surrogate"],
+)
+def test_text_that_is_no_evaluation(text):
+    with pytest.raises(cli.S2OError, match="expected the JSON of `s2o evaluate --json` in format 1, got") as caught:
+        Evaluation.from_json(text)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_picture_that_cannot_be_written(s2o, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    line = complaint(s2o("plot", "depth", tmp_path / "evaluation.json", "--out", tmp_path / "depth.png"))
+    assert "--out: expected a file that may be written" in line
+    assert "No space left" in line
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, 5000])
+def test_a_truncated_gguf_file(s2o, tmp_path, monkeypatch, length):
+    gguf, _ = pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_uint32("llama.block_count", 1)
+    writer.add_tensor("token_embd.weight", torch.zeros(61, 32).numpy())
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    file.write_bytes(file.read_bytes()[:length])
+    monkeypatch.setattr(demo, "weights_file", lambda: file)
+    assert "model.gguf: expected a model that can be loaded" in complaint(s2o("demo", "--device", "cpu"))
+
+
+def test_tune_refuses_a_file_before_it_measures(s2o, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2o_compile.cli.tune.compare", lambda *_: pytest.fail("measured"))
+    (tmp_path / "tuned.json").write_text("[" * 100_000)
+    line = complaint(s2o("tune", "--output", tmp_path / "tuned.json"))
+    assert "tuned.json: expected a file of `s2o tune`" in line
+
+
+def test_tune_without_a_home(s2o, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("s2o_compile.kernels.core.tuned.user_file", nobody)
+    assert "--output: expected a file to write, got none" in complaint(s2o("tune"))
+
+
+def test_faults_of_our_own_stay_visible(s2o, folder, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(cli, "explain_model", broken)
+    with pytest.raises(KeyError, match="ours"):
+        s2o("explain", folder, "--tokens", 200, "--device", "cpu")
+
+
+def test_an_interrupt_leaves_no_traceback(s2o, folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "explain_model", interrupted)
+    status, printed, _ = s2o("explain", folder, "--tokens", 200, "--device", "cpu")
+    assert status == 130
+    assert "Traceback" not in printed

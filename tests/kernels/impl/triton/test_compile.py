@@ -1,0 +1,30 @@
+"""The order kernels compile without a GPU: what only the compiler refuses, the interpreter runs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = ("find_non_finite_kernel", "sample_scores_kernel", "count_classes_kernel", "write_classes_kernel")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton assembles on Linux only")
+@pytest.mark.skipif(importlib.util.find_spec("triton.backends.nvidia") is None, reason="needs Triton's NVIDIA backend")
+def test_order_kernels_compile_without_a_gpu(tmp_path):
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.compile_order"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[4],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == set(KERNELS)

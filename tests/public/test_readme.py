@@ -1,0 +1,114 @@
+"""Every Python snippet of README.md and docs/ runs, in the order of its page."""
+
+import re
+import sys
+import warnings
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.support import torch_inductor
+
+ROOT = Path(__file__).parents[2]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {name: path for name, path in PAGES.items() if SNIPPET.search(path.read_text())}
+NEEDS = {"onnx.md": ("onnxscript",), "transformers.md": ("diffusers",)}
+
+
+@pytest.fixture
+def short_is_long(monkeypatch, tmp_path):
+    """Pages do not say min_seq_len: this machine was tuned to 1024 tokens. Files go to a folder of their own."""
+    (tmp_path / "tuned.json").write_text(f'{{"format": {tuned.FORMAT}, "devices": {{"cpu": {{"crossover": 1024}}}}}}')
+    monkeypatch.setenv(tuned.FILE_VARIABLE, str(tmp_path / "tuned.json"))
+    monkeypatch.chdir(tmp_path)
+    tuned.forget()
+    yield
+    monkeypatch.undo()
+    tuned.forget()
+
+
+@pytest.fixture
+def without_tensorrt(monkeypatch):
+    """A stand-in that builds no engines."""
+    stand_in = ModuleType("torch_tensorrt")
+    stand_in.dynamo = SimpleNamespace(compile=lambda program, **settings: program.module())
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", stand_in)
+
+
+@pytest.fixture
+def without_packaging(monkeypatch, tmp_path):
+    """Programs are decomposed, but nothing is compiled ahead of time: aot/test_package.py does."""
+    monkeypatch.chdir(tmp_path)
+    written = {}
+
+    def write(program, *, package_path, inductor_configs):
+        decomposed = program.run_decompositions({})
+        inductor_configs["joint_custom_pre_pass"](decomposed.graph)
+        decomposed.graph_module.recompile()
+        written[package_path] = decomposed.module()
+        zipfile.ZipFile(package_path, "w").close()
+        return package_path
+
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", write)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", written.__getitem__)
+
+
+def names():
+    """What pages take for granted."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 4096}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "attention_bias": True}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False)).eval()
+    model.model.layers[0].self_attn.v_proj.bias.data.fill_(1.0)  # values alike: a few keys keep any budget
+    texts = torch.randint(1, 97, (2, 1, 2000), generator=torch.Generator().manual_seed(1))
+    given = {"model": model, "ids": texts[0], "batches": [texts[0]], "other_batches": [texts[1]]}
+    given |= dict(zip("qkv", torch.randn(3, 1, 4, 1200, 16), strict=True))
+    given |= {"fast": s2o_compile.optimize(model, S2OConfig(inner_backend="eager"))}
+    given |= {"config": S2OConfig(tau=0.25)}
+    return given | {"torch": torch, "s2o_compile": s2o_compile, "S2OConfig": S2OConfig}
+
+
+def diffusion():
+    """A diffusion model and its inputs."""
+    from tests.public.test_diffusers import flux, inputs
+
+    return {"transformer": flux(), "inputs": inputs()}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page in ("README.md", "export.md") else []) for page in PAGES],
+)
+@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
+def test_snippets_run(page, capsys):
+    for needed in NEEDS.get(page, ()):
+        pytest.importorskip(needed)
+    namespace = names() | (diffusion() if page == "transformers.md" else {})
+    wants_no_gradients = page in ("onnx.md", "tensorrt.md")
+    with warnings.catch_warnings(), torch.no_grad() if wants_no_gradients else nullcontext():
+        warnings.simplefilter("ignore")
+        for number, snippet in enumerate(SNIPPET.findall(PAGES[page].read_text())):
+            exec(compile(snippet, f"{page}, snippet {number + 1}", "exec"), namespace)
+
+
+def test_the_pages_that_must_have_snippets_have_them():
+    wanted = {
+        "README.md",
+        "calibrate.md",
+        "evaluate.md",
+        "export.md",
+        "flex.md",
+        "onnx.md",
+        "tensorrt.md",
+        "transformers.md",
+    }
+    assert wanted <= PAGES.keys()

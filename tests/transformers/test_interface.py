@@ -1,0 +1,430 @@
+"""model.set_attn_implementation("s2o"): what transformers models compute through it, without compiling."""
+
+import warnings
+
+import pytest
+import torch
+
+import s2o_compile
+from s2o_compile import InputError, S2OConfig, UnknownSiteWarning
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import masking_utils  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+
+from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
+from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
+
+EXACT = S2OConfig(tau=0.0, min_seq_len=0)
+LENGTH = 200
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+TURNS = {"head_dim": 8, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 40}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**TURNS, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", TURNS),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**TURNS, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "attention_chunk_size": 150,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "bert": ("BertModel", "BertConfig", {}),
+    "modernbert_decoder": (
+        "ModernBertDecoderForCausalLM",
+        "ModernBertDecoderConfig",
+        {
+            "local_attention": 80,
+            "layer_types": TURNS["layer_types"],
+            **{f"{name}_token_id": 1 for name in ("bos", "cls", "sep")},
+        },
+    ),
+}
+MASKS = {
+    "llama": ["causal"] * 2,
+    "mistral": ["causal, window 40"] * 2,
+    "gemma2": ["causal, window 40", "causal"],
+    "gemma3": ["causal, window 40", "causal"],
+    "gpt_oss": ["causal, window 40", "causal"],
+    "llama4": ["causal", "causal", "causal"],  # the first layer attends in two chunks
+    "bert": ["bidirectional"] * 2,
+    "modernbert_decoder": ["causal, window 40", "causal"],
+}
+
+
+def tiny(name, implementation="eager"):
+    torch.manual_seed(0)
+    model, config, sizes = MODELS[name]
+    config = getattr(transformers, config)(**SIZES | sizes, attn_implementation=implementation)
+    model = getattr(transformers, model)(config).eval()
+    for parameter in model.parameters():  # sharper attention than at initialisation
+        parameter.data.mul_(2)
+    return model
+
+
+def inputs(padding="none", length=LENGTH):
+    ids = torch.randint(1, 97, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[0, :30] = 0
+    elif padding == "right":
+        mask[0, -30:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def output(model, **given):
+    out = model(**given)
+    return getattr(out, "logits", None) if hasattr(out, "logits") else out.last_hidden_state
+
+
+def sparse(model, config=EXACT):
+    model.set_attn_implementation("s2o")
+    configure(model, config)
+    return model
+
+
+@pytest.fixture
+def prefill():
+    """Paths and masks of the calls of a run."""
+    with torch.no_grad(), s2o_compile.record() as recording:
+        yield lambda: [(call.path, call.mask) for call in recording.calls]
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_equals_the_models_own_attention(name, padding, prefill):
+    model, given = tiny(name), inputs(padding)
+    seen = given["attention_mask"].bool()
+    expected = output(model, **given)[seen]
+    torch.testing.assert_close(output(sparse(model), **given)[seen], expected, atol=2e-5, rtol=2e-5)
+    masks = MASKS[name] if padding == "none" else [f"{mask}, key padding" for mask in MASKS[name]]
+    if (name, padding) == ("llama4", "left"):  # its chunks begin behind the padding: SDPA, under the mask itself
+        assert [path for path, _ in prefill()] == ["masked", "s2o"]
+        return
+    assert [mask for _, mask in prefill()] == masks
+    assert {path for path, _ in prefill()} <= {"s2o", "window", *(["dense"] if name == "llama4" else [])}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_finite_tau_gives_what_optimize_gives(name, prefill):
+    config = S2OConfig(tau=1e6, min_seq_len=0, inner_backend="eager")
+    given = inputs("left", length=1500)
+    seen = given["attention_mask"].bool()
+    results = [output(model, **given)[seen] for model in (s2o_compile.optimize(tiny(name), config), tiny(name))]
+    result = output(sparse(tiny(name), config), **given)[seen]
+    assert torch.equal(result, results[0])
+    assert (result - results[1]).abs().max() > 1e-3, "some keys must have been left out"
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_generate(name, cache, prefill):
+    model, given = tiny(name), inputs("left")
+    options = {"max_new_tokens": 5, "do_sample": False, "disable_compile": True, "prefill_chunk_size": 150}
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
+    expected = model.generate(**given, **options)
+    assert torch.equal(sparse(model).generate(**given, **options), expected)
+    paths = [path for path, _ in prefill()][:4]
+    assert paths == ["s2o" if name == "llama" else "window", "s2o", "dense", "dense"]  # 150 tokens, and the rest of 50
+
+
+def test_a_second_turn_on_top_of_a_cache(prefill):
+    model, first = tiny("llama"), inputs()["input_ids"]
+    second = first.flip(1)[:, :140]
+    results = []
+    for implementation in (model, sparse(tiny("llama"))):
+        cache = transformers.DynamicCache(config=model.config)
+        implementation(first, past_key_values=cache)
+        results.append(implementation(second, past_key_values=cache).logits)
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
+    assert prefill() == [("s2o", "causal")] * 4
+
+
+def test_short_prompts_run_as_under_sdpa(prefill):
+    model, given = tiny("llama", "sdpa"), inputs("left")
+    expected = output(model, **given)
+    assert torch.equal(output(sparse(model, None), **given), expected)
+    assert [path for path, _ in prefill()] == ["dense"] * 2
+
+
+@pytest.mark.parametrize("shortest", [0, 1000])
+def test_a_causal_mask_is_one_whatever_the_module_says(shortest, prefill):
+    """PaliGemma's attentions say is_causal=False and go by their masks, which "sdpa" leaves out for a causal one."""
+    model, given = tiny("llama"), inputs()
+    expected = output(model, **given)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    sparse(model, S2OConfig(tau=0.0, min_seq_len=shortest))
+    torch.testing.assert_close(output(model, **given), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_gradients_are_those_of_dense_attention(name, padding):
+    given = inputs(padding)
+    gradients = []
+    for model in (tiny(name), sparse(tiny(name))):
+        output(model, **given)[given["attention_mask"].bool()].square().sum().backward()
+        gradients.append({path: p.grad for path, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for path, gradient in gradients[0].items():
+        assert (gradients[1][path] - gradient).norm() <= 1e-5 * gradient.norm(), path
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_dropout_drops(name):
+    model = sparse(tiny(name)).train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    with torch.no_grad(), s2o_compile.record() as recording:
+        first, second = (output(model, **inputs()) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert not recording.calls
+
+
+def test_autocast(prefill):
+    model, given = tiny("llama", "sdpa"), inputs()
+    exact = output(model, **given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense, ours = output(model, **given), output(sparse(model), **given)
+    assert prefill() == [("s2o", "causal")] * 2
+    assert (ours - exact).abs().max() <= 2 * (dense - exact).abs().max()
+
+
+@pytest.mark.parametrize("read_masks", [True, False])
+def test_a_mask_of_the_users_own_is_read_or_left_to_sdpa(read_masks, prefill):
+    given = inputs()
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    prefix = causal | (torch.arange(LENGTH) < 50)
+    model = sparse(tiny("llama"), S2OConfig(tau=0.0, min_seq_len=0, read_masks=read_masks))
+    for mask in (causal, prefix):
+        given["attention_mask"] = mask
+        expected = output(tiny("llama", "sdpa"), **given)
+        torch.testing.assert_close(output(model, **given), expected, atol=2e-5, rtol=2e-5)
+    read = [("s2o", "causal")] * 2 + [("masked", "")] * 2
+    assert prefill() == (read if read_masks else [])
+
+
+def test_packed_sequences_stay_apart(prefill):
+    given = {"input_ids": inputs()["input_ids"], "use_cache": False}
+    given["position_ids"] = torch.cat([torch.arange(120), torch.arange(80)]).expand(2, -1)
+    expected = output(tiny("llama"), **given)
+    torch.testing.assert_close(output(sparse(tiny("llama")), **given), expected, atol=2e-5, rtol=2e-5)
+    assert [path for path, _ in prefill()] == ["masked"] * 2
+
+
+@pytest.mark.parametrize("keys", [LENGTH, 260])
+@pytest.mark.parametrize(("asked", "of_module"), [(True, False), (False, True), (None, True), (None, False)])
+def test_no_mask_means_what_it_means_to_sdpa(asked, of_module, keys, prefill):
+    module = tiny("llama").model.layers[0].self_attn
+    module.is_causal = of_module
+    configure(module, EXACT)
+    shapes = (2, 4, LENGTH, 8), (2, 2, keys, 8), (2, 2, keys, 8)
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    expected, _ = sdpa_attention_forward(module, *tensors, None, is_causal=asked)
+    result, _ = s2o_attention_forward(module, *tensors, None, is_causal=asked)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert [path for path, _ in prefill()] == ["s2o"]
+
+
+def test_weights_that_are_not_made_are_not_missed_silently(monkeypatch, prefill):
+    said = []
+    monkeypatch.setattr(s2o_compile.transformers.interface.logger, "warning_once", said.append)
+    attention, tensors = tiny("llama").model.layers[0].self_attn, [torch.randn(1, h, LENGTH, 8) for h in (4, 2, 2)]
+    configure(attention, EXACT)
+    s2o_attention_forward(attention, *tensors, None, output_attentions=True)
+    assert "makes no attention weights" in said[0]
+
+
+CAUSAL = masking_utils.causal_mask_function
+
+
+def described(**arguments):
+    given = {"batch_size": 2, "q_length": LENGTH, "kv_length": LENGTH, "mask_function": CAUSAL, "device": "cpu"}
+    given["config"] = transformers.LlamaModel.config_class()
+    return s2o_mask(**given | arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "causal"),
+        ({"q_offset": 60, "kv_length": 260}, "causal"),
+        ({"q_offset": torch.tensor(60), "kv_length": 300}, "causal, offset 60"),
+        ({"q_offset": 60, "kv_offset": 20, "kv_length": 240}, "causal"),
+        ({"mask_function": masking_utils.bidirectional_mask_function, "kv_length": 90}, "bidirectional"),
+        (
+            {"mask_function": masking_utils.sliding_window_bidirectional_mask_function(16)},
+            "sliding window -16..+16",
+        ),
+        ({"mask_function": lambda b, h, q, k: (k <= q + 3) & (q - k < 50)}, "sliding window -49..+3"),
+        ({"mask_function": masking_utils.and_masks(CAUSAL, lambda b, h, q, k: k > q - 9)}, "causal, window 9"),
+        (
+            {"mask_function": masking_utils.chunked_causal_mask_function(150, torch.zeros(2, dtype=torch.long))},
+            "causal, chunk 150",
+        ),
+        ({"attention_mask": torch.ones(2, LENGTH, dtype=torch.bool)}, "causal"),
+        ({"attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, "causal, key padding"),
+        ({"attention_mask": torch.ones(2, 150, dtype=torch.bool)}, "causal, key padding"),
+        ({"attention_mask": torch.arange(240).expand(2, -1) > 30, "kv_offset": 20, "q_offset": 20}, None),
+    ],
+)  # fmt: skip
+def test_what_is_proven_is_the_mask_that_transformers_makes(arguments, text):
+    mask = described(**arguments)
+    proven = mask.proven
+    queries, keys = mask.shape[2:]
+    pairs = proven.visible_pairs(queries, keys, torch.device("cpu")).expand(mask.shape)
+    assert torch.equal(pairs, mask.made)
+    assert text is None or proven.text(queries, keys) == text
+
+
+TABLE = torch.arange(LENGTH) % 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"mask_function": masking_utils.or_masks(CAUSAL, lambda b, h, q, k: k < 9)}, "union"),
+        ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
+        ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),
+        ({"mask_function": lambda b, h, q, k: k <= q if TABLE.sum() > 3 else k < q}, "cannot be traced"),
+        ({"mask_function": lambda b, h, q, k: (k <= q).any(), "use_vmap": True}, "single positions"),
+        (
+            {"mask_function": masking_utils.chunked_causal_mask_function(50, torch.tensor([0, 3]))},
+            "chunks begin where only the inputs say",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_not_proven_is_not_guessed(arguments, reason):
+    mask = described(**arguments)
+    assert not mask.proven
+    assert reason in mask.proven.reason
+    assert isinstance(mask.made, torch.Tensor)
+
+
+def test_a_lazy_mask_is_the_mask_to_every_operation():
+    mask, causal = described(), torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    assert isinstance(mask, LazyMask)
+    assert (mask.size(), mask.dim(), mask.ndim) == ((2, 1, LENGTH, LENGTH), 4, 4)
+    assert "made" not in vars(mask), "nobody has looked at it yet"
+    assert repr(mask) == "LazyMask((2, 1, 200, 200), device='cpu')"
+    assert torch.equal(mask[..., :100], causal[..., :100])
+    assert torch.equal(~mask, ~causal)
+    assert torch.equal(mask & causal, causal)
+    assert torch.where(mask, 0.0, -1.0).sum() == -2 * LENGTH * (LENGTH - 1) / 2
+    assert not isinstance(mask.to(torch.float32), LazyMask)
+    assert torch.equal(mask.mT, causal.mT)
+    assert torch.equal(mask.data, causal)
+    by_position = described(mask_function=lambda b, h, q, k: torch.where(k <= q, k >= 0, k < 0), use_vmap=True)
+    assert torch.equal(by_position.float(), causal.float())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_written_into_is_no_longer_what_it_was(inference, prefill):
+    """Its description stays that of the mask that was asked for."""
+    module = tiny("llama").model.layers[0].self_attn
+    configure(module, EXACT)
+    tensors = [torch.randn(2, heads, LENGTH, 8, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2)]
+    with torch.inference_mode(inference):
+        mask = described(attention_mask=torch.arange(LENGTH).expand(2, -1) > 3)
+        assert not mask[0, 0, 0, 0]
+        assert mask.holds, "nobody has written yet"
+        mask[:, :, 50:, 5:20] = False
+        assert not mask.holds
+        result, _ = s2o_attention_forward(module, *tensors, mask)
+        expected, _ = sdpa_attention_forward(module, *tensors, mask.made)
+    seen = mask.made.any(-1).squeeze(1)
+    torch.testing.assert_close(result[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    assert [path for path, _ in prefill()] == ["masked"]
+
+
+def test_models_without_sdpa_get_the_masks_of_eager():
+    mask = described(config=transformers.GptOssModel.config_class(), dtype=torch.bfloat16, q_offset=-5)
+    assert isinstance(mask, LazyMask)
+    assert (mask.dtype, mask.fully_masked) == (torch.bfloat16, "mean")
+    assert torch.equal(torch.nn.functional.pad(mask, (0, 1))[..., :-1] == 0, described(q_offset=-5).made)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_models_without_sdpa_mean_none_if_they_pass_none(is_causal, prefill):
+    attention = tiny("gpt_oss").model.layers[0].self_attn
+    attention.is_causal = is_causal
+    configure(attention, EXACT)
+    tensors = [torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2)]
+    s2o_attention_forward(attention, *tensors, None)
+    assert prefill() == [("s2o", "bidirectional")]
+
+
+def test_decode_gets_the_masks_of_sdpa():
+    assert described(q_length=1, q_offset=LENGTH - 1) is None
+    assert not isinstance(described(q_length=1, q_offset=150, allow_is_causal_skip=False), LazyMask)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_what_is_compiled_is_proven_and_rewritten_as_ever(name, prefill):
+    model, given = tiny(name), inputs("left")
+    seen = given["attention_mask"].bool()
+    expected = output(model, **given)[seen]
+    model.set_attn_implementation("s2o")
+    config = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager", read_masks=False)
+    compiled = s2o_compile.optimize(model, config, fullgraph=True)
+    torch.testing.assert_close(output(compiled, **given)[seen], expected, atol=2e-5, rtol=2e-5)
+    assert [mask for _, mask in prefill()] == [f"{mask}, key padding" for mask in MASKS[name]]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_lazy_mask_may_enter_a_graph(prefill):
+    """generate() makes the masks of a static cache ahead of a forward that may be compiled."""
+    model, given = tiny("llama"), inputs("left")
+    expected = output(model, **given)
+    mask = described(attention_mask=given.pop("attention_mask").bool())
+    model.set_attn_implementation("s2o")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = output(torch.compile(model, backend="eager"), **given, attention_mask=mask)
+    torch.testing.assert_close(result[:, 30:], expected[:, 30:], atol=2e-5, rtol=2e-5)
+
+
+def test_arguments_of_other_attentions_are_refused():
+    attention = tiny("llama").model.layers[0].self_attn
+    tensors = [torch.randn(1, 4, LENGTH, 8)] * 3
+    with pytest.raises(InputError, match=r"LlamaAttention: expected an attention that SDPA computes.* got indices"):
+        s2o_attention_forward(attention, *tensors, None, indices=torch.zeros(1))
+
+
+def test_a_configuration_names_sites_and_heads(prefill):
+    model = tiny("llama")
+    model.set_attn_implementation("s2o")
+    with pytest.warns(UnknownSiteWarning, match=r"Did you mean 'model.layers.1.self_attn'"):
+        configure(model, S2OConfig(dense_heads={"model.layer.1.self_attn": (0,)}))
+    config = S2OConfig(min_seq_len=0, tau=1e6, dense_heads={"model.layers.1.self_attn": (0, 1)})
+    configure(model, config)
+    with s2o_compile.record() as recording:
+        model(**inputs(length=1500))
+    assert [(call.site, call.path) for call in recording.calls] == [
+        ("model.layers.0.self_attn", "s2o"),
+        ("model.layers.1.self_attn", "dense"),
+    ]
+    assert recording.calls[0].density < 0.9
