@@ -67,7 +67,6 @@ FLOORS = {
 }
 UPWARD = {
     ("passes/frontends/decompose.py", "passes/frontends/flex/match.py"): "asks whether an opened node holds flex",
-    ("passes/frontends/decompose.py", "passes/rewrite.py"): "closes nodes again that nobody rewrote",
 }
 
 CHOOSERS = ("kernels/dispatch.py", "kernels/planner.py", "kernels/schedule.py")
