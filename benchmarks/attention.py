@@ -112,7 +112,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         query, key, value = make_inputs(kind, length, *shape)
         for ranking in ("per_query", "mean_query"):
             options = OperatorOptions(tau=tau, min_seq_len=0, ranking=ranking)
-            whole = partial(run, query, key, value, CAUSAL, scale=None, return_lse=False, options=options)
+            whole = partial(run, calls.call_of((query, key, value)), options)
 
             with record_calls() as recorded:
                 ours, _ = whole()

@@ -10,7 +10,7 @@ short for both, it is calibrated on code alone. torch.nn is a text of a kind tha
     curve         error of an attention (all heads), mean, median and largest of the layers, and density, at each tau
     budget kept   every layer's error over the error asked for, on a text never calibrated on, under exact inputs;
                   "kept" is the share of layers within [0.4, 1.25] of what was asked
-    model         ``evaluate``: loss, agreement, KL and planted strings, of fixed taus and of calibrated budgets
+    model         ``evaluate``: loss, agreement, KL and needles, of fixed taus and of calibrated budgets
 
 """
 
@@ -109,7 +109,7 @@ def kept(model: torch.nn.Module, text: Tensor, config: S2OConfig) -> dict[str, o
 def evaluated(model: torch.nn.Module, text: Tensor, config: S2OConfig) -> dict[str, object]:
     """What `evaluate` says."""
     found = s2o_compile.evaluate(model, text, config)
-    assert found.planted is not None
+    assert found.needles is not None
     return {
         "density": round(found.density, 4),
         "error": round(found.error, 4),
@@ -117,8 +117,8 @@ def evaluated(model: torch.nn.Module, text: Tensor, config: S2OConfig) -> dict[s
         "loss_difference": round(found.loss_difference, 4),
         "top1_agreement": round(found.top1_agreement, 4),
         "kl": round(found.kl, 5),
-        "planted_dense": round(found.planted.loss_dense, 3),
-        "planted_s2o": round(found.planted.loss_s2o, 3),
+        "planted_dense": round(found.needles.loss_dense, 3),
+        "planted_s2o": round(found.needles.loss_s2o, 3),
     }
 
 

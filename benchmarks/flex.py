@@ -1,4 +1,4 @@
-"""FlexAttention beside our Triton forward: one causal attention, forward alone and forward with backward.
+"""FlexAttention beside our Triton forward: one causal attention.
 
     python benchmarks/flex.py [--lengths 8192 65536] [--json benchmarks/results/flex-h100.json]
 
@@ -53,17 +53,6 @@ def sparse(inputs: Inputs, implementation: str, tau: float, *, planned: bool) ->
     if error > 1e-2:
         raise SystemExit(f"{implementation}: wrong at tau=0, relative error {error:.3g}; nothing is timed")
     return partial(s2o_compile.attention, *inputs, causal=True, config=config, plan=plan)
-
-
-def backward_of(forward: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
-    """Forward and backward of an attention over the inputs."""
-    leaves = tuple(x.detach().requires_grad_() for x in inputs)
-
-    def both() -> object:
-        output = forward(*leaves)
-        return torch.autograd.grad(output, leaves, torch.ones_like(output))
-
-    return both
 
 
 def causal_blocks(length: int) -> BlockMask:
@@ -127,21 +116,6 @@ def bench_length(length: int, tau: float, rows: Rows) -> None:
 
         rows.measure("forward", {"N": length, "what": name}, measure)
     bench_alibi(inputs, tau, rows)
-    if DEVICE != "cuda":
-        return
-    with torch.enable_grad():
-        sdpa = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-        trained = S2OConfig(training="sparse", tau=tau, min_seq_len=0)
-        for name, forward in {
-            "dense, SDPA": sdpa,
-            "flex": partial(s2o_compile.attention, causal=True, config=trained),
-        }.items():
-            both = backward_of(forward, inputs)
-            rows.measure(
-                "forward and backward",
-                {"N": length, "what": name},
-                lambda both=both: {"ms": round(milliseconds(both), 3)},
-            )
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     config = S2OConfig.from_json(options.out.read_text())
     print(f"{config.quality}, in {options.out}")
-    print(s2o_compile.evaluate(model, unknown, config, planted=False))
+    print(s2o_compile.evaluate(model, unknown, config, needles=False))
     fast = s2o_compile.optimize(model, config)  # what you would go on with
     print(f"{type(fast).__name__} is ready")
 

@@ -1,23 +1,22 @@
-"""Runs the passes over one captured graph and reports what became of every attention in it."""
+"""Runs the passes over one captured graph and reports the outcome of every attention in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import is_erased
-from s2o_compile.passes.frontends import decompose as expansion
-from s2o_compile.passes.frontends import sdpa
-from s2o_compile.passes.frontends import third_party as third_party
+from s2o_compile.passes import dump as dumps
+from s2o_compile.passes.frontends import decompose, sdpa, third_party
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
 from s2o_compile.passes.site import AttentionSite, SiteRecord, module_path, record, unique_names
@@ -32,6 +31,52 @@ FRONTENDS = (
 )
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Run:
+    """One graph on its way through the steps.
+
+    Attributes:
+        gm: The graph, changed in place.
+        options: Keyword arguments for every call of the operator.
+        prover_options: How masks are proven, as keyword arguments of `MaskProver`.
+        check_assumptions: Whether promised masks are compared at run time.
+        dense_heads: By site name, key/value heads that run dense.
+        site_tau: By site name, tau of each query head.
+        expansions: Opaque nodes, each with the nodes that were inlined for it.
+        sites: Every attention that a frontend knows, in graph order.
+        records: By the node of an attention, its line in the report.
+        inner: The report lines of attentions in sub-graphs.
+    """
+
+    gm: fx.GraphModule
+    options: Mapping[str, object]
+    prover_options: Mapping[str, bool]
+    check_assumptions: bool
+    dense_heads: Mapping[str, Sequence[int]]
+    site_tau: Mapping[str, Sequence[float]]
+    expansions: list[tuple[fx.Node, decompose.Expansion | Rejected]] = dataclasses.field(default_factory=list)
+    sites: list[_Candidate] = dataclasses.field(default_factory=list)
+    records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
+    inner: list[SiteRecord] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Candidate:
+    """An attention that a frontend knows, before anything is changed.
+
+    Attributes:
+        node: The node that the frontend takes for an attention.
+        name: Its name in the report.
+        operands: The arguments of the call by name, as far as they are known.
+        match: The attention, or why it stays as it is.
+    """
+
+    node: fx.Node
+    name: str
+    operands: Mapping[str, object]
+    match: AttentionSite | Rejected
+
+
 def run(
     gm: fx.GraphModule,
     op_options: Mapping[str, object],
@@ -42,6 +87,7 @@ def run(
     read_masks: bool = False,
     dense_heads: Mapping[str, Sequence[int]] | None = None,
     site_tau: Mapping[str, Sequence[float]] | None = None,
+    step_seconds: dict[str, float] | None = None,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
@@ -54,51 +100,105 @@ def run(
         read_masks: Whether masks of which nothing is proven are left to the operator, which reads them when it runs.
         dense_heads: By site name, key/value heads that run dense.
         site_tau: By site name, tau of each query head.
+        step_seconds: Gets the seconds of each step, by its name.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
+
+    Raises:
+        DumpError: ``S2O_DUMP`` names a folder that cannot be used.
     """
-    start = time.perf_counter()
-    expansions = [(node, expansion.expand(node)) for node in gm.graph.nodes if expansion.is_opaque(node)]
-    opaque = {node for node, _ in expansions}
-    found = [
-        (node, frontend) for node in gm.graph.nodes if node not in opaque and (frontend := _frontend(node)) is not None
-    ]
-    names = unique_names([module_path(node) for node, _ in found])
-    prover = MaskProver(
-        gm.graph, assume_causal=assume_causal_mask, assume_block_masks=assume_block_masks, read=read_masks
-    )
-    # Every proof comes before the first change: the prover's positions and writes are those of the captured graph.
-    matches = _apart([_match(frontend, node, prover) for node, frontend in found])
-    calls = [frontend.operands(node) for node, frontend in found]
-    rewriter = Rewriter(gm.graph, op_options, check_assumptions=check_assumptions)
-    # In the order of what is replaced: later sites share the key masks that earlier ones made.
-    position = {node: at for at, node in enumerate(gm.graph.nodes)}
-    sites = sorted(
-        zip((node for node, _ in found), calls, matches, names, strict=True),
-        key=lambda site: position[site[2].node if isinstance(site[2], AttentionSite) else site[0]],
-    )
-    marked, taus = dense_heads or {}, site_tau or {}
-    rewritten = {
-        node: _rewrite(node, call, match, name, rewriter, tuple(marked.get(name, ())), tuple(taus.get(name, ())))
-        for node, call, match, name in sites
-    }
-    records = {node: rewritten[node] for node, _ in found}
-    for node, opened in expansions:
-        _close(node, opened, records)
-        if not is_erased(node) and flex.is_call(node):
-            _make_sparse(node, opened, records, op_options, marked, taus)
-    if any(entry.rewritten for entry in records.values()):
-        gm.graph.lint()
-        gm.recompile()
-    result = (*records.values(), *_inside(gm))
+    state = _Run(
+        gm=gm,
+        options=op_options,
+        prover_options={
+            "assume_causal": assume_causal_mask, "assume_block_masks": assume_block_masks, "read": read_masks
+        },
+        check_assumptions=check_assumptions,
+        dense_heads=dense_heads or {},
+        site_tau=site_tau or {},
+    )  # fmt: skip
+    seconds = {} if step_seconds is None else step_seconds
+    dump = dumps.from_environment()
+    text = "" if dump is None else gm.print_readable(print_output=False)
+    for number, (name, step) in enumerate(STEPS, 1):
+        start = time.perf_counter()
+        step(state)
+        seconds[name] = time.perf_counter() - start
+        if dump is not None:
+            before, text = text, gm.print_readable(print_output=False)
+            dump.write(number, name, before, text)
+    result = (*state.records.values(), *state.inner)
     logger.info(
-        "%d of %d attentions rewritten in %.1f ms",
+        "%d of %d attentions rewritten in %.1f ms (%s)",
         sum(entry.rewritten for entry in result),
         len(result),
-        1e3 * (time.perf_counter() - start),
+        1e3 * sum(seconds.values()),
+        ", ".join(f"{name} {1e3 * spent:.1f}" for name, spent in seconds.items()),
     )
     return result
+
+
+def _open_all(run: _Run) -> None:
+    run.expansions = [(node, decompose.expand(node)) for node in run.gm.graph.nodes if decompose.is_opaque(node)]
+
+
+def _match_all(run: _Run) -> None:
+    graph, opaque = run.gm.graph, {node for node, _ in run.expansions}
+    known = [(node, _frontend(node)) for node in graph.nodes if node not in opaque]
+    attentions = [(node, frontend) for node, frontend in known if frontend is not None]
+    names = unique_names([module_path(node) for node, _ in attentions])
+    prover = MaskProver(graph, **run.prover_options)
+    matches = _apart([_match(frontend, node, prover) for node, frontend in attentions])
+    run.sites = [
+        _Candidate(node, name, frontend.operands(node), match)
+        for (node, frontend), name, match in zip(attentions, names, matches, strict=True)
+    ]
+
+
+def _rewrite_all(run: _Run) -> None:
+    rewriter = Rewriter(run.gm.graph, run.options, check_assumptions=run.check_assumptions)
+    # In the order of the replaced nodes: later sites share the key masks that earlier ones made.
+    position = {node: at for at, node in enumerate(run.gm.graph.nodes)}
+    ordered = sorted(
+        run.sites,
+        key=lambda site: position[site.match.node if isinstance(site.match, AttentionSite) else site.node],
+    )
+    rewritten = {site.node: _rewrite(site, rewriter, run) for site in ordered}
+    run.records = {site.node: rewritten[site.node] for site in run.sites}
+
+
+def _close_all(run: _Run) -> None:
+    for node, opened in run.expansions:
+        _close(node, opened, run.records)
+
+
+def _make_sparse_all(run: _Run) -> None:
+    for node, opened in run.expansions:
+        if not is_erased(node) and flex.is_call(node):
+            _make_sparse(node, opened, run)
+
+
+def _recompile(run: _Run) -> None:
+    if any(entry.rewritten for entry in run.records.values()):
+        run.gm.graph.lint()
+        run.gm.recompile()
+
+
+def _report_inner(run: _Run) -> None:
+    run.inner = _inside(run.gm)
+
+
+STEPS: tuple[tuple[str, Callable[[_Run], None]], ...] = (
+    ("open", _open_all),  # first, so that the frontends see the attention inside opaque calls
+    ("match", _match_all),  # ahead of every change: the prover's positions and writes are the captured graph's
+    ("rewrite", _rewrite_all),  # behind every proof; what it replaces may be an operand of a later site
+    ("close", _close_all),  # behind the rewriting: an opened call stays open if its attention was rewritten
+    ("sparse_flex", _make_sparse_all),  # behind the closing: it takes the flex calls that no frontend replaced
+    ("recompile", _recompile),  # behind the last change
+    ("report_inner", _report_inner),  # any time: bodies of higher-order operators are read, never changed
+)
+"""The passes in their order, each with the name that logs, dumps and times show."""
 
 
 def _frontend(node: fx.Node) -> ModuleType | None:
@@ -111,8 +211,12 @@ def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> Attention
     try:
         return frontend.match(node, prover)
     except Exception as error:
-        logger.exception("%s: the pass failed", node)
-        return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
+        return _pass_failed(node, error)
+
+
+def _pass_failed(node: fx.Node, error: Exception) -> Rejected:
+    logger.exception("%s: the pass failed", node)
+    return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
 
 def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | Rejected]:
@@ -126,8 +230,8 @@ def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | 
     ]
 
 
-def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
-    """Keep what was inlined for an opaque node if its attentions are rewritten, else take it out again."""
+def _close(node: fx.Node, opened: decompose.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
+    """Replaces an opaque node by its inlined nodes if their attentions are rewritten, else erases these."""
     if isinstance(opened, Rejected):
         frontend = _frontend(node)
         call = {} if frontend is None else frontend.operands(node)
@@ -143,53 +247,35 @@ def _close(node: fx.Node, opened: expansion.Expansion | Rejected, records: dict[
         records[node] = record(node, query=None, key=None, reason="no attention was found in its code")
 
 
-def _make_sparse(
-    node: fx.Node,
-    opened: expansion.Expansion | Rejected,
-    records: dict[fx.Node, SiteRecord],
-    options: Mapping[str, object],
-    dense_heads: Mapping[str, Sequence[int]],
-    head_tau: Mapping[str, Sequence[float]],
-) -> None:
-    """Let a call of flex_attention that could not be replaced keep its functions, and be sparse all the same."""
+def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Run) -> None:
+    """Make a call of flex_attention sparse that no frontend could replace; it keeps its functions."""
     from s2o_compile.passes.frontends.flex import sparse as flex_sparse  # loads the sampling of keys
 
     inner = () if isinstance(opened, Rejected) else opened.nodes
-    place = next(place for place in (node, *inner) if place in records)
-    left = records[place]
+    recorded = next(candidate for candidate in (node, *inner) if candidate in run.records)
+    left = run.records[recorded]
+    dense_heads, head_tau = run.dense_heads.get(left.name, ()), run.site_tau.get(left.name, ())
     try:
-        refused = flex_sparse.lower(
-            node,
-            options,
-            dense_heads=dense_heads.get(left.name, ()),
-            head_tau=head_tau.get(left.name, ()),
-        )
+        refused = attempt(flex_sparse.lower, node, run.options, dense_heads=dense_heads, head_tau=head_tau)
     except Exception as error:
-        logger.exception("%s: the pass failed", node)
-        refused = Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
+        refused = _pass_failed(node, error)
     if refused is None:
-        records[place] = dataclasses.replace(
-            left, rewritten=True, reason="", mask=flex_sparse.MASK, dense_heads=tuple(dense_heads.get(left.name, ()))
+        run.records[recorded] = dataclasses.replace(
+            left, rewritten=True, reason="", mask=flex_sparse.MASK, dense_heads=tuple(dense_heads)
         )
     else:
         logger.debug("%s keeps its functions and stays dense: %s", left.name, refused)
-        records[place] = dataclasses.replace(left, reason=f"{left.reason} (sparse FlexAttention: {refused})")
+        run.records[recorded] = dataclasses.replace(left, reason=f"{left.reason} (sparse FlexAttention: {refused})")
 
 
-def _rewrite(
-    node: fx.Node,
-    operands: Mapping[str, object],
-    match: AttentionSite | Rejected,
-    name: str,
-    rewriter: Rewriter,
-    dense_heads: tuple[int, ...],
-    head_tau: tuple[float, ...],
-) -> SiteRecord:
-    query, key = value_of(operands.get("query")), value_of(operands.get("key"))
+def _rewrite(site: _Candidate, rewriter: Rewriter, run: _Run) -> SiteRecord:
+    node, name, match = site.node, site.name, site.match
+    query, key = value_of(site.operands.get("query")), value_of(site.operands.get("key"))
     if isinstance(match, Rejected):
         logger.debug("%s stays dense: %s", name, match)
         return record(node, query=query, key=key, reason=match.reason, name=name)
     query, key, mask, read = match.query.value, match.key.value, str(match.mask), match.mask.read
+    dense_heads, head_tau = tuple(run.dense_heads.get(name, ())), tuple(run.site_tau.get(name, ()))
     # The record is made first: rewriting erases the node.
     unproven = "" if read is None else read.why.reason
     rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven, dense_heads=dense_heads)

@@ -1,10 +1,10 @@
-"""Replaces a matched attention by the sparse operator and removes what only the old one needed."""
+"""Replaces a matched attention by the sparse operator and removes the nodes that only the old one needed."""
 
 from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.graph import sizes
-from s2o_compile.passes.graph.calls import function_name, is_pure, written_nodes
+from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
 from s2o_compile.passes.masks.proof import KeyMask, MaskPart
 from s2o_compile.passes.site import AttentionSite
@@ -26,7 +26,6 @@ from s2o_compile.passes.site import AttentionSite
 logger = logging.getLogger(__name__)
 
 _KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
-_FRESH = frozenset({"zeros", "new_zeros", "ones", "new_ones", "full", "new_full", "empty", "new_empty"})
 
 
 class Rewriter:
@@ -46,7 +45,7 @@ class Rewriter:
         check_assumptions: bool = False,
     ) -> None:
         self._graph = graph
-        # Only what is not the default: every argument that a graph names is read again in each of its calls.
+        # Only values other than the default: each run of the graph reads every argument that a call names.
         defaults = {
             argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
         }
@@ -61,7 +60,7 @@ class Rewriter:
         """Replaces one attention; leaves the graph's meaning alone and says why if it cannot."""
         self._inserted = []
         try:
-            return self._replace(site)
+            return attempt(self._replace, site)
         except Exception as error:  # a failure of the pass itself must not fail the user's compilation
             logger.exception("%s: the pass failed", site.node)
             for node in reversed(self._inserted):
@@ -71,26 +70,20 @@ class Rewriter:
             self._read = {memo: node for memo, node in self._read.items() if not is_erased(node)}
             return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
-    def _replace(self, site: AttentionSite) -> Rejected | None:
+    def _replace(self, site: AttentionSite) -> None:
         node = site.node
         restored = _restored(site)
         if restored is None:
-            return Rejected("the operator cannot reproduce the shape and strides of its output")
+            raise Refused("the operator cannot reproduce the shape and strides of its output")
         layout, restore = restored
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
         output = value_of(node)
         if isinstance(output, torch.Tensor) and output.requires_grad:
-            return Rejected(
-                "gradients are wanted and the sparse operator has none: call the model under torch.no_grad()"
-            )
-        arguments = self._arguments(site, layout)
-        if isinstance(arguments, Rejected):
-            return arguments
-        refused = self._check(site) if self._check_assumptions else None
-        if refused is not None:
-            return refused
-        positional, keyword = arguments
+            raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+        positional, keyword = self._arguments(site, layout)
+        if self._check_assumptions:
+            self._check(site)
         with self._graph.inserting_before(node):
             call = self._graph.call_function(function, positional, keyword)
         self._inserted.append(call)
@@ -113,9 +106,8 @@ class Rewriter:
                 inputs += part.all_input_nodes
                 self._graph.erase_node(part)
         remove_dead(self._graph, inputs)
-        return None
 
-    def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]] | Rejected:
+    def _arguments(self, site: AttentionSite, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         keyword: dict[str, Any] = {**self._options, "scale": site.scale, "site": site.name, "layout": layout}
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
@@ -124,23 +116,16 @@ class Rewriter:
         if site.head_tau:
             keyword["head_tau"] = list(site.head_tau)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
-        if isinstance(mask, Rejected):
-            return mask
         operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
-        refused = next((operand for operand in operands if isinstance(operand, Rejected)), None)
-        if refused is not None:
-            return refused
         sinks = () if site.sinks is None else (site.sinks,)
         return (*operands, mask, *sinks), keyword
 
-    def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected | None:
+    def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | None:
         """The key mask [B, Nk], if there is one; the rest of the mask becomes keyword arguments."""
         keyword["causal"] = site.mask.causal
         for name, size in (("causal_offset", site.mask.offset), ("window", site.mask.window)):
             if size is not None:
                 keyword[name] = self._size(size, site.node)
-                if isinstance(keyword[name], Rejected):
-                    return keyword[name]
         if site.mask.chunk is not None:
             keyword["attention_chunk"] = site.mask.chunk
         if site.mask.fully_masked == "mean":
@@ -148,19 +133,17 @@ class Rewriter:
         key_mask = None
         for part in site.mask.key_masks:
             operand = self._key_mask(part, site)
-            if isinstance(operand, Rejected):
-                return operand
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
         return key_mask
 
-    def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | Rejected:
-        """A mask that the operator reads: the only one as it is, several as what they make of scores of zero."""
+    def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node:
+        """A mask that the operator reads: the only one as it is, several as the scores that they make of zeros."""
         reading, query = site.mask.read, site.query.value
         assert reading is not None
         for part in reading.parts:
             leading = value_of(part.node).shape[:-2][::-1]
             if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
-                return Rejected("%s (read at run time) is broadcast over more than the query's batch", part.node)
+                raise Refused("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
         memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.fully_masked == "mean":
@@ -178,7 +161,7 @@ class Rewriter:
         return self._read[memo]
 
     def _added(self, part: MaskPart, masked: fx.Node | None, query: torch.Tensor, at: fx.Node) -> fx.Node:
-        """What the next of several masks makes of scores that were zero before the first."""
+        """The scores after the next of several masks, if they were zero before the first."""
         if part.hidden is None:
             return part.node if masked is None else self._insert(at, torch.add, masked, part.node)
         filled = self._insert(at, torch.logical_not, part.node) if part.negated else part.node
@@ -186,40 +169,32 @@ class Rewriter:
             masked = self._insert(at, torch.Tensor.to, filled, query.dtype)
         return self._insert(at, torch.masked_fill, masked, filled, part.hidden)
 
-    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node | Rejected:
+    def _operand(self, operand: Operand, before: fx.Node) -> fx.Node:
         node = operand.node
         for function, args in operand.steps:
             emitted = [self._size(arg, before) if isinstance(arg, torch.SymInt) else arg for arg in args]
-            refused = next((arg for arg in emitted if isinstance(arg, Rejected)), None)
-            if refused is not None:
-                return refused
             node = self._insert(before, function, node, *emitted)
         return node
 
-    def _check(self, site: AttentionSite) -> Rejected | None:
-        """Compares a mask with what was promised of it, once for all layers that share it."""
+    def _check(self, site: AttentionSite) -> None:
+        """Inserts the check of a promise about a mask, once for all layers that share it."""
         promised, blocks = site.mask.promised, site.mask.blocks
         if promised is None and blocks is None:
-            return None
+            return
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
         watched = (promised,) if blocks is None else (*blocks.partial, *blocks.full)
         # The same tables may be promised of two masks: each is compared.
         memo = watched, str(site.mask), *(part.identity for part in site.mask.key_masks), *map(str, lengths)
         if memo in self._checked:
-            return None
+            return
         query_len, key_len = (self._size(length, site.node) for length in lengths)
-        if isinstance(query_len, Rejected):
-            return query_len
-        if isinstance(key_len, Rejected):
-            return key_len
         if promised is not None:
             self._insert(site.node, check_causal, promised, query_len, key_len)
         if blocks is not None:
             self._insert(site.node, check_blocks, blocks.mask, query_len, key_len, *blocks.sizes, *watched)
         self._checked.add(memo)
-        return None
 
-    def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node | Rejected:
+    def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node:
         """The mask as a [B, Nk] tensor, computed once for all layers."""
         batch, key_len = site.query.value.shape[0], site.key.value.shape[-2]
         memo = (*mask.identity, str(batch), str(key_len))
@@ -228,15 +203,9 @@ class Rewriter:
         node, at = mask.node, site.node
         if not (known(mask.key_start == 0) and known(value_of(node).shape[mask.key_dim] == key_len)):
             start, length = self._size(mask.key_start, at), self._size(key_len, at)
-            if isinstance(start, Rejected):
-                return start
-            if isinstance(length, Rejected):
-                return length
             node = self._insert(at, torch.narrow, node, mask.key_dim, start, length)
         if mask.batch_dim is not None and not known(value_of(node).shape[mask.batch_dim] == batch):
             rows = self._size(batch, at)  # it is read row by row, and may hold more of them
-            if isinstance(rows, Rejected):
-                return rows
             node = self._insert(at, torch.narrow, node, mask.batch_dim, 0, rows)
         # Highest dimension first, so that the lower ones keep their numbers.
         for dim, position in sorted(mask.selected, reverse=True):
@@ -249,13 +218,11 @@ class Rewriter:
             node = self._insert(at, torch.logical_not, node)
         if not known(value_of(node).shape[0] == batch):
             rows = self._size(batch, at)
-            if isinstance(rows, Rejected):
-                return rows
             node = self._insert(at, torch.Tensor.expand, node, rows, -1)
         self._key_masks[memo] = node
         return node
 
-    def _size(self, size: Size, before: fx.Node) -> fx.Node | int | Rejected:
+    def _size(self, size: Size, before: fx.Node) -> fx.Node | int:
         return sizes.emit(size, self._graph, before)
 
     def _insert(self, before: fx.Node, function: Callable[..., Any], *args: Argument) -> fx.Node:
@@ -268,10 +235,10 @@ class Rewriter:
 
 
 def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
-    """The layout and the steps behind the operator that lie in memory as the replaced value did; None if none do.
+    """The operator's layout, and the steps behind it, that reproduce the replaced value's strides, or None.
 
-    Which of SDPA's kernels would have run decides how that is, and legal code behind it may count on it: a query stored
-    as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
+    SDPA's kernels lay their output out differently, and legal code behind them may rely on it. For example, a query
+    stored as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
     """
     wanted = value_of(site.node)
     if not isinstance(wanted, torch.Tensor):
@@ -306,41 +273,6 @@ def _memory_order(value: torch.Tensor) -> list[int]:
     """The dimensions from the outermost in memory to the innermost."""
     strides = value.stride()
     return sorted(range(value.ndim), key=lambda dim: sum(known(strides[dim] < other) for other in strides))
-
-
-def remove_dead(graph: fx.Graph, candidates: Iterable[fx.Node]) -> None:
-    """Erases those of the candidates, and of what they alone used, that nobody uses and that have no effect.
-
-    Not ``Graph.eliminate_dead_code``: that would erase in-place methods such as ``cache.copy_(...)`` anywhere in a
-    Dynamo graph, for they have no users either.
-    """
-    pending = list(candidates)
-    while pending:
-        node = pending.pop()
-        if not is_erased(node) and node.users and (written := _only_written(node)):
-            for user in written:
-                pending += user.all_input_nodes
-                graph.erase_node(user)
-        if node.graph is not graph or is_erased(node) or node.users or not is_pure(node):
-            continue
-        pending += node.all_input_nodes
-        graph.erase_node(node)
-
-
-def _only_written(node: fx.Node) -> list[fx.Node]:
-    """What uses a tensor made in the graph, last to first, if all of it only prepares writes to that tensor."""
-    if function_name(node) not in _FRESH:
-        return []
-    users, pending = set(), list(node.users)
-    while pending:
-        user = pending.pop()
-        written = written_nodes(user)
-        if user.op == "output" or not (is_pure(user) or (written == [node] and not user.users)):
-            return []
-        if user not in users:
-            users.add(user)
-            pending += user.users
-    return [user for user in reversed(node.graph.nodes) if user in users]
 
 
 def _copy_meta(source: fx.Node, target: fx.Node) -> None:

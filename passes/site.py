@@ -1,4 +1,4 @@
-"""What a frontend hands to the rewriter (`AttentionSite`), and what the user is told of it (`SiteRecord`)."""
+"""The records of an attention: `AttentionSite` goes from frontend to rewriter, `SiteRecord` into the user's report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AttentionSite:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRecord:
-    """What happened to one attention, for the user's report.
+    """The report's line about one attention.
 
     Attributes:
         name: Module path of the attention.

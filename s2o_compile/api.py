@@ -98,10 +98,10 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
 
 
 class Watch:
-    """What one run compiles and how often each of its graphs runs.
+    """Records the graphs of one run and how often each of them runs.
 
     Args:
-        config: Quality and implementation; whatever its inner backend, nothing is compiled behind the passes.
+        config: Quality and implementation. Nothing is compiled behind the passes, whatever its inner backend.
     """
 
     def __init__(self, config: S2OConfig | None) -> None:
@@ -122,14 +122,14 @@ class Watch:
         return counted
 
     def joined(self, ran: Sequence[audit.Ran]) -> tuple[tuple[audit.Ran, SiteRecord | None], ...]:
-        """Every call that ran with the record that covers it; None for what was not found."""
+        """Every call that ran with the record that covers it, or None if no record does."""
         graphs = zip(self.recording.graphs, self._runs, strict=True)
         return tuple(
             zip(ran, audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph]), strict=True)
         )
 
     def report(self, ran: Sequence[audit.Ran], audit_error: str = "") -> Report:
-        """The report of what was compiled, and of what ran and was not found."""
+        """The report of the compiled attentions, and of those that ran and were not found."""
         calls = [call for call, entry in self.joined(ran) if entry is None]
         names = unique_names([call.path or call.kind for call in calls])
         sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
@@ -142,8 +142,8 @@ class Watch:
 def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
     """A fresh Dynamo and a `Watch` over what is compiled with its backend inside the block; one thread at a time.
 
-    Dynamo and the filters of warnings are the process's. A second block would forget what the first compiled, and keep
-    warnings off for good. Code that other threads compiled is compiled anew at their next call.
+    Dynamo and the filters of warnings belong to the process. A second block would drop the code that the first compiled
+    and keep warnings off for good. Other threads compile their code anew at their next call.
     """
     watch = Watch(config)
     with ONE_AT_A_TIME:

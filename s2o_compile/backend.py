@@ -35,7 +35,7 @@ PREFIX = "s2o."
 
 @cache
 def _schemas() -> str:
-    """The operators' schemas, as a part of Inductor's cache keys: its code calls the operators as they were then."""
+    """A part of Inductor's cache keys, because cached code calls the operators by the schema that they had."""
     operators = (torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default)
     return hashlib.sha256("".join(str(schema_of(operator)) for operator in operators).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Settings by site name, as a configuration holds them: immutable, hashable, and equal to any mapping of the same."""
+"""Settings by site name in a configuration: immutable, hashable, and equal to any mapping of the same items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one configuration object."""
+"""The configuration: `S2OConfig`, its checks, JSON, and the operator's keywords."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class S2OConfig(OperatorOptions):
             other sites go by ``error`` or ``tau``. They belong to the ``error`` that they were calibrated for: for
             another, calibrate again.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
-            16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or what ``s2o tune`` found there.
+            16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or the result of ``s2o tune``.
         segment_len: Queries that share one ranking of the keys, a multiple of 128 up to 2**20. None chooses by length:
             512 up to 32K queries, 1024 beyond.
-        ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive; "mean_query" is the
-            paper's, cheapest, and loses what only a few queries look for.
+        ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive. "mean_query" is the
+            paper's and cheapest. It loses keys that only a few queries look for.
         ranking_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query
             head: a fifth (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
         implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton", "torch" and "flex" insist. "flex" is
             FlexAttention over gathered keys: for devices without our kernels, and to compare with. On a CPU it compiles
             for every length anew and returns no log-sum-exp.
         dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
-            (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA;
-            a group is what is ranked, so a group is the unit. A window is exact already, marks change nothing there.
+            (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA,
+            because they share one ranking. A window is exact already, so marks change nothing there.
             Reports list the marks, and names that no attention has. A head that a site does not have raises InputError
             when it runs.
         inner_backend: The torch.compile backend that compiles the rewritten graph: "inductor", or "eager" for no
@@ -78,14 +78,14 @@ class S2OConfig(OperatorOptions):
             or are made of data) when it runs, from ``min_seq_len`` on: where every value agrees with a causal, sliding
             or padding mask it runs sparse, elsewhere SDPA runs under the mask. Reports say "(read at run time)". Costs
             one pass over the mask and one wait for the device a call. False leaves such attentions as they are.
-        check_assumptions: Compare promised masks with what was promised of them at run time; where one differs, a
-            RuntimeError says so. On CUDA nothing waits for the check: the error comes with the next synchronisation.
+        check_assumptions: Compare promised masks with the promise at run time. A mask that differs raises a
+            RuntimeError. On CUDA nothing waits for the check: the error comes with the next synchronisation.
             Costs Nq x Nk flags of memory.
 
     Numbers of a library, such as NumPy's, become Python's; arrays and tensors are refused.
 
     Raises:
-        OptionError: A value that its field cannot take; the message says expected, got, and what to do.
+        OptionError: A value that its field cannot take.
     """
 
     error: float | None = None
@@ -139,14 +139,21 @@ class S2OConfig(OperatorOptions):
     @property
     def options(self) -> OperatorOptions:
         """The operator's fields, with the tau that ``error`` stands for."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
-        if self.error is not None:
-            fields["tau"] = tau_for(self.error)
-        return OperatorOptions(**fields)
+        return self._options("")
 
-    def operator_options(self) -> dict[str, Any]:
-        """The operator's fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return self.options.to_op_kwargs()
+    def operator_options(self, site: str = "") -> dict[str, Any]:
+        """The keyword arguments of ``torch.ops.s2o.attention`` that make it sparse as this configuration says.
+
+        Args:
+            site: Name of the site whose ``site_tau`` and ``dense_heads`` count; "" for none.
+        """
+        marked = {"dense_heads": list(self.dense_heads[site])} if site in self.dense_heads else {}
+        return self._options(site).to_op_kwargs() | marked
+
+    def _options(self, site: str) -> OperatorOptions:
+        fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        fields["tau"] = self.site_tau.get(site, self.tau if self.error is None else tau_for(self.error))
+        return OperatorOptions(**fields)
 
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal configuration."""

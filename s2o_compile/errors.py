@@ -2,6 +2,7 @@
 
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
 from s2o_compile.kernels.support.torch_compat import MissingTorchNameError
+from s2o_compile.passes.dump import DumpError
 
 
 class OptionError(S2OError, ValueError):
@@ -9,7 +10,7 @@ class OptionError(S2OError, ValueError):
 
 
 class EvaluationError(S2OError, ValueError):
-    """A model that cannot be evaluated, or batches that say nothing about sparse attention."""
+    """A model that cannot be evaluated, or batches so short that no attention runs sparse."""
 
 
 class DenseExportWarning(UserWarning):
@@ -46,6 +47,7 @@ class UntestedTorchWarning(UserWarning):
 
 __all__ = [
     "DenseExportWarning",
+    "DumpError",
     "EvaluationError",
     "ImplementationUnavailableError",
     "InputError",

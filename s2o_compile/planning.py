@@ -15,7 +15,8 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.validation import check_numbers
 from s2o_compile.kernels.dispatch import choose_implementation
-from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
+from s2o_compile.kernels.impl.flex.forward import place
+from s2o_compile.kernels.impl.flex.layout import FlexLayout
 from s2o_compile.kernels.planner import build_plan, estimate_unvisited
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import pairs_by_head
@@ -104,8 +105,7 @@ class S2OPlan:
         """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile."""
         shape = (*self.query_shape[:2], self.key_shape[1], self.query_shape[2], self.key_shape[2])
         row_bytes = self.key_shape[3] * self.dtype.itemsize
-        pool = pool_blocks(self.mask, shape, self.segment_len, row_bytes, on_gpu=self.device.type != "cpu")
-        return lay_out(self.mask, shape=shape, device=self.device, plan=self.lists, visits=self._visits(tau), pool=pool)
+        return place(self.mask, shape, self.device, row_bytes, self.lists, self._visits(tau))
 
     def density(self, tau: float | None = None) -> float:
         """Pairs that ``implementation="flex"`` computes over pairs that the mask leaves visible; tiles count whole.

@@ -1,8 +1,8 @@
-"""Watch what is compiled and what runs: the source of every report."""
+"""Records compilations and calls: the source of every report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,16 +17,21 @@ from s2o_compile.report import Report, join_calls
 class Recording:
     """Everything that the backend compiled and the operator ran inside a ``with record()`` block.
 
-    ``compile_seconds`` is known after the block. ``marked`` holds the site names that the configuration speaks of, in
-    their order.
+    ``compile_seconds`` is known after the block. ``step_seconds`` holds the time of every pass by its name. ``marked``
+    holds the site names that the configuration speaks of, in their order.
     """
 
     graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    pass_seconds: float = 0.0
+    step_seconds: dict[str, float] = field(default_factory=dict)
     compile_seconds: float = 0.0
     graph_breaks: tuple[str, ...] = ()
     marked: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def pass_seconds(self) -> float:
+        """Time of all passes over all graphs."""
+        return sum(self.step_seconds.values())
 
     @property
     def report(self) -> Report:
@@ -50,9 +55,9 @@ def record() -> Iterator[Recording]:
     """Record compilations and calls of this thread or asyncio task, for a report of a real run.
 
     Code compiled before the block is not compiled again, so its sites are not listed: open the block before the first
-    call of an optimized model. What other threads compile and call is theirs, also of those started inside the block:
-    let them run in a copy of its context, ``executor.submit(contextvars.copy_context().run, model, x)``. Only
-    ``graph_breaks`` and ``compile_seconds`` are Dynamo's counts of the whole process.
+    call of an optimized model. Other threads are not recorded, even those started inside the block, unless they run in
+    a copy of its context: ``executor.submit(contextvars.copy_context().run, model, x)``. ``graph_breaks`` and
+    ``compile_seconds`` are Dynamo's counts of the whole process.
     """
     recording = Recording()
     before, seconds = graph_breaks(), compile_seconds()
@@ -66,9 +71,10 @@ def record() -> Iterator[Recording]:
         recording.graph_breaks = tuple(reason for reason, count in after if count > before.get(reason, 0))
 
 
-def notify(records: Sequence[SiteRecord], pass_seconds: float, marked: Iterable[str]) -> None:
+def notify(records: Sequence[SiteRecord], step_seconds: Mapping[str, float], marked: Iterable[str]) -> None:
     """Tell this thread's recordings about a graph that was compiled, and of which sites the configuration speaks."""
     for recording in _open.held():
         recording.graphs.append(tuple(records))
-        recording.pass_seconds += pass_seconds
+        for step, seconds in step_seconds.items():
+            recording.step_seconds[step] = recording.step_seconds.get(step, 0.0) + seconds
         recording.marked |= dict.fromkeys(marked)

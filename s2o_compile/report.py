@@ -1,4 +1,4 @@
-"""What became of every attention in a model, as values and as a table."""
+"""The report: the result for every attention in a model, as values and as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from s2o_compile.passes.site import SiteRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Site(SiteRecord):
-    """One attention: what the compiler did with it, and what the operator did at run time.
+    """One attention: the compiler's result for it, and the operator's path at run time.
 
     Attributes:
         path: "s2o", "window" (exact sliding window), "dense", or "masked" (dense, under a mask that was read and is no

@@ -1,9 +1,8 @@
-"""Runs the passes over one captured graph, and tells the user what they did not do."""
+"""Runs the passes over one captured graph, and warns of attentions that stay dense and of unknown site names."""
 
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -19,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
-    """Run the passes over one captured graph, tell open recordings, and warn of what the user would not expect.
+    """Run the passes over one captured graph, tell open recordings, and warn of what stays dense.
 
     Args:
         gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
-        config: What to rewrite, and to what.
+        config: The configuration.
     """
-    start = time.perf_counter()
+    seconds: dict[str, float] = {}
     records = pipeline.run(
         gm,
         config.operator_options(),
@@ -35,9 +34,10 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         read_masks=config.read_masks,
         dense_heads=config.dense_heads,
         site_tau=config.site_tau,
+        step_seconds=seconds,
     )
     settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
-    notify(records, time.perf_counter() - start, [name for sites in settings.values() for name in sites])
+    notify(records, seconds, [name for sites in settings.values() for name in sites])
     _warn_if_nothing(records)
     for field, sites in settings.items():
         _warn_of_unknown_sites(records, field, sites)
@@ -45,7 +45,7 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
 
 
 def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
-    """Say aloud when attention was found and all of it stays dense; decode graphs are meant to."""
+    """Warn if attention was found and all of it stays dense, except in decode graphs."""
     left = [record for record in records if not record.rewritten]
     logger.info("%d of %d attentions rewritten", len(records) - len(left), len(records))
     if left and len(left) == len(records) and not all("decode" in record.reason for record in left):
@@ -59,7 +59,7 @@ def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
 
 
 def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: Iterable[str]) -> None:
-    """Say aloud that a name in a field is none of the graph's; a graph without attention holds nobody's."""
+    """Warn of a name in a field that no site of the graph has, unless the graph has no attention."""
     names = [record.name for record in records]
     for name in marked if names else ():
         if name not in names:

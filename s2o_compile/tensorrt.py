@@ -3,8 +3,8 @@
     fast = s2o_compile.tensorrt.compile(model, (ids,))                                      # ahead of time
     fast = torch.compile(model, backend="s2o", options={"s2o.inner_backend": "tensorrt"})   # at the first call
 
-TensorRT has no operator that ranks keys. torch-tensorrt cuts a graph where it has no converter; that it cuts at ours is
-said to it by name (``torch_executed_ops``). It is imported when it is needed: ``pip install 's2o-compile[tensorrt]'``.
+TensorRT has no operator that ranks keys. torch-tensorrt cuts a graph where it has no converter. ``torch_executed_ops``
+names our operators, so that it cuts there. It is imported when it is needed: ``pip install 's2o-compile[tensorrt]'``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def compile(
     """Export a model, rewrite its attention, and build TensorRT engines around S2O's operators.
 
     Args:
-        model: A module on a CUDA device, or what ``s2o_compile.export`` made of one.
+        model: A module on a CUDA device, or the result of ``s2o_compile.export``.
         args: Example inputs; for an exported program also ``torch_tensorrt.Input``.
         kwargs: Example keyword inputs.
         config: Quality and implementation, None for the defaults. Only for a module.

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.imports import LAYERS, ROOT, circles, imported_names, imports, product, room_of, short, sources, tree
 
 MAX_FILES, MAX_LINES, MAX_PARAMETERS = 14, 400, 12
-PRODUCT_LINES = 21_489
+PRODUCT_LINES = 21_332
 """A ceiling to be lowered: the goal is 19,000."""
 
 METHOD = ("kernels/support", "kernels/core", "kernels/ranking", "kernels/exact")
@@ -67,7 +67,6 @@ FLOORS = {
 }
 UPWARD = {
     ("passes/frontends/decompose.py", "passes/frontends/flex/match.py"): "asks whether an opened node holds flex",
-    ("passes/frontends/decompose.py", "passes/rewrite.py"): "closes nodes again that nobody rewrote",
 }
 
 CHOOSERS = ("kernels/dispatch.py", "kernels/planner.py", "kernels/schedule.py")

@@ -52,6 +52,5 @@ for _path in (
 ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
 """The function that finds out what a kernel writes to, in torch 2.13 and 2.11."""
 
-ANALYSIS = next(
-    (name for name in ANALYSES if _named(f"torch._higher_order_ops.triton_kernel_wrap.{name}", PACKAGES, None)), None
-)
+_FOUND = [name for name in ANALYSES if _named(f"torch._higher_order_ops.triton_kernel_wrap.{name}", PACKAGES, None)]
+ANALYSIS = _FOUND[0] if _FOUND else None

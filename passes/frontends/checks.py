@@ -1,4 +1,4 @@
-"""What every attention must satisfy before its mask is looked at, whichever way it is spelt."""
+"""Conditions that every attention must meet before its mask is proven, in whatever form it is written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import fx
 from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM
 from s2o_compile.kernels.support.torch_compat import is_batched, is_wrapper
 from s2o_compile.passes.graph.nodes import known, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 
 
-def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected | None:  # noqa: ANN401 (fake tensors)
-    """Why the operator cannot compute an attention over these operands, or None.
+def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
+    """Raises `Refused` if the operator cannot compute an attention over these operands.
 
     Args:
         query: Fake value, [B, Hq, Nq, D].
@@ -25,7 +25,7 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
     output = value_of(node)
     dtypes = {operand.dtype for operand in (query, key, value) if isinstance(operand, torch.Tensor)}
     if isinstance(output, torch.Tensor) and len(dtypes) == 1 and output.dtype not in dtypes:
-        return Rejected(
+        raise Refused(
             "autocast turns its %s query into %s; convert the model to %s instead",
             query.dtype,
             output.dtype,
@@ -33,36 +33,35 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> Rejected |
         )
     tensors = (query, key, value)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        return Rejected("the shapes of query, key and value are not recorded in the graph")
+        raise Refused("the shapes of query, key and value are not recorded in the graph")
     if any(is_wrapper(tensor) for tensor in tensors):
-        return Rejected("query, key or value is a %s, expected plain tensors", type(query).__name__)
+        raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
     if any(is_batched(tensor) for tensor in tensors):
-        return Rejected("it is under torch.vmap, which the sparse operator does not know")
+        raise Refused("it is under torch.vmap, which the sparse operator does not know")
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)
-        return Rejected("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)
+        raise Refused("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)
     if any(known(size == 0) for tensor in tensors for size in tensor.shape):
-        return Rejected("its query, key or value holds no element")
+        raise Refused("its query, key or value holds no element")
     if query.dtype not in DTYPES or len(dtypes) > 1:
-        found = ", ".join(str(tensor.dtype) for tensor in tensors)
-        return Rejected("query, key and value are %s, expected one of float16, bfloat16, float32 for all", found)
+        got = ", ".join(str(tensor.dtype) for tensor in tensors)
+        raise Refused("query, key and value are %s, expected one of float16, bfloat16, float32 for all", got)
     if any(tensor.device != query.device for tensor in tensors):
-        return Rejected("query, key and value are on different devices")
+        raise Refused("query, key and value are on different devices")
     if not known(key.shape[-1] == query.shape[-1]):
-        return Rejected("head dims of query and key are %s and %s, expected one", query.shape[-1], key.shape[-1])
+        raise Refused("head dims of query and key are %s and %s, expected one", query.shape[-1], key.shape[-1])
     for name, tensor in (("head dim", query), ("head dim of the values", value)):
         if not known(tensor.shape[-1] <= MAX_HEAD_DIM):
-            return Rejected("%s is %s, expected a constant of at most %s", name, tensor.shape[-1], MAX_HEAD_DIM)
-    # Sizes that only *may* differ need no proof: where they do, SDPA fails, and so does the operator.
+            raise Refused("%s is %s, expected a constant of at most %s", name, tensor.shape[-1], MAX_HEAD_DIM)
+    # Sizes that only *may* differ need no proof: if they do differ, SDPA fails, and so does the operator.
     if any(known(tensor.shape[0] != query.shape[0]) for tensor in tensors):
-        return Rejected("query, key and value have different batch sizes")
+        raise Refused("query, key and value have different batch sizes")
     if any(known(a != b) for a, b in zip(key.shape[1:3], value.shape[1:3], strict=True)):
-        return Rejected("key and value differ in shape: %s and %s", tuple(key.shape), tuple(value.shape))
+        raise Refused("key and value differ in shape: %s and %s", tuple(key.shape), tuple(value.shape))
     heads, key_heads = query.shape[1], key.shape[1]
     if not isinstance(heads, int) or not isinstance(key_heads, int):
-        return Rejected("head counts are %s and %s, expected constants", heads, key_heads)
+        raise Refused("head counts are %s and %s, expected constants", heads, key_heads)
     if heads % key_heads:
-        return Rejected("%s query heads are no multiple of %s key heads", heads, key_heads)
+        raise Refused("%s query heads are no multiple of %s key heads", heads, key_heads)
     if known(query.shape[-2] == 1):
-        return Rejected("one query token: decode stays dense")
-    return None
+        raise Refused("one query token: decode stays dense")

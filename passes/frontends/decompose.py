@@ -1,11 +1,11 @@
-"""Opens opaque nodes that hold an attention, so that the frontends see it, and closes them again where they do not.
+"""Decomposes opaque nodes around SDPA so that the frontends see the attention; undoes it where nothing is rewritten.
 
     F.multi_head_attention_forward            nn.MultiheadAttention, nn.TransformerDecoderLayer
     torch._transformer_encoder_layer_fwd      nn.TransformerEncoderLayer in eval mode ("fast path")
     flex_attention                            written out by its own frontend
 
-What the node computes is spelt out around SDPA, traced and inlined ahead of it. If the attention in it is rewritten,
-the inlined nodes take the node's place; else they are erased and the node runs as it was.
+A node's function is written in terms of SDPA, traced, and inlined ahead of the node. If the attention is rewritten,
+the inlined nodes replace the node. Else they are erased and the node runs as before.
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ from torch.nn import functional as F
 
 from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer, tree_leaves
 from s2o_compile.passes.frontends.flex import match as flex
+from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.inlining import inline
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
-from s2o_compile.passes.rewrite import remove_dead
-
-
-class UnsupportedError(Exception):
-    """A node asks for something that is not opened; the message is the reason for the user."""
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 
 
 def _multi_head(
@@ -40,18 +36,18 @@ def _multi_head(
     static_k: Tensor | None = None, static_v: Tensor | None = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What ``F.multi_head_attention_forward`` computes, [N, B, E], with its masks kept apart from the heads."""
+    """``F.multi_head_attention_forward``, [N, B, E], with masks that do not repeat along the heads."""
     if any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
-        raise UnsupportedError("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
+        raise Refused("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
     if query.ndim != 3:
-        raise UnsupportedError("its query has no batch dimension: add one with unsqueeze")
+        raise Refused("its query has no batch dimension: add one with unsqueeze")
     if use_separate_proj_weight:
         biases = in_bias.chunk(3) if in_bias is not None else (None, None, None)
         q, k, v = F._in_projection(query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, *biases)  # pyright: ignore
     else:
         q, k, v = F._in_projection_packed(query, key, value, in_weight, in_bias)  # pyright: ignore
     q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in (q, k, v))
-    # As torch has it: the hint is the mask, unless the mask is needed for something else.
+    # As in torch: the hint replaces the mask, unless something else needs the mask.
     hinted = is_causal and key_padding_mask is None and not need_weights
     mask = None if hinted else _joined_masks(attn_mask, key_padding_mask, num_heads, q.dtype)
     dropout_p = dropout_p if training else 0.0
@@ -80,9 +76,9 @@ def _encoder_layer(
     norm_weight_2: Tensor, norm_bias_2: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor,
     mask: Tensor | None = None, mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What ``nn.TransformerEncoderLayer`` computes, batch first, in eval mode; see its ``forward``."""
+    """``nn.TransformerEncoderLayer``, batch first, in eval mode; see its ``forward``."""
     if src.is_nested:
-        raise UnsupportedError("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
+        raise Refused("its input is a nested tensor: build nn.TransformerEncoder(enable_nested_tensor=False)")
 
     def attend(x: Tensor) -> Tensor:
         rows = x.transpose(0, 1)
@@ -117,12 +113,12 @@ OPENED: dict[object, Callable[..., Any]] = {
 
 @dataclass(eq=False)
 class Expansion:
-    """An opaque node and what was inlined for it.
+    """An opaque node and the nodes that were inlined for it.
 
     Attributes:
         node: The opaque node, still in place.
         nodes: The inlined nodes, in order.
-        outputs: What stands for the node's value: a node, or a structure of nodes.
+        outputs: The node or the structure of nodes with the opaque node's value.
     """
 
     node: fx.Node
@@ -130,7 +126,7 @@ class Expansion:
     outputs: Any
 
     def keep(self) -> None:
-        """Put the inlined nodes in the place of the opaque one."""
+        """Replaces the opaque node by the inlined ones."""
         if isinstance(self.outputs, tuple):
             for user in list(self.node.users):
                 if user.users:
@@ -143,7 +139,7 @@ class Expansion:
         remove_dead(self.node.graph, inputs)
 
     def erase(self) -> None:
-        """Leave the opaque node as it was."""
+        """Removes the inlined nodes; the opaque node stays as it was."""
         inlined = set(self.nodes)
         for node in reversed([node for node in self.node.graph.nodes if node in inlined]):
             self.node.graph.erase_node(node)
@@ -155,40 +151,45 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def expand(node: fx.Node) -> Expansion | Rejected:
-    """Inline what an opaque node computes ahead of it.
+    """Inlines the decomposition of an opaque node ahead of it, or says why not.
 
     Args:
         node: A node for which `is_opaque` holds.
     """
+    return attempt(_expand, node)
+
+
+def _expand(node: fx.Node) -> Expansion:
     output = tree_leaves(value_of(node))
     if any(isinstance(x, Tensor) and x.requires_grad for x in output):
-        return Rejected("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+        raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
     if isinstance(value_of(node), tuple):
         for user in node.users:
             if user.target is not operator.getitem:
-                return Rejected("its result is passed on whole to %s", user)
+                raise Refused("its result is passed on whole to %s", user)
             if user.args[1] == 1 and user.users and not flex.is_call(node):
-                return Rejected("its attention weights are read: pass need_weights=False")
+                raise Refused("its attention weights are read: pass need_weights=False")
     if flex.is_call(node):
         return _flex(node)
     values = [value_of(leaf) for leaf in node.all_input_nodes]
     fakes = [value for value in values if isinstance(value, FakeTensor)]
     if not fakes or not all(isinstance(value, FakeTensor) for value in values if isinstance(value, Tensor)):
-        return Rejected("the shapes of its operands are not recorded in the graph")
+        raise Refused("the shapes of its operands are not recorded in the graph")
     try:
         return Expansion(node, *inline(node, OPENED[node.target]))
-    except (UnsupportedError, MissingTorchNameError) as error:
-        return Rejected(str(error))
+    except MissingTorchNameError as error:
+        raise Refused(str(error)) from error
 
 
-def _flex(node: fx.Node) -> Expansion | Rejected:
-    nodes: list[fx.Node] = []
+def _flex(node: fx.Node) -> Expansion:
+    expansion = Expansion(node, [], None)
     try:
-        output = flex.write(node, nodes)
-    except Exception as error:  # whatever a user's functions ask of fake tensors
-        output = Rejected("its score_mod or mask_mod could not be written out (%s: %s)", type(error).__name__, error)
-    expansion = Expansion(node, nodes, (output, None, None))
-    if isinstance(output, Rejected):
+        expansion.outputs = (flex.write(node, expansion.nodes), None, None)
+    except Refused:
         expansion.erase()
-        return output
+        raise
+    except Exception as error:  # whatever a user's functions ask of fake tensors
+        expansion.erase()
+        kind = type(error).__name__
+        raise Refused("its score_mod or mask_mod could not be written out (%s: %s)", kind, error) from error
     return expansion

@@ -1,11 +1,11 @@
-"""Bringing the operands of hand-written attention to [B, H, N, D], whatever the ranks and broadcasts of its products.
+"""Brings 2-D to 5-D and broadcast operands of hand-written attention to [B, H, N, D].
 
     [N, D]              one head of one sequence
     [R, N, D]           bmm's: R = B * H, split again where the scores were, else one head each
     [B, Hkv, G, N, D]   grouped heads, or windows: one dimension of heads; keys of size 1 along G stay grouped
     a size of 1         where another operand has more: read by all of them
 
-Everything is a view step of an operand, inserted when the attention is rewritten.
+Each change is a view step of an operand, which the rewriter inserts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from s2o_compile.passes.graph.nodes import Size, known
 from s2o_compile.passes.graph.operand import Operand, Step
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks.proof import MERGED
 
 Axes = tuple[int | None, ...]
@@ -43,7 +43,7 @@ class Heads:
 
 def to_heads(
     query: Operand, key: Operand, value: Operand, heads: int | None, scores: Sequence[Size], weights: Sequence[Size]
-) -> Heads | Rejected:
+) -> Heads:
     """The operands of two products over [B, H, N, D].
 
     Args:
@@ -56,31 +56,31 @@ def to_heads(
     """
     operands = (query, key, value)
     if not all(isinstance(operand.value, torch.Tensor) for operand in operands):
-        return Rejected("the shapes of query, key and value are not recorded in the graph")
+        raise Refused("the shapes of query, key and value are not recorded in the graph")
     shapes = ", ".join(str(tuple(operand.value.shape)) for operand in operands)
     rank = max(len(weights), value.value.ndim)
     if len(scores) > 5 or rank > 5:
-        return Rejected("query, key and value have shapes %s, expected at most [B, Hkv, G, N, D]", shapes)
+        raise Refused("query, key and value have shapes %s, expected at most [B, Hkv, G, N, D]", shapes)
     if value.value.ndim > len(weights) > 2 and not known(weights[0] == 1):
-        return Rejected("its probabilities of shape %s are broadcast to values of a higher rank", tuple(weights))
+        raise Refused("its probabilities of shape %s are broadcast to values of a higher rank", tuple(weights))
     lifted = [_lifted(operand, at) for operand, at in zip(operands, (len(scores), len(scores), rank), strict=True)]
     rows = [operand.value.shape[0] for operand in lifted if operand.value.ndim == 3]
     several = [count for count in rows if not known(count == 1)]
     if not all(known(count == several[0]) for count in several):
-        return Rejected("its products broadcast %s rows of heads to one another", ", ".join(map(str, rows)))
+        raise Refused("its products broadcast %s rows of heads to one another", ", ".join(map(str, rows)))
     groups = next((tuple(shape[1:3]) for shape in (scores, weights) if len(shape) == 5), None)
     fours = [_four(operand, heads or 1, groups) for operand in lifted]
-    found = [operand for operand in fours if operand is not None]
-    if len(found) < len(fours):
-        return Rejected("query, key and value of shapes %s have no common split into heads", shapes)
+    split = [operand for operand in fours if operand is not None]
+    if len(split) < len(fours):
+        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
     restore: dict[int, tuple[Step, ...]] = {
         2: ((torch.select, (0, 0)), (torch.select, (0, 0))),
         3: ((torch.flatten, (0, 1)),),
         5: ((torch.unflatten, (1, groups)),),
     }
-    brought = broadcast(*found)
+    brought = broadcast(*split)
     if rank == 5 and not known(math.prod(groups or ()) == brought[0].value.shape[1]):
-        return Rejected("query, key and value of shapes %s have no common split into heads", shapes)
+        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
     return Heads(*brought, restore.get(rank, ()))
 
 
@@ -118,16 +118,16 @@ def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split
         runs, same = (MERGED if split else 0, 2, 3)[-len(scores) :], len(scores) in (2, 3)
     if not same or len(shape) > len(runs):
         return None
-    found: list[int | None] = []
+    along: list[int | None] = []
     for size, axis in zip(shape, runs[len(runs) - len(shape) :], strict=True):
-        found.append(None if known(size == 1) else axis)
-    return tuple(found)
+        along.append(None if known(size == 1) else axis)
+    return tuple(along)
 
 
-def broadcasts(found: Axes) -> bool:
-    """Whether what runs along these axes meets [B, Hq, Nq, Nk] as it is."""
-    return len(found) <= 4 and all(
-        axis in (None, wanted) for axis, wanted in zip(reversed(found), (3, 2, 1, 0), strict=False)
+def broadcasts(along: Axes) -> bool:
+    """Whether a tensor with these axes broadcasts to [B, Hq, Nq, Nk] as it is."""
+    return len(along) <= 4 and all(
+        axis in (None, wanted) for axis, wanted in zip(reversed(along), (3, 2, 1, 0), strict=False)
     )
 
 
@@ -160,8 +160,8 @@ def _four(operand: Operand, heads: int, groups: Sequence[Size] | None) -> Operan
 
 def _largest(sizes: Iterable[Size]) -> Size:
     """The first size that is not known to be 1: where others differ from it, the original fails as well."""
-    found = list(sizes)
-    return next((size for size in found if not known(size == 1)), found[0])
+    candidates = list(sizes)
+    return next((size for size in candidates if not known(size == 1)), candidates[0])
 
 
 def _expanded(operand: Operand, batch: Size, heads: Size) -> Operand:

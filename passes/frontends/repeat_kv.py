@@ -6,7 +6,7 @@ Grouped-query models copy every key head for its group of query heads before the
     torch.repeat_interleave(k, G, dim=1)                                 the same by name
     k.expand(B, Hq, N, D), from one head                                 Falcon's multi-query
 
-The operator knows groups itself. Every step is checked by where it reads its elements, not by its spelling.
+The operator knows groups itself. A step is checked by the elements that it reads, not by its form.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.operand import Operand
+from s2o_compile.passes.graph.rejected import attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.prover import MaskProver
@@ -47,7 +48,7 @@ def unwrapped(operand: Operand, site: fx.Node, prover: MaskProver) -> Operand:
 
 
 def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver) -> bool:
-    """Whether ``base``, read at the site, gives what ``node``, made of it by copies and views, holds there."""
+    """Whether reading ``base`` at the site gives the value of ``node``, a copy or view of it."""
     path = []
     while node is not base and node.args and isinstance(node.args[0], fx.Node):
         path.append(node)
@@ -98,8 +99,8 @@ def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size],
     full = value_of(node).shape
     indices = tuple(IndexTensor.axis(full, dim) for dim in range(len(full)))
     while True:
-        source = views.source(node, prover.indices)
-        if not isinstance(source, views.Source) or value_of(source.node).dtype != value_of(node).dtype:
+        source = attempt(views.source, node, prover.indices)
+        if not source or value_of(source.node).dtype != value_of(node).dtype:
             return None
         indices = tuple(index.at(indices, full) for index in source.indices)
         node = source.node

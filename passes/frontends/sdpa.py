@@ -1,4 +1,4 @@
-"""The frontend for ``torch.nn.functional.scaled_dot_product_attention``, however it is spelt in the graph."""
+"""The frontend for ``torch.nn.functional.scaled_dot_product_attention``, in every form that graphs hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from s2o_compile.passes.frontends.checks import check_tensors
 from s2o_compile.passes.frontends.head_layout import broadcast, to_heads
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import AttentionSite, module_path
@@ -47,6 +47,10 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
         node: A node for which `is_attention` holds.
         prover: The mask prover of the graph.
     """
+    return attempt(_site, node, prover)
+
+
+def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     call = operands(node)
     query, key, value = (Operand(call[name]) for name in _POSITIONAL[:3])
     restore: tuple[Step, ...] = ()
@@ -56,23 +60,16 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     elif ranks in ({3}, {5}) and call["attn_mask"] is None and call["enable_gqa"] is False:
         scores = (*query.value.shape[:-1], key.value.shape[-2])
         heads = to_heads(query, key, value, None, scores, scores)
-        if isinstance(heads, Rejected):
-            return heads
         query, key, value, restore = heads.query, heads.key, heads.value, heads.restore
-    rejected = _check_call(call)
     for operand in (query, key, value):
         writer = prover.mutations.reshaped(operand.node) if isinstance(operand.node, fx.Node) else None
         if writer is not None:
-            return Rejected("%s may be given another shape in place by %s", operand.node, writer)
-    if rejected is None:  # not `or`: a rejection is false
-        rejected = check_tensors(query.value, key.value, value.value, node)
-    if rejected is None and not restore:
-        rejected = _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
-    if rejected is not None:
-        return rejected
+            raise Refused("%s may be given another shape in place by %s", operand.node, writer)
+    _check_call(call)
+    check_tensors(query.value, key.value, value.value, node)
+    if not restore:
+        _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
     mask = _mask(call, query.value.shape[-2], key.value.shape[-2], prover)
-    if isinstance(mask, Rejected):
-        return mask
     once = [repeat_kv.unwrapped(operand, node, prover) for operand in (key, value)]
     if known(once[0].value.shape[1] == once[1].value.shape[1]):
         key, value = once
@@ -88,39 +85,37 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     )
 
 
-def _check_call(call: dict[str, Any]) -> Rejected | None:
+def _check_call(call: dict[str, Any]) -> None:
     if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
-        return Rejected(
+        raise Refused(
             "scaled_dot_product_attention is replaced, as context parallelism does; it keeps its own attention"
         )
     dropout = call["dropout_p"]
     if not isinstance(dropout, int | float) or dropout != 0:
-        return Rejected("dropout_p is %s, expected 0: call model.eval()", dropout)
+        raise Refused("dropout_p is %s, expected 0: call model.eval()", dropout)
     if not isinstance(call["is_causal"], bool):
-        return Rejected("is_causal is %s, which is not known at compile time", call["is_causal"])
+        raise Refused("is_causal is %s, which is not known at compile time", call["is_causal"])
     scale = value_of(call["scale"])
     if scale is not None and not isinstance(scale, int | float | torch.SymFloat):
-        return Rejected("scale is %s, expected a number", call["scale"])
-    return None
+        raise Refused("scale is %s, expected a number", call["scale"])
 
 
-def _check_groups(query: torch.Tensor, key: torch.Tensor, *, enable_gqa: object) -> Rejected | None:
+def _check_groups(query: torch.Tensor, key: torch.Tensor, *, enable_gqa: object) -> None:
     heads, key_heads = query.shape[1], key.shape[1]
     if key_heads not in (1, heads) and enable_gqa is not True:
-        return Rejected("%s key heads serve %s query heads without enable_gqa", key_heads, heads)
-    return None
+        raise Refused("%s key heads serve %s query heads without enable_gqa", key_heads, heads)
 
 
-def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProver) -> MaskProof | Rejected:
+def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProver) -> MaskProof:
     mask = call["attn_mask"]
     if mask is None:
         return prover.top_left_causal(query_len, key_len) if call["is_causal"] else MaskProof()
     if call["is_causal"]:
-        return Rejected("both attn_mask and is_causal are set")
+        raise Refused("both attn_mask and is_causal are set")
     if not isinstance(mask, fx.Node):
-        return Rejected("attn_mask is not a node of the graph")
-    proof = prover.prove(mask, query_len, key_len)
+        raise Refused("attn_mask is not a node of the graph")
+    proof = prover.proof(mask, query_len, key_len)
     dtype, expected = value_of(mask).dtype, value_of(call["query"]).dtype
-    if not isinstance(proof, Rejected) and proof.fully_masked == "mean" and dtype != expected:
-        return Rejected("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
+    if proof.fully_masked == "mean" and dtype != expected:
+        raise Refused("attn_mask is %s, expected %s as the query: rows without any key may differ", dtype, expected)
     return proof

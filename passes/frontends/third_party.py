@@ -1,7 +1,7 @@
-"""Attention kernels of other packages: found by name and left as they are, with a reason.
+"""Third-party attention kernels: found by name and left as they are, with a reason.
 
-Their masks are options of the kernel and their layouts differ from package to package; every model that calls them can
-be told to call SDPA instead, which the `sdpa` frontend rewrites.
+Their masks are options of the kernel, and their layouts differ from package to package. Models that call them can call
+SDPA instead, which the `sdpa` frontend rewrites.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def operands(node: fx.Node) -> dict[str, Any]:
-    """Nothing is known about the arguments of a foreign kernel."""
+    """The arguments of a third-party kernel are unknown."""
     return {}
 
 

@@ -1,8 +1,8 @@
-"""Which function a node calls, and what that call may write to.
+"""Names the function that a node calls, and the tensors that the call may write to.
 
 A name proves nothing: a user's operator may be called ``softmax``, and ``relu(x, inplace=True)`` writes. So a function
-is known only if it *is* torch's or Python's own, the same object, and what it writes is read off its operator's schema.
-Anything that is not known here may write to every tensor that it can reach through its arguments.
+is known only if it *is* torch's or Python's own, the same object. Its operator's schema says which arguments it writes.
+Any other function may write to every tensor that it can reach through its arguments.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Known:
 
 
 def function_name(node: fx.Node) -> str:
-    """What a node calls, in one spelling (``le`` for ``operator.le``, ``torch.less_equal``, ``Tensor.__le__``, ...).
+    """The function that a node calls, by one name: ``le`` for ``operator.le``, ``torch.less_equal``, ``Tensor.__le__``.
 
     Empty for anything but a call of Python's or torch's own functions, and for those that give a tensor another shape
     in place: its node has that shape from the start. Other in-place variants lose their underscore too: ask `Mutations`
@@ -138,7 +138,7 @@ def function_name(node: fx.Node) -> str:
 
 
 def written_nodes(node: fx.Node) -> list[fx.Node]:
-    """The argument nodes whose tensors a node writes to, or may write to if it is not known what it does."""
+    """The argument nodes whose tensors a node writes to; all that it may write to if its function is unknown."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return []
     target = node.target
@@ -171,7 +171,7 @@ def may_reshape(node: fx.Node) -> bool:
 def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may lie where its arguments lie, although its fake value does not say so.
 
-    Dropout that is off gives its argument back, and nobody knows what an unknown function gives.
+    Dropout that is off returns its argument, and an unknown function may.
     """
     if node.op == "call_module" and node.graph.owning_module is not None:
         module = node.graph.owning_module.get_submodule(str(node.target))
@@ -185,9 +185,9 @@ def may_alias(node: fx.Node) -> bool:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node can go if nobody reads its value: it writes nothing and does nothing else besides.
+    """Whether a node can go if nobody reads its value: it has no effect.
 
-    Random numbers count as an effect, and so do checks and what depends on data in its size.
+    Random numbers and checks count as effects. So do results whose size depends on data.
     """
     if node.op == "get_attr":
         return True
@@ -263,7 +263,7 @@ def _functions() -> dict[object, _Known]:
 
 
 def _method(name: str) -> _Known | None:
-    """What a method of plain tensors does."""
+    """A method of plain tensors, if it is torch's own."""
     function = getattr(torch.Tensor, name, None)
     return _method_by_object(name, function) if callable(function) else None
 
@@ -300,14 +300,14 @@ def _tags(name: str, overload: str) -> tuple[torch.Tag, ...]:
 
 
 def _by_schema(node: fx.Node, schema: torch.FunctionSchema) -> list[fx.Node]:
-    """What one overload writes; keywords have the names of its schema."""
-    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    """The arguments that one overload writes; keywords have the names of its schema."""
+    passed = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
     written = [argument.name for argument in schema.arguments if _writes(argument)]
-    return _nodes([given[name] for name in written if name in given])
+    return _nodes([passed[name] for name in written if name in passed])
 
 
 def _by_schemas(node: fx.Node, schemas: tuple[torch.FunctionSchema, ...]) -> list[fx.Node]:
-    """What a function may write whose overload its arguments choose; its keywords may differ from the schema's."""
+    """The arguments that any overload may write; keywords may have other names than the schema's."""
     keywords, places = {"out"}, set()
     for schema in schemas:
         writes = [(at, argument) for at, argument in enumerate(schema.arguments) if _writes(argument)]
@@ -321,7 +321,7 @@ def _by_schemas(node: fx.Node, schemas: tuple[torch.FunctionSchema, ...]) -> lis
 
 
 def _writes(argument: Any) -> bool:  # noqa: ANN401 (an argument of a schema)
-    """Whether a schema's argument is written to. Running statistics are, whatever old schemas say of them."""
+    """Whether a schema's argument is written to. Running statistics are, although old schemas do not say so."""
     written = argument.alias_info is not None and argument.alias_info.is_write
     return written or argument.name.startswith("running_")
 
@@ -329,10 +329,10 @@ def _writes(argument: Any) -> bool:  # noqa: ANN401 (an argument of a schema)
 def _is_switched(node: fx.Node, signature: inspect.Signature) -> bool:
     """Whether a Python function of torch's is called so that it writes, or in a way that is not understood."""
     try:
-        given = signature.bind(*node.args, **node.kwargs).arguments
+        passed = signature.bind(*node.args, **node.kwargs).arguments
     except TypeError:
         return True
-    switches = [given.get(name) for name in _SWITCHES]
+    switches = [passed.get(name) for name in _SWITCHES]
     return not all(value is None or value is False for value in switches)  # max_norm=0 is on
 
 

@@ -1,8 +1,8 @@
-"""Graphs of torch.export, made ready for the passes and made whole behind them.
+"""Prepares graphs of torch.export for the passes, and converts inserted calls back to operators.
 
-Such a graph holds operators only, and beside every cast an ``_assert_tensor_metadata(x, dtype, device)``. That reads
-nothing of a tensor but what it is, yet is a user of it: probabilities would look as if somebody read them, and masks
-would never be dead. The passes write ``torch.narrow``, ``torch.Tensor.expand`` and their kin, as Dynamo's graphs do.
+Such a graph holds operators only, and an ``_assert_tensor_metadata(x, dtype, device)`` beside every cast. The assertion
+reads no values, yet it is a user: probabilities would look as if somebody read them, and masks would never be dead. The
+passes insert ``torch.narrow``, ``torch.Tensor.expand`` and others, as Dynamo's graphs hold them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
 @contextmanager
 def opened(program: ExportedProgram) -> Iterator[None]:
-    """A block in which the passes may change an exported graph; behind it, it holds operators only again.
+    """A block in which the passes may change an exported graph. After it, the graph holds operators only again.
 
-    Assertions are set aside, and those about tensors that outlive the block are put back.
+    Assertions are removed for the block, and put back if their tensor outlives it.
     """
     graph = program.graph
     _write_numbers(program)
-    found = graph.find_nodes(op="call_function", target=_ASSERTION)
-    about = [(node.args[0], node.args, node.kwargs, node.meta) for node in found]
-    for node in found:
+    assertions = graph.find_nodes(op="call_function", target=_ASSERTION)
+    about = [(node.args[0], node.args, node.kwargs, node.meta) for node in assertions]
+    for node in assertions:
         graph.erase_node(node)
     before = {node: node.target for node in graph.nodes}
     try:
@@ -41,19 +41,19 @@ def opened(program: ExportedProgram) -> Iterator[None]:
             if not is_erased(tensor):
                 with graph.inserting_after(tensor):
                     graph.call_function(_ASSERTION, args, kwargs).meta = meta
-        _spell(graph, before)
+        _to_operators(graph, before)
 
 
 def _write_numbers(program: ExportedProgram) -> None:
-    """Put ``full`` in the place of numbers that were tensors: torch 2.11 lifts ``torch.tensor(0.0)`` out of a graph."""
-    graph, held = program.graph, program.graph_signature.inputs_to_lifted_tensor_constants
+    """Replaces numbers that became tensors by ``full``: torch 2.11 lifts ``torch.tensor(0.0)`` out of a graph."""
+    graph, constants = program.graph, program.graph_signature.inputs_to_lifted_tensor_constants
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.lift_fresh_copy.default):
-        constant = program.constants.get(held.get(getattr(node.args[0], "name", ""), ""))
+        constant = program.constants.get(constants.get(getattr(node.args[0], "name", ""), ""))
         if not isinstance(constant, Tensor) or constant.ndim:
             continue
-        place = {"dtype": constant.dtype, "device": constant.device}
+        options = {"dtype": constant.dtype, "device": constant.device}
         with graph.inserting_before(node):
-            number = graph.call_function(torch.ops.aten.full.default, ([], constant.item()), place)
+            number = graph.call_function(torch.ops.aten.full.default, ([], constant.item()), options)
         number.meta = dict(node.meta)
         for copy in (*(user for user in node.users if user.target is torch.ops.aten.detach_.default), node):
             if not any(user.op == "output" for user in copy.users):
@@ -61,10 +61,10 @@ def _write_numbers(program: ExportedProgram) -> None:
                 graph.erase_node(copy)
 
 
-def _spell(graph: fx.Graph, before: Mapping[fx.Node, object]) -> None:
-    """Put operators in the place of every Python function that the passes call on tensors.
+def _to_operators(graph: fx.Graph, before: Mapping[fx.Node, object]) -> None:
+    """Replaces every Python function that the passes call on tensors by operators.
 
-    Functions that were there before are export's own, such as those of vmap.
+    Functions from before the passes stay. They are export's own, such as those of vmap.
     """
     for node in list(graph.nodes):
         operator = isinstance(node.target, (OpOverload, HigherOrderOperator))

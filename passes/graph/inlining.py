@@ -1,4 +1,4 @@
-"""Code traced into a graph, ahead of a node whose arguments it is called with."""
+"""Traces a function into a graph, ahead of the node whose arguments it gets."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> tuple[list[fx.Node], 
         function: Called with them; may raise, and then nothing is inserted.
 
     Returns:
-        The inserted nodes, and what the function returned, nodes in the place of tensors.
+        The inserted nodes, and the function's result with nodes instead of tensors.
     """
     leaves, spec = tree_flatten((node.args, node.kwargs))
     inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
     values = [value_of(leaf) for leaf in inputs]
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
-    def call(*given: object) -> object:
-        found = dict(zip(inputs, given, strict=True))
-        args, kwargs = tree_unflatten([found.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
+    def call(*tensors: object) -> object:
+        tensor_of = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = tree_unflatten([tensor_of.get(x, x) if isinstance(x, fx.Node) else x for x in leaves], spec)
         return function(*args, **kwargs)
 
     with fake_mode, torch.no_grad():
         body = make_fx(call, pre_dispatch=True)(*values)
-    placed: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    copies: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     nodes = []
     outputs: Any = None
     key = "example_value" if "example_value" in node.meta else "val"
     with node.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "output":
-                outputs = fx.map_arg(inner.args[0], placed.__getitem__)
+                outputs = fx.map_arg(inner.args[0], copies.__getitem__)
             elif inner.op != "placeholder":
-                copy = node.graph.node_copy(inner, placed.__getitem__)
+                copy = node.graph.node_copy(inner, copies.__getitem__)
                 copy.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
                 copy.meta[key] = inner.meta.get("val")
-                placed[inner] = copy
+                copies[inner] = copy
                 nodes.append(copy)
     return nodes, tuple(outputs) if isinstance(outputs, list | tuple) else outputs

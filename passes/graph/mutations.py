@@ -1,9 +1,9 @@
-"""Which tensors of a graph are changed in place, and what they hold where they are read.
+"""Finds the tensors of a graph that are changed in place, and their values where they are read.
 
-A node says what its tensor is only while nobody writes into it afterwards. One kind of writing can still be read like
-a function: a tensor made in the graph, written as a whole (``mask &= other``, ``mask.masked_fill_(...)``), and seen by
-nobody before the last of its writes. Every read then sees the same value: the last write's, applied to what the write
-before left, and so on down to the node that made the tensor.
+A node describes its tensor only while nobody writes into the tensor afterwards. One kind of write can still be read
+like a function. The tensor is made in the graph, each write covers all of it (``mask &= other``,
+``mask.masked_fill_(...)``), and nobody sees it before the last write. Every reader then sees one value: the last
+write, applied to the result of the write before, down to the node that made the tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import storages, tree_leaves
 from s2o_compile.passes.graph.calls import function_name, may_alias, may_reshape, written_nodes
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 
 _ANYWHERE = -1
-"""The storage of tensors that do not say where they lie: who writes there may write to any tensor."""
+"""The storage of tensors with an unknown storage: a write to it may be a write to any tensor."""
 
-# Writes that have a functional twin: the result has the shape of the first argument and depends on nothing else.
+# Writes with a functional form: the result has the first argument's shape and depends on nothing else.
 _READABLE = frozenset({"and", "or", "mul", "add", "masked_fill", "fill", "zero", "triu", "tril", "setitem"})
 
 
@@ -58,8 +58,8 @@ class Mutations:
 
     def writers(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The nodes that write to the tensors of ``node``, or to what it writes, anywhere in the graph, in order."""
-        found = {writer for storage in self._touched(node) for writer in self._writers.get(storage, ())}
-        return tuple(sorted(found, key=self.position))
+        writers = {writer for storage in self._touched(node) for writer in self._writers.get(storage, ())}
+        return tuple(sorted(writers, key=self.position))
 
     def writer(self, node: fx.Node) -> fx.Node | None:
         """The first of them, or None."""
@@ -75,7 +75,7 @@ class Mutations:
         return next((writer for writer in self.writers(node) if may_reshape(writer)), None)
 
     def position(self, node: fx.Node) -> int:
-        """Where a node stands in the graph."""
+        """The position of a node in the graph."""
         return self._position[node]
 
     def last_write(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
@@ -83,23 +83,23 @@ class Mutations:
         start, stop = self._position[node], self._position[before]
         return next((w for w in reversed(self.writers(node)) if start < self._position[w] < stop), None)
 
-    def settled(self, node: fx.Node) -> fx.Node | Rejected:
-        """The node that, read as a function, says what the tensor of ``node`` holds: its last write, or itself.
+    def settled(self, node: fx.Node) -> fx.Node:
+        """The node that, read as a function, gives the value of a node's tensor: its last write, or itself.
 
-        Inside `before` that is the state before the write.
+        Inside `before`, it gives the state before the write. Raises `Refused` if no node does.
         """
         written = [storage for storage in self._touched(node) if storage in self._writers]
         if not written:
             return node
         chain = self._chain(written[0]) if len(written) == 1 else None
         if chain is None:
-            return Rejected("%s is changed in place by %s", node, self._writers[written[0]][0])
-        # Anything else in the storage is a view made after the last write, and says what it is.
+            raise Refused("%s is changed in place by %s", node, self._writers[written[0]][0])
+        # Any other node in the storage is a view made after the last write, and describes itself.
         return chain[self._state.get(written[0], len(chain) - 1)] if node in chain else node
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
-        """Inside, the tensor that ``node`` writes holds what it held before; nothing for nodes that write nothing."""
+        """A block in which the tensor that a node writes has the value from before the write."""
         written = self._written.get(node, frozenset())
         storage = next(iter(written)) if len(written) == 1 else None
         chain = None if storage is None else self._chain(storage)
@@ -117,7 +117,7 @@ class Mutations:
                 self._state[storage] = outer
 
     def _touched(self, node: fx.Node) -> frozenset[int]:
-        """Where the tensors of a node lie, and what it writes to."""
+        """The storages of a node's tensors, and those that it writes to."""
         touched = self._places(node) | self._written.get(node, frozenset())
         return touched | {_ANYWHERE} if touched and _ANYWHERE in self._writers else touched
 
@@ -135,7 +135,7 @@ class Mutations:
         self._shared |= dict.fromkeys(others, first)
 
     def _chain(self, storage: int) -> tuple[fx.Node, ...] | None:
-        """The maker of a tensor and its writes, in order; None if somebody may see what lies between."""
+        """The maker of a tensor and its writes, in order; None if anything may see a state between."""
         if storage not in self._chains:
             members = self._members[storage]
             chain = (members[0], *self._writers[storage])
@@ -162,6 +162,6 @@ class Mutations:
 
 
 def _storages(node: fx.Node) -> frozenset[int]:
-    """Where the tensors of a node's value lie, also those in a tuple or a list of them."""
-    found = (storages(value) for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor))
-    return frozenset(_ANYWHERE if storage is None else storage for each in found for storage in each)
+    """The storages of the tensors in a node's value, which may be a tuple or a list of them."""
+    each_storage = (storages(value) for value in tree_leaves(value_of(node)) if isinstance(value, torch.Tensor))
+    return frozenset(_ANYWHERE if storage is None else storage for each in each_storage for storage in each)

@@ -1,6 +1,6 @@
 """Reading a captured graph: the values of its nodes, their sizes and their arguments.
 
-Which function a node calls, and what it writes, is a question of its own (`calls`).
+`calls` answers which function a node calls and which tensors it writes.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def bounds(size: Size) -> tuple[float, float]:
     expr, extents = size.node.expr, size.node.shape_env.bound_sympy
     ranges = {}
     for symbol in expr.free_symbols:
-        given = extents(symbol)
-        ranges[symbol] = ValueRanges(sympy.Max(given.lower, -LARGEST), sympy.Min(given.upper, LARGEST))
-    found = bound_sympy(expr, ranges)
-    least, greatest = (int(bound) if bound.is_Integer else None for bound in (found.lower, found.upper))
+        extent_of_symbol = extents(symbol)
+        ranges[symbol] = ValueRanges(
+            sympy.Max(extent_of_symbol.lower, -LARGEST), sympy.Min(extent_of_symbol.upper, LARGEST)
+        )
+    extent = bound_sympy(expr, ranges)
+    least, greatest = (int(bound) if bound.is_Integer else None for bound in (extent.lower, extent.upper))
     return -math.inf if least is None else least, math.inf if greatest is None else greatest
 
 
@@ -90,7 +92,7 @@ def arguments(node: fx.Node, *names: str) -> tuple[Any, ...]:
 
 
 def choice(node: fx.Node) -> tuple[Any, Any, Any] | None:
-    """Condition, chosen and otherwise of a ``where``; None if it is spelt in a way that is not read."""
+    """Condition, chosen and otherwise of a ``where``; None if its form is not known."""
     method = node.op == "call_method"
     first, second, third = arguments(
         node, *(("input", "condition") if method else ("condition", "input|self")), "other"

@@ -1,7 +1,7 @@
-"""An operand of an attention: a tensor of the graph seen through view functions that are applied when it is rewritten.
+"""An operand of an attention: a tensor of the graph, and the view functions that the rewriter applies to it.
 
-A frontend must not change the graph before every proof is made, but bmm's operands are [B * H, N, D] and einsum's may
-be [B, N, H, D]. So a frontend describes the steps to [B, H, N, D], and the rewriter inserts them.
+A frontend must not change the graph before all proofs are made, but bmm's operands are [B * H, N, D]. Those of an
+einsum may be [B, N, H, D]. So a frontend describes the steps to [B, H, N, D], and the rewriter inserts them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ def computed(
         return None
     environment = like.fake_mode.shape_env
     unguarded = nullcontext() if environment is None else environment.suppress_guards()
-    # What the checks inside ask of sizes, such as whether a slice ends within a buffer, must not become a guard.
+    # Checks inside compare sizes (does a slice end within a buffer?). They must not add guards.
     with like.fake_mode, torch.no_grad(), unguarded:
         return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs or {}, value_of))

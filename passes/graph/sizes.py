@@ -1,4 +1,4 @@
-"""Writing a symbolic size back into a graph as nodes that compute it."""
+"""Writes a symbolic size back into a graph, as nodes that compute it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import sympy_max, sympy_min
 from s2o_compile.passes.graph.nodes import Size, simplified, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 
 _FUNCTIONS = (
     (sympy.Add, operator.add),
@@ -22,8 +22,8 @@ _FUNCTIONS = (
 )
 
 
-def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int | Rejected:
-    """A size as an int, a node of the graph that already holds it, or new nodes inserted ahead of ``before``."""
+def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
+    """A size as an int, a node that already holds it, or new nodes ahead of ``before``; raises `Refused`."""
     size = simplified(size)
     if isinstance(size, int):
         return size
@@ -40,20 +40,18 @@ def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int | Reject
 
 def _emit(
     expr: sympy.Expr, size: torch.SymInt, holders: dict[sympy.Expr, fx.Node], graph: fx.Graph, before: fx.Node
-) -> fx.Node | int | Rejected:
+) -> fx.Node | int:
     if expr in holders:
         return holders[expr]
     if expr.is_Integer:
         return int(expr)
     function = next((function for kind, function in _FUNCTIONS if isinstance(expr, kind)), None)
     if function is None:
-        return _shape_lookup(expr, graph, before) or Rejected("%s cannot be computed from sizes in the graph", size)
-    operands = []
-    for argument in expr.args:
-        operand = _emit(cast(sympy.Expr, argument), size, holders, graph, before)
-        if isinstance(operand, Rejected):
-            return operand
-        operands.append(operand)
+        holder = _shape_lookup(expr, graph, before)
+        if holder is None:
+            raise Refused("%s cannot be computed from sizes in the graph", size)
+        return holder
+    operands = [_emit(cast(sympy.Expr, argument), size, holders, graph, before) for argument in expr.args]
     return reduce(lambda left, right: _call(graph, function, left, right), operands)
 
 

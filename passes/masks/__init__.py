@@ -1,4 +1,4 @@
-"""Proves what a mask hides: index arithmetic, views and conjunctions of comparisons.
+"""Proves masks: index arithmetic, views and conjunctions of comparisons.
 
 May import: ``graph``, ``kernels``.
 """

@@ -1,11 +1,10 @@
 """Float masks that are added to the scores: 0 where a key is visible, and a number that hides where it is not.
 
-Which number that is matters for a fully masked row, one that sees no key. Under -inf its output is zero. Under a finite
-number as large as ``finfo(float32).min`` the scores vanish beside it, so that all keys weigh the same and the output is
-the mean of all values: all keys, padding too. Two such masks added up hide some keys by that number and some by twice
-as much, which overflows: no mean, no zero, and only harmless where every row sees a key. The same holds of -1e9, which
-hides a key as well unless scores differ by a billion, but is too small to make its scores vanish. -1e4 hides nothing
-surely.
+The number matters for a fully masked row, one that sees no key. Under -inf its output is zero. Beside a finite number
+as large as ``finfo(float32).min`` all scores vanish. All keys then weigh the same, and the output is the mean of all
+values, padding included. Two such masks added up hide some keys by that number and others by twice as much, which
+overflows. The output is then neither the mean nor zero, so every row must see a key. So it must under -1e9, which
+hides a key unless scores differ by a billion, but does not absorb its score. -1e4 hides nothing for certain.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import choice, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.bits import is_bits
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
@@ -44,8 +43,8 @@ class AdditiveMask:
     """A float tensor that is 0 where all terms hold.
 
     Attributes:
-        terms: What makes a key visible.
-        hidden: What may be added elsewhere; nothing if no key is hidden.
+        terms: The terms that make a key visible.
+        hidden: The numbers that may be added elsewhere; empty if no key is hidden.
         dtype: Its dtype.
     """
 
@@ -55,7 +54,7 @@ class AdditiveMask:
 
     @property
     def fully_masked(self) -> str | None:
-        """What a row without any key gives: "zeros", "mean" of all values, or None, neither."""
+        """The output of a fully masked row: "zeros", "mean" of all values, or None, neither."""
         if self.hidden <= {-math.inf}:
             return "zeros"
         return "mean" if len(self.hidden) == 1 and max(self.hidden) <= _ABSORBS and self.dtype in _ABSORBING else None
@@ -67,7 +66,7 @@ class AdditiveMask:
 
 
 class AdditiveEvaluator:
-    """Evaluates float nodes to `AdditiveMask`, or `Rejected`.
+    """Evaluates float nodes to `AdditiveMask`, or raises `Refused`.
 
     Args:
         terms: The evaluator of bool masks.
@@ -79,47 +78,48 @@ class AdditiveEvaluator:
         self._mutations = mutations
         self._fill = terms.indices.fill
 
-    def evaluate(self, node: fx.Node) -> AdditiveMask | Rejected:
+    def evaluate(self, node: fx.Node) -> AdditiveMask:
         """The mask that a float node is."""
         settled = self._mutations.settled(node)
-        if isinstance(settled, Rejected):
-            return settled
         name = function_name(settled)
         value = value_of(settled.args[0] if name == "setitem" else settled)
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            return _numbers(settled, name)
+            raise _numbers(settled, name)
         fill = self._terms.indices.filled(settled)
         if fill is not None:
-            return AdditiveMask((), frozenset(), value.dtype) if fill == 0 else _numbers(settled, name)
+            if fill != 0:
+                raise _numbers(settled, name)
+            return AdditiveMask((), frozenset(), value.dtype)
         with self._mutations.before(settled):
             if name not in ("triu", "tril") or not settled.args:
                 return self._take_apart(settled, name, value)
             hidden = self._hiding(settled.args[0], value.dtype)
         return self._choice(settled, hidden, value, negated=True)
 
-    def _take_apart(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask | Rejected:
-        source = views.source(node, self._terms.indices)
-        if isinstance(source, Rejected):
-            base = self.evaluate(node.args[0]) if isinstance(node.args[0], fx.Node) else source
-            return base if isinstance(base, Rejected) else source  # what it views may be no mask at all
+    def _take_apart(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask:
+        try:
+            source = views.source(node, self._terms.indices)
+        except Refused:
+            if isinstance(node.args[0], fx.Node):
+                self.evaluate(node.args[0])  # what it views may be no mask at all
+            raise
         if source is not None:
-            inner = self.evaluate(source.node)
-            return inner if isinstance(inner, Rejected) else inner.at(source.indices, value)
+            return self.evaluate(source.node).at(source.indices, value)
         if name == "where" and (arms := choice(node)) is not None:
             condition, chosen, otherwise = arms
             for kept, fill, negated in ((chosen, otherwise, False), (otherwise, chosen, True)):
                 hidden = self._hiding(fill, value.dtype)
                 if hidden is not None:
                     return self._hide(kept, condition, hidden, value, negated)
-            return self._outweighed(node, arms[1:], name)
+            raise self._outweighed(node, arms[1:], name)
         if name in ("masked_fill", "setitem") and len(node.args) == 3 and not node.kwargs:
             base, condition, fill = node.args
             hidden = self._hiding(fill, value.dtype)
             if hidden is None:
-                return self._outweighed(node, (fill,), name)
+                raise self._outweighed(node, (fill,), name)
             shaped = name == "masked_fill" or is_bool_of(value_of(condition), value.shape)
             if name == "setitem" and not shaped:
-                return written_in_part(base, node)
+                raise written_in_part(base, node)
             if shaped and self._is_truth_of(condition, base):
                 return self._choice(condition, hidden, value, negated=True)
             if shaped:
@@ -131,21 +131,21 @@ class AdditiveEvaluator:
                     continue
                 if hidden is not None:
                     return self._choice(factor, hidden, value, negated=True)
-                if isinstance(factor, fx.Node) and self._terms.terms(factor, negated=True) == ():
+                if isinstance(factor, fx.Node) and attempt(self._terms.terms, factor, negated=True) == ():
                     return AdditiveMask((), frozenset(), value.dtype)  # 0 everywhere
-                return self._outweighed(node, (fill,), name)
+                raise self._outweighed(node, (fill,), name)
         if name == "log" and len(node.args) == 1 and is_bits(node.args[0], self._terms.indices):
             return self._choice(node.args[0], -math.inf, value, negated=False)
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:
             return self._both(node, name, value)
-        return _numbers(node, name)
+        raise _numbers(node, name)
 
-    def _outweighed(self, node: fx.Node, fills: Sequence[object], name: str) -> Rejected:
+    def _outweighed(self, node: fx.Node, fills: Sequence[object], name: str) -> Refused:
         """Why a mask whose numbers are not low enough proves nothing."""
         numbers = [number for fill in fills if (number := self._fill(fill)) is not None and number < -1]
         if not numbers:
             return _numbers(node, name)
-        return Rejected(
+        return Refused(
             "%s hides keys by %s, which large scores outweigh; use -inf or torch.finfo(dtype).min", node, min(numbers)
         )
 
@@ -157,56 +157,41 @@ class AdditiveEvaluator:
         (number,) = _rounded((number,), dtype)
         return number if hides(number, dtype) else None
 
-    def _choice(
-        self, condition: object, hidden: float | None, value: torch.Tensor, *, negated: bool
-    ) -> AdditiveMask | Rejected:
+    def _choice(self, condition: object, hidden: float | None, value: torch.Tensor, *, negated: bool) -> AdditiveMask:
         """0 where the condition holds (or, if negated, does not), a number that hides elsewhere."""
         if hidden is None or not isinstance(condition, fx.Node) or not isinstance(value_of(condition), torch.Tensor):
-            return Rejected(
+            raise Refused(
                 "%s adds numbers to the scores; only 0 where a key is visible and -inf where it is not is a mask",
                 condition,
             )
         terms = self._terms.terms(condition, negated=negated)
-        if isinstance(terms, Rejected):
-            return terms
         indices = broadcast_indices(value_of(condition).shape, value.shape)
         terms = tuple(term.at(indices, value.shape) for term in terms)
         return AdditiveMask(terms, frozenset((hidden,)), value.dtype)
 
     def _hide(
         self, base: object, condition: object, hidden: float | None, value: torch.Tensor, negated: bool
-    ) -> AdditiveMask | Rejected:
+    ) -> AdditiveMask:
         """A mask in which a condition hides more keys: they get the number, whatever they had."""
-        chosen = self._choice(condition, hidden, value, negated=negated)
         inner = self._operand(base, value)
-        if isinstance(inner, Rejected):
-            return inner
-        if isinstance(chosen, Rejected):
-            return chosen
+        chosen = self._choice(condition, hidden, value, negated=negated)
         return AdditiveMask((*inner.terms, *chosen.terms), inner.hidden | chosen.hidden, value.dtype)
 
-    def _both(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask | Rejected:
+    def _both(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask:
         """The sum or the minimum of two masks."""
         left, right = (self._operand(argument, value) for argument in node.args)
-        if isinstance(left, Rejected):
-            return left
-        if isinstance(right, Rejected):
-            return right
         hidden = left.hidden | right.hidden
         if name == "add" and left.hidden and right.hidden:
             hidden |= _rounded({a + b for a in left.hidden for b in right.hidden}, value.dtype)
         return AdditiveMask((*left.terms, *right.terms), hidden, value.dtype)
 
-    def _operand(self, argument: object, value: torch.Tensor) -> AdditiveMask | Rejected:
+    def _operand(self, argument: object, value: torch.Tensor) -> AdditiveMask:
         """An operand broadcast and promoted to a result."""
         if self._fill(argument) == 0:
             return AdditiveMask((), frozenset(), value.dtype)
         if not isinstance(argument, fx.Node) or not isinstance(value_of(argument), torch.Tensor):
-            return Rejected("%s adds numbers to the scores", argument)
-        inner = self.evaluate(argument)
-        if isinstance(inner, Rejected):
-            return inner
-        return inner.at(broadcast_indices(value_of(argument).shape, value.shape), value)
+            raise Refused("%s adds numbers to the scores", argument)
+        return self.evaluate(argument).at(broadcast_indices(value_of(argument).shape, value.shape), value)
 
     def _is_truth_of(self, condition: object, base: object) -> bool:
         """Whether a condition is ``base != 0``: then base is 0 wherever the condition does not hold."""
@@ -220,14 +205,14 @@ class AdditiveEvaluator:
         return name in views.CASTS or (name == "ne" and len(condition.args) == 2 and self._fill(condition.args[1]) == 0)
 
 
-def _numbers(node: fx.Node, name: str) -> Rejected:
+def _numbers(node: fx.Node, name: str) -> Refused:
     if node.op in ("placeholder", "get_attr"):
-        return Rejected(
+        return Refused(
             "%s enters the graph as it is and adds numbers to the scores: a position bias, or a mask that was made "
             "elsewhere; let the model make its mask of a 2-D attention_mask, inside the compiled region",
             node,
         )
-    return Rejected(
+    return Refused(
         "%s (%s) adds numbers to the scores, as ALiBi and other position biases do, which the sparse operator does not "
         "have; a float mask holds only 0 where a key is visible and -inf where it is not",
         node,

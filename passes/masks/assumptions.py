@@ -1,4 +1,4 @@
-"""The run-time checks of promises: what the user said of a mask is compared with what it holds."""
+"""Run-time checks of promises: a mask is compared with the user's promise about it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_blocks(
     mask: Tensor, query_len: int, key_len: int, query_block: int, key_block: int, counts: Tensor, order: Tensor,
     full_counts: Tensor | None = None, full_order: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fails, on the device and without waiting for it, unless tables of blocks list what a mask leaves visible.
+    """Fails, on the device and without waiting for it, unless tables of blocks list the visible blocks of a mask.
 
     Every block with a visible score must be listed once. Under ``full`` the mask is not looked at: only blocks that
     are visible as a whole may stand there.
@@ -63,18 +63,18 @@ def check_blocks(
     """
     lead = mask.shape[:2] if mask.ndim == 4 else (1, 1)
     visible = mask.expand(*lead, query_len, key_len)
-    some = ~_whole_blocks(~visible, query_block, key_block)
-    times = _times_listed(counts, order, some.shape[-1])
+    visible_blocks = ~_whole_blocks(~visible, query_block, key_block)
+    times = _times_listed(counts, order, visible_blocks.shape[-1])
     holds = times <= 1
     if full_counts is not None and full_order is not None:
-        full_times = _times_listed(full_counts, full_order, some.shape[-1])
+        full_times = _times_listed(full_counts, full_order, visible_blocks.shape[-1])
         holds = (times + full_times <= 1) & ((full_times == 0) | _whole_blocks(visible, query_block, key_block))
         times = times + full_times
-    torch._assert_async((holds & ((times == 1) | ~some)).all(), BLOCKS_MESSAGE)
+    torch._assert_async((holds & ((times == 1) | ~visible_blocks)).all(), BLOCKS_MESSAGE)
 
 
 def _whole_blocks(mask: Tensor, query_block: int, key_block: int) -> Tensor:
-    """Which blocks of [B, H, Nq, Nk] are True as a whole, [B, H, Nq blocks, Nk blocks]; what lies outside counts."""
+    """The blocks of [B, H, Nq, Nk] that are all True, [B, H, Nq blocks, Nk blocks]; outside counts as True."""
     lead, queries, keys = mask.shape[:2], mask.shape[-2], mask.shape[-1]
     rows, columns = (queries + query_block - 1) // query_block, (keys + key_block - 1) // key_block
     padded = mask.new_ones(*lead, rows * query_block, columns * key_block)
@@ -83,7 +83,7 @@ def _whole_blocks(mask: Tensor, query_block: int, key_block: int) -> Tensor:
 
 
 def _times_listed(counts: Tensor, order: Tensor, blocks: int) -> Tensor:
-    """How often each of the key blocks is listed, [B, H, Nq blocks, Nk blocks]; a block out of range is twice each."""
+    """The times each key block is listed, [B, H, Nq blocks, Nk blocks]; a block out of range adds two to each."""
     listed = torch.arange(order.shape[-1], device=order.device) < counts[..., None]
     outside = listed & ((order < 0) | (order >= blocks))
     times = torch.zeros(*order.shape[:-1], blocks, dtype=torch.int64, device=order.device)

@@ -1,7 +1,7 @@
 """Numbers that are provably 0 or 1: a bool tensor turned into numbers, its complement, its products.
 
-Only for these is ``1 - mask`` the opposite of a mask and ``mask * x`` a choice. An integer attention mask that enters
-the graph may hold any number.
+``1 - mask`` is the opposite of a mask, and ``mask * x`` is a choice, only for these. An integer attention mask that
+enters the graph may hold any number.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.rejected import attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.masks.index_tensor import COMPARISONS
@@ -37,8 +38,8 @@ def is_bits(argument: object, indices: IndexEvaluator) -> bool:
         return all(is_bits(factor, indices) for factor in argument.args)
     if name in ("tril", "triu") and argument.args:
         return is_bits(argument.args[0], indices)
-    source = views.source(argument, indices)
-    return isinstance(source, views.Source) and is_bits(source.node, indices)
+    source = attempt(views.source, argument, indices)
+    return bool(source) and is_bits(source.node, indices)
 
 
 def complement(node: fx.Node, indices: IndexEvaluator) -> fx.Node | None:

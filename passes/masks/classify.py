@@ -1,11 +1,11 @@
-"""What a conjunction of terms says about queries and keys: a band, chunks, and keys that padding hides."""
+"""Turns a conjunction of terms into a proof about queries and keys: a band, chunks, and key masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from s2o_compile.passes.graph.nodes import Size, known, simplified
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import KeyMask, MaskProof
 from s2o_compile.passes.masks.terms import LookUp, SameChunk, Terms
@@ -14,8 +14,8 @@ BATCH, HEAD, QUERY, KEY = range(4)
 _AXES = ("batch entries", "heads", "queries", "keys")
 
 
-def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof | Rejected:
-    """The proof that a conjunction of terms over a mask's shape [.., Nq, Nk] is, or why it is none."""
+def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof:
+    """The proof that a conjunction of terms over a mask's shape [.., Nq, Nk] is; raises `Refused`."""
     lead = 4 - len(shape)
     singleton = [True] * lead + [known(size == 1) for size in shape]
     offsets: list[Size] = []  # j <= i + offset
@@ -27,10 +27,7 @@ def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size
             chunks.append(term)
             continue
         if isinstance(term, LookUp):
-            key_mask = _key_mask(term, shape, singleton, key_len)
-            if isinstance(key_mask, Rejected):
-                return key_mask
-            key_masks.append(key_mask)
+            key_masks.append(_key_mask(term, shape, singleton, key_len))
             continue
         steps = _steps(term.index, singleton)
         if steps == (0, 0, 1, -1):
@@ -38,23 +35,17 @@ def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size
         elif steps == (0, 0, -1, 1):
             reaches.append(term.index.const)
         else:
-            return Rejected("%s is neither a causal bound nor a sliding window%s", term.node, _varies(steps))
+            raise Refused("%s is neither a causal bound nor a sliding window%s", term.node, _varies(steps))
     offset, reach = _least(offsets), _least(reaches)
-    if isinstance(offset, Rejected):
-        return offset
-    if isinstance(reach, Rejected):
-        return reach
     if reach is not None and offset is None:
-        return Rejected("it hides keys before a sliding window but no keys after the query")
+        raise Refused("it hides keys before a sliding window but no keys after the query")
     if offset is None or reach is None:
         window = None
     else:
         window = simplified(offset + reach + 1)
         if not known(window >= 1):
-            return Rejected("its sliding window of %s tokens may be empty", window)
+            raise Refused("its sliding window of %s tokens may be empty", window)
     chunk = _chunk(chunks, singleton, offset)
-    if isinstance(chunk, Rejected):
-        return chunk
     bottom_right = offset is not None and known(offset == key_len - query_len)
     ahead = 0 if offset is None else simplified(offset - (key_len - query_len))
     return MaskProof(
@@ -78,47 +69,47 @@ def _varies(steps: Sequence[int]) -> str:
     return f": it varies along {' and '.join(axes)}" if axes else ""
 
 
-def _least(bounds: Sequence[Size]) -> Size | Rejected | None:
+def _least(bounds: Sequence[Size]) -> Size | None:
     """The tightest of several bounds that all hold."""
     if not bounds:
         return None
     for bound in bounds:
         if all(known(bound <= other) for other in bounds):
             return bound
-    return Rejected("which of its bounds %s is the tightest depends on the lengths", ", ".join(map(str, bounds)))
+    raise Refused("which of its bounds %s is the tightest depends on the lengths", ", ".join(map(str, bounds)))
 
 
-def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size | None) -> int | Rejected | None:
+def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size | None) -> int | None:
     """The length of the chunks, provided that key j is compared with the query's own position i + offset."""
     for term in terms:
         sides = {_steps(side, singleton): side for side in (term.left, term.right)}
         key, query = sides.get((0, 0, 0, 1)), sides.get((0, 0, 1, 0))
         if key is None or query is None:
-            return Rejected("%s compares chunks of other things than queries and keys", term.node)
+            raise Refused("%s compares chunks of other things than queries and keys", term.node)
         if not known(key.const == 0):
-            return Rejected("%s counts its chunks from position %s, expected the first key", term.node, key.const)
+            raise Refused("%s counts its chunks from position %s, expected the first key", term.node, key.const)
         if offset is None or not known(query.const == offset):
-            return Rejected("%s cuts chunks (%s) without a causal mask of the same offset", term.node, term.size)
+            raise Refused("%s cuts chunks (%s) without a causal mask of the same offset", term.node, term.size)
         if term.size != terms[0].size:
-            return Rejected("%s and %s cut chunks of different lengths", terms[0].node, term.node)
+            raise Refused("%s and %s cut chunks of different lengths", terms[0].node, term.node)
     return terms[0].size if terms else None
 
 
-def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], key_len: Size) -> KeyMask | Rejected:
+def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], key_len: Size) -> KeyMask:
     """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
     batch_dim, key_dim, key_start = None, None, 0
     selected: list[tuple[int, int]] = []
     for dim, index in enumerate(term.indices):
         steps = _steps(index, singleton)
         if steps[QUERY] and term.node.op == "placeholder":
-            return Rejected(
+            raise Refused(
                 "%s varies along queries, and %s: let the model make its mask of a 2-D attention_mask, inside the "
                 "compiled region, or promise that it is causal (assume_causal_mask=True)",
                 term.node,
                 term.why,
             )
         if steps[QUERY] or steps[HEAD]:
-            return Rejected("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
+            raise Refused("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
         if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0):
             batch_dim = dim
         elif steps == (0, 0, 0, 1) and key_dim is None:
@@ -126,9 +117,9 @@ def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], ke
         elif not any(steps) and isinstance(simplified(index.const), int):
             selected.append((dim, int(index.const)))
         else:
-            return Rejected("%s is read at positions that are no plain batch and key positions", term.node)
+            raise Refused("%s is read at positions that are no plain batch and key positions", term.node)
     if key_dim is None:
-        return Rejected("%s does not vary along the keys, and %s", term.node, term.why)
+        raise Refused("%s does not vary along the keys, and %s", term.node, term.why)
     return KeyMask(
         node=term.node,
         batch_dim=batch_dim,

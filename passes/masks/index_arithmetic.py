@@ -1,9 +1,9 @@
 """Symbolic values of integer index tensors: ``value[i0, i1, ...] = const + step0 * i0 + step1 * i1 + ...``.
 
 Masks are made of such tensors: an ``arange`` seen through additions, broadcasts, views and look-ups. Their values are
-derived from the graph's *structure* and from sizes that may be symbolic, never by running the sub-graph on an example:
-they hold for every length the graph accepts. A tensor whose values come from anywhere else (an input, a parameter, a
-function not listed here) is `Rejected`.
+derived from the graph's *structure* and from sizes that may be symbolic. No sub-graph is run on an example, so the
+values hold for every length that the graph accepts. Tensors with values from elsewhere (an input, a parameter, a
+function not listed here) are `Refused`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, is_size, known, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
 
@@ -25,7 +25,7 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class IndexEvaluator:
-    """Evaluates nodes to `IndexTensor` or `Rejected`; remembers what it has evaluated.
+    """Evaluates nodes to `IndexTensor`, or raises `Refused`; remembers both.
 
     Args:
         mutations: The in-place writes of the graph.
@@ -35,35 +35,37 @@ class IndexEvaluator:
         self._mutations = mutations
         self._values: dict[fx.Node, IndexTensor | Rejected] = {}
 
-    def evaluate(self, argument: object) -> IndexTensor | Rejected:
+    def evaluate(self, argument: object) -> IndexTensor:
         """Value of a node or of a Python number, as a tensor of its shape."""
         value = value_of(argument)
         if is_size(value):
             return IndexTensor.constant(value)
         if isinstance(value, torch.SymInt):
-            return Rejected("%s is a number computed at run time", argument)
+            raise Refused("%s is a number computed at run time", argument)
         if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
-            return Rejected("%s is not an integer", argument)
+            raise Refused("%s is not an integer", argument)
         if argument not in self._values:
-            found = self._evaluate(argument, value)
-            # Only now: it is what the node computes, and its operands have been looked at before.
-            wraps = isinstance(found, IndexTensor) and not found.fits(value.dtype)
-            self._values[argument] = _may_wrap(argument, value.dtype) if wraps else found
-        return self._values[argument]
+            try:
+                tensor = self._evaluate(argument, value)
+                # Last, because the value is the node's own: its operands are checked by now.
+                self._values[argument] = tensor if tensor.fits(value.dtype) else _may_wrap(argument, value.dtype).why
+            except Refused as error:
+                self._values[argument] = error.why
+        return accepted(self._values[argument])
 
-    def _evaluate(self, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+    def _evaluate(self, node: fx.Node, value: torch.Tensor) -> IndexTensor:
         writer = self._mutations.writer(node)
         if writer is not None:
-            return Rejected("%s is changed in place by %s", node, writer)
+            raise Refused("%s is changed in place by %s", node, writer)
         if node.op in ("placeholder", "get_attr"):
-            return unknown_values(node)
+            raise unknown_values(node)
         name, fill = function_name(node), self.fill(node)
         if is_floor_division(node):
-            return Rejected("%s (%s) cuts positions into chunks, which only a comparison of two may do", node, name)
+            raise Refused("%s (%s) cuts positions into chunks, which only a comparison of two may do", node, name)
         if fill is None and name not in _HANDLERS and name not in views.VIEWS and name not in COMPARISONS:
-            return Rejected("%s (%s) is not index arithmetic", node, name or node.op)
+            raise Refused("%s (%s) is not index arithmetic", node, name or node.op)
         if value.dtype not in (*INDEX_DTYPES, torch.bool):
-            return Rejected("%s has dtype %s; only int64 and int32 count exactly", node, value.dtype)
+            raise Refused("%s has dtype %s; only int64 and int32 count exactly", node, value.dtype)
         if isinstance(fill, int):
             return IndexTensor.constant(bool(fill) if value.dtype is torch.bool else fill, value.shape)
         if name in COMPARISONS:
@@ -72,40 +74,34 @@ class IndexEvaluator:
         if source is not None:
             return self._view(source, value)
         if name not in _HANDLERS or value.dtype is torch.bool:
-            return Rejected("%s (%s) is not index arithmetic", node, name or node.op)
+            raise Refused("%s (%s) is not index arithmetic", node, name or node.op)
         return _HANDLERS[name](self, node, value)
 
-    def _view(self, source: views.Source | Rejected, value: torch.Tensor) -> IndexTensor | Rejected:
-        if isinstance(source, Rejected):
-            return source
+    def _view(self, source: views.Source, value: torch.Tensor) -> IndexTensor:
         base = self.evaluate(source.node)
-        if isinstance(base, Rejected):
-            return base
         viewed = base.at(source.indices, value.shape)
         if value.dtype is torch.bool and value_of(source.node).dtype is not torch.bool:
             if viewed.is_constant and isinstance(viewed.const, int):
                 return IndexTensor.constant(bool(viewed.const), value.shape)
-            return Rejected("%s is not a constant", source.node)
+            raise Refused("%s is not a constant", source.node)
         return viewed
 
-    def _constant_comparison(self, node: fx.Node, name: str, value: torch.Tensor) -> IndexTensor | Rejected:
+    def _constant_comparison(self, node: fx.Node, name: str, value: torch.Tensor) -> IndexTensor:
         operands = self.operands(node, value.shape)
-        if isinstance(operands, Rejected):
-            return operands
-        for result, spelling in ((True, name), (False, COMPARISONS[name])):
-            bounds = compare(spelling, *operands)
+        for result, comparison in ((True, name), (False, COMPARISONS[name])):
+            bounds = compare(comparison, *operands)
             if bounds and all(known(bound.minimum >= 0) for bound in bounds):
                 return IndexTensor.constant(result, value.shape)
         if name in ("eq", "ne") and always_differ(*operands):
             return IndexTensor.constant(name == "ne", value.shape)
-        return Rejected("%s (%s) is not a constant", node, name)
+        raise Refused("%s (%s) is not a constant", node, name)
 
     def fill(self, argument: object) -> float | int | bool | None:
         """The number that fills a tensor (``ones``, ``new_full``, ``zeros_like``), or a plain number; else None."""
         if isinstance(argument, bool | int | float):
             return argument
-        settled = self._mutations.settled(argument) if isinstance(argument, fx.Node) else None
-        return self.filled(settled) if isinstance(settled, fx.Node) else None
+        settled = attempt(self._mutations.settled, argument) if isinstance(argument, fx.Node) else None
+        return self.filled(settled) if settled else None
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether a tensor is changed in place."""
@@ -133,19 +129,15 @@ class IndexEvaluator:
         # As the tensor holds it: 0.3 in bfloat16 is another number.
         return torch.tensor(fill, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else fill
 
-    def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor] | Rejected:
+    def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor]:
         """The two operands of a node, broadcast to its shape."""
         arguments = (*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs))
         if len(arguments) < 2:
-            return Rejected("%s has an unexpected signature", node)
+            raise Refused("%s has an unexpected signature", node)
         left, right = self.evaluate(arguments[0]), self.evaluate(arguments[1])
-        if isinstance(left, Rejected):
-            return left
-        if isinstance(right, Rejected):
-            return right
         dtype = promoted(*arguments[:2])
         if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
-            return _may_wrap(node, dtype)
+            raise _may_wrap(node, dtype)
         return left.broadcast(shape), right.broadcast(shape)
 
 
@@ -160,8 +152,8 @@ def promoted(left: object, right: object) -> torch.dtype | None:
     return tensors[0].dtype if tensors and tensors[0].dtype is not torch.bool else None
 
 
-def _may_wrap(node: fx.Node, dtype: torch.dtype) -> Rejected:
-    return Rejected("%s may leave the range of %s, where numbers wrap around", node, dtype)
+def _may_wrap(node: fx.Node, dtype: torch.dtype) -> Refused:
+    return Refused("%s may leave the range of %s, where numbers wrap around", node, dtype)
 
 
 def is_floor_division(node: fx.Node) -> bool:
@@ -170,94 +162,81 @@ def is_floor_division(node: fx.Node) -> bool:
     return name in ("floordiv", "floor_divide") or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
 
 
-def unknown_values(node: fx.Node) -> Rejected:
+def unknown_values(node: fx.Node) -> Refused:
     """The reason why an input's values prove nothing."""
     kind = "graph input" if node.op == "placeholder" else "stored tensor"
     if "position" in str(node.target):
-        return Rejected(
+        return Refused(
             "it depends on the values of the %s %s; position ids may pack several sequences into one row: leave them "
             "unset if each row is one sequence",
             kind,
             node.target,
         )
-    return Rejected("it depends on the values of the %s %s, unknown at compile time", kind, node.target)
+    return Refused("it depends on the values of the %s %s, unknown at compile time", kind, node.target)
 
 
-def _arange(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+def _arange(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     arguments = list(node.args) + [node.kwargs[key] for key in ("start", "end", "step") if key in node.kwargs]
     if len(node.args) == 1 and "start" in node.kwargs:
-        return Rejected("%s (arange) has an unexpected signature", node)
+        raise Refused("%s (arange) has an unexpected signature", node)
     start = arguments[0] if len(arguments) > 1 else 0
     step = arguments[2] if len(arguments) > 2 else 1
     first = evaluator.evaluate(start)
-    if isinstance(first, Rejected):
-        return first
     if not isinstance(step, int):
-        return Rejected("%s (arange) has a step that is no constant integer", node)
+        raise Refused("%s (arange) has a step that is no constant integer", node)
     return IndexTensor(tuple(value.shape), first.const, (step,))
 
 
-def _add(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+def _add(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operands = evaluator.operands(node, value.shape)
-    if isinstance(operands, Rejected):
-        return operands
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
-        return Rejected("%s scales its operand (alpha)", node)
+        raise Refused("%s scales its operand (alpha)", node)
     name = function_name(node)
     left, right = operands[::-1] if name in ("rsub",) else operands
     return left.plus(right, 1 if name in ("add", "radd") else -1)
 
 
-def _mul(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+def _mul(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operands = evaluator.operands(node, value.shape)
-    if isinstance(operands, Rejected):
-        return operands
     for factor, other in (operands, operands[::-1]):
         if factor.is_constant and isinstance(factor.const, int):
             return other.times(factor.const)
-    return Rejected("%s multiplies two index tensors", node)
+    raise Refused("%s multiplies two index tensors", node)
 
 
-def _neg(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+def _neg(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
+    return evaluator.evaluate(node.args[0]).times(-1)
+
+
+def _cumsum(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operand = evaluator.evaluate(node.args[0])
-    return operand if isinstance(operand, Rejected) else operand.times(-1)
-
-
-def _cumsum(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
-    operand = evaluator.evaluate(node.args[0])
-    if isinstance(operand, Rejected):
-        return operand
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if not operand.is_constant or not isinstance(operand.const, int) or not isinstance(dim, int):
-        return Rejected("%s sums values that are not one constant", node)
+        raise Refused("%s sums values that are not one constant", node)
     return (
         IndexTensor.axis(value.shape, dim % value.ndim).plus(IndexTensor.constant(1, value.shape)).times(operand.const)
     )
 
 
-def _diff(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor | Rejected:
+def _diff(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operand = evaluator.evaluate(node.args[0])
-    if isinstance(operand, Rejected):
-        return operand
     names = ("n", "dim", "prepend", "append")
     options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     dim, prepend = options.get("dim", -1), options.get("prepend")
     if options.get("n", 1) != 1 or options.get("append") is not None or not isinstance(dim, int):
-        return Rejected("%s (diff) is not a plain first difference", node)
+        raise Refused("%s (diff) is not a plain first difference", node)
     dim %= value.ndim
     step = operand.steps[dim]
     if prepend is not None:  # [f - step, f, f + step, ...] keeps one difference everywhere
         first = evaluator.evaluate(prepend)
-        if isinstance(first, Rejected):
-            return first
         size_one = len(first.shape) == value.ndim and known(first.shape[dim] == 1)
         others = all(a == b for d, (a, b) in enumerate(zip(first.steps, operand.steps, strict=False)) if d != dim)
         if not (size_one and others and known(operand.const - first.const == step)):
-            return Rejected("%s (diff) prepends a value that does not continue the sequence", node)
+            raise Refused("%s (diff) prepends a value that does not continue the sequence", node)
     return IndexTensor.constant(step, value.shape)
 
 
-_HANDLERS: dict[str, Callable[[IndexEvaluator, fx.Node, torch.Tensor], IndexTensor | Rejected]] = {
+_HANDLERS: dict[str, Callable[[IndexEvaluator, fx.Node, torch.Tensor], IndexTensor]] = {
     "arange": _arange,
     "add": _add,
     "radd": _add,

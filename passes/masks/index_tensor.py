@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from s2o_compile.passes.graph.nodes import Size, bounds, known
-from s2o_compile.passes.graph.rejected import Rejected
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +88,7 @@ class IndexTensor:
 
 
 def broadcast_indices(source: Sequence[Size], shape: Sequence[Size]) -> tuple[IndexTensor, ...]:
-    """Where each element of a broadcast tensor is read: one index tensor a source dimension."""
+    """The positions that a broadcast tensor reads: one index tensor a source dimension."""
     lead = len(shape) - len(source)
     return tuple(
         IndexTensor.constant(0, shape) if known(size == 1) else IndexTensor.axis(shape, lead + dim)
@@ -120,8 +119,8 @@ COMPARISONS = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne":
 
 
 class Evaluator(Protocol):
-    """What finds the symbolic value of an index tensor (`IndexEvaluator`)."""
+    """Finds the symbolic value of an index tensor (`IndexEvaluator`)."""
 
-    def evaluate(self, argument: object) -> IndexTensor | Rejected:
-        """Value of a node or of a Python number, as a tensor of its shape."""
+    def evaluate(self, argument: object) -> IndexTensor:
+        """Value of a node or of a Python number, as a tensor of its shape; raises `Refused`."""
         ...

@@ -1,4 +1,4 @@
-"""What is proven of a mask, as the rewriter needs it and as the user reads it."""
+"""The proof of a mask, as the rewriter needs it and as the user reads it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ class KeyMask:
 
 
 MERGED = -1
-"""The axis of a mask's dimension that is one of several which the scores have as one, or one that they have as several:
-the mask must not vary along it."""
+"""The axis of a mask's dimension that the scores split or merge. The mask must not vary along it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +51,7 @@ class MaskPart:
 
     Attributes:
         node: A float tensor added to the scores, or with ``hidden`` the condition of a fill.
-        hidden: What scores are filled with where the condition holds.
+        hidden: The number that fills scores where the condition holds.
         negated: Whether the fill is where the condition does *not* hold.
         axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
             `MERGED`; None if the last ones are the last ones.
@@ -68,7 +67,7 @@ class MaskPart:
 
 @dataclass(frozen=True, eq=False)
 class BlockPromise:
-    """Tables of blocks that enter the graph, promised to list what a mask leaves visible.
+    """Tables of blocks that enter the graph, promised to list the visible blocks of a mask.
 
     Attributes:
         mask: The bool mask, broadcastable to [B, Hq, Nq, Nk]; None if it hides nothing.
@@ -85,11 +84,11 @@ class BlockPromise:
 
 @dataclass(frozen=True, eq=False)
 class MaskReading:
-    """Masks of which nothing is proven: the operator looks at their values whenever it runs.
+    """Unproven masks: the operator reads their values in every run.
 
     Attributes:
         parts: In the order in which the scores meet them.
-        fully_masked: What a query gets that sees no key, where a single bool mask leaves that open.
+        fully_masked: The output of fully masked rows, where a single bool mask leaves that open.
         why: Why nothing is proven.
     """
 
@@ -100,7 +99,7 @@ class MaskReading:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskProof:
-    """The proven mask: key j is visible to query i iff every term given here holds.
+    """The proven mask: key j is visible to query i iff all of these terms hold.
 
     Attributes:
         causal: Whether ``j <= i + offset``.
@@ -108,11 +107,11 @@ class MaskProof:
         window: If given, also ``j > i + offset - window``; needs ``causal``.
         chunk: If given, also ``j // chunk == (i + offset) // chunk``; needs ``causal``.
         key_masks: Tensors that must all allow the key.
-        fully_masked: What a query gives that sees no key: "zeros", or "mean", the mean of all values, padding included.
+        fully_masked: The output of fully masked rows: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
         promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
         blocks: Tables of blocks that the user promised to be those of this mask.
-        read: The masks that are read when they are there, if nothing is proven and nothing else given here.
+        read: The masks that the operator reads, if nothing is proven; then no other field is set.
     """
 
     causal: bool = False

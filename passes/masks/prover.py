@@ -1,4 +1,4 @@
-"""Proves what the mask of an attention is, for every length the graph accepts, or says why it cannot.
+"""Proves the mask of an attention for every length that the graph accepts, or says why it cannot.
 
 A mask is proven when each of its terms is one of
 
@@ -7,9 +7,8 @@ A mask is proven when each of its terms is one of
     j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
     look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
 
-where i counts queries and j keys. All terms must hold at once. Everything else is `Rejected`, or left to the operator,
-which reads the mask whenever it runs (`MaskReading`): an attention that stays dense costs time, one rewritten under the
-wrong mask costs the result.
+where i counts queries and j keys. All terms must hold at once. Every other mask is refused, or left to the operator,
+which reads it in every run (`MaskReading`). A dense attention costs time; a wrong mask costs the result.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import fx
 from s2o_compile.kernels.core.mask_band import ABSORBS
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.additive import AdditiveEvaluator, hides
 from s2o_compile.passes.masks.classify import classify
@@ -66,7 +65,11 @@ class MaskProver:
         return MaskProof(causal=True, offset=None if known(query_len == key_len) else 0)
 
     def prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
-        """Proves an ``attn_mask`` operand.
+        """Proves an ``attn_mask`` operand, or says why it cannot: `proof` for callers outside the passes."""
+        return attempt(self.proof, mask, query_len, key_len)
+
+    def proof(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof:
+        """The proof of an ``attn_mask`` operand; raises `Refused`.
 
         Args:
             mask: bool node (True: may be attended) or float node (added to the scores), broadcastable to
@@ -76,13 +79,18 @@ class MaskProver:
         """
         memo = mask, str(query_len), str(key_len)
         if memo not in self._proofs:
-            proof = self._prove(mask, query_len, key_len)
-            if isinstance(proof, Rejected) and self._assume_causal and self._is_input(mask, query_len, key_len):
-                proof = MaskProof(causal=True, promised=mask)
-            elif isinstance(proof, Rejected) and self._fits(mask, query_len, key_len):
-                proof = self._reading((MaskPart(mask),), "zeros", proof)
-            self._proofs[memo] = proof
-        return self._proofs[memo]
+            try:
+                self._proofs[memo] = self._proven(mask, query_len, key_len)
+            except Refused as error:
+                self._proofs[memo] = self._unproven(mask, query_len, key_len, error.why)
+        return accepted(self._proofs[memo])
+
+    def _unproven(self, mask: fx.Node, query_len: Size, key_len: Size, why: Rejected) -> MaskProof | Rejected:
+        """A mask of which nothing is proven, as a promise or for the operator to read; else the reason."""
+        if self._assume_causal and self._is_input(mask, query_len, key_len):
+            return MaskProof(causal=True, promised=mask)
+        readable = self._fits(mask, query_len, key_len) and self._may_read((MaskPart(mask),))
+        return MaskProof(read=MaskReading((MaskPart(mask),), "zeros", why)) if readable else why
 
     def prove_parts(
         self,
@@ -93,7 +101,7 @@ class MaskProver:
         factor: float = 1.0,
         floored: bool = False,
         zeroed: bool = False,
-    ) -> MaskProof | Rejected:
+    ) -> MaskProof:
         """Proves the conjunction of the masks that hand-written attention applies to its scores.
 
         Args:
@@ -107,33 +115,36 @@ class MaskProver:
         query_len, key_len = shape[-2:]
         for part in parts:
             if value_of(part.node).dtype is torch.bool and part.hidden is None:
-                return Rejected("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
+                raise Refused("the bool mask %s is added to the scores as numbers; fill by -inf instead", part.node)
         if floored and factor != 1:
-            return Rejected("masked scores are clamped and multiplied by %s", factor)
+            raise Refused("masked scores are clamped and multiplied by %s", factor)
         if len(parts) == 1 and factor == 1 and not floored and _as_it_is(parts[0]):
-            proof = self.prove(parts[0].node, query_len, key_len)
-            read = None if isinstance(proof, Rejected) else proof.read
-            if read is None or self._adds_alike(parts[0], dtype):
+            proof = self.proof(parts[0].node, query_len, key_len)
+            if proof.read is None or self._adds_alike(parts[0], dtype):
                 return proof
             needed = "float32 for mask and query, or in the query's dtype no numbers but 0 and the lowest"
-            return Rejected("%s (it is not read at run time, which needs %s)", read.why, needed)
-        proof = self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
-        if isinstance(proof, Rejected) and factor == 1 and not floored:
+            raise Refused("%s (it is not read at run time, which needs %s)", proof.read.why, needed)
+        try:
+            return self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
+        except Refused as error:
             fully_masked = _fully_masked_if_read(parts, dtype, zeroed=zeroed)
-            if fully_masked is not None and all(
+            if factor != 1 or floored or fully_masked is None:
+                raise
+            alike = all(
                 self._fits(part.node, query_len, key_len)
                 and self._adds_alike(part, dtype)
-                # Layers share what is made of the masks, so these must stay what they are.
-                and not isinstance(self.mutations.settled(part.node), Rejected)
+                # Layers share the joined mask, so its parts must not change.
+                and attempt(self.mutations.settled, part.node)
                 for part in parts
-            ):
-                return self._reading(tuple(parts), fully_masked, proof)
-        return proof
+            )
+            if not alike or not self._may_read(parts):
+                raise
+            return MaskProof(read=MaskReading(tuple(parts), fully_masked, error.why))
 
     def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
-        """Whether a mask, whatever it holds, added to scores of a dtype makes what fused attention makes of both.
+        """Whether adding a mask to scores of a dtype gives the result of fused attention, whatever the mask holds.
 
-        Fused attention adds in float32. In fewer bits a score beside -1e4 is rounded, which rows without any key show.
+        Fused attention adds in float32. In fewer bits, a score beside -1e4 is rounded, which fully masked rows show.
         """
         if part.hidden is not None:
             return True
@@ -141,8 +152,8 @@ class MaskProver:
             return False
         if dtype is torch.float32:
             return True
-        additive = self._additive.evaluate(part.node)
-        return not isinstance(additive, Rejected) and additive.fully_masked is not None
+        additive = attempt(self._additive.evaluate, part.node)
+        return bool(additive) and additive.fully_masked is not None
 
     def _conjunction(
         self,
@@ -153,32 +164,35 @@ class MaskProver:
         *,
         floored: bool,
         zeroed: bool,
-    ) -> MaskProof | Rejected:
+    ) -> MaskProof:
         query_len, key_len = shape[-2:]
         terms: list[Term] = []
         conventions: list[str | None] = []
         for part in parts:
-            found = self._part(part, dtype, factor, floored=floored)
-            if isinstance(found, Rejected):
-                return Rejected("the mask %s is not proven: %s", part.node, found)
+            try:
+                part_terms, convention = self._part(part, dtype, factor, floored=floored)
+            except Refused as error:
+                raise Refused("the mask %s is not proven: %s", part.node, error.why) from None
             own = value_of(part.node).shape
             axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
             if len(own) > len(axes) or not all(
-                known(size == 1) or (not _varies_along(found[0], dim) if axis == MERGED else _runs(size, axis, shape))
+                known(size == 1) or (not _varies_along(part_terms, dim) if axis == MERGED else _runs(size, axis, shape))
                 for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
             ):
-                return Rejected("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
+                raise Refused("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
             indices = tuple(
                 IndexTensor.constant(0, shape)
                 if axis is None or axis == MERGED or known(size == 1)
                 else IndexTensor.axis(shape, axis)
                 for size, axis in zip(own, axes, strict=True)
             )
-            terms += [term.at(indices, shape) for term in found[0]]
-            conventions.append(found[1])
-        proof = classify(tuple(terms), shape, query_len, key_len)
-        if isinstance(proof, Rejected):
-            return Rejected("the masks %s are not proven: %s", ", ".join(str(part.node) for part in parts), proof)
+            terms += [term.at(indices, shape) for term in part_terms]
+            conventions.append(convention)
+        try:
+            proof = classify(tuple(terms), shape, query_len, key_len)
+        except Refused as error:
+            masks = ", ".join(str(part.node) for part in parts)
+            raise Refused("the masks %s are not proven: %s", masks, error.why) from None
         if (
             zeroed
             or all(fully_masked == "zeros" for fully_masked in conventions)
@@ -188,37 +202,30 @@ class MaskProver:
         # Several numbers are no mean, unless the same floor lies under all of them.
         if conventions in (["mean"], ["lowest"] * len(conventions)):
             return dataclasses.replace(proof, fully_masked="mean")
-        return Rejected("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
+        raise Refused("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
-    def bias(self, node: fx.Node) -> Rejected | None:
-        """Why a tensor that is added to the scores is no mask, whatever its shape; None if it may be one."""
+    def check_no_bias(self, node: fx.Node) -> None:
+        """Raises `Refused` if a tensor that is added to the scores is no mask, whatever its shape."""
         value = value_of(node)
-        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            return None
-        additive = self._additive.evaluate(node)
-        return additive if isinstance(additive, Rejected) else None
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            self._additive.evaluate(node)
 
-    def _part(
-        self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool
-    ) -> tuple[Terms, str | None] | Rejected:
-        """Terms of one mask, and what it makes of a row without any key."""
+    def _part(self, part: MaskPart, dtype: torch.dtype, factor: float, *, floored: bool) -> tuple[Terms, str | None]:
+        """The terms of one mask, and the output that it gives fully masked rows."""
         if part.hidden is None:
             additive = self._additive.evaluate(part.node)
-            if isinstance(additive, Rejected):
-                return additive
-            terms, hidden, fully_masked = additive.terms, additive.hidden, additive.fully_masked
+            hidden, fully_masked = additive.hidden, additive.fully_masked
             dtype = part.dtype or additive.dtype
         else:
-            dtype = part.dtype or dtype
-            terms, hidden = self._terms.terms(part.node, negated=not part.negated), {part.hidden}
+            additive, hidden = None, {part.hidden}
             # A fill replaces the scores: one finite number everywhere in a row is a mean in every dtype.
             fully_masked = "zeros" if math.isinf(part.hidden) else "mean"
+            dtype = part.dtype or dtype
         for number in hidden:
             least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
             if not hides(least, dtype):
-                return Rejected("it hides scores by %s, expected -inf or torch.finfo(%s).min", least, dtype)
-        if isinstance(terms, Rejected):
-            return terms
+                raise Refused("it hides scores by %s, expected -inf or torch.finfo(%s).min", least, dtype)
+        terms = self._terms.terms(part.node, negated=not part.negated) if additive is None else additive.terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
             fully_masked = "lowest"
         return (
@@ -226,33 +233,29 @@ class MaskProver:
             None if fully_masked == "mean" and factor > 1 else fully_masked,
         )  # it may overflow, then the mean is NaN
 
-    def _prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
+    def _proven(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof:
         value = value_of(mask)
         if not isinstance(value, torch.Tensor) or not 1 <= value.ndim <= 4:
-            return Rejected("the mask %s is not a tensor of rank 1 to 4", mask)
+            raise Refused("the mask %s is not a tensor of rank 1 to 4", mask)
         if not known(value.shape[-1] == key_len):
-            return Rejected("the mask %s has %s keys, but there are %s", mask, value.shape[-1], key_len)
+            raise Refused("the mask %s has %s keys, but there are %s", mask, value.shape[-1], key_len)
         if value.ndim > 1 and not known(value.shape[-2] == query_len) and not known(value.shape[-2] == 1):
-            return Rejected("the mask %s has %s queries, but there are %s", mask, value.shape[-2], query_len)
-        fully_masked = "zeros"
-        if value.dtype is torch.bool:
-            terms = self._terms.terms(mask)
-        elif value.dtype.is_floating_point:
-            additive = self._additive.evaluate(mask)
-            terms, fully_masked = (
-                (additive, None) if isinstance(additive, Rejected) else (additive.terms, additive.fully_masked)
-            )
-        else:
-            return Rejected("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
-        if isinstance(terms, Rejected):
-            return Rejected("the mask %s is not proven: %s", mask, terms)
-        proof = classify(terms, value.shape, query_len, key_len)
-        if isinstance(proof, Rejected):
-            return Rejected("the mask %s is not proven: %s", mask, proof)
+            raise Refused("the mask %s has %s queries, but there are %s", mask, value.shape[-2], query_len)
+        if value.dtype is not torch.bool and not value.dtype.is_floating_point:
+            raise Refused("the mask %s has dtype %s, expected bool or floating point", mask, value.dtype)
+        try:
+            if value.dtype is torch.bool:
+                terms, fully_masked = self._terms.terms(mask), "zeros"
+            else:
+                additive = self._additive.evaluate(mask)
+                terms, fully_masked = additive.terms, additive.fully_masked
+            proof = classify(terms, value.shape, query_len, key_len)
+        except Refused as error:
+            raise Refused("the mask %s is not proven: %s", mask, error.why) from None
         if fully_masked == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
         if fully_masked is None:
-            return Rejected(
+            raise Refused(
                 "the mask %s adds finite numbers (%s) to hidden scores, which rows without any key show; use a bool "
                 "mask, or -inf",
                 mask,
@@ -268,11 +271,9 @@ class MaskProver:
         rows, columns = value.shape[-2:]
         return known(columns == key_len) and (known(rows == query_len) or known(rows == 1))
 
-    def _reading(self, parts: tuple[MaskPart, ...], fully_masked: str, why: Rejected) -> MaskProof | Rejected:
-        """Masks left to be read, if that may be done and promises anything; else why nothing is proven."""
-        if not self._read or not all(is_readable(part.node, self.indices) for part in parts):
-            return why
-        return MaskProof(read=MaskReading(parts, fully_masked, why))
+    def _may_read(self, parts: Sequence[MaskPart]) -> bool:
+        """Whether masks may be left to the operator to read, and reading them promises anything."""
+        return self._read and all(is_readable(part.node, self.indices) for part in parts)
 
     def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
@@ -283,8 +284,8 @@ class MaskProver:
             return False
         indices = tuple(IndexTensor.axis(value.shape, dim) for dim in range(value.ndim))
         while mask.op != "placeholder":
-            source = views.source(mask, self.indices)
-            if not isinstance(source, views.Source) or self.mutations.writer(mask) is not None:
+            source = attempt(views.source, mask, self.indices)
+            if not source or self.mutations.writer(mask) is not None:
                 return False
             indices = tuple(index.at(indices, value.shape) for index in source.indices)
             mask = source.node
@@ -299,9 +300,9 @@ def _as_it_is(part: MaskPart) -> bool:
 
 
 def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
-    """What rows without any key get, if several masks, or fills, can be read as one mask; None if they cannot.
+    """The output of fully masked rows if several masks, or fills, can be read as one mask; None if they cannot.
 
-    Fills replace scores and masks are added to them, which is one only where the number leaves nothing of a score.
+    Fills replace scores, and masks are added to them. Both are the same only if the number absorbs every score.
     """
     absorbing = dtype in (torch.float32, torch.bfloat16)
     exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)

@@ -1,8 +1,7 @@
-"""Which masks are worth reading at run time: those of which nothing is proven and nothing speaks against.
+"""Decides whether an unproven mask is worth reading at run time.
 
-A tensor that enters the graph may hold anything, and a bool tensor made in it can hold nothing but a mask. Float
-tensors are followed to what they are made of: position biases are learned, or products of numbers (ALiBi), and would
-be read in vain.
+A tensor that enters the graph may hold anything, and a bool tensor can hold nothing but a mask. Float tensors are
+followed to their sources. Position biases are learned, or are products of numbers (ALiBi), so reading them is in vain.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _JOINED = frozenset({"add", "minimum", "maximum", "min", "max"})
 
 
 def is_readable(node: fx.Node, indices: IndexEvaluator) -> bool:
-    """Whether a tensor may hold a mask, as far as its making shows.
+    """Whether a tensor may hold a mask, judged by the nodes that make it.
 
     Args:
         node: A tensor that decides which keys are seen, or that is added to the scores.
@@ -41,7 +40,7 @@ def is_readable(node: fx.Node, indices: IndexEvaluator) -> bool:
 
 
 def _sources(node: fx.Node, indices: IndexEvaluator) -> tuple[object, ...] | None:
-    """What must hold a mask so that a tensor may hold one; None if it does not."""
+    """The tensors that must hold masks so that a tensor may hold one; None if it cannot."""
     name, value = function_name(node), value_of(node)
     if name == "setitem":
         value = value_of(node.args[0])
@@ -52,7 +51,7 @@ def _sources(node: fx.Node, indices: IndexEvaluator) -> tuple[object, ...] | Non
     if not value.dtype.is_floating_point:
         return None
     if node.op in ("placeholder", "get_attr") or indices.filled(node) is not None:
-        return ()  # or filled with a number, and written to later
+        return ()  # a tensor filled with a number may be written to later
     if name in views.VIEWS or name in _PASSED_ON:
         return node.args[:1]
     if name == "where" and (arms := choice(node)) is not None:

@@ -1,9 +1,8 @@
-"""Taking a boolean mask apart: the conjunction of terms that says which elements of a tensor are True.
+"""Takes a boolean mask apart into a conjunction of terms, which says which elements of a tensor are True.
 
-A term is a comparison of index tensors, kept as ``index >= 0``, or of the chunks that two of them lie in, or a look-up
-in a tensor whose values are unknown (a padding mask, say), kept as that tensor and the position read. Anything not
-understood is a look-up in itself with the reason remembered: whether that matters is for the prover to decide, from
-what the look-up varies along.
+A term compares index tensors (``index >= 0``), or the chunks that two of them lie in. Or it looks up a tensor of
+unknown values, such as a padding mask. An unrecognised tensor becomes an opaque `LookUp` term that carries the reason.
+Whether the reason matters depends on the axes that the look-up varies along, and the prover decides it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.bits import complement, is_bits
 from s2o_compile.passes.masks.index_arithmetic import (
@@ -94,12 +93,12 @@ class LookUp:
 
 Term = Comparison | SameChunk | LookUp
 Terms = tuple[Term, ...]
-_SEGMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its sequence
+_DOCUMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its document
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
 class TermEvaluator:
-    """Evaluates bool nodes to conjunctions of terms, or `Rejected`; remembers what it has evaluated.
+    """Evaluates bool nodes to conjunctions of terms, or raises `Refused`; remembers both.
 
     Args:
         mutations: The in-place writes of the graph.
@@ -110,37 +109,42 @@ class TermEvaluator:
         self.indices = IndexEvaluator(mutations)
         self._terms: dict[tuple[fx.Node, bool], Terms | Rejected] = {}
 
-    def terms(self, node: fx.Node, *, negated: bool = False) -> Terms | Rejected:
+    def terms(self, node: fx.Node, *, negated: bool = False) -> Terms:
         """The terms that make a tensor (or, if ``negated``, its inverse) true; numbers count as ``!= 0``."""
         settled = self._mutations.settled(node)
-        if isinstance(settled, Rejected):
-            return settled
         if (settled, negated) not in self._terms:
-            self._terms[settled, negated] = self._evaluate(settled, negated)
-        return self._terms[settled, negated]
+            try:
+                self._terms[settled, negated] = self._evaluate(settled, negated)
+            except Refused as error:
+                self._terms[settled, negated] = error.why
+        return accepted(self._terms[settled, negated])
 
-    def _evaluate(self, node: fx.Node, negated: bool) -> Terms | Rejected:
+    def _evaluate(self, node: fx.Node, negated: bool) -> Terms:
         value = value_of(node.args[0] if function_name(node) == "setitem" else node)
         if not isinstance(value, torch.Tensor):
-            return Rejected("%s is not a tensor", node)
+            raise Refused("%s is not a tensor", node)
         if node.op in ("placeholder", "get_attr"):
             return self._leaf(node, negated, unknown_values(node))
         fill = self.indices.filled(node)
         if fill is not None:
-            return () if bool(fill) != negated else Rejected("%s is False everywhere", node)
-        with self._mutations.before(node):
-            taken_apart = self._take_apart(node, value, negated)
-        return self._leaf(node, negated, taken_apart) if isinstance(taken_apart, Rejected) else taken_apart
+            if bool(fill) == negated:
+                raise Refused("%s is False everywhere", node)
+            return ()
+        try:
+            with self._mutations.before(node):
+                return self._take_apart(node, value, negated)
+        except Refused as error:
+            return self._leaf(node, negated, error)
 
-    def _leaf(self, node: fx.Node, negated: bool, why: Rejected) -> Terms | Rejected:
+    def _leaf(self, node: fx.Node, negated: bool, error: Refused) -> Terms:
         if self.indices.is_written(node):
-            return why  # read at the attention it would be a later state
+            raise error  # read at the attention it would be a later state
         shape = value_of(node).shape
         if value_of(node).dtype is not torch.bool:
-            return why  # its consumer, which makes it bool, becomes the leaf
-        return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, why),)
+            raise error  # its consumer, which makes it bool, becomes the leaf
+        return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, error.why),)
 
-    def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+    def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)
         source = views.source(node, self.indices)
         if source is not None:
@@ -152,9 +156,9 @@ class TermEvaluator:
             return self._argument(complemented, value.shape, not negated)
         if name in ("and", "or") or (name == "mul" and is_bits(node, self.indices)):
             if value.dtype is not torch.bool and name != "mul":
-                return Rejected("%s works on the bits of integers", node)
+                raise Refused("%s works on the bits of integers", node)
             if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
-                return _union(node, name)
+                raise _union(node, name)
             return self._conjunction([(argument, negated) for argument in node.args[:2]], value.shape)
         if name in COMPARISONS:
             return self._comparison(node, name, value, negated)
@@ -165,46 +169,37 @@ class TermEvaluator:
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
             base, condition, fill = node.args
             if self.indices.fill(fill) is None or bool(self.indices.fill(fill)) != negated:
-                return _union(node, name)
+                raise _union(node, name)
             return self._conjunction([(base, negated), (condition, True)], value.shape)
         if name == "setitem" and value.dtype is torch.bool:
             return self._setitem(node, value.shape, negated)
         if name == "remove_batch_dim":
-            return Rejected(
-                "%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node
-            )
-        return Rejected("%s (%s) is not a mask this pass understands", node, name or node.op)
+            raise Refused("%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node)
+        raise Refused("%s (%s) is not a mask this pass understands", node, name or node.op)
 
-    def _view(self, source: views.Source | Rejected, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
-        if isinstance(source, Rejected):
-            return source
+    def _view(self, source: views.Source, name: str, value: torch.Tensor, negated: bool) -> Terms:
         base = value_of(source.node)
         if base.dtype is not torch.bool and value.dtype not in (base.dtype, torch.bool):
-            return Rejected("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
-        terms = self.terms(source.node, negated=negated)
-        return terms if isinstance(terms, Rejected) else tuple(term.at(source.indices, value.shape) for term in terms)
+            raise Refused("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
+        return tuple(term.at(source.indices, value.shape) for term in self.terms(source.node, negated=negated))
 
-    def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+    def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms:
         if isinstance(argument, bool):
-            return () if argument != negated else Rejected("the mask is False everywhere")
+            if argument == negated:
+                raise Refused("the mask is False everywhere")
+            return ()
         if not isinstance(argument, fx.Node) or not isinstance(value_of(argument), torch.Tensor):
-            return Rejected("%s is not a tensor", argument)
-        terms = self.terms(argument, negated=negated)
-        if isinstance(terms, Rejected):
-            return terms
+            raise Refused("%s is not a tensor", argument)
         indices = broadcast_indices(value_of(argument).shape, shape)
-        return tuple(term.at(indices, shape) for term in terms)
+        return tuple(term.at(indices, shape) for term in self.terms(argument, negated=negated))
 
-    def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms | Rejected:
-        found: list[Term] = []
+    def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms:
+        terms: list[Term] = []
         for argument, negated in arguments:
-            terms = self._argument(argument, shape, negated)
-            if isinstance(terms, Rejected):
-                return terms
-            found += terms
-        return tuple(found)
+            terms += self._argument(argument, shape, negated)
+        return tuple(terms)
 
-    def _setitem(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+    def _setitem(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms:
         """``mask[...] = value`` and ``mask[condition] = value``, for the whole tensor."""
         base, index, value = node.args
         items = index if isinstance(index, tuple) else (index,)
@@ -215,80 +210,79 @@ class TermEvaluator:
             chosen = len(items) == 1 and is_bool_of(value_of(items[0]), shape)
             if chosen and fill is not None and bool(fill) == negated:
                 return self._conjunction([(base, negated), (items[0], True)], shape)
-        return written_in_part(base, node)
+        raise written_in_part(base, node)
 
-    def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
-        spelling = COMPARISONS[name] if negated else name
-        operands = self.indices.operands(node, value.shape)
-        if isinstance(operands, Rejected):
-            return self._other_comparison(node, spelling, value.shape, operands)
-        bounds = compare(spelling, *operands)
-        if spelling == "ne":
+    def _comparison(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms:
+        comparison = COMPARISONS[name] if negated else name
+        try:
+            operands = self.indices.operands(node, value.shape)
+        except Refused as error:
+            return self._other_comparison(node, comparison, value.shape, error)
+        bounds = compare(comparison, *operands)
+        if comparison == "ne":
             if always_differ(*operands):
                 return ()
-            return _union(node, name)
+            raise _union(node, name)
         return self._bounds(node, bounds)
 
-    def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms | Rejected:
+    def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms:
         if any(known(bound.maximum < 0) for bound in bounds):
-            return Rejected("%s is False everywhere", node)
+            raise Refused("%s is False everywhere", node)
         return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
 
-    def _other_comparison(self, node: fx.Node, spelling: str, shape: Sequence[Size], why: Rejected) -> Terms | Rejected:
+    def _other_comparison(self, node: fx.Node, comparison: str, shape: Sequence[Size], error: Refused) -> Terms:
         """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
         if len(node.args) != 2:
-            return why
+            raise error
         left, right = node.args
-        if spelling in ("eq", "ne") and self.indices.fill(right) == 0:
-            truth = self._argument(left, shape, spelling == "eq")  # tril(ones) == 0
-            return why if isinstance(truth, Rejected) else truth
+        if comparison in ("eq", "ne") and self.indices.fill(right) == 0:
+            try:
+                return self._argument(left, shape, comparison == "eq")  # tril(ones) == 0
+            except Refused:
+                raise error from None
         distance, limit = self._distance(left), right
         if distance is None:
-            distance, limit, spelling = self._distance(right), left, _MIRRORED[spelling]
-        if distance is None and spelling == "eq":
-            chunks = self._chunk(left), self._chunk(right)
-            if all(chunk is not None for chunk in chunks):
-                return self._same_chunk(node, chunks, shape)
+            distance, limit, comparison = self._distance(right), left, _MIRRORED[comparison]
+        if distance is None and comparison == "eq":
+            # Both first: where one side is no quotient, the other's reason does not matter.
+            first, second = attempt(self._chunk, left), attempt(self._chunk, right)
+            if first is not None and second is not None:
+                return self._same_chunk(node, accepted(first), accepted(second), shape)
         if distance is None:
             root, other = _viewed(left), _viewed(right)
-            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _SEGMENT_SEARCHES)
-            if same and spelling == "eq":
-                return Rejected(
+            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _DOCUMENT_SEARCHES)
+            if same and comparison == "eq":
+                raise Refused(
                     "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
                     "not have (%s); give every sequence a row of its own, with padding",
                     node,
                     root,
-                    why,
+                    error.why,
                 )
-            return why
+            raise error
         bound = self.indices.evaluate(limit)
-        if isinstance(bound, Rejected):
-            return bound
-        if spelling not in ("le", "lt"):
-            return Rejected("%s (%s of a distance) is a union of masks", node, spelling)
+        if comparison not in ("le", "lt"):
+            raise Refused("%s (%s of a distance) is a union of masks", node, comparison)
         dtype = promoted(left, right)
         if dtype is not None and not (distance.fits(dtype) and distance.times(-1).fits(dtype) and bound.fits(dtype)):
-            return why
+            raise error
         distance, bound = distance.broadcast(shape), bound.broadcast(shape)
-        bounds = (*compare(spelling, distance, bound), *compare(spelling, distance.times(-1), bound))
+        bounds = (*compare(comparison, distance, bound), *compare(comparison, distance.times(-1), bound))
         return self._bounds(node, bounds)
 
     def _same_chunk(
-        self, node: fx.Node, chunks: Sequence[tuple[IndexTensor, int] | Rejected | None], shape: Sequence[Size]
-    ) -> Terms | Rejected:
+        self, node: fx.Node, first: tuple[IndexTensor, int], second: tuple[IndexTensor, int], shape: Sequence[Size]
+    ) -> Terms:
         """``a // size == b // size``."""
-        found = [chunk for chunk in chunks if isinstance(chunk, tuple)]
-        if len(found) < 2:
-            return next(chunk for chunk in chunks if isinstance(chunk, Rejected))
-        (left, size), (right, other) = found
+        (left, size), (right, other) = first, second
         if size != other:
-            return Rejected("%s compares chunks of %s keys with chunks of %s", node, size, other)
+            raise Refused("%s compares chunks of %s keys with chunks of %s", node, size, other)
         dtype = promoted(*node.args[:2])
         if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
-            return Rejected("%s compares chunks in %s, where their positions wrap around", node, dtype)
+            raise Refused("%s compares chunks in %s, where their positions wrap around", node, dtype)
         return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
 
-    def _chunk(self, argument: object) -> tuple[IndexTensor, int] | Rejected | None:
+    def _chunk(self, argument: object) -> tuple[IndexTensor, int] | None:
         """``x`` and ``c`` of ``x // c``, possibly seen through views; None if it is no such quotient."""
         value = value_of(argument)
         if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
@@ -298,20 +292,18 @@ class TermEvaluator:
         if is_floor_division(argument):
             dividend, size = argument.args if len(argument.args) == 2 else (None, None)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                return Rejected("%s divides by %s, expected a positive constant", argument, size)
-            inner = self.indices.evaluate(dividend)
-            if not isinstance(inner, Rejected):
-                return inner, size
-            return Rejected(
-                "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
-                "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
-                inner,
-            )
-        source = views.source(argument, self.indices)
-        base = self._chunk(source.node) if isinstance(source, views.Source) else None
-        if not isinstance(base, tuple) or not isinstance(source, views.Source):
-            return base
-        return base[0].at(source.indices, value.shape), base[1]
+                raise Refused("%s divides by %s, expected a positive constant", argument, size)
+            try:
+                return self.indices.evaluate(dividend), size
+            except Refused as error:
+                raise Refused(
+                    "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
+                    "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
+                    error.why,
+                ) from None
+        source = attempt(views.source, argument, self.indices)
+        base = self._chunk(source.node) if source else None
+        return (base[0].at(source.indices, value.shape), base[1]) if source and base else None
 
     def _distance(self, argument: object) -> IndexTensor | None:
         """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
@@ -321,32 +313,29 @@ class TermEvaluator:
         if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
             return None
         if function_name(argument) == "abs":
-            inner = self.indices.evaluate(argument.args[0])
-            return None if isinstance(inner, Rejected) else inner
-        source = views.source(argument, self.indices)
-        base = self._distance(source.node) if isinstance(source, views.Source) else None
-        return base.at(source.indices, value.shape) if base is not None and isinstance(source, views.Source) else None
+            return attempt(self.indices.evaluate, argument.args[0]) or None
+        source = attempt(views.source, argument, self.indices)
+        base = self._distance(source.node) if source else None
+        return base.at(source.indices, value.shape) if source and base else None
 
-    def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms | Rejected:
+    def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms:
         if not node.args or not self.indices.fill(node.args[0]):
-            return Rejected("%s (%s) is not the triangle of a constant", node, name)
+            raise Refused("%s (%s) is not the triangle of a constant", node, name)
         diagonal = self.indices.evaluate(node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0))
-        if isinstance(diagonal, Rejected):
-            return diagonal
         row, column = (IndexTensor.axis(value.shape, value.ndim + dim) for dim in (-2, -1))
         limit = row.plus(diagonal.broadcast(value.shape))
         kept = "le" if name == "tril" else "ge"
         bounds = compare(COMPARISONS[kept] if negated else kept, column, limit)
         return self._bounds(node, bounds)
 
-    def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms | Rejected:
+    def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms:
         condition, chosen, otherwise = choice(node) or node.args
         first, second = self.indices.fill(chosen), self.indices.fill(otherwise)
         if second is not None and bool(second) == negated:  # where(c, x, False) = c & x
             return self._conjunction([(condition, False), (chosen, negated)], shape)
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
-        return _union(node, "where")
+        raise _union(node, "where")
 
 
 def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
@@ -354,9 +343,9 @@ def is_bool_of(value: object, shape: Sequence[Size]) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.bool and same_sizes(value.shape, shape)
 
 
-def written_in_part(base: object, node: fx.Node) -> Rejected:
-    """The reason why a mask that is put together from parts proves nothing."""
-    return Rejected(
+def written_in_part(base: object, node: fx.Node) -> Refused:
+    """Says why a mask that is assembled from parts proves nothing."""
+    return Refused(
         "%s is changed in place by %s, in a part of it, as masks of images or sequences packed into one row are; give "
         "each a row of its own, with padding",
         base,
@@ -364,8 +353,8 @@ def written_in_part(base: object, node: fx.Node) -> Rejected:
     )
 
 
-def _union(node: fx.Node, name: str) -> Rejected:
-    return Rejected(
+def _union(node: fx.Node, name: str) -> Refused:
+    return Refused(
         "%s (%s) is a union of masks, as prefix-bidirectional ones are (a prefix or an image that sees all of itself, "
         "causal behind it); the sparse operator has intersections only",
         node,

@@ -1,1 +1,1 @@
-"""Programs that leave Python: ``export``, ``package``, and what Inductor needs for them."""
+"""Programs that leave Python: ``export``, ``package``, and the workarounds for Inductor behind them."""

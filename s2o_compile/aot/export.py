@@ -22,7 +22,7 @@ from s2o_compile.rewriting import rewrite
 
 _ASSERT = torch.ops.aten._assert_scalar.default
 _MANY = 2**20
-"""Stands for a size without a bound."""
+"""A size without a bound is tried up to this one."""
 
 
 def export(
@@ -35,20 +35,20 @@ def export(
 ) -> ExportedProgram:
     """Export a model for inference and rewrite its attentions, before anything is decomposed.
 
-    Masks are proven for every length that ``dynamic_shapes`` leaves open. What was rewritten, and why the rest was not,
-    is in ``s2o_compile.record()``, as for ``torch.compile``. ``torch.export.save`` and ``load`` work on the result, and
-    ``run_decompositions`` keeps every attention one node; a process that loads it must import s2o_compile first. One
-    that cannot runs a `package`.
+    Masks are proven for every length that ``dynamic_shapes`` leaves open. ``s2o_compile.record()`` lists the rewritten
+    attentions, and why others stay dense, as for ``torch.compile``. ``torch.export.save`` and ``load`` work on the
+    result, and ``run_decompositions`` keeps every attention one node. A process that loads it must import s2o_compile
+    first. A process that cannot import it runs a `package`.
 
-    Exports run one at a time, for torch traces them for the whole process. Its own ``torch.export`` and a first call of
-    a compiled model know nothing of that: let no other thread trace meanwhile.
+    Exports run one at a time, because torch traces them for the whole process. No other thread may call
+    ``torch.export``, or a compiled model for the first time, meanwhile.
 
     Args:
         model: Any module, in eval mode if it has dropout.
         args: Example inputs, as ``torch.export.export(args=...)``.
         kwargs: Example keyword inputs.
         config: Quality and implementation; None for the defaults. ``inner_backend`` has no meaning here.
-        dynamic_shapes: As ``torch.export.export(dynamic_shapes=...)``: which sizes may change, and between what.
+        dynamic_shapes: As ``torch.export.export(dynamic_shapes=...)``: the sizes that may change, and their ranges.
 
     Returns:
         The program. It holds no gradient: attentions run as in inference.
@@ -61,8 +61,8 @@ def export(
     config = config_or_default(config, "export")
     if not isinstance(model, nn.Module) or is_compiled(model):  # torch.export would capture the model as it was
         raise TypeError(
-            f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself; what "
-            "torch.compile or optimize returned cannot be exported."
+            f"export: expected an uncompiled torch.nn.Module, got {type(model).__name__}. Pass the module itself: the "
+            "result of torch.compile or optimize cannot be exported."
         )
     with ONE_AT_A_TIME:
         with torch.no_grad():  # with gradients wanted, every attention would stay dense
@@ -89,8 +89,7 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         program = export(prefer_deferred_runtime_asserts_over_guards=True)
         if not _asserts_what_holds(program):
             raise
-        # What is learned of a size when the program is decomposed shall not become another: that there are several
-        # tiles, which the example has, is no promise about one token.
+        # Decompositions must not add assertions of their own: the example has several tiles, a single token has not.
         fake = fake_mode_of([node.meta.get("val") for node in program.graph.nodes])
         if fake is not None and fake.shape_env is not None:
             shapes = fake.shape_env

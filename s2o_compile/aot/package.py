@@ -53,7 +53,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     ``Dim("n", max=...)`` a maximum.
 
     Args:
-        program: What `export` returned, or ``torch.export.load`` of it.
+        program: The result of `export`, or of ``torch.export.load``.
         path: File to write, ending in ``.pt2``.
         options: Any Inductor option, but ``joint_custom_pre_pass`` and ``use_joint_graph_passes``.
 

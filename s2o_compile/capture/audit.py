@@ -1,13 +1,14 @@
-"""The audit: every attention that really runs, counted below the models' spellings, to be held against the report.
+"""The audit: counts attention at the ATen level in an uncompiled run, to check the pass's report.
 
-A frontend that does not know a spelling finds nothing and says nothing. So the model runs once more, uncompiled, under
-a `TorchDispatchMode`: there einsum, ``@``, ``baddbmm`` and ``Tensor.softmax`` have become a handful of operators, and
-torch's fused attentions are one operator each, below which this mode sees nothing, so nothing is counted twice.
-(Not a `TorchFunctionMode`: under one, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` leave their fused
-paths.) An attention that is spelt out is a softmax over the last dimension that reaches a matrix product with values
-through operators that keep it the same matrix of weights: a router's softmax ends in ``topk``, a classifier's nowhere.
-So is ``exp`` of scores, a softmax written by hand. Where the weights are no product of queries and keys (token mergers,
-hyper-connections, additive attention) the call has a kind of its own: no pass looks for it.
+A frontend that does not know a form of attention finds nothing and says nothing. So the model runs once more,
+uncompiled, under a `TorchDispatchMode`. There einsum, ``@``, ``baddbmm`` and ``Tensor.softmax`` are a handful of
+operators. Each fused attention of torch is one operator, and the mode sees nothing below it, so nothing counts twice.
+Under a `TorchFunctionMode`, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` would leave their fused paths.
+
+A hand-written attention is a softmax over the last dimension that reaches a matrix product with values, through
+operators that keep it the same matrix of weights. A router's softmax ends in ``topk``, a classifier's nowhere. ``exp``
+of scores counts, too. Weights that are no product of queries and keys (token mergers, hyper-connections, additive
+attention) have a kind of their own, because no pass looks for them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from s2o_compile.passes.site import SiteRecord
 
 SDPA = "scaled_dot_product_attention"
 FLEX = "flex_attention"
-SPELT_OUT = "softmax attention"
+HAND_WRITTEN = "softmax attention"
 MIXING = "softmax mixing"
 """A sum of values whose softmax weights are no product of queries and keys."""
 
@@ -60,8 +61,8 @@ _FUSED = {
 _SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
 _EXPONENTIALS = frozenset({"exp", "exp_"})
 _PRODUCTS = frozenset({"mm", "bmm", "baddbmm", "addmm", "matmul"})
-# What the weights pass between the softmax and the values, and the scores before the softmax: every operator that keeps
-# a matrix of queries x keys what it is.
+# Operators between the softmax and the values, and between the scores and the softmax, that keep a matrix of queries x
+# keys what it is.
 _KEEPING = frozenset(
     (
         "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone",
@@ -80,11 +81,11 @@ class Ran:
 
     Attributes:
         path: The module that ran it, such as ``model.layers.0.self_attn``; empty outside modules.
-        kind: What ran: the operator's name, or "softmax attention" where it is spelt out.
+        kind: The operator's name, or "softmax attention" for a hand-written one.
         query_shape: [..., Nq, D]; D is absent where the scores are no matrix product.
         key_shape: [..., Nk, D].
         dtype: Of the query or the scores.
-        mask: What a counter that looks at values says of its mask; the audit itself does not look.
+        mask: The mask, from a counter that looks at values. The audit itself does not look.
     """
 
     path: str
@@ -152,7 +153,7 @@ class Counter(TorchDispatchMode):
         contracted = self._scores.get(scores)
         depth = () if contracted is None else (str(contracted),)
         shapes = (*rows, *depth), (*rows[:-1], keys, *depth)
-        kind = MIXING if contracted is None else SPELT_OUT
+        kind = MIXING if contracted is None else HAND_WRITTEN
         self._weights[weights] = Ran(self._path(), kind, *shapes, _dtype(scores))
 
     def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
@@ -266,25 +267,25 @@ def take(
     """Run a model once, uncompiled, and return every attention that ran, in order.
 
     Grad mode, autocast and training mode are the caller's. The run works on copies of the inputs (so caches among
-    them are not filled) and on a twin of the model that shares its parameters but no buffer and no other state; a
+    them are not filled) and on a copy of the model that shares its parameters but no buffer and no other state; a
     model that cannot be copied runs itself and gets its buffers back. Random numbers are drawn from a fork.
-    What a plain function keeps outside its arguments is not protected. ``counter`` makes what counts, from a function
-    that names the module that runs.
+    State that a plain function keeps outside its arguments is not protected. ``counter`` makes the counter, from a
+    function that names the module that runs.
 
-    Censuses run one at a time. Meanwhile other threads run their compiled code uncompiled, warn of nothing, and see
-    their random numbers again.
+    Audits run one at a time. Meanwhile other threads run their compiled code uncompiled, do not warn, and get random
+    numbers twice.
     """
     with ExitStack() as stack:
         stack.enter_context(ONE_AT_A_TIME)
         stack.enter_context(_forked_random_state())
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # the compiled run gives the model's own
         args, kwargs = _copies((args, dict(kwargs)))
-        twin = stack.enter_context(_twin(model))
-        path = _ModulePath(twin if isinstance(twin, nn.Module) else getattr(twin, "__self__", None))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # also for what is compiled inside the model
+        copied = stack.enter_context(_copy_of(model))
+        path = _ModulePath(copied if isinstance(copied, nn.Module) else getattr(copied, "__self__", None))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # also for compiled parts of the model
         stack.enter_context(path.watching())
         counting = stack.enter_context(counter(path))
-        twin(*args, **kwargs)
+        copied(*args, **kwargs)
         return tuple(counting.ran)
 
 
@@ -309,7 +310,7 @@ def _copies(inputs: Any) -> Any:  # noqa: ANN401 (any nest of arguments)
 
 
 @contextmanager
-def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
+def _copy_of(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
     model = uncompiled(model)
     owner = getattr(model, "__self__", model)  # of a bound method
     if not isinstance(owner, nn.Module):
@@ -317,11 +318,11 @@ def _twin(model: Callable[..., object]) -> Iterator[Callable[..., Any]]:
         return
     try:
         shared = {id(parameter): parameter for parameter in owner.parameters()}
-        twin = copy.deepcopy(model, shared)
+        copied = copy.deepcopy(model, shared)
     except Exception:  # whatever a model keeps: locks, generators, tensors with a history
-        twin = None
-    if twin is not None:
-        yield twin
+        copied = None
+    if copied is not None:
+        yield copied
         return
     holders = [(table := buffers_of(module), dict(table)) for module in owner.modules()]
     saved = {id(b): (b, b.detach().clone()) for _, buffers in holders for b in buffers.values() if b is not None}
@@ -343,10 +344,10 @@ def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tupl
         ran: The audit.
         covered: Records and how often their graph ran: a graph that two layers share covers both.
 
-    A record covers as many calls of its module as its graph ran. Dynamo names modules from the frame that it captured,
-    and a fused encoder layer is recorded where its attention's parent is: so what the exact path leaves is matched by
-    the end or the beginning of a path, and then, for graphs that several layers share, by shape alone. What ran in no
-    submodule is recorded under a node's name.
+    A record covers as many calls of its module as its graph ran. Calls are matched by the exact path first. Dynamo
+    names modules from the frame that it captured, and a fused encoder layer is recorded under its attention's parent,
+    so the end or the beginning of a path comes next. Graphs that several layers share are matched by shape alone. A
+    call outside submodules is recorded under a node's name.
     """
     left = Counts({index: runs for index, (_, runs) in enumerate(covered) if runs})
     names = [record.name.partition("#")[0] for record, _ in covered]

@@ -1,11 +1,11 @@
 """generate() with a static cache: the prefill's mask is built inside the graph, where it can be proven.
 
 With a cache that can be compiled, ``generate`` builds the 4-D masks ahead of the forward, by the model's own
-``create_masks_for_generate`` or by transformers' function of that name. They enter the graph as inputs, which prove
-nothing. A compiled copy puts that call off: for a prefill it answers with the call's arguments, and its forward makes
-the call. The masks are the same ones by the same function, but the graph shows how they are made.
+``create_masks_for_generate`` or by transformers' function of that name. They enter the graph as inputs and cannot be
+proven. A compiled copy postpones that call: for a prefill it returns the call's arguments, and its forward makes the
+call. The same function makes the same masks, but the graph shows how.
 
-A static cache counts its tokens in a tensor, whose value proves nothing either. Where it holds some already (a second
+A static cache counts its tokens in a tensor, whose value cannot be proven either. If it already holds tokens (a second
 turn, chunked prefill), their number is read once ahead of the forward and enters the graph as a size.
 """
 
@@ -102,8 +102,8 @@ def _is_allocated(cache: Any) -> bool:  # noqa: ANN401 (a cache of transformers)
 def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
     """Copies of the arguments for the forward: the masks stay those of the call, whoever writes into its tensors.
 
-    They are contiguous, as generate makes what it hands on, so that marks stay with them. Sizes that grow from chunk to
-    chunk are dynamic from the start.
+    They are contiguous, as generate's own, so that marks stay with them. Sizes that grow from chunk to chunk are
+    dynamic from the start.
     """
     arguments = {
         name: None if value is None else value.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""The lock of all that changes or traces for the whole process: looks at a model, exports, packages.
+"""The lock of everything that changes or traces for the whole process: audits, evaluations, exports, packages.
 
-Stances, filters of warnings, patched functions of Inductor and the tracers of torch.export belong to no thread. Of two
-threads the second would find what the first has set, and restore it behind the first.
+Stances, filters of warnings, patched functions of Inductor and the tracers of torch.export belong to the process. A
+second thread would save the changes of the first as the original state, and restore them afterwards.
 """
 
 from __future__ import annotations
@@ -9,4 +9,4 @@ from __future__ import annotations
 import threading
 
 ONE_AT_A_TIME = threading.RLock()
-"""One lock for all of them: nobody waits for two. A thread may enter again, as a look does with its audit."""
+"""One lock for all, so that no deadlock is possible. A thread may enter again, as `explain` does with its audit."""

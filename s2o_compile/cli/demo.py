@@ -42,7 +42,7 @@ class DemoUnavailableError(S2OError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo measured.
+    """The measurements of the demo.
 
     Attributes:
         report: Every attention site, with the density it ran at.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def evaluate(
     text: Text = None,
     tau: Tau = None,
     config_file: ConfigFile = None,
-    planted: Annotated[bool, typer.Option(help="Also plant strings in the text and ask for them again.")] = True,
+    needles: Annotated[bool, typer.Option(help="Also hide random strings in the text and ask for them again.")] = True,
+    planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
     device: Device = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
@@ -54,7 +56,11 @@ def evaluate(
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
     taus = TAUS if curve else ()
-    found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=planted, taus=taus)
+    if planted is not None:
+        message = "--planted is now called --needles; the old name will go."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        needles = planted
+    found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, needles=needles, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
         with writing("--json", json_file):
@@ -74,7 +80,7 @@ def plot(
     head: Annotated[int, typer.Option(help='"attention": which query head.', min=0)] = 0,
     device: Device = "",
 ) -> None:
-    """Draw density by head, error against density, stop depth over the text, or what one head visited."""
+    """Draw density by head, error against density, stop depth over the text, or the keys that one head visited."""
     from s2o_compile.quality.pictures import PICTURES, draw_attention
 
     if kind not in (*PICTURES, "attention"):
@@ -98,7 +104,7 @@ def plot(
         found = Evaluation.from_json(read_file("evaluation", evaluation))
     else:
         taus = TAUS if kind == "error" else ()
-        found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, planted=False, taus=taus)
+        found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, needles=False, taus=taus)
     with writing("--out", out):
         PICTURES[kind](found, out)
 
@@ -115,12 +121,12 @@ def _evaluate(
     config: S2OConfig,
     device: str,
     *,
-    planted: bool,
+    needles: bool,
     taus: tuple[float, ...],
 ) -> Evaluation:
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
-        found = evaluate_model(loaded, ids, config, planted=planted, taus=taus, progress=step)
+        found = evaluate_model(loaded, ids, config, needles=needles, taus=taus, progress=step)
     return dataclasses.replace(found, model=MODEL if model == "smollm2" else model)
 
 
@@ -134,7 +140,7 @@ def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torc
 def _visits(
     model: str, tokens: int, text: Path | None, config: S2OConfig, device: str, site: str, head: int
 ) -> VisitMap:
-    """What a head of a site visits, of the first one if none is named."""
+    """The keys that a head of a site visits, of the first site if none is named."""
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
         fast = optimize(loaded, dataclasses.replace(config, inner_backend="eager"))

@@ -27,8 +27,8 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     """Turn whatever is raised inside into one LoadingError. Keep code of this project outside.
 
     Args:
-        source: What is loaded, as the message names it.
-        remedy: What to do.
+        source: Name of the model or file in the message.
+        remedy: The action that the message recommends.
     """
     try:
         yield
@@ -46,8 +46,8 @@ def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401
     """A causal language model in eval mode, every weight of which was read.
 
     Args:
-        source: What is loaded, as messages name it.
-        remedy: What to do if it cannot be.
+        source: Name of the model in messages.
+        remedy: The action that messages recommend.
         **where: Arguments of ``from_pretrained``.
 
     Raises:
@@ -89,7 +89,7 @@ def _some(names: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' own report and bars: what it says of missing weights is said here."""
+    """Without transformers' own report and bars, because `load_weights` reports missing weights."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""What the commands share: their packages, options, and how they load a model and its text."""
+"""Shared by the commands: their packages and options, and how they load a model and its text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read_file(option: str, file: Path) -> str:
 
 
 def check_out(option: str, file: Path | None) -> None:
-    """Refuse what cannot be written, before the work whose result it is to hold."""
+    """Refuse a file that cannot be written, before the work whose result it would hold."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise OptionError(
             f"{option}: expected a file in a directory that exists, got {str(file)!r}. Make its directory, or give "
@@ -142,7 +142,7 @@ def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tens
 
 @contextmanager
 def show_steps(console: Console) -> Iterator[Step]:
-    """A display of steps: call what this yields with the name of each, and do it inside the context."""
+    """A display of steps: yields a function that takes a name and returns a context for the step."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
 
         @contextmanager

@@ -1,6 +1,6 @@
 """``s2o tune``: times launch configurations and finds the crossover length on the present device.
 
-What it finds goes into the user's file (``kernels/tuned.py``), which the operator reads once. Inputs are synthetic and
+The results go into the user's file (``kernels/core/tuned.py``), which the operator reads once. Inputs are synthetic and
 have structure (tokens come in runs of one topic). Every configuration is checked before it is timed.
 """
 
@@ -85,7 +85,7 @@ def add_topics(query: Tensor, key: Tensor, generator: torch.Generator | None = N
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One configuration: milliseconds of the gathered and the natural-order kernel, or why it has none."""
+    """One configuration: milliseconds of the gathered and the exact kernel, or why it failed."""
 
     launch: Launch
     gathered_ms: float = 0.0
@@ -218,7 +218,7 @@ def crossover(lengths: Sequence[Length]) -> int | None:
 
 
 def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
-    """What the file holds already, nothing if there is none.
+    """The content of the file, empty if there is none.
 
     Raises:
         OptionError: The file is there and is none of ours, or cannot be read.
@@ -236,7 +236,7 @@ def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
 def write(
     path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing], command: str
 ) -> dict[str, object]:
-    """Put what was found into the file beside what it holds already; returns the device's entry.
+    """Add the results to the file and return the device's entry.
 
     Raises:
         OptionError: The file is there and is none of ours, or cannot be written.

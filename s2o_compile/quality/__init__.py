@@ -1,1 +1,1 @@
-"""What sparse attention costs in quality: evaluation, calibration and pictures."""
+"""The cost of sparse attention in quality: evaluation, calibration and pictures."""

@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` let a model read: batches of token ids, checked."""
+"""Batches of token ids, checked, that `evaluate` and `calibrate` give to a model."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ Progress = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """A batch: token ids [B, N], and the other keyword inputs; None if the model takes ids alone, by position."""
+class TokenBatch:
+    """Token ids [B, N] and a model's other keyword inputs, or None for a model that takes ids by position."""
 
     ids: Tensor
     keywords: Mapping[str, Any] | None
 
     @property
     def real(self) -> Tensor:
-        """Bool [B, N]: no padding."""
+        """Bool [B, N]: True for tokens, False for padding."""
         mask = (self.keywords or {}).get("attention_mask")
         return torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask.bool()
 
     @property
     def counted(self) -> Tensor:
-        """Bool [B, N]: tokens that a token before them predicts."""
+        """Bool [B, N]: tokens that the token before them predicts."""
         real = self.real
         return real & real.roll(1, 1)
 
     def run(self, model: nn.Module, **wanted: object) -> object:
-        """What the model returns, given of these keywords those that it knows."""
+        """Call the model, with those of these keywords that it knows."""
         known = inspect.signature(model.forward).parameters
         options = {name: x for name, x in {"use_cache": False, **wanted}.items() if name in known}
         if self.keywords is None:
@@ -63,56 +63,51 @@ class Text:
         return logits
 
 
-def texts_of(caller: str, model: nn.Module, batches: Batch | Iterable[Batch]) -> list[Text]:
-    """The batches on the model's device, checked."""
+def token_batches(caller: str, model: nn.Module, batches: Batch | Iterable[Batch]) -> list[TokenBatch]:
+    """Check the batches and move them to the model's device."""
     device = next((parameter.device for parameter in model.parameters()), None)
     listed: list[Batch] = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)  # pyright: ignore
-    texts = []
+    checked = []
     for batch in listed:
         keywords = None
         if isinstance(batch, Mapping):
             keywords = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         ids = batch if keywords is None else keywords.pop("input_ids", None)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            got = (
-                f"{ids.dtype} {tuple(ids.shape)}"
-                if isinstance(ids, Tensor)
-                else "none"
-                if ids is None
-                else type(ids).__name__
-            )
+            got = "none" if ids is None else type(ids).__name__
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else got
             raise EvaluationError(
                 f"{caller}: expected batches of token ids int64 [B, N], or mappings with input_ids, got {got}. Give "
-                "what a tokenizer returns with return_tensors='pt'."
+                "the output of a tokenizer with return_tensors='pt'."
             )
-        text = Text(ids=ids.to(device), keywords=keywords)
-        if text.real.shape != ids.shape:
+        made = TokenBatch(ids=ids.to(device), keywords=keywords)
+        if made.real.shape != ids.shape:
             raise EvaluationError(
-                f"{caller}: expected an attention_mask {tuple(ids.shape)}, as input_ids, got {tuple(text.real.shape)}. "
+                f"{caller}: expected an attention_mask {tuple(ids.shape)}, as input_ids, got {tuple(made.real.shape)}. "
                 "Give the tokenizer's."
             )
-        texts.append(text)
-    if not texts:
-        raise EvaluationError(f"{caller}: expected at least one batch of token ids, got none. Give some text to read.")
-    return texts
+        checked.append(made)
+    if not checked:
+        raise EvaluationError(f"{caller}: expected at least one batch of token ids, got none. Give some batches.")
+    return checked
 
 
 def check_model(caller: str, model: nn.Module) -> None:
-    """Refuse what is no uncompiled module in eval mode."""
+    """Refuse everything but an uncompiled module in eval mode."""
     if not isinstance(model, nn.Module) or is_compiled(model):
         got = "a compiled one" if is_compiled(model) else type(model).__name__
         raise EvaluationError(
-            f"{caller}: expected an uncompiled torch.nn.Module, got {got}. Give the original: it is what S2O is "
-            "compared with, and it is compiled inside."
+            f"{caller}: expected an uncompiled torch.nn.Module, got {got}. Give the original: S2O is compared with it, "
+            "and compiles it inside."
         )
     if model.training:
         raise EvaluationError(f"{caller}: expected a model in eval mode, got one in training mode. Call model.eval().")
 
 
-def check_lengths(caller: str, texts: Sequence[Text], config: S2OConfig) -> None:
+def check_lengths(caller: str, batches: Sequence[TokenBatch], config: S2OConfig) -> None:
     """Refuse batches so short that all attention runs dense."""
-    for place, text in enumerate(texts):
-        device, length = text.ids.device, text.ids.shape[1]
+    for place, batch in enumerate(batches):
+        device, length = batch.ids.device, batch.ids.shape[1]
         shortest = config.min_seq_len if isinstance(config.min_seq_len, int) else crossover(device)
         shortest = max(shortest, TILE_LEN)
         if length < shortest:
@@ -124,7 +119,7 @@ def check_lengths(caller: str, texts: Sequence[Text], config: S2OConfig) -> None
 
 
 def nothing_sparse(caller: str, report: Report) -> EvaluationError:
-    """What to raise where no attention ran sparse, with the reasons."""
+    """The error to raise where no attention ran sparse, with the reasons."""
     reasons = sorted(set(exact_sites(report, set()).values())) or ["no attention was captured"]
     return EvaluationError(
         f"{caller}: expected some attention to run sparse, got none of {len(report.sites)}: {'; '.join(reasons)}. "

@@ -1,4 +1,4 @@
-"""``calibrate``: the taus that keep an error budget on the user's own model and text."""
+"""``calibrate``: finds the taus that keep an error budget on the user's own model and text."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, check_error, config_or_default
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
-from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, texts_of
+from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, token_batches
 from s2o_compile.quality.head_curves import HeadCurves
 
 TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
-"""Where every head is measured."""
+"""The taus at which every head is measured."""
 
 AIM = 0.85
-"""Share of the budget that is aimed at: other texts differ, and a budget is to be kept on them, too."""
+"""Share of the budget that is used up on the given batches, so that other text keeps the budget, too."""
 
 LEAST_ERROR = 1e-4
-"""The least budget that can be measured; beneath it only exact attention helps."""
+"""The least budget that can be measured. Below it only exact attention helps."""
 
 
 class CurveMeter:
-    """An observer that measures every head at every tau, and passes the exact output on.
+    """An observer that measures every head at every tau and passes the exact output on.
 
-    So every attention is measured on the inputs that it has in the dense model, and errors do not add up over layers.
-    Calls without a site, of ``s2o_compile.attention``, bring their own configuration: they run as they are.
+    So every attention is measured on its inputs in the dense model, and errors do not add up over layers. Calls without
+    a site, of ``s2o_compile.attention``, bring their own configuration and run as they are.
 
     Args:
         taus: Ascending, positive.
@@ -59,23 +59,23 @@ def calibrate(
     config: S2OConfig | None = None,
     progress: Progress | None = None,
 ) -> S2OConfig:
-    """Measure every head of a model on the user's own text, and return what keeps an error budget.
+    """Measure every head of a model on the user's own text, and return the configuration that keeps an error budget.
 
     The error of an attention is the relative L2 error of its output, all heads and rows together: the norm of the
-    difference to exact attention over the norm of the exact output. Every head is measured at ten taus; of each
-    attention the taus are chosen that keep 85 % of the budget at the least density (``head_curves.py``). Heads that
-    would stay nearly dense are marked dense. Sinks are part of the output. A handful of prompts is enough; take them
-    from where the model is used, and about as long: the error at a tau depends on the length.
+    difference to exact attention over the norm of the exact output. Every head is measured at ten taus. For each
+    attention, the taus are chosen that keep 85 % of the budget at the least density (``head_curves.py``). Heads that
+    would stay nearly dense are marked dense. Sinks are part of the output. A handful of prompts is enough. They should
+    come from the model's real use and be about as long, because the error at a tau depends on the length.
 
-    Each batch is read once, with every attention run exactly, which is passed on, and ten times sparse. Nothing is
-    compiled behind the passes. Dynamo is reset: code compiled before is compiled anew at its next call.
+    Each batch is read once. Every attention runs exactly, which is passed on, and ten times sparse. Nothing is compiled
+    behind the passes. Dynamo is reset: code compiled before is compiled anew at its next call.
 
     Args:
-        model: In eval mode, not compiled; called as by `s2o_compile.evaluate`.
-        batches: As those of `s2o_compile.evaluate`.
+        model: In eval mode, not compiled. It is called as by `s2o_compile.evaluate`.
+        batches: Batches as for `s2o_compile.evaluate`.
         error: The budget, from 0.0001 to 1. ``S2OConfig(error=0.0)``, which is exact, needs no calibration.
-        config: Ranking, lengths and the like, kept as they are; None for the defaults. Its ``tau``, ``error``,
-            ``site_tau`` and ``dense_heads`` give way to what is found.
+        config: Ranking, lengths and the like, which are kept; None for the defaults. Its ``tau``, ``error``,
+            ``site_tau`` and ``dense_heads`` are replaced.
         progress: Called with the name of every step; returns a context manager around it.
 
     Returns:
@@ -84,21 +84,21 @@ def calibrate(
 
     Raises:
         OptionError: No such budget, or the configuration is no S2OConfig.
-        EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
+        EvaluationError: Nothing would run sparse, or the model or a batch cannot be used.
     """
     check_error("calibrate: error", error, least=LEAST_ERROR)
     unset = {"tau": OperatorOptions.tau, "error": None, "site_tau": {}, "dense_heads": {}}
     config = dataclasses.replace(config_or_default(config, "calibrate"), **unset)
     progress = progress or nullcontext
     check_model("calibrate", model)
-    texts = texts_of("calibrate", model, batches)
-    check_lengths("calibrate", texts, config)
+    checked = token_batches("calibrate", model, batches)
+    check_lengths("calibrate", checked, config)
     meter = CurveMeter()
     with watched(config) as watch:
         sparse_model = compiled_copy(model, watch.backend)
-        for place, text in enumerate(texts):
-            with progress(f"batch {place + 1} of {len(texts)}"), observe_attention(meter):
-                text.run(sparse_model, logits_to_keep=1)
+        for place, batch in enumerate(checked):
+            with progress(f"batch {place + 1} of {len(checked)}"), observe_attention(meter):
+                batch.run(sparse_model, logits_to_keep=1)
         if not meter.sites:
             raise nothing_sparse("calibrate", watch.recording.report)
     return budgeted(config, meter, error)

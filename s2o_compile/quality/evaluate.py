@@ -1,7 +1,8 @@
-"""``evaluate``: what sparse attention costs on the user's own model and text."""
+"""``evaluate``: measures the cost of sparse attention on the user's own model and text."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,15 +18,15 @@ from s2o_compile.kernels.observe import Observer, observe_attention
 from s2o_compile.quality.batches import (
     Batch,
     Progress,
-    Text,
+    TokenBatch,
     check_lengths,
     check_model,
     exact_sites,
     nothing_sparse,
-    texts_of,
+    token_batches,
 )
 from s2o_compile.quality.evaluation import Evaluation
-from s2o_compile.quality.needles import STRING_LEN, STRINGS, PlantedRecall, plant
+from s2o_compile.quality.needles import NEEDLE_LEN, NEEDLES, NeedleRecall, hide_needles
 from s2o_compile.quality.next_token import NextToken
 from s2o_compile.quality.site_quality import SiteMeter
 
@@ -36,22 +37,23 @@ def evaluate(
     batches: Batch | Iterable[Batch],
     config: S2OConfig | None = None,
     *,
-    planted: bool = True,
+    needles: bool = True,
     taus: Sequence[float] = (),
     seed: int = 0,
     progress: Progress | None = None,
+    planted: bool | None = None,
 ) -> Evaluation:
     """Run a causal language model densely and through S2O on the same tokens, and compare.
 
-    Of every attention that runs sparse: density, and the error of its output against exact attention on the same
-    inputs, which are those that sparse layers before it really give. Of the model: next-token loss, agreement of the
-    best prediction, KL divergence. With ``planted``, every batch is read once more with random strings in its first
-    half that return in its second, and the loss on the repeats says whether far tokens are still found.
+    Every attention that runs sparse gets its density, and the error of its output against exact attention on the same
+    inputs. These inputs come from the sparse layers before it. The model gets next-token loss, agreement of the best
+    prediction, and KL divergence. With ``needles``, every batch is read once more with random strings in its first half
+    that return in its second half. The loss on the repeats says whether far tokens are still found.
 
-    Each batch is read densely and through S2O, with ``planted`` twice; each sparse call of the first reading is
+    Each batch is read densely and through S2O, with ``needles`` twice. Each sparse call of the first reading is
     followed by an exact one, and by one for each of ``taus``. Nothing is compiled behind the passes, whatever the
-    configuration's inner backend: attention is what differs. Both logits [B, N, vocabulary] are held in the model's
-    dtype. Dynamo is reset: code compiled before is compiled anew at its next call.
+    configuration's inner backend, so that only attention differs. Both logits [B, N, vocabulary] are held in the
+    model's dtype. Dynamo is reset: code compiled before is compiled anew at its next call.
 
     Args:
         model: In eval mode, not compiled. It is called with token ids [B, N], or with the items of a mapping, and
@@ -60,60 +62,64 @@ def evaluate(
         batches: Token ids int64 [B, N], or mappings of the model's keyword inputs with such ``input_ids``; one or more.
             Tokens that an ``attention_mask`` [B, N] hides are not counted. They are moved to the model's device.
         config: Quality and implementation; None for the defaults.
-        planted: Whether to plant strings, which takes at least 1920 tokens a batch and no padding.
+        needles: Whether to read needles, which takes at least 1920 tokens a batch and no padding.
         taus: Further taus at which every attention is measured on its inputs, for a curve of error against density.
-        seed: Of the planted strings.
+        seed: Seed of the needles.
         progress: Called with the name of every step; returns a context manager around it.
+        planted: The old name of ``needles``.
 
     Raises:
         OptionError: The configuration is no S2OConfig.
-        EvaluationError: Nothing would run sparse, or the model or a batch is not what is expected.
+        EvaluationError: Nothing would run sparse, or the model or a batch cannot be used.
     """
+    if planted is not None:
+        warnings.warn("planted is now called needles; the old name will go.", DeprecationWarning, stacklevel=3)
+        needles = planted
     config, progress = config_or_default(config, "evaluate"), progress or nullcontext
     check_model("evaluate", model)
-    texts = texts_of("evaluate", model, batches)
-    check_lengths("evaluate", texts, config)
-    planted_texts = [plant(text.ids, seed=seed + place) for place, text in enumerate(texts) if planted]
-    if planted and not all(text.real.all() for text in texts):
+    checked = token_batches("evaluate", model, batches)
+    check_lengths("evaluate", checked, config)
+    haystacks = [hide_needles(batch.ids, seed=seed + place) for place, batch in enumerate(checked) if needles]
+    if needles and not all(batch.real.all() for batch in checked):
         raise EvaluationError(
-            "evaluate: expected batches without padding, to plant strings in, got an attention_mask with zeros. Give "
-            "unpadded batches, or planted=False."
+            "evaluate: expected batches without padding, to hide needles in, got an attention_mask with zeros. Give "
+            "unpadded batches, or needles=False."
         )
     meter, next_token, repeats, firsts = SiteMeter(taus), NextToken(), NextToken(), NextToken()
     with watched(config) as watch:
         sparse_model = compiled_copy(model, watch.backend)
 
-        def read(text: Text, name: str, observer: Observer) -> tuple[Tensor, Tensor]:
+        def read(batch: TokenBatch, name: str, observer: Observer) -> tuple[Tensor, Tensor]:
             with progress(f"{name}: S2O"), observe_attention(observer):
-                sparse = text.logits(sparse_model, "evaluate")
+                sparse = batch.logits(sparse_model, "evaluate")
             if not meter.seen:
                 raise nothing_sparse("evaluate", watch.recording.report)
             with progress(f"{name}: dense"), observe_attention(lambda call: call.exact()):
-                return text.logits(model, "evaluate"), sparse
+                return batch.logits(model, "evaluate"), sparse
 
-        for place, text in enumerate(texts):
-            name = f"batch {place + 1} of {len(texts)}"
-            next_token.add(*read(text, name, meter), text.ids, text.counted)
-            if planted:
-                strings = planted_texts[place]
-                logits = read(replace(text, ids=strings.ids), f"{name}, strings planted", lambda call: None)
-                repeats.add(*logits, strings.ids, strings.repeated)
-                firsts.add(*logits, strings.ids, strings.first)
+        for place, batch in enumerate(checked):
+            name = f"batch {place + 1} of {len(checked)}"
+            next_token.add(*read(batch, name, meter), batch.ids, batch.counted)
+            if needles:
+                haystack = haystacks[place]
+                logits = read(replace(batch, ids=haystack.ids), f"{name}, with needles", lambda call: None)
+                repeats.add(*logits, haystack.ids, haystack.repeated)
+                firsts.add(*logits, haystack.ids, haystack.first)
                 del logits  # before the next are made
         sites = meter.sites()
         left_exact = exact_sites(watch.recording.report, {site.name for site in sites})
-    recall = PlantedRecall(
-        strings=STRINGS,
-        string_len=STRING_LEN,
+    recall = NeedleRecall(
+        count=NEEDLES,
+        length=NEEDLE_LEN,
         loss_dense=repeats.mean("loss_dense"),
         loss_s2o=repeats.mean("loss_s2o"),
         loss_first=firsts.mean("loss_dense"),
     )
     return Evaluation(
         model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
-        device=_device_name(texts[0].ids.device),
+        device=_device_name(checked[0].ids.device),
         config=config,
-        lengths=tuple(text.ids.shape[1] for text in texts for _ in text.ids),
+        lengths=tuple(batch.ids.shape[1] for batch in checked for _ in batch.ids),
         tokens=next_token.tokens,
         loss_dense=next_token.mean("loss_dense"),
         loss_s2o=next_token.mean("loss_s2o"),
@@ -121,7 +127,7 @@ def evaluate(
         kl=next_token.mean("kl"),
         sites=sites,
         exact_sites=left_exact,
-        planted=recall if planted else None,
+        needles=recall if needles else None,
     )
 
 

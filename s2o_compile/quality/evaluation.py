@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -10,8 +11,9 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import as_integer, as_numbers, shown
 from s2o_compile.kernels.support.json_text import parse_json
+from s2o_compile.kernels.support.old_names import current_names
 from s2o_compile.quality.from_json import as_type
-from s2o_compile.quality.needles import PlantedRecall
+from s2o_compile.quality.needles import NeedleRecall
 from s2o_compile.quality.site_quality import SiteQuality
 from s2o_compile.report import table
 
@@ -33,8 +35,8 @@ class Evaluation:
         top1_agreement: Share of the tokens whose best prediction is the same.
         kl: Mean Kullback-Leibler divergence, dense || S2O.
         sites: Every attention that ran sparse.
-        exact_sites: Every other one the compiler found, and why it was not sparse.
-        planted: Loss on planted strings; None if none were planted.
+        exact_sites: Every other attention that the compiler found, and why it was not sparse.
+        needles: Loss on needles; None if there were none.
     """
 
     model: str
@@ -48,11 +50,17 @@ class Evaluation:
     kl: float
     sites: tuple[SiteQuality, ...]
     exact_sites: Mapping[str, str]
-    planted: PlantedRecall | None = None
+    needles: NeedleRecall | None = None
+
+    @property
+    def planted(self) -> NeedleRecall | None:
+        """The old name of ``needles``."""
+        warnings.warn("Evaluation.planted is now called needles.", DeprecationWarning, stacklevel=2)
+        return self.needles
 
     @property
     def loss_difference(self) -> float:
-        """What S2O adds to the loss."""
+        """Loss that S2O adds."""
         return self.loss_s2o - self.loss_dense
 
     @property
@@ -71,7 +79,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Evaluation:
-        """Evaluation from the text of ``to_json``; OptionError if it is anything else."""
+        """Evaluation from the text of ``to_json``; OptionError for any other text."""
         try:
             found: Evaluation = as_type(cls, _fields(text), "evaluation")
             _check(found)
@@ -99,12 +107,12 @@ class Evaluation:
             kept = sum(site.error <= budget for site in self.sites)
             largest = max(site.error for site in self.sites)
             lines.append(f"error budget {budget:.2%}: kept at {kept} of {count} sites, largest error {largest:.2%}")
-        if self.planted is not None:
-            recall = self.planted
+        if self.needles is not None:
+            recall = self.needles
             lines.append(
-                f"{recall.strings} planted strings of {recall.string_len} tokens: loss on their repeats "
-                f"{recall.loss_dense:.3f} dense, {recall.loss_s2o:.3f} S2O "
-                f"({recall.loss_s2o - recall.loss_dense:+.3f}); {recall.loss_first:.3f} where they stand first"
+                f"{recall.count} needles of {recall.length} tokens: loss on their repeats {recall.loss_dense:.3f} "
+                f"dense, {recall.loss_s2o:.3f} S2O ({recall.loss_s2o - recall.loss_dense:+.3f}); "
+                f"{recall.loss_first:.3f} where they stand first"
             )
         return "\n".join(lines)
 
@@ -118,13 +126,19 @@ def _fields(text: str | bytes) -> dict[str, object]:
     fields = parse_json(text)
     if not isinstance(fields, dict) or as_integer(fields.pop("format", None)) != FORMAT:
         raise ValueError(shown(text))
+    if "planted" in fields:
+        fields = current_names(fields, {"planted": "needles"}, {})
+        recall = fields["needles"]
+        if isinstance(recall, dict):
+            old = {"strings": "count", "string_len": "length"}
+            fields["needles"] = {old.get(name, name): value for name, value in recall.items()}
     return fields
 
 
 def _check(evaluation: Evaluation) -> None:
-    """Raise ValueError for what no evaluation writes: nothing measured, tuples of several lengths, endless counts.
+    """Raise ValueError if nothing was measured, lengths do not match, or a count is not finite.
 
-    Losses and errors may be NaN, for a model's output may.
+    Losses and errors may be NaN, because a model's output may.
     """
     if not evaluation.sites or not evaluation.lengths:
         raise ValueError(f"{len(evaluation.sites)} sites and {len(evaluation.lengths)} lengths")

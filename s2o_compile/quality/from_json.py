@@ -1,4 +1,4 @@
-"""Dataclasses out of JSON, by their annotations: whatever the JSON holds, a value of the right type or a ValueError."""
+"""Makes dataclasses from JSON by their annotations: a value of the right type, or a ValueError."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def as_type(wanted: Any, value: object, place: str) -> Any:  # noqa: ANN401 (an 
 
     Args:
         wanted: str, int, float, a dataclass, a tuple or a mapping of these, or one of these or None. A float may be NaN
-            or infinite, for a model's loss may.
+            or infinite, because a model's loss may.
         value: What ``parse_json`` returned.
         place: Name of the value in the message.
 

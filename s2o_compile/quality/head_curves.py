@@ -13,10 +13,10 @@ from s2o_compile.kernels.observe import ObservedCall
 from s2o_compile.quality.error_sums import ErrorSums
 
 STEPS = 8
-"""Taus tried between two measured ones; what they give is interpolated."""
+"""Taus tried between two measured ones. Error and density there are interpolated."""
 
 FLOOR = 1e-4
-"""Error of a head below which nothing is told apart."""
+"""Errors of a head below this are treated as equal."""
 
 HEAD_SHARE = 2.0
 """No head may be off by more than this many budgets, however little it weighs in its layer."""
@@ -27,13 +27,13 @@ DENSE_FROM = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a site should run with.
+    """Settings for a site.
 
     Attributes:
         tau: Of every query head.
         dense_heads: Key/value heads that run dense.
-        error: Relative L2 error of the site's output that this gave on the calibration text.
-        density: Computed over visible query-key pairs that it gave there; heads that run dense count 1.
+        error: Relative L2 error of the site's output on the calibration text.
+        density: Computed over visible query-key pairs there; heads that run dense count 1.
     """
 
     tau: tuple[float, ...]
@@ -64,7 +64,7 @@ class HeadCurves:
         """The taus of the least density at which the site's error is ``budget``, a relative L2 error of all heads.
 
         Heads share the budget: one that saves much by a small error gets more of it than one that saves little, up to
-        HEAD_SHARE. A group that stays nearly dense is marked dense, and what it leaves is shared by the others.
+        HEAD_SHARE. A group that stays nearly dense is marked dense, and the others share the budget that it leaves.
         """
         power = self.sums.power.cpu().clamp(min=torch.finfo(torch.float64).tiny)
         heads = len(power)

@@ -120,7 +120,7 @@ def draw_depth(evaluation: Evaluation, picture: Path) -> None:
 
 
 def draw_attention(visits: VisitMap, picture: Path, *, title: str) -> None:
-    """One head's attention with what was visited drawn over it, in original and in ranked order."""
+    """One head's attention with the visited pairs drawn over it, in original and in ranked order."""
     figure, (original, ranked) = _figure(1, 2, (9.2, 4.9), sharey=True)
     n_queries, n_keys = visits.visible.shape
     extent = (0, n_keys, n_queries, 0)
@@ -157,7 +157,7 @@ PICTURES: dict[str, Callable[[Evaluation, Path], None]] = {
 
 
 def _shades(weights: Tensor, visible: Tensor, visited: Tensor) -> Tensor:
-    """RGB [cells, cells, 3] of [Nq, Nk]: the ground says what was visited, the shade its largest attention weight."""
+    """RGB [cells, cells, 3] of [Nq, Nk]: the ground shows visited pairs, the shade the largest attention weight."""
     from matplotlib.colors import to_rgb
 
     def shade(where: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _finish(figure: Any, evaluation: Evaluation, picture: Path) -> None:  # noqa
 
 
 def _layers(names: Sequence[str]) -> tuple[list[str], str]:
-    """Short labels of sites and what they are: the numbers of layers if these tell sites apart, else the names."""
+    """Short labels of sites and their kind: numbers of layers if these tell the sites apart, else names."""
     numbers = [re.findall(r"\d+", name) for name in names]
     for place in range(min(map(len, numbers))):
         labels = [found[place] for found in numbers]

@@ -1,4 +1,4 @@
-"""What sparse attention costs at every site: density and error, measured on calls while they run."""
+"""Density and error of sparse attention at every site, measured on calls while they run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SiteQuality:
     """One attention, over all of its calls.
 
     An error is the relative L2 error of the attention output, S2O's against exact attention on the same inputs: the
-    norm of the difference over the norm of the exact output. ``error`` is that of all heads and rows together, which
-    ``S2OConfig(error=...)`` and `calibrate` are about.
+    norm of the difference over the norm of the exact output. ``error`` is that of all heads and rows together, as for
+    ``S2OConfig(error=...)`` and `calibrate`.
 
     Attributes:
         name: Module path of the attention, "" for calls of ``s2o_compile.attention``.

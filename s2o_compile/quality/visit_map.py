@@ -1,6 +1,6 @@
-"""Which keys the queries of one head visited, and what attention they have: the data of a picture.
+"""The keys that the queries of one head visited, and their attention: the data of a picture.
 
-Everything is held pair by pair, so this is for a few thousand tokens.
+All data is pair by pair, so this is for a few thousand tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class VisitMap:
         site: Module path of the attention.
         head: Query head.
         weights: float32 [Nq, Nk], exact attention probabilities; zero where a key is not visible.
-        visible: bool [Nq, Nk], what the mask leaves.
-        visited: bool [Nq, Nk], what S2O computed of that.
+        visible: bool [Nq, Nk], pairs that the mask leaves visible.
+        visited: bool [Nq, Nk], visible pairs that S2O computed.
         segment_len: Queries that share an order of keys.
         key_order: int64 [P, Nk], the keys of each segment: its own in position order, then the others by rank. Behind
             ``key_count`` stand keys that none of its queries sees.
@@ -48,7 +48,7 @@ class VisitMap:
 
 
 def visit_map(call: ObservedCall, head: int) -> VisitMap:
-    """What a query head of an observed call visited.
+    """The keys that a query head of an observed call visited.
 
     Args:
         call: On the path "s2o"; [Nq, Nk] must fit in memory.
@@ -105,7 +105,7 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
 
 
 def _plan(call: ObservedCall) -> Plan:
-    """The lists that the call walked, made again."""
+    """The ranked key indices of the call, made again."""
     return build_plan(call, call.options, "torch" if call.query.device.type == "cpu" else "triton")
 
 

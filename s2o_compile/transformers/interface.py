@@ -1,4 +1,4 @@
-"""What transformers calls for the attention implementation "s2o": the mask that a model asks for, and the attention."""
+"""The attention implementation "s2o" of transformers: the mask interface and the attention interface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _CHOSEN_KEYS = frozenset({"indices", "block_indices"})
 
 @dataclass(frozen=True)
 class _Site:
-    """What `configure` leaves on a module."""
+    """Settings that `configure` leaves on a module."""
 
     name: str
     min_seq_len: int | str
@@ -76,10 +76,10 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
 
 
 def s2o_mask(**arguments: Any) -> Tensor | None:  # noqa: ANN401 (whatever this version of transformers passes)
-    """The mask interface: a `LazyMask` for a prefill, transformers' own for decode and for what is traced.
+    """The mask interface: a `LazyMask` for a prefill, transformers' own mask for decode and for traced code.
 
-    Masks are bool, as those of "sdpa", for models that say that they have it. The others may do arithmetic with their
-    masks, or pass none and mean none: they get those of "eager".
+    Models with "sdpa" get bool masks, as from "sdpa". Other models may do arithmetic with their masks, or pass none and
+    mean none, so they get the masks of "eager".
     """
     modeling = type(arguments.get("config")).__module__.replace(".configuration_", ".modeling_")
     make, dtype = (sdpa_mask, torch.bool) if _has_sdpa(modeling) else (eager_mask, arguments.get("dtype"))
@@ -109,8 +109,8 @@ def s2o_attention_forward(
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        attention_mask: What `s2o_mask` made, a mask of rank 4 that the user gave, or None: by ``is_causal``, or none
-            in models without "sdpa".
+        attention_mask: The result of `s2o_mask`, or a user's mask of rank 4. None means ``is_causal``, and no mask in
+            models without "sdpa".
         dropout: Of the attention weights.
         scaling: Softmax scale, None for ``D ** -0.5``.
         is_causal: Whether no mask means causal; None asks the module.
@@ -133,7 +133,7 @@ def s2o_attention_forward(
     if isinstance(attention_mask, LazyMask) and attention_mask.holds:
         is_causal = attention_mask.skips_to_causal
         if not _describes(attention_mask, query, key):
-            attention_mask = attention_mask.or_none  # of other sizes: what "sdpa" gets
+            attention_mask = attention_mask.or_none  # of other sizes: as for "sdpa"
     if not is_tracing(query) and not dropout and all(kwargs.get(name) is None for name in _SDPA_ONLY):
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
@@ -257,12 +257,7 @@ def _all_have_sdpa(modeling: ModuleType) -> bool:
 
 
 def _site(name: str, config: S2OConfig) -> _Site:
-    options = config.operator_options()
-    if name in config.site_tau:
-        options["head_tau"] = list(config.site_tau[name])
-    if name in config.dense_heads:
-        options["dense_heads"] = list(config.dense_heads[name])
-    return _Site(name, config.min_seq_len, config.read_masks, options)
+    return _Site(name, config.min_seq_len, config.read_masks, config.operator_options(name))
 
 
 def _class_and_layer(module: nn.Module) -> str:

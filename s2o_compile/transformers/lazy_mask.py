@@ -1,4 +1,4 @@
-"""A mask of transformers that is there as a description, and becomes N x N numbers only if somebody looks at them."""
+"""A mask of transformers kept as a description. It becomes N x N numbers only if somebody looks at them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from s2o_compile.transformers.mask_functions import prove_function
 from s2o_compile.transformers.snapshots import snapshot
 
 _OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point})
-"""Methods that say what a tensor is without its data; attributes that are no tensors do, too."""
+"""Methods that need no data. Attributes that are no tensors need none either."""
 
 
 class LazyMask(Tensor):
     """[B, 1, Nq, Nk], bool (True: may be attended) or added to the scores.
 
-    Its meaning is that of the moment when it was asked for: it is made of copies (`snapshot`). Arguments that cannot be
-    copied make the mask itself, at once.
+    It is made from copies of its arguments (`snapshot`), so that later changes of them do not count. Arguments that
+    cannot be copied make the mask itself, at once.
 
-    Layers of a model share it, and what is found out about it. Any operation on it makes the mask and works on that, so
-    models that slice, invert or merge masks get what they expect.
+    Layers of a model share it and its proof. Any operation on it makes the mask and works on that, so models can slice,
+    invert or merge it.
 
     Args:
         make: Makes the mask, ``sdpa_mask`` or ``eager_mask`` of transformers.
@@ -81,13 +81,13 @@ class LazyMask(Tensor):
 
     @property
     def skips_to_causal(self) -> bool:
-        """Whether None means causal. Modules say it too, and not all of them what their model asks for."""
+        """Whether None means causal. A module's own ``is_causal`` may differ from the mask that its model asks for."""
         given = self._arguments
         return self.dtype is torch.bool and not isinstance(given, Rejected) and given.get("allow_is_causal_skip", True)
 
     @property
     def fully_masked(self) -> str:
-        """What a query gets that sees no key: a finite number added to all of its scores leaves the mean."""
+        """The output of a query that sees no key. A finite number added to all of its scores leaves the mean."""
         return "zeros" if self.dtype is torch.bool else "mean"
 
     @cached_property

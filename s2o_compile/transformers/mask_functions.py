@@ -1,7 +1,7 @@
 """Masks that are functions ``(batch, head, query, key) -> bool``, as transformers makes them, proven like graphs.
 
-The function is traced once over index tensors without data and its graph given to the mask prover: which spelling or
-version it comes from does not matter, and what is not proven is not guessed.
+The function is traced once over index tensors without data, and the mask prover reads its graph. So its form and the
+version of transformers do not matter, and an unproven mask is never guessed.
 """
 
 from __future__ import annotations

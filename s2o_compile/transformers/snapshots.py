@@ -1,7 +1,7 @@
-"""Copies of arguments that stay what they are, whatever happens to the originals before anybody reads them.
+"""Copies of arguments that do not change when the originals do.
 
-A cache advances its length in place, a caller writes into a padding mask, a function sees its closure change. What is
-described now and made later must be made of copies.
+A cache advances its length in place, a caller writes into a padding mask, a function sees its closure change. A mask
+that is described now and made later needs copies.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LIBRARIES = frozenset({"torch", "math", "operator", "builtins"})
 
 
 class _Live(Exception):
-    """Holds what can neither be copied nor stays the same."""
+    """Names a kind of object that can change and cannot be copied."""
 
 
 def snapshot(arguments: dict[str, Any]) -> dict[str, Any] | Rejected:
-    """The same arguments, made of nothing that can change; or what among them cannot be copied.
+    """The same arguments, made of nothing that can change, or the reason why they cannot be copied.
 
     Tensors are cloned, without gradients. Functions are made anew over copies of all that they read: closure, defaults,
     attributes, and the globals that their code names. Lists, tuples and dicts are copied with their items. Numbers,
@@ -68,7 +68,7 @@ def _copied_function(function: FunctionType, copies: dict[int, Any]) -> Function
     cells = tuple(CellType() for _ in function.__closure__ or ())
     scope: dict[str, Any] = {"__builtins__": builtins, "__name__": function.__module__}
     copy = copies[id(function)] = FunctionType(function.__code__, scope, function.__name__, None, cells)
-    for name in _names(function.__code__):  # a function may name itself, so the copy stands before what it reads
+    for name in _names(function.__code__):  # a function may name itself, so its copy comes first
         if name in function.__globals__:
             scope[name] = _copied(function.__globals__[name], copies)
     for cell, own in zip(cells, function.__closure__ or (), strict=True):

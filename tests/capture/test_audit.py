@@ -58,7 +58,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_is_one_attention(spelling):
     (ran,) = counted(SPELLINGS[spelling], *qkv())
-    assert ran.kind == audit.SPELT_OUT
+    assert ran.kind == audit.HAND_WRITTEN
     keys = "13" if "sinks" in spelling else "12"
     assert ran.query_shape[-2:] == ("12", "8")
     assert ran.key_shape[-2:] == (keys, "8")
@@ -89,7 +89,7 @@ def test_scores_copied_into_a_larger_tensor_are_scores():
         return scores.transpose(1, 2).softmax(-1).transpose(1, 2) @ v
 
     (ran,) = counted(chunked, *qkv())
-    assert ran.kind == audit.SPELT_OUT
+    assert ran.kind == audit.HAND_WRITTEN
 
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["no-weights", "weights"])

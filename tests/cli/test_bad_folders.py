@@ -240,7 +240,7 @@ def test_a_byte_order_mark_is_dropped(s2o, folder):
     text, config = folder / "text.txt", folder / "s2o.json"
     text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
     config.write_bytes(b'\xef\xbb\xbf{"tau": 0.25, "min_seq_len": 256, "segment_len": 256}')
-    assert s2o("evaluate", *read(folder), "--no-planted", "--config", config)[0] == 0
+    assert s2o("evaluate", *read(folder), "--no-needles", "--config", config)[0] == 0
 
 
 EVALUATION = {
@@ -268,7 +268,7 @@ EVALUATION = {
         }
     ],
     "exact_sites": {},
-    "planted": None,
+    "needles": None,
 }
 WRONG = ["null", "true", "3", '"text"', "[]", "{}", "[null]", "[[]]", '{"a": 3}', "9" * 5000]
 

@@ -50,7 +50,7 @@ def test_evaluate_writes_what_plot_draws(s2o, reader_dir, tmp_path):
     done = s2o("evaluate", *read, "--tokens", "1920", "--config", str(reader_dir / "config.s2o"), "--json", str(out))
     assert done.returncode == 0, done.stderr
     assert "2 of 2 attention sites ran sparse" in done.stdout
-    assert "24 planted strings of 40 tokens" in done.stdout
+    assert "24 needles of 40 tokens" in done.stdout
     found = json.loads(out.read_text())
     assert (found["config"]["tau"], found["config"]["segment_len"], found["lengths"]) == (0.25, 256, [1920])
     assert found["model"] == str(reader_dir)

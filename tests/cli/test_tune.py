@@ -56,11 +56,11 @@ class TestSweep:
         wrong, failing = Launch(key_block=16), Launch(key_block=64)
         attend = triton_forward.attend
 
-        def broken(query, *rest, **keywords):
-            chosen = tuned.launch(query.device, 16, torch.float32)
+        def broken(call, *rest):
+            chosen = tuned.launch(call.query.device, 16, torch.float32)
             if chosen == failing:
                 raise RuntimeError("out of resources\nand more")
-            result = attend(query, *rest, **keywords)
+            result = attend(call, *rest)
             return result._replace(output=result.output + 1e-3) if chosen == wrong else result
 
         monkeypatch.setattr(triton_forward, "attend", broken)

@@ -107,3 +107,9 @@ def test_a_dict_is_no_configuration():
 def test_no_min_seq_len_is_auto():
     assert S2OConfig.from_json('{"min_seq_len": null}') == S2OConfig(min_seq_len="auto") == S2OConfig()
     assert S2OConfig().operator_options()["min_seq_len"] is None
+    config = S2OConfig(tau=(0.1, 0.2), site_tau={"a": (0.3, 0.4)}, dense_heads={"b": (1,)})
+    assert config.operator_options()["head_tau"] == [0.1, 0.2]
+    assert config.operator_options("a")["head_tau"] == [0.3, 0.4]
+    assert config.operator_options("b")["dense_heads"] == [1]
+    assert "dense_heads" not in config.operator_options("a")
+    assert S2OConfig(error=0.02, site_tau={"a": (0.3,)}).operator_options("a")["head_tau"] == [0.3]

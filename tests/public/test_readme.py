@@ -14,6 +14,8 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.support import torch_inductor
+from tests.conftest import quick_rows
 
 ROOT = Path(__file__).parents[2]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -44,20 +46,20 @@ def without_tensorrt(monkeypatch):
 
 @pytest.fixture
 def without_packaging(monkeypatch, tmp_path):
-    """Programs become their twins, but nothing is compiled ahead of time: aot/test_package.py does."""
+    """Programs are decomposed, but nothing is compiled ahead of time: aot/test_package.py does."""
     monkeypatch.chdir(tmp_path)
-    twins = {}
+    written = {}
 
     def write(program, *, package_path, inductor_configs):
-        twin = program.run_decompositions({})
-        inductor_configs["joint_custom_pre_pass"](twin.graph)
-        twin.graph_module.recompile()
-        twins[package_path] = twin.module()
+        decomposed = program.run_decompositions({})
+        inductor_configs["joint_custom_pre_pass"](decomposed.graph)
+        decomposed.graph_module.recompile()
+        written[package_path] = decomposed.module()
         zipfile.ZipFile(package_path, "w").close()
         return package_path
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", twins.__getitem__)
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", write)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", written.__getitem__)
 
 
 def names():
@@ -83,10 +85,7 @@ def diffusion():
     return {"transformer": flux(), "inputs": inputs()}
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page in ("README.md", "export.md") else []) for page in PAGES],
-)
+@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
 @pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):

@@ -89,7 +89,7 @@ def test_demo_runs_and_reports():
 
 @pytest.mark.slow
 def test_evaluation_of_a_trained_model(smollm2):
-    """Measured: density 0.66, error 2.4 %, loss +0.0004, planted strings 5.1 dense, 5.8 S2O, 13.2 if new."""
+    """Measured: density 0.66, error 2.4 %, loss +0.0004, needles 5.1 dense, 5.8 S2O, 13.2 if new."""
     model, tokenizer = smollm2
     ids = build_prompt(tokenizer, 1920)
     found = s2o_compile.evaluate(model, ids, S2OConfig(min_seq_len=0, segment_len=256))
@@ -97,8 +97,8 @@ def test_evaluation_of_a_trained_model(smollm2):
     assert found.density < 0.8
     assert found.error < 0.05
     assert abs(found.loss_difference) < 0.02
-    assert found.planted.loss_dense < found.planted.loss_s2o < found.planted.loss_dense + 1.4
-    assert found.planted.loss_first > found.planted.loss_dense + 5
+    assert found.needles.loss_dense < found.needles.loss_s2o < found.needles.loss_dense + 1.4
+    assert found.needles.loss_first > found.needles.loss_dense + 5
 
 
 @pytest.mark.parametrize("tokens", [10, 10_000_000])

@@ -17,7 +17,7 @@ from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.observe import observe_attention
-from s2o_compile.quality.needles import plant
+from s2o_compile.quality.needles import hide_needles
 from tests.helpers.tiny import tiny_language_model, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -51,7 +51,7 @@ def relative(difference, power, dims):
 
 def test_next_token_figures():
     model, ids = tiny_language_model(), tiny_tokens(batch=2)
-    found = s2o_compile.evaluate(model, ids, CONFIG, planted=False)
+    found = s2o_compile.evaluate(model, ids, CONFIG, needles=False)
     dense, sparse, _ = both_logits(model, ids)
     p, q = (x[:, :-1].log_softmax(-1) for x in (dense, sparse))
     assert found.tokens == 2 * 699
@@ -61,12 +61,12 @@ def test_next_token_figures():
     assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2)
     assert found.kl > 1e-6
     assert found.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item() < 1
-    assert found.planted is None
+    assert found.needles is None
 
 
 def test_figures_of_a_site():
     model, ids = tiny_language_model(), tiny_tokens(batch=2)
-    found = s2o_compile.evaluate(model, ids, CONFIG, planted=False)
+    found = s2o_compile.evaluate(model, ids, CONFIG, needles=False)
     assert [site.name for site in found.sites] == ["layers.0", "layers.1"]
     assert found.exact_sites == {}
     for site, call in zip(found.sites, both_logits(model, ids)[2], strict=True):
@@ -86,7 +86,7 @@ def test_figures_of_a_site():
 
 def test_batches_count_by_their_tokens():
     model, long, short = tiny_language_model(), tiny_tokens(700), tiny_tokens(300)
-    joint, *alone = (s2o_compile.evaluate(model, x, CONFIG, planted=False) for x in ([long, short], long, short))
+    joint, *alone = (s2o_compile.evaluate(model, x, CONFIG, needles=False) for x in ([long, short], long, short))
     assert (joint.tokens, joint.lengths) == (699 + 299, (700, 300))
     assert joint.loss_s2o == pytest.approx(sum(one.loss_s2o * one.tokens for one in alone) / joint.tokens)
     for site, *parts in zip(joint.sites, *(one.sites for one in alone), strict=True):
@@ -101,7 +101,7 @@ def test_batches_count_by_their_tokens():
 
 
 def test_tau_zero_is_exact():
-    found = s2o_compile.evaluate(tiny_language_model(), tiny_tokens(), EXACT, planted=False)
+    found = s2o_compile.evaluate(tiny_language_model(), tiny_tokens(), EXACT, needles=False)
     assert all(site.worst_row < 1e-5 and site.density > 1 for site in found.sites)
     assert found.top1_agreement == 1
     assert abs(found.loss_difference) < 1e-6
@@ -110,13 +110,13 @@ def test_tau_zero_is_exact():
 
 def test_other_taus_are_measured_on_the_same_inputs():
     model, ids = tiny_language_model(), tiny_tokens()
-    found = s2o_compile.evaluate(model, ids, CONFIG, planted=False, taus=(0.0, 0.3, 4.0))
+    found = s2o_compile.evaluate(model, ids, CONFIG, needles=False, taus=(0.0, 0.3, 4.0))
     for site in found.sites:
         exact, middle, same = site.curve
         assert (exact.tau, middle.tau, same.tau) == (0.0, 0.3, 4.0)
         assert exact.error < 1e-5 < middle.error < same.error == site.error
         assert exact.density > middle.density > same.density == site.density
-    other = s2o_compile.evaluate(model, ids, dataclasses.replace(CONFIG, tau=0.3), planted=False)
+    other = s2o_compile.evaluate(model, ids, dataclasses.replace(CONFIG, tau=0.3), needles=False)
     assert other.sites[0].error == found.sites[0].curve[1].error  # the first layer has the same inputs
     assert other.sites[1].error != found.sites[1].curve[1].error
 
@@ -130,20 +130,20 @@ def test_padding_does_not_count():
     mask = torch.ones_like(ids)
     mask[1, :100] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    found = s2o_compile.evaluate(model, batch, EXACT, planted=False)
+    found = s2o_compile.evaluate(model, batch, EXACT, needles=False)
     with torch.no_grad():
         logits = model(**batch).logits.double()
     real = torch.cat([losses(logits[:1], ids[:1]), losses(logits[1:, 100:], ids[1:, 100:])])
     assert found.tokens == len(real) == 399 + 299
     assert found.loss_dense == pytest.approx(real.mean().item(), rel=1e-5)
     assert found.loss_s2o == pytest.approx(found.loss_dense, rel=1e-5)
-    with pytest.raises(EvaluationError, match=r"without padding, to plant strings in.*planted=False"):
+    with pytest.raises(EvaluationError, match=r"without padding, to hide needles in.*needles=False"):
         s2o_compile.evaluate(model, {name: x.repeat(1, 5) for name, x in batch.items()}, EXACT)
 
     names = [site.name for site in s2o_compile.explain(model, ids, config=CONFIG).sites]
     assert [site.name for site in found.sites] == names == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     marked = dataclasses.replace(CONFIG, dense_heads={names[0]: (0, 1), names[1]: (1,)})
-    found = s2o_compile.evaluate(model, ids, marked, planted=False)
+    found = s2o_compile.evaluate(model, ids, marked, needles=False)
     assert found.exact_sites == {names[0]: "ran dense"}
     (site,) = found.sites
     assert site.name == names[1]
@@ -154,7 +154,7 @@ class TestJSON:
     def test_reads_back_equal(self):
         config = dataclasses.replace(CONFIG, dense_heads={"layers.0": (1,)})
         found = s2o_compile.evaluate(tiny_language_model(), tiny_tokens(1920), config, taus=(1.0,))
-        assert found.planted is not None
+        assert found.needles is not None
         assert Evaluation.from_json(found.to_json()) == found
         assert json.loads(found.to_json())["config"]["dense_heads"] == {"layers.0": [1]}
 
@@ -173,7 +173,7 @@ def test_table():
         f"2 of 2 attention sites ran sparse; mean density {found.density:.3f}, mean error {found.error:.2%}"
     )
     assert lines[5].startswith(f"next token, 1919 of them: loss {found.loss_dense:.4f} dense, {found.loss_s2o:.4f} S2O")
-    assert lines[6].startswith("24 planted strings of 40 tokens: loss on their repeats")
+    assert lines[6].startswith("24 needles of 40 tokens: loss on their repeats")
 
 
 def test_every_step_is_announced():
@@ -185,7 +185,7 @@ def test_every_step_is_announced():
         yield
 
     s2o_compile.evaluate(tiny_language_model(), tiny_tokens(1920), CONFIG, progress=progress)
-    names = "batch 1 of 1", "batch 1 of 1, strings planted"
+    names = "batch 1 of 1", "batch 1 of 1, with needles"
     assert steps == [f"{name}: {how}" for name in names for how in ("S2O", "dense")]
 
 
@@ -204,10 +204,47 @@ class Recall(nn.Module):
         return found[:, 0] @ self.table.T / 4
 
 
-class TestPlanted:
-    def test_strings_stand_twice(self):
+class TestOldNames:
+    """Needles were called planted strings."""
+
+    def test_the_keyword(self):
+        with pytest.warns(DeprecationWarning, match="planted is now called needles") as caught:
+            found = s2o_compile.evaluate(tiny_language_model(), tiny_tokens(), CONFIG, planted=False)
+        assert found.needles is None
+        assert [Path(warning.filename).name for warning in caught] == ["test_evaluate.py"]
+
+    def test_the_flag(self, monkeypatch):
+        pytest.importorskip("typer")
+        from typer.testing import CliRunner
+
+        from s2o_compile.cli import evaluate as command
+        from s2o_compile.cli import main as cli
+
+        monkeypatch.setattr(command, "load", lambda *_: (tiny_language_model(), None))
+        monkeypatch.setattr(command, "tokenize", lambda _, __, tokens, ___: tiny_tokens(tokens))
+        with pytest.warns(DeprecationWarning, match="--planted is now called --needles"):
+            done = CliRunner().invoke(cli.app, ["evaluate", "--tokens", "1920", "--no-planted", "--device", "cpu"])
+        assert done.exit_code == 0
+        assert "next token" in done.stdout
+        assert "needles" not in done.stdout
+
+    def test_the_field(self):
+        found = s2o_compile.evaluate(tiny_language_model(), tiny_tokens(1920), CONFIG)
+        with pytest.warns(DeprecationWarning, match=r"Evaluation\.planted is now called needles"):
+            assert found.planted is found.needles is not None
+        fields = json.loads(found.to_json())
+        recall = fields.pop("needles")
+        recall |= {"strings": recall.pop("count"), "string_len": recall.pop("length")}
+        with pytest.warns(DeprecationWarning, match="planted is now called needles"):
+            assert Evaluation.from_json(json.dumps(fields | {"planted": recall})) == found
+        with pytest.warns(DeprecationWarning, match="planted is now called needles"):
+            assert Evaluation.from_json(json.dumps(fields | {"planted": None})).needles is None
+
+
+class TestNeedles:
+    def test_needles_stand_twice(self):
         ids = tiny_tokens(2400, batch=2)
-        text = plant(ids, seed=3, strings=5, string_len=40)
+        text = hide_needles(ids, seed=3, needles=5, needle_len=40)
         assert ((text.ids != ids).sum(1) <= 2 * 5 * 40).all()
         assert (text.first.sum(1) == 5 * 39).all()
         assert (text.repeated.sum(1) == 5 * 39).all()
@@ -221,21 +258,21 @@ class TestPlanted:
 
     def test_a_seed_decides(self):
         ids = tiny_tokens(1920)
-        same, other = (plant(ids, seed=seed) for seed in (0, 1))
-        assert torch.equal(plant(ids, seed=0).ids, same.ids)
+        same, other = (hide_needles(ids, seed=seed) for seed in (0, 1))
+        assert torch.equal(hide_needles(ids, seed=0).ids, same.ids)
         assert not torch.equal(other.ids, same.ids)
 
     def test_what_sparse_attention_does_not_reach_is_lost(self):
         model, ids = Recall().eval(), tiny_tokens(2048, vocabulary=4096)
         lost = dataclasses.replace(CONFIG, tau=1e6, ranking="mean_query")
-        exact, sparse = (s2o_compile.evaluate(model, ids, config).planted for config in (EXACT, lost))
-        assert (exact.strings, exact.string_len) == (24, 40)
+        exact, sparse = (s2o_compile.evaluate(model, ids, config).needles for config in (EXACT, lost))
+        assert (exact.count, exact.length) == (24, 40)
         assert exact.loss_s2o == pytest.approx(exact.loss_dense, rel=1e-4)
         assert exact.loss_dense == sparse.loss_dense < sparse.loss_s2o - 1
         assert sparse.loss_s2o < sparse.loss_first
 
     def test_too_short(self):
-        message = "at least 1920 tokens, which hold 24 strings of 40 twice, got 1919.*planted=False"
+        message = "at least 1920 tokens, which hold 24 needles of 40 twice, got 1919.*needles=False"
         with pytest.raises(EvaluationError, match=message):
             s2o_compile.evaluate(tiny_language_model(), tiny_tokens(1919), CONFIG)
 
@@ -296,7 +333,7 @@ WRONG = {
 @pytest.mark.parametrize(("model", "batches", "message"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_evaluated(model, batches, message):
     with pytest.raises(EvaluationError, match="^evaluate: expected .*" + message):
-        s2o_compile.evaluate(model, batches, CONFIG, planted=False)
+        s2o_compile.evaluate(model, batches, CONFIG, needles=False)
 
 
 @pytest.mark.parametrize(
@@ -305,12 +342,12 @@ def test_what_cannot_be_evaluated(model, batches, message):
 def test_batches_that_would_run_dense(config, length, shortest):
     message = rf"at least {shortest} tokens, got {length} in batch 2: all attention would run dense.*min_seq_len=128"
     with pytest.raises(EvaluationError, match=message):
-        s2o_compile.evaluate(TINY, [tiny_tokens(2000), tiny_tokens(length)], config, planted=False)
+        s2o_compile.evaluate(TINY, [tiny_tokens(2000), tiny_tokens(length)], config, needles=False)
 
 
 def test_auto_takes_the_crossover_of_the_device():
     with pytest.raises(EvaluationError, match=r"at least 8192 tokens, got 700 in batch 1.*min_seq_len='auto' on cpu"):
-        s2o_compile.evaluate(TINY, tiny_tokens(), planted=False)
+        s2o_compile.evaluate(TINY, tiny_tokens(), needles=False)
 
 
 def test_a_model_that_calls_the_operator_itself():
@@ -320,7 +357,7 @@ def test_a_model_that_calls_the_operator_itself():
             y = s2o_compile.attention(x, x, x, causal=True, config=CONFIG)
             return self.model.head(y[:, 0])
 
-    found = s2o_compile.evaluate(Direct().eval(), tiny_tokens(), CONFIG, planted=False)
+    found = s2o_compile.evaluate(Direct().eval(), tiny_tokens(), CONFIG, needles=False)
     assert [site.name for site in found.sites] == [""]
     assert found.kl > 1e-6
     assert "s2o_compile.attention" in str(found)

@@ -35,7 +35,7 @@ def evaluation():
         for module in (plan, rank):
             patch.setattr(module, "default_chunk_len", lambda _: 128)
         ids = tiny_tokens(700)
-        return s2o_compile.evaluate(tiny_language_model(), ids, CONFIG, planted=False, taus=(0.0, 0.3, 1.0))
+        return s2o_compile.evaluate(tiny_language_model(), ids, CONFIG, needles=False, taus=(0.0, 0.3, 1.0))
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """S2O forward by FlexAttention: a kernel that torch compiles, for devices and functions beyond our own.
 
-The walk along every list is decided before the launch (``unvisited.py``), and the lists are blocks of gathered keys
-(``flex_layout.py``). The mask_mod says the same as the tables of blocks do, so that the result is one, whether a kernel
-skips by them or not; only a compiled kernel does. Uncompiled, flex_attention computes every score and holds all of
-them: where nothing compiles around the call, it compiles itself.
+How far each tile visits its ranked keys is decided before the launch (``ranking.unvisited``), and ranked keys are
+gathered blocks X
 """
 
 from __future__ import annotations
@@ -14,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.core.plan import TILE_LEN, Plan
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.plan import TILE_LEN, Plan, in_segment_starts_stops, n_tiles
 from s2o_compile.kernels.core.result import Result
-from s2o_compile.kernels.impl.flex.layout import FlexLayout, lay_out, pool_blocks
+from s2o_compile.kernels.impl.flex.layout import BlockGrid, FlexLayout, lay_out, placed_mask, pool_blocks
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError
 from s2o_compile.kernels.support.torch_compat import dynamo_options
@@ -31,6 +30,9 @@ except ImportError:  # no triton here, and no CUDA device that FlexAttention has
 
 VARIANTS = 64
 """Kernels that one process may compile: by head dims, dtype, scale and softcap, and on a CPU by length."""
+
+Shape = tuple[int, int, int, int, int]
+"""B, Hq, Hkv, Nq, Nk."""
 
 LEAST_HEAD_DIM = 16
 """Of FlexAttention's kernels on a GPU."""
@@ -44,41 +46,66 @@ def attend(call: AttentionCall, plan: Plan, visits: Tensor) -> Result:
         plan: Ranked key indices of every segment.
         visits: int32 [B, Hq, P], blocks of each ranking to visit.
     """
-    return _attend(call, plan, visits)
-
-
-def attend_exact(call: AttentionCall) -> Result:
-    """Exact attention, every visible block of keys visited in position order."""
-    return _attend(call, None, None)
-
-
-def _attend(call: AttentionCall, plan: Plan | None, visits: Tensor | None) -> Result:
     check_available(call)
-    layout = place(call, plan, visits)
-    output, lse = attend_layout(call, layout)
-    computed = layout.computed().unflatten(0, call.key.shape[:2]).flatten(1, 2)
-    return Result(output, call.query.new_empty(0, dtype=torch.float32) if lse is None else lse, computed)
-
-
-def place(call: AttentionCall, plan: Plan | None, visits: Tensor | None) -> FlexLayout:
-    """Where a call finds its keys: a plan's ranked keys, or without a plan all keys in position order."""
-    query, key, _ = call.tensors
-    batch, heads, n_queries, _ = query.shape
-    kv_heads, n_keys = key.shape[1:3]
-    if plan is not None and plan.key_index.shape[1] != kv_heads:
+    shape, row_bytes = _shape(call), call.key.shape[3] * call.key.element_size()
+    if plan.key_index.shape[1] != shape[2]:
         raise InputError(
             "ranking_per",
             expected='"group" for implementation="flex", whose gathered keys serve all heads of a group',
             got='"head"',
             remedy='Leave it "group", or use another implementation.',
         )
-    shape, pool = (batch, heads, kv_heads, n_queries, n_keys), 0
-    if plan is not None:
-        row_bytes = key.shape[3] * key.element_size()
-        pool = pool_blocks(call.mask, shape, plan.segment_len, row_bytes, on_gpu=not query.is_cpu)
-    if plan is not None and visits is not None and query.is_cuda and triton_layout is not None:
-        return triton_layout.lay_out(call.mask, query, n_keys, plan, visits, pool)
-    return lay_out(call.mask, shape=shape, device=query.device, plan=plan, visits=visits, pool=pool)
+    return _attend(call, place(call.mask, shape, call.query.device, row_bytes, plan, visits))
+
+
+def attend_exact(call: AttentionCall) -> Result:
+    """Exact attention, every visible block of keys visited in position order."""
+    check_available(call)
+    shape = batch, heads, kv_heads, n_queries, _ = _shape(call)
+    grid = block_grid(call.mask, shape, TILE_LEN * n_tiles(n_queries), call.query.device)
+    none = torch.zeros(batch, kv_heads, 1, dtype=torch.int32, device=call.query.device)
+    visits, no_keys = none.new_ones(batch, heads, 1), none.new_empty(batch, kv_heads, 1, 0)
+    return _attend(call, lay_out(grid, (none[0, 0], none[0, 0]), no_keys, none, none, visits, 0))
+
+
+def place(
+    mask: AttentionMask, shape: Shape, device: torch.device, row_bytes: int, plan: Plan, visits: Tensor
+) -> FlexLayout:
+    """Where a call finds its keys over a plan.
+
+    Args:
+        mask: Which keys a query sees, without a window.
+        shape: B, Hq, Hkv, Nq, Nk.
+        device: Where the tensors live.
+        row_bytes: Memory of one key.
+        plan: Ranked key indices of every segment, shared by the heads of a group.
+        visits: Integers [B, Hq, P], blocks of each ranking to visit.
+    """
+    kv_heads, n_queries, n_keys = shape[2:]
+    bounds = in_segment_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
+    listed = plan.prefix_count[:, None].expand(-1, kv_heads, -1)
+    outside = bounds[0].expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
+    pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=device.type != "cpu")
+    grid = block_grid(mask, shape, plan.segment_len, device)
+    return lay_out(grid, bounds, plan.key_index, listed, outside, visits, pool)
+
+
+def block_grid(mask: AttentionMask, shape: Shape, segment_len: int, device: torch.device) -> BlockGrid:
+    """The blocks that the tiles of a call see: PARTIAL where some query sees some key, FULL where all see all."""
+    batch, heads, _, n_queries, n_keys = shape
+    start, stop = mask.row_ranges(n_queries, n_keys, device)
+    first_row = torch.arange(0, n_queries, TILE_LEN, device=device)
+    last_row = (first_row + TILE_LEN - 1).clamp(max=n_queries - 1)
+    first_key = torch.arange(0, n_keys, BLOCK_LEN, device=device)
+    behind = first_key + BLOCK_LEN
+    some = (behind > start[first_row, None]) & (first_key < stop[last_row, None])
+    every = (first_key >= start[last_row, None]) & (behind <= stop[first_row, None])
+    every = every & (mask.key_mask is None)
+    return BlockGrid(*shape, segment_len, *(x.expand(batch, heads, -1, -1) for x in (some & ~every, every)))
+
+
+def _shape(call: AttentionCall) -> Shape:
+    return *call.query.shape[:2], call.key.shape[1], call.n_queries, call.n_keys
 
 
 def check_available(call: AttentionCall) -> None:
@@ -97,23 +124,27 @@ def check_available(call: AttentionCall) -> None:
         )
 
 
-def attend_layout(call: AttentionCall, layout: FlexLayout) -> tuple[Tensor, Tensor | None]:
-    """Output [B, Hq, Nq, Dv] and, if wanted, log-sum-exp float32 [B, Hq, Nq] over keys placed by a layout."""
+def _attend(call: AttentionCall, layout: FlexLayout) -> Result:
     query, key, value = call.tensors
     batch, kv_heads = key.shape[:2]
     folded = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
     if query.is_cuda and triton_layout is not None:
-        stop = layout.list_stop.amax((1, 2))
+        stop = layout.ranked_stop.amax((1, 2))
         keys, values = (triton_layout.take(x, layout.index, stop) for x in (key, value))
     else:
         keys, values = (take(x, layout.index) for x in (key, value))
+    start, stop = (x.to(torch.int32) for x in call.mask.row_ranges(call.n_queries, call.n_keys, query.device))
+    key_mask = call.mask.key_mask
+    present = key.new_ones(batch, call.n_keys, dtype=torch.bool) if key_mask is None else key_mask
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
-        attend = _compiled(query.device.type)
-        output = attend(folded, keys, values, layout, call.scale, call.softcap, call.wants_lse)
-    output, lse = output if call.wants_lse else (output, None)
-    output = output.unflatten(0, (batch, kv_heads)).flatten(1, 2)
-    return output, None if lse is None else lse.unflatten(0, (batch, kv_heads)).flatten(1, 2)
+        found = _compiled(query.device.type)(
+            folded, keys, values, layout, (start, stop, present.contiguous()), call.scale, call.softcap, call.wants_lse
+        )
+    output, lse = found if call.wants_lse else (found, query.new_empty(0, dtype=torch.float32))
+    lse = lse.unflatten(0, (batch, kv_heads)).flatten(1, 2) if call.wants_lse else lse
+    computed = layout.computed().unflatten(0, (batch, kv_heads)).flatten(1, 2)
+    return Result(output.unflatten(0, (batch, kv_heads)).flatten(1, 2), lse, computed)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -133,56 +164,37 @@ def _attend_blocks(
     key: Tensor,
     value: Tensor,
     layout: FlexLayout,
+    rows: tuple[Tensor, Tensor, Tensor],
     scale: float,
     softcap: float | None,
     wants_lse: bool,
 ) -> Any:  # noqa: ANN401 (a tensor or two)
-    """FlexAttention of query [B * Hkv, G, Nq, D] over gathered key and value [B * Hkv, 1, K, ..]."""
+    """FlexAttention of query [B * Hkv, G, Nq, D] over gathered key and value [B * Hkv, 1, K, ..].
+
+    The mask_mod of a call is its own mask, by the first key that each row sees, the key behind its last, and the keys
+    in use; its score_mod is the softcap.
+    """
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    visible = placed_mask(_in_row, query.shape[0] // rows[2].shape[0], query.shape[1])
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return visible(b, h, i, j, *layout.buffers, *rows)
 
     return flex_attention(
         query,
         key,
         value,
         score_mod=None if softcap is None else cap,
-        block_mask=block_mask(query, key, layout),
+        block_mask=layout.block_mask(seen, query.shape[2]),
         scale=scale,
         enable_gqa=True,
         return_lse=wants_lse,
     )
 
 
-def block_mask(query: Tensor, key: Tensor, layout: FlexLayout) -> BlockMask:
-    """A layout as FlexAttention takes it; without the tables by key, which only a backward needs."""
-
-    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return visible(b, h, i, j, *layout[LOOKED_UP])
-
-    return BlockMask.from_kv_blocks(
-        layout.partial_count,
-        layout.partial_index,
-        layout.full_count,
-        layout.full_index,
-        BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
-        mask_mod=seen,
-        seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=False,
-    )
-
-
-LOOKED_UP = slice(1, 8)
-"""Of a layout, what ``visible`` takes behind the position."""
-
-
-def visible(
-    b: Tensor, h: Tensor, i: Tensor, j: Tensor, present: Tensor, row_start: Tensor, row_stop: Tensor,
-    position_start: Tensor, position_stop: Tensor, list_start: Tensor, list_stop: Tensor,
-) -> Tensor:  # fmt: skip
-    """The mask_mod of a layout: whether a query visits the key that stands at place j."""
-    tile = i // TILE_LEN
-    position = j.clamp(max=present.shape[1] - 1)
-    position_order = (j >= position_start[b, h, tile]) & (j < position_stop[b, h, tile])
-    position_order = position_order & (j >= row_start[i]) & (j < row_stop[i]) & present[b, position]
-    return position_order | ((j >= list_start[b, tile]) & (j < list_stop[b, h, tile]))
+def _in_row(b: Tensor, _h: Tensor, i: Tensor, position: Tensor, start: Tensor, stop: Tensor, present: Tensor) -> Tensor:
+    """The mask_mod of an `AttentionMask`."""
+    return (position >= start[i]) & (position < stop[i]) & present[b, position]

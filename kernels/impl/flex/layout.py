@@ -1,12 +1,12 @@
-"""Where FlexAttention finds its keys: the lists of a plan as blocks behind the keys in position order.
+"""Where FlexAttention finds its keys: ranked keys as gathered blocks behind the keys in position order.
 
     keys of one head   [ position order, Nk | blocks of segment a | blocks of segment c | ... unused ]
-    blocks of a tile   in-segment keys (under the mask), then the first blocks of its segment's list (whole)
+    blocks of a tile   in-segment keys (under the mask), then the first blocks of its segment's ranked keys
 
-A head that visits nearly all of a list walks the position order instead, under the mask: every key stands in one place
-or the other, and is counted once. So do all heads of a segment that finds no room: gathered blocks have a pool of fixed
-size, whatever the plan, and what saves most per block goes first. Sizes depend on lengths alone: nothing waits for the
-device, and a graph of one shape serves every plan.
+A head that visits nearly all of a ranking visits the keys in position order instead: every key stands in one place or
+the other, and is counted once. So do all heads of a segment that finds no room: gathered blocks have a pool of fixed
+size, whatever the plan, and the segment that saves most per block goes first. Sizes depend on lengths alone: nothing
+waits for the device, and a graph of one shape serves every plan.
 
 Measured on SmolLM2 at 8K, with the true mass of every block known, this layout computes 0.20 of all pairs for an error
 of 4.4 %; blocks of neighbouring keys, permuted inside 512 keys or not at all, take 0.29 and 0.37 for it.
@@ -19,14 +19,22 @@ and alike, which takes 8 bytes for each query head, tile and block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.plan import TILE_LEN, Plan, in_segment_starts_stops, n_segments, n_tiles
+from s2o_compile.kernels.core.plan import TILE_LEN, n_segments, n_tiles
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
+from s2o_compile.kernels.support.torch_compat import is_fake
+
+try:
+    from s2o_compile.kernels.impl.flex import triton_layout
+except ImportError:  # no triton here, and no CUDA device
+    triton_layout = None
 
 POOL = 4
 """Gathered blocks, in units of the blocks of all keys: all there are on a CPU."""
@@ -39,40 +47,106 @@ WORTH_GATHERING = 7 / 8
 """A segment is gathered if it visits at most this share of its natural blocks."""
 
 
+PARTIAL, FULL = 1, 2
+"""Kinds of blocks: the mask_mod decides, or every query of the tile sees the whole block."""
+
+Function = Callable[..., Tensor]
+
+
+class BlockGrid(NamedTuple):
+    """The sizes of a call, and which blocks of keys its tiles of queries see."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    n_queries: int
+    n_keys: int
+    segment_len: int
+    partial: Tensor
+    """Bool [B, Hq, T, key blocks], blocks whose mask_mod decides."""
+    full: Tensor
+    """The same for blocks that every query of the tile sees as a whole."""
+
+    @property
+    def group(self) -> int:
+        """Query heads of one key/value head."""
+        return self.heads // self.kv_heads
+
+
 class FlexLayout(NamedTuple):
-    """Tensors that place one call's keys; positions and blocks count in the gathered keys.
+    """Tensors that place one call's keys; places and blocks count in the gathered keys.
 
     Attributes:
         index: int64 [B * Hkv, K], which key stands at each place.
-        present: bool [B * Hkv, Nk], False for padding.
-        row_start: int32 [Nq], first key that a query sees.
-        row_stop: int32 [Nq], and the key behind its last.
-        natural_start: int32 [B * Hkv, G, T], first key that a tile visits in position order.
-        natural_stop: int32 [B * Hkv, G, T], and the key behind its last.
-        list_start: int32 [B * Hkv, T], where the tile's list begins.
-        list_stop: int32 [B * Hkv, G, T], where the tile's walk along it ends.
+        place: int32 [B * Hkv, K], the same.
+        position_start: int32 [B * Hkv, G, T], first key that a tile visits in position order.
+        position_stop: int32 [B * Hkv, G, T], and the key behind its last.
+        ranked_start: int32 [B * Hkv, T], where the segment's ranked keys begin.
+        ranked_stop: int32 [B * Hkv, G, T], where the tile's visits of them end.
+        kinds: int64 [B * Hkv, G, T, key blocks], PARTIAL, FULL or neither, of blocks in position order. Of fewer bits,
+            results of Inductor's CPU template are wrong (torch 2.13).
         partial_count: int32 [B * Hkv, G, T], blocks that need the mask.
         partial_index: int32 [B * Hkv, G, T, blocks], these first.
         full_count: int32 [B * Hkv, G, T], blocks that every query of the tile sees as a whole.
-        full_index: int32 [B * Hkv, G, T, blocks], these first: in-segment keys, then the list, most important first.
+        full_index: int32 [B * Hkv, G, T, blocks], these first.
     """
 
     index: Tensor
-    present: Tensor
-    row_start: Tensor
-    row_stop: Tensor
+    place: Tensor
     position_start: Tensor
     position_stop: Tensor
-    list_start: Tensor
-    list_stop: Tensor
+    ranked_start: Tensor
+    ranked_stop: Tensor
+    kinds: Tensor
     partial_count: Tensor
     partial_index: Tensor
     full_count: Tensor
     full_index: Tensor
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The tensors that ``placed_mask`` looks up."""
+        return self[1:7]
+
     def computed(self) -> Tensor:
         """Keys that each tile computes, int32 [B * Hkv, G, T]; blocks count as a whole."""
         return (self.partial_count + self.full_count) * BLOCK_LEN
+
+    def block_mask(self, mask_mod: Function, n_queries: int) -> BlockMask:
+        """The tables as FlexAttention takes them, without the tables by key, which only a backward needs."""
+        return BlockMask.from_kv_blocks(
+            self.partial_count,
+            self.partial_index,
+            self.full_count,
+            self.full_index,
+            BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
+            mask_mod=mask_mod,
+            seq_lengths=(n_queries, self.index.shape[1]),
+            compute_q_blocks=False,
+        )
+
+
+def placed_mask(mask_mod: Function, kv_heads: int, group: int) -> Function:
+    """The mask_mod of gathered keys: of row, head of the group, query, place, ``FlexLayout.buffers`` and captures.
+
+    Args:
+        mask_mod: That of the call, of batch, head, query, key position and its own captures.
+        kv_heads: Key/value heads Hkv.
+        group: Query heads of each.
+    """
+
+    def visible(
+        row: Tensor, g: Tensor, i: Tensor, j: Tensor, place: Tensor, position_start: Tensor, position_stop: Tensor,
+        ranked_start: Tensor, ranked_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
+    ) -> Tensor:  # fmt: skip
+        tile, position = i // TILE_LEN, place[row, j]
+        ranked = (j >= ranked_start[row, tile]) & (j < ranked_stop[row, g, tile])
+        placed = ranked | ((j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile]))
+        seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
+        kind = kinds[row, g, tile, position // BLOCK_LEN]
+        return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
+
+    return visible
 
 
 def pool_blocks(
@@ -88,7 +162,7 @@ def pool_blocks(
     Args:
         mask: Which keys a query sees; None where that is not known.
         shape: B, Hq, Hkv, Nq, Nk.
-        segment_len: Queries of one list.
+        segment_len: Queries that share one ranking.
         row_bytes: Memory of one key; that of a value is taken to be the same.
         on_gpu: Whether there is memory to spend.
     """
@@ -106,111 +180,108 @@ def pool_blocks(
 
 
 def lay_out(
-    mask: AttentionMask,
-    *,
-    shape: tuple[int, int, int, int, int],
-    device: torch.device,
-    plan: Plan | None = None,
-    visits: Tensor | None = None,
-    pool: int = 0,
+    grid: BlockGrid,
+    bounds: tuple[Tensor, Tensor],
+    key_index: Tensor,
+    listed: Tensor,
+    outside: Tensor,
+    visits: Tensor,
+    pool: int,
 ) -> FlexLayout:
     """Place the keys of a call.
 
     Args:
-        mask: Which keys a query sees; with a plan, without a window.
-        shape: B, Hq, Hkv, Nq, Nk.
-        device: Where the tensors live.
-        plan: Lists of every segment, queries in position order; None for exact attention in position order.
-        visits: int32 [B, Hq, P], blocks of each list to visit (``unvisited.blocks_to_visit``).
+        grid: Its sizes and blocks.
+        bounds: Integers [P], first in-segment key of every segment, and the key behind its last.
+        key_index: int32 [B, Hkv, P, L], ranked keys of every segment.
+        listed: Integers [B, Hkv, P], how many of them are real.
+        outside: Integers [B, Hkv, P], keys outside the segment that a head computes if it visits none of them ranked.
+        visits: Integers [B, Hq, P], blocks of ranked keys to visit (``unvisited.blocks_to_visit``).
         pool: Blocks that are gathered at most, of ``pool_blocks``.
     """
-    batch, heads, kv_heads, n_queries, n_keys = shape
-    rows, tiles, position_blocks = batch * kv_heads, n_tiles(n_queries), -(-n_keys // BLOCK_LEN)
-    index = torch.arange(position_blocks * BLOCK_LEN, device=device).clamp_(max=n_keys - 1).expand(rows, -1)
-    position_start = torch.zeros(rows, heads // kv_heads, tiles, dtype=torch.int64, device=device)
-    position_stop, first_block, visited = (
-        position_start + n_keys,
-        position_start[:, 0] + position_blocks,
-        position_start,
+    device, (tiles, position_blocks) = key_index.device, grid.partial.shape[2:]
+    rows = grid.batch * grid.kv_heads
+    walk = visits.unflatten(1, (grid.kv_heads, grid.group)).flatten(0, 1).long()
+    gathered, first, keys = gather_blocks(
+        key_index.flatten(0, 1), listed.flatten(0, 1), outside.flatten(0, 1), walk, position_blocks, pool
     )
-    if plan is not None and visits is not None:
-        walk = visits.view(batch, kv_heads, -1, plan.n_segments).flatten(0, 1).long()
-        seg_start, seg_stop = in_segment_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
-        listed = plan.prefix_count.repeat_interleave(kv_heads, 0)
-        position_order = seg_start.expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
-        gathered, first, keys = gather_lists(
-            plan.key_index.flatten(0, 1), listed, position_order, walk, position_blocks, pool
-        )  # fmt: skip
-        index = torch.cat([index, keys.clamp(0, n_keys - 1)], dim=1)
-        segment = torch.arange(tiles, device=device) * TILE_LEN // plan.segment_len
-        gathered, first_block = gathered[:, :, segment], first[:, segment]
-        position_start = torch.where(gathered, seg_start[segment], position_start)
-        position_stop = torch.where(gathered, seg_stop[segment], position_stop)
-        visited = torch.where(gathered, walk[:, :, segment], 0)
+    keys = keys.clamp(0, grid.n_keys - 1)
+    positions = torch.arange(position_blocks * BLOCK_LEN, device=device).clamp(max=grid.n_keys - 1).expand(rows, -1)
+    segment = torch.arange(tiles, device=device) * TILE_LEN // grid.segment_len
+    gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
+    visited = torch.where(gathered, visited, 0)
+    start = torch.where(gathered, bounds[0][segment], 0)
+    stop = torch.where(gathered, bounds[1][segment], position_blocks * BLOCK_LEN)
+    partial, full = (
+        flags.unflatten(1, (grid.kv_heads, grid.group)).flatten(0, 1) for flags in (grid.partial, grid.full)
+    )
+    dtype = torch.float16 if key_index.is_cuda else torch.float32
+    source = torch.zeros(rows, pool, position_blocks, dtype=dtype, device=device)
+    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
 
-    row_start, row_stop = mask.row_ranges(n_queries, n_keys, device)
-    row_stop = torch.maximum(row_start, row_stop)
-    first_row = torch.arange(0, n_queries, TILE_LEN, device=device)
-    last_row = (first_row + TILE_LEN - 1).clamp(max=n_queries - 1)
-    # Blocks that some query of the tile sees a part of, and blocks that all of them see as a whole.
-    some = torch.maximum(row_start[first_row], position_start), torch.minimum(row_stop[last_row], position_stop)
-    every = torch.maximum(row_start[last_row], position_start), torch.minimum(row_stop[first_row], position_stop)
-    seen = some[1] > some[0]
-    begin, end = some[0] // BLOCK_LEN, torch.where(seen, -(-some[1] // BLOCK_LEN), some[0] // BLOCK_LEN)
-    full_begin, full_end = -(-every[0] // BLOCK_LEN), every[1] // BLOCK_LEN
-    none = (full_end <= full_begin) if mask.key_mask is None else torch.ones_like(seen)
-    full_begin, full_end = torch.where(none, begin, full_begin), torch.where(none, begin, full_end)
-    place = torch.arange(index.shape[1] // BLOCK_LEN, device=device)
-    partial = torch.where(
-        place < (full_begin - begin)[..., None],
-        begin[..., None] + place,
-        (full_end - (full_begin - begin))[..., None] + place,
+    def some_key_from(flags: Tensor) -> Tensor:
+        """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of these blocks in position order."""
+        return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
+
+    block = torch.arange(position_blocks + pool, device=device)
+    first_key = block[:position_blocks] * BLOCK_LEN
+    inside = (first_key + BLOCK_LEN > start[..., None]) & (first_key < stop[..., None])
+    # Behind the last key, and before and behind the in-segment keys, a block needs the mask.
+    last = stop.clamp(max=grid.n_keys)[..., None]
+    whole = full & (first_key >= start[..., None]) & (first_key + BLOCK_LEN <= last)
+    ranked_stop = first[:, None] + visited
+    ranked = (block[position_blocks:] >= first[:, None, :, None]) & (block[position_blocks:] < ranked_stop[..., None])
+    inside, whole = torch.cat([inside, ranked], -1), torch.cat([whole, ~some_key_from(~full)], -1)
+    seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
+    on_gpu = triton_layout is not None and lives_on_gpu(key_index)
+    table = triton_layout.block_table if on_gpu else block_table  # pyright: ignore[reportOptionalMemberAccess]
+    index = torch.cat([positions, keys], dim=1)
+    numbers = index, start, stop.clamp(max=grid.n_keys), first * BLOCK_LEN, ranked_stop * BLOCK_LEN
+    return FlexLayout(
+        index,
+        *(x.to(torch.int32) for x in numbers),
+        partial.long() * PARTIAL + full.long() * FULL,
+        *table(inside & seen & ~whole),
+        *table(inside & whole),
     )
-    n_full = full_end - full_begin
-    full = torch.where(
-        place < n_full[..., None], full_begin[..., None] + place, (first_block[:, None] - n_full)[..., None] + place
-    )
-    present = torch.ones(rows, n_keys, dtype=torch.bool, device=device)
-    if mask.key_mask is not None:
-        present = mask.key_mask.expand(batch, -1).repeat_interleave(kv_heads, 0)
-    list_start = first_block * BLOCK_LEN
-    numbers = (
-        row_start,
-        row_stop,
-        position_start,
-        position_stop,
-        list_start,
-        list_start[:, None] + visited * BLOCK_LEN,
-        (end - begin) - n_full,
-        partial.clamp(0, len(place) - 1),
-        n_full + visited,
-        full.clamp(0, len(place) - 1),
-    )
-    return FlexLayout(index.contiguous(), present.contiguous(), *(x.to(torch.int32).contiguous() for x in numbers))
 
 
-def gather_lists(
-    key_index: Tensor, listed: Tensor, position_order: Tensor, walk: Tensor, position_blocks: int, pool: int
+def lives_on_gpu(x: Tensor) -> bool:
+    """Whether a kernel can take a tensor: a fake one has no memory."""
+    return x.is_cuda and not is_fake(x)
+
+
+def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Count int32 [B * Hkv, G, T] and order int32 [B * Hkv, G, T, blocks] of blocks chosen by flags of that shape.
+
+    Any block stands behind a row's count.
+    """
+    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def gather_blocks(
+    key_index: Tensor, listed: Tensor, outside: Tensor, walk: Tensor, position_blocks: int, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose who walks a list, and place the blocks of all lists behind those in position order.
+    """Choose the heads that visit ranked keys, and place the blocks of these behind those in position order.
 
     Args:
-        key_index: int32 [B * Hkv, P, L], the lists.
-        listed: int32 [B * Hkv, P], how many entries are real.
-        position_order: Integers [B * Hkv, P], keys that a head computes outside its segment if it walks no list.
-        walk: Blocks of its list that each head would visit, int64 [B * Hkv, G, P].
+        key_index: int32 [B * Hkv, P, L], ranked keys.
+        listed: Integers [B * Hkv, P], how many of them are real.
+        outside: Integers [B * Hkv, P], keys that a head computes outside its segment if it visits none of them ranked.
+        walk: Blocks that each head would visit, int64 [B * Hkv, G, P].
         position_blocks: Blocks in position order.
         pool: Blocks that are gathered at most.
 
     Returns:
-        Bool [B * Hkv, G, P], the heads that walk a list; int64 [B * Hkv, P], the first block of each list; int64
-        [B * Hkv, pool * BLOCK_LEN], the keys of all blocks of lists.
+        Bool [B * Hkv, G, P], the heads that visit ranked keys; int64 [B * Hkv, P], the first block of each segment's;
+        int64 [B * Hkv, pool * BLOCK_LEN], the keys of all gathered blocks.
     """
     segments, longest = key_index.shape[1:]
-    # A list's last block may be short, and a list that is walked to the end saves nothing.
-    fits = (walk <= (listed // BLOCK_LEN)[:, None]) & (walk * BLOCK_LEN <= (position_order * WORTH_GATHERING)[:, None])
+    # The last block of a ranking may be short, and visiting a whole ranking saves nothing.
+    fits = (walk <= (listed // BLOCK_LEN)[:, None]) & (walk * BLOCK_LEN <= (outside * WORTH_GATHERING)[:, None])
     wanted = torch.where(fits, walk, 0).amax(1)
-    order = (wanted * BLOCK_LEN / position_order.clamp(min=1)).argsort(dim=-1, stable=True)
+    order = (wanted * BLOCK_LEN / outside.clamp(min=1)).argsort(dim=-1, stable=True)
     room = torch.zeros_like(listed, dtype=torch.bool).scatter(1, order, wanted.gather(1, order).cumsum(-1) <= pool)
     taken, gathered = torch.where(room, wanted, 0), fits & room[:, None]
     ends = taken.cumsum(-1)

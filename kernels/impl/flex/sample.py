@@ -7,17 +7,17 @@ first. What no sampled query sees stands at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, in_segment_starts_stops, n_segments, non_finite_keys
+from s2o_compile.kernels.impl.flex.layout import BlockGrid, Function, lives_on_gpu
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, sample_segments
 from s2o_compile.kernels.support.define_op import define_operator
-from s2o_compile.kernels.support.torch_compat import indexing_by_tensors, is_fake
+from s2o_compile.kernels.support.torch_compat import indexing_by_tensors
 
 try:
     from s2o_compile.kernels.impl.flex import triton_sample
@@ -30,28 +30,6 @@ HALF = 16
 
 HELD = 2**30
 """Bytes of sampled queries' logits that are held at once."""
-
-Function = Callable[..., Tensor]
-
-
-class Site(NamedTuple):
-    """What the functions of one call look at: lengths, and which blocks its block mask lists."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    n_queries: int
-    n_keys: int
-    segment_len: int
-    partial: Tensor
-    """Bool [B, Hq, T, key blocks], blocks for which the mask_mod is called."""
-    full: Tensor
-    """The same for blocks that are visible as a whole."""
-
-    @property
-    def group(self) -> int:
-        """Query heads of one key/value head."""
-        return self.heads // self.kv_heads
 
 
 def over_all(function: Function, leading: int, captured: int) -> Function:
@@ -66,7 +44,7 @@ def sample(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    site: Site,
+    grid: BlockGrid,
     score_mod: Function,
     mask_mod: Function,
     scale: float,
@@ -79,26 +57,26 @@ def sample(
         Lists int32 [B, Hkv, P, Nk] and what is left of the mass, as ``rank_samples`` has them; int64 [B, Hkv, P], how
         many entries of each list are real.
     """
-    segments, device = n_segments(site.n_queries, site.segment_len), query.device
+    segments, device = n_segments(grid.n_queries, grid.segment_len), query.device
     # A GPU waits for memory here, and products have no more digits anyway; the range is enough for what has any weight.
     held = torch.float32 if query.is_cpu or query.dtype == torch.float32 else torch.float16
     largest = torch.finfo(held).max
     non_finite = non_finite_keys(key, value)
     key = key.transpose(-1, -2)
-    positions = sample_segments(site.n_queries, site.segment_len, 2 * HALF, device).flatten()
-    batches, heads, keys = (torch.arange(size, device=device) for size in (site.batch, site.heads, site.n_keys))
-    candidate = candidates(site, keys)
-    together = max(HELD // (held.itemsize * site.batch * site.heads * 2 * HALF * site.n_keys), 1)
+    positions = sample_segments(grid.n_queries, grid.segment_len, 2 * HALF, device).flatten()
+    batches, heads, keys = (torch.arange(size, device=device) for size in (grid.batch, grid.heads, grid.n_keys))
+    candidate = candidates(grid, keys)
+    together = max(HELD // (held.itemsize * grid.batch * grid.heads * 2 * HALF * grid.n_keys), 1)
     parts = []
     for first in range(0, segments, together):
         rows = positions[first * 2 * HALF : (first + together) * 2 * HALF]
         at = batches, heads, rows, keys
-        logits = query[:, :, rows].unflatten(1, (site.kv_heads, site.group)).flatten(2, 3) @ key
-        logits = logits.view(site.batch, site.heads, len(rows), site.n_keys).float() * scale
+        logits = query[:, :, rows].unflatten(1, (grid.kv_heads, grid.group)).flatten(2, 3) @ key
+        logits = logits.view(grid.batch, grid.heads, len(rows), grid.n_keys).float() * scale
         with indexing_by_tensors():
             logits = over_all(score_mod, 1, len(score_buffers))(logits, *at, *score_buffers)
             visible = over_all(mask_mod, 0, len(mask_buffers))(*at, *mask_buffers)
-        whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (site.full, site.partial))
+        whole, part = (flags[:, :, rows // TILE_LEN][..., keys // BLOCK_LEN] for flags in (grid.full, grid.partial))
         logits = logits.clamp(-largest, largest).masked_fill(~(whole | (part & visible)), float("-inf")).to(held)
         parts.append(_rank_samples(logits, candidate[:, :, first : first + together], non_finite))
     lists, unvisited = zip(*parts, strict=True)
@@ -124,11 +102,6 @@ def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple
     return lists, torch.nn.functional.pad(behind, (0, 1))
 
 
-def lives_on_gpu(x: Tensor) -> bool:
-    """Whether a kernel can take a tensor: a fake one has no memory."""
-    return x.is_cuda and not is_fake(x)
-
-
 def _rank_by_torch(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple[Tensor, Tensor]:
     """Lists int32 [B, Hkv, p, Nk], and each judge's mass of their blocks, float32 [B, Hq, p, HALF, blocks]."""
     (kv_heads, segments, n_keys), heads = candidate.shape[1:], logits.shape[1]
@@ -145,20 +118,20 @@ def _rank_by_torch(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tup
     return order.to(torch.int32), mass.flatten(1, 2)
 
 
-def candidates(site: Site, keys: Tensor) -> Tensor:
+def candidates(grid: BlockGrid, keys: Tensor) -> Tensor:
     """Keys that a list of the segment may hold, bool [B, Hkv, P, Nk]: listed for some query of it, and not its own."""
-    segments = n_segments(site.n_queries, site.segment_len)
-    listed = site.partial | site.full
-    missing = segments * site.segment_len // TILE_LEN - listed.shape[2]
+    segments = n_segments(grid.n_queries, grid.segment_len)
+    listed = grid.partial | grid.full
+    missing = segments * grid.segment_len // TILE_LEN - listed.shape[2]
     listed = torch.nn.functional.pad(listed, (0, 0, 0, missing)).unflatten(2, (segments, -1)).any(3)
-    listed = listed.unflatten(1, (site.kv_heads, site.group)).any(2)[..., keys // BLOCK_LEN]
-    start, stop = (bound[:, None] for bound in seg_blocks(site, keys.device))
+    listed = listed.unflatten(1, (grid.kv_heads, grid.group)).any(2)[..., keys // BLOCK_LEN]
+    start, stop = (bound[:, None] for bound in seg_blocks(grid, keys.device))
     return listed & ~((keys >= start * BLOCK_LEN) & (keys < stop * BLOCK_LEN))
 
 
-def seg_blocks(site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
+def seg_blocks(grid: BlockGrid, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last block, int64 [P], of keys that stand where a segment's queries do; cross attention has none."""
-    start, stop = in_segment_starts_stops(AttentionMask(), site.n_queries, site.n_keys, site.segment_len, device)
+    start, stop = in_segment_starts_stops(AttentionMask(), grid.n_queries, grid.n_keys, grid.segment_len, device)
     return start // BLOCK_LEN, -(-stop // BLOCK_LEN)
 
 

@@ -14,30 +14,22 @@ All steps are tensor operations of sizes known from lengths: Inductor compiles t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len, n_tiles
 from s2o_compile.kernels.impl.flex.forward import take
-from s2o_compile.kernels.impl.flex.layout import gather_lists, pool_blocks
-from s2o_compile.kernels.impl.flex.sample import Function, Site, lives_on_gpu, sample, seg_blocks
+from s2o_compile.kernels.impl.flex.layout import BlockGrid, FlexLayout, Function, lay_out, placed_mask, pool_blocks
+from s2o_compile.kernels.impl.flex.sample import sample, seg_blocks
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN, blocks_to_visit
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
 
-try:
-    from s2o_compile.kernels.impl.flex import triton_site
-except ImportError:  # no triton here, and no CUDA device
-    triton_site = None
-
 TABLES_AT = 2
 """Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
 behind the sizes of a block of queries and of keys."""
-
-PARTIAL, FULL = 1, 2
 
 PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
 """Kernel options about the call's own blocks, which say nothing of the blocks that are visited."""
@@ -92,9 +84,9 @@ def sparse_flex_attention(
             mask_mod_other_buffers,
         )  # fmt: skip
     with torch.no_grad():
-        site = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
+        grid = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
         lists, unvisited, listed = sample(
-            query, key, value, site, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
+            query, key, value, grid, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
         )  # fmt: skip
         if isinstance(tau, Sequence):
             visits = torch.stack([blocks_to_visit(unvisited[:, h], limit) for h, limit in enumerate(tau)], dim=1)
@@ -102,22 +94,20 @@ def sparse_flex_attention(
             visits = blocks_to_visit(unvisited, tau)
         everything = unvisited.shape[-1] + 1
         for head in dense_heads:
-            marked = slice(head * site.group, (head + 1) * site.group)
+            marked = slice(head * grid.group, (head + 1) * grid.group)
             visits = torch.cat(
                 [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
             )
         placed = _place_blocks(
-            lists, listed, visits, site.partial, site.full, n_queries=site.n_queries, n_keys=site.n_keys,
-            segment_len=site.segment_len,
+            lists, listed, visits, grid.partial, grid.full, n_queries=grid.n_queries, n_keys=grid.n_keys,
+            segment_len=grid.segment_len,
             pool=pool_blocks(
-                None, site[:5], site.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
+                None, grid[:5], grid.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
             ),
         )  # fmt: skip
-        layout = _Layout(*placed)
-    output = _attend(
-        query, key, value, site, layout, score_mod, block_mask[-1], scale, kernel_options, score_mod_other_buffers,
-        mask_mod_other_buffers,
-    )  # fmt: skip
+        layout = FlexLayout(*placed)
+    mods, buffers = (score_mod, block_mask[-1]), (score_mod_other_buffers, mask_mod_other_buffers)
+    output = _attend(query, key, value, layout, mods, buffers, scale, kernel_options)
     if query.is_cpu:
         output = _in_memory(output, stride)
     elif stride is not None and output.stride() != tuple(stride):
@@ -125,7 +115,7 @@ def sparse_flex_attention(
     return output, None, None
 
 
-def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> Site:
+def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: int) -> BlockGrid:
     """The sizes of a call, and its block mask as flags for blocks of TILE_LEN queries and BLOCK_LEN keys."""
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -147,26 +137,7 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
         return torch.nn.functional.pad(found, missing).expand(batch, heads, -1, -1)
 
     partial, full = flags(counts, order), flags(full_counts, full_order)
-    return Site(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
-
-
-class _Layout(NamedTuple):
-    """Where keys stand and which blocks are visited; see ``flex_layout.FlexLayout``."""
-
-    index: Tensor
-    place: Tensor
-    """The same as int32."""
-    position_start: Tensor
-    position_stop: Tensor
-    list_start: Tensor
-    list_stop: Tensor
-    listed: Tensor
-    """int64 [B * Hkv, G, T, key blocks], what the block mask lists: PARTIAL, FULL or neither. Of fewer bits, results of
-    Inductor's CPU template are wrong (torch 2.13)."""
-    partial_count: Tensor
-    partial_index: Tensor
-    full_count: Tensor
-    full_index: Tensor
+    return BlockGrid(batch, heads, kv_heads, n_queries, n_keys, segment_len, partial & ~full, full)
 
 
 def place_blocks(
@@ -186,15 +157,17 @@ def place_blocks(
         lists: int32 [B, Hkv, P, Nk], keys outside a segment's own, most important first.
         listed: int64 [B, Hkv, P], how many entries are real.
         visits: int32 [B, Hq, P], blocks of each list to visit.
-        partial: Bool [B, Hq, T, key blocks], as in `Site`.
+        partial: Bool [B, Hq, T, key blocks], as in `BlockGrid`.
         full: The same.
         n_queries: Number of queries.
         n_keys: Number of keys.
         segment_len: Queries of one list.
         pool: Blocks that are gathered at most.
     """
-    site = Site(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
-    return [x.contiguous() for x in _lay_out(site, lists, listed, visits, pool)]
+    grid = BlockGrid(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
+    start, stop = seg_blocks(grid, lists.device)
+    bounds = start * BLOCK_LEN, stop * BLOCK_LEN
+    return [x.contiguous() for x in lay_out(grid, bounds, lists, listed, listed, visits, pool)]
 
 
 def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
@@ -209,111 +182,31 @@ _place_blocks = define_operator(_library, place_blocks)
 torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
-def _lay_out(site: Site, lists: Tensor, listed: Tensor, visits: Tensor, pool: int) -> _Layout:
-    """Place the keys of a call; arguments as those of ``place_blocks``."""
-    device, tiles, position_blocks = lists.device, site.partial.shape[2], site.partial.shape[3]
-    lists, listed = lists.flatten(0, 1), listed.flatten(0, 1)
-    rows = len(lists)
-    walk = visits.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1).long()
-    gathered, first, keys = gather_lists(lists, listed, listed, walk, position_blocks, pool)
-    position_order = (
-        torch.arange(position_blocks * BLOCK_LEN, device=device).clamp(max=site.n_keys - 1).expand(rows, -1)
-    )
-    segment = torch.arange(tiles, device=device) * TILE_LEN // site.segment_len
-    gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
-    visited = torch.where(gathered, visited, 0)
-    seg_start, seg_stop = (bound[segment] for bound in seg_blocks(site, device))
-    start, stop = torch.where(gathered, seg_start, 0), torch.where(gathered, seg_stop, position_blocks)
-    partial, full = (
-        flags.unflatten(1, (site.kv_heads, site.group)).flatten(0, 1) for flags in (site.partial, site.full)
-    )
-    dtype = torch.float16 if lists.is_cuda else torch.float32
-    source = torch.zeros(rows, pool, position_blocks, dtype=dtype, device=device)
-    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
-
-    def some_key_from(flags: Tensor) -> Tensor:
-        """Bool [B * Hkv, G, T, pool], blocks of lists with a key from one of these blocks in position order."""
-        return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
-
-    some_hidden = some_key_from(~full)
-    # The last block holds places behind the last key: there the mask is needed.
-    whole = full & (torch.arange(position_blocks, device=device) < site.n_keys // BLOCK_LEN)
-    whole = torch.cat([whole, ~some_hidden], -1)
-    seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
-    place, list_stop = torch.arange(position_blocks + pool, device=device), first[:, None] + visited
-    inside = (place >= start[..., None]) & (place < stop[..., None])
-    inside = inside | ((place >= first[:, None, :, None]) & (place < list_stop[..., None]))
-    table = triton_site.block_table if triton_site is not None and lives_on_gpu(lists) else block_table
-    numbers = start * BLOCK_LEN, (stop * BLOCK_LEN).clamp(max=site.n_keys), first * BLOCK_LEN, list_stop * BLOCK_LEN
-    index = torch.cat([position_order, keys], dim=1)
-    return _Layout(
-        index,
-        index.to(torch.int32),
-        *(x.to(torch.int32) for x in numbers),
-        partial.long() * PARTIAL + full.long() * FULL,
-        *table(inside & seen & ~whole),
-        *table(inside & whole),
-    )
-
-
-def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Count int32 [B * Hkv, G, T] and order int32 [B * Hkv, G, T, blocks] of blocks chosen by flags of that shape.
-
-    What stands behind a row's count is any block.
-    """
-    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
-
-
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    site: Site,
-    layout: _Layout,
-    score_mod: Function,
-    mask_mod: Function,
+    layout: FlexLayout,
+    mods: tuple[Function, Function],
+    buffers: tuple[tuple[Any, ...], tuple[Any, ...]],
     scale: float,
     kernel_options: dict[str, Any],
-    score_buffers: tuple[Any, ...],
-    mask_buffers: tuple[Any, ...],
 ) -> Tensor:
-    """FlexAttention over placed keys, [B, Hq, Nq, Dv]."""
-    kv_heads, group = site.kv_heads, site.group
+    """FlexAttention over placed keys, [B, Hq, Nq, Dv]; mods and buffers are those of scores and of the mask."""
+    batch, kv_heads = key.shape[:2]
+    group, score_mod = query.shape[1] // kv_heads, mods[0]
 
-    def score(score: Tensor, row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
-        return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, index[row, j], *captured)
+    def score(score: Tensor, row: Tensor, g: Tensor, i: Tensor, j: Tensor, place: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
+        return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, place[row, j], *captured)
 
-    def visible(
-        row: Tensor, g: Tensor, i: Tensor, j: Tensor, index: Tensor, position_start: Tensor, position_stop: Tensor,
-        list_start: Tensor, list_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
-    ) -> Tensor:  # fmt: skip
-        tile, position = i // TILE_LEN, index[row, j]
-        block = position // BLOCK_LEN
-        listed = (j >= list_start[row, tile]) & (j < list_stop[row, g, tile])
-        placed = listed | ((j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile]))
-        seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
-        kind = kinds[row, g, tile, block]
-        return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
-
-    index = layout.place
     folded = query.unflatten(1, (kv_heads, group)).flatten(0, 1)
     keys, values = (take(x, layout.index) for x in (key, value))
     if query.is_cpu:
         folded, keys, values = (_in_memory(x) for x in (folded, keys, values))
-    blocks = BlockMask.from_kv_blocks(
-        layout.partial_count,
-        layout.partial_index,
-        layout.full_count,
-        layout.full_index,
-        BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
-        mask_mod=visible,
-        seq_lengths=(site.n_queries, keys.shape[2]),
-        compute_q_blocks=False,
-    )
+    blocks = layout.block_mask(placed_mask(mods[1], kv_heads, group), query.shape[2])
     kernel_options = {name: False if name.endswith(PROMISES) else x for name, x in kernel_options.items()}
     output = torch.ops.higher_order.flex_attention(
-        folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (index, *score_buffers),
-        (*layout[1:7], *mask_buffers),
+        folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (layout.place, *buffers[0]),
+        (*layout.buffers, *buffers[1]),
     )[0]  # fmt: skip
-    return output.unflatten(0, (site.batch, kv_heads)).flatten(1, 2)
+    return output.unflatten(0, (batch, kv_heads)).flatten(1, 2)

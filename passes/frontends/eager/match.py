@@ -1,11 +1,11 @@
-"""The frontend for hand-written ("eager") attention: product, softmax, product, in all spellings.
+"""The frontend for hand-written ("eager") attention: product, softmax, product, in all forms.
 
     softmax(mask(scale * q @ k^T)) @ v
 
 A site is anchored at its softmax. A softmax is attention if its scores are a product and its probabilities are the
-left side of one; routers of experts and classifiers are not. `score_chain` reads what lies before the softmax,
-`probabilities` what lies behind it. A row that -inf hides completely is NaN in hand-written attention, and zeros in the
-operator, as behind ``nan_to_num``.
+left side of one; routers of experts and classifiers are not. `scores` reads the steps before the softmax,
+`probabilities` those behind it. A row that -inf masks fully is NaN in hand-written attention. The operator gives zeros,
+as ``nan_to_num`` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from s2o_compile.passes.frontends.head_layout import Axes, axes, broadcasts, to_
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.proof import MaskPart, MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
@@ -47,10 +47,10 @@ def is_attention(node: fx.Node) -> bool:
 
 def operands(node: fx.Node) -> dict[str, Any]:
     """Query and key of the product behind the softmax, as far as they can be found, for the report."""
-    found = _first_product(_softmax_input(node))
-    if found is None:
+    matmul = _first_product(_softmax_input(node))
+    if matmul is None:
         return {}
-    return {"query": found.left.value, "key": product.transposed(found.right).value}
+    return {"query": matmul.left.value, "key": product.transposed(matmul.right).value}
 
 
 def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
@@ -60,21 +60,22 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
         node: A node for which `is_attention` holds.
         prover: The mask prover of the graph.
     """
+    return attempt(site_around, node, prover)
+
+
+def site_around(node: fx.Node, prover: MaskProver) -> AttentionSite:
+    """As `match`, for other frontends: raises `Refused`."""
     scores, dim = arguments(node, "input|self", "dim")
     rank = value_of(node).ndim
     if dim not in (-1, rank - 1):
-        return Rejected("its softmax runs over dimension %s, expected the keys, the last one", dim)
+        raise Refused("its softmax runs over dimension %s, expected the keys, the last one", dim)
     chain = ScoreReader(prover.indices, prover.mutations).read(node, scores)
-    if isinstance(chain, Rejected):
-        return chain
     behind = probabilities.follow(node, prover, cut=None if chain.sinks is None else chain.sinks_first)
-    if isinstance(behind, Rejected):
-        return behind
-    rejected = _check_private(chain, behind, prover)
-    return _site(node, chain, behind, prover) if rejected is None else rejected
+    _check_private(chain, behind, prover)
+    return _site(node, chain, behind, prover)
 
 
-def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskProver) -> AttentionSite | Rejected:
+def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskProver) -> AttentionSite:
     values = behind.product
     query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
     query, key = (_without_upcast(operand, value, values.node, prover) for operand in (query, key))
@@ -83,51 +84,35 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     split = [math.prod(heads) for heads in sizes if all(isinstance(size, int) for size in heads)]
     count = next(iter(split), None) if chain.heads is None else chain.heads
     heads = to_heads(query, key, value, count, scores, weights)
-    if isinstance(heads, Rejected):
-        return heads
     query, key, value = heads.query, heads.key, heads.value
     restore = (*heads.restore, *values.restore)
-    rejected = check_tensors(query.value, key.value, value.value, values.node)
-    if rejected is None:
-        rejected = _check_unchanged(chain, (query, key, value), values.node, prover)
-    if rejected is None:
-        rejected = _check_views(((query.node, chain.product), (key.node, chain.product), (value.node, values)), prover)
-    if rejected is None:
-        rejected = _check_casts((*chain.nodes, *behind.nodes), value.value.dtype)
-    if rejected is not None:
-        return rejected
+    check_tensors(query.value, key.value, value.value, values.node)
+    _check_unchanged(chain, (query, key, value), values.node, prover)
+    _check_views(((query.node, chain.product), (key.node, chain.product), (value.node, values)), prover)
+    _check_casts((*chain.nodes, *behind.nodes), value.value.dtype)
     shape = (*query.value.shape[:3], value.value.shape[-1])
     output = value_of(values.node).shape
     if not restore and not (len(output) == 4 and all(known(a == b) for a, b in zip(output, shape, strict=True))):
-        return Rejected("its output %s is broadcast to %s", shape, tuple(output))
+        raise Refused("its output %s is broadcast to %s", shape, tuple(output))
     masks = [part.node for part in chain.masks]
     runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
-        found = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
-        if found is None:
-            added = any(isinstance(part, Bias) and part.node is node_met for part in chain.masks)
-            bias = prover.bias(node_met) if added else None
-            if bias is not None:
-                return bias
+        along = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
+        if along is None:
+            if any(isinstance(part, Bias) and part.node is node_met for part in chain.masks):
+                prover.check_no_bias(node_met)
             if node_met not in masks:
-                return Rejected("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
-        runs[node_met] = found
+                raise Refused("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
+        runs[node_met] = along
     for factor in chain.factors:
-        scaled = _scaled(query, factor, runs[factor])
-        if isinstance(scaled, Rejected):
-            return scaled
-        query = scaled
+        query = _scaled(query, factor, runs[factor])
     if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
-        return Rejected("autocast computes its scores in %s", value_of(chain.product.node).dtype)
+        raise Refused("autocast computes its scores in %s", value_of(chain.product.node).dtype)
     sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], values.node, prover)
-    if isinstance(sinks, Rejected):
-        return sinks
     mask = _mask(chain, behind, runs, (*query.value.shape[:3], key.value.shape[-2]), query.value.dtype, prover)
-    if isinstance(mask, Rejected):
-        return mask
     for part in () if mask.read is None else mask.read.parts:
         if prover.mutations.changed(part.node, after=chain.nodes[0], before=values.node):
-            return Rejected("%s is changed in place before the values are read (%s)", part.node, mask.read.why)
+            raise Refused("%s is changed in place before the values are read (%s)", part.node, mask.read.why)
     once = [repeat_kv.unwrapped(operand, values.node, prover) for operand in (key, value)]
     if known(once[0].value.shape[1] == once[1].value.shape[1]):
         key, value = once
@@ -153,7 +138,7 @@ def _mask(
     shape: Sequence[Size],
     dtype: torch.dtype,
     prover: MaskProver,
-) -> MaskProof | Rejected:
+) -> MaskProof:
     parts = []
     for part in reversed(chain.masks):  # as the scores meet them
         along = runs[part.node]
@@ -168,16 +153,17 @@ def _mask(
         alike = any(part.negated == zeroed.negated for part in filled) and not prover.mutations.writers(zeroed.node)
         met = [scores for node, scores in chain.met if node is zeroed.node]
         if not alike or not all(same_sizes(scores, probabilities_shape) for scores in met):
-            return Rejected("%s hides probabilities behind the softmax, and not in its scores alike", zeroed.node)
+            raise Refused("%s hides probabilities behind the softmax, and not in its scores alike", zeroed.node)
         if len(parts) > 1 and chain.floored:
-            return Rejected("several masks hide scores above a floor, and one of them probabilities")
+            raise Refused("several masks hide scores above a floor, and one of them probabilities")
     # What hides a key, and nothing else does, makes zeros of a row without any, whatever its scores were filled with.
     zeroed = bool(behind.zeroed) and len(parts) == 1
     floored = chain.floored and not behind.zeroed
     proof = prover.prove_parts(parts, shape, dtype, factor=chain.tail, floored=floored, zeroed=zeroed)
-    if isinstance(proof, Rejected) or proof.read is None or zeroed or not behind.zeroed:
-        return proof
-    return proof.read.why  # read as one mask, they do not say which keys a row without any loses behind the softmax
+    if proof.read is not None and behind.zeroed and not zeroed:
+        # Read as one mask, they do not say which keys a row without any loses behind the softmax.
+        raise Refused.because(proof.read.why)
+    return proof
 
 
 def _softmax_input(node: fx.Node) -> fx.Node | None:
@@ -187,31 +173,30 @@ def _softmax_input(node: fx.Node) -> fx.Node | None:
 
 def _first_product(node: object, depth: int = 16) -> Product | None:
     """The nearest product that scores are made of."""
-    found = product.read(node)
-    if found is not None or depth == 0 or not isinstance(node, fx.Node):
-        return found
+    matmul = product.read(node)
+    if matmul is not None or depth == 0 or not isinstance(node, fx.Node):
+        return matmul
     for source in node.all_input_nodes:
         if leads_to_product(source, depth):
             return _first_product(source, depth - 1)
     return None
 
 
-def _check_private(chain: ScoreChain, behind: Probabilities, prover: MaskProver) -> Rejected | None:
-    """In-place steps are part of the chain: then nobody else may read what they overwrite."""
+def _check_private(chain: ScoreChain, behind: Probabilities, prover: MaskProver) -> None:
+    """Refuses other readers of tensors that in-place steps of the chain overwrite."""
     nodes = (*chain.nodes, *behind.nodes)
     interior = set(nodes)
     for node in nodes:
         if node.kwargs.get("out") is not None:
-            return Rejected("its scores %s are written to a tensor of the user's", node)
+            raise Refused("its scores %s are written to a tensor of the user's", node)
         writers = prover.mutations.writers(node)
         outside = next((writer for writer in writers if writer not in interior), None)
         if outside is not None:
-            return Rejected("its scores %s are changed in place by %s", node, outside)
+            raise Refused("its scores %s are changed in place by %s", node, outside)
         readers = (user for user in node.users if user not in interior and not _reads_shape(user, node))
         stranger = next((user for user in readers if user is not behind.product.node), None)
         if writers and stranger is not None:
-            return Rejected("its scores %s are changed in place, and read by %s", node, stranger)
-    return None
+            raise Refused("its scores %s are changed in place, and read by %s", node, stranger)
 
 
 def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
@@ -222,56 +207,54 @@ def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
     return name in ("size", "dim", "numel") or (name == "getattr" and user.args[1] in ("shape", "dtype", "device"))
 
 
-def _check_unchanged(
-    chain: ScoreChain, operands: Sequence[Operand], site: fx.Node, prover: MaskProver
-) -> Rejected | None:
-    """The operator reads its operands where the values are read, later than the product of the scores did."""
+def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.Node, prover: MaskProver) -> None:
+    """Refuses writes to operands between the product of the scores and the reading of the values.
+
+    The operator reads all operands where the values are read.
+    """
     read_early = [*(operand.node for operand in operands[:2]), *chain.factors]
     if chain.sinks is not None:
         read_early.append(chain.sinks)
     for node in read_early:
         if prover.mutations.changed(node, after=chain.nodes[0], before=site):
-            return Rejected("%s is changed in place before the values are read", node)
-    return None
+            raise Refused("%s is changed in place before the values are read", node)
 
 
-def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver) -> Rejected | None:
-    """An operand is read behind a view that its product had of it: no write may lie between, or reshape it at all."""
-    for operand, found in operands:
+def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver) -> None:
+    """Refuses writes to an operand between its view and the product, and every write that reshapes it."""
+    for operand, matmul in operands:
         writer = prover.mutations.reshaped(operand)
         if writer is not None:
-            return Rejected("%s may be given another shape in place by %s", operand, writer)
-        for view in found.node.all_input_nodes:
+            raise Refused("%s may be given another shape in place by %s", operand, writer)
+        for view in matmul.node.all_input_nodes:
             seen = view is not operand and operand in view.all_input_nodes
-            if seen and prover.mutations.changed(operand, after=view, before=found.node):
-                return Rejected("%s is changed in place behind its view %s", operand, view)
-    return None
+            if seen and prover.mutations.changed(operand, after=view, before=matmul.node):
+                raise Refused("%s is changed in place behind its view %s", operand, view)
 
 
-def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> Rejected | None:
-    """A detour through fewer bits than the operands have is a rounding that the operator does not make."""
+def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
+    """Refuses casts to fewer bits than the operands have: the operator does not round there."""
     for node in nodes:
         value = value_of(node)
         floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
         if floating and value.dtype not in (dtype, torch.float32, torch.float64):
-            return Rejected("%s rounds to %s between operands of %s", node, value.dtype, dtype)
-    return None
+            raise Refused("%s rounds to %s between operands of %s", node, value.dtype, dtype)
 
 
-def _scaled(query: Operand, factor: fx.Node, runs: Axes | None) -> Operand | Rejected:
+def _scaled(query: Operand, factor: fx.Node, runs: Axes | None) -> Operand:
     """The query times a factor of the scores, which must be one for all keys and change neither shape nor dtype."""
     value = value_of(factor)
     if runs is None or not broadcasts(runs):
-        return Rejected("%s scales scores of another split into heads", factor)
+        raise Refused("%s scales scores of another split into heads", factor)
     if isinstance(value, torch.Tensor) and value.ndim and not known(value.shape[-1] == 1):
-        return Rejected("%s scales scores by a tensor that varies along the keys", factor)
+        raise Refused("%s scales scores by a tensor that varies along the keys", factor)
     if query.steps and isinstance(value, torch.Tensor) and value.ndim:
-        return Rejected("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+        raise Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
     before, scaled = query.value, query.then(torch.mul, factor)
     after = scaled.value
     same = after.ndim == before.ndim and all(known(a == b) for a, b in zip(after.shape, before.shape, strict=True))
     if not same or after.dtype != before.dtype:
-        return Rejected("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+        raise Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
     return scaled
 
 
@@ -287,9 +270,9 @@ def _without_upcast(operand: Operand, value: Operand, site: fx.Node, prover: Mas
     return Operand(source) if repeat_kv.is_untouched(operand.node, source, site, prover) else operand
 
 
-def _sinks(node: fx.Node, heads: object, site: fx.Node, prover: MaskProver) -> fx.Node | Rejected:
+def _sinks(node: fx.Node, heads: object, site: fx.Node, prover: MaskProver) -> fx.Node:
     """The [Hq] tensor that is spread over the batch and the queries of [B, Hq, Nq, 1]."""
     source = repeat_kv.read_along(node, (1,), (heads,), prover) if value_of(node).ndim == 4 else None
     if source is None or not repeat_kv.is_untouched(node, source, site, prover):
-        return Rejected("%s is no tensor of one sink a head", node)
+        raise Refused("%s is no tensor of one sink a head", node)
     return source

@@ -1,8 +1,8 @@
-"""Following the probabilities of hand-written attention: from a softmax on to their product with the values.
+"""Follows the probabilities of hand-written attention from a softmax to their product with the values.
 
     softmax(...)  [[..., :-1], the sinks]  [nan_to_num]  [masked_fill(hidden, 0)]  [dropout that is off]  @ v
 
-``masked_fill(isnan(x), 0)`` is ``nan_to_num``, and both say what the operator does anyway with rows that -inf hides.
+``masked_fill(isnan(x), 0)`` is ``nan_to_num``. The operator gives fully masked rows (by -inf) zeros anyway.
 Brackets are optional; casts, copies and reshapes of leading dimensions may stand anywhere.
 """
 
@@ -18,7 +18,7 @@ from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.frontends.eager.scores import Fill
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.prover import MaskProver
 
@@ -30,12 +30,12 @@ _QUESTIONS = frozenset({"isnan", "zeros_like"})
 
 @dataclass(frozen=True, eq=False)
 class Probabilities:
-    """What lies between a softmax and the values.
+    """The steps between a softmax and the values.
 
     Attributes:
         product: Probabilities times values.
         nodes: The nodes between, first to last.
-        zeroed: Where probabilities are set to zero, and their shape there.
+        zeroed: The fills that set probabilities to zero, and the shape of the probabilities.
     """
 
     product: Product
@@ -44,20 +44,20 @@ class Probabilities:
 
 
 def feed_product(node: fx.Node, depth: int = 6) -> bool:
-    """Whether some user multiplies these probabilities, or what becomes of them element by element, with values."""
+    """Whether some user multiplies these probabilities, or an elementwise function of them, with values."""
     for user in node.users:
-        found = product.read(user)
-        if found is not None and node in (found.left.node, found.right.node):
+        matmul = product.read(user)
+        if matmul is not None and node in (matmul.left.node, matmul.right.node):
             return True
         value = value_of(user)
         same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
-        if depth and found is None and same_rows and feed_product(user, depth - 1):
+        if depth and matmul is None and same_rows and feed_product(user, depth - 1):
             return True
     return False
 
 
-def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities | Rejected:
-    """The product of probabilities and values, and what lies before it.
+def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities:
+    """The product of probabilities and values, and the steps before it; raises `Refused`.
 
     Args:
         softmax: The softmax.
@@ -69,44 +69,42 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         users = sorted(
             {user for node in holders for user in _live_users(node)} - set(nodes), key=prover.mutations.position
         )
-        # Questions that the next step asks: where is it NaN, what is a zero of its shape.
+        # The next step's questions: where is it NaN, and a zero of its shape.
         asked = [user for user in users if function_name(user) in _QUESTIONS and set(user.users) <= set(users)]
         nodes += asked
         users = [user for user in users if user not in asked]
         writes = bool(users) and any(node in written_nodes(users[0]) for node in holders)
         if len(users) != 1 and not writes:
             others = [user for user in users if product.read(user) is None]
-            return Rejected(
+            raise Refused(
                 "its probabilities are read by %s as well, as output_attentions and need_weights ask",
                 ", ".join(map(str, others or users)),
             )
         user = users[0]
         node = next(holder for holder in holders if holder in user.all_input_nodes)
-        found = product.read(user, weights=node)
-        if found is not None:
+        matmul = product.read(user, weights=node)
+        if matmul is not None:
             if cut is not None:
-                return Rejected("the probabilities of its sinks are not cut off before %s", user)
-            if found.added is not None or found.alpha != 1:
-                return Rejected("%s adds a tensor to the output, or scales it", user)
-            if found.right.node in (softmax, *nodes):
-                return Rejected("%s multiplies its probabilities by themselves", user)
-            return Probabilities(found, tuple(nodes), tuple(zeroed))
+                raise Refused("the probabilities of its sinks are not cut off before %s", user)
+            if matmul.added is not None or matmul.alpha != 1:
+                raise Refused("%s adds a tensor to the output, or scales it", user)
+            if matmul.right.node in (softmax, *nodes):
+                raise Refused("%s multiplies its probabilities by themselves", user)
+            return Probabilities(matmul, tuple(nodes), tuple(zeroed))
         if cut is not None and _cuts(user, node, first=cut):
             cut = None
         else:
             step = _step(user, node, prover)
-            if isinstance(step, Rejected):
-                return step
             zeroed += [] if step is None else [(step, value_of(user).shape)]
         nodes.append(user)
         holders = [*holders, user] if writes else [user]
 
 
-def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected | None:
-    """Where a step sets probabilities to zero; None if it passes them on as they are."""
+def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | None:
+    """The fill by which a step sets probabilities to zero; None if it passes them on as they are."""
     name = function_name(user)
     if name == "dropout" and _drops(user):
-        return Rejected("dropout is active: call model.eval()")
+        raise Refused("dropout is active: call model.eval()")
     if name == "masked_fill":
         source, condition, fill = arguments(user, "input|self", "mask", "value")
         negated = False
@@ -120,11 +118,11 @@ def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | Rejected |
             source, nan = arguments(user, "input|self", "nan")
             source = source if nan in (None, 0) else None
         if source is not node:
-            return Rejected("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
+            raise Refused("its probabilities pass %s (%s) before they meet the values", user, name or user.op)
         return None
     zero = source is node and isinstance(condition, fx.Node) and prover.indices.fill(fill) == 0
     if not zero or not _keeps_rows(user, node):
-        return Rejected("its probabilities pass %s (%s) before they meet the values", user, name)
+        raise Refused("its probabilities pass %s (%s) before they meet the values", user, name)
     if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
         return None
     return Fill(condition, 0.0, negated, value_of(user).dtype)
@@ -163,7 +161,7 @@ def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
 
 
 def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
-    """What ATen's ``slice(x, dim, start, end, step)`` takes of each dimension."""
+    """The slice of each dimension that ATen's ``slice(x, dim, start, end, step)`` takes."""
     _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
     items = [slice(None)] * rank
     items[dim or 0] = slice(*rest)

@@ -1,7 +1,7 @@
-"""Reading matrix products, however they are spelt: ``@``, ``matmul``, ``bmm``, ``baddbmm``, ``einsum``.
+"""Reads matrix products in all their forms: ``@``, ``matmul``, ``bmm``, ``baddbmm``, ``einsum``.
 
-A product is brought to one form, [..., M, K] @ [..., K, N] = [..., M, N], by transposes and permutations of its
-operands and of its result.
+All products take one form, [..., M, K] @ [..., K, N] = [..., M, N]. Operands and results are transposed or permuted to
+it.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ def read(node: object, weights: fx.Node | None = None) -> Product | None:
 
     Args:
         node: Any node.
-        weights: If given, the left operand, as it is: [..., M, K]. Which dimension of an einsum is its M is a matter
-            of view where the right operand lacks several of them: without weights it is the last but one of the result.
+        weights: If given, the left operand, as it is: [..., M, K]. Several dimensions of an einsum can be its M if
+            the right operand lacks them. Without weights, M is the last but one of the result.
     """
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
         return None
     name = function_name(node)
     if name in _NAMES and written_nodes(node):
         return None  # it writes to a tensor of the user's
-    found = None
+    matmul = None
     if name in _MATRICES:
         left, right = arguments(node, "input|self", _MATRICES[name])
         if _is_matrix(left) and _is_matrix(right):
-            found = Product(node, Operand(left), Operand(right))
+            matmul = Product(node, Operand(left), Operand(right))
     elif name == "baddbmm":
-        found = _baddbmm(node)
+        matmul = _baddbmm(node)
     elif name == "einsum":
-        found = _einsum(node, weights)
-    if weights is not None and found is not None and (found.left.node is not weights or found.left.steps):
+        matmul = _einsum(node, weights)
+    if weights is not None and matmul is not None and (matmul.left.node is not weights or matmul.left.steps):
         return None
-    return found
+    return matmul
 
 
 def transposed(operand: Operand) -> Operand:
@@ -146,7 +146,7 @@ def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | None:
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
-    """The labels of two operands and of the result, an ellipsis spelt out; None if the equation is not understood."""
+    """The labels of both operands and of the result, ellipses replaced by labels; None if the equation is unknown."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     named = inputs.split(",")
     if len(named) != 2 or not arrow:

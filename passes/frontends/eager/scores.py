@@ -1,10 +1,11 @@
-"""Reading the scores of hand-written attention: from a softmax back to the product of queries and keys.
+"""Reads the scores of hand-written attention from a softmax back to the product of queries and keys.
 
     softmax( [max(x, lowest)] [x - max x] [x * c] [cat(x, sinks)] mask(x)... [cap * tanh(x)] [x * scale]... q @ k^T )
 
-Brackets are optional, the order is fixed but for the first three: a positive constant there scales the numbers of the
-masks too. Casts between floating dtypes, reshapes of leading dimensions and additions of zero may stand anywhere:
-the operator keeps its scores in float32. Each tensor is read as its last write before the reading left it.
+Brackets are optional. The first three may stand in any order; the order of the others is fixed. A positive constant
+among the first three scales the numbers of the masks, too. Casts between floating dtypes, reshapes of leading
+dimensions and additions of zero may stand anywhere, because the operator keeps its scores in float32. A tensor that is
+written in place is read as the last write before the reader left it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 
@@ -53,7 +54,7 @@ class Fill:
 
 @dataclass(eq=False)
 class ScoreChain:
-    """What lies between the product and the softmax.
+    """The steps between the product and the softmax.
 
     Attributes:
         product: Queries times keys.
@@ -97,10 +98,10 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     """Whether a tensor is made, element by element, of a product of its own last two dimensions: of scores."""
     if not isinstance(node, fx.Node) or depth == 0:
         return False
-    found = product.read(node)
-    if found is not None:
+    matmul = product.read(node)
+    if matmul is not None:
         # A projection's product reads a parameter; scores are a product of two activations.
-        return not any(operand.node.op == "get_attr" or _is_parameter(operand.node) for operand in _sides(found))
+        return not any(operand.node.op == "get_attr" or _is_parameter(operand.node) for operand in _sides(matmul))
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.ndim < 2 or node.op not in ("call_function", "call_method"):
         return False
@@ -114,9 +115,9 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     )
 
 
-def _sides(found: Product) -> Iterator[product.Operand]:
-    yield found.left
-    yield found.right
+def _sides(matmul: Product) -> Iterator[product.Operand]:
+    yield matmul.left
+    yield matmul.right
 
 
 def _is_parameter(node: fx.Node) -> bool:
@@ -135,77 +136,66 @@ class ScoreReader:
         self._indices = indices
         self._mutations = mutations
 
-    def read(self, softmax: fx.Node, scores: fx.Node) -> ScoreChain | Rejected:
+    def read(self, softmax: fx.Node, scores: fx.Node) -> ScoreChain:
         """The chain behind ``softmax(scores)``, or the first thing in it that is not understood."""
         chain = ScoreChain(nodes=[softmax])
         node = self._tail(self._plain(scores, chain), chain)
         node = self._sinks(node, chain)
-        if isinstance(node, Rejected):
-            return node
         while (step := self._mask(node)) is not None:
-            if isinstance(step, Rejected):
-                return step
             if not _keeps_shape(node, step[0]):
-                return Rejected("%s broadcasts the scores to another shape", node)
+                raise Refused("%s broadcasts the scores to another shape", node)
             if chain.tail <= 0:
-                return Rejected("the masked scores %s are multiplied by %s", node, chain.tail)
+                raise Refused("the masked scores %s are multiplied by %s", node, chain.tail)
             chain.nodes.append(node)
             chain.masks.append(step[1])
             chain.met.append((step[1].node, value_of(node).shape))
             node = self._plain(step[0], chain)
         return self._scaled_product(node, chain)
 
-    def _scaled_product(self, node: fx.Node, chain: ScoreChain) -> ScoreChain | Rejected:
+    def _scaled_product(self, node: fx.Node, chain: ScoreChain) -> ScoreChain:
         """The rest of the chain, from the masks to the product."""
         scale, softcap = chain.tail, None
-        while (found := product.read(node)) is None:
+        while (matmul := product.read(node)) is None:
             name = function_name(node)
             if name == "tanh" and softcap is None and not chain.factors:
                 softcap, scale = scale, 1.0
                 source = node.args[0]
             elif name in _FACTORS:
-                taken = self._factor(node, name)
-                if isinstance(taken, Rejected):
-                    return taken
-                source, factor = taken
+                source, factor = self._factor(node, name)
                 if not _keeps_shape(node, source):
-                    return Rejected("%s broadcasts the scores to another shape", node)
+                    raise Refused("%s broadcasts the scores to another shape", node)
                 if isinstance(factor, fx.Node):
                     chain.factors.append(factor)
                     chain.met.append((factor, value_of(node).shape))
                 else:
                     scale *= factor
             else:
-                return Rejected("%s (%s) stands between the scores and the softmax", node, name or node.op)
+                raise Refused("%s (%s) stands between the scores and the softmax", node, name or node.op)
             chain.nodes.append(node)
             node = self._plain(source, chain)
-        chain.nodes.append(found.node)
-        if found.restore:
-            return Rejected("%s leaves the scores in another order than [..., queries, keys]", found.node)
+        chain.nodes.append(matmul.node)
+        if matmul.restore:
+            raise Refused("%s leaves the scores in another order than [..., queries, keys]", matmul.node)
         if softcap is not None and softcap <= 0:
-            return Rejected("its scores are capped at %s, expected a positive number", softcap)
-        if found.added is not None and self._indices.fill(found.added) != 0:
+            raise Refused("its scores are capped at %s, expected a positive number", softcap)
+        if matmul.added is not None and self._indices.fill(matmul.added) != 0:
             if softcap is not None or scale != chain.tail or chain.factors or chain.tail <= 0:
-                return Rejected("%s is scaled after a tensor was added to it", found.node)
-            chain.masks.append(Bias(found.added, value_of(found.node).dtype))
-            chain.met.append((found.added, value_of(found.node).shape))
+                raise Refused("%s is scaled after a tensor was added to it", matmul.node)
+            chain.masks.append(Bias(matmul.added, value_of(matmul.node).dtype))
+            chain.met.append((matmul.added, value_of(matmul.node).shape))
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
-        chain.scale = scale * found.alpha * (softcap or 1.0)
-        chain.softcap, chain.product, chain.nodes = softcap, found, chain.nodes[::-1]
+        chain.scale = scale * matmul.alpha * (softcap or 1.0)
+        chain.softcap, chain.product, chain.nodes = softcap, matmul, chain.nodes[::-1]
         return chain
 
     def _tail(self, node: fx.Node, chain: ScoreChain) -> fx.Node:
-        """The node behind what stands between masks and softmax: constant factors, a floor, ``x - max(x)``."""
+        """The node behind the steps between masks and softmax: constant factors, a floor, ``x - max(x)``."""
         while True:
             name = function_name(node)
             source = None
             if name in _FACTORS:
-                taken = self._factor(node, name)
-                if (
-                    not isinstance(taken, Rejected)
-                    and not isinstance(taken[1], fx.Node)
-                    and _keeps_shape(node, taken[0])
-                ):
+                taken = attempt(self._factor, node, name)
+                if taken and not isinstance(taken[1], fx.Node) and _keeps_shape(node, taken[0]):
                     source = taken[0]
                     chain.tail *= taken[1]
             elif name in ("sub", "isub"):
@@ -219,15 +209,15 @@ class ScoreReader:
                 chain.nodes.append(node)
             node = self._plain(source, chain)
 
-    def _sinks(self, node: fx.Node, chain: ScoreChain) -> fx.Node | Rejected:
+    def _sinks(self, node: fx.Node, chain: ScoreChain) -> fx.Node:
         """The scores of ``cat(scores, sinks)`` or ``cat(sinks, scores)``; any other node as it is."""
         if function_name(node) != "cat":
             return node
         tensors, dim = arguments(node, "tensors", "dim|axis")
         if chain.tail != 1 or chain.floored:
-            return Rejected("%s is scaled or clamped after sinks were joined to the scores", node)
+            raise Refused("%s is scaled or clamped after sinks were joined to the scores", node)
         if not isinstance(tensors, tuple | list) or len(tensors) != 2 or dim not in (-1, value_of(node).ndim - 1):
-            return Rejected("%s joins more than scores and sinks", node)
+            raise Refused("%s joins more than scores and sinks", node)
         first = not leads_to_product(tensors[0])
         scores, sinks = tensors[::-1] if first else tensors
         if (
@@ -235,7 +225,7 @@ class ScoreReader:
             or not isinstance(sinks, fx.Node)
             or not known(value_of(sinks).shape[-1] == 1)
         ):
-            return Rejected("%s joins more than one column of sinks to the scores", node)
+            raise Refused("%s joins more than one column of sinks to the scores", node)
         chain.nodes.append(node)
         chain.sinks, chain.sinks_first = sinks, first
         chain.met.append((sinks, value_of(scores).shape))
@@ -332,17 +322,17 @@ class ScoreReader:
         lowest = self._indices.fill(floor) == torch.finfo(value_of(node).dtype).min
         return scores if lowest and ceiling is None else None
 
-    def _mask(self, node: fx.Node) -> tuple[fx.Node, Bias | Fill] | Rejected | None:
+    def _mask(self, node: fx.Node) -> tuple[fx.Node, Bias | Fill] | None:
         """The scores and the mask of ``scores + mask``, ``masked_fill`` or ``where``; None if the node is none."""
         name = function_name(node)
         if name in _ADDS:
             left, right = arguments(node, "input|self", "other")
             if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
-                return Rejected("%s scales what it adds (alpha)", node)
+                raise Refused("%s scales what it adds (alpha)", node)
             if not leads_to_product(left):
                 left, right = right, left
             if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-                return Rejected("%s adds a number to the scores", node)
+                raise Refused("%s adds a number to the scores", node)
             return left, Bias(right, value_of(node).dtype)
         if name == "masked_fill":
             return self._filled(node, *arguments(node, "input|self", "mask", "value"), negated=False)
@@ -355,27 +345,27 @@ class ScoreReader:
 
     def _filled(
         self, node: fx.Node, scores: object, condition: object, fill: object, *, negated: bool
-    ) -> tuple[fx.Node, Fill] | Rejected:
+    ) -> tuple[fx.Node, Fill]:
         hidden = self._indices.fill(fill)
         if hidden is None or not isinstance(condition, fx.Node) or not isinstance(scores, fx.Node):
-            return Rejected("%s fills scores with values that are no constant", node)
+            raise Refused("%s fills scores with values that are no constant", node)
         dtype = value_of(node).dtype
         # As the scores hold it: float32's lowest number is -inf in bfloat16.
         hidden = torch.tensor(hidden, dtype=torch.float64).to(dtype).item()
         return scores, Fill(condition, hidden, negated, dtype)
 
-    def _factor(self, node: fx.Node, name: str) -> tuple[fx.Node, float | fx.Node] | Rejected:
+    def _factor(self, node: fx.Node, name: str) -> tuple[fx.Node, float | fx.Node]:
         """The scores and the factor of a multiplication or division."""
         left, right = arguments(node, "input|self", "other")
         if len(node.args) > 2 or node.kwargs.get("rounding_mode") is not None:
-            return Rejected("%s (%s) has an unexpected signature", node, name)
+            raise Refused("%s (%s) has an unexpected signature", node, name)
         if "div" not in name and not leads_to_product(left):
             left, right = right, left
         number = self._indices.fill(right)
         if number is not None and isinstance(left, fx.Node):
             if "div" in name and number == 0:
-                return Rejected("%s divides by zero", node)
+                raise Refused("%s divides by zero", node)
             return left, (1 / number if "div" in name else float(number))
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or "div" in name:
-            return Rejected("%s divides the scores by %s, which is no constant", node, right)
+            raise Refused("%s divides the scores by %s, which is no constant", node, right)
         return left, right

@@ -1,12 +1,12 @@
-"""The tables of a BlockMask, which say in which blocks of scores flex_attention calls its mask_mod at all.
+"""Proves the tables of a BlockMask, which list the blocks of scores that flex_attention computes.
 
-``create_block_mask`` makes them of the mask_mod itself, evaluated for all scores under ``vmap``:
+``create_block_mask`` makes them from the mask_mod, evaluated for all scores under ``vmap``:
 
     dense mask  ->  pad to whole blocks  ->  count the True of every block  ->  some / all are True  ->  counts, order
 
-Traced into a graph, these steps prove that the tables list exactly the blocks that the mask_mod leaves visible: the
-function under ``vmap`` is the mask_mod step by step, over the very positions of the attention. Tables that enter the
-graph prove nothing. What they list can be promised (``assume_block_masks``), and be compared at run time.
+Traced into a graph, these steps prove that the tables list exactly the blocks that the mask_mod leaves visible. The
+function under ``vmap`` must be the mask_mod step by step, over the positions of the attention. Tables that enter the
+graph prove nothing. The user can promise their contents (``assume_block_masks``), which a run can check.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 
 WHOLE = 1 << 30
 """Block size of the table that torch makes where no block mask is given."""
 _FACTORIES = frozenset({"new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"})
-_SPELLINGS = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide"}  # under vmap, and outside
+_SAME_NAMES = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide"}  # under vmap, and outside
 _LAYOUTS = (13, 17)  # entries of BlockMask.as_tuple(): torch 2.11, torch 2.13
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTables:
-    """What of a call's ``block_mask`` decides its output; the rest serves gradients.
+    """The part of a call's ``block_mask`` that decides its output; the rest serves gradients.
 
     Attributes:
         partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
@@ -52,19 +52,19 @@ class BlockTables:
         return tuple(table for table in (*self.partial, *self.full) if isinstance(table, fx.Node))
 
 
-def read(block_mask: object) -> BlockTables | Rejected:
+def read(block_mask: object) -> BlockTables:
     """The tables in a call's ``block_mask`` operand."""
     if not isinstance(block_mask, tuple | list) or len(block_mask) not in _LAYOUTS:
-        return Rejected("its block mask is laid out as no torch version does that this pass knows")
+        raise Refused("its block mask is laid out as no torch version does that this pass knows")
     _, _, counts, order, full_counts, full_order, *_, query_block, key_block, mask_mod = block_mask
-    found = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
-    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in found.sizes) and _is_get_attr(mask_mod)
-    tensors = all(_is_table(table) for table in found.partial) and (
-        all(_is_table(table) for table in found.full) or found.full == (None, None)
+    tables = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
+    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in tables.sizes) and _is_get_attr(mask_mod)
+    typed = all(_is_table(table) for table in tables.partial) and (
+        all(_is_table(table) for table in tables.full) or tables.full == (None, None)
     )
-    if not kinds or not tensors:
-        return Rejected("its block mask is laid out as no torch version does that this pass knows")
-    return found
+    if not kinds or not typed:
+        raise Refused("its block mask is laid out as no torch version does that this pass knows")
+    return tables
 
 
 def is_whole(tables: BlockTables) -> bool:
@@ -80,32 +80,32 @@ def enter(tables: BlockTables, prover: MaskProver) -> bool:
     )
 
 
-def follow(
+def check_follow(
     tables: BlockTables, body: fx.Graph, captured: Sequence[object], lengths: Sequence[Size], prover: MaskProver
-) -> Rejected | None:
-    """Why the tables do not follow from the mask_mod; None if they do.
+) -> None:
+    """Raises `Refused` unless the tables follow from the mask_mod.
 
     Args:
         tables: Of one call.
         body: The mask_mod's graph.
-        captured: What it captured, behind its four positions.
+        captured: Its captured tensors, behind the four positions.
         lengths: [B, Hq, Nq, Nk] of the scores.
         prover: Of the graph.
     """
     if not all(isinstance(size, int) for size in tables.sizes):
-        return Rejected("its block size %s is no constant", tables.sizes)
+        raise Refused("its block size %s is no constant", tables.sizes)
     partial, full = _blocks(tables.partial, prover), _blocks(tables.full, prover)
     sums = None if partial is None else _partial_sums(partial, tables.sizes, separate=full is not None)
     if sums is None or (tables.full[0] is not None and (full is None or _full_sums(full, tables.sizes) is not sums)):
-        return Rejected("its block tables are made in the graph, but not by create_block_mask")
+        raise Refused("its block tables are made in the graph, but not by create_block_mask")
     mask = _dense(sums, tables.sizes)
     if mask is None:
-        return Rejected("its block tables count something else than the blocks of a mask")
+        raise Refused("its block tables count something else than the blocks of a mask")
     root, axes = _under_vmap(mask)
     written = next((node for node in _ancestors(sums, root) if prover.mutations.writer(node) is not None), None)
     if root is None or written is not None:
-        return Rejected("its block tables count a mask that is not a mask_mod's (%s)", written or mask)
-    return _Comparison(axes, body, captured, lengths, prover).differ(root)
+        raise Refused("its block tables count a mask that is not a mask_mod's (%s)", written or mask)
+    _Comparison(axes, body, captured, lengths, prover).check(root)
 
 
 def _is_get_attr(argument: object) -> bool:
@@ -231,15 +231,15 @@ class _Comparison:
         self._arguments = captured
         self._same: dict[tuple[fx.Node, fx.Node], bool] = {}
 
-    def differ(self, root: fx.Node) -> Rejected | None:
-        """The reason why they are not the same function of the same positions."""
+    def check(self, root: fx.Node) -> None:
+        """Raises `Refused` unless they are the same function of the same positions."""
         (result,) = self._result if isinstance(self._result, tuple | list) else (self._result,)
-        if self._equal(root, result):
-            return None
-        return Rejected(
-            "its block tables are not proven to be made of its own mask_mod for its own scores; call create_block_mask "
-            "with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the mask_mod looks at b and h"
-        )
+        if not self._equal(root, result):
+            raise Refused(
+                "its block tables are not proven to be made of its own mask_mod for its own scores; call "
+                "create_block_mask with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the "
+                "mask_mod looks at b and h"
+            )
 
     def _equal(self, left: object, right: object) -> bool:
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
@@ -257,7 +257,7 @@ class _Comparison:
                 untouched = self._prover.mutations.writer(left) is None
                 return untouched and left is self._arguments[at - 4]
             return self._is_position(left, at)
-        name, other = (_SPELLINGS.get(function_name(node), function_name(node)) for node in (left, right))
+        name, other = (_SAME_NAMES.get(function_name(node), function_name(node)) for node in (left, right))
         if self._prover.mutations.writer(left) is not None:
             return False
         if name == other == "getitem":
@@ -291,12 +291,12 @@ class _Comparison:
         source = _argument(node, "add_batch_dim")
         if source is None or node.args[1:] != (0, self._levels[dim]):
             return False
-        index = self._prover.indices.evaluate(source)
-        if isinstance(index, Rejected) or index.steps != (1,):
+        index = attempt(self._prover.indices.evaluate, source)
+        if not index or index.steps != (1,):
             return False
         return known(index.const == 0) and known(index.shape[0] == self._lengths[dim])
 
 
 def _items(node: fx.Node) -> tuple[object, ...]:
-    given = node.args[1]
-    return tuple(given) if isinstance(given, tuple | list) else (given,)
+    index = node.args[1]
+    return tuple(index) if isinstance(index, tuple | list) else (index,)

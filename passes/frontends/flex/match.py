@@ -2,9 +2,9 @@
 
     softmax(where(mask_mod, score_mod(scale * q @ k^T), -inf)) @ v        a row without any key gives zeros
 
-The call is opened: written out like this ahead of itself, where the frontend for hand-written attention reads it. What
-a query sees is decided a second time by the block tables that say where the functions are called; they must follow
-from the mask_mod, or be promised to (``assume_block_masks``).
+The call is written out in this form ahead of itself, and the frontend for hand-written attention reads that. The block
+tables decide a second time which keys a query sees, because the functions are called only in listed blocks. So the
+tables must follow from the mask_mod, or be promised to (``assume_block_masks``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from s2o_compile.passes.frontends.flex.block_tables import BlockTables
 from s2o_compile.passes.frontends.flex.scalar_functions import Inserter, positions, write_out
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.proof import BlockPromise, MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import AttentionSite
@@ -39,7 +39,7 @@ _LARGE = -1e4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Opened:
-    """What a written-out softmax stands for.
+    """The call that a written-out softmax belongs to.
 
     Attributes:
         call: The flex_attention node.
@@ -70,29 +70,30 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(_NAMES, call.args, strict=False)), **call.kwargs}
 
 
-def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | Rejected:
+def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     """Writes a call out ahead of it.
 
     Args:
         node: A node for which `is_call` holds.
-        nodes: Gets the inserted nodes, also if the call is rejected.
+        nodes: Gets the inserted nodes, also if the call is refused.
 
     Returns:
-        The node that computes the attention, or why the call is not opened.
+        The node that computes the attention.
+
+    Raises:
+        Refused: The call is not opened.
     """
     call = operands(node)
     if call.keys() != set(_NAMES):
-        return Rejected("%s has an unexpected signature", node)
+        raise Refused("%s has an unexpected signature", node)
     outputs = [user for user in node.users if user.args[1:] == (0,)]
     if len(outputs) != 1 or any(user.users for user in node.users if user not in outputs):
-        return Rejected("more than the output of flex_attention is read")
+        raise Refused("more than the output of flex_attention is read")
     query, key, value = (value_of(call[name]) for name in _NAMES[:3])
     tables = block_tables.read(call["block_mask"])
-    if isinstance(tables, Rejected):
-        return tables
     score_mod, mask_mod = _body(node, call["score_mod"]), _body(node, tables.mask_mod)
     if score_mod is None or mask_mod is None or any(x is None or x.ndim != 4 for x in (query, key, value)):
-        return Rejected("its score_mod or mask_mod is not recorded in the graph")
+        raise Refused("its score_mod or mask_mod is not recorded in the graph")
     insert = Inserter(node, query)
     insert.nodes = nodes
     groups = query.shape[1] // key.shape[1]
@@ -104,20 +105,14 @@ def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node | Rejected:
     scores = insert.call(torch.mul, insert.call("to", scores, torch.float32), call["scale"])
     lengths = _lengths(call)
     where = positions(insert, lengths, _used(score_mod, mask_mod), query.device)
-    if isinstance(where, Rejected):
-        return where
     first = len(nodes)
-    scores = _written(score_mod, [scores, *where], call["score_mod_other_buffers"], insert)
-    if isinstance(scores, Rejected):
-        return Rejected("its score_mod is not understood: %s", scores)
+    scores = _written("score_mod", score_mod, [scores, *where], call["score_mod_other_buffers"], insert)
     modified = tuple(nodes[first:])
-    mask = _written(mask_mod, where, call["mask_mod_other_buffers"], insert)
-    if isinstance(mask, Rejected):
-        return Rejected("its mask_mod is not understood: %s", mask)
+    mask = _written("mask_mod", mask_mod, where, call["mask_mod_other_buffers"], insert)
     if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
-        return Rejected("its score_mod or mask_mod returns a constant")
+        raise Refused("its score_mod or mask_mod returns a constant")
     if value_of(mask).dtype is not torch.bool:
-        return Rejected("its mask_mod returns %s, expected bool", value_of(mask).dtype)
+        raise Refused("its mask_mod returns %s, expected bool", value_of(mask).dtype)
     if function_name(mask) not in ("ones", "new_ones"):
         scores = insert.call(torch.where, mask, scores, float("-inf"))
     softmax = insert.call(torch.softmax, scores, -1)
@@ -135,22 +130,24 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
         node: The softmax of an opened call.
         prover: The mask prover of the graph.
     """
+    return attempt(_site, node, prover)
+
+
+def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     opened: _Opened = node.meta[_OPENED]
-    rejected = _check_fills(opened, prover)
-    if rejected is not None:
-        return rejected
-    site = eager.match(node, prover)
-    if not isinstance(site, Rejected) and site.mask.read is not None:
-        site = site.mask.read.why  # written out, its mask would be there as a whole, which flex_attention avoids
-    if isinstance(site, Rejected):
-        return _with_bias(opened, site)
+    _check_fills(opened, prover)
+    try:
+        site = eager.site_around(node, prover)
+    except Refused as error:
+        raise _with_bias(opened, error.why) from None
+    if site.mask.read is not None:  # written out, its mask would be there as a whole, which flex_attention avoids
+        raise _with_bias(opened, site.mask.read.why)
     if block_tables.is_whole(opened.tables):
         return site
-    mask = _with_tables(opened, site.mask, prover)
-    return mask if isinstance(mask, Rejected) else dataclasses.replace(site, mask=mask)
+    return dataclasses.replace(site, mask=_with_tables(opened, site.mask, prover))
 
 
-def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskProof | Rejected:
+def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskProof:
     """The proof of an attention whose block tables are proven, or promised, to be those of its mask_mod."""
     call, tables = operands(opened.call), opened.tables
     if block_tables.enter(tables, prover):
@@ -158,7 +155,7 @@ def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskPr
             return dataclasses.replace(
                 mask, blocks=BlockPromise(opened.mask, tables.partial, tables.full, tables.sizes)
             )
-        return Rejected(
+        raise Refused(
             "its BlockMask enters the graph, and tables of blocks are data, which prove nothing (its mask_mod is "
             "proven: %s); promise S2OConfig(assume_block_masks=True) if create_block_mask made it, or call "
             "create_block_mask inside the compiled function",
@@ -166,8 +163,8 @@ def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskPr
         )
     body = _body(opened.call, tables.mask_mod)
     assert body is not None
-    rejected = block_tables.follow(tables, body, call["mask_mod_other_buffers"], _lengths(call), prover)
-    return mask if rejected is None else rejected
+    block_tables.check_follow(tables, body, call["mask_mod_other_buffers"], _lengths(call), prover)
+    return mask
 
 
 def _lengths(call: dict[str, Any]) -> tuple[Size, ...]:
@@ -184,38 +181,40 @@ def _body(node: fx.Node, function: object) -> fx.Graph | None:
 
 
 def _used(score_mod: fx.Graph, mask_mod: fx.Graph) -> list[bool]:
-    """Which positions the two functions look at."""
+    """For each dimension, whether one of the two functions uses the position."""
     looks = (body.find_nodes(op="placeholder")[skipped:][:4] for body, skipped in ((score_mod, 1), (mask_mod, 0)))
     return [any(bool(node.users) for node in nodes) for nodes in zip(*looks, strict=True)]
 
 
-def _written(body: fx.Graph, scalars: list[Any], captured: object, insert: Inserter) -> object:
-    """A function for all scores; `Rejected` if it cannot be written out."""
+def _written(name: str, body: fx.Graph, scalars: list[Any], captured: object, insert: Inserter) -> object:
+    """A function for all scores; ``name`` is its parameter's."""
     arguments = [*scalars, *(captured if isinstance(captured, tuple | list) else ())]
     if len(body.find_nodes(op="placeholder")) != len(arguments):
-        return Rejected("it has an unexpected signature")
-    return write_out(body, arguments, len(scalars), insert)
+        raise Refused("its %s is not understood: it has an unexpected signature", name)
+    try:
+        return write_out(body, arguments, len(scalars), insert)
+    except Refused as error:
+        raise Refused("its %s is not understood: %s", name, error.why) from None
 
 
-def _check_fills(opened: _Opened, prover: MaskProver) -> Rejected | None:
-    """Scores of float16 tensors are float32 here, so that the smallest float16 hides nothing."""
+def _check_fills(opened: _Opened, prover: MaskProver) -> None:
+    """Refuses finite fills of float16 scores: these are float32 here, where float16's lowest number hides nothing."""
     if value_of(operands(opened.call)["query"]).dtype is not torch.float16:
-        return None
+        return
     arguments = (argument for node in opened.scores for argument in (*node.args, *node.kwargs.values()))
     fills = [prover.indices.fill(argument) for argument in arguments]
     if any(fill is not None and -math.inf < fill < _LARGE for fill in fills):
-        return Rejected("its score_mod hides float16 scores by a finite number; use -inf")
-    return None
+        raise Refused("its score_mod hides float16 scores by a finite number; use -inf")
 
 
-def _with_bias(opened: _Opened, why: Rejected) -> Rejected:
-    """A rejection that names what a score_mod adds to the scores, if it adds anything."""
+def _with_bias(opened: _Opened, why: Rejected) -> Refused:
+    """A refusal that names the bias that a score_mod adds to the scores, if it adds one."""
     for node in opened.scores:
         if function_name(node) in ("add", "radd", "sub", "rsub") and leads_to_product(node):
-            return Rejected(
+            return Refused(
                 "its score_mod adds a bias to the scores (%s), as ALiBi and relative positions do; only masks and a "
                 "softcap are known to the sparse operator (%s)",
                 node,
                 why,
             )
-    return why
+    return Refused.because(why)

@@ -1,9 +1,9 @@
-"""Functions of one score, written out for all scores: flex_attention's ``mask_mod`` and ``score_mod``.
+"""Writes functions of one score out for all scores: flex_attention's ``mask_mod`` and ``score_mod``.
 
-Such a function is a graph over 0-dimensional tensors: a score, its position (batch, head, query, key), and tensors that
-the function captured. Its steps are elementwise or read one element of a captured tensor, so the same steps over
-position tensors that broadcast against each other compute the function for all scores at once. Spelt like that, it is
-read by the frontends and the prover as any mask of the graph. Other steps mean something else on tensors: `Rejected`.
+Such a function is a graph over 0-dimensional tensors: a score, its position (batch, head, query, key), and captured
+tensors. Its steps are elementwise, or they read one element of a captured tensor. The same steps over position tensors
+that broadcast against each other compute the function for all scores at once. The frontends and the prover read this
+form like any mask of the graph. Other steps mean something else on tensors and are `Refused`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import Size, value_of
 from s2o_compile.passes.graph.operand import computed
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS
 
@@ -73,26 +73,25 @@ class Inserter:
         node.meta[self._key] = computed(self._like, function, args, kwargs)
         return node
 
-    def size(self, size: Size) -> fx.Node | int | Rejected:
+    def size(self, size: Size) -> fx.Node | int:
         """A size as an argument."""
         known = set(self.before.graph.nodes)
-        emitted = sizes.emit(size, self.before.graph, self.before)
-        self.nodes += [node for node in self.before.graph.nodes if node not in known]
-        return emitted
+        try:
+            return sizes.emit(size, self.before.graph, self.before)
+        finally:  # also what was inserted before a refusal
+            self.nodes += [node for node in self.before.graph.nodes if node not in known]
 
 
-def positions(insert: Inserter, lengths: Sequence[Size], used: Sequence[bool], device: object) -> list[Any] | Rejected:
+def positions(insert: Inserter, lengths: Sequence[Size], used: Sequence[bool], device: object) -> list[Any]:
     """The position along each dimension of [B, Hq, Nq, Nk] scores, [B, 1, 1, 1] to [1, 1, 1, Nk]; None if not used."""
-    found: list[Any] = []
+    indices: list[Any] = []
     for dim, (length, wanted) in enumerate(zip(lengths, used, strict=True)):
         size = insert.size(length) if wanted else None
-        if isinstance(size, Rejected):
-            return size
         if size is not None:
             index = insert.call(torch.arange, size, dtype=torch.int32, device=device)
             index = insert.call(operator.getitem, index, tuple(slice(None) if d == dim else None for d in range(4)))
-        found.append(None if size is None else index)
-    return found
+        indices.append(None if size is None else index)
+    return indices
 
 
 def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert: Inserter) -> object:
@@ -105,60 +104,62 @@ def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert:
         insert: Where to.
 
     Returns:
-        The function's result, a node or a number, or `Rejected`.
+        The function's result, a node or a number.
+
+    Raises:
+        Refused: A step means something else for all scores.
     """
-    placed: dict[fx.Node, Any] = {}
+    written: dict[fx.Node, Any] = {}
     lifted: set[fx.Node] = set()
     for node in body.nodes:
         if node.op == "placeholder":
-            if len(placed) < scalars:
+            if len(written) < scalars:
                 lifted.add(node)
-            placed[node] = arguments[len(placed)]
+            written[node] = arguments[len(written)]
         elif node.op == "output":
             (result,) = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
-            result = placed[result] if isinstance(result, fx.Node) else result
-            return Rejected("it returns a row of a tensor") if isinstance(result, _Part) else result
+            result = written[result] if isinstance(result, fx.Node) else result
+            if isinstance(result, _Part):
+                raise Refused("it returns a row of a tensor")
+            return result
         else:
-            step = _step(node, placed, lifted, insert)
-            if isinstance(step, Rejected):
-                return step
-            placed[node] = step
-    return Rejected("it returns nothing")
+            written[node] = _step(node, written, lifted, insert)
+    raise Refused("it returns nothing")
 
 
-def _step(node: fx.Node, placed: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
+def _step(node: fx.Node, written: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
     name = function_name(node)
     if not name or written_nodes(node):
-        return Rejected("it calls %s, which is not understood", node.target)
+        raise Refused("it calls %s, which is not understood", node.target)
     reads = any(argument in lifted for argument in node.all_input_nodes)
     if reads:
         lifted.add(node)
         if name in _READS:
-            return _read(node, placed, lifted, insert)
+            return _read(node, written, lifted, insert)
         if name not in _ELEMENTWISE:
-            return Rejected("it calls %s, which is not elementwise", name)
-    if any(isinstance(placed[argument], _Part) for argument in node.all_input_nodes):
-        return Rejected("it calls %s on a row of a tensor", name)
-    args, kwargs = (fx.map_arg(part, placed.__getitem__) for part in (node.args, node.kwargs))
+            raise Refused("it calls %s, which is not elementwise", name)
+    if any(isinstance(written[argument], _Part) for argument in node.all_input_nodes):
+        raise Refused("it calls %s on a row of a tensor", name)
+    args, kwargs = (fx.map_arg(part, written.__getitem__) for part in (node.args, node.kwargs))
     return insert.call(node.target, *args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def _read(node: fx.Node, placed: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
+def _read(node: fx.Node, written: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
     """One element of a captured tensor; a `_Part` if not all dimensions are read yet."""
-    source = placed[node.args[0]]  # pyright: ignore[reportArgumentType]
-    given = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
-    items = tuple(placed[item] if isinstance(item, fx.Node) else item for item in given)
+    source = written[node.args[0]]  # pyright: ignore[reportArgumentType]
+    index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
+    items = tuple(written[item] if isinstance(item, fx.Node) else item for item in index)
     if isinstance(source, _Part):
         source, items = source.tensor, (*source.items, *items)
     elif node.args[0] in lifted:
-        return Rejected("it reads elements of %s, which depends on the position", node.args[0])
+        raise Refused("it reads elements of %s, which depends on the position", node.args[0])
     for item in items:
         value = value_of(item)
         if not isinstance(item, int | fx.Node) or isinstance(item, bool) or not _counts(value):
-            return Rejected("it reads %s by something else than single positions", node.args[0])
+            raise Refused("it reads %s by something else than single positions", node.args[0])
     tensor = value_of(source)
     if not isinstance(tensor, torch.Tensor) or len(items) > tensor.ndim:
-        return Rejected("it reads %s, which is no tensor of %s dimensions", node.args[0], len(items))
+        raise Refused("it reads %s, which is no tensor of %s dimensions", node.args[0], len(items))
     if len(items) < tensor.ndim:
         return _Part(source, items)
     for dim in reversed(range(len(items))):

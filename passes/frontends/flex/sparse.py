@@ -1,7 +1,7 @@
-"""Makes a call of flex_attention sparse and leaves its functions as they are: what no frontend could prove.
+"""Makes a call of flex_attention sparse that no frontend could prove, and keeps its functions.
 
-A plan chooses which keys are computed, and the call's own score_mod, mask_mod and block mask decide what a query sees
-(``flex_site.py``). Nothing is asked of the functions but that they run for many scores at once, which is tried.
+A plan chooses the keys that are computed. The call's own score_mod, mask_mod and block mask still decide which keys a
+query sees (``impl/flex/user_mods.py``). The functions must run for many scores at once, which is tried here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from s2o_compile.kernels.support.torch_compat import FakeTensor, tree_leaves
 from s2o_compile.passes.frontends.flex import block_tables
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +33,32 @@ _KERNEL_BLOCK = re.compile("BLOCK_[MN]")
 _BACKENDS = ("AUTO", "TRITON")
 
 MASK = "its own mask_mod and score_mod"
-"""What a report says of the mask."""
+"""The report's text about the mask."""
 
 PAYS_FROM = {"cuda": 32768}
-"""Keys from which such a call is faster sparse, where it is not the operator's own crossover: on an H100 an ALiBi call
-of 32 heads takes 19.3 ms over 32K tokens, dense 22.4; shorter ones were not measured."""
+"""By device, the number of keys from which such a call is faster sparse; else the operator's own crossover.
+
+An ALiBi call of 32 heads over 32K tokens takes 19.3 ms on an H100, dense 22.4. Shorter calls were not measured."""
 
 
-def lower(
-    node: fx.Node,
-    options: Mapping[str, Any],
-    *,
-    dense_heads: Sequence[int],
-    head_tau: Sequence[float],
-) -> Rejected | None:
-    """Make a call of flex_attention sparse, in place; or say why it must stay as it is.
+def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[int], head_tau: Sequence[float]) -> None:
+    """Make a call of flex_attention sparse, in place.
 
     Args:
         node: A call of flex_attention.
         options: Keyword arguments of the operator.
         dense_heads: Key/value heads that visit everything.
         head_tau: Tau of each query head, empty for that of the options.
+
+    Raises:
+        Refused: It must stay as it is.
     """
     call = flex.operands(node)
-    refused = _check(node, call, options)
-    if refused is not None:
-        return refused
+    _check(node, call, options)
     tau = tuple(head_tau) or tuple(options.get("head_tau") or ()) or options.get("tau", OperatorOptions.tau)
     heads = value_of(call["query"]).shape[1]
     if isinstance(tau, tuple) and len(tau) != heads:
-        return Rejected("it has %s query heads, and a tau is given for each of %s", heads, len(tau))
+        raise Refused("it has %s query heads, and a tau is given for each of %s", heads, len(tau))
     keywords: dict[str, Any] = {
         "tau": tau,
         "segment_len": options.get("segment_len"),
@@ -70,72 +66,66 @@ def lower(
     }
     (output,) = [user for user in node.users if user.args[1:] == (0,)]
     keywords["stride"] = tuple(value_of(output).stride())
-    refused = _try(node, keywords)
-    if refused is None:
-        node.target, node.kwargs = sparse_flex_attention, {**node.kwargs, **keywords}
-    return refused
+    _try(node, keywords)
+    node.target, node.kwargs = sparse_flex_attention, {**node.kwargs, **keywords}
 
 
-def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> Rejected | None:
+def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> None:
     if options.get("implementation", "auto") not in ("auto", "flex"):
-        return Rejected(
+        raise Refused(
             'implementation=%r knows no functions of its own, "auto" and "flex" do', options["implementation"]
         )
     if options.get("tau", OperatorOptions.tau) == 0 and not options.get("head_tau"):
-        return Rejected("tau=0 leaves nothing out")
+        raise Refused("tau=0 leaves nothing out")
     if sum(user.args[1:] == (0,) for user in node.users) != 1 or any(
         user.users for user in node.users if user.args[1:] != (0,)
     ):
-        return Rejected("more than the output of flex_attention is read")
+        raise Refused("more than the output of flex_attention is read")
     query, key, value = (value_of(call[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, FakeTensor) and x.ndim == 4 for x in (query, key, value)):
-        return Rejected("the shapes of query, key and value are not recorded in the graph")
+        raise Refused("the shapes of query, key and value are not recorded in the graph")
     if any(not isinstance(size, int) for x in (query, key, value) for size in x.shape):
-        return Rejected("its lengths are symbolic, and sparse FlexAttention is laid out for constant ones")
+        raise Refused("its lengths are symbolic, and sparse FlexAttention is laid out for constant ones")
     if not isinstance(call["scale"], int | float):
-        return Rejected("its scale %s is no constant", call["scale"])
+        raise Refused("its scale %s is no constant", call["scale"])
     if query.dtype not in DTYPES:
-        return Rejected("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
+        raise Refused("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
     wanted = [x for x in tree_leaves(value_of(node)) if isinstance(x, torch.Tensor)]
     if any(x.requires_grad for x in wanted):
-        return Rejected("gradients are wanted: call the model under torch.no_grad()")
+        raise Refused("gradients are wanted: call the model under torch.no_grad()")
     shortest = options.get("min_seq_len")
     if shortest is None:
         shortest = PAYS_FROM.get(query.device.type, "auto")
     n_queries, n_keys = query.shape[2], key.shape[2]
     if is_short(query, n_queries, n_keys, shortest):
-        return Rejected("%s queries and %s keys are short: dense is faster", n_queries, n_keys)
+        raise Refused("%s queries and %s keys are short: dense is faster", n_queries, n_keys)
     if query.device.type != "cpu" and min(query.shape[3], value.shape[3]) < LEAST_HEAD_DIM:
-        return Rejected("its head dim is below %s", LEAST_HEAD_DIM)
+        raise Refused("its head dim is below %s", LEAST_HEAD_DIM)
     tables = block_tables.read(call["block_mask"])
-    if isinstance(tables, Rejected):
-        return tables
     if not all(isinstance(size, int) for size in tables.sizes) or not block_len_fits(*tables.sizes, n_queries, n_keys):
-        return Rejected("blocks of its block mask are %s long, expected multiples of 128", tables.sizes)
+        raise Refused("blocks of its block mask are %s long, expected multiples of 128", tables.sizes)
     for name, chosen in call["kernel_options"].items():
         too_long = _KERNEL_BLOCK.search(name) and BLOCK_LEN % chosen
         if too_long or (name == "BACKEND" and chosen not in _BACKENDS):
-            return Rejected("its kernel_options ask for %s=%s, which does not suit blocks of 128", name, chosen)
-    return None
+            raise Refused("its kernel_options ask for %s=%s, which does not suit blocks of 128", name, chosen)
 
 
-def _try(node: fx.Node, keywords: dict[str, Any]) -> Rejected | None:
-    """Why the sparse call fails on fake tensors: whatever a user's functions ask of many scores."""
+def _try(node: fx.Node, keywords: dict[str, Any]) -> None:
+    """Runs the sparse call on fake tensors, because a user's functions may fail for many scores."""
     query = value_of(flex.operands(node)["query"])
 
-    def given(argument: fx.Node) -> object:
+    def fake(argument: fx.Node) -> object:
         if argument.op == "get_attr" and node.graph.owning_module is not None:
-            held = getattr(node.graph.owning_module, str(argument.target), None)
-            if isinstance(held, fx.GraphModule):
-                return held
+            body = getattr(node.graph.owning_module, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                return body
         return value_of(argument)
 
     environment = query.fake_mode.shape_env
     unguarded = nullcontext() if environment is None else environment.suppress_guards()
     try:
         with query.fake_mode, torch.no_grad(), unguarded:
-            sparse_flex_attention(*fx.map_arg(node.args, given), **fx.map_arg(node.kwargs, given), **keywords)
+            sparse_flex_attention(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake), **keywords)
     except Exception as error:
         logger.debug("%s cannot be made sparse", node, exc_info=True)
-        return Rejected("its score_mod or mask_mod cannot be run for many scores (%s)", type(error).__name__)
-    return None
+        raise Refused("its score_mod or mask_mod cannot be run for many scores (%s)", type(error).__name__) from error

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 from tests.helpers.capture import Capture
 from tests.helpers.masks import capture, visible
@@ -34,7 +34,7 @@ def evaluate(build, *extra):
         for n in graph.find_nodes(op="placeholder")
         if isinstance(value_of(n), torch.Tensor) and value_of(n).ndim == 2
     )
-    return IndexEvaluator(Mutations(graph)).evaluate(node), symbol
+    return attempt(IndexEvaluator(Mutations(graph)).evaluate, node), symbol
 
 
 def at_length(value, symbol, length):
@@ -141,6 +141,24 @@ def test_everything_else_is_rejected_with_its_reason(build, why):
     value, _ = evaluate(build, *extra)
     assert isinstance(value, Rejected)
     assert why in value.reason
+
+
+def test_a_remembered_failure_is_raised_afresh():
+    """Raised again, one exception would collect the frames of every reader and keep them alive."""
+    graph = torch.fx.symbolic_trace(lambda x: x + 1).graph
+    (node,) = graph.find_nodes(op="placeholder")
+    node.meta["example_value"] = torch.arange(3)
+    evaluator = IndexEvaluator(Mutations(graph))
+    errors = []
+    for _ in range(3):
+        with pytest.raises(Refused, match="depends on the values of the graph input x") as caught:
+            evaluator.evaluate(node)
+        errors.append(caught)
+    assert len({id(caught.value) for caught in errors}) == 3
+    assert len({len(caught.traceback) for caught in errors[1:]}) == 1
+    (remembered,) = evaluator._values.values()
+    assert isinstance(remembered, Rejected)
+    assert str(errors[0].value) == remembered.reason
 
 
 def in_place_add(n):

@@ -17,7 +17,7 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.flex import layout as flex_layout
-from s2o_compile.kernels.impl.flex.layout import lay_out, pool_blocks
+from s2o_compile.kernels.impl.flex.layout import pool_blocks
 from s2o_compile.kernels.planner import build_plan, plan_visits
 from s2o_compile.kernels.ranking.unvisited import (
     BLOCK_LEN,
@@ -82,14 +82,16 @@ def attend(call, options):
 
 
 def laid_out(given, plan, visits, pool=32):
-    shape = (BATCH, HEADS, KV_HEADS, LENGTH, LENGTH)
-    return lay_out(given.mask, shape=shape, device=given.query.device, plan=plan, visits=visits, pool=pool)
+    shape, device = (BATCH, HEADS, KV_HEADS, LENGTH, LENGTH), given.query.device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_forward, "pool_blocks", lambda *_, **__: pool)
+        return flex_forward.place(given.mask, shape, device, 0, plan, visits)
 
 
 def entries(layout, n_segments):
     """Entries of each list that a layout visits, int64 [B, Hq, P]."""
     tiles = slice(None, None, SEGMENT // 128)
-    listed = (layout.list_stop - layout.list_start[:, None])[:, :, tiles]
+    listed = (layout.ranked_stop - layout.ranked_start[:, None])[:, :, tiles]
     whole = (layout.position_stop - layout.position_start == LENGTH)[:, :, tiles]
     return torch.where(whole, LENGTH, listed).view(BATCH, HEADS, n_segments).long()
 
@@ -149,22 +151,22 @@ def test_tables_and_mask_say_the_same():
     given = inputs(MASKS["padding"])
     plan, visits = planned(given)
     layout = laid_out(given, plan, visits)
-    keys, values = (flex_forward.take(x, layout.index) for x in (given.key, given.value))
-    query = given.query.unflatten(1, (KV_HEADS, -1)).flatten(0, 1)
-    output = flex_forward._attend_blocks(query, keys, values, layout, SCALE, None, False)
-    compiled, _ = flex_forward.attend_layout(given.call, layout)
-    agrees(output.view_as(compiled), compiled, given)
+    compiled = flex_forward._attend(given.call, layout).output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_forward, "_compiled", lambda _: flex_forward._attend_blocks)
+        output = flex_forward._attend(given.call, layout).output
+    agrees(output, compiled, given)
 
 
 def test_gathered_keys_have_a_limit():
     given = inputs(MASKS["causal"])
     plan, visits = planned(given)
     free = laid_out(given, plan, visits)
-    gathered = (free.list_stop - free.list_start[:, None] > 0).sum()
+    gathered = (free.ranked_stop - free.ranked_start[:, None] > 0).sum()
     tight = laid_out(given, plan, visits, pool=8)
     assert tight.index.shape[1] == 2 * 1024
-    assert 0 < (tight.list_stop - tight.list_start[:, None] > 0).sum() < gathered
-    assert tight.list_stop.max() <= tight.index.shape[1]
+    assert 0 < (tight.ranked_stop - tight.ranked_start[:, None] > 0).sum() < gathered
+    assert tight.ranked_stop.max() <= tight.index.shape[1]
 
 
 def test_the_pool_goes_by_lengths():

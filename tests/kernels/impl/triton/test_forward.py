@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.impl.triton import exact as triton_exact
 from s2o_compile.kernels.impl.triton import few_dims as triton_few_dims
 from s2o_compile.kernels.impl.triton import forward as triton_forward
-from s2o_compile.kernels.impl.triton import rank_mean_query as triton_mean_query
 from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
 from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
@@ -289,11 +289,9 @@ class TestRanking:
     @pytest.mark.parametrize(("device", "case"), [*SCORED, *on(INTERPRETED, Case(queries=600, heads=6, kv_heads=2))])
     def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         inputs, segment_len = case.inputs(device), 256
-        options = {"scale": inputs.scale, "segment_len": segment_len, "shared": case.heads // case.kv_heads}
-        actual, expected = (
-            by.score_keys(inputs.query, inputs.key, inputs.mask, **options)
-            for by in (triton_mean_query, ranking_mean_query)
-        )
+        shared = case.heads // case.kv_heads
+        actual = score_all(rank.PREPARE_BY_TRITON["mean_query"], inputs, segment_len, shared)
+        expected = score_all(rank.PREPARE["mean_query"], inputs, segment_len, shared)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from tests.helpers.masks import visible
 from tests.passes.masks.test_mutations import mutant, mutations
@@ -93,7 +93,7 @@ def capture(rng):
 def proven(gm, node):
     """The proof of one call, or why there is none; the graph is left as it was."""
     nodes = []
-    output = flex.write(node, nodes)
+    output = attempt(flex.write, node, nodes)
     if isinstance(output, Rejected):
         proof = output
     else:

@@ -70,16 +70,16 @@ def compiled(attend, tau, segment_len=128):
 def sparse_calls():
     """The sites that were made sparse, with the blocks they visit."""
     seen = []
-    place = flex_site._lay_out
+    place = flex_site.lay_out
 
-    def watched(site, lists, *given):
-        layout = place(site, lists, *given)
-        if not isinstance(lists, torch._subclasses.FakeTensor):
-            seen.append((site, layout))
+    def watched(grid, *given):
+        layout = place(grid, *given)
+        if not isinstance(grid.partial, torch._subclasses.FakeTensor):
+            seen.append((grid, layout))
         return layout
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex_site, "_lay_out", watched)
+        patch.setattr(flex_site, "lay_out", watched)
         yield seen
 
 
@@ -91,7 +91,7 @@ def visited(site, layout):
         full = layout.full_index[row, g, tile, : layout.full_count[row, g, tile]]
         blocks = torch.cat([partial, full]).long()
         places = (blocks[:, None] * 128 + torch.arange(128)).flatten()
-        listed = (places >= layout.list_start[row, tile]) & (places < layout.list_stop[row, g, tile])
+        listed = (places >= layout.ranked_start[row, tile]) & (places < layout.ranked_stop[row, g, tile])
         keys = layout.index[row, places[listed | (places < LENGTH)]]
         rows = min(128, LENGTH - tile * 128)
         pairs[row, g, tile * 128 : (tile + 1) * 128].index_add_(
@@ -187,7 +187,9 @@ def test_uncompiled_it_is_the_call_itself():
 
 def test_what_the_mask_hides_ranks_last():
     tables = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-    candidate = flex_sample.candidates(flex_sample.Site(1, 1, 1, 256, 256, 128, tables, ~tables), torch.arange(256))
+    candidate = flex_sample.candidates(
+        flex_sample.BlockGrid(1, 1, 1, 256, 256, 128, tables, ~tables), torch.arange(256)
+    )
     logits = torch.zeros(1, 1, 4 * flex_sample.HALF, 256)
     logits[..., 10] = -INF
     non_finite = torch.zeros(1, 1, 256, dtype=torch.bool)
