@@ -15,6 +15,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.support import torch_inductor
+from tests.conftest import quick_rows
 
 ROOT = Path(__file__).parents[2]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -84,10 +85,7 @@ def diffusion():
     return {"transformer": flux(), "inputs": inputs()}
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.slow] if page in ("README.md", "export.md") else []) for page in PAGES],
-)
+@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
 @pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):
