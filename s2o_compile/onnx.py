@@ -45,7 +45,7 @@ def dense(program: ExportedProgram) -> ExportedProgram:
         if node.kwargs.get("return_lse"):
             raise InputError(
                 f"{node} in an exported program",
-                expected="no return_lse, for torch's dense attention has none",
+                expected="no return_lse: torch's dense attention has none",
                 got="return_lse=True",
                 remedy="Export the model without it.",
             )

@@ -109,7 +109,7 @@ class Report:
             notes.append(f"not checked for attentions that were not found: {self.audit_error}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
         if unproven:
-            notes.append("masks read at run time, for they could not be proven:")
+            notes.append("masks read at run time, because they could not be proven:")
             notes += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
         if self.graph_breaks:
             notes.append(f"captured in {self.graphs} graphs; breaks:")

@@ -199,7 +199,7 @@ def test_the_report_says_what_was_read_and_why():
         other = str(explain(fused, *heads(), PACKED, config=config))
     assert "causal (read at run time)" in text
     assert "1 rewritten, 0 left dense" in text
-    assert "masks read at run time, for they could not be proven:\n  - 1 x the mask l_mask_ is not proven:" in text
+    assert "masks read at run time, because they could not be proven:\n  - 1 x the mask l_mask_ is not proven:" in text
     assert "another mask (read at run time)" in other
     assert "rewritten, ran dense (its mask)" in other
 
