@@ -19,6 +19,7 @@ from s2o_compile.api import explain, optimize
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
     DenseExportWarning,
+    DumpError,
     EvaluationError,
     ImplementationUnavailableError,
     InputError,
@@ -67,6 +68,7 @@ _LOADED_ON_FIRST_USE = {
 __version__ = "0.1.0"
 __all__ = [
     "DenseExportWarning",
+    "DumpError",
     "Evaluation",
     "EvaluationError",
     "ImplementationUnavailableError",

@@ -1,8 +1,11 @@
 """Every error and warning this project raises on purpose."""
 
-from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError, S2OError, TunedFileWarning
-from s2o_compile.kernels.support.torch_compat import MissingTorchNameError
-from s2o_compile.passes.dump import DumpError
+from s2o_compile.kernels.support.errors import ImplementationUnavailableError as ImplementationUnavailableError
+from s2o_compile.kernels.support.errors import InputError as InputError
+from s2o_compile.kernels.support.errors import S2OError as S2OError
+from s2o_compile.kernels.support.errors import TunedFileWarning as TunedFileWarning
+from s2o_compile.kernels.support.torch_compat import MissingTorchNameError as MissingTorchNameError
+from s2o_compile.passes.dump import DumpError as DumpError
 
 
 class OptionError(S2OError, ValueError):
@@ -43,23 +46,3 @@ class UnknownSiteWarning(UserWarning):
 
 class UntestedTorchWarning(UserWarning):
     """This torch is outside the range that s2o_compile was tested with."""
-
-
-__all__ = [
-    "DenseExportWarning",
-    "DumpError",
-    "EvaluationError",
-    "ImplementationUnavailableError",
-    "InputError",
-    "LoadingError",
-    "MissingTorchNameError",
-    "NothingRewrittenWarning",
-    "OptionError",
-    "PackageError",
-    "S2OError",
-    "TensorRTUnavailableError",
-    "TunedFileWarning",
-    "UnknownSiteWarning",
-    "UntestedTorchWarning",
-    "UnusedWeightsWarning",
-]

@@ -46,10 +46,7 @@ def recorded(monkeypatch):
     stand_in = ModuleType("torch_tensorrt")
     stand_in.dynamo = SimpleNamespace(compile=compiled)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", stand_in)
-    known = torch._dynamo.lookup_backend
-    monkeypatch.setattr(
-        torch._dynamo, "lookup_backend", lambda name: backend if name == "torch_tensorrt" else known(name)
-    )
+    monkeypatch.setattr(s2o_compile.tensorrt, "lookup_backend", {"torch_tensorrt": backend}.__getitem__)
     return calls
 
 

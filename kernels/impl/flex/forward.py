@@ -136,10 +136,11 @@ def _attend(call: AttentionCall, layout: FlexLayout) -> Result:
     start, stop = (x.to(torch.int32) for x in call.mask.row_ranges(call.n_queries, call.n_keys, query.device))
     key_mask = call.mask.key_mask
     present = key.new_ones(batch, call.n_keys, dtype=torch.bool) if key_mask is None else key_mask
+    present = present.repeat_interleave(kv_heads, 0)
     # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
     with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
         found = _compiled(query.device.type)(
-            folded, keys, values, layout, (start, stop, present.contiguous()), call.scale, call.softcap, call.wants_lse
+            folded, keys, values, layout, (start, stop, present), call.scale, call.softcap, call.wants_lse
         )
     output, lse = found if call.wants_lse else (found, query.new_empty(0, dtype=torch.float32))
     lse = lse.unflatten(0, (batch, kv_heads)).flatten(1, 2) if call.wants_lse else lse
@@ -178,7 +179,7 @@ def _attend_blocks(
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    visible = placed_mask(_in_row, query.shape[0] // rows[2].shape[0], query.shape[1])
+    visible = placed_mask(_is_seen)
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return visible(b, h, i, j, *layout.buffers, *rows)
@@ -195,6 +196,8 @@ def _attend_blocks(
     )
 
 
-def _in_row(b: Tensor, _h: Tensor, i: Tensor, position: Tensor, start: Tensor, stop: Tensor, present: Tensor) -> Tensor:
+def _is_seen(
+    row: Tensor, _g: Tensor, i: Tensor, position: Tensor, start: Tensor, stop: Tensor, present: Tensor
+) -> Tensor:
     """The mask_mod of an `AttentionMask`."""
-    return (position >= start[i]) & (position < stop[i]) & present[b, position]
+    return (position >= start[i]) & (position < stop[i]) & present[row, position]

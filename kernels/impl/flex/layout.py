@@ -126,13 +126,11 @@ class FlexLayout(NamedTuple):
         )
 
 
-def placed_mask(mask_mod: Function, kv_heads: int, group: int) -> Function:
+def placed_mask(mask_mod: Function) -> Function:
     """The mask_mod of gathered keys: of row, head of the group, query, place, ``FlexLayout.buffers`` and captures.
 
     Args:
-        mask_mod: That of the call, of batch, head, query, key position and its own captures.
-        kv_heads: Key/value heads Hkv.
-        group: Query heads of each.
+        mask_mod: That of the call, of row, head of the group, query, key position and its own captures.
     """
 
     def visible(
@@ -142,7 +140,7 @@ def placed_mask(mask_mod: Function, kv_heads: int, group: int) -> Function:
         tile, position = i // TILE_LEN, place[row, j]
         ranked = (j >= ranked_start[row, tile]) & (j < ranked_stop[row, g, tile])
         placed = ranked | ((j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile]))
-        seen = mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
+        seen = mask_mod(row, g, i, position, *captured)
         kind = kinds[row, g, tile, position // BLOCK_LEN]
         return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
 

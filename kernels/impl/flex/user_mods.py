@@ -194,7 +194,10 @@ def _attend(
 ) -> Tensor:
     """FlexAttention over placed keys, [B, Hq, Nq, Dv]; mods and buffers are those of scores and of the mask."""
     batch, kv_heads = key.shape[:2]
-    group, score_mod = query.shape[1] // kv_heads, mods[0]
+    group, (score_mod, mask_mod) = query.shape[1] // kv_heads, mods
+
+    def of_position(row: Tensor, g: Tensor, i: Tensor, position: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
+        return mask_mod(row // kv_heads, row % kv_heads * group + g, i, position, *captured)
 
     def score(score: Tensor, row: Tensor, g: Tensor, i: Tensor, j: Tensor, place: Tensor, *captured: Any) -> Tensor:  # noqa: ANN401
         return score_mod(score, row // kv_heads, row % kv_heads * group + g, i, place[row, j], *captured)
@@ -203,7 +206,7 @@ def _attend(
     keys, values = (take(x, layout.index) for x in (key, value))
     if query.is_cpu:
         folded, keys, values = (_in_memory(x) for x in (folded, keys, values))
-    blocks = layout.block_mask(placed_mask(mods[1], kv_heads, group), query.shape[2])
+    blocks = layout.block_mask(placed_mask(of_position), query.shape[2])
     kernel_options = {name: False if name.endswith(PROMISES) else x for name, x in kernel_options.items()}
     output = torch.ops.higher_order.flex_attention(
         folded, keys, values, score, blocks.as_tuple(), scale, kernel_options, (layout.place, *buffers[0]),

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import planner as rank
+from s2o_compile.kernels import planner
 from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.impl.triton import exact as triton_exact
@@ -290,8 +290,8 @@ class TestRanking:
     def test_mean_query_scores_equal_the_torch_ranking(self, device, case, poison_empty):
         inputs, segment_len = case.inputs(device), 256
         shared = case.heads // case.kv_heads
-        actual = score_all(rank.PREPARE_BY_TRITON["mean_query"], inputs, segment_len, shared)
-        expected = score_all(rank.PREPARE["mean_query"], inputs, segment_len, shared)
+        actual = score_all(planner.PREPARE_BY_TRITON["mean_query"], inputs, segment_len, shared)
+        expected = score_all(planner.PREPARE["mean_query"], inputs, segment_len, shared)
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
