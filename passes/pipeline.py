@@ -11,8 +11,9 @@ from types import ModuleType
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import is_erased
+from s2o_compile.passes import decompose
 from s2o_compile.passes import dump as dumps
-from s2o_compile.passes.frontends import decompose, sdpa, third_party
+from s2o_compile.passes.frontends import sdpa, third_party
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of

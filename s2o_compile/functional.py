@@ -68,8 +68,8 @@ def attention(
         scale: Softmax scale; None for ``1 / sqrt(D)``.
         softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
             none. SDPA has neither softcap nor sinks: short lengths run exactly in position order instead.
-        fully_masked: What a query gets that sees no key: "zeros", or "mean" for the mean of all Nk values of its head,
-            which is what a finite additive mask (``finfo.min``) gives in SDPA and in eager attention.
+        fully_masked: Output of a query that sees no key: "zeros", or "mean" for the mean of all Nk values of its head.
+            A finite additive mask (``finfo.min``) gives that mean in SDPA and in eager attention.
         return_lse: Whether to return the log-sum-exp too.
         dense_heads: Key/value heads whose groups of query heads run dense beside the sparse ones. It stands for
             ``config.dense_heads``, which goes by the names of sites in a model: a call of this function has none.
@@ -104,22 +104,27 @@ def attention(
         dense_heads=dense_heads,
         return_lse=return_lse,
     )
-    arguments: dict[str, Any] = {"scale": scale, "softcap": softcap, "fully_masked": fully_masked}
-    terms: MaskTerms = {
-        "causal": causal, "causal_offset": causal_offset, "window": window, "attention_chunk": attention_chunk
-    }  # fmt: skip
+    given: dict[str, Any] = {
+        "causal": causal,
+        "causal_offset": causal_offset,
+        "window": window,
+        "attention_chunk": attention_chunk,
+        "scale": scale,
+        "softcap": softcap,
+        "fully_masked": fully_masked,
+    }
     if attn_mask is not None:
-        others = {"key_mask": key_mask, "plan": plan, **terms, "causal": causal or None}
-        others |= {"return_lse": return_lse or None}
-        given = [name for name, argument in others.items() if argument is not None]
-        if given:
+        others = {"key_mask": key_mask, "plan": plan, **{name: given[name] for name in MaskTerms.__annotations__}}
+        others |= {"causal": causal or None, "return_lse": return_lse or None}
+        named = [name for name, argument in others.items() if argument is not None]
+        if named:
             raise InputError(
                 "attn_mask",
                 expected="no other argument about which keys are seen, and no return_lse",
-                got=", ".join(given),
+                got=", ".join(named),
                 remedy="Merge them into attn_mask, or leave it out.",
             )
-        return _masked(query, key, value, attn_mask, sinks, arguments, dense_heads, config)
+        return _masked(query, key, value, attn_mask, sinks, given, dense_heads, config)
     if _stays_dense(query, key, value, sinks):
         if return_lse:
             raise InputError(
@@ -128,25 +133,19 @@ def attention(
                 got="inputs that require grad, or torch.onnx.export",
                 remedy="Use torch.no_grad(), or leave return_lse out.",
             )
-        call = AttentionCall.of(query, key, value, key_mask, sinks, dense_heads=dense_heads, **arguments, **terms)
+        call = AttentionCall.of(query, key, value, key_mask, sinks, dense_heads=dense_heads, **given)
         return attend_outside_torch(call) if _leaves_for_onnx() else as_sdpa(attend_differentiably(call), query)
     if plan is not None:
-        call = AttentionCall.of(query, key, value, key_mask, sinks, return_lse=return_lse, **arguments, **terms)
+        call = AttentionCall.of(query, key, value, key_mask, sinks, return_lse=return_lse, **given)
         output, lse = _over_plan(call, plan, dense_heads, config)
         return (output, lse) if return_lse and lse is not None else output
-    plain = can_skip_dispatcher(query, key, value, key_mask, sinks)
-    attend = ops.attention if plain else torch.ops.s2o.attention.default
+    if config is not None:
+        given |= config.operator_options()
+    attend = ops.attention
+    if not can_skip_dispatcher(query, key, value, key_mask, sinks):
+        attend = torch.ops.s2o.attention.default
     output, lse = attend(
-        query,
-        key,
-        value,
-        key_mask,
-        sinks,
-        return_lse=return_lse,
-        dense_heads=list(dense_heads),
-        **terms,
-        **arguments,
-        **({} if config is None else config.operator_options()),
+        query, key, value, key_mask, sinks, return_lse=return_lse, dense_heads=list(dense_heads), **given
     )
     return (output, lse) if return_lse else output
 
@@ -177,7 +176,7 @@ def _over_plan(
     if dense_heads:
         raise InputError(
             "dense_heads",
-            expected="none beside a plan, which has lists for all heads",
+            expected="none beside a plan, which ranks keys for all heads",
             got=list(dense_heads),
             remedy="Give these heads a tau of 0 in config.tau.",
         )
@@ -194,10 +193,12 @@ def _masked(
     value: Tensor,
     attn_mask: Tensor,
     sinks: Tensor | None,
-    arguments: dict[str, Any],
+    given: dict[str, Any],
     dense_heads: Sequence[int],
     config: S2OConfig | None,
 ) -> Tensor:
+    """Attention under a mask tensor, with the scale, softcap and ``fully_masked`` of the given arguments."""
+    arguments = {name: given[name] for name in ("scale", "softcap", "fully_masked")}
     if not _stays_dense(query, key, value, sinks, attn_mask):
         options = {} if config is None else config.operator_options()
         plain = can_skip_dispatcher(query, key, value, attn_mask, sinks)

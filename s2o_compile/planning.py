@@ -25,25 +25,26 @@ from s2o_compile.kernels.support.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class S2OPlan:
-    """In which order the keys of an attention are visited, and how far.
+    """The order in which the keys of an attention are visited, and how far.
 
-    What must match a call that reuses the plan: shapes but for the values' head dim, dtype, device, and the mask. Then
-    the call is attention over the same lists, never a wrong one: every list holds all keys that its segment sees, and
-    the walk along it goes by the ``tau`` of the call. What the tensors *hold* is your promise: where queries want other
-    keys than those that the plan was made for (it fits neighbouring layers, steps of a diffusion, a prompt that
-    repeats), important keys stand late, and a call takes longer, or errs more. With ``implementation="flex"`` the walk
-    is decided by the plan's own estimates, too, so that other tensors err more without a sign. Keys and values that
-    hold NaN are visited first only if they did when the plan was made.
+    A call that reuses the plan must have its shapes (the values' head dim may differ), dtype, device and mask. Then no
+    result is wrong: the plan holds every key that a segment sees, and pass 2 stops by the ``tau`` of the call.
+
+    The *contents* of the tensors are your promise. A plan fits neighbouring layers, steps of a diffusion, or a prompt
+    that repeats. Where queries want other keys, important keys stand late, and a call takes longer or errs more. With
+    ``implementation="flex"`` the plan's own estimates decide how far to go, so that other tensors err more without a
+    sign. Keys and values that hold NaN are visited first only if they did when the plan was made.
 
     Legend: B batch, Hq query heads, Hkv key/value heads, Nq queries, Nk keys, P segments, T query tiles.
 
     Attributes:
         key_index: int32 [B, Hkv, P, L] (Hq with ``ranking_per="head"``), keys outside the segment's own, most important
             first.
-        prefix_count: int32 [B, P], how many entries of a list are real.
-        segment_len: Queries that share one list.
+        prefix_count: int32 [B, P], how many entries of ``key_index`` are real.
+        segment_len: Queries that share one ranking.
         chunk_len: Keys between two tests of the stop rule.
-        unvisited: float32 [B, Hq, P, 1 + blocks], estimated share of the mass behind the first n blocks of a list.
+        unvisited: float32 [B, Hq, P, 1 + blocks], estimated share of the mass behind the first n blocks
+            of a ranking.
         query_shape: B, Hq, Nq, D.
         key_shape: B, Hkv, Nk, D.
         dtype: Of the tensors.
@@ -70,7 +71,7 @@ class S2OPlan:
 
     @property
     def lists(self) -> Plan:
-        """The lists as executors take them."""
+        """The ranked key indices as executors take them."""
         return Plan(
             segment_len=self.segment_len,
             chunk_len=self.chunk_len,
@@ -90,7 +91,7 @@ class S2OPlan:
         return sum(x.nbytes for x in tensors if x is not None)
 
     def block_counts(self, tau: float | None = None) -> Tensor:
-        """Blocks of 128 keys of its segment's list that each tile visits by the estimate, int32 [B, Hq, T].
+        """Blocks of 128 ranked keys that each tile visits by the estimate, int32 [B, Hq, T].
 
         Args:
             tau: As in `S2OConfig`; None for that of the plan. 0 visits all.
@@ -102,7 +103,7 @@ class S2OPlan:
         return visits[:, :, tiles // self.segment_len]
 
     def layout(self, tau: float | None = None) -> FlexLayout:
-        """The lists and counts of blocks that FlexAttention gets (``implementation="flex"``), tile by tile."""
+        """The gathered keys and tables of blocks that FlexAttention gets (``implementation="flex"``), tile by tile."""
         shape = (*self.query_shape[:2], self.key_shape[1], self.query_shape[2], self.key_shape[2])
         row_bytes = self.key_shape[3] * self.dtype.itemsize
         return place(self.mask, shape, self.device, row_bytes, self.lists, self._visits(tau))
@@ -179,7 +180,7 @@ def plan(
 ) -> S2OPlan:
     """Rank the keys of an attention, to attend over them later: ``s2o_compile.attention(..., plan=plan)``.
 
-    Lists are whole and take 4 bytes for each key, key/value head and segment of queries, all estimates another 6 %.
+    Ranked key indices take 4 bytes for each key, key/value head and segment of queries, all estimates another 6 %.
     Ranking holds about twice that. See `S2OPlan` for what may change between calls.
 
     Args:
@@ -198,7 +199,7 @@ def plan(
         InputError: Shapes, dtypes, devices or numbers that do not fit, or nothing to plan.
         OptionError: A field that does not exist, or beside ``config``.
 
-    Sliding windows and chunked attention need no plan, for they are computed exactly, or chunk by chunk.
+    Sliding windows and chunked attention need no plan: they are computed exactly, or chunk by chunk.
     """
     config = _configured(config, fields)
     value = key if value is None else value

@@ -1,4 +1,9 @@
-"""The words of one attention call, which every other room of kernels/ uses: its mask, plan, options, checks and result.
+"""The words of one attention call, which every other room of kernels/ uses.
+
+``call`` holds tensors, mask and everything else that changes the result. ``mask`` says which keys a query sees,
+``plan`` which are visited in which order, ``options`` how to be sparse, ``stop_rule`` when a tile stops, ``result``
+what an executor returns. ``validation`` checks arguments, ``tuned`` knows devices, ``layout`` and ``sizes`` know
+strides and symbolic sizes, ``mask_band`` compares masks of unknown origin.
 
 May import: ``support``.
 """

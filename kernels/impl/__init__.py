@@ -1,4 +1,6 @@
 """The executors, one folder for each language: ``torch``, ``triton``, ``flex`` and ``aot``.
 
-An executor is chosen by ``dispatch``, ``planner`` or ``schedule`` and never chooses itself.
+``torch`` and ``triton`` have ``attend(call, plan, tau, into)`` and ``attend_exact(call)``. ``flex`` takes the blocks to
+visit instead of tau, ``aot`` ranks inside. An executor is chosen by ``dispatch``, ``planner`` or ``schedule`` and never
+chooses itself.
 """

@@ -1,4 +1,7 @@
-"""Which keys matter: scores of keys, the mean value of keys left out, the estimate of unvisited mass.
+"""Which keys matter, in plain torch, with the constants that every implementation shares.
 
-Plain torch, and the constants that every implementation shares. May import: ``core``, ``support``.
+``per_query`` and ``mean_query`` score keys. ``tail`` is the mean value of keys left out, ``unvisited`` estimates their
+mass before anything is attended.
+
+May import: ``core``, ``support``.
 """

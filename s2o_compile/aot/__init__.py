@@ -1,1 +1,1 @@
-"""Programs that leave Python: ``export``, ``package``, and the workarounds for Inductor behind them."""
+"""Programs that leave Python: ``export``, then ``package``, with ``lower_ops`` and ``inductor_workarounds`` behind."""

@@ -1,1 +1,1 @@
-"""Captures a model: compiled copies, masks built inside the graph, the audit of what really ran."""
+"""Captures a model: ``compiled_copy``, ``generation_masks`` made inside the graph, the ``audit`` of what really ran."""

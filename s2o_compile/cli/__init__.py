@@ -1,1 +1,1 @@
-"""The command line ``s2o``: one module a command."""
+"""The command line ``s2o``: ``main`` has its commands, ``options`` and ``loading`` are shared by them."""

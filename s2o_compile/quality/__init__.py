@@ -1,1 +1,1 @@
-"""The cost of sparse attention in quality: evaluation, calibration and pictures."""
+"""The cost of sparse attention in quality: ``evaluate`` measures it, ``calibrate`` limits it, ``pictures`` show it."""

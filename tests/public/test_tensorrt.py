@@ -15,7 +15,7 @@ import torch
 
 import s2o_compile
 import s2o_compile.tensorrt
-from s2o_compile import OptionError, S2OConfig, TensorRTUnavailableError
+from s2o_compile import OptionError, S2OConfig, TensorRTUnavailableError, tensorrt
 from tests.helpers.tiny import tiny_input, tiny_model
 
 OPERATOR = "torch.ops.s2o.attention.default"
@@ -46,7 +46,8 @@ def recorded(monkeypatch):
     stand_in = ModuleType("torch_tensorrt")
     stand_in.dynamo = SimpleNamespace(compile=compiled)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", stand_in)
-    monkeypatch.setattr(s2o_compile.tensorrt, "lookup_backend", {"torch_tensorrt": backend}.__getitem__)
+    known = tensorrt.lookup_backend
+    monkeypatch.setattr(tensorrt, "lookup_backend", lambda name: backend if name == "torch_tensorrt" else known(name))
     return calls
 
 

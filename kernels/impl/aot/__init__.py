@@ -1,4 +1,7 @@
 """The operator's decomposition for AOT packages: traceable, with symbolic lengths.
 
+``attention`` chooses the path by ``cond``. ``cpu_forward`` and ``cpu_ranking`` write loops as operators,
+``cuda_forward`` records the launches of ``impl.triton``.
+
 May import: ``core``, ``ranking``, ``exact``, ``support`` and ``impl.triton``.
 """

@@ -65,7 +65,7 @@ def attend_exact(call: AttentionCall) -> Result:
     grid = block_grid(call.mask, shape, TILE_LEN * n_tiles(n_queries), call.query.device)
     none = torch.zeros(batch, kv_heads, 1, dtype=torch.int32, device=call.query.device)
     visits, no_keys = none.new_ones(batch, heads, 1), none.new_empty(batch, kv_heads, 1, 0)
-    return _attend(call, lay_out(grid, (none[0, 0], none[0, 0]), no_keys, none, none, visits, 0))
+    return _attend(call, lay_out(grid, (none[0, 0], none[0, 0]), no_keys, none, none, visits, 0, ranked_whole=True))
 
 
 def place(
@@ -87,7 +87,7 @@ def place(
     outside = bounds[0].expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
     pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=device.type != "cpu")
     grid = block_grid(mask, shape, plan.segment_len, device)
-    return lay_out(grid, bounds, plan.key_index, listed, outside, visits, pool)
+    return lay_out(grid, bounds, plan.key_index, listed, outside, visits, pool, ranked_whole=True)
 
 
 def block_grid(mask: AttentionMask, shape: Shape, segment_len: int, device: torch.device) -> BlockGrid:

@@ -185,6 +185,8 @@ def lay_out(
     outside: Tensor,
     visits: Tensor,
     pool: int,
+    *,
+    ranked_whole: bool,
 ) -> FlexLayout:
     """Place the keys of a call.
 
@@ -196,6 +198,7 @@ def lay_out(
         outside: Integers [B, Hkv, P], keys outside the segment that a head computes if it visits none of them ranked.
         visits: Integers [B, Hq, P], blocks of ranked keys to visit (``unvisited.blocks_to_visit``).
         pool: Blocks that are gathered at most, of ``pool_blocks``.
+        ranked_whole: Whether every query of a segment sees all of its ranked keys, so that none of them needs the mask.
     """
     device, (tiles, position_blocks) = key_index.device, grid.partial.shape[2:]
     rows = grid.batch * grid.kv_heads
@@ -213,14 +216,6 @@ def lay_out(
     partial, full = (
         flags.unflatten(1, (grid.kv_heads, grid.group)).flatten(0, 1) for flags in (grid.partial, grid.full)
     )
-    dtype = torch.float16 if key_index.is_cuda else torch.float32
-    source = torch.zeros(rows, pool, position_blocks, dtype=dtype, device=device)
-    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
-
-    def some_key_from(flags: Tensor) -> Tensor:
-        """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of these blocks in position order."""
-        return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
-
     block = torch.arange(position_blocks + pool, device=device)
     first_key = block[:position_blocks] * BLOCK_LEN
     inside = (first_key + BLOCK_LEN > start[..., None]) & (first_key < stop[..., None])
@@ -229,8 +224,10 @@ def lay_out(
     whole = full & (first_key >= start[..., None]) & (first_key + BLOCK_LEN <= last)
     ranked_stop = first[:, None] + visited
     ranked = (block[position_blocks:] >= first[:, None, :, None]) & (block[position_blocks:] < ranked_stop[..., None])
-    inside, whole = torch.cat([inside, ranked], -1), torch.cat([whole, ~some_key_from(~full)], -1)
-    seen = torch.cat([partial | full, some_key_from(partial | full)], -1)
+    masked = torch.zeros_like(ranked)
+    if not ranked_whole:
+        hidden, seen = (some_key_from(flags, keys, pool) for flags in (~full, partial | full))
+        ranked, masked = ranked & ~hidden, ranked & hidden & seen
     on_gpu = triton_layout is not None and lives_on_gpu(key_index)
     table = triton_layout.block_table if on_gpu else block_table  # pyright: ignore[reportOptionalMemberAccess]
     index = torch.cat([positions, keys], dim=1)
@@ -239,9 +236,23 @@ def lay_out(
         index,
         *(x.to(torch.int32) for x in numbers),
         partial.long() * PARTIAL + full.long() * FULL,
-        *table(inside & seen & ~whole),
-        *table(inside & whole),
+        *table(torch.cat([inside & (partial | full) & ~whole, masked], -1)),
+        *table(torch.cat([inside & whole, ranked], -1)),
     )
+
+
+def some_key_from(flags: Tensor, keys: Tensor, pool: int) -> Tensor:
+    """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of some blocks in position order.
+
+    Args:
+        flags: Bool [B * Hkv, G, T, key blocks], these blocks.
+        keys: int64 [B * Hkv, pool * BLOCK_LEN], the keys of all gathered blocks.
+        pool: Gathered blocks.
+    """
+    dtype = torch.float16 if keys.is_cuda else torch.float32
+    source = torch.zeros(len(keys), pool, flags.shape[3], dtype=dtype, device=keys.device)
+    source.scatter_(2, keys.unflatten(1, (pool, BLOCK_LEN)) // BLOCK_LEN, 1.0)
+    return (flags.flatten(1, 2).to(dtype) @ source.mT > 0).unflatten(1, flags.shape[1:3])
 
 
 def lives_on_gpu(x: Tensor) -> bool:

@@ -167,7 +167,7 @@ def place_blocks(
     grid = BlockGrid(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
     start, stop = seg_blocks(grid, lists.device)
     bounds = start * BLOCK_LEN, stop * BLOCK_LEN
-    return [x.contiguous() for x in lay_out(grid, bounds, lists, listed, listed, visits, pool)]
+    return [x.contiguous() for x in lay_out(grid, bounds, lists, listed, listed, visits, pool, ranked_whole=False)]
 
 
 def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The CPU's executor: gathered blocks of keys, in plain torch.
+"""The CPU's executor in plain torch: ``forward`` over ranked keys, ``exact`` in position order, ``blocks`` for both.
 
 May import: ``core``, ``ranking``, ``exact``, ``support``.
 """

@@ -1,4 +1,8 @@
-"""The GPU's kernels: ranking, ordering, and attention over ranked or all keys. Importing them imports triton.
+"""The GPU's kernels. Importing them imports triton.
+
+``few_dims``, ``rank_per_query`` and ``rank_mean_query`` score keys, ``order`` sorts them, ``tail`` and ``unvisited``
+estimate the mass left out. ``forward`` attends to ranked keys, ``exact`` to all in position order, ``tile`` has their
+shared pieces. ``compare_mask`` reads masks.
 
 May import: ``core``, ``ranking``, ``exact``, ``support``.
 """

@@ -1,1 +1,1 @@
-"""Finds hand-written attention, anchored at its softmax: the scores before it, the probabilities and product behind."""
+"""Finds hand-written attention from its softmax: ``scores`` before it, ``probabilities`` and ``product`` behind it."""

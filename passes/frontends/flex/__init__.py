@@ -1,1 +1,5 @@
-"""Finds flex_attention: proven through the eager frontend, or else made sparse with its functions kept."""
+"""Finds flex_attention. ``match`` proves it through the eager frontend; ``sparse`` keeps functions that nobody proved.
+
+``scalar_functions`` writes functions of one score out for all scores, ``block_tables`` proves the tables of a
+BlockMask.
+"""

@@ -72,8 +72,8 @@ def sparse_calls():
     seen = []
     place = flex_site.lay_out
 
-    def watched(grid, *given):
-        layout = place(grid, *given)
+    def watched(grid, *given, **more):
+        layout = place(grid, *given, **more)
         if not isinstance(grid.partial, torch._subclasses.FakeTensor):
             seen.append((grid, layout))
         return layout

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from s2o_compile.passes.frontends import decompose as expansion
+from s2o_compile.passes import decompose as expansion
 from tests.helpers.capture import rewritten
 
 B, N, E, H = 2, 30, 32, 4
