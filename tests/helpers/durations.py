@@ -1,6 +1,6 @@
-"""How long tests take: read from a junit file, kept in ``tests/durations.json``, and used to start long files first.
+"""How long tests take: read from junit files, kept in ``tests/durations.json``, and used to start long files first.
 
-``pytest --junitxml FILE`` and then ``python -m tests.helpers.durations FILE`` write it anew.
+``pytest --junitxml FILE``, once for each tier, and then ``python -m tests.helpers.durations FILE...`` write it anew.
 """
 
 import argparse
@@ -26,17 +26,17 @@ def file_and_scope(classname):
     raise ValueError(f"{classname}: expected the name of a test module. Collect durations at this commit.")
 
 
-def durations(junit):
-    """What a junit file says, as written to ``durations.json``."""
-    suite = ElementTree.parse(junit).getroot().find("testsuite")
+def durations(junits):
+    """What junit files say, as written to ``durations.json``."""
+    suites = [ElementTree.parse(junit).getroot().find("testsuite") for junit in junits]
     files, tests = Counter(), {}
-    for case in suite.iter("testcase"):
+    for case in (case for suite in suites for case in suite.iter("testcase")):
         path, scope = file_and_scope(case.get("classname"))
         seconds = float(case.get("time"))
         files[path] += seconds
         tests["::".join([path, *scope, case.get("name")])] = seconds
     return {
-        "date": suite.get("timestamp")[:10],
+        "date": max(suite.get("timestamp") for suite in suites)[:10],
         "torch": version("torch"),
         "cores": os.cpu_count(),
         "cases": len(tests),
@@ -63,5 +63,5 @@ def long_files_first(items):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("junit", type=Path)
+    parser.add_argument("junit", type=Path, nargs="+")
     FILE.write_text(json.dumps(durations(parser.parse_args().junit), indent=1) + "\n")

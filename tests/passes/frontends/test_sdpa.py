@@ -385,6 +385,7 @@ def test_a_graph_without_attention_is_left_alone():
     assert rewritten(lambda x: x.clone().add_(1) * 2, torch.ones(3)).records == []
 
 
+@pytest.mark.slow
 def test_inductor_compiles_the_rewritten_graph():
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.utils import fresh_cache
