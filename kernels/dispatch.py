@@ -138,10 +138,11 @@ def run_short(
 def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
     """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq]."""
     options.check_heads(call.query.shape[1])
-    call = call.but(mask=call.mask.for_batch(call.query.shape[0]))
-    chunk = call.mask.attention_chunk
-    if chunk is not None and 0 <= call.mask.offset <= chunk - call.n_queries:  # one chunk holds all queries
-        call, chunk = call.but(mask=replace(call.mask, attention_chunk=None)), None
+    mask = call.mask.for_batch(call.query.shape[0])
+    call = call if mask is call.mask else call.but(mask=mask)
+    chunk = mask.attention_chunk
+    if chunk is not None and 0 <= mask.offset <= chunk - call.n_queries:  # one chunk holds all queries
+        call, chunk = call.but(mask=replace(mask, attention_chunk=None)), None
     if chunk is None:
         return finish(call, *_attend(call, options))
     return finish(call, *attend_chunks(call, lambda part: _attend(part, options)))

@@ -5,7 +5,6 @@ Evaluation, calibration and pictures are observers. The operator is opaque: call
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,7 +56,7 @@ class ObservedCall(AttentionCall):
             **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
         """
         marked = self.dense_heads if dense_heads is None else dense_heads
-        return self.execute(self._again(marked), "s2o", replace(self.options, **options))
+        return self.execute(self.but(dense_heads=marked, return_lse=True), "s2o", replace(self.options, **options))
 
     def exact(self) -> Tensor:
         """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the exact executor."""
@@ -101,11 +100,7 @@ class ObservedCall(AttentionCall):
 
     @cached_property
     def _exact_result(self) -> Result:
-        return self.execute(self._again(()), "dense", self.options)
-
-    def _again(self, dense_heads: Sequence[int]) -> AttentionCall:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(AttentionCall)}
-        return AttentionCall(**fields | {"dense_heads": dense_heads, "return_lse": True})
+        return self.execute(self.but(dense_heads=(), return_lse=True), "dense", self.options)
 
 
 Observer = Callable[[ObservedCall], Tensor | None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -141,18 +141,30 @@ class AttentionCall:
         return self.return_lse or self.sinks is not None
 
     def but(self, **changes: Any) -> AttentionCall:  # noqa: ANN401 (any field)
-        """The call with some fields changed."""
-        return replace(self, **changes)
+        """A call with some fields changed.
+
+        Every sparse call makes several. Copying the fields takes a third of the time of ``dataclasses.replace``. A
+        subclass's own fields and cached results are left out: they belong to the call as it was.
+        """
+        call = object.__new__(AttentionCall)
+        fields = self.__dict__ if type(self) is AttentionCall else {name: self.__dict__[name] for name in FIELDS}
+        call.__dict__.update(fields, **changes)
+        return call
 
     def over(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None = None) -> AttentionCall:
         """The same call over other tensors, and under another mask if one is given."""
-        return replace(self, query=query, key=key, value=value, mask=self.mask if mask is None else mask)
+        return self.but(query=query, key=key, value=value, mask=self.mask if mask is None else mask)
 
     def for_kernels(self) -> AttentionCall:
         """The call as our executors take it: unit last strides, and an offset beyond which nothing changes."""
-        tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in self.tensors)
-        return self.over(*tensors, self.mask.within(self.n_queries, self.n_keys))
+        mask = self.mask.within(self.n_queries, self.n_keys)
+        if mask is self.mask and all(x.stride(-1) == 1 for x in self.tensors):
+            return self
+        return self.over(*(x if x.stride(-1) == 1 else x.contiguous() for x in self.tensors), mask)
 
     def on_device(self) -> AbstractContextManager[object]:
         """A block in which launches go to the call's device: Triton launches on the current one."""
         return torch.cuda.device_of(self.query)
+
+
+FIELDS = tuple(AttentionCall.__dataclass_fields__)
