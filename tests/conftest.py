@@ -164,7 +164,7 @@ class Case:
         if self.sinks:
             parts.append("sinks")
         if self.fully_masked != "zeros":
-            parts.append(f"blind_{self.fully_masked}")
+            parts.append(f"fully_masked_{self.fully_masked}")
         return "-".join(parts)
 
     def key_mask(self):
