@@ -45,7 +45,7 @@ except ImportError:  # no triton here: only the torch implementation can run
 
 
 FLEX_DEVICES = ("xpu",)
-"""Devices that torch.compile writes FlexAttention kernels for, and our Triton kernels were not made for."""
+"""Devices with FlexAttention kernels of torch.compile, for which our Triton kernels were not made."""
 
 WIDEST_FLOAT32 = 256
 """Largest head dim whose float32 query tile the Triton kernels can hold on chip."""
@@ -65,7 +65,7 @@ def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str)
 
 
 def choose_implementation(wanted: str, query: Tensor) -> str:
-    """Choose "triton", "torch" or "flex"; an explicit wish is fulfilled or refused, never replaced."""
+    """Choose "triton", "torch" or "flex"; a named implementation runs or is refused, and is never replaced."""
     device, dtype, head_dim = query.device, query.dtype, query.shape[3]
     fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
@@ -113,10 +113,9 @@ def run_short(
 ) -> Tensor | None:
     """SDPA's output [B, Hq, Nq, D] for the usual short call, at SDPA's host time; None for every other call.
 
-    A call whose attention takes a few microseconds cannot afford a mask, a plan of what to do, or a second look at its
-    tensors. So what SDPA alone can do, `run` would do the same way, and nobody objects to, is done here; anything else,
-    errors included, is left to `run`. Arguments as there, under no mask but the causal one; every row of these sees a
-    key.
+    This is the fast path of calls that `run` would hand to SDPA unchanged. Their attention takes a few microseconds, so
+    they cannot afford a mask object or a second look at their tensors. Everything else, errors included, is left to
+    `run`. Arguments as of `AttentionCall.of`, under no mask but the causal one: every row sees a key.
     """
     sizes = sizes_of(query, key, value)
     if sizes is None or options.implementation == "triton":
@@ -157,7 +156,7 @@ def run_planned(
         call: Its mask is that of the plan.
         plan: Ranked key indices of every segment.
         unvisited: Of ``estimate_unvisited``, for implementations that decide before they start.
-        options: How to stop and run; rankings and lengths are the plan's.
+        options: Tau and the implementation; rankings and lengths are the plan's.
     """
     options.check_heads(call.query.shape[1])
     implementation = choose_implementation(options.implementation, call.query)
@@ -183,7 +182,7 @@ def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tens
     if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
         call = call.but(mask=replace(mask, window=None))  # the window hides nothing
     path = choose_path(call, options.min_seq_len)
-    # A long mask, pair by pair, takes more memory than keys and values: there our own executor runs.
+    # A long mask takes more memory pair by pair than keys and values: there our own executor runs.
     by_sdpa = path == "dense" or not needs_pairs(call.mask, n_keys, call.scale)
     if path == "s2o" and len(call.dense_heads) == call.key.shape[1]:
         path = "dense"

@@ -1,6 +1,6 @@
-"""Look at sparse calls while they run: their tensors, what S2O makes of them, what exact attention makes of them.
+"""Observers of sparse calls while they run: their tensors, S2O's output and that of exact attention.
 
-Evaluation, calibration and pictures are observers. The operator is opaque: calls inside compiled graphs are seen, too.
+Evaluation, calibration and pictures are observers. The operator is opaque, so they see calls in compiled graphs, too.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from s2o_compile.kernels.support.scopes import Scopes
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObservedCall(AttentionCall):
-    """One call on the path "s2o", with what an `AttentionCall` has.
+    """One call on the path "s2o".
 
     Sinks and the values of fully masked rows are put in behind the call, and chunks are calls of their own. Its mask
     has no window.
 
     Attributes:
-        options: How the caller ranks, orders, stops and runs.
-        execute: The operator's executors: of a call, its path and options.
+        options: The caller's options.
+        execute: The operator's executors: a function of a call, its path and options.
     """
 
     options: OperatorOptions
@@ -42,7 +42,7 @@ class ObservedCall(AttentionCall):
 
     @cached_property
     def result(self) -> Result:
-        """What the call gives; run once, however many observers ask.
+        """S2O's results, computed once however many observers ask.
 
         If the log-sum-exp is not wanted, that of dense heads may be uninitialised.
         """
@@ -59,16 +59,16 @@ class ObservedCall(AttentionCall):
         return self.execute(self.but(dense_heads=marked, return_lse=True), "s2o", replace(self.options, **options))
 
     def exact(self) -> Tensor:
-        """Exact attention [B, Hq, Nq, Dv] in the dtype of the call: SDPA's, or that of the exact executor."""
+        """Exact attention [B, Hq, Nq, Dv] in the call's dtype, by SDPA or the exact executor."""
         if self.softcap is None and not needs_pairs(self.mask, self.n_keys, self.scale):
             return attend_by_sdpa(self)
         return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
-        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: sinks put in, which changes its error.
+        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: with sinks, which change its error.
 
-        Keys that were not visited hardly change an output if their values are like those visited, but beside a sink
-        their mass is missing.
+        Keys that were not visited hardly change an output if their values are like those visited. Beside a sink their
+        mass is missing.
 
         Args:
             output: [B, Hq, Nq, Dv], not changed.
@@ -85,16 +85,13 @@ class ObservedCall(AttentionCall):
         return pairs_by_head(result.computed, n_queries).sum(0) / area.item()
 
     def replaced_by(self, output: Tensor) -> Result:
-        """What the caller gets if an observer puts another output in place: exact log-sum-exp, every key computed."""
+        """The caller's results if an observer replaces the output: exact log-sum-exp, every key computed."""
         shape = (*self.query.shape[:3], self.value.shape[3])
         if not isinstance(output, Tensor) or output.shape != shape or output.dtype != self.query.dtype:
+            expected = f"None or an output {self.query.dtype} {shape}"
             got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else repr(output)
-            raise InputError(
-                "observer",
-                expected=f"None or an output {self.query.dtype} {shape}",
-                got=got,
-                remedy="Return None to pass S2O's output on, or call.exact().",
-            )
+            remedy = "Return None to pass S2O's output on, or call.exact()."
+            raise InputError("observer", expected=expected, got=got, remedy=remedy)
         lse = self._exact_result.lse if self.wants_lse else self.query.new_empty(0, dtype=torch.float32)
         return Result(output, lse, whole_tiles(self).expand(*shape[:2], -1))
 
@@ -112,10 +109,10 @@ _observers: Scopes[Observer] = Scopes("s2o_observers")
 def observe_attention(observer: Observer) -> Iterator[None]:
     """Inside the ``with`` block hand every call of this thread on the path "s2o" to the observer before it runs.
 
-    What the observer returns is passed on in the place of S2O's output: an output [B, Hq, Nq, Dv] in the call's dtype,
-    or None for the usual. Of several observers the one opened last decides. An observer that passes ``call.exact()`` on
-    sees every layer with the inputs it has in the dense model; else layers get what sparse layers before them gave.
-    Calls of other threads are neither shown nor answered; which calls are this thread's is told at ``record_calls``.
+    An output [B, Hq, Nq, Dv] in the call's dtype that the observer returns replaces S2O's; None keeps it. Of several
+    observers the one opened last decides. An observer that returns ``call.exact()`` sees every layer with its inputs in
+    the dense model; else layers get the outputs of sparse layers before them. Calls of other threads are not shown;
+    ``record_calls`` says what calls are this thread's.
     """
     with _observers.holding(observer):
         yield
@@ -127,6 +124,6 @@ def observing() -> bool:
 
 
 def observe(call: ObservedCall) -> Result:
-    """Show a call to every observer of this thread; returns what is passed on."""
+    """Show a call to every observer of this thread, and return the caller's results."""
     outputs = [output for output in (observer(call) for observer in _observers.held()) if output is not None]
     return call.replaced_by(outputs[-1]) if outputs else call.result

@@ -2,9 +2,9 @@
 
 The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
 
-Opaque on purpose: which path runs (S2O, sliding window, dense) is decided from lengths inside, so a graph needs no
-guard and no recompilation. Inference only: the public function and the graph pass send anything that wants gradients
-to dense SDPA.
+They are opaque on purpose: lengths decide inside whether S2O, the sliding window or dense attention runs, so a graph
+needs no guard and no recompilation. They serve inference only: the public function and the graph pass send calls that
+want gradients to dense SDPA.
 """
 
 from __future__ import annotations
@@ -70,22 +70,10 @@ def attention(
         )
     if output is None:
         call = AttentionCall.of(
-            query,
-            key,
-            value,
-            key_mask,
-            sinks,
-            causal=causal,
-            causal_offset=causal_offset,
-            window=window,
-            attention_chunk=attention_chunk,
-            scale=scale,
-            softcap=softcap,
-            fully_masked=fully_masked,
-            return_lse=return_lse,
-            dense_heads=dense_heads or (),
-            site=site,
-        )
+            query, key, value, key_mask, sinks, causal=causal, causal_offset=causal_offset, window=window,
+            attention_chunk=attention_chunk, scale=scale, softcap=softcap, fully_masked=fully_masked,
+            return_lse=return_lse, dense_heads=dense_heads or (), site=site,
+        )  # fmt: skip
         output, lse = run(call, options)
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -120,37 +108,23 @@ def masked_attention(
     taus = () if head_tau is None else tuple(head_tau)
     options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus)
     call = AttentionCall.of(
-        query,
-        key,
-        value,
-        None,
-        sinks,
-        scale=scale,
-        softcap=softcap,
-        fully_masked=fully_masked,
-        dense_heads=dense_heads or (),
-        site=site,
-    )
+        query, key, value, None, sinks, scale=scale, softcap=softcap, fully_masked=fully_masked,
+        dense_heads=dense_heads or (), site=site,
+    )  # fmt: skip
     output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, options)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 _attention = define_operator(_library, attention)
-# It waits for what the mask says, which no CUDA graph can record: with this tag Inductor leaves it out of them.
+# It waits for the numbers of the mask, and no CUDA graph can record that: with this tag Inductor leaves it out of them.
 _masked_attention = define_operator(_library, masked_attention, tags=_UNSAFE)
 
 
 @torch.library.register_fake("s2o::masked_attention", lib=_library)
 @torch.library.register_fake("s2o::attention", lib=_library)
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *_: object,
-    return_lse: bool = False,
-    layout: str = "auto",
-    **__: object,
+    query: Tensor, key: Tensor, value: Tensor, *_: object, return_lse: bool = False, layout: str = "auto", **__: object
 ) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
     return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
@@ -167,8 +141,8 @@ def _(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Fold the mapped dimension into the batch."""
     size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-    given = [(None if x is None else _stacked(x, dim, size), dim) for x, dim in zip(tensors, in_dims, strict=True)]
-    stacked, mapped = zip(*given, *[(None, None)] * (5 - len(given)), strict=True)
+    pairs = [(None if x is None else _stacked(x, dim, size), dim) for x, dim in zip(tensors, in_dims, strict=True)]
+    stacked, mapped = zip(*pairs, *[(None, None)] * (5 - len(pairs)), strict=True)
     query, key, value, key_mask, sinks = stacked
     if key_mask is not None:  # one row may serve the whole batch
         key_mask = key_mask.expand(size, query.shape[1], -1).flatten(0, 1)
@@ -177,7 +151,7 @@ def _(
     if sinks is None or mapped[4] is None:
         output, lse = _attention(*flat, None if sinks is None else sinks[0], **keywords)
         output, lse = output.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)) if wants_lse else lse
-    else:  # sinks differ along the folded dimension, which the operator has no place for: they are added here
+    else:  # sinks differ along the folded dimension, and the operator takes one row of them: they are added here
         check_sinks(sinks[0], query)
         output, lse = _attention(*flat, **{**keywords, "return_lse": True, "fully_masked": "zeros"})
         fully_masked = (lse == -torch.inf).unflatten(0, (size, -1)) & (sinks == -torch.inf)[:, None, :, None]

@@ -1,4 +1,4 @@
-"""Plans of attention calls, whole or slice by slice: chooses who scores and orders keys."""
+"""Plans attention calls, whole or slice by slice, and chooses the functions that score and order keys."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
-from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
-from s2o_compile.kernels.ranking import per_query as ranking_per_query
-from s2o_compile.kernels.ranking import tail, unvisited
+from s2o_compile.kernels.ranking import mean_query, per_query, tail, unvisited
 
 try:
     from s2o_compile.kernels.impl.triton import order as triton_order
     from s2o_compile.kernels.impl.triton import rank_mean_query as triton_mean_query
-    from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
+    from s2o_compile.kernels.impl.triton import rank_per_query as triton_per_query
     from s2o_compile.kernels.impl.triton import tail as triton_tail
     from s2o_compile.kernels.impl.triton import unvisited as triton_unvisited
 except ImportError:  # no triton here: Planner is then never asked for it
-    triton_mean_query = triton_order = triton_ranking = triton_tail = triton_unvisited = None
+    triton_mean_query = triton_order = triton_per_query = triton_tail = triton_unvisited = None
 
 
 def _slice_by_slice(score_keys: Callable[[AttentionCall, int, int], Tensor]) -> Callable[..., ScoreKeys]:
@@ -35,12 +33,12 @@ def _slice_by_slice(score_keys: Callable[[AttentionCall, int, int], Tensor]) -> 
 
 
 PREPARE: dict[str, Callable[[AttentionCall, int, int], ScoreKeys]] = {
-    "per_query": ranking_per_query.prepare,
-    "mean_query": _slice_by_slice(ranking_mean_query.score_keys),
+    "per_query": per_query.prepare,
+    "mean_query": _slice_by_slice(mean_query.score_keys),
 }
 PREPARE_BY_TRITON = dict(PREPARE)
-if triton_ranking is not None and triton_mean_query is not None:
-    PREPARE_BY_TRITON["per_query"] = triton_ranking.prepare
+if triton_per_query is not None and triton_mean_query is not None:
+    PREPARE_BY_TRITON["per_query"] = triton_per_query.prepare
     PREPARE_BY_TRITON["mean_query"] = _slice_by_slice(triton_mean_query.score_keys)
 
 
@@ -63,8 +61,8 @@ class Planner:
 
     Args:
         call: The whole call; its mask has no window (a window is computed exactly and needs no plan).
-        options: How to rank.
-        implementation: "triton" or "torch", where both can rank.
+        options: The ranking, and the length of its segments.
+        implementation: "triton" or "torch".
     """
 
     def __init__(self, call: AttentionCall, options: OperatorOptions, implementation: str = "torch") -> None:
@@ -85,8 +83,8 @@ class Planner:
 
         Args:
             part: The slice; its queries begin where a segment does.
-            heads: Which key/value heads of the call these are.
-            first_query: Which query of the call is the first of these.
+            heads: Its key/value heads.
+            first_query: Its first query, as a number in the call.
         """
         first = first_query // self.segment_len
         scores = self._score_keys(part, heads)

@@ -1,13 +1,12 @@
-"""A mask of unknown origin, read: whether its values are a causal, sliding or padding mask.
+"""Reads a mask of unknown origin: whether its values are a causal, sliding or padding mask.
 
     True,  or 0          the key is visible
     False, or <= HIDES   the key is hidden
     any other number     is added to the score, as a position bias is: no mask
 
-Some rows suggest the band and the keys in use, then every element is compared with them: what is returned has been seen
-to be equal everywhere. Nothing is remembered between calls, for a tensor can be written without a trace (by compiled
-code, or under inference mode), and one reading costs little beside attention at the lengths where it is wanted. It
-waits for the device.
+Some rows suggest the band and the keys in use. Then every element is compared with them, so the mask that is returned
+equals the tensor everywhere. Nothing is remembered between calls: compiled code and inference mode write a tensor
+without a trace. One reading costs little beside attention at the lengths where it is wanted. It waits for the device.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.mask_band import ABSORBS, HIDES, Band, Comparison
 
 VANISHES = 110.0
-"""So far below another logit of its row one has no weight: exp(-110) is zero in float32."""
+"""A logit this far below another of its row has no weight: exp(-110) is zero in float32."""
 
 SAMPLES = 64
-"""Rows that suggest what the mask may be."""
+"""Rows that suggest a band."""
 
-CHUNK = 1 << 22
+ELEMENTS = 1 << 22
 """Elements compared at once on a CPU."""
 
 
 @dataclass(frozen=True)
 class ReadMask:
-    """What the values of a mask say.
+    """A mask that was read.
 
     Attributes:
         mask: Equal to the tensor in every row but the hidden ones.
         hidden_rows: bool [B or 1, 1, Nq or 1], rows that see no key although ``mask`` shows them some; None for none.
-        fully_masked: What rows without any key get, "zeros" or "mean" (`fully_masked_rows`).
+        fully_masked: The output of rows without any key, "zeros" or "mean" (``exact.epilogue``).
         weakest: The largest number that hides a key; -inf if there is none, or a bool mask.
     """
 
@@ -48,7 +47,7 @@ class ReadMask:
 
 
 def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> ReadMask | None:
-    """What a mask is; None if it is none that the operator has.
+    """The operator's mask that equals a mask tensor; None if there is none.
 
     Args:
         mask: bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk].
@@ -59,26 +58,17 @@ def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> 
     mask = _unexpanded(mask, n_keys)
     band = suggest(mask)
     compare = _on_device if mask.device.type == "cuda" else compare_with
-    found = compare(mask, band)
-    heads_agree = (found.hidden_rows == found.hidden_rows[:, :1]).all()
-    facts = [
-        found.differs,
-        ~heads_agree,
-        ~band.keys.any(),
-        band.late,
-        band.early,
-        band.keys.all(),
-        found.fully_masked.any(),
-    ]
-    facts += [found.hidden_rows.any(), *found.extremes]
-    differs, heads_differ, empty, late, early, whole, any_fully_masked, any_hidden, least, most = torch.stack(
-        [fact.double() for fact in facts]
-    ).tolist()  # the only time that the host waits
-    if differs or heads_differ or empty:
+    compared = compare(mask, band)
+    heads_agree = (compared.hidden_rows == compared.hidden_rows[:, :1]).all()
+    refused = compared.differs | ~heads_agree | ~band.keys.any()
+    facts = refused, band.late, band.early, band.keys.all(), compared.fully_masked.any(), compared.hidden_rows.any()
+    numbers = torch.stack([fact.double() for fact in (*facts, *compared.extremes)]).tolist()  # the host waits here only
+    refused, late, early, whole, any_fully_masked, any_hidden, least, most = numbers
+    if refused:
         return None
     fully_masked = "zeros"
     if any_fully_masked and mask.dtype is not torch.bool and most > -torch.inf:
-        # Several numbers in a row without any key are no mean, and small ones leave a softmax of the scores.
+        # Several numbers in a row without any key give no mean, and small ones leave a softmax of the scores.
         absorbed = most <= ABSORBS and mask.dtype == dtype and dtype in (torch.float32, torch.bfloat16)
         if least != most or not absorbed:
             return None
@@ -94,14 +84,14 @@ def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> 
         window=window,
         key_mask=None if whole else band.keys,
     )
-    rows = found.hidden_rows[:, :1] if any_hidden else None
+    rows = compared.hidden_rows[:, :1] if any_hidden else None
     return ReadMask(read, rows, fully_masked, most if mask.dtype is not torch.bool else -torch.inf)
 
 
 def outweighs(number: float, query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> bool:
     """Whether a number added to a score leaves it a weight of zero beside every score without: then it hides.
 
-    By the bound |q . k| <= |q| |k|. Waits for the device where the number is no giant.
+    The bound is |q . k| <= |q| |k|. Unless the number alone is large enough, the host waits for the device.
     """
     if number <= ABSORBS:
         return True
@@ -112,15 +102,15 @@ def outweighs(number: float, query: Tensor, key: Tensor, *, scale: float, softca
 
 
 def is_visible(mask: Tensor) -> Tensor:
-    """Which elements show their key."""
+    """True for elements that show their key."""
     return mask if mask.dtype is torch.bool else mask == 0
 
 
 def suggest(mask: Tensor) -> Band:
     """The band that some rows of a mask [b, h, q, Nk] suggest, without waiting for the device.
 
-    A row that ends at the last key in use says nothing about a causal bound, one that begins at the first nothing about
-    a window.
+    A row that ends at the last key in use says nothing about a causal bound. One that begins at the first key in use
+    says nothing about a window.
     """
     n_rows, n_keys = mask.shape[2:]
     samples = sorted({n_rows - 1 - at * n_rows // SAMPLES for at in range(min(SAMPLES, n_rows))} | {0})
@@ -134,7 +124,7 @@ def suggest(mask: Tensor) -> Band:
     late = torch.where(late > -n_rows, late, n_keys)
     early = torch.where(begins & (last >= 0), first - rows, n_keys).amin()
     early = torch.where(early < n_keys, early, -n_rows)
-    newest = (columns - late).clamp(0, n_rows - 1)  # of the queries that see a key in the band, the first
+    newest = (columns - late).clamp(0, n_rows - 1)  # the first query that sees each key in the band
     keys = visible.any(1) | is_visible(mask[:, :, newest, columns]).any(1)
     return Band(keys, late, early)
 
@@ -144,9 +134,9 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
     b, h, n_rows, n_keys = mask.shape
     columns = torch.arange(n_keys, device=mask.device)
     parts: list[Comparison] = []
-    together = max(CHUNK // (b * h * n_keys), 1)
-    for start in range(0, n_rows, together):
-        part = mask[:, :, start : start + together]
+    step = max(ELEMENTS // (b * h * n_keys), 1)
+    for start in range(0, n_rows, step):
+        part = mask[:, :, start : start + step]
         distance = columns - torch.arange(start, start + part.shape[2], device=mask.device)[:, None]
         shown = band.keys[:, None, None] & (distance <= band.late) & (distance >= band.early)
         visible = is_visible(part)
@@ -159,7 +149,7 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
             extremes = torch.stack([extremes[0].amin(), extremes[1].amax()]).float()
         parts.append(Comparison(differs, fully_masked, fully_masked & shown.any(-1), extremes))
         if mask.device.type == "cpu" and differs:
-            break  # what is missing of the rows is not asked for
+            break  # nobody reads the other rows
     numbers = torch.stack([part.extremes for part in parts])
     return Comparison(
         differs=torch.stack([part.differs for part in parts]).any(),

@@ -1,30 +1,19 @@
 """The S2O operator, stated in plain torch to be read beside the paper (arXiv 2602.22575, section 3).
 
-For every query tile of TILE_LEN slots, in a segment s with in-segment keys [a, b) and ranked prefix list idx:
+For every query tile of TILE_LEN slots, in a segment s with in-segment keys [a, b) and ranked prefix keys idx:
 
     pass 1   m, l, acc  <-  online softmax over the keys of [a, b), in position order, under the mask
     pass 2   for chunks of chunk_len keys of idx, most important first:
                  l_before, m_before  <-  l, m
                  m, l, acc           <-  online softmax over the chunk
-                 gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i          share of the mass the chunk brought
-                 unvisited   =  max_i gain_i * visited / chunk_len * log(prefix_count / visited)
-                 stop if unvisited < tau, in lists of two chunks or more; the first chunk's gain counts as 1
-    tail     where it stopped later than after the first chunk:
-                 share_i     =  TAIL_SHARE * min(gain_i * visited / chunk_len * log(prefix_count / visited), 1)
-                 acc_i, l_i  <-  acc_i + share_i l_i mean value of the prefix keys, l_i + share_i l_i
+                 gain_i      =  1 - l_before_i exp(m_before_i - m_i) / l_i
+                 stop by the rule of ``core/stop_rule.py``, which gives share_i, too
+    tail         acc_i, l_i  <-  acc_i + share_i l_i mean value of the prefix keys, l_i + share_i l_i
     output   acc / l (zeros where l = 0), log-sum-exp = m + log l
 
 Logits are q . k * scale, or softcap * tanh(q . k * scale / softcap) where they are capped (Gemma 2).
 
-``unvisited`` estimates the mass left, relative to the mass seen, if the chunks' masses fall off like 1 / rank (Zipf),
-as they do in trained models: chunk c brings gain * visited / c, summed over the chunks to come. The paper tests
-``mean gain < tau``; the row maximum keeps minority queries, and the estimate lets one tau serve every length, where a
-gain alone shrinks with it. Where the mass is flat, the share of all mass that is left unvisited is below tau too. What
-the first chunk brings is not believed, for attention sinks make it huge and a list that is wrong makes it tiny: a tile
-stops there only if tau, more than log 2, allows for a chunk that brought everything. The tail is not in the paper: keys
-left out count by the same estimate (``tail.py``).
-
-Written for clarity, in the dtype of its inputs (tests pass float64). It is the judge of every implementation.
+Written for clarity, in the dtype of its inputs (tests pass float64). It is the oracle of every implementation.
 """
 
 from __future__ import annotations
@@ -81,8 +70,7 @@ def attend(
         plan: Order of visits.
         tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
         into: Tensors that the results are written into; None for new ones.
-        visits: Where pass 2 is decided before it starts, in the place of the stop rule: entries of each ranking that
-            are visited, integers [B, Hq, P]; None for the rule.
+        visits: Integers [B, Hq, P], ranked keys that are visited, decided before pass 2 starts; None for the rule.
     """
     (query, key, value), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
@@ -115,23 +103,22 @@ def attend(
                 visited, stopped = 0, False
                 while visited < count and not stopped:
                     m_before, l_before = state.m, state.l
-                    chunk = plan.key_index[
-                        b, h // shared, segment, visited : min(visited + plan.chunk_len, count)
-                    ].long()
+                    until = min(visited + plan.chunk_len, count)
+                    chunk = plan.key_index[b, h // shared, segment, visited:until].long()
                     state.update(key[b, kv, chunk], value[b, kv, chunk])
                     visited += plan.chunk_len
                     if limit > 0 and count >= 2 * plan.chunk_len:
                         gain, to_come = state.gain(m_before, l_before), chunks_to_come(visited, count, plan.chunk_len)
-                        believed = visited > plan.chunk_len
-                        stopped = bool((gain.max() if believed else 1.0) * to_come < limit)
-                        if stopped and believed:
+                        uses_gain = visited > plan.chunk_len
+                        stopped = bool((gain.max() if uses_gain else 1.0) * to_come < limit)
+                        if stopped and uses_gain:
                             assert plan.tail_value is not None
                             share = tail_share(gain, to_come)
                             state.add_tail(share, plan.tail_value[b, kv, segment].to(state.acc.dtype))
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
                 computed[b, h, t] = len(own) + min(visited, count)
-    found = Result(output, lse, computed)
-    for target, source in zip(into or (), found, strict=into is not None):
+    result = Result(output, lse, computed)
+    for target, source in zip(into or (), result, strict=into is not None):
         target.copy_(source)
-    return found if into is None else into
+    return result if into is None else into

@@ -1,8 +1,8 @@
 """Runs S2O in slices of heads and segments, so that scores and indices never exist for the whole call.
 
-Scores and indices grow with segments times keys. Held for the whole call they would take as much memory as key and
-value. A slice holds as many heads, or segments of one head, as keep the card busy. Cuts change no bit of the result.
-Two slices are under way at a time on a GPU: the last, longest tiles of one run beside the next slice.
+Scores and indices grow with segments times keys. For the whole call they would take as much memory as key and value. A
+slice has as many heads, or segments of one head, as keep the card busy. Cuts change no bit of the result. Two slices
+are under way at a time on a GPU: the last, longest tiles of one run beside the next slice.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ STREAMS = 2
 def attend(
     call: AttentionCall, options: OperatorOptions, implementation: str, exact: Callable[[AttentionCall], Result]
 ) -> Result:
-    """Attention over plans, but for heads marked dense.
+    """Attention over plans, except for heads marked dense.
 
     Args:
         call: Its mask has no window.
-        options: How to rank and stop.
+        options: The ranking and tau.
         implementation: "torch" or "triton".
         exact: The same implementation's executor over every visible key.
     """
@@ -51,10 +51,10 @@ def attend(
         attend_dense(call, result, exact)
     planner, tau = Planner(call, options, implementation), options.tau_on(call.query.device)
     sparse = (head for head in range(call.key.shape[1]) if head not in call.dense_heads)
-    places = list(slices(call, planner.segment_len, call.group // planner.shared, sparse))
+    parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
-    with side_by_side(call.query.device, len(places)) as turn:
-        for number, (heads, rows) in enumerate(places):
+    with side_by_side(call.query.device, len(parts)) as turn:
+        for number, (heads, rows) in enumerate(parts):
             with turn(number):
                 part = cut(call, heads, rows)
                 plan = planner.plan(part, heads, rows.start)
@@ -70,8 +70,8 @@ def attend(
 def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable[int]) -> Iterator[tuple[slice, slice]]:
     """Key/value heads and queries of each slice, so that scores and indices stay small beside key and value.
 
-    Queries are cut between segments and only under a causal mask: the others' in-segment keys go by the whole call's
-    length, and the indices of one head are the least that is held for them.
+    Queries are cut between segments, and only under a causal mask. Under other masks in-segment keys depend on the
+    whole call's length, so one head's indices are the smallest slice.
 
     Args:
         call: The whole call.
@@ -80,11 +80,11 @@ def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable
         heads: Key/value heads, ascending.
     """
     (_, key, value), n_queries = call.tensors, call.n_queries
-    held = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
+    scratch = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
     segments = n_segments(n_queries, segment_len)
-    together = held // STREAMS // (key.shape[0] * rankings * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
-    length = n_queries if not call.mask.causal else max(min(together, segments), 1) * segment_len
-    for part in runs(heads, max(together // segments, 1)):
+    fits = scratch // STREAMS // (key.shape[0] * rankings * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
+    length = n_queries if not call.mask.causal else max(min(fits, segments), 1) * segment_len
+    for part in runs(heads, max(fits // segments, 1)):
         for first in range(0, n_queries, length):
             yield part, slice(first, min(first + length, n_queries))
 
@@ -103,7 +103,7 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
 
 @cache
 def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, ...]:
-    """A thread's own: another thread's may be capturing a CUDA graph."""
+    """The streams of a thread: another thread's may be capturing a CUDA graph."""
     return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
 
 
@@ -111,9 +111,8 @@ def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, 
 def side_by_side(device: torch.device, pieces: int) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
     """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
 
-    The streams start behind all that the current one has to do, and at the end, whatever happens inside, the current
-    one waits for them; the host does not wait. One piece, and a CPU, need no other stream; a CUDA graph is captured on
-    one.
+    The streams start behind all work of the current one. At the end the current one waits for them, whatever happens
+    inside; the host does not wait. One piece, and a CPU, need no other stream. A CUDA graph is captured on one.
     """
     if device.type != "cuda" or pieces < 2 or torch.cuda.is_current_stream_capturing():
         yield lambda _: nullcontext()

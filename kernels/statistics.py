@@ -1,4 +1,4 @@
-"""What the operator did at run time, for reports: which path each call took, and its density."""
+"""Records of the operator's calls for reports: the path that each took, and its density."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Call:
         n_keys: Number of keys.
         computed: int32 [B, Hq, tiles], keys each tile computed, on the device; None where nothing was skipped.
         area: Query-key pairs a dense kernel computes per head, float64 [B].
-        mask: What the mask is, as text; empty where that is not known.
+        mask: The mask as text; empty where it is not known.
     """
 
     site: str
@@ -46,7 +46,7 @@ class Call:
 
 
 def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
-    """Query-key pairs float64 [B, Hq] out of the keys that each tile computed, int32 [B, Hq, tiles]."""
+    """Query-key pairs float64 [B, Hq] from the keys that each tile computed, int32 [B, Hq, tiles]."""
     tile_rows = [min(TILE_LEN, n_queries - first) for first in range(0, n_queries, TILE_LEN)]
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
@@ -84,14 +84,10 @@ def record(call: AttentionCall, path: str, computed: Tensor | None = None) -> No
     if not _recordings:
         return
     n_queries, n_keys = call.n_queries, call.n_keys
-    made = Call(
-        site=call.site,
-        path=path,
-        n_queries=n_queries,
-        n_keys=n_keys,
-        computed=computed,
-        area=call.mask.area(call.query.shape[0], n_queries, n_keys),
-        mask="" if call.mask is UNKNOWN_MASK else call.mask.text(n_queries, n_keys),
+    area = call.mask.area(call.query.shape[0], n_queries, n_keys)
+    text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_queries, n_keys)
+    recorded = Call(
+        site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text
     )
     for calls in _recordings.held():
-        calls.append(made)
+        calls.append(recorded)

@@ -19,7 +19,7 @@ from s2o_compile.kernels.core.validation import check_arguments, check_tensors
 
 
 class MaskTerms(TypedDict, total=False):
-    """Which keys a query sees, as `AttentionMask.aligned` takes it."""
+    """The terms of a mask, as `AttentionMask.aligned` takes them."""
 
     causal: bool
     causal_offset: int | None
@@ -37,11 +37,11 @@ class AttentionCall:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        mask: Which keys a query sees.
+        mask: The mask.
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head; None for none.
-        fully_masked: What a query gets that sees no key, one of FULLY_MASKED.
+        fully_masked: The output of a query that sees no key, one of FULLY_MASKED.
         return_lse: Whether the caller wants the log-sum-exp.
         dense_heads: Key/value heads whose groups run densely beside the others, ascending.
         site: Module path of the attention, "" for eager calls.
@@ -102,18 +102,11 @@ class AttentionCall:
             dense_heads=dense_heads,
         )  # fmt: skip
         return cls(
-            query=query,
-            key=key,
-            value=value,
-            mask=AttentionMask.aligned(query, key, key_mask=key_mask, **terms),
-            scale=query.shape[3] ** -0.5 if scale is None else scale,
-            softcap=softcap,
-            sinks=sinks,
-            fully_masked=fully_masked,
-            return_lse=return_lse,
-            dense_heads=sorted(set(dense_heads)) if dense_heads else (),
-            site=site,
-        )
+            query=query, key=key, value=value, mask=AttentionMask.aligned(query, key, key_mask=key_mask, **terms),
+            scale=query.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks,
+            fully_masked=fully_masked, return_lse=return_lse,
+            dense_heads=sorted(set(dense_heads)) if dense_heads else (), site=site,
+        )  # fmt: skip
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The output's memory layout is SDPA's own: legal code behind it (``.transpose(1, 2).view(...)``) relies on it."""
+"""The memory layout of outputs is SDPA's own: legal code behind them (``.transpose(1, 2).view(...)``) relies on it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from torch import Tensor
 
 
 def _cpu_follows_query() -> bool:
-    """Whether SDPA's CPU kernel lays its output out as the query; it has changed between torch versions, so ask it."""
+    """Whether SDPA's CPU kernel lays its output out as the query. That differs between torch versions, so ask it."""
     probe = torch.zeros(1, 2, 3, 4)
     return torch.nn.functional.scaled_dot_product_attention(probe, probe, probe).stride() == probe.stride()
 
 
 CPU_FOLLOWS_QUERY = _cpu_follows_query()
 
-
 LAYOUTS = ("auto", "BHND", "BNHD")
-"""How an output lies in memory: as SDPA would choose, or as the pass read off the attention that it replaces."""
+"""Memory orders of an output: SDPA's choice, or the order that the pass read off the attention that it replaces."""
 
 
 def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
     """Uninitialised output [B, H, N, Dv] for a query [B, H, N, D], laid out as SDPA lays out its own.
 
-    SDPA's flash and cuDNN kernels follow the query; its memory-efficient kernel, which takes float32, and some CPU
-    versions always write [B, N, H, D]. Where Dv is not D only plain matrix products, which write [B, H, N, Dv], serve
-    the CPU.
+    SDPA's flash and cuDNN kernels follow the query. Its memory-efficient kernel, which takes float32, and some CPU
+    versions always write [B, N, H, D]. Where Dv is not D plain matrix products serve the CPU, and write [B, H, N, Dv].
     """
     batch, heads, length, _ = query.shape
     if memory_order(query, value_dim, layout) == "BNHD":
@@ -33,7 +31,7 @@ def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
 
 
 def memory_order(query: Tensor, value_dim: int, layout: str = "auto") -> str:
-    """How ``empty_output`` lays out, "BHND" or "BNHD"; arguments as there."""
+    """The order of ``empty_output``, "BHND" or "BNHD"; arguments as there."""
     if layout != "auto":
         return layout
     on_cpu = query.is_cpu

@@ -1,4 +1,4 @@
-"""Which keys a query may see, and how a segment of queries divides them.
+"""The mask of an attention call, and how a segment of queries divides the keys.
 
 Key j is visible to query i iff all of these hold:
 
@@ -26,10 +26,10 @@ from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.torch_compat import statically_known_true
 
 FARTHEST = 2**61
-"""Tokens of a causal offset at most. Positions are int64, and with twice as long a window none of them wraps around."""
+"""Tokens of a causal offset at most. Positions are int64: even beside a window twice as long none wraps around."""
 
 FULLY_MASKED = ("zeros", "mean")
-"""What a query that sees no key gets: zeros, or the mean of all values of its head."""
+"""The output of a query that sees no key: zeros, or the mean of all values of its head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,9 @@ class AttentionMask:
                 "causal_offset",
                 expected="an integer from -2**61 to 2**61 beside a window or chunks",
                 got=offset,
-                remedy="Positions are int64, and would wrap around.",
+                remedy="Drop the window and the chunks, or give a smaller offset: positions are int64.",
             )
-        # Longer ones hide no more and no less: no key lies that far from a query.
+        # Longer ones hide the same keys: none lies that far from a query.
         if type(window) is int:
             window = min(window, 2 * FARTHEST)
         if type(attention_chunk) is int:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 HIDES = -1e3
-"""Numbers from here down are taken for hidden keys; whether they hide them is checked apart (`outweighs`)."""
-
+"""Numbers from here down are taken for hidden keys; `outweighs` checks whether they hide them."""
 
 ABSORBS = torch.finfo(torch.bfloat16).min
 """Numbers from here down leave nothing of a score that they are added to, in float32 and bfloat16."""

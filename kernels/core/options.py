@@ -1,4 +1,4 @@
-"""What a user may choose about the operator, with the defaults and the checks in one place."""
+"""The operator's options, with their defaults and checks in one place."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
 
 
 LONGEST_SEGMENT = 2**20
-"""Queries of a segment at most: shorter inputs are padded to one, so that a slip of the pen would fill the memory."""
+"""Queries of a segment at most: shorter inputs are padded to one, so a typing error could fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorOptions:
-    """How the operator ranks, orders, stops and runs; every field is a keyword of ``s2o::attention``.
+    """The operator's options; every field is a keyword of ``s2o::attention``.
 
     Attributes:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
@@ -70,18 +70,15 @@ class OperatorOptions:
                 got=shown(self.segment_len),
                 remedy="Leave it None to choose by length.",
             )
-        for name, allowed in (
-            ("ranking", RANKINGS),
-            ("ranking_per", RANKING_PER),
-            ("implementation", IMPLEMENTATIONS),
-        ):
+        names = {"ranking": RANKINGS, "ranking_per": RANKING_PER, "implementation": IMPLEMENTATIONS}
+        for name, allowed in names.items():
             if not is_one_of(getattr(self, name), allowed):
+                removed = " sub_mean was removed: it was best in no measurement." if name == "ranking" else ""
                 raise InputError(
                     name,
                     expected=f"one of {', '.join(map(repr, allowed))}",
                     got=shown(getattr(self, name)),
-                    remedy="Choose one of these names."
-                    + (" sub_mean was removed: it was best in no measurement." if name == "ranking" else ""),
+                    remedy="Choose one of these names." + removed,
                 )
         for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
             object.__setattr__(self, name, value)  # as Python's numbers
@@ -127,7 +124,7 @@ def from_op_kwargs(
 ) -> OperatorOptions:
     """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
 
-    Checked when they are first met: a model's calls have few different ones.
+    They are checked once: a model's calls have few different ones.
     """
     return OperatorOptions(
         tau=head_tau or tau,
@@ -140,14 +137,14 @@ def from_op_kwargs(
 
 
 def _on_device(taus: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [Hq]; kept from call to call, because each copy to a GPU takes time."""
+    """float32 [Hq]; cached because each copy to a GPU takes time."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A CUDA graph records no copy from the host, and its memory must not be shared with other calls.
         return torch.cat([torch.full((1,), tau, dtype=torch.float32, device=device) for tau in taus])
-    return _kept(taus, device)
+    return _cached(taus, device)
 
 
 @lru_cache(maxsize=1024)
-def _kept(taus: tuple[float, ...], device: torch.device) -> Tensor:
+def _cached(taus: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
         return torch.tensor(taus, dtype=torch.float32, device=device)

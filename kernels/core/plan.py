@@ -1,9 +1,9 @@
-"""The plan: where ranking and attention meet.
+"""The plan of an attention call: a ranking fills it, and pass 2 of an executor visits its keys.
 
-A ranking fills it, an executor walks it. Keys are never moved: the plan holds indices only.
+Keys are never moved: the plan holds indices only.
 
-Shapes: B batch, Hq query heads, Hkv key/value heads, Hl heads that have lists (Hkv where the heads of a group share
-them, else Hq), Nq queries, Nk keys, P segments of ``segment_len`` queries, L the longest list.
+Shapes: B batch, Hq query heads, Hkv key/value heads, Hr heads with a ranking of their own (Hkv where the heads of a
+group share one, else Hq), Nq queries, Nk keys, P segments of ``segment_len`` queries, L keys of the longest ranking.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 
 ScoreKeys = Callable[[AttentionCall, slice], Tensor]
-"""Scores of a slice of a call, which key/value heads it holds -> [B, h_l, P, n_k]."""
+"""A slice of a call and its key/value heads -> its keys' scores [B, h_r, P, n_k]."""
 
 TILE_LEN = 128
-"""Queries of one tile. A tile is what stops early, so every executor uses the same length."""
+"""Queries of one tile. Tiles stop early as a whole, so every executor uses the same length."""
 
 SCRATCH_SHARE = 5
 SCRATCH_BYTES = 96 * 2**20
-"""Scores and indices that are held at once, of one slice a stream, take at most 1/5 of the memory of key and value, or
-96 MiB."""
+"""Scores and indices of all slices under way take at most 1/5 of the memory of key and value, or 96 MiB."""
 
 BYTES_A_SCORE = 7
-"""A score in float16, an index of int32, and the counts of classes that order it."""
+"""Bytes of a score in float16, an index of int32, and the counts of classes that order it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,9 @@ class Plan:
     Attributes:
         segment_len: Queries per segment, a multiple of TILE_LEN.
         chunk_len: Keys between two tests of the stop rule, a multiple of 128.
-        key_index: int32 [B, Hl, P, L], prefix keys of the segment, most important first.
+        key_index: int32 [B, Hr, P, L], prefix keys of the segment, most important first.
         prefix_count: int32 [B, P], how many entries of ``key_index`` are real: the visible prefix keys.
-        tail_value: float32 [B, Hkv, P, Dv], what stands for keys that a tile leaves out (``tail.py``); None where no
+        tail_value: float32 [B, Hkv, P, Dv], mean values that stand for keys left out (``ranking.tail``); None where no
             tile stops by itself, or until values are known.
     """
 
@@ -58,9 +57,9 @@ class Plan:
 
 
 def n_segments(n_queries: int, segment_len: int) -> int:
-    """Segments that cover n_queries, the last one possibly short; of a symbolic number two at least, the last empty.
+    """Segments that cover n_queries, the last one possibly short; two at least for a symbolic number.
 
-    What may be a single one is else traced for several only.
+    The second may be empty: a size that may be 1 would be traced for several only.
     """
     count = -(-n_queries // segment_len)
     return count if isinstance(count, int) else torch.sym_max(count, 2)
@@ -79,7 +78,7 @@ def default_segment_len(n_queries: int) -> int:
 def default_chunk_len(n_keys: int) -> int:
     """256 keys between stop tests up to 16K, 512 up to 64K, 1024 beyond: a test costs 2 to 5 % of a chunk of 256.
 
-    Also of a tensor, for programs whose lengths are not known yet.
+    ``n_keys`` may be a tensor, in programs whose lengths are not known yet.
     """
     return 256 + 256 * (n_keys > 16384) + 512 * (n_keys > 65536)
 
@@ -103,7 +102,7 @@ def in_segment_keys(
 
 
 def longest_prefix(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: int) -> int:
-    """Length of the longest list, from lengths alone: nothing waits for the device."""
+    """Length of the longest ranking, from lengths alone: the host does not wait for the device."""
     last = (n_segments(n_queries, segment_len) - 1) * segment_len
     return mask.in_segment_range(last, n_queries - 1, n_queries, n_keys)[0] if mask.causal else n_keys
 
@@ -129,17 +128,17 @@ def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: i
 def order_keys(
     scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn importance scores into lists.
+    """Turn importance scores into ranked key indices.
 
     Args:
-        scores: Floating [B, Hl, P, Nk], larger is more important, any monotone scale. Overwritten.
-        non_finite: Bool [B, Hl, Nk], of ``non_finite_keys``.
-        mask: Which keys count as prefix.
+        scores: Floating [B, Hr, P, Nk], larger is more important, any monotone scale. Overwritten.
+        non_finite: Bool [B, Hr, Nk], of ``non_finite_keys``.
+        mask: The mask, which decides what keys are prefix keys.
         n_queries: Number of queries Nq.
         segment_len: Queries per segment.
 
     Returns:
-        key_index int32 [B, Hl, P, L], prefix_count int32 [B, P].
+        key_index int32 [B, Hr, P, L], prefix_count int32 [B, P].
     """
     batch, _, segments, n_keys = scores.shape
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)

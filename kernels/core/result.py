@@ -1,4 +1,4 @@
-"""What every executor returns."""
+"""The results of an executor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from s2o_compile.kernels.core.plan import n_tiles
 
 
 class Result(NamedTuple):
-    """What every executor returns.
+    """The results that every executor returns.
 
     Attributes:
         output: [B, Hq, Nq, Dv], zeros for a query that sees no key.
         lse: float32 [B, Hq, Nq], natural log-sum-exp of the visited logits and of the tail, -inf for a query that sees
             no key.
-        computed: int32 [B, Hq, tiles], keys the tile computed, all passes counted; density is made of it.
+        computed: int32 [B, Hq, tiles], keys that the tile computed in both passes; density follows from it.
     """
 
     output: Tensor

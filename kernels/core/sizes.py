@@ -11,7 +11,7 @@ from s2o_compile.kernels.core.mask import upper_bound
 Size = int | torch.SymInt
 
 UNBOUNDED = 32768
-"""What counts as the longest length of a program that accepts any, in tokens."""
+"""Longest length in tokens, by convention, of a program that accepts any."""
 
 
 def longest(length: Size) -> int:
@@ -21,6 +21,6 @@ def longest(length: Size) -> int:
 
 
 def symbols(sizes: Sequence[Size]) -> list[torch.SymInt]:
-    """The different symbolic ones: what a branch or a loop computes with must be among its operands, once."""
-    found = {size.node.expr: size for size in sizes if isinstance(size, torch.SymInt)}
-    return [size for expr, size in found.items() if not expr.is_number]
+    """The different symbolic ones: a branch or a loop needs each size that it uses among its operands, once."""
+    by_expression = {size.node.expr: size for size in sizes if isinstance(size, torch.SymInt)}
+    return [size for expression, size in by_expression.items() if not expression.is_number]

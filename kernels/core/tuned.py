@@ -1,4 +1,4 @@
-"""What was measured on which device: the length from which S2O pays, and how the forward kernels are launched.
+"""Measurements by device: the length from which S2O pays, and the launches of the forward kernels.
 
 Built-in entries go by the beginning of the device's name. Those of the user's file, which ``s2o tune`` writes and
 docs/tune.md describes, go by the whole name, and win. Any other device gets defaults that are sound, not fast. Nothing
@@ -32,7 +32,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a forward kernel runs on one device, for one head dim and dtype.
+    """The launch of a forward kernel on one device, for one head dim and dtype.
 
     Attributes:
         key_block: Keys of one step, a power of two from 16 to 128.
@@ -58,7 +58,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is known of a device.
+    """The measurements of one device.
 
     Attributes:
         crossover: Key length in tokens from which S2O beats dense attention; None if it was not measured.
@@ -94,11 +94,11 @@ BUILT_IN = {
 }
 
 UNKNOWN_CROSSOVER = 16384
-"""Of a device that was not measured: where the index work of an H100 has paid for itself."""
+"""Crossover of a device that was not measured: there the index work of an H100 has paid for itself."""
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called in the table: a GPU by its full name, others by their type."""
+    """The name of a device in the table: a GPU's full name, the type of others."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -111,8 +111,8 @@ def crossover(device: torch.device) -> int:
 
 @cache
 def launch(device: torch.device, dim: int, dtype: torch.dtype) -> Launch:
-    """How the forward kernels run for head dims up to ``dim``, a power of two."""
-    if device.type != "cuda":  # interpreted: what the H100 would run
+    """The launch of the forward kernels for head dims up to ``dim``, a power of two."""
+    if device.type != "cuda":  # the interpreter runs the H100's launches
         return _HOPPER.get((dim, dtype)) or _sound(dim, dtype, None)
     for entry in _entries(device_name(device)):
         if (dim, dtype) in entry.launches:
@@ -136,34 +136,34 @@ def _sound(dim: int, dtype: torch.dtype, shared_bytes: int | None) -> Launch:
 
 
 def _entries(name: str) -> list[Entry]:
-    """What is known of a device, the user's own first."""
+    """The entries of a device, the user's own first."""
     own = user_entries().get(name)
     built_in = [entry for prefix, entry in BUILT_IN.items() if name.startswith(prefix)]
     return built_in if own is None else [own, *built_in]
 
 
 def user_file() -> Path:
-    """Where ``s2o tune`` writes and the operator reads."""
-    given = os.environ.get(FILE_VARIABLE)
+    """The file that ``s2o tune`` writes and the operator reads."""
+    named = os.environ.get(FILE_VARIABLE)
     cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(given) if given else Path(cache_home) / "s2o_compile" / "tuned.json").expanduser()
+    return (Path(named) if named else Path(cache_home) / "s2o_compile" / "tuned.json").expanduser()
 
 
 @cache
 def user_entries() -> dict[str, Entry]:
     """The user's entries by device name, read once; a file that cannot be used is named in a warning, and ignored."""
-    given = os.environ.get(FILE_VARIABLE)
+    named = os.environ.get(FILE_VARIABLE)
     path = None
     try:
         path = user_file()
-        if given == "" or (given is None and not path.exists()):
+        if named == "" or (named is None and not path.exists()):
             return {}
         return parse(path.read_bytes())
     except (OSError, ValueError, RuntimeError) as error:
-        if path is None and given is None:  # nobody's home, so nobody's file
+        if path is None and named is None:  # a user without a home has no file
             return {}
         warnings.warn(
-            f"{path or given}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
+            f"{path or named}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
             f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
             TunedFileWarning,
             stacklevel=2,
@@ -172,7 +172,7 @@ def user_entries() -> dict[str, Entry]:
 
 
 def forget() -> None:
-    """Read the user's file again at the next call: it was written, or another is meant."""
+    """Read the user's file again at the next call, because it was written or another one was named."""
     for function in (user_entries, crossover, launch):
         function.cache_clear()
 
@@ -192,10 +192,10 @@ def parse(text: str | bytes) -> dict[str, Entry]:
 def _entry(name: str, fields: Any) -> Entry:  # noqa: ANN401 (whatever the file holds)
     try:
         launches = {}
-        for given in fields.get("launches", ()):
-            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[given["dtype"]]
-            chosen = {key: given[key] for key in ("key_block", "num_warps", "stages", "maxnreg")}
-            launches[given["head_dim"], dtype] = Launch(**chosen)
+        for stored in fields.get("launches", ()):
+            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[stored["dtype"]]
+            chosen = {key: stored[key] for key in ("key_block", "num_warps", "stages", "maxnreg")}
+            launches[stored["head_dim"], dtype] = Launch(**chosen)
         return Entry(crossover=fields.get("crossover"), launches=launches)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"an entry of {shown(name)} that is not understood ({shown(error)})") from error

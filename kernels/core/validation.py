@@ -40,7 +40,7 @@ def check_numbers(
     dense_heads: Sequence[int] = (),
     return_lse: bool = False,
 ) -> CallNumbers:
-    """Numbers of a library as Python's; InputError for what is no number, or none that the operator can take.
+    """Numbers of a library as Python's; InputError unless they are numbers that the operator can take.
 
     While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
     refuses other types.
@@ -60,42 +60,35 @@ def check_numbers(
     )
 
 
-def _integer(name: str, given: int | None) -> int | None:
-    found = given if given is None or isinstance(given, torch.SymInt) else as_integer(given)
-    if found is None and given is not None:
-        raise InputError(
-            name,
-            expected="an integer between -2**63 and 2**63, or None",
-            got=shown(given),
-            remedy="Give a number of tokens; read one out of a tensor with .item().",
-        )
-    return found
+def _integer(name: str, value: int | None) -> int | None:
+    if value is None or isinstance(value, torch.SymInt):
+        return value
+    integer = as_integer(value)
+    if integer is None:
+        expected = "an integer between -2**63 and 2**63, or None"
+        remedy = "Give a number of tokens; read one out of a tensor with .item()."
+        raise InputError(name, expected=expected, got=shown(value), remedy=remedy)
+    return integer
 
 
-def _number(name: str, given: float | None) -> float | None:
-    symbolic = given is None or isinstance(given, (torch.SymFloat, torch.SymInt))
-    found = given if symbolic else as_number(given, least=-FLOAT32_MAX)
-    if found is None and given is not None:
-        raise InputError(
-            name,
-            expected="a finite number that float32 can hold, or None",
-            got=shown(given),
-            remedy="Leave it None for the default; read one out of a tensor with .item().",
-        )
-    return found
+def _number(name: str, value: float | None) -> float | None:
+    if value is None or isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value
+    number = as_number(value, least=-FLOAT32_MAX)
+    if number is None:
+        expected = "a finite number that float32 can hold, or None"
+        remedy = "Leave it None for the default; read one out of a tensor with .item()."
+        raise InputError(name, expected=expected, got=shown(value), remedy=remedy)
+    return number
 
 
-def _heads(given: Sequence[int]) -> list[int]:
-    listed = isinstance(given, (Sequence, set, frozenset)) and not isinstance(given, (str, bytes, bytearray))
-    found = [head for head in map(as_integer, given) if head is not None] if listed else []
-    if not listed or len(found) < len(given):
-        raise InputError(
-            "dense_heads",
-            expected="a sequence of key/value heads, integers >= 0",
-            got=shown(given),
-            remedy="Write dense_heads=(0, 2).",
-        )
-    return found
+def _heads(value: Sequence[int]) -> list[int]:
+    is_sequence = isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (str, bytes, bytearray))
+    heads = [head for head in map(as_integer, value) if head is not None] if is_sequence else []
+    if not is_sequence or len(heads) < len(value):
+        expected = "a sequence of key/value heads, integers >= 0"
+        raise InputError("dense_heads", expected=expected, got=shown(value), remedy="Write dense_heads=(0, 2).")
+    return heads
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -119,20 +112,14 @@ def check_arguments(
 ) -> None:
     """Raise InputError unless the operator can take these arguments beside tensors that `check_tensors` accepts."""
     batch, n_keys = key.shape[0], key.shape[2]
-    if window is not None and (not causal or window < 1):
-        raise InputError(
-            "window",
-            expected="at least 1, together with causal=True",
-            got=f"window={window}, causal={causal}",
-            remedy="Pass causal=True, or drop window.",
-        )
-    if attention_chunk is not None and (not causal or attention_chunk < 1):
-        raise InputError(
-            "attention_chunk",
-            expected="at least 1, together with causal=True",
-            got=f"attention_chunk={attention_chunk}, causal={causal}",
-            remedy="Pass causal=True, or drop attention_chunk.",
-        )
+    for name, length in (("window", window), ("attention_chunk", attention_chunk)):
+        if length is not None and (not causal or length < 1):
+            raise InputError(
+                name,
+                expected="at least 1, together with causal=True",
+                got=f"{name}={length}, causal={causal}",
+                remedy=f"Pass causal=True, or drop {name}.",
+            )
     if key_mask is not None and (
         key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys))
     ):
@@ -142,13 +129,8 @@ def check_arguments(
             got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
             remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
         )
-    if key_mask is not None and key_mask.device != query.device:
-        raise InputError(
-            "device of key_mask",
-            expected=f"{query.device}, as the query",
-            got=key_mask.device,
-            remedy="Move it with .to(device).",
-        )
+    if key_mask is not None:
+        _check_device("key_mask", key_mask, query)
     if sinks is not None:
         check_sinks(sinks, query)
     if softcap is not None and as_number(softcap, least=LEAST_SOFTCAP) is None:
@@ -170,12 +152,18 @@ def check_arguments(
             "dense_heads",
             expected=f"key/value heads from 0 to {key.shape[1] - 1}",
             got=list(dense_heads),
-            remedy="A group of query heads is marked by the key/value head that it shares.",
+            remedy="Mark a group of query heads by the key/value head that it shares.",
         )
 
 
+def _check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it with .to(device).") -> None:
+    if x.device != query.device:
+        expected = f"{query.device}, as the query"
+        raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)
+
+
 def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int, int] | None:
-    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others, and `_refuse` says why.
+    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others: `_refuse` says why.
 
     Every attribute is read once: a short call cannot afford more.
     """
@@ -202,7 +190,7 @@ def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, 
 
 
 def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise InputError for the first thing that `sizes_of` does not accept."""
+    """Raise InputError for the first reason why `sizes_of` does not accept these tensors."""
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if x.dim() != 4:
@@ -227,43 +215,33 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
                 got=f"{x.dtype} beside a {query.dtype} query",
                 remedy="Convert the inputs with .to(dtype).",
             )
-        if x.device != query.device:
-            raise InputError(
-                f"device of {name}",
-                expected=f"{query.device}, as the query",
-                got=x.device,
-                remedy="Move all inputs to one device with .to(device).",
-            )
+        _check_device(name, x, query, "Move all inputs to one device with .to(device).")
     batch, heads, _, head_dim = query.shape
     if key.shape[:3] != value.shape[:3]:
         raise InputError(
             "shape of value",
             expected=f"{tuple(key.shape[:3])} and a head_dim of its own, for a key of shape {tuple(key.shape)}",
             got=tuple(value.shape),
-            remedy="Every key has one value; only its head_dim may differ.",
+            remedy="Give one value for each key; only its head_dim may differ.",
         )
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise InputError(
             "shape of key",
             expected=f"[{batch}, kv_heads, keys, {head_dim}] for a query of shape {tuple(query.shape)}",
             got=tuple(key.shape),
-            remedy="Batch and head_dim of query and key must be equal.",
+            remedy="Make batch and head_dim of query and key equal.",
         )
     if heads % key.shape[1]:
         raise InputError(
             "number of heads",
             expected=f"query heads divisible by the {key.shape[1]} key/value heads",
             got=heads,
-            remedy="Every group of query heads shares one key/value head.",
+            remedy="Give groups of query heads of one size, each sharing one key/value head.",
         )
     for name, x in (("query", query), ("value", value)):
         if x.shape[3] > MAX_HEAD_DIM:
-            raise InputError(
-                f"head_dim of {name}",
-                expected=f"at most {MAX_HEAD_DIM}",
-                got=x.shape[3],
-                remedy="Call dense attention.",
-            )
+            expected = f"at most {MAX_HEAD_DIM}"
+            raise InputError(f"head_dim of {name}", expected=expected, got=x.shape[3], remedy="Call dense attention.")
 
 
 def check_sinks(sinks: Tensor, query: Tensor) -> None:
@@ -276,20 +254,14 @@ def check_sinks(sinks: Tensor, query: Tensor) -> None:
             got=f"{sinks.dtype} of shape {tuple(sinks.shape)}",
             remedy="Flatten them, or drop the dimensions of batch and length.",
         )
-    if sinks.device != query.device:
-        raise InputError(
-            "device of sinks",
-            expected=f"{query.device}, as the query",
-            got=sinks.device,
-            remedy="Move them with .to(device).",
-        )
+    _check_device("sinks", sinks, query, "Move them with .to(device).")
 
 
 def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     """Raise InputError unless this is a mask that SDPA takes, for [B, Hq, Nq, D] and [B, Hkv, Nk, D]."""
     wanted = (*query.shape[:3], key.shape[2])
-    given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    if not 2 <= attn_mask.dim() <= 4 or any(a not in (1, b) for a, b in zip(given, wanted, strict=True)):
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if not 2 <= attn_mask.dim() <= 4 or any(a not in (1, b) for a, b in zip(shape, wanted, strict=True)):
         raise InputError(
             "shape of attn_mask",
             expected=f"2 to 4 dimensions that broadcast to {wanted}, [batch, heads, queries, keys]",
@@ -303,10 +275,4 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
             got=attn_mask.dtype,
             remedy="Compare a mask of numbers with 0, or convert it with .to(query.dtype).",
         )
-    if attn_mask.device != query.device:
-        raise InputError(
-            "device of attn_mask",
-            expected=f"{query.device}, as the query",
-            got=attn_mask.device,
-            remedy="Move it with .to(device).",
-        )
+    _check_device("attn_mask", attn_mask, query)

@@ -25,7 +25,7 @@ def segment_means(query: Tensor, group_len: int) -> Tensor:
 
 
 def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, [B, Hl, P, Nk]; see the module docstring.
+    """Importance of every key for every segment, [B, Hr, P, Nk]; see the module docstring.
 
     Args:
         call: What is attended.

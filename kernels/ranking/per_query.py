@@ -179,7 +179,7 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
 
 
 def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, float32 [B, Hl, P, Nk]; see the module docstring."""
+    """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring."""
     (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
@@ -187,8 +187,8 @@ def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int
     few_query = (take_dims(query, dims).float() * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
-    lists = heads // kv_heads // shared  # of each key/value head
-    shape = batch, kv_heads * lists, len(starts), n_keys
+    rankings = heads // kv_heads // shared  # of each key/value head
+    shape = batch, kv_heads * rankings, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
     starts, stops = starts.tolist(), stops.tolist()
     members = torch.arange(heads // kv_heads, device=query.device)[:, None]
@@ -206,17 +206,17 @@ def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int
         missing = -rows.shape[3] % SLOTS  # silent queries
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
         rows[..., rows.shape[3] - missing :, -1] = float("inf")
-        rows = rows.view(batch, kv_heads * lists, -1, rows.shape[4])
+        rows = rows.view(batch, kv_heads * rankings, -1, rows.shape[4])
         end = starts[s] if mask.causal else n_keys
         products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
         for b in range(batch):
-            for some in range(kv_heads * lists):
+            for ranking_head in range(kv_heads * rankings):
                 for j in range(0, end, KEY_STEP):
                     step = slice(j, min(j + KEY_STEP, end))
-                    columns = key_columns[b, some // lists, :, step]
+                    columns = key_columns[b, ranking_head // rankings, :, step]
                     out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
-                    best = torch.mm(rows[b, some], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
-                    torch.logsumexp(best, 0, out=scores[b, some, s, step])
+                    best = torch.mm(rows[b, ranking_head], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
+                    torch.logsumexp(best, 0, out=scores[b, ranking_head, s, step])
 
     for_each(segment, reversed(range(len(starts))), query.device)
     return scores

@@ -2,9 +2,9 @@
 
 unvisited[s, n] = max over sampled queries i of segment s of  sum of softmax_i over list entries from n BLOCK_LEN on
 
-The stop rule of ``definition.py`` watches the mass while a tile walks; FlexAttention must know how far to walk before
+The stop rule of ``reference.py`` watches the mass while a tile walks; FlexAttention must know how far to walk before
 it starts. So some queries of every segment attend densely, weights only, and the worst of them decides. Of the
-estimates tried on SmolLM2 at 8K this one foretold errors best: at one density the scores of ``ranking_per_query``, read
+estimates tried on SmolLM2 at 8K this one foretold errors best: at one density the scores of ``ranking.per_query``, read
 as probabilities, left a fifth more error, and between heads errors at one limit spread less than under the stop rule.
 """
 
@@ -68,8 +68,8 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
     for s in range(plan.n_segments):
         first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
         seg_start, seg_stop = mask.in_segment_range(first, stop - 1, n_queries, n_keys)
-        listed = seg_start if mask.causal else longest
-        if listed == 0:
+        n_ranked = seg_start if mask.causal else longest
+        if n_ranked == 0:
             continue
         rows = sampled_rows[s]
         end = seg_stop if mask.causal else n_keys
@@ -85,14 +85,14 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
         )
         seen = ~hidden.all(-1).view(-1, 1, 1, len(rows), 1)
         weight = torch.where(seen, logits.softmax(-1), 0.0)
-        lists = plan.key_index[:, :, s, :listed].long().clamp(0, end - 1).unflatten(1, (kv_heads, -1))
-        lists = lists.repeat_interleave(heads // plan.key_index.shape[1], 2)  # one for each head of the group
-        real = torch.arange(listed, device=query.device) < plan.prefix_count[:, s, None]
-        shape = (*weight.shape[:-1], listed)
-        mass = weight.gather(-1, lists[:, :, :, None].expand(shape))
-        mass = mass.masked_fill_(non_finite.gather(-1, lists.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
+        ranked = plan.key_index[:, :, s, :n_ranked].long().clamp(0, end - 1).unflatten(1, (kv_heads, -1))
+        ranked = ranked.repeat_interleave(heads // plan.key_index.shape[1], 2)  # one for each head of the group
+        real = torch.arange(n_ranked, device=query.device) < plan.prefix_count[:, s, None]
+        shape = (*weight.shape[:-1], n_ranked)
+        mass = weight.gather(-1, ranked[:, :, :, None].expand(shape))
+        mass = mass.masked_fill_(non_finite.gather(-1, ranked.expand(*shape[:3], -1))[:, :, :, None], float("inf"))
         mass = mass.masked_fill_(~real[:, None, None, None], 0.0)
-        mass = torch.nn.functional.pad(mass, (0, -listed % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
+        mass = torch.nn.functional.pad(mass, (0, -n_ranked % BLOCK_LEN)).unflatten(-1, (-1, BLOCK_LEN)).sum(-1)
         left = mass.flip(-1).cumsum(-1).flip(-1).amax(3).nan_to_num_(nan=float("inf"), posinf=float("inf"))
         unvisited[:, :, s, : left.shape[-1]] = left.flatten(1, 2)
     return unvisited

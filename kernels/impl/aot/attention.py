@@ -1,8 +1,8 @@
-"""``s2o::attention`` in functions that torch can trace, for programs that leave Python: its decomposition.
+"""The decomposition of ``s2o::attention`` into functions that torch can trace, for programs that leave Python.
 
-A custom operator is Python, which an AOTInductor package has not. The decomposition computes the same by torch's own
-operators. Lengths are symbolic, so the path is chosen when the program runs (``cond``). What shapes depend on, and the
-operator chooses by length, is chosen by the longest length that the program accepts.
+A custom operator is Python code, and an AOTInductor package has no Python. The decomposition computes the same by
+torch's own operators. Lengths are symbolic, so the path is chosen when the program runs (``cond``). Shapes that the
+operator chooses by length are chosen by the longest length that the program accepts.
 """
 
 from __future__ import annotations
@@ -56,23 +56,19 @@ def attention(
     taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
     segment_len = segment_len or default_segment_len(longest(query.shape[2]))
     order = memory_order(query, value.shape[3], layout)
-    given = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]
-    shapes = [x.shape for x in given]
+    tensors = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]
+    shapes = [x.shape for x in tensors]
     executor = _executor(query.device)
 
     def opened(operands: Sequence[Tensor]) -> tuple[AttentionCall, Sequence[float] | Tensor]:
         query, key, value, *rest = [x.view(shape) for x, shape in zip(operands, shapes, strict=False)]
         terms = {"causal_offset": causal_offset, "window": window, "attention_chunk": attention_chunk}
         key_masks = rest.pop(0) if key_mask is not None else None
+        mask = AttentionMask.aligned(query, key, causal=causal, key_mask=key_masks, **terms)
+        logits = rest.pop(0) if sinks is not None else None
         call = AttentionCall(
-            query=query,
-            key=key,
-            value=value,
-            mask=AttentionMask.aligned(query, key, causal=causal, key_mask=key_masks, **terms),
-            scale=factor,
-            softcap=softcap,
-            sinks=rest.pop(0) if sinks is not None else None,
-        )
+            query=query, key=key, value=value, mask=mask, scale=factor, softcap=softcap, sinks=logits
+        )  # fmt: skip
         return call, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(call: AttentionCall, output: Tensor) -> tuple[Tensor]:
@@ -100,21 +96,19 @@ def attention(
             if dense:
                 output = _exact(part)
             else:
-                own = [taus[rows] for rows in members]
-                own = torch.cat(own) if isinstance(taus, Tensor) else [tau for some in own for tau in some]
-                output = _with_sinks(part, *executor.attend(part, own, segment_len))
+                limits = [taus[rows] for rows in members]
+                limits = torch.cat(limits) if isinstance(taus, Tensor) else [tau for run in limits for tau in run]
+                output = _with_sinks(part, *executor.attend(part, limits, segment_len))
             sizes = [rows.stop - rows.start for rows in members]
             outputs += zip((rows.start for rows in members), output.to(value.dtype).split(sizes, 1), strict=True)
         return closed(call, torch.cat([output for _, output in sorted(outputs, key=lambda x: x[0])], 1))
 
     sparse = attention_chunk is None and factor > 0 and len(set(dense_heads or ())) < key.shape[1]
     enough = torch.sym_min(query.shape[2] - TILE_LEN, key.shape[2] - min_seq_len) >= 0 if sparse else False
-    # Copies in one dimension: what a branch is given may share no memory and must lie as it was traced, but query, key
-    # and value are often views of one projection, and Inductor lays out what it copies as it likes.
-    sizes = [size for shape in shapes for size in shape] + [
-        size for size in (causal_offset, window) if size is not None
-    ]
-    operands = (*(x.reshape(-1).clone() for x in given), *symbols(sizes))
+    # Copies in one dimension: operands of a branch may share no memory and must lie as they were traced. But query, key
+    # and value are often views of one projection, and Inductor chooses the layout of its copies.
+    sizes = [*(size for shape in shapes for size in shape), *(x for x in (causal_offset, window) if x is not None)]
+    operands = (*(x.reshape(-1).clone() for x in tensors), *symbols(sizes))
     if statically_known_true(enough) or statically_known_true(enough == False):  # noqa: E712 (may be symbolic)
         (output,) = (long if statically_known_true(enough) else short)(*operands)
     else:
@@ -141,14 +135,9 @@ def masked_attention(
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """``s2o::masked_attention`` by SDPA under the mask as it is: reading a mask takes decisions in Python."""
+    factor = query.shape[3] ** -0.5 if scale is None else scale
     call = AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        scale=query.shape[3] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        sinks=sinks,
-        fully_masked=fully_masked,
+        query=query, key=key, value=value, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
     )
     output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
     if memory_order(query, value.shape[3], layout) == "BNHD":
@@ -158,12 +147,10 @@ def masked_attention(
 
 def _executor(device: torch.device) -> ModuleType:
     if device.type == "cuda":
-        from s2o_compile.kernels.impl.aot import cuda_forward as portable_triton
-
-        return portable_triton
-    from s2o_compile.kernels.impl.aot import cpu_forward as portable_walk
-
-    return portable_walk
+        from s2o_compile.kernels.impl.aot import cuda_forward as forward
+    else:
+        from s2o_compile.kernels.impl.aot import cpu_forward as forward
+    return forward
 
 
 def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice], bool]]:
@@ -187,6 +174,4 @@ def _exact(call: AttentionCall) -> Tensor:
         return sdpa(*call.tensors, is_causal=mask.causal, scale=call.scale)
     rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
     visible = mask.visible(rows, columns)[None, None]
-    if mask.key_mask is not None:
-        visible = visible & mask.key_mask[:, None, None, :]
-    return attend_under(call, visible)
+    return attend_under(call, visible if mask.key_mask is None else visible & mask.key_mask[:, None, None, :])

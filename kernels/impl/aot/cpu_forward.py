@@ -2,9 +2,9 @@
 
     map over the segments of all key/value heads:  rank the segment's keys
     map over tiles, those of a group side by side:  pass 1, then a loop over the ranked keys, STEP at a time, until
-                                                    every tile of the group has stopped
+                                                    every tile of the group has stopped (``core/stop_rule.py``)
 
-``torch_forward.py`` is the same method with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
+``impl.torch.forward`` is the same with Python's loops; tiles stop behind the same chunk. Rows of all heads lie one
 below the other and are read by number, so no head is copied for its segments.
 """
 
@@ -20,7 +20,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, in_segment_keys, n_segments, non_finite_keys
 from s2o_compile.kernels.core.sizes import symbols
 from s2o_compile.kernels.core.stop_rule import tail_share
-from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment
+from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment, row_normaliser
 from s2o_compile.kernels.ranking import tail
 from s2o_compile.kernels.ranking.per_query import (
     choose_dims,
@@ -60,7 +60,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     rest = _rest(query, key, mask)
     tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
 
-    def place_of(number: Tensor) -> tuple[Tensor, Segment]:
+    def segment_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)
         first = number % segments * segment_len
         return head, Segment(first, *in_segment_keys(mask, first, n_queries, n_keys, segment_len))
@@ -72,28 +72,27 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         return None if mask.key_mask is None else rest[0][head // kv_heads * n_keys + keys]
 
     def rank(number: Tensor, query: Tensor, key: Tensor, non_finite: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        head, place = place_of(number)
+        head, segment = segment_of(number)
         keys = torch.arange(n_keys)
         rows = head * n_keys + keys
-        slots = place.first + scored_positions(segment_len, group, query.device).expand(group, -1)
-        queries = query[query_rows(head, slots)]
-        allowed = allowed_keys(head, keys, rest)
-        ranked, count = rank_segment(
-            queries, slots, key[rows], non_finite[rows], allowed, mask, place, segment_len, n_queries
-        )
+        slots = segment.first + scored_positions(segment_len, group, query.device).expand(group, -1)
+        queries, allowed = query[query_rows(head, slots)], allowed_keys(head, keys, rest)
+        normaliser = row_normaliser(queries, slots, key[rows], allowed, mask, segment, segment_len)
+        normaliser = normaliser.masked_fill(slots >= n_queries, float("inf"))
+        ranked, count = rank_segment(queries, normaliser, key[rows], non_finite[rows], allowed, mask.causal, segment)
         return (head * n_keys + ranked).to(torch.int32), count
 
     def tile(
-        number: Tensor, query: Tensor, key: Tensor, value: Tensor, lists: Tensor, counts: Tensor, tails: Tensor,
+        number: Tensor, query: Tensor, key: Tensor, value: Tensor, ranked_rows: Tensor, counts: Tensor, tails: Tensor,
         tau: Tensor, *rest: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         at = number // tiles
-        head, place = place_of(at)
-        slots = place.first + number % tiles * TILE_LEN + torch.arange(TILE_LEN)
+        head, segment = segment_of(at)
+        slots = segment.first + number % tiles * TILE_LEN + torch.arange(TILE_LEN)
         rows = query[query_rows(head, slots)].flatten(0, 1)
-        own = place.start + torch.arange(segment_len)
+        own = segment.start + torch.arange(segment_len)
         keys = own.clamp(max=n_keys - 1)
-        seen = (own < place.stop) & mask.visible(slots, own)
+        seen = (own < segment.stop) & mask.visible(slots, own)
         allowed = allowed_keys(head, keys, rest)
         seen = seen if allowed is None else seen & allowed
         keys = head * n_keys + keys
@@ -103,14 +102,16 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         # A head has a tail more than segments where n_segments counts one that is empty.
         seg_tail = head * n_segments(n_queries, segment_len) + at % segments
         mean = tails.index_select(0, seg_tail.view(1))[0]
-        first = at * lists.shape[1]
-        return walk(rows, key, value, lists, first, count, _chunk_len(n_keys), limit, mean, state, softcap)
+        first = at * ranked_rows.shape[1]
+        return visit_ranked(
+            rows, key, value, ranked_rows, first, count, _chunk_len(n_keys), limit, mean, state, softcap
+        )
 
     flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
-    # One number more than there are: what may be a single one would be traced for several only.
+    # One number more than there are: a map over one alone would be traced for several only.
     count = batch * kv_heads * segments + 1
-    lists, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], non_finite, *rest))
-    operands = (flat[0], flat[2], flat[4], lists, counts, tails, tau, *rest)
+    ranked_rows, counts = map_loop(rank, (torch.arange(count),), (flat[1], flat[3], non_finite, *rest))
+    operands = (flat[0], flat[2], flat[4], ranked_rows, counts, tails, tau, *rest)
     output, lse = map_loop(tile, (torch.arange(count * tiles),), operands)
     rows = _tile_rows(query, group, segments * tiles)
     return output.flatten(0, 1)[rows], lse.flatten()[rows]
@@ -139,17 +140,17 @@ def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
             done: Tensor, output: Tensor, lse: Tensor, rows: Tensor, slots: Tensor, key: Tensor, value: Tensor,
             head: Tensor, stop: Tensor, *rest: Tensor,
         ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-            place = done + torch.arange(STEP)
-            keys = place.clamp(max=n_keys - 1)
-            seen = (place < stop) & mask.visible(slots, place)
+            positions = done + torch.arange(STEP)
+            keys = positions.clamp(max=n_keys - 1)
+            seen = (positions < stop) & mask.visible(slots, positions)
             if mask.key_mask is not None:
                 seen = seen & rest[0][head // kv_heads * n_keys + keys]
             keys = head * n_keys + keys
             brought = block(rows, key[keys], value[keys], seen, softcap)
             return done + STEP, *merge(output, lse, *brought)
 
-        def more(done: Tensor, output: Tensor, lse: Tensor, *given: Tensor) -> Tensor:
-            return done < given[5]
+        def more(done: Tensor, output: Tensor, lse: Tensor, *operands: Tensor) -> Tensor:
+            return done < operands[5]
 
         nothing = rows.new_zeros(rows.shape[0], value.shape[1]), rows.new_full((rows.shape[0],), float("-inf"))
         _, *state = while_loop(more, step, (start, *nothing), (rows, slots, key, value, head, stop, *rest))
@@ -163,10 +164,10 @@ def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """``block_attention.plain_block`` of query [M, D] and key [C, D] where ``seen`` [m or 1, C], m a divisor of M.
+    """``impl.torch.blocks.plain_block`` of query [M, D] and key [C, D] where ``seen`` [m or 1, C], m a divisor of M.
 
-    A row may see nothing. What hides is added by the product, as a tensor: in the loop behind it, it would be computed
-    anew for every element, and one by one.
+    A row may see nothing. The product adds the bias, as a tensor: the loop behind the product would compute it anew for
+    every element, and one by one.
     """
     bias = torch.where(seen, 0.0, float("-inf"))
     bias = bias.expand(query.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1) if bias.shape[0] > 1 else bias[0]
@@ -180,61 +181,52 @@ def block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: floa
 
 
 def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """``block_attention.merge`` into new memory."""
+    """``impl.torch.blocks.merge`` into new memory."""
     joint = torch.logaddexp(lse, other_lse)
     finite = joint.masked_fill(joint == float("-inf"), 0.0)
     return output * (lse - finite).exp()[:, None] + other * (other_lse - finite).exp()[:, None], joint
 
 
-def walk(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lists: Tensor,
-    first: Tensor,
-    count: Tensor,
-    chunk_len: Tensor,
-    tau: Tensor,
-    mean_value: Tensor,
-    state: tuple[Tensor, Tensor],
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Pass 2 of the tiles of a group, side by side: those that have stopped keep what they have.
+def visit_ranked(
+    query: Tensor, key: Tensor, value: Tensor, ranked_rows: Tensor, first: Tensor, count: Tensor, chunk_len: Tensor,
+    tau: Tensor, mean_value: Tensor, state: tuple[Tensor, Tensor], softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pass 2 of the tiles of a group, side by side; tiles that have stopped keep their results.
 
     Args:
         query: float32 [G * TILE_LEN, D].
         key: float32 [R, D].
         value: float32 [R, Dv].
-        lists: int32 [segments, L], rows of both by rank.
-        first: int64 [], where the list to walk begins.
+        ranked_rows: int32 [segments, L], rows of both by rank.
+        first: int64 [], where the segment's ranking begins.
         count: int64 [], how many of its entries are prefix keys.
         chunk_len: int64 [], a multiple of STEP.
         tau: float32 [G].
-        mean_value: float32 [Dv], of the prefix keys: what stands for those that are left out.
+        mean_value: float32 [Dv], the mean value of the prefix keys, which stands for those that are left out.
         state: Output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
         softcap: Bound of the logits, None for none.
     """
     group = tau.shape[0]
 
-    def more(visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor) -> Tensor:
-        return (visited < given[5]) & going.any()
+    def more(visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *operands: Tensor) -> Tensor:
+        return (visited < operands[5]) & going.any()
 
     def step(
-        visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *given: Tensor
+        visited: Tensor, output: Tensor, lse: Tensor, before: Tensor, going: Tensor, *operands: Tensor
     ) -> tuple[Tensor, ...]:
-        query, key, value, lists, first, count, chunk_len, tau, mean_value = given
+        query, key, value, ranked_rows, first, count, chunk_len, tau, mean_value = operands
         entries = visited + torch.arange(STEP)
-        rows = lists.view(-1)[first + entries.clamp(max=lists.shape[1] - 1)]
+        rows = ranked_rows.view(-1)[first + entries.clamp(max=ranked_rows.shape[1] - 1)]
         brought = block(query, key[rows], value[rows], (entries < count)[None], softcap)
         merged, joint = merge(output, lse, *brought)
         visited = visited + STEP
         gain = (1 - (before - joint).exp()).nan_to_num(0.0).view(group, TILE_LEN)
         to_come = visited / chunk_len * (count / visited).log().clamp_min(0.0)
         tested = visited % chunk_len == 0
-        believed = visited > chunk_len
-        unvisited = torch.where(believed, gain.amax(-1), 1.0) * to_come
+        uses_gain = visited > chunk_len
+        unvisited = torch.where(uses_gain, gain.amax(-1), 1.0) * to_come
         stopped = tested & (count >= 2 * chunk_len) & (tau > 0) & (unvisited < tau)
-        share = torch.where(stopped[:, None] & believed, tail_share(gain, to_come), 0.0).view(-1)
+        share = torch.where(stopped[:, None] & uses_gain, tail_share(gain, to_come), 0.0).view(-1)
         merged, joint = (merged + share[:, None] * mean_value) / (1 + share)[:, None], joint + share.log1p()
         live = going[:, None].expand(group, TILE_LEN).reshape(-1)
         output, lse = torch.where(live[:, None], merged, output), torch.where(live, joint, lse)
@@ -242,7 +234,7 @@ def walk(
 
     output, lse = state
     start = torch.zeros_like(count), output, lse, lse.clone(), tau >= 0
-    operands = (query, key, value, lists, first, count, chunk_len, tau, mean_value)
+    operands = (query, key, value, ranked_rows, first, count, chunk_len, tau, mean_value)
     _, output, lse, _, _ = while_loop(more, step, start, operands)
     return output, lse
 
@@ -252,19 +244,19 @@ def _chunk_len(n_keys: int) -> Tensor:
 
 
 def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
-    """What the bodies of loops need besides: the key mask, and every size that they compute with."""
+    """Other operands of loop bodies: the key mask, and every size that they compute with."""
     sizes = (*query.shape[:3], key.shape[2], mask.offset, *(() if mask.window is None else (mask.window,)))
     return [*(() if mask.key_mask is None else (mask.key_mask.flatten(),)), *symbols(sizes)]
 
 
 def _samples(x: Tensor) -> Tensor:
-    """What ``second_moments`` takes of [B, H, N, D]; it is several rows, for the sparse path runs from a tile on."""
+    """The rows of [B, H, N, D] that ``second_moments`` takes: several, because the sparse path has a tile or more."""
     stride = dim_stride(x.shape[2])
     return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
 
 
 def _tile_rows(query: Tensor, group: int, tiles: int) -> Tensor:
-    """int64 [B, Hq, Nq]: where each row lies in [B * Hkv * tiles, G, TILE_LEN]."""
+    """The index of each row in [B * Hkv * tiles, G, TILE_LEN], int64 [B, Hq, Nq]."""
     batch, heads, n_queries, _ = query.shape
     at, member = torch.arange(n_queries), torch.arange(heads)[:, None] % group
     head = torch.arange(batch)[:, None] * (heads // group) + torch.arange(heads) // group

@@ -1,7 +1,7 @@
 """The Triton kernels of the operator in functions that can be traced: launches are recorded, lengths are symbolic.
 
-The launchers are those of the operator. What they decide by length is decided by the longest one: segments, chunks, how
-many key/value heads are ranked at a time. Nothing waits for the device, and nothing is tuned.
+The launchers are those of the operator. The longest length decides the lengths of segments and chunks, and how many
+key/value heads are ranked at a time. The host does not wait for the device, and nothing is tuned.
 """
 
 from __future__ import annotations
@@ -49,15 +49,11 @@ def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tup
     score_keys = triton_ranking.prepare(call, segment_len, call.group)
     tail_value = tail_values(call, segment_len, sums_by=triton_tail)
     non_finite = triton_order.find_non_finite(key, value)
-    for heads in runs(range(key.shape[1]), _together(key, value, call.n_queries, segment_len)):
+    for heads in runs(range(key.shape[1]), _heads_at_once(key, value, call.n_queries, segment_len)):
         members = query_heads(heads, call.group)
         part = call.over(query[:, members], key[:, heads], value[:, heads])
         key_index, prefix_count = triton_order.order_keys(
-            score_keys(part, heads),
-            non_finite[:, heads],
-            call.mask,
-            n_queries=call.n_queries,
-            segment_len=segment_len,
+            score_keys(part, heads), non_finite[:, heads], call.mask, n_queries=call.n_queries, segment_len=segment_len
         )
         plan = Plan(
             segment_len=segment_len,
@@ -97,16 +93,16 @@ def _recorded(run: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: Atten
         tracing.reset(recording)
 
 
-def _together(key: Tensor, value: Tensor, n_queries: int, segment_len: int) -> int:
-    """Key/value heads that are ranked at a time, so that scores and lists stay small beside key and value."""
+def _heads_at_once(key: Tensor, value: Tensor, n_queries: int, segment_len: int) -> int:
+    """Key/value heads that are ranked at a time, so that scores and indices stay small beside key and value."""
     batch, kv_heads, n_keys = (longest(size) for size in key.shape[:3])
-    held = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
-    list_bytes = batch * n_segments(longest(n_queries), segment_len) * n_keys * BYTES_A_SCORE
-    return max(max(held, SCRATCH_BYTES) // list_bytes, 1)
+    scratch = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
+    ranking_bytes = batch * n_segments(longest(n_queries), segment_len) * n_keys * BYTES_A_SCORE
+    return max(max(scratch, SCRATCH_BYTES) // ranking_bytes, 1)
 
 
 def _empty(query: Tensor, value_dim: int) -> Result:
-    """``definition.empty_result`` in memory order: the layout of a symbolic query cannot be asked for."""
+    """``core.result.empty_result`` in memory order: a symbolic query has no known layout."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)

@@ -1,7 +1,7 @@
 """S2O forward by FlexAttention: a kernel that torch compiles, for devices and functions beyond our own.
 
-How far each tile visits its ranked keys is decided before the launch (``ranking.unvisited``), and ranked keys are
-gathered blocks X
+The blocks that a tile visits are counted before the launch (``ranking.unvisited``), in the place of the stop rule.
+Ranked keys are gathered into blocks behind those in position order (``layout.py``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Shape = tuple[int, int, int, int, int]
 """B, Hq, Hkv, Nq, Nk."""
 
 LEAST_HEAD_DIM = 16
-"""Of FlexAttention's kernels on a GPU."""
+"""Smallest head dim of FlexAttention's kernels on a GPU."""
 
 
 def attend(call: AttentionCall, plan: Plan, visits: Tensor) -> Result:
@@ -71,7 +71,7 @@ def attend_exact(call: AttentionCall) -> Result:
 def place(
     mask: AttentionMask, shape: Shape, device: torch.device, row_bytes: int, plan: Plan, visits: Tensor
 ) -> FlexLayout:
-    """Where a call finds its keys over a plan.
+    """The layout of a call's keys over a plan.
 
     Args:
         mask: Which keys a query sees, without a window.
@@ -83,11 +83,11 @@ def place(
     """
     kv_heads, n_queries, n_keys = shape[2:]
     bounds = in_segment_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
-    listed = plan.prefix_count[:, None].expand(-1, kv_heads, -1)
-    outside = bounds[0].expand_as(listed) if mask.causal else torch.full_like(listed, n_keys)
+    n_ranked = plan.prefix_count[:, None].expand(-1, kv_heads, -1)
+    outside = bounds[0].expand_as(n_ranked) if mask.causal else torch.full_like(n_ranked, n_keys)
     pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=device.type != "cpu")
     grid = block_grid(mask, shape, plan.segment_len, device)
-    return lay_out(grid, bounds, plan.key_index, listed, outside, visits, pool, ranked_whole=True)
+    return lay_out(grid, bounds, plan.key_index, n_ranked, outside, visits, pool, ranked_whole=True)
 
 
 def block_grid(mask: AttentionMask, shape: Shape, segment_len: int, device: torch.device) -> BlockGrid:
@@ -98,10 +98,9 @@ def block_grid(mask: AttentionMask, shape: Shape, segment_len: int, device: torc
     last_row = (first_row + TILE_LEN - 1).clamp(max=n_queries - 1)
     first_key = torch.arange(0, n_keys, BLOCK_LEN, device=device)
     behind = first_key + BLOCK_LEN
-    some = (behind > start[first_row, None]) & (first_key < stop[last_row, None])
-    every = (first_key >= start[last_row, None]) & (behind <= stop[first_row, None])
-    every = every & (mask.key_mask is None)
-    return BlockGrid(*shape, segment_len, *(x.expand(batch, heads, -1, -1) for x in (some & ~every, every)))
+    seen = (behind > start[first_row, None]) & (first_key < stop[last_row, None])
+    full = (first_key >= start[last_row, None]) & (behind <= stop[first_row, None]) & (mask.key_mask is None)
+    return BlockGrid(*shape, segment_len, *(x.expand(batch, heads, -1, -1) for x in (seen & ~full, full)))
 
 
 def _shape(call: AttentionCall) -> Shape:
@@ -137,7 +136,7 @@ def _attend(call: AttentionCall, layout: FlexLayout) -> Result:
     key_mask = call.mask.key_mask
     present = key.new_ones(batch, call.n_keys, dtype=torch.bool) if key_mask is None else key_mask
     present = present.repeat_interleave(kv_heads, 0)
-    # A number that a score_mod captured must be a constant: torch 2.11 takes no symbolic float there.
+    # A number that a score_mod captured must be a constant because torch 2.11 takes no symbolic float there.
     with dynamo_options(recompile_limit=VARIANTS, specialize_float=True):
         found = _compiled(query.device.type)(
             folded, keys, values, layout, (start, stop, present), call.scale, call.softcap, call.wants_lse

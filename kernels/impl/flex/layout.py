@@ -3,10 +3,10 @@
     keys of one head   [ position order, Nk | blocks of segment a | blocks of segment c | ... unused ]
     blocks of a tile   in-segment keys (under the mask), then the first blocks of its segment's ranked keys
 
-A head that visits nearly all of a ranking visits the keys in position order instead: every key stands in one place or
-the other, and is counted once. So do all heads of a segment that finds no room: gathered blocks have a pool of fixed
-size, whatever the plan, and the segment that saves most per block goes first. Sizes depend on lengths alone: nothing
-waits for the device, and a graph of one shape serves every plan.
+A head that visits nearly all of a ranking visits the keys in position order instead, so every key is counted once. All
+heads of a segment without room do the same: gathered blocks have a pool of fixed size, whatever the plan, and the
+segment that saves most per block goes first. Sizes depend on lengths alone: the host does not wait for the device, and
+a graph of one shape serves every plan.
 
 Measured on SmolLM2 at 8K, with the true mass of every block known, this layout computes 0.20 of all pairs for an error
 of 4.4 %; blocks of neighbouring keys, permuted inside 512 keys or not at all, take 0.29 and 0.37 for it.
@@ -40,11 +40,11 @@ POOL = 4
 """Gathered blocks, in units of the blocks of all keys: all there are on a CPU."""
 
 POOL_BYTES = 5 * 2**29
-"""Memory of gathered keys, values and their part of all tables: a GPU gathers that much, where it is more. Lists want
-11.6 times the keys at 32K, where half of the walks found no room among POOL times the keys (synthetic input)."""
+"""Memory of gathered keys, values and their part of all tables: a GPU gathers that much, where it is more. At 32K
+rankings want 11.6 times the keys, and half of them found no room among POOL times the keys (synthetic input)."""
 
 WORTH_GATHERING = 7 / 8
-"""A segment is gathered if it visits at most this share of its natural blocks."""
+"""A segment is gathered if it visits at most this share of its blocks in position order."""
 
 
 PARTIAL, FULL = 1, 2
@@ -169,7 +169,7 @@ def pool_blocks(
     if on_gpu:
         tables = 2 * 4 * heads * n_tiles(n_queries)
         pool = max(pool, POOL_BYTES // (batch * (kv_heads * BLOCK_LEN * (2 * row_bytes + 8) + tables)))
-    # What is worth gathering is part of a segment's keys outside its own.
+    # Only part of a segment's prefix keys is worth gathering.
     longest = [n_keys] * segments
     if mask is not None and mask.causal:
         offset = mask.seg_offset(n_queries, n_keys)
@@ -181,7 +181,7 @@ def lay_out(
     grid: BlockGrid,
     bounds: tuple[Tensor, Tensor],
     key_index: Tensor,
-    listed: Tensor,
+    n_ranked: Tensor,
     outside: Tensor,
     visits: Tensor,
     pool: int,
@@ -194,7 +194,7 @@ def lay_out(
         grid: Its sizes and blocks.
         bounds: Integers [P], first in-segment key of every segment, and the key behind its last.
         key_index: int32 [B, Hkv, P, L], ranked keys of every segment.
-        listed: Integers [B, Hkv, P], how many of them are real.
+        n_ranked: Integers [B, Hkv, P], how many of them are real.
         outside: Integers [B, Hkv, P], keys outside the segment that a head computes if it visits none of them ranked.
         visits: Integers [B, Hq, P], blocks of ranked keys to visit (``unvisited.blocks_to_visit``).
         pool: Blocks that are gathered at most, of ``pool_blocks``.
@@ -202,14 +202,14 @@ def lay_out(
     """
     device, (tiles, position_blocks) = key_index.device, grid.partial.shape[2:]
     rows = grid.batch * grid.kv_heads
-    walk = visits.unflatten(1, (grid.kv_heads, grid.group)).flatten(0, 1).long()
+    visits = visits.unflatten(1, (grid.kv_heads, grid.group)).flatten(0, 1).long()
     gathered, first, keys = gather_blocks(
-        key_index.flatten(0, 1), listed.flatten(0, 1), outside.flatten(0, 1), walk, position_blocks, pool
+        key_index.flatten(0, 1), n_ranked.flatten(0, 1), outside.flatten(0, 1), visits, position_blocks, pool
     )
     keys = keys.clamp(0, grid.n_keys - 1)
     positions = torch.arange(position_blocks * BLOCK_LEN, device=device).clamp(max=grid.n_keys - 1).expand(rows, -1)
     segment = torch.arange(tiles, device=device) * TILE_LEN // grid.segment_len
-    gathered, first, visited = gathered[:, :, segment], first[:, segment], walk[:, :, segment]
+    gathered, first, visited = gathered[:, :, segment], first[:, segment], visits[:, :, segment]
     visited = torch.where(gathered, visited, 0)
     start = torch.where(gathered, bounds[0][segment], 0)
     stop = torch.where(gathered, bounds[1][segment], position_blocks * BLOCK_LEN)
@@ -263,22 +263,22 @@ def lives_on_gpu(x: Tensor) -> bool:
 def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Count int32 [B * Hkv, G, T] and order int32 [B * Hkv, G, T, blocks] of blocks chosen by flags of that shape.
 
-    Any block stands behind a row's count.
+    Entries behind a row's count are any blocks.
     """
     order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def gather_blocks(
-    key_index: Tensor, listed: Tensor, outside: Tensor, walk: Tensor, position_blocks: int, pool: int
+    key_index: Tensor, n_ranked: Tensor, outside: Tensor, visits: Tensor, position_blocks: int, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the heads that visit ranked keys, and place the blocks of these behind those in position order.
 
     Args:
         key_index: int32 [B * Hkv, P, L], ranked keys.
-        listed: Integers [B * Hkv, P], how many of them are real.
+        n_ranked: Integers [B * Hkv, P], how many of them are real.
         outside: Integers [B * Hkv, P], keys that a head computes outside its segment if it visits none of them ranked.
-        walk: Blocks that each head would visit, int64 [B * Hkv, G, P].
+        visits: Blocks that each head would visit, int64 [B * Hkv, G, P].
         position_blocks: Blocks in position order.
         pool: Blocks that are gathered at most.
 
@@ -288,10 +288,10 @@ def gather_blocks(
     """
     segments, longest = key_index.shape[1:]
     # The last block of a ranking may be short, and visiting a whole ranking saves nothing.
-    fits = (walk <= (listed // BLOCK_LEN)[:, None]) & (walk * BLOCK_LEN <= (outside * WORTH_GATHERING)[:, None])
-    wanted = torch.where(fits, walk, 0).amax(1)
+    fits = (visits <= (n_ranked // BLOCK_LEN)[:, None]) & (visits * BLOCK_LEN <= (outside * WORTH_GATHERING)[:, None])
+    wanted = torch.where(fits, visits, 0).amax(1)
     order = (wanted * BLOCK_LEN / outside.clamp(min=1)).argsort(dim=-1, stable=True)
-    room = torch.zeros_like(listed, dtype=torch.bool).scatter(1, order, wanted.gather(1, order).cumsum(-1) <= pool)
+    room = torch.zeros_like(n_ranked, dtype=torch.bool).scatter(1, order, wanted.gather(1, order).cumsum(-1) <= pool)
     taken, gathered = torch.where(room, wanted, 0), fits & room[:, None]
     ends = taken.cumsum(-1)
     block = torch.arange(pool, device=key_index.device).expand(len(ends), -1).contiguous()

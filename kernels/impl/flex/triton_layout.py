@@ -38,7 +38,7 @@ def block_table_kernel(chosen_ptr, count_ptr, index_ptr, blocks, ENTRIES: tl.con
 
 
 def block_table(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments and results as ``layout.block_table``."""
+    """Count and order of chosen blocks; arguments and results as ``layout.block_table``."""
     count = torch.empty(chosen.shape[:-1], dtype=torch.int32, device=chosen.device)
     index = count.new_empty(chosen.shape)
     block_table_kernel[(count.numel(),)](

@@ -1,13 +1,13 @@
-"""``flex_sample.rank_samples`` on the GPU: logits of sampled queries read once for their sums, and once in halves.
+"""``sample.rank_samples`` on the GPU: logits of sampled queries read once for their sums, and once in halves.
 
     log_total[i] = log2 of  sum over keys j of  2^(logit[i, j] * log2(e))
     score[j]     = sum over ranking rows i of  2^(logit[i, j] * log2(e) - log_total[i])
-    mass[i, c]   = the same weights of a judging row i, summed over keys j of block c of the sorted list
+    mass[i, c]   = the same weights of an estimating row i, summed over keys j of block c of the ranking
 
-What is left of the half that judges is gathered key by key: all rows of a head and segment fit in the L2 cache, where
+Logits of the half that estimates are gathered key by key: all rows of a head and segment fit in the L2 cache, where
 programs of neighbouring blocks find them.
 
-Logits [B, Hq, p * 2 * HALF, Nk], -inf for what is hidden; even rows rank, odd rows judge.
+Logits [B, Hq, p * 2 * HALF, Nk], -inf for what is hidden; even rows rank, odd rows estimate.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def row_totals_kernel(logit_ptr, total_ptr, n_keys, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_weights(logit_ptr, total_ptr, row, keys, present, non_finite, n_keys):
-    """Weights of rows for keys, [rows, keys]: 0 for what is hidden, inf for what holds NaN or inf and is seen."""
+    """Weights of rows for keys, [rows, keys]: 0 for hidden keys, inf for visible keys that hold NaN or inf."""
     pointers = logit_ptr + row[:, None] * n_keys + keys[None, :]
     logit = tl.load(pointers, mask=present[None, :], other=-float("inf")).to(tl.float32)
     weight = tl.math.exp2(logit * LOG2E - tl.load(total_ptr + row)[:, None])
@@ -60,7 +60,7 @@ def score_keys_kernel(
     logit_ptr, total_ptr, candidate_ptr, non_finite_ptr, score_ptr, n_keys, segments, group,
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the ranking rows of a group see of some keys, -1 for keys that no list holds."""
+    """Weight of some keys in the ranking rows of a group, -1 for keys that are not ranked."""
     segment, head = tl.program_id(1), tl.program_id(2).to(tl.int64)  # of [B * Hkv]
     keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     present = keys < n_keys
@@ -76,34 +76,30 @@ def score_keys_kernel(
 
 @triton.jit
 def block_masses_kernel(
-    logit_ptr, total_ptr, candidate_ptr, non_finite_ptr, order_ptr, list_ptr, mass_ptr, n_keys, segments, group,
+    logit_ptr, total_ptr, candidate_ptr, non_finite_ptr, order_ptr, ranked_ptr, mass_ptr, n_keys, segments, group,
     HALF: tl.constexpr, BLOCK_LEN: tl.constexpr,
 ):  # fmt: skip
-    """What each judging row of one head sees of one block of a list; the list as 32-bit numbers."""
+    """Mass of one block of a ranking in each estimating row of one head; the ranking as 32-bit numbers."""
     block, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)  # of [B * Hq]
     entry = block * BLOCK_LEN + tl.arange(0, BLOCK_LEN)
-    lists = (head // group * segments + segment) * n_keys
-    keys = tl.load(order_ptr + lists + entry, mask=entry < n_keys, other=0)
+    ranked = (head // group * segments + segment) * n_keys
+    keys = tl.load(order_ptr + ranked + entry, mask=entry < n_keys, other=0)
     if head % group == 0:
-        tl.store(list_ptr + lists + entry, keys.to(tl.int32), mask=entry < n_keys)
-    listed = (entry < n_keys) & (tl.load(candidate_ptr + lists + keys) != 0)
+        tl.store(ranked_ptr + ranked + entry, keys.to(tl.int32), mask=entry < n_keys)
+    is_candidate = (entry < n_keys) & (tl.load(candidate_ptr + ranked + keys) != 0)
     non_finite = tl.load(non_finite_ptr + head // group * n_keys + keys)
-    judge = tl.arange(0, HALF)
-    row = (head * segments + segment) * (2 * HALF) + 2 * judge + 1
-    mass = tl.sum(load_weights(logit_ptr, total_ptr, row, keys, listed, non_finite, n_keys), 1)
-    target = mass_ptr + ((head * segments + segment) * HALF + judge) * tl.num_programs(0) + block
+    estimator = tl.arange(0, HALF)
+    row = (head * segments + segment) * (2 * HALF) + 2 * estimator + 1
+    mass = tl.sum(load_weights(logit_ptr, total_ptr, row, keys, is_candidate, non_finite, n_keys), 1)
+    target = mass_ptr + ((head * segments + segment) * HALF + estimator) * tl.num_programs(0) + block
     tl.store(target, mass)
 
 
 def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists int32 [B, Hkv, p, Nk] and each judge's mass of their blocks, float32 [B, Hq, p, HALF, blocks].
+    """Lists int32 [B, Hkv, p, Nk] and each estimating query's mass of their blocks, float32 [B, Hq, p, HALF, blocks].
 
-    Scores are sorted as bfloat16: what differs by less than a hundredth may stand in any order.
-
-    Args:
-        logits: As of ``flex_sample.rank_samples``.
-        candidate: The same.
-        non_finite: The same.
+    Scores are sorted as bfloat16: those that differ by less than a hundredth may stand in any order. Arguments as
+    ``sample.rank_samples``.
     """
     batch, heads, rows, n_keys = logits.shape
     kv_heads, segments = candidate.shape[1:3]
@@ -118,8 +114,8 @@ def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple
         logits, totals, candidate, non_finite, scores, *sizes, HALF=half, BLOCK=SCORE_KEYS, num_warps=4
     )
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    lists = torch.empty(candidate.shape, dtype=torch.int32, device=logits.device)
+    ranked = torch.empty(candidate.shape, dtype=torch.int32, device=logits.device)
     block_masses_kernel[(blocks, segments, batch * heads)](
-        logits, totals, candidate, non_finite, order, lists, mass, *sizes, HALF=half, BLOCK_LEN=BLOCK_LEN, num_warps=2
+        logits, totals, candidate, non_finite, order, ranked, mass, *sizes, HALF=half, BLOCK_LEN=BLOCK_LEN, num_warps=2
     )
-    return lists, mass
+    return ranked, mass

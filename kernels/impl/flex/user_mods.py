@@ -1,12 +1,12 @@
-"""flex_attention with score and mask functions of its own, made sparse while it is traced into a graph.
+"""flex_attention with the caller's score and mask functions, made sparse while it is traced into a graph.
 
-A function of a score and its position may mean anything, so nothing is proven of it, and nothing needs to be: the
-functions and the block mask decide what a query sees as before, and the plan only which of these keys are computed.
-Keys are ranked by what sampled queries see through them (``flex_sample.py``).
+A function of a score and its position may mean anything, so nothing is proven of it. The functions and the block mask
+still decide which keys a query sees. The plan decides only which of these are computed. Keys are ranked by sampled
+queries, which attend through the functions (``sample.py``).
 
-    keys of a segment    its own blocks in position order, then blocks of its list; or all in position order
+    keys of a segment    in-segment blocks in position order, then ranked blocks; or all in position order
     score_mod, mask_mod  those of the call, of the position that a gathered key came from
-    block mask           looked up by that position: what it leaves out stays out, its full blocks need no mask_mod
+    block mask           looked up by that position: blocks that it leaves out stay out, full ones need no mask_mod
 
 All steps are tensor operations of sizes known from lengths: Inductor compiles them.
 """
@@ -28,11 +28,11 @@ from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
 
 TABLES_AT = 2
-"""Of a block mask as a tuple: two lengths, then counts and order of partial blocks and of full ones; last its mask_mod,
-behind the sizes of a block of queries and of keys."""
+"""Index of the tables in a block mask's tuple: two lengths, counts and order of partial and of full blocks, other
+tables, the sizes of a block of queries and of keys, the mask_mod."""
 
 PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
-"""Kernel options about the call's own blocks, which say nothing of the blocks that are visited."""
+"""Kernel options about the call's own blocks: they do not hold for the blocks that are visited."""
 
 
 def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int) -> bool:
@@ -60,20 +60,20 @@ def sparse_flex_attention(
 ) -> tuple[Any, ...]:
     """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
 
-    Run outside a trace it is the operator itself, for uncompiled FlexAttention gains nothing from fewer blocks.
+    Outside a trace it is the operator itself: uncompiled FlexAttention gains nothing from fewer blocks.
 
     Args:
         query: [B, Hq, Nq, D]; lengths are integers.
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        score_mod: Of a score, its batch, head, query and key, and what it captured.
+        score_mod: Function of a score, its batch, head, query and key, and the tensors that it captured.
         block_mask: As a tuple.
         scale: Softmax scale.
         kernel_options: The operator's.
-        score_mod_other_buffers: What the score_mod captured.
-        mask_mod_other_buffers: What the mask_mod captured.
+        score_mod_other_buffers: Tensors that the score_mod captured.
+        mask_mod_other_buffers: Tensors that the mask_mod captured.
         tau: As in ``OperatorOptions``.
-        segment_len: Queries of one list; None chooses by length.
+        segment_len: Queries that share one ranking; None chooses by length.
         dense_heads: Key/value heads that visit everything.
         stride: Strides of the output; None for the operator's own.
     """
@@ -83,11 +83,10 @@ def sparse_flex_attention(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
             mask_mod_other_buffers,
         )  # fmt: skip
+    mods, buffers = (score_mod, block_mask[-1]), (score_mod_other_buffers, mask_mod_other_buffers)
     with torch.no_grad():
         grid = _read(query, key, block_mask, segment_len or default_segment_len(query.shape[2]))
-        lists, unvisited, listed = sample(
-            query, key, value, grid, score_mod, block_mask[-1], scale, score_mod_other_buffers, mask_mod_other_buffers,
-        )  # fmt: skip
+        ranked_keys, unvisited, n_ranked = sample(query, key, value, grid, mods, buffers, scale)
         if isinstance(tau, Sequence):
             visits = torch.stack([blocks_to_visit(unvisited[:, h], limit) for h, limit in enumerate(tau)], dim=1)
         else:
@@ -98,15 +97,9 @@ def sparse_flex_attention(
             visits = torch.cat(
                 [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
             )
-        placed = _place_blocks(
-            lists, listed, visits, grid.partial, grid.full, n_queries=grid.n_queries, n_keys=grid.n_keys,
-            segment_len=grid.segment_len,
-            pool=pool_blocks(
-                None, grid[:5], grid.segment_len, key.shape[3] * key.element_size(), on_gpu=not query.is_cpu,
-            ),
-        )  # fmt: skip
-        layout = FlexLayout(*placed)
-    mods, buffers = (score_mod, block_mask[-1]), (score_mod_other_buffers, mask_mod_other_buffers)
+        row_bytes = key.shape[3] * key.element_size()
+        pool = pool_blocks(None, grid[:5], grid.segment_len, row_bytes, on_gpu=not query.is_cpu)
+        layout = FlexLayout(*_place_blocks(ranked_keys, n_ranked, visits, grid.partial, grid.full, *grid[3:6], pool))
     output = _attend(query, key, value, layout, mods, buffers, scale, kernel_options)
     if query.is_cpu:
         output = _in_memory(output, stride)
@@ -127,10 +120,10 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
         if counts is None or order is None:
             return torch.zeros(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
         width = -(-n_keys // key_block)  # tables may be narrower
-        listed = torch.arange(order.shape[3], device=order.device) < counts[..., None]
-        place = torch.where(listed, order, width).clamp(max=width).long()
+        real = torch.arange(order.shape[3], device=order.device) < counts[..., None]
+        place = torch.where(real, order, width).clamp(max=width).long()
         found = torch.zeros(*order.shape[:3], width + 1, dtype=torch.bool, device=order.device)
-        found = found.scatter(3, place, listed)[..., :width]
+        found = found.scatter(3, place, real)[..., :width]
         found = found.repeat_interleave(min(-(-query_block // TILE_LEN), tiles), 2)[:, :, :tiles]
         found = found.repeat_interleave(min(-(-key_block // BLOCK_LEN), blocks), 3)[..., :blocks]
         missing = (0, blocks - found.shape[3], 0, tiles - found.shape[2])
@@ -141,8 +134,8 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
 
 
 def place_blocks(
-    lists: Tensor,
-    listed: Tensor,
+    ranked_keys: Tensor,
+    n_ranked: Tensor,
     visits: Tensor,
     partial: Tensor,
     full: Tensor,
@@ -151,27 +144,30 @@ def place_blocks(
     segment_len: int,
     pool: int,
 ) -> list[Tensor]:
-    """The tensors of a `_Layout`; an operator, for Inductor's CPU template wants them in memory.
+    """The tensors of a `FlexLayout`; an operator because Inductor's CPU template wants them in memory.
 
     Args:
-        lists: int32 [B, Hkv, P, Nk], keys outside a segment's own, most important first.
-        listed: int64 [B, Hkv, P], how many entries are real.
-        visits: int32 [B, Hq, P], blocks of each list to visit.
+        ranked_keys: int32 [B, Hkv, P, Nk], keys that are not in-segment keys, most important first.
+        n_ranked: int64 [B, Hkv, P], how many of them are real.
+        visits: int32 [B, Hq, P], blocks of each ranking to visit.
         partial: Bool [B, Hq, T, key blocks], as in `BlockGrid`.
         full: The same.
         n_queries: Number of queries.
         n_keys: Number of keys.
-        segment_len: Queries of one list.
+        segment_len: Queries that share one ranking.
         pool: Blocks that are gathered at most.
     """
-    grid = BlockGrid(lists.shape[0], visits.shape[1], lists.shape[1], n_queries, n_keys, segment_len, partial, full)
-    start, stop = seg_blocks(grid, lists.device)
+    grid = BlockGrid(
+        ranked_keys.shape[0], visits.shape[1], ranked_keys.shape[1], n_queries, n_keys, segment_len, partial, full
+    )
+    start, stop = seg_blocks(grid, ranked_keys.device)
     bounds = start * BLOCK_LEN, stop * BLOCK_LEN
-    return [x.contiguous() for x in lay_out(grid, bounds, lists, listed, listed, visits, pool, ranked_whole=False)]
+    layout = lay_out(grid, bounds, ranked_keys, n_ranked, n_ranked, visits, pool, ranked_whole=False)
+    return [x.contiguous() for x in layout]
 
 
 def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
-    """A copy that Inductor makes, with these strides: its CPU template reads no view of a view, and has no epilogue."""
+    """A copy with these strides, made by Inductor: its CPU template reads no view of a view, and has no epilogue."""
     return x.new_empty_strided(x.shape, x.contiguous().stride() if stride is None else tuple(stride)).copy_(x)
 
 

@@ -1,4 +1,4 @@
-"""Dense attention of a block of queries to a block of keys, with its log-sum-exp; what partial results merge by.
+"""Dense attention of a block of queries to a block of keys, with the log-sum-exp by which partial results merge.
 
 lse = log(exp(lse_1) + exp(lse_2)),   out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
 """
@@ -11,8 +11,7 @@ from torch import Tensor
 from s2o_compile.kernels.exact.sdpa import pad_to_equal
 
 _fused_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""SDPA's own CPU kernel, the only one that returns the log-sum-exp; where it is absent, or logits are capped, plain
-torch serves."""
+"""SDPA's CPU kernel, the only one that returns the log-sum-exp. Plain torch serves without it, and capped logits."""
 
 
 def block_attention(
@@ -43,7 +42,7 @@ def block_attention(
 
 
 def causal_block(query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None = None) -> tuple[Tensor, Tensor]:
-    """The same under the mask j <= i, for G heads that share keys: query [G, M, D] -> output [G, M, Dv], lse [G, M]."""
+    """The same under the mask j <= i of G heads that share keys: query [G, M, D] -> output [G, M, Dv], lse [G, M]."""
     group, rows, _ = query.shape
     if _can_fuse(query, softcap):
         assert _fused_cpu is not None

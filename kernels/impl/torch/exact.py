@@ -1,7 +1,7 @@
-"""Exact attention in position order in plain torch: only the visible range of each block of queries is computed.
+"""Exact attention in position order in plain torch: only the visible range of each tile is computed.
 
-Serves sliding windows (the work is linear in the length), and on the dense path what SDPA cannot do: return a
-log-sum-exp, take sinks (which need it), cap logits. Tiles are many small operations, so they run one a thread.
+It serves sliding windows, where the work is linear in the length. On the dense path it does what SDPA cannot: return a
+log-sum-exp, which sinks need, and cap logits. A tile is many small operations, so each runs on one thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""S2O forward in plain torch that really does less work: what a CPU runs.
+"""S2O forward in plain torch, for CPUs; tiles that stop save their work.
 
-For each segment the tiles of all heads that share a list walk it together: a chunk of keys is gathered once and one
-dense block serves every tile still walking; blocks merge by their log-sum-exp. Tiles that stop leave. The method is
-stated in ``definition.py``; order, tiles and stop rule are the same. Arithmetic is float32 whatever the inputs' dtype.
+The tiles of all heads that share a segment's ranking visit it side by side. A chunk of keys is gathered once, and one
+dense block serves every tile that has not stopped. Blocks merge by their log-sum-exp. The rule is that of
+``core/stop_rule.py``. Arithmetic is float32 whatever the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ KEY_STEP = 4096
 
 
 def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention over a plan, written ``into`` given tensors; arguments as ``reference.attend``."""
-    (batch, list_heads), kv_heads = plan.key_index.shape[:2], call.key.shape[1]
+    """Attention over a plan, written ``into`` tensors or new ones; arguments as ``reference.attend``."""
+    batch, ranking_heads = plan.key_index.shape[:2]
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
     keys, values = call.key.float().contiguous(), call.value.float().contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
-        b, kv = place[0], place[1] * kv_heads // list_heads
-        _Segment(call, keys[b, kv], values[b, kv], plan, place).attend(tau, result)
+        _Segment(call, keys, values, plan, place).attend(tau, result)
 
-    last_first = reversed(range(plan.n_segments))  # the longest walks first
-    for_each(segment, itertools.product(range(batch), range(list_heads), last_first), call.query.device)
+    last_first = reversed(range(plan.n_segments))  # those with the most ranked keys first
+    for_each(segment, itertools.product(range(batch), range(ranking_heads), last_first), call.query.device)
     return result
 
 
 @dataclass
 class _Tiles:
-    """Tiles on their way: their numbers in the segment and, by row, query, output so far and log-sum-exp so far."""
+    """Some tiles of a segment: their numbers in it and, by row, query, output so far and log-sum-exp so far."""
 
     numbers: Tensor
     query: Tensor
@@ -61,10 +60,10 @@ class _Tiles:
         self.output = (self.output + share[:, None] * mean_value) / (1 + share)[:, None]
         self.lse = self.lse + share.log1p()
 
-    def select(self, which: Tensor) -> _Tiles:
-        """The tiles at places ``which``, copied."""
-        rows = [x.unflatten(0, (-1, TILE_LEN))[which].flatten(0, 1) for x in (self.query, self.output, self.lse)]
-        return _Tiles(self.numbers[which], *rows)
+    def select(self, indices: Tensor) -> _Tiles:
+        """Copies of the tiles at these indices."""
+        rows = [x.unflatten(0, (-1, TILE_LEN))[indices].flatten(0, 1) for x in (self.query, self.output, self.lse)]
+        return _Tiles(self.numbers[indices], *rows)
 
     def put(self, part: _Tiles) -> None:
         """Take over the state of ``part``; only for tiles numbered 0, 1, 2, ..."""
@@ -73,38 +72,31 @@ class _Tiles:
 
 
 class _Segment:
-    """One segment of the heads that share its list."""
+    """One segment of the heads that share its ranking, at a place (batch entry, ranking head, segment) of the plan."""
 
     def __init__(
-        self,
-        call: AttentionCall,
-        key: Tensor,
-        value: Tensor,
-        plan: Plan,
-        place: tuple[int, int, int],
+        self, call: AttentionCall, keys: Tensor, values: Tensor, plan: Plan, place: tuple[int, int, int]
     ) -> None:
-        self.b, list_head, segment = place
-        query, mask = call.query, call.mask
-        self.scale, self.softcap = call.scale, call.softcap
-        self.mask, self.chunk_len, self.key, self.value = mask, plan.chunk_len, key, value
-        group, n_queries = query.shape[1] // plan.key_index.shape[1], query.shape[2]  # heads that share the list
+        self.b, ranking_head, segment = place
+        query, mask, ranking_heads = call.query, call.mask, plan.key_index.shape[1]
+        kv = ranking_head * keys.shape[1] // ranking_heads
+        self.key, self.value = keys[self.b, kv], values[self.b, kv]
+        self.scale, self.softcap, self.mask, self.chunk_len = call.scale, call.softcap, mask, plan.chunk_len
+        group, n_queries = query.shape[1] // ranking_heads, query.shape[2]  # heads that share the ranking
         self.first = segment * plan.segment_len
         self.end = min(self.first + plan.segment_len, n_queries)
         self.group, self.tiles = group, n_tiles(self.end - self.first)
-        self.heads = slice(list_head * group, (list_head + 1) * group)
+        self.heads = slice(ranking_head * group, (ranking_head + 1) * group)
         self.query = query[self.b, self.heads]
         self.hidden_key = None if mask.key_mask is None else ~mask.key_mask[self.b]
-        self.index = plan.key_index[self.b, list_head, segment]
+        self.index = plan.key_index[self.b, ranking_head, segment]
         assert plan.tail_value is not None
-        kv_heads, list_heads = plan.tail_value.shape[1], plan.key_index.shape[1]
-        self.mean_value = plan.tail_value[self.b, list_head * kv_heads // list_heads, segment]
+        self.mean_value = plan.tail_value[self.b, kv, segment]
         self.count = int(plan.prefix_count[self.b, segment])
         # [G, tiles * TILE_LEN]: the last tile may be short; its empty slots repeat the last query and are dropped.
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
-        slots = slots.clamp(max=self.end - 1)
-        self.whole = (self.end - self.first) % TILE_LEN == 0  # then rows are a slice
-        self.rows = slots.expand(group, -1)
-        self.seg_start, seg_stop = mask.in_segment_range(self.first, self.end - 1, n_queries, len(key))
+        self.rows = slots.clamp(max=self.end - 1).expand(group, -1)
+        self.seg_start, seg_stop = mask.in_segment_range(self.first, self.end - 1, n_queries, len(self.key))
         self.stops = torch.full((group, self.tiles), seg_stop)
         if mask.causal:  # no query of a tile sees further than the tile's last one
             ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1)
@@ -120,31 +112,24 @@ class _Segment:
         area = self.stops - self.seg_start
         self._in_segment_keys(tiles)
         taus = tau[self.heads].cpu() if isinstance(tau, Tensor) else torch.full((self.group,), tau)
-        self._walk(tiles, taus.repeat_interleave(self.tiles), area)
+        self._visit_ranked(tiles, taus.repeat_interleave(self.tiles), area)
         first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
         self._store(tiles, into)
 
     def _load(self) -> Tensor:
         """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
-        if self.whole:
-            return (self.query[:, self.first : self.end].float() * self.scale).flatten(0, 1)
-        index = self.rows[..., None].expand(-1, -1, self.query.shape[-1])
-        return (self.query.gather(1, index).float() * self.scale).flatten(0, 1)
+        query, empty = self.query[:, self.first : self.end], self.rows.shape[1] - (self.end - self.first)
+        if empty:
+            query = torch.cat([query, query[:, -1:].expand(-1, empty, -1)], 1)
+        return (query.float() * self.scale).flatten(0, 1)
 
     def _store(self, tiles: _Tiles, into: Result) -> None:
-        """Write the segment's results to the rows they belong to."""
-        real = self.end - self.first
-        output = tiles.output.view(self.group, -1, tiles.output.shape[-1])[:, :real]
-        lse = tiles.lse.view(self.group, -1)[:, :real]
-        if self.whole:
-            into.output[self.b, self.heads, self.first : self.end] = output
-            into.lse[self.b, self.heads, self.first : self.end] = lse
-        else:
-            index = self.rows[:, :real]
-            into.lse[self.b, self.heads].scatter_(1, index, lse)
-            index = index[..., None].expand(-1, -1, output.shape[-1])
-            into.output[self.b, self.heads].scatter_(1, index, output.to(into.output.dtype))
+        """Write the results of the segment's queries."""
+        real, rows = self.end - self.first, slice(self.first, self.end)
+        output = tiles.output.view(self.group, -1, tiles.output.shape[-1])
+        into.output[self.b, self.heads, rows] = output[:, :real]
+        into.lse[self.b, self.heads, rows] = tiles.lse.view(self.group, -1)[:, :real]
 
     def _in_segment_keys(self, tiles: _Tiles) -> None:
         """Pass 1."""
@@ -155,18 +140,11 @@ class _Segment:
             query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
             output, lse = causal_block(query, self.key[own], self.value[own], softcap=self.softcap)
             tiles.update(output.flatten(0, 1), lse.flatten())
-        else:
-            part = tiles.select(tiles.numbers)
-            self._exact_result(part, self.seg_start, self.stops)
-            tiles.put(part)
-
-    def _exact_result(self, tiles: _Tiles, start: int, stops: Tensor) -> None:
-        """Each tile attends to the keys from start to its own stop, under the mask."""
-        for stop in stops[tiles.numbers].unique().tolist():
-            same = (stops[tiles.numbers] == stop).nonzero()[:, 0]
-            part = tiles.select(same)
+            return
+        for stop in self.stops.unique().tolist():  # each tile up to its own stop, under the mask
+            part = tiles.select((self.stops == stop).nonzero()[:, 0])
             rows = self.rows.reshape(-1, TILE_LEN)[part.numbers].flatten()
-            for begin in range(start, stop, KEY_STEP):
+            for begin in range(self.seg_start, stop, KEY_STEP):
                 keys = torch.arange(begin, min(begin + KEY_STEP, stop), device=rows.device)
                 hidden = None
                 if self.mask.causal and int(keys[-1]) > self.first + self.mask.offset:
@@ -176,33 +154,29 @@ class _Segment:
                 block = slice(begin, begin + len(keys))
                 keys, values = self.key[block], self.value[block]
                 part.update(*block_attention(part.query, keys, values, hidden, softcap=self.softcap))
-            tiles.output.unflatten(0, (-1, TILE_LEN))[same] = part.output.unflatten(0, (-1, TILE_LEN))
-            tiles.lse.unflatten(0, (-1, TILE_LEN))[same] = part.lse.unflatten(0, (-1, TILE_LEN))
+            tiles.put(part)
 
-    def _walk(self, tiles: _Tiles, taus: Tensor, area: Tensor) -> None:
-        """Pass 2: all tiles walk the list chunk by chunk until the stop rule holds, each with its own of ``taus``.
-
-        Until the first tile stops, ``tiles`` itself walks; after that a copy of those still walking does.
-        """
-        walking = tiles
+    def _visit_ranked(self, tiles: _Tiles, taus: Tensor, area: Tensor) -> None:
+        """Pass 2: all tiles visit chunks until the stop rule holds, each with its own of ``taus``."""
+        visiting = tiles  # until the first one stops; then copies of those that go on
         for start in range(0, self.count, self.chunk_len):
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
-            gain = walking.update(*block_attention(walking.query, keys, values, softcap=self.softcap))
-            area[walking.numbers] += len(chunk)
+            gain = visiting.update(*block_attention(visiting.query, keys, values, softcap=self.softcap))
+            area[visiting.numbers] += len(chunk)
             to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
-            limit = taus[walking.numbers]
+            limit = taus[visiting.numbers]
             tested = (limit > 0) & (self.count >= 2 * self.chunk_len)
             stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & tested
             if not stopped.any():
                 continue
             leaving = stopped.nonzero()[:, 0]
-            part = walking.select(leaving)
-            if start:  # what the first chunk brought is not believed
+            part = visiting.select(leaving)
+            if start:  # the first chunk's gain is not used
                 part.add_tail(tail_share(gain[leaving], to_come), self.mean_value)
             tiles.put(part)
-            walking = walking.select((~stopped).nonzero()[:, 0])
+            visiting = visiting.select((~stopped).nonzero()[:, 0])
             if stopped.all():
                 break
-        if walking is not tiles:
-            tiles.put(walking)
+        if visiting is not tiles:
+            tiles.put(visiting)

@@ -1,4 +1,4 @@
-"""``mask_reading.compare_with`` on the GPU: one pass over the mask at the speed of memory."""
+"""``read_mask.compare_with`` on the GPU: one pass over the mask at the speed of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS, COLUMNS = 8, 512
 """Elements of a block."""
 
 VISIBLE, DIFFERENT, SHOWN, STRANGE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
-"""What a row holds: a visible key, a difference from the band, a key that the band shows, a number of no mask."""
+"""Bits of a row: a visible key, a difference from the band, a key that the band shows, a number of no mask."""
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _either(a, b):
 
 
 def compare_with(mask: Tensor, band: Band) -> Comparison:
-    """As ``mask_reading.compare_with``."""
+    """Compare every element of a mask with a band; as ``read_mask.compare_with``."""
     b, h, n_rows, n_keys = mask.shape
     blocks = triton.cdiv(n_rows, ROWS)
     state = torch.empty(b, h, n_rows, dtype=torch.int32, device=mask.device)

@@ -19,6 +19,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     can_fix,
     cap_products,
+    key_mask_of,
     launch,
     launch_config,
     load_rows,
@@ -70,9 +71,9 @@ def attend_parts(
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All keys of a tile: [start, head_stop) and [tail_start, stop) need a mask, what lies between does not.
+    """All keys of a tile. Those in [start, head_stop) and [tail_start, stop) need a mask, those between do not.
 
-    The tail comes first: it is never empty where there are keys, and a causal row finds its own key there, so the rest
+    The tail comes first. It is never empty where there are keys, and a causal row finds its own key there. So the rest
     has a reference to keep FIXED.
     """
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
@@ -108,7 +109,7 @@ def exact_fwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head; with RESTART only tiles whose ``computed`` is negative, see triton_forward."""
+    """One query tile of one head; with RESTART only tiles whose ``computed`` is negative (``forward.py``)."""
     # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
     tiles = tl.num_programs(0) // group
     tile = tiles - 1 - tl.program_id(0) // group
@@ -160,16 +161,16 @@ def exact_fwd_kernel(
 
 
 def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> None:
-    """Fill ``into``, for a part of the value's columns: every tile, or those that overflowed in pass 2."""
+    """Fill ``into`` for a part of the value's columns: every tile, or those that overflowed in pass 2."""
     (query, key, _), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
+    key_mask, stride_mb = key_mask_of(mask.key_mask, into.computed)
     launch(
         exact_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
-        query, key, value, into.output, into.lse, into.computed,
-        mask.key_mask if mask.key_mask is not None else into.computed,
+        query, key, value, into.output, into.lse, into.computed, key_mask,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
-        *into.lse.stride()[:2], *into.computed.stride()[:2], 0 if mask.key_mask is None else mask.key_mask.stride(0),
+        *into.lse.stride()[:2], *into.computed.stride()[:2], stride_mb,
         n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
         *logit_scales(call.scale, softcap),
         RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
@@ -183,7 +184,7 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
 def attend_exact(call: AttentionCall) -> Result:
     """Exact attention; results as ``reference.attend``, with every visible key computed."""
     scale = call.scale
-    if scale <= 0:  # the kernel scales what it hid, -inf, and wants a positive factor: the sign moves into the query
+    if scale <= 0:  # the kernel scales hidden products of -inf, so its factor is positive: the query takes the sign
         call = call.but(query=call.query * ((scale > 0) - (scale < 0)), scale=abs(scale) or 1.0)
     result = empty_result(call.query, call.value.shape[3])
     for part, into in value_parts(call.value, result):

@@ -1,4 +1,4 @@
-"""``ranking_per_query.choose_dims`` on the GPU, and what brings the chosen dimensions to one size: two launches a call.
+"""``ranking.per_query.choose_dims`` on the GPU, and factors that bring the dimensions to one size: two launches a call.
 
     salience_d = E[q_d^2] Var[k_d],   query_factor_d = sqrt(scale * size(k_d) / size(q_d)),   key_factor_d its inverse
                                                        times scale, size = root mean square
@@ -90,7 +90,7 @@ def sum_moments_kernel(
 def load_moments(
     sum_ptr, dims, query_samples, key_samples, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """E[q^2], E[k^2] and the salience of some dimensions, zero for what is not finite; a salience of -1 for padding."""
+    """E[q^2], E[k^2] and the salience of some dimensions: 0 for a number that is not finite, -1 for padding."""
     cells = sum_ptr + tl.arange(0, PARTS)[:, None] * BLOCK_DIM + dims[None, :]
     query = tl.sum(tl.load(cells), 0) / query_samples
     key = tl.sum(tl.load(cells + PARTS * BLOCK_DIM), 0) / key_samples
@@ -110,14 +110,14 @@ def choose_dims_kernel(
     """The ``count`` most salient dimensions of one head, of equals the lower first, and their factors."""
     head = tl.program_id(0).to(tl.int64)
     sums = sum_ptr + head * 3 * PARTS * BLOCK_DIM
-    place = tl.arange(0, BLOCK_DIM)
-    _, _, salience = load_moments(sums, place, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
-    # Sorted in one piece, number and all: ranks counted from two copies of a sum would not always be a permutation.
-    rank = (salience.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK_DIM - 1 - place)
-    dims = (BLOCK_DIM - 1 - (tl.sort(rank, descending=True) & 0xFFFFFFFF)).to(tl.int32)
+    rank = tl.arange(0, BLOCK_DIM)
+    _, _, salience = load_moments(sums, rank, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
+    # Salience and number are sorted as one: ranks counted from two copies of a sum might be no permutation.
+    numbered = (salience.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK_DIM - 1 - rank)
+    dims = (BLOCK_DIM - 1 - (tl.sort(numbered, descending=True) & 0xFFFFFFFF)).to(tl.int32)
     query, key, _ = load_moments(sums, dims, query_samples, key_samples, HEAD_DIM, BLOCK_DIM, PARTS)
     balance = tl.sqrt(tl.maximum(tl.sqrt(key), 1e-6) / tl.maximum(tl.sqrt(query), 1e-6) / scale)
-    target, kept = head * count + place, place < count
+    target, kept = head * count + rank, rank < count
     tl.store(dims_ptr + target, dims, mask=kept)
     tl.store(query_factor_ptr + target, balance * scale, mask=kept)
     tl.store(key_factor_ptr + target, 1.0 / balance, mask=kept)

@@ -1,16 +1,16 @@
-"""S2O forward on the GPU: pass 1 in position order, pass 2 over gathered keys with early stop (``definition.py``).
+"""S2O forward on the GPU: pass 1 in position order, pass 2 over gathered keys until the stop rule holds.
 
-K and V rows are gathered by int32 index straight into shared memory: a row is one contiguous piece of at least 128
-bytes and all tiles of a segment share the list through L2, so gathering costs almost nothing. A stop test inside the
-key loop would end software pipelining: an outer ``while`` walks chunks, an inner pipelined ``for`` walks a chunk's
-blocks, and the rule is tested once per chunk.
+The rule is stated in ``core/stop_rule.py``. K and V rows are gathered by int32 index straight into shared memory. A row
+is one piece of at least 128 bytes, and all tiles of a segment share the ranked keys through L2, so gathering costs
+almost nothing. A stop test inside the key loop would end software pipelining. So an outer ``while`` visits chunks, an
+inner pipelined ``for`` the blocks of a chunk.
 
-The reference of the softmax is FIXED once a tile has met its in-segment keys (``triton_tile.softmax_update``), and the
-list is walked with it. The rare tile whose weights overflow restarts in position order, with the running maximum.
+The reference of the softmax is FIXED once a tile has met its in-segment keys (``tile.softmax_update``), and pass 2
+keeps it. The rare tile whose weights overflow restarts in position order, with the running maximum: it writes
+``-computed - 1``, and a second launch computes those tiles, while its other programs end at once.
 
 Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
-computes one tile of one head. A tile that overflows writes ``-computed - 1``; a second launch restarts those tiles, and
-every other program of it ends at once.
+computes one tile of one head.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     WIDEST_VALUE,
     can_fix,
     cap_products,
+    key_mask_of,
     launch,
     launch_config,
     load_rows,
@@ -44,16 +45,13 @@ from s2o_compile.kernels.impl.triton.tile import (
 
 
 @triton.jit
-def attend_list(
+def attend_ranked(
     m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale, inner,
     MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over entries [start, stop) of a list; MASKED drops entries at or beyond ``count``.
-
-    FIXED: ``softmax_update``.
-    """
+    """Online softmax over ranked keys [start, stop); MASKED drops those from ``count`` on. FIXED: `softmax_update`."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
         entries = j + tl.arange(0, KEY_BLOCK)
         if MASKED:
@@ -77,16 +75,16 @@ def gathered_fwd_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     stride_tb, stride_th, stride_ts,
-    n_queries, n_keys, n_segments, list_len, heads, group, shared, tail_share, offset, seg_offset, qk_scale, inner, tau,
-    FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    n_queries, n_keys, n_segments, ranking_len, heads, group, shared, tail_share, offset, seg_offset, qk_scale, inner,
+    tau, FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_HEAD_TAU: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head: pass 1 over its in-segment keys, pass 2 over its segment's list."""
-    # The heads of a group run side by side: they share keys and lists, and so L2. The longest walks come first.
+    """One query tile of one head: pass 1 over its in-segment keys, pass 2 over its segment's ranked keys."""
+    # The heads of a group run side by side: they share keys and rankings, and so L2. The longest visits come first.
     tiles = tl.num_programs(0) // group
     tile = tiles - 1 - tl.program_id(0) // group
     row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
@@ -113,8 +111,7 @@ def gathered_fwd_kernel(
         tile_last = tl.minimum(tile * TILE + TILE - 1, last)
         seg_stop = tl.maximum(tl.minimum(tile_last + offset + 1, seg_stop), seg_start)
         free_stop = tl.minimum(tile * TILE + offset + 1, seg_stop)
-    # The masked tail first: it is never empty where there are in-segment keys, and gives the rest a reference to keep
-    # FIXED.
+    # The masked tail comes first: it is never empty where there are in-segment keys, so the rest can keep FIXED.
     tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
@@ -129,8 +126,8 @@ def gathered_fwd_kernel(
 
     if HAS_HEAD_TAU:
         tau = tl.load(tau_ptr + h)
-    list_row = row_head // shared * n_segments + segment
-    key_index = key_index_ptr + list_row * list_len
+    ranking_row = row_head // shared * n_segments + segment
+    key_index = key_index_ptr + ranking_row * ranking_len
     count = tl.load(prefix_count_ptr + b * n_segments + segment)
     whole = count // CHUNK * CHUNK
     visited = whole * 0
@@ -139,13 +136,13 @@ def gathered_fwd_kernel(
     start = visited
     if FIXED and MAY_SEE_NONE:  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
-        m, l, acc = attend_list(
+        m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
             False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
-        m, l, acc = attend_list(
+        m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
             qk_scale, inner, False, FIXED, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
             PRECISION, WIDE,
@@ -157,13 +154,13 @@ def gathered_fwd_kernel(
         tail = tl.where(visited > CHUNK, gain * to_come, 0.0)
         unvisited = tl.where(visited > CHUNK, tl.max(tail, 0), to_come)
         stopped = (tau > 0.0) & (count >= 2 * CHUNK) & (unvisited < tau)
-    if (stopped == 0) & (whole < count):  # the end of the list, shorter than a chunk
-        m, l, acc = attend_list(
+    if (stopped == 0) & (whole < count):  # the last ranked keys, fewer than a chunk
+        m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
             True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
-    if stopped:  # what is left out counts as its estimated mass at the mean value
+    if stopped:  # keys left out count as their estimated mass at the mean value
         tail = tl.minimum(tl.maximum(tail, 0.0), 1.0) * tail_share
         dims = tl.arange(0, BLOCK_VALUE)
         mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
@@ -180,7 +177,7 @@ def gathered_fwd_kernel(
 
 
 def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention over a plan, written ``into`` given tensors; arguments as ``reference.attend``."""
+    """Attention over a plan, written ``into`` tensors or new ones; arguments as ``reference.attend``."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
@@ -192,21 +189,19 @@ def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | 
     # Beyond the keys a tile may have no in-segment key; lengths may be symbolic.
     beyond = tracing.get() or last_segment + mask.offset >= n_keys
     may_see_none = mask.key_mask is not None or not mask.causal or beyond
+    key_mask, stride_mb = key_mask_of(mask.key_mask, plan.key_index)
     assert plan.tail_value is not None
     means = plan.tail_value.split(WIDEST_VALUE, 3)
     for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
         launch(
             gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
-            query, key, part, *piece, plan.key_index, plan.prefix_count,
-            mask.key_mask if mask.key_mask is not None else plan.key_index, tau if by_head else plan.key_index,
-            mean,
+            query, key, part, *piece, plan.key_index, plan.prefix_count, key_mask,
+            tau if by_head else plan.key_index, mean,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
-            *piece.lse.stride()[:2], *piece.computed.stride()[:2],
-            0 if mask.key_mask is None else mask.key_mask.stride(0), *mean.stride()[:3],
+            *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3],
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
-            heads // plan.key_index.shape[1], TAIL_SHARE,
-            mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(call.scale, softcap),
-            0.0 if by_head else tau,
+            heads // plan.key_index.shape[1], TAIL_SHARE, mask.offset, mask.seg_offset(n_queries, n_keys),
+            *logit_scales(call.scale, softcap), 0.0 if by_head else tau,
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
             HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,

@@ -1,12 +1,11 @@
-"""``plan.order_keys`` on the GPU: a counting sort of each list's keys by class of score.
+"""``plan.order_keys`` on the GPU: a counting sort of each segment's prefix keys by class of score.
 
 The stop rule is tested once a chunk, so the order inside a chunk is free. Keys fall into CLASSES classes, by bounds
 taken from a sample of their row of scores. Every lane of a program counts, and then writes, LANE_KEYS keys of its own:
-no lane waits for another. Inside a class the keys stand lane by lane, and the same scores always give the same list. A
-row is cut into programs of LANES lanes, so that a few long lists keep the whole card busy; nothing waits for the
-device.
+no lane waits for another. Inside a class keys stand lane by lane, so the same scores always give the same ranking. A
+row is cut into programs of LANES lanes, so that a few long rows keep the whole card busy. The host does not wait.
 
-score [B, Hl, P, Nk], key_index int32 [B, Hl, P, L].
+score [B, Hr, P, Nk], key_index int32 [B, Hr, P, L].
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import longest_prefix
-from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide, seg_bounds, tracing
+from s2o_compile.kernels.impl.triton.tile import key_mask_of, launch, load_rows, needs_wide, seg_bounds, tracing
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -57,13 +56,13 @@ def find_non_finite_kernel(
     tl.store(non_finite_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
 
 
-# Kernels load for themselves what the place of a store depends on: torch asks what a kernel writes to, and takes every
-# pointer for written to that was given to the function where the place came from.
+# Each kernel loads by itself the numbers that the address of a store depends on. Torch finds out what a kernel writes
+# to, and takes a pointer as written to if it was passed to a function whose result such an address depends on.
 
 
 @triton.jit
 def in_prefix(keys, stop, seg_start, seg_stop, CAUSAL: tl.constexpr):
-    """Which keys are prefix keys by their place: before ``stop``, and no in-segment keys."""
+    """True for prefix keys, by position alone: before ``stop``, and no in-segment keys."""
     present = keys < stop
     if not CAUSAL:
         present = present & ((keys < seg_start) | (keys >= seg_stop))
@@ -80,7 +79,7 @@ def rate(score, non_finite):
 
 @triton.jit
 def sample_step(stop, samples):
-    """Of this many of the keys before ``stop`` one is sampled."""
+    """Distance of the sampled keys before ``stop``."""
     return tl.maximum(tl.cdiv(stop, samples), 1)
 
 
@@ -91,10 +90,9 @@ def sample_scores_kernel(
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one of every few keys of a row's prefix, the lowest for what is no prefix key.
+    """Scores of one of every few keys of a row's prefix, the lowest for other keys.
 
-    Not always at the same place: a fixed stride would see one phase only of inputs that repeat, such as the rows of an
-    image.
+    Their distance varies: a fixed one would see a single phase of inputs that repeat, such as the rows of an image.
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
@@ -116,18 +114,33 @@ def sample_scores_kernel(
 
 
 @triton.jit
-def bound_ranks(whole, step, samples, CLASSES: tl.constexpr):
-    """Which of its sorted samples bounds each class of a row with ``whole`` prefix keys."""
+def bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL: tl.constexpr, CLASSES: tl.constexpr):
+    """For each class the sorted sample of a row that bounds it."""
+    whole, step = seg_start, sample_step(seg_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
     share = (tl.arange(0, CLASSES) + 1).to(tl.float32) / CLASSES
     return tl.minimum((whole.to(tl.float32) / step * share * share).to(tl.int32), samples - 1)
+
+
+@triton.jit
+def program_keys(
+    program, seg_start, n_keys, CAUSAL: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """First key of a program and the key behind its last, its lanes, and their keys in STEPS steps [STEPS, LANES]."""
+    start = program * LANES * LANE_KEYS
+    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    lane = tl.arange(0, LANES)
+    return start, stop, lane, tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
 
 
 @triton.jit
 def class_bounds(sample, CLASSES: tl.constexpr):
     """Descending lower bounds of the classes, -inf last.
 
-    A key belongs above its class's bound: where many scores are equal, the better ones still come first. The first
-    class is for keys that hold NaN or inf alone.
+    A key lies above its class's bound: where many scores are equal, the better ones still come first. The first class
+    holds keys of NaN or inf only.
     """
     number = tl.arange(0, CLASSES)
     bound = tl.where(number == 0, LARGEST, tl.minimum(sample.to(tl.float32), LARGEST))
@@ -136,7 +149,7 @@ def class_bounds(sample, CLASSES: tl.constexpr):
 
 @triton.jit
 def find_classes(score, present, bound, CLASSES: tl.constexpr):
-    """Class of each key [STEPS, LANES]: how many of the bounds it is not above. CLASSES for what is in no list."""
+    """Class of each key [STEPS, LANES]: how many of the bounds it is not above. CLASSES for keys of no ranking."""
     return tl.where(present, tl.sum((score[None, :, :] <= bound[:, None, None]).to(tl.int32), 0), CLASSES)
 
 
@@ -161,18 +174,12 @@ def count_classes_kernel(
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """How many keys of each lane of a row are in each class."""
+    """Count the keys of each lane of a row by class."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
-    start = program * LANES * LANE_KEYS
-    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
-    lane = tl.arange(0, LANES)
-    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole, step = seg_start, sample_step(seg_start, samples)
-    if not CAUSAL:
-        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
-    ranks = bound_ranks(whole, step, samples, CLASSES)
+    start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
+    ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
     bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
     score_ptr += row * n_keys
     non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
@@ -198,22 +205,16 @@ def count_classes_kernel(
 @triton.jit
 def write_classes_kernel(
     score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples, list_len,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples, ranking_len,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The keys of each lane of a row, written to their places in the list."""
+    """Write the keys of each lane of a row to their places in the ranking."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
-    start = program * LANES * LANE_KEYS
-    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
-    lane = tl.arange(0, LANES)
-    steps = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    whole, step = seg_start, sample_step(seg_start, samples)
-    if not CAUSAL:
-        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
-    ranks = bound_ranks(whole, step, samples, CLASSES)
+    start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
+    ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
     bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
     score_ptr += row * n_keys
     non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
@@ -239,7 +240,7 @@ def write_classes_kernel(
             place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
             before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
             entry = take_step(first, nth) + before
-            tl.store(key_index_ptr + row * list_len + entry, j + nth * LANES + lane, mask=place < CLASSES)
+            tl.store(key_index_ptr + row * ranking_len + entry, j + nth * LANES + lane, mask=place < CLASSES)
             written += one
 
 
@@ -259,14 +260,14 @@ def find_non_finite(key: Tensor, value: Tensor) -> Tensor:
 def order_keys(
     scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn importance scores (float16) into lists; arguments and results as ``plan.order_keys``."""
+    """Turn importance scores (float16) into ranked key indices; arguments and results as ``plan.order_keys``."""
     batch, heads, segments, n_keys = scores.shape
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
     longest = n_keys if tracing.get() else max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
     key_index = counts.new_empty(batch, heads, segments, longest)
-    rows = scores, non_finite, non_finite if mask.key_mask is None else mask.key_mask
-    stride_mb = 0 if mask.key_mask is None else mask.key_mask.stride(0)
+    key_mask, stride_mb = key_mask_of(mask.key_mask, non_finite)
+    rows = scores, non_finite, key_mask
     samples = torch.sym_min(SAMPLES, n_keys)
     sizes = (
         *non_finite.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.seg_offset(n_queries, n_keys),

@@ -1,8 +1,8 @@
-"""``ranking_mean_query`` on the GPU: the scores of all segments in one pass over the keys.
+"""``ranking.mean_query`` on the GPU: the scores of all segments in one pass over the keys.
 
-    score[s, j] = max over the heads g that share the list of  mean_query[s, g] . key[j] * scale
+    score[s, j] = max over the heads g that share the ranking of  mean_query[s, g] . key[j] * scale
 
-mean_query [B * Hl, P, G, D], key [B, Hkv, Nk, D], score fp16 [B, Hl, P, Nk], G heads share a list.
+mean_query [B * Hr, P, G, D], key [B, Hkv, Nk, D], score fp16 [B, Hr, P, Nk], G heads share a ranking.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from s2o_compile.kernels.core.plan import n_segments
 from s2o_compile.kernels.impl.triton.tile import load_rows, needs_wide
 
 ROWS = 64
-"""Mean queries of one product, all heads of whole lists."""
+"""Mean queries of one product, all heads of whole rankings."""
 
 LARGEST = tl.constexpr(60000.0)
 """Clamp of scores: inside fp16, and NaN of one bad mean becomes a number."""
@@ -25,7 +25,7 @@ LARGEST = tl.constexpr(60000.0)
 
 @triton.jit
 def score_means_kernel(
-    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, lists, seg_offset,
+    mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, rankings, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def score_means_kernel(
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     inside = keys < n_keys
-    base = key_ptr + head // heads * stride_kb + head % heads // lists * stride_kh
+    base = key_ptr + head // heads * stride_kb + head % heads // rankings * stride_kh
     key = tl.trans(load_rows(base, tl.minimum(keys, n_keys - 1), stride_kn, HEAD_DIM, BLOCK_DIM, WIDE))
     row = tl.arange(0, SEGMENTS * GROUP)
     member = tl.minimum(row % GROUP, group - 1)  # a group that is no power of two repeats its last head
@@ -65,8 +65,8 @@ def segment_means_kernel(
     total = tl.zeros([BLOCK_DIM], tl.float32)
     for j in range(first, stop, ROWS):
         rows = j + tl.arange(0, ROWS)
-        some = load_rows(query, tl.minimum(rows, stop - 1), stride_qn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32)
-        total += tl.sum(tl.where((rows < stop)[:, None], some, 0.0), 0)
+        x = load_rows(query, tl.minimum(rows, stop - 1), stride_qn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32)
+        total += tl.sum(tl.where((rows < stop)[:, None], x, 0.0), 0)
     dims = tl.arange(0, BLOCK_DIM)
     target = ((head // group) * tl.num_programs(0) + segment) * group + head % group
     mean = (total / (stop - first) * scale).to(mean_ptr.dtype.element_ty)
@@ -74,23 +74,23 @@ def segment_means_kernel(
 
 
 def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; undefined for keys outside the prefix."""
+    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
     (query, key, _), mask = call.tensors, call.mask
     batch, kv_heads, n_keys, head_dim = key.shape
     heads, n_queries = query.shape[1:3]
-    segments, list_heads = n_segments(n_queries, segment_len), heads // shared
+    segments, ranking_heads = n_segments(n_queries, segment_len), heads // shared
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    means = key.new_empty(batch * list_heads, segments, shared, head_dim)
+    means = key.new_empty(batch * ranking_heads, segments, shared, head_dim)
     segment_means_kernel[(segments, batch * heads)](
         query, means, *query.stride()[:3], n_queries, heads, shared, call.scale, SEGMENT=segment_len, ROWS=64,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, WIDE=needs_wide(query), num_warps=4,
     )  # fmt: skip
-    score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    score = torch.empty(batch, ranking_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     members = triton.next_power_of_2(shared)
     exact = key.dtype == torch.float32
     key_block = 32 if exact else 128
-    score_means_kernel[(triton.cdiv(n_keys, key_block), batch * list_heads)](
-        means, key, score, *key.stride()[:3], n_keys, segments, shared, list_heads, list_heads // kv_heads,
+    score_means_kernel[(triton.cdiv(n_keys, key_block), batch * ranking_heads)](
+        means, key, score, *key.stride()[:3], n_keys, segments, shared, ranking_heads, ranking_heads // kv_heads,
         mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, PRECISION="ieee" if exact else "tf32",

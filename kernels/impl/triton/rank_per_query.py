@@ -1,13 +1,13 @@
-"""``ranking_per_query`` on the GPU: every query against every earlier key in few dimensions, nothing of size N^2 kept.
+"""``ranking.per_query`` on the GPU: every query against every earlier key in few dimensions, nothing of size N^2 kept.
 
     score[s, j] = log sum over slots t of exp max over rows r = t mod SLOTS of  few_query[s, r] . few_key[j]
 
 Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
-for the row normaliser (its value and what rounding left of it), -1 in the keys. So the last kernel's product is already
-normalised, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
-them: twice the rate, and a rank needs no more. few_query [B * Hl, P, G * n, PACKED], n of each segment's queries
-(``ranking_per_query.scored_positions``), few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hl, P, Nk], G heads share a
-list.
+for the row normaliser (its value and its rounding error), -1 in the keys. So the last kernel's product is normalised
+already, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
+them: the rate doubles, and a rank needs no more. few_query [B * Hr, P, G * n, PACKED], n of each segment's queries
+(``ranking.per_query.scored_positions``), few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hr, P, Nk]. G heads share a
+ranking.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
-from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, launch, seg_bounds
+from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, launch, seg_bounds
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
-"""Clamp of packed numbers: the sum of two of them, a silent row's normaliser, still fits in a float16 score."""
+"""Clamp of packed numbers: the normaliser of an ignored row, the sum of two of them, still fits in a float16 score."""
 
 KEY_BLOCK = 128
 """Keys of one program of the last kernel."""
@@ -33,7 +33,7 @@ KEY_BLOCK = 128
 
 @triton.jit
 def scored_position(slot, member, segment_len, scored, shared):
-    """Which query of its segment stands in a slot of a head; see ``ranking_per_query.scored_positions``."""
+    """The query of its segment that stands in a slot of a head (``ranking.per_query.scored_positions``)."""
     return slot + (slot * (segment_len - scored) + member * segment_len // shared) // scored
 
 
@@ -46,7 +46,7 @@ def pack_rows_kernel(
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
-    list_head = b * (heads // shared) + h // shared
+    ranking_head = b * (heads // shared) + h // shared
     segment = slot // scored
     row = segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
     column = tl.arange(0, PACKED)
@@ -59,7 +59,7 @@ def pack_rows_kernel(
     x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
     x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
     x = tl.where((column >= PACKED - 2)[None, :], last, x)
-    target = (list_head * segments + segment) * shared * scored + (h % shared) * scored + slot % scored
+    target = (ranking_head * segments + segment) * shared * scored + (h % shared) * scored + slot % scored
     inside = segment < segments
     tl.store(
         packed_ptr + target[:, None] * PACKED + column[None, :], x.to(packed_ptr.dtype.element_ty), mask=inside[:, None]
@@ -88,7 +88,7 @@ def add_keys(
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, lists, offset,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, rankings, offset,
     seg_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
@@ -101,7 +101,7 @@ def row_normaliser_kernel(
     dims = tl.arange(0, PACKED)
     query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
     query = tl.load(query_ptr + dims[None, :])
-    few_key = few_key_ptr + head // lists * n_keys * PACKED
+    few_key = few_key_ptr + head // rankings * n_keys * PACKED
     key_mask = key_mask_ptr + head // heads * stride_mb
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     free_stop, end = seg_stop, n_keys  # all rows of the tile see what lies before free_stop
@@ -125,7 +125,7 @@ def row_normaliser_kernel(
                 m, l, query, few_key, key_mask, keys, keys < seg_stop, 1.0, position + offset, True, HAS_KEY_MASK,
                 PACKED,
             )  # fmt: skip
-    # Of the prefix, the first keys count once, for trained models put much weight there, and of the others a sample.
+    # The first keys of the prefix count once, because trained models put much weight there. The others are sampled.
     for j in range(0, end, KEY_BLOCK * stride):
         keys = j + columns * stride + stride // 2
         present = (keys >= FIRST) & (keys < end)
@@ -137,19 +137,19 @@ def row_normaliser_kernel(
     if not CAUSAL:
         present = present & ((keys < seg_start) | (keys >= seg_stop))
     m, l = add_keys(m, l, query, few_key, key_mask, keys, present, 1.0, position, False, HAS_KEY_MASK, PACKED)
-    # A row that sees none of these keys, or lies beyond the last query, has no say.
+    # A row that sees none of these keys, or lies beyond the last query, is ignored.
     normaliser = m + tl.math.log2(l) * LN2
-    silent = (l == 0.0) | (position >= n_queries)
+    ignored = (l == 0.0) | (position >= n_queries)
     packed = few_query_ptr.dtype.element_ty
-    whole = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
-    rest = tl.where(silent, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
+    whole = tl.where(ignored, largest, tl.minimum(tl.maximum(normaliser, -largest), largest)).to(packed)
+    rest = tl.where(ignored, largest, tl.minimum(tl.maximum(normaliser - whole.to(tl.float32), -largest), largest))
     tl.store(query_ptr + (PACKED - 2), whole[:, None])
     tl.store(query_ptr + (PACKED - 1), rest.to(packed)[:, None])
 
 
 @triton.jit
 def largest_of_three(a, b, c, PTX: tl.constexpr):
-    """Elementwise maximum of fp16 numbers; in PTX, for the compiler seldom sees the one instruction for two of each."""
+    """Elementwise maximum of fp16 numbers, in PTX where the compiler seldom finds the instruction for two at once."""
     if PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; max.f16x2 t, $1, $2; max.f16x2 $0, t, $3; }", "=r,r,r,r", [a, b, c], dtype=tl.float16,
@@ -160,7 +160,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 
 @triton.jit
 def score_keys_kernel(
-    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, lists, seg_offset,
+    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, rankings, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +170,9 @@ def score_keys_kernel(
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
     key = tl.load(
-        few_key_ptr + (head // lists * n_keys + keys)[:, None] * PACKED + dims[None, :], mask=inside[:, None], other=0.0
+        few_key_ptr + (head // rankings * n_keys + keys)[:, None] * PACKED + dims[None, :],
+        mask=inside[:, None],
+        other=0.0,
     )
     first = 0
     if CAUSAL:  # the first segment whose in-segment keys start behind the first key of this block
@@ -221,7 +223,7 @@ def pack_rows(
         factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
         shared: Neighbouring heads whose rows stand together.
         segment_len: Rows of one segment.
-        scored: How many of them are packed (``ranking_per_query.scored_positions``).
+        scored: How many of them are packed (``ranking.per_query.scored_positions``).
         last: Value of the two columns of the normaliser.
         dtype: Of the packed rows, a key of LARGEST.
     """
@@ -250,11 +252,11 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
 
 
 def _score_keys(call: AttentionCall, chosen: FewDims, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hl, P, Nk]; undefined for keys outside the prefix."""
+    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
     (query, key, _), mask = call.tensors, call.mask
     batch, kv_heads, n_keys, _ = key.shape
-    list_heads = query.shape[1] // shared
-    lists = list_heads // kv_heads
+    ranking_heads = query.shape[1] // shared
+    rankings = ranking_heads // kv_heads
     n_queries, dtype = query.shape[2], packed_dtype(query.device)
     dims, query_factor, key_factor = chosen
     scored = scored_rows(segment_len, shared)
@@ -263,18 +265,17 @@ def _score_keys(call: AttentionCall, chosen: FewDims, stride: int, segment_len: 
     )
     few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
-    score = torch.empty(batch, list_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    score = torch.empty(batch, ranking_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     launch(
-        row_normaliser_kernel, (rows // 128, segments, batch * list_heads),
-        few_query, few_key, few_key if mask.key_mask is None else mask.key_mask,
-        0 if mask.key_mask is None else mask.key_mask.stride(0),
-        n_queries, n_keys, segments, rows, list_heads, lists, mask.offset, mask.seg_offset(n_queries, n_keys),
-        stride, LARGEST[dtype], CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-        SEGMENT=segment_len, SCORED=scored, FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
+        row_normaliser_kernel, (rows // 128, segments, batch * ranking_heads),
+        few_query, few_key, *key_mask_of(mask.key_mask, few_key), n_queries, n_keys, segments, rows, ranking_heads,
+        rankings, mask.offset, mask.seg_offset(n_queries, n_keys), stride, LARGEST[dtype],
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, SCORED=scored,
+        FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     launch(
-        score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * list_heads),
-        few_query, few_key, score, n_queries, n_keys, segments, rows, lists, mask.seg_offset(n_queries, n_keys),
+        score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * ranking_heads),
+        few_query, few_key, score, n_queries, n_keys, segments, rows, rankings, mask.seg_offset(n_queries, n_keys),
         CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
         PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip

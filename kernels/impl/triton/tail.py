@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import n_segments
-from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide
+from s2o_compile.kernels.impl.triton.tile import key_mask_of, launch, load_rows, needs_wide
 
 ROWS = 64
 """Values that are loaded together."""
@@ -36,8 +36,8 @@ def block_sums_kernel(
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask + keys, mask=present, other=0) != 0)
         rows = tl.minimum(tl.maximum(keys, 0), n_keys - 1)
-        some = load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32)
-        total += tl.sum(tl.where(present[:, None], some, 0.0), 0)
+        x = load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32)
+        total += tl.sum(tl.where(present[:, None], x, 0.0), 0)
     dims = tl.arange(0, BLOCK_VALUE)
     tl.store(sum_ptr + (head * tl.num_programs(0) + block) * VALUE_DIM + dims, total, mask=dims < VALUE_DIM)
 
@@ -59,10 +59,10 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
     batch, heads, n_keys, value_dim = value.shape
     blocks = n_segments(n_keys + shift, block_len)
     sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
+    columns, stride_mb = key_mask_of(key_mask, sums)
     launch(
         block_sums_kernel, (blocks, batch * heads),
-        value, sums if key_mask is None else key_mask, sums, *value.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0), n_keys, heads, shift, block_len,
+        value, columns, sums, *value.stride()[:3], stride_mb, n_keys, heads, shift, block_len,
         HAS_KEY_MASK=key_mask is not None, VALUE_DIM=value_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)), ROWS=ROWS, WIDE=needs_wide(value), num_warps=4,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT: tl.constexpr):
 def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
     """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
 
-    The tanh is made of a sigmoid, the interpreter has no other: its error is about 1e-7 of the softcap.
+    The tanh is made of a sigmoid because the interpreter has no tanh. Its error is about 1e-7 of the softcap.
     """
     if HAS_SOFTCAP:
         products = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
@@ -82,7 +82,7 @@ def softmax_update(m, l, acc, products, value, qk_scale, FIXED: tl.constexpr, PR
 
 @triton.jit
 def overflowed(l, acc):
-    """Whether a walk with a FIXED reference left inf or NaN anywhere in l [M] or acc [M, Dv]."""
+    """Whether a FIXED reference left inf or NaN anywhere in l [M] or acc [M, Dv]."""
     finite = (l < float("inf"))[:, None] & (tl.abs(acc) < float("inf"))
     return tl.sum(tl.where(finite, 0, 1)) > 0
 
@@ -98,14 +98,19 @@ def store_tile(out, lse, m, l, acc, rows, present, stride, VALUE_DIM: tl.constex
 
 
 def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What ``softmax_update`` multiplies by (in base 2), and what ``cap_products`` does before it."""
+    """The factor of ``softmax_update`` (in base 2), and that of ``cap_products`` before it."""
     return (scale * LOG2E.value, 0.0) if softcap is None else (softcap * LOG2E.value, scale / softcap)
 
 
-def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tensor, Result]]:
-    """Value and results in parts of at most WIDEST_VALUE columns: a tile's accumulator [M, Dv] must stay in registers.
+def key_mask_of(key_mask: torch.Tensor | None, unused: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A key mask [B, Nk] and its stride as kernels take them; without one any tensor, which no kernel reads."""
+    return (unused, 0) if key_mask is None else (key_mask, key_mask.stride(0))
 
-    The walk does not depend on the value, so every part repeats it alike.
+
+def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tensor, Result]]:
+    """Value and results in parts of at most WIDEST_VALUE columns; a tile's accumulator [M, Dv] must stay in registers.
+
+    Visits do not depend on the value, so every part repeats them alike.
     """
     if value.shape[3] <= WIDEST_VALUE:
         yield value, into
@@ -115,7 +120,7 @@ def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tenso
 
 
 def can_fix(dtype: torch.dtype, mask: AttentionMask) -> bool:
-    """Whether a FIXED reference is worth trying: float16 weights overflow 2^16 above it, padded rows may have none."""
+    """Whether a FIXED reference is worth a try. Float16 weights overflow 2^16 above it; padded rows may have none."""
     return dtype != torch.float16 and (mask.causal or mask.key_mask is None)
 
 
@@ -125,17 +130,17 @@ def needs_wide(*tensors: torch.Tensor) -> bool:
 
 
 tracing = ContextVar("tracing", default=False)
-"""Whether launches are recorded into a program (``portable_triton.py``)."""
+"""Whether launches are recorded into a program (``impl.aot.cuda_forward``)."""
 
 
-def launch(kernel, grid, *args, **given) -> None:
+def launch(kernel, grid, *args, **keywords) -> None:
     """Launch a kernel, or record the launch where a program is traced."""
     if not tracing.get():
-        kernel[grid](*args, **given)
+        kernel[grid](*args, **keywords)
         return
-    # One configuration: nothing is left to tune, and torch's launches know no maxnreg but that of a configuration.
-    options = {name: given.pop(name) for name in ("num_warps", "maxnreg") if name in given}
-    torch.library.wrap_triton(triton.autotune([triton.Config({}, **options)], key=[])(kernel))[grid](*args, **given)
+    # Torch's launches take maxnreg from a configuration only. A single one leaves nothing to tune.
+    options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
+    torch.library.wrap_triton(triton.autotune([triton.Config({}, **options)], key=[])(kernel))[grid](*args, **keywords)
 
 
 def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
