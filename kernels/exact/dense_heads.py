@@ -1,11 +1,11 @@
 """Key/value heads marked dense, beside the sparse ones of the same call.
 
-Some trained heads look at nearly everything: ranked, they would be walked to the end and cost more than dense
-attention. A group of query heads shares one ranking, so a group is what is marked, by its key/value head.
+Some trained heads look at nearly everything: a sparse one would visit all ranked keys and cost more than dense
+attention. A group of query heads shares one ranking, so whole groups are marked, by their key/value head.
 
-All marked heads run in one call of SDPA, exactly. Heads that lie side by side are views, others are copied, which
-N * D numbers cost little beside N * N products. Where SDPA cannot (a log-sum-exp is wanted, logits are capped) or would
-need the mask pair by pair, the exact executor runs, in memory linear in N.
+All marked heads run in one call of SDPA, exactly. Heads that lie side by side are views. Others are copied, which costs
+little: N * D numbers beside N * N products. SDPA returns no log-sum-exp, caps no logits, and may need the mask pair by
+pair: there the exact executor runs, in memory linear in N.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs
 
 def runs(heads: Iterable[int], longest: int) -> list[slice]:
     """Ascending heads as slices of at most ``longest`` that lie side by side."""
-    found: list[slice] = []
+    slices: list[slice] = []
     for head in heads:
-        start = found[-1].start if found and found[-1].stop == head else None
-        if start is not None and head - start < longest:
-            found[-1] = slice(start, head + 1)
+        if slices and slices[-1].stop == head and head - slices[-1].start < longest:
+            slices[-1] = slice(slices[-1].start, head + 1)
         else:
-            found.append(slice(head, head + 1))
-    return found
+            slices.append(slice(head, head + 1))
+    return slices
 
 
 def query_heads(heads: slice, group: int) -> slice:
-    """The query heads of some key/value heads."""
+    """The query heads of a run of key/value heads."""
     return slice(heads.start * group, heads.stop * group)
 
 
@@ -47,18 +46,18 @@ def attend_dense(call: AttentionCall, into: Result, exact: Callable[[AttentionCa
         exact: The implementation's executor over every visible key.
     """
     query, key, value = call.tensors
-    places = runs(call.dense_heads, key.shape[1])
-    rows = [query_heads(heads, call.group) for heads in places]
-    marked = call.over(take(query, rows), take(key, places), take(value, places))
+    kv_heads = runs(call.dense_heads, key.shape[1])
+    members = [query_heads(heads, call.group) for heads in kv_heads]
+    marked = call.over(take(query, members), take(key, kv_heads), take(value, kv_heads))
     if call.wants_lse or call.softcap is not None or needs_pairs(call.mask, call.n_keys, call.scale):
-        found = exact(marked)
+        result = exact(marked)
     else:
-        heads = marked.query.shape[:3]
-        every = whole_tiles(call).expand(*heads[:2], -1)
-        found = Result(attend_by_sdpa(marked), query.new_empty(heads, dtype=torch.float32), every)
-    sizes = [heads.stop - heads.start for heads in rows]
-    for whole, parts in zip(into, (x.split(sizes, 1) for x in found), strict=True):
-        for heads, part in zip(rows, parts, strict=True):
+        rows = marked.query.shape[:3]
+        computed = whole_tiles(call).expand(*rows[:2], -1)
+        result = Result(attend_by_sdpa(marked), query.new_empty(rows, dtype=torch.float32), computed)
+    sizes = [heads.stop - heads.start for heads in members]
+    for whole, parts in zip(into, (x.split(sizes, 1) for x in result), strict=True):
+        for heads, part in zip(members, parts, strict=True):
             whole[:, heads] = part
 
 
@@ -70,6 +69,6 @@ def whole_tiles(call: AttentionCall) -> Tensor:
     return stops[last].int()
 
 
-def take(x: Tensor, places: Sequence[slice]) -> Tensor:
-    """Some heads of [B, H, N, D]: a view if they lie side by side."""
-    return x[:, places[0]] if len(places) == 1 else torch.cat([x[:, heads] for heads in places], dim=1)
+def take(x: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Runs of heads of [B, H, N, D]: a view if there is one run."""
+    return x[:, runs[0]] if len(runs) == 1 else torch.cat([x[:, heads] for heads in runs], dim=1)

@@ -20,17 +20,16 @@ from s2o_compile.kernels.core.plan import (
     Plan,
     default_chunk_len,
     n_segments,
-    n_tiles,
 )
-from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.core.result import empty_result
 from s2o_compile.kernels.core.sizes import longest
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs
+from s2o_compile.kernels.impl.triton import exact as triton_exact
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import order as triton_order
-from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
+from s2o_compile.kernels.impl.triton import rank_per_query as triton_per_query
 from s2o_compile.kernels.impl.triton import tail as triton_tail
-from s2o_compile.kernels.impl.triton.exact import launch_exact
-from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
+from s2o_compile.kernels.impl.triton.tile import tracing
 from s2o_compile.kernels.ranking.tail import tail_values
 from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
 
@@ -46,7 +45,7 @@ def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tup
     if len(set(taus)) > 1:
         tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
     results = []
-    score_keys = triton_ranking.prepare(call, segment_len, call.group)
+    score_keys = triton_per_query.prepare(call, segment_len, call.group)
     tail_value = tail_values(call, segment_len, sums_by=triton_tail)
     non_finite = triton_order.find_non_finite(key, value)
     for heads in runs(range(key.shape[1]), _heads_at_once(key, value, call.n_queries, segment_len)):
@@ -63,20 +62,14 @@ def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tup
             tail_value=tail_value[:, heads],
         )
         limit = tau[members] if isinstance(tau, Tensor) else tau
-        results.append(triton_forward.attend(part, plan, limit, _empty(part.query, value.shape[3])))
+        # In this order of dimensions: a symbolic query has no known layout.
+        results.append(triton_forward.attend(part, plan, limit, empty_result(part.query, value.shape[3], "BHND")))
     return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
 
 
 def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Exact attention in position order; results as ``cpu_forward.attend``."""
-
-    def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        result = _empty(call.query, call.value.shape[3])
-        for part, into in value_parts(call.value, result):
-            launch_exact(call, part, into)
-        return result.output, result.lse
-
-    return _recorded(run, call)
+    return _recorded(lambda call: triton_exact.attend_exact(call, "BHND")[:2], call)
 
 
 def _recorded(run: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -96,14 +89,6 @@ def _recorded(run: Callable[[AttentionCall], tuple[Tensor, Tensor]], call: Atten
 def _heads_at_once(key: Tensor, value: Tensor, n_queries: int, segment_len: int) -> int:
     """Key/value heads that are ranked at a time, so that scores and indices stay small beside key and value."""
     batch, kv_heads, n_keys = (longest(size) for size in key.shape[:3])
-    scratch = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
-    ranking_bytes = batch * n_segments(longest(n_queries), segment_len) * n_keys * BYTES_A_SCORE
-    return max(max(scratch, SCRATCH_BYTES) // ranking_bytes, 1)
-
-
-def _empty(query: Tensor, value_dim: int) -> Result:
-    """``core.result.empty_result`` in memory order: a symbolic query has no known layout."""
-    batch, heads, n_queries, _ = query.shape
-    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(query.new_empty(batch, heads, n_queries, value_dim), lse, computed)
+    tensor_bytes = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size()
+    segments = batch * n_segments(longest(n_queries), segment_len)
+    return max(max(tensor_bytes // SCRATCH_SHARE, SCRATCH_BYTES) // (segments * n_keys * BYTES_A_SCORE), 1)

@@ -1,4 +1,4 @@
-"""Where FlexAttention finds its keys: ranked keys as gathered blocks behind the keys in position order.
+"""FlexAttention's layout of keys: ranked keys as gathered blocks behind the keys in position order.
 
     keys of one head   [ position order, Nk | blocks of segment a | blocks of segment c | ... unused ]
     blocks of a tile   in-segment keys (under the mask), then the first blocks of its segment's ranked keys
@@ -115,15 +115,9 @@ class FlexLayout(NamedTuple):
     def block_mask(self, mask_mod: Function, n_queries: int) -> BlockMask:
         """The tables as FlexAttention takes them, without the tables by key, which only a backward needs."""
         return BlockMask.from_kv_blocks(
-            self.partial_count,
-            self.partial_index,
-            self.full_count,
-            self.full_index,
-            BLOCK_SIZE=(TILE_LEN, BLOCK_LEN),
-            mask_mod=mask_mod,
-            seq_lengths=(n_queries, self.index.shape[1]),
-            compute_q_blocks=False,
-        )
+            *self[7:], BLOCK_SIZE=(TILE_LEN, BLOCK_LEN), mask_mod=mask_mod,
+            seq_lengths=(n_queries, self.index.shape[1]), compute_q_blocks=False,
+        )  # fmt: skip
 
 
 def placed_mask(mask_mod: Function) -> Function:
@@ -178,14 +172,9 @@ def pool_blocks(
 
 
 def lay_out(
-    grid: BlockGrid,
-    bounds: tuple[Tensor, Tensor],
-    key_index: Tensor,
-    n_ranked: Tensor,
-    outside: Tensor,
-    visits: Tensor,
-    pool: int,
-) -> FlexLayout:
+    grid: BlockGrid, bounds: tuple[Tensor, Tensor], key_index: Tensor, n_ranked: Tensor, outside: Tensor,
+    visits: Tensor, pool: int,
+) -> FlexLayout:  # fmt: skip
     """Place the keys of a call.
 
     Args:

@@ -134,16 +134,9 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
 
 
 def place_blocks(
-    ranked_keys: Tensor,
-    n_ranked: Tensor,
-    visits: Tensor,
-    partial: Tensor,
-    full: Tensor,
-    n_queries: int,
-    n_keys: int,
-    segment_len: int,
-    pool: int,
-) -> list[Tensor]:
+    ranked_keys: Tensor, n_ranked: Tensor, visits: Tensor, partial: Tensor, full: Tensor,
+    n_queries: int, n_keys: int, segment_len: int, pool: int,
+) -> list[Tensor]:  # fmt: skip
     """The tensors of a `FlexLayout`; an operator because Inductor's CPU template wants them in memory.
 
     Args:
@@ -178,15 +171,9 @@ torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: FlexLayout,
-    mods: tuple[Function, Function],
-    buffers: tuple[tuple[Any, ...], tuple[Any, ...]],
-    scale: float,
-    kernel_options: dict[str, Any],
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, mods: tuple[Function, Function],
+    buffers: tuple[tuple[Any, ...], tuple[Any, ...]], scale: float, kernel_options: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """FlexAttention over placed keys, [B, Hq, Nq, Dv]; mods and buffers are those of scores and of the mask."""
     batch, kv_heads = key.shape[:2]
     group, (score_mod, mask_mod) = query.shape[1] // kv_heads, mods

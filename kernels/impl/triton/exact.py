@@ -181,12 +181,12 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
     )  # fmt: skip
 
 
-def attend_exact(call: AttentionCall) -> Result:
-    """Exact attention; results as ``reference.attend``, with every visible key computed."""
+def attend_exact(call: AttentionCall, layout: str = "auto") -> Result:
+    """Exact attention over every visible key, the output laid out as ``core.layout.empty_output`` does."""
     scale = call.scale
     if scale <= 0:  # the kernel scales hidden products of -inf, so its factor is positive: the query takes the sign
         call = call.but(query=call.query * ((scale > 0) - (scale < 0)), scale=abs(scale) or 1.0)
-    result = empty_result(call.query, call.value.shape[3])
+    result = empty_result(call.query, call.value.shape[3], layout)
     for part, into in value_parts(call.value, result):
         launch_exact(call, part, into)
     return result
