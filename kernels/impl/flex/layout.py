@@ -142,12 +142,7 @@ def placed_mask(mask_mod: Function) -> Function:
 
 
 def pool_blocks(
-    mask: AttentionMask | None,
-    shape: tuple[int, int, int, int, int],
-    segment_len: int,
-    row_bytes: int,
-    *,
-    on_gpu: bool,
+    mask: AttentionMask | None, shape: tuple[int, int, int, int, int], segment_len: int, row_bytes: int, *, on_gpu: bool
 ) -> int:
     """Blocks that one key/value head has room to gather, from lengths alone.
 

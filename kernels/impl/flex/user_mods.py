@@ -43,21 +43,11 @@ def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int
 
 
 def sparse_flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Function,
-    block_mask: Sequence[Any],
-    scale: float,
-    kernel_options: dict[str, Any],
-    score_mod_other_buffers: tuple[Any, ...] = (),
-    mask_mod_other_buffers: tuple[Any, ...] = (),
-    *,
-    tau: float | Sequence[float],
-    segment_len: int | None = None,
-    dense_heads: Sequence[int] = (),
-    stride: Sequence[int] | None = None,
-) -> tuple[Any, ...]:
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Function, block_mask: Sequence[Any], scale: float,
+    kernel_options: dict[str, Any], score_mod_other_buffers: tuple[Any, ...] = (),
+    mask_mod_other_buffers: tuple[Any, ...] = (), *, tau: float | Sequence[float], segment_len: int | None = None,
+    dense_heads: Sequence[int] = (), stride: Sequence[int] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
 
     Outside a trace it is the operator itself: uncompiled FlexAttention gains nothing from fewer blocks.
