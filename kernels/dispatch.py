@@ -101,16 +101,9 @@ def choose_implementation(wanted: str, query: Tensor) -> str:
 
 
 def run_short(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    causal_offset: int | None,
-    scale: float | None,
-    options: OperatorOptions,
-    site: str = "",
-) -> Tensor | None:
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, causal_offset: int | None, scale: float | None,
+    options: OperatorOptions, site: str = "",
+) -> Tensor | None:  # fmt: skip
     """SDPA's output [B, Hq, Nq, D] for the usual short call, at SDPA's host time; None for every other call.
 
     This is the fast path of calls that `run` would hand to SDPA unchanged. Their attention takes a few microseconds, so

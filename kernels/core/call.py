@@ -61,21 +61,10 @@ class AttentionCall:
 
     @classmethod
     def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None = None,
-        sinks: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        fully_masked: str = "zeros",
-        return_lse: bool = False,
-        dense_heads: Sequence[int] = (),
-        site: str = "",
-        **terms: Unpack[MaskTerms],
-    ) -> AttentionCall:
+        cls, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, sinks: Tensor | None = None, *,
+        scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros",
+        return_lse: bool = False, dense_heads: Sequence[int] = (), site: str = "", **terms: Unpack[MaskTerms],
+    ) -> AttentionCall:  # fmt: skip
         """The call of these arguments, completed: a scale of None is ``D ** -0.5``.
 
         Args:

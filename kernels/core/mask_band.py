@@ -31,7 +31,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a mask differs from a band.
+    """The differences of a mask from a band.
 
     Attributes:
         differs: bool [], whether a row that sees any key differs, or a number is none of a mask.

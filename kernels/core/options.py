@@ -114,14 +114,9 @@ FIELDS = tuple(field.name for field in fields(OperatorOptions))
 
 @lru_cache(maxsize=1024, typed=True)
 def from_op_kwargs(
-    tau: float,
-    min_seq_len: int | None,
-    segment_len: int | None,
-    ranking: str,
-    ranking_per: str,
-    implementation: str,
+    tau: float, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str, implementation: str,
     head_tau: tuple[float, ...] = (),
-) -> OperatorOptions:
+) -> OperatorOptions:  # fmt: skip
     """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
 
     They are checked once: a model's calls have few different ones.

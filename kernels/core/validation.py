@@ -30,16 +30,9 @@ class CallNumbers(NamedTuple):
 
 
 def check_numbers(
-    *,
-    causal: bool,
-    causal_offset: int | None = None,
-    window: int | None = None,
-    attention_chunk: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dense_heads: Sequence[int] = (),
-    return_lse: bool = False,
-) -> CallNumbers:
+    *, causal: bool, causal_offset: int | None = None, window: int | None = None, attention_chunk: int | None = None,
+    scale: float | None = None, softcap: float | None = None, dense_heads: Sequence[int] = (), return_lse: bool = False,
+) -> CallNumbers:  # fmt: skip
     """Numbers of a library as Python's; InputError unless they are numbers that the operator can take.
 
     While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
@@ -98,18 +91,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_arguments(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    causal: bool,
-    window: int | None,
-    attention_chunk: int | None,
-    softcap: float | None,
-    fully_masked: str,
-    dense_heads: Sequence[int],
-) -> None:
+    query: Tensor, key: Tensor, key_mask: Tensor | None, sinks: Tensor | None, *, causal: bool, window: int | None,
+    attention_chunk: int | None, softcap: float | None, fully_masked: str, dense_heads: Sequence[int],
+) -> None:  # fmt: skip
     """Raise InputError unless the operator can take these arguments beside tensors that `check_tensors` accepts."""
     batch, n_keys = key.shape[0], key.shape[2]
     for name, length in (("window", window), ("attention_chunk", attention_chunk)):

@@ -1,4 +1,4 @@
-"""Chunked attention (Llama 4): a query sees the keys of its own chunk only, so chunks are calls of their own.
+"""Chunked attention (Llama 4): a query sees the keys of its own chunk only, so chunks become calls of their own.
 
 Chunk c holds the key positions [c * size, (c + 1) * size); query i stands at position i + offset. Whole chunks become
 the batch of one call, as views where the batch is one. Chunks that the queries or the keys cover in part run alone.
@@ -18,7 +18,7 @@ Attend = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
 def chunk_runs(size: int, offset: int, n_queries: int, n_keys: int) -> Iterator[tuple[int, int]]:
-    """Runs of chunks (first, number) that hold all queries: whole ones together, the others one by one."""
+    """Runs of chunks (first, number) that hold all queries: whole ones in one run, the others one by one."""
     first, last = offset // size, (offset + n_queries - 1) // size
     whole_first = max(-(-offset // size), 0)
     whole_last = min(offset + n_queries, n_keys) // size - 1

@@ -1,15 +1,15 @@
-"""What follows from the log-sum-exp and the mask alone, behind any executor: sinks and fully masked rows.
+"""Sinks and fully masked rows: they need the log-sum-exp and the mask alone, and so follow any executor.
 
-Attention sinks (gpt-oss) are one more logit for each query head, which takes its share of the mass and brings nothing:
+Attention sinks (gpt-oss) are one more logit for each query head, which takes its share of the mass and adds no value:
 
     out_i  <-  out_i exp(lse_i) / (exp(lse_i) + exp(sink)),    lse_i  <-  log(exp(lse_i) + exp(sink))
 
-The stop rule does not know them: it stops later than it might.
+The stop rule does not know them, so it stops later than it might.
 
-Fully masked rows see no key. A boolean mask gives them zeros in SDPA. A finite additive mask (``finfo.min``) gives them
-the mean of all values: it drowns the logits, so that all keys weigh the same. A sink takes all the mass of such a row
-and leaves zeros; a sink of -inf is none. Which rows these are follows from the mask alone, in O(B (Nq + Nk)) and
-without waiting for the device.
+Fully masked rows see no key. A boolean mask gives them zeros in SDPA. A finite additive mask (``finfo.min``) drowns the
+logits, so all keys weigh the same, and the row gets the mean of all values. A sink takes all the mass of such a row and
+leaves zeros; a sink of -inf is none. The mask alone tells these rows, in O(B (Nq + Nk)) and without waiting for the
+device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 
 
 def finish(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The call's output and log-sum-exp, None unless the caller wants it, of what an executor returned.
+    """The call's output, and its log-sum-exp or None if the caller does not want it, from an executor's results.
 
     Args:
         call: The call; its key mask, if any, is [B, Nk].
@@ -37,7 +37,7 @@ def finish(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[Ten
 
 
 def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Let sinks take part.
+    """The results with sinks.
 
     Args:
         output: [..., Hq, Nq, Dv], overwritten.
@@ -51,7 +51,7 @@ def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
 
 
 def sink_share(lse: Tensor, sinks: Tensor) -> Tensor:
-    """What is left of every row's output, float32 [..., Hq, Nq]; arguments as `add_sinks`."""
+    """The factor of every row's output, float32 [..., Hq, Nq]; arguments as `add_sinks`."""
     kept = torch.sigmoid(lse - sinks.float()[..., None])
     return kept.masked_fill(lse == float("-inf"), 0.0)  # also where the sink is -inf itself, which is no sink at all
 

@@ -1,6 +1,6 @@
 """Exact attention by the formula itself, and under any mask tensor; all of it is differentiable.
 
-The formula serves what SDPA has no argument for (softcap, sinks), and graphs that leave torch.
+The formula serves softcap and sinks, for which SDPA has no argument, and graphs that leave torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] under a mask tensor as it is, in the place of the call's own mask.
 
     Args:
-        call: What is attended.
+        call: The call.
         attn_mask: bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
     """
     if call.softcap is not None or call.sinks is not None:
@@ -46,10 +46,10 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
 def attend_outside_torch(call: AttentionCall, attn_mask: Tensor | None = None, layout: str = "auto") -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
 
-    Fully masked rows get zeros from SDPA in torch, and something else in other formats. Nothing is written in place.
+    Fully masked rows get zeros from SDPA in torch, and other values in other formats. Nothing is written in place.
 
     Args:
-        call: What is attended.
+        call: The call.
         attn_mask: A bool or additive mask of rank 2 to 4, in the place of the call's own; None for that.
         layout: How the output lies in memory (``core/layout.py``).
     """
@@ -70,8 +70,8 @@ def _with_means(call: AttentionCall, output: Tensor, attn_mask: Tensor) -> Tenso
 def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None) -> Tensor:
     """The formula under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
 
-    A number of the mask is added to the logit in float32, and nothing stands in its place: a key under -inf weighs
-    nothing, keys under ``finfo.min`` share a row that has no other. A row without any logit above -inf gets zeros.
+    Numbers of the mask are added to the logits in float32 as they are. A key under -inf weighs nothing; keys under
+    ``finfo.min`` share a row that has no others. A row without any logit above -inf gets zeros.
     """
     mask = attn_mask
     if mask is None:
@@ -87,7 +87,7 @@ def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None) -> T
     logits = logits.masked_fill(hidden, -torch.inf)  # also where the key is NaN
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
-    # Softmax of -inf alone is NaN, forth and back: such rows go through it as zeros, and come out as zeros.
+    # Softmax of -inf alone is NaN, and so is its gradient: such rows go through it as zeros, and come out as zeros.
     empty = logits.detach().amax(-1, keepdim=True) == -torch.inf
     weights = logits.masked_fill(empty, 0.0).softmax(-1)[..., :n_keys].masked_fill(empty, 0.0)
     return weights.to(value.dtype) @ value

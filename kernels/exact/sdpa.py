@@ -27,13 +27,7 @@ def attend_by_sdpa(call: AttentionCall) -> Tensor:
 
 
 def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False, scale: float
 ) -> Tensor:
     """SDPA's output [B, Hq, Nq, Dv] by its fused kernels, also for grouped heads and for two head dims."""
     value_dim = value.shape[3]

@@ -1,8 +1,8 @@
-"""Rank keys by the segment's mean query: the paper's ranking (S2O, arXiv 2602.22575, section 3).
+"""Ranks keys by the segment's mean query: the paper's ranking (S2O, arXiv 2602.22575, section 3).
 
-score[s, j] = max over the heads that share the list of  mean_{i in s}(q_i) . k_j * scale
+    score[s, j] = max over the heads that share the ranking of  mean_{i in s}(q_i) . k_j * scale
 
-Cheap (one query per segment), and blind to what only a few queries of the segment look for: retrieval suffers.
+It is cheap, at one query per segment. It misses keys that only a few queries look for, so retrieval suffers.
 """
 
 from __future__ import annotations

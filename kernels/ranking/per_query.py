@@ -1,15 +1,14 @@
-"""Rank keys by every query of the segment, in a few dimensions and without an exponential.
+"""Ranks keys by every query of the segment, in a few dimensions and with one exponential a slot.
 
-p[i, j] = q_i[dims] . k_j[dims] * scale - normaliser_i
-score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the heads that
-              share the list, of p[i, j];  of long segments i are ROWS queries, spread evenly, other ones in each head
+    p[i, j]     = q_i[dims] . k_j[dims] * scale - normaliser_i
+    score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the heads that
+                  share the ranking, of p[i, j];  of long segments i are ROWS queries, spread evenly, by head others
 
 ``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
 the log-sum-exp of the query's row from its segment's in-segment keys, the first keys (trained models put much weight
-there) and a sample of the others, so that p is a log-probability. A mean query cannot see the key that one query
-retrieves; this can, and tells what one query wants from what many do: the sum over all queries, at one exponential a
-slot. The normaliser rides as one more dimension, and nothing of size Nq x Nk is kept: products are reduced as they are
-made.
+there) and a sample of the others. So p is a log-probability. A mean query misses the key that one query retrieves;
+this ranking finds it, and the sum over slots counts keys that many queries want. The normaliser is one more dimension.
+Products are reduced as they are made, so nothing of size Nq x Nk is kept.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ FIRST_KEYS = 4
 """Keys that count once in the normaliser: as samples they would stand for their neighbours."""
 
 SLOTS = 64
-"""Queries of a segment are summed by place modulo SLOTS; 16 do as well (SmolLM2, 16K)."""
+"""Queries of a segment are summed by position modulo SLOTS; 16 slots do as well (SmolLM2, 16K)."""
 
 DIM_STRIDE = 8
 DIM_SAMPLES = 4096
 """The dimensions are chosen from every 8th query and key, or from about 4096 of more than 32K."""
 
 ROWS = 2048
-"""Queries that rank the keys of a list, at most. On SmolLM2 at 64K half of 3072 cost 5 % more density at 5 % of error,
-a quarter 11 %; half of them, but those that their segment explains least, 16 %."""
+"""Queries of one ranking at most. On SmolLM2 at 64K half of 3072 cost 5 % more density at 5 % of error, a quarter 11 %.
+The half that in-segment keys explain least cost 16 %."""
 
 KEY_STEP = 512
 """Keys of one product: the products of a segment stay in cache until they are reduced."""
 
 
 def few_dims(head_dim: int) -> int:
-    """A quarter of the head, rounded up to a power of two up to 64, less one, which is the normaliser's.
+    """A quarter of the head, rounded up to a power of two up to 64, less one for the normaliser.
 
     On a CPU twice as many cost the time that they save (SmolLM2, 8K); a GPU's packed rows have room for more of them.
     """
@@ -57,12 +56,12 @@ def few_dims(head_dim: int) -> int:
 
 
 def scored_rows(segment_len: int, shared: int) -> int:
-    """Queries of each head that rank the keys of a segment, in whole tiles; ``shared`` heads share the list."""
+    """Queries of each head that rank the keys of a segment, in whole tiles; ``shared`` heads share the ranking."""
     return min(segment_len, max(ROWS // shared // TILE_LEN, 1) * TILE_LEN)
 
 
 def scored_positions(segment_len: int, shared: int, device: torch.device) -> Tensor:
-    """Which queries of a segment these are, int64 [shared, rows], or [1, rows] if they are all: neighbours by head."""
+    """Positions of these queries in a segment, int64 [shared, rows]: neighbours by head; [1, rows] if they are all."""
     rows = scored_rows(segment_len, shared)
     slot = torch.arange(rows, device=device)
     if rows == segment_len:
@@ -72,7 +71,7 @@ def scored_positions(segment_len: int, shared: int, device: torch.device) -> Ten
 
 
 def key_stride(n_keys: int) -> int:
-    """Of this many keys the normaliser sees one."""
+    """Distance of the keys that the normaliser samples."""
     return torch.sym_max(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
@@ -85,19 +84,19 @@ class Moments(NamedTuple):
 
 
 def dim_stride(length: int) -> int:
-    """Of this many queries or keys the dimensions are chosen from one."""
+    """Distance of the queries or keys that the dimensions are chosen from."""
     return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)
 
 
 def second_moments(query: Tensor, key: Tensor) -> Moments:
-    """Estimated from every DIM_STRIDE-th query and key, fewer of long sequences; what is not finite counts as zero."""
+    """Moments of every DIM_STRIDE-th query and key, fewer of long sequences; zero for numbers that are not finite."""
     return sample_moments(*(x[:, :, :: dim_stride(x.shape[2])] for x in (query, key)))
 
 
 def sample_moments(query: Tensor, key: Tensor) -> Moments:
     """Moments of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D]."""
     batch, kv_heads, _, head_dim = key.shape
-    # Norms, for they are summed in float32 without a float32 copy of the tensors.
+    # Norms are summed in float32 without a float32 copy of the tensors.
     query_power, key_power = (
         torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2] for x in (query, key)
     )
@@ -132,7 +131,7 @@ def row_normaliser(
         mask: The mask.
         positions: int64 [heads, n], ascending: where the queries stand; head g of a group has those of g modulo heads.
         own: In-segment keys [start, stop) of the segment.
-        stride: Of this many prefix keys one is sampled.
+        stride: Distance of the sampled prefix keys.
     """
     device, end = query.device, own[0] if mask.causal else key.shape[2]
     sampled = torch.arange(0, end, stride, device=device) + stride // 2
@@ -148,7 +147,7 @@ def row_normaliser(
     for b in range(len(query)):
         seen = visible if mask.key_mask is None else visible & mask.key_mask[b, keys]
         hidden = torch.where(seen, weight, float("-inf"))
-        for first_row in range(0, query.shape[3], TILE_LEN):  # logits stay in cache, few of them hidden: -inf is slow
+        for first_row in range(0, query.shape[3], TILE_LEN):  # logits stay in cache, and few are -inf, which is slow
             rows, stop = slice(first_row, first_row + TILE_LEN), len(keys)
             if mask.causal:
                 last = int(positions[:, rows].max())
@@ -203,7 +202,7 @@ def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int
         normaliser = row_normaliser(rows, few_key, mask, positions=positions, own=own, stride=stride)
         normaliser.masked_fill_(~real, float("inf"))
         rows = torch.cat([rows, normaliser[..., None]], dim=-1)
-        missing = -rows.shape[3] % SLOTS  # silent queries
+        missing = -rows.shape[3] % SLOTS  # ignored queries
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
         rows[..., rows.shape[3] - missing :, -1] = float("inf")
         rows = rows.view(batch, kv_heads * rankings, -1, rows.shape[4])

@@ -1,8 +1,7 @@
-"""The mean value of a segment's prefix keys: what stands for the keys that its tiles leave out (``reference.py``).
+"""The mean value of a segment's prefix keys, which stands for the keys that its tiles leave out (``reference.py``).
 
-What is left out weighs little and is spread over thousands of keys, so that their mean stands for them well: 9 to 16 %
-less density at the same error (SmolLM2, 16K and 64K). Only what a query may see enters: a mean over its own
-segment's prefix.
+Keys left out weigh little and are thousands, so their mean stands for them well: 9 to 16 % less density at the same
+error (SmolLM2, 16K and 64K). A query may see all keys of the mean: they are its own segment's prefix.
 """
 
 from __future__ import annotations
@@ -22,30 +21,24 @@ def tail_values(call: AttentionCall, segment_len: int, sums_by: ModuleType) -> T
     Args:
         call: Its mask has no window.
         segment_len: Queries per segment.
-        sums_by: Whose ``block_sums`` and ``running_sums``: this module's, or ``impl.triton.tail``'s.
+        sums_by: The module of ``block_sums`` and ``running_sums``: this one, or ``impl.triton.tail``.
     """
     value, mask, n_queries, n_keys = call.value, call.mask, call.n_queries, call.n_keys
     offset = mask.seg_offset(n_queries, n_keys)
     # Blocks of keys that begin where segments' in-segment keys do; the first and the last may be short.
     shift = -offset % segment_len if mask.causal else 0
     sums = sums_by.block_sums(value, mask.key_mask, shift, segment_len)
-    before = sums_by.running_sums(sums)
     first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
-    own = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
-    first = first + (offset + shift)
-    total = before[:, :, _block(first, segment_len, sums)]
-    count = _counts(mask.key_mask, own[0])
+    start, stop = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
+    block = (first + (offset + shift)) // segment_len
+    total = sums_by.running_sums(sums)[:, :, block.clamp(0, sums.shape[2])]
+    count = _counts(mask.key_mask, start)
     if not mask.causal:
         behind = sums_by.running_sums(sums.flip(2)).flip(2)  # differences would cancel
-        total = total + behind[:, :, _block(first + segment_len, segment_len, sums)]
-        everything = _counts(mask.key_mask, torch.full_like(own[0], n_keys))
-        count = everything - (_counts(mask.key_mask, own[1]) - count)
+        total = total + behind[:, :, (block + 1).clamp(0, sums.shape[2])]
+        everything = _counts(mask.key_mask, torch.full_like(start, n_keys))
+        count = everything - (_counts(mask.key_mask, stop) - count)
     return total / count.clamp(min=1.0)[:, None, :, None]
-
-
-def _block(key: Tensor, block_len: int, sums: Tensor) -> Tensor:
-    """Which of the blocks begins with a key, counted from the first block's; all of them for keys beyond the last."""
-    return (key // block_len).clamp(0, sums.shape[2])
 
 
 def _counts(key_mask: Tensor | None, stop: Tensor) -> Tensor:

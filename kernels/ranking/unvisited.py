@@ -1,11 +1,11 @@
-"""How much of the mass is left unvisited after each block of a list: an estimate made before anything is attended.
+"""Estimates, before anything is attended, the mass left unvisited after each block of a ranking.
 
-unvisited[s, n] = max over sampled queries i of segment s of  sum of softmax_i over list entries from n BLOCK_LEN on
+    unvisited[s, n] = max over sampled queries i of segment s of  sum of softmax_i over ranked keys from n BLOCK_LEN on
 
-The stop rule of ``reference.py`` watches the mass while a tile walks; FlexAttention must know how far to walk before
-it starts. So some queries of every segment attend densely, weights only, and the worst of them decides. Of the
-estimates tried on SmolLM2 at 8K this one foretold errors best: at one density the scores of ``ranking.per_query``, read
-as probabilities, left a fifth more error, and between heads errors at one limit spread less than under the stop rule.
+The stop rule watches the mass of a tile that visits keys; FlexAttention must know the number of visits before it
+starts. So some queries of every segment attend densely, weights only, and the worst of them decides. Of the estimates
+tried on SmolLM2 at 8K this one foretold errors best. At one density the scores of ``ranking.per_query``, read as
+probabilities, left a fifth more error. Between heads errors at one limit spread less than under the stop rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan, non_finite_keys
 
 BLOCK_LEN = 128
-"""Entries of a list that are visited or left together: FlexAttention's block of keys."""
+"""Ranked keys that are visited or left out as one: FlexAttention's block of keys."""
 
 SAMPLES = 16
 """Queries of a segment that are sampled, the last of them among these."""
@@ -32,9 +32,8 @@ STOP_RULE_TO_SAMPLE_RATIO = 7.0
 def sampled(length: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Positions of sampled queries in a segment, int64 [count]: all over it, the segment's last query at the end.
 
-    Lengths [P, 1] of several segments give [P, count].
-
-    Their distances repeat in no period: rows of an image, or a mask of every 16th key, have samples in all columns.
+    Lengths [P, 1] of several segments give [P, count]. Distances have no period: rows of an image, or a mask of every
+    16th key, have samples in all columns.
     """
     turns = torch.arange(count - 1, -1, -1, device=device, dtype=torch.float32) * GOLDEN_RATIO % 1.0
     return length - 1 - (turns * length).long()
@@ -53,7 +52,7 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
         call: Its mask has no window.
         plan: Its ranked key indices.
 
-    A row that holds NaN leaves infinitely much, and so does a key that is not visited and whose value is not finite.
+    A row that holds NaN leaves infinite mass. So does a key that is not visited and whose value is not finite.
     """
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
@@ -68,11 +67,10 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
     for s in range(plan.n_segments):
         first, stop = s * plan.segment_len, min((s + 1) * plan.segment_len, n_queries)
         seg_start, seg_stop = mask.in_segment_range(first, stop - 1, n_queries, n_keys)
-        n_ranked = seg_start if mask.causal else longest
+        n_ranked, end = (seg_start, seg_stop) if mask.causal else (longest, n_keys)
         if n_ranked == 0:
             continue
         rows = sampled_rows[s]
-        end = seg_stop if mask.causal else n_keys
         logits = query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3) @ columns[..., :end]
         logits = logits.float() * call.scale
         if softcap is not None:
@@ -99,11 +97,11 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
 
 
 def blocks_to_visit(unvisited: Tensor, tau: float | Tensor) -> Tensor:
-    """Blocks of each list that are visited for a tau, int32 [B, Hq, P]; 1 + blocks for all of them.
+    """Blocks of each ranking that are visited for a tau, int32 [B, Hq, P]; 1 + blocks for all of them.
 
     Args:
         unvisited: Of ``estimate_unvisited``.
-        tau: As the executors have it: one number, or float32 [Hq]; 0 visits everything.
+        tau: One number, or float32 [Hq]; 0 visits everything.
     """
     limit = (tau[:, None, None] if isinstance(tau, Tensor) else tau) / STOP_RULE_TO_SAMPLE_RATIO
     return (unvisited >= limit).sum(-1, dtype=torch.int32)

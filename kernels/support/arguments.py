@@ -1,4 +1,4 @@
-"""What counts as a number, a name or a count among arguments, and how a message shows what came instead.
+"""Numbers and names among arguments, and the text of other objects in messages.
 
 One rule holds for every option, configuration field and file. A number of a library, such as NumPy's, is converted to
 Python's. A bool is no number. An array or a tensor is none either, even if it holds a single one: reading it may wait
@@ -12,7 +12,7 @@ from collections.abc import Collection
 from numbers import Integral, Real
 
 INT64_MAX = 2**63 - 1
-"""The largest integer that torch takes for an operator's argument."""
+"""The largest integer that torch takes as an operator's argument."""
 
 FLOAT32_MAX = 3.4028234663852886e38
 """The largest number that kernels can compare with."""
@@ -62,8 +62,8 @@ def as_numbers(x: object, *, least: float = 0.0, most: float = FLOAT32_MAX) -> t
     """The numbers of a list or a tuple, if it holds one or more and all of them are accepted; else None."""
     if not isinstance(x, (list, tuple)) or not x:
         return None
-    found = [number for number in (as_number(one, least=least, most=most) for one in x) if number is not None]
-    return tuple(found) if len(found) == len(x) else None
+    numbers = [number for number in (as_number(one, least=least, most=most) for one in x) if number is not None]
+    return tuple(numbers) if len(numbers) == len(x) else None
 
 
 def is_one_of(x: object, allowed: Collection[str]) -> bool:

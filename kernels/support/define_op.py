@@ -1,4 +1,4 @@
-"""An operator that is one opaque node to whoever looks on, and costs little beside its function where nobody does."""
+"""Operators that are one opaque node to compilers and tracers, and cost little beside their function elsewhere."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def define_operator(
     schema = name + torch.library.infer_schema(function, mutates_args=())
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     overload = getattr(getattr(torch.ops, library.ns), name).default
-    # Not for Dynamo: where it skips a frame that calls the operator, it would look into these.
+    # Dynamo would trace these functions where it skips a frame that calls the operator.
     library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
     if not _PLAIN:
         torch.library.register_autograd(f"{library.ns}::{name}", _refuse, lib=library)
         return overload
 
-    def redispatch(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
+    def redispatch(keys: Any, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
         with torch_compat.below_autograd():  # pyright: ignore[reportOptionalCall]
-            return overload.redispatch(keys & torch_compat.after_autograd, *given, **keywords)
+            return overload.redispatch(keys & torch_compat.after_autograd, *arguments, **keywords)
 
-    def below_autograd(keys: Any, *given: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        if torch.is_grad_enabled() and torch_compat.any_requires_grad(*given):
-            return _WithoutGradient.apply(redispatch, keywords, keys, *given)
+    def below_autograd(keys: Any, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        if torch.is_grad_enabled() and torch_compat.any_requires_grad(*arguments):
+            return _WithoutGradient.apply(redispatch, keywords, keys, *arguments)
         if _is_plain(keys.raw_repr()):
-            return function(*given, **keywords)
-        return redispatch(keys, *given, **keywords)
+            return function(*arguments, **keywords)
+        return redispatch(keys, *arguments, **keywords)
 
     library.impl(name, torch.compiler.disable(below_autograd), "Autograd", with_keyset=True)
     return overload
@@ -80,12 +80,12 @@ def _refuse(ctx: object, *gradients: object) -> None:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """Joins the autograd graph and refuses to be walked back through."""
+    """Joins the autograd graph and refuses a backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: Callable[..., Any], keywords: dict[str, Any], *given: Any) -> Any:  # noqa: ANN401
+    def forward(ctx: Any, call: Callable[..., Any], keywords: dict[str, Any], *arguments: Any) -> Any:  # noqa: ANN401
         """Make the call."""
-        return call(*given, **keywords)
+        return call(*arguments, **keywords)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ANN401
@@ -96,7 +96,7 @@ class _WithoutGradient(torch.autograd.Function):
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
 
-    Then an operator's function may be called without the operator around it: no result tells.
+    Then an operator's function may be called without the operator around it: the results are the same.
     """
     if (
         not _PLAIN

@@ -1,4 +1,4 @@
-"""What the operator refuses, and how it says so: expected, got, what to do."""
+"""Errors of the operator: expected, got, remedy."""
 
 
 class S2OError(Exception):

@@ -35,12 +35,12 @@ def parse_json(text: str | bytes) -> Any:  # noqa: ANN401 (whatever the text hol
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in fields:
             raise ValueError(f"the name {name[:60]!r} twice in one object")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 def _integer(digits: str) -> int | Decimal:

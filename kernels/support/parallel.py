@@ -1,7 +1,7 @@
 """Work of one call spread over the CPU's threads, one item a thread.
 
-A segment is many small operations. Let each of them run on all threads, and most of the time goes into waiting for the
-slowest thread at the end of each, far more so on a busy machine. One thread an item waits once.
+A segment is many small operations. On all threads most of the time of each goes into waiting for the slowest one, far
+more so on a busy machine. One thread an item waits once.
 """
 
 from __future__ import annotations

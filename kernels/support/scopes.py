@@ -1,7 +1,7 @@
-"""What ``with`` blocks hold open around a call: state of the context, that is of a thread or an asyncio task.
+"""Values of open ``with`` blocks: state of the context, that is of a thread or an asyncio task.
 
 A server runs one model in many threads. A block sees the calls of its own context and of the contexts that were copied
-from it, never those of another thread. A context holds an immutable tuple, and a block that has ended is ended
+from it, never those of another thread. A context has an immutable tuple, and a block that has ended is ended
 everywhere: in whatever order blocks end, whichever thread ends them, and in tasks that outlive them.
 """
 
@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
-Held = TypeVar("Held")
+Value = TypeVar("Value")
 
 
-class Scopes(Generic[Held]):
+class Scopes(Generic[Value]):
     """The open blocks of one kind in the current context."""
 
     def __init__(self, name: str) -> None:
-        # A block is a list of what it holds, emptied at its end: contexts that outlive it keep nothing alive.
-        self._scopes: ContextVar[tuple[list[Held], ...]] = ContextVar(name, default=())
+        # A block is a list of its value, emptied at its end: contexts that outlive it keep nothing alive.
+        self._scopes: ContextVar[tuple[list[Value], ...]] = ContextVar(name, default=())
 
     @contextmanager
-    def holding(self, held: Held) -> Iterator[None]:
-        """Hold something open in this context."""
-        scope = [held]
+    def holding(self, value: Value) -> Iterator[None]:
+        """A block with a value in this context."""
+        scope = [value]
         self._scopes.set((*self._open(), scope))
         try:
             yield
@@ -34,13 +34,13 @@ class Scopes(Generic[Held]):
             scope.clear()
             self._scopes.set(self._open())
 
-    def held(self) -> list[Held]:
-        """What is held open, in the order in which the blocks began."""
-        return [held for scope in self._scopes.get() for held in scope]
+    def held(self) -> list[Value]:
+        """The values of all open blocks, in the order in which the blocks began."""
+        return [value for scope in self._scopes.get() for value in scope]
 
     def __bool__(self) -> bool:
-        """Whether anything is held open; asked in every call of the operator."""
+        """Whether any block is open; asked in every call of the operator."""
         return any(self._scopes.get())  # a list without elements is false
 
-    def _open(self) -> tuple[list[Held], ...]:
+    def _open(self) -> tuple[list[Value], ...]:
         return tuple(scope for scope in self._scopes.get() if scope)

@@ -82,7 +82,7 @@ def require(feature: str) -> None:
 
 
 def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
-    """What stands at a path, or None."""
+    """The object at a path, or None."""
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         name = ".".join(parts[:cut])
@@ -104,7 +104,7 @@ def _attribute(path: str, feature: str) -> str:
 
 
 def _named(path: str, feature: str, *stand_in: Any) -> Any:  # noqa: ANN401 (anything of torch's)
-    """What stands at a path; else the stand-in, or a `Missing` if none is given."""
+    """The object at a path; else the stand-in, or a `Missing` if there is none."""
     NAMES[path] = feature
     if not stand_in:
         _NEEDED.append(path)
@@ -223,7 +223,7 @@ TorchDispatchMode = _named(
     "torch.utils._python_dispatch.TorchDispatchMode", "counting the attentions that a model runs", _NoDispatchMode
 )
 
-# What a tensor really is.
+# The kinds of tensors.
 _is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)
 _is_batched = _named("torch._C._functorch.is_batchedtensor", _VMAP, None)
 _is_transformed = _named("torch._C._functorch.is_functorch_wrapped_tensor", _VMAP, None)
@@ -243,7 +243,7 @@ def is_batched(x: Tensor) -> bool:
 
 
 def storages(x: Tensor) -> Iterator[int | None]:
-    """Which memory a tensor lies in: a number for each storage, None for one that cannot be told."""
+    """Numbers of the storages that a tensor lies in; None for one that cannot be told."""
     while _is_transformed is not None and _unwrapped is not None and _is_transformed(x):
         x = _unwrapped(x)
     if is_wrapper(x):

@@ -37,7 +37,7 @@ _compile_metrics = _named("torch._dynamo.utils.compilation_time_metrics", "compi
 
 
 def graph_breaks() -> dict[str, int]:
-    """How often Dynamo broke a graph for each reason, in this process."""
+    """The number of graph breaks of this process by reason."""
     return {} if _counters is None else dict(_counters["graph_break"])
 
 

@@ -25,7 +25,7 @@ InductorError: type[Exception] = _named("torch._inductor.exc.InductorError", PAC
 aoti_compile_and_package = _named("torch._inductor.aoti_compile_and_package", PACKAGES)
 cpp_compiler = _named("torch._inductor.cpp_builder.get_cpp_compiler", PACKAGES, lambda: "the C++ compiler")
 
-# What the workarounds patch, and what they write with.
+# Names that the workarounds patch, and names that they write with.
 config = _named("torch._inductor.config", PACKAGES)
 triton_heuristics = _named("torch._inductor.runtime.triton_heuristics", PACKAGES)
 triton_kernel_wrap = _named("torch._higher_order_ops.triton_kernel_wrap", PACKAGES)
@@ -50,7 +50,7 @@ for _path in (
     _named(_path, PACKAGES)
 
 ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
-"""The function that finds out what a kernel writes to, in torch 2.13 and 2.11."""
+"""The function that finds the tensors that a kernel writes to, in torch 2.13 and 2.11."""
 
 _FOUND = [name for name in ANALYSES if _named(f"torch._higher_order_ops.triton_kernel_wrap.{name}", PACKAGES, None)]
 ANALYSIS = _FOUND[0] if _FOUND else None

@@ -60,7 +60,7 @@ class TestErrors:
                 {},
                 ("shape of value", "(2, 2, 200) and", "(2, 2, 200, 64)", "got (2, 2, 100, 32)", "one value"),
             ),
-            (tensors(key=(1, 2, 200, 64)), {}, ("shape of key", "[2, kv_heads, keys, 64]", "(1, 2, 200, 64)", "Batch")),
+            (tensors(key=(1, 2, 200, 64)), {}, ("shape of key", "[2, kv_heads, keys, 64]", "(1, 2, 200, 64)", "batch")),
             (
                 tensors(key=(2, 2, 200, 32)),
                 {},

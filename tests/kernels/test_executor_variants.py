@@ -1,6 +1,6 @@
 """Kinds of attention beyond the plain one, executor by executor: value head dims of their own, capped logits.
 
-The judge is the definition over the same plan, and the definition's judge is dense attention in float64.
+The oracle is the reference over the same plan, and the reference's oracle is dense attention in float64.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ needs_triton = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
 ]
 CHUNK_LEN = 128
-"""The shortest chunk every launch configuration can walk: a whole number of key blocks."""
+"""The shortest chunk every launch configuration can visit: a whole number of key blocks."""
 
 RANKED = [
     Case(queries=500, batch=2, heads=4, kv_heads=2, value_dim=40),

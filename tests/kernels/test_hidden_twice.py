@@ -15,7 +15,7 @@ from torch import Tensor
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels.impl.aot import attention as portable
+from s2o_compile.kernels.impl.aot import attention as decomposition
 from s2o_compile.kernels.statistics import record_calls
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
@@ -265,7 +265,7 @@ class TestSinksThatAreNone:
     @pytest.mark.parametrize("min_seq_len", [0, 10**6])
     def test_twin(self, min_seq_len):
         given, key_mask, visible = self.padded()
-        output, _ = portable.attention(
+        output, _ = decomposition.attention(
             *given, key_mask, self.sinks, causal=True, fully_masked="mean", tau=0.0, min_seq_len=min_seq_len
         )
         torch.testing.assert_close(output.double(), self.wanted(*given, visible), **limit(torch.float32))

@@ -8,6 +8,7 @@ from s2o_compile import S2OConfig
 from s2o_compile.kernels import observe as observation
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
@@ -18,7 +19,7 @@ from tests.helpers.tiny import tiny_input, tiny_model
 
 
 @pytest.fixture(autouse=True)
-def short_lists(monkeypatch):
+def short_chunks(monkeypatch):
     """The smallest chunks, so that a few hundred keys are enough to stop early."""
     for module in (plan, rank):
         monkeypatch.setattr(module, "default_chunk_len", lambda _: 128)
@@ -181,3 +182,20 @@ def test_sinks_are_put_in_for_comparison():
     wanted = pytest.approx(((output - exact).norm() / exact.norm()).item(), rel=1e-3)
     assert (curves.sums.errors()[0], meter.sites()[0].error) == (wanted, wanted)
     assert seen[2] != pytest.approx(curves.sums.errors()[0], rel=0.2)  # what would be measured without them
+
+
+def test_a_changed_call_leaves_results_behind():
+    """A changed call has other results, so neither these nor the caller's options go with it."""
+    inputs = Case(queries=520, heads=2, kv_heads=2).inputs()
+    _, _, (call,), _ = observed(inputs)
+    assert call.result is call.result
+    changed = call.but(dense_heads=(0,), softcap=2.0)
+    assert type(changed) is AttentionCall
+    fields = {name: value for name, value in vars(call).items() if name not in ("options", "execute", "result")}
+    assert vars(changed) == fields | {"dense_heads": (0,), "softcap": 2.0}
+
+
+def test_nothing_is_copied_where_nothing_changes():
+    call = AttentionCall.of(*(torch.randn(1, 2, 160, 16) for _ in range(3)), causal=True)
+    assert call.for_kernels() is call
+    assert call.mask.for_batch(1) is call.mask

@@ -48,7 +48,7 @@ class TestFewKeysCarryTheMass:
 
     @property
     def lost_share(self):
-        """Share of the mass, by row, that a walk of two chunks leaves out; those keys weigh 1 each."""
+        """Share of the mass, by row, that two visited chunks leave out; those keys weigh 1 each."""
         row = torch.arange(LENGTH)
         left_out = (row // SEGMENT * SEGMENT - 2 * CHUNK).clamp(min=0)
         return left_out / (HEAVY * self.weight + row + 1 - HEAVY)
@@ -64,8 +64,8 @@ class TestFewKeysCarryTheMass:
         inputs = two_weights(self.weight)
         output, lse, density = run(inputs, tau=TAU, ranking=ranking)
 
-        # The first chunk is not believed, and holds all heavy keys, so the second brings CHUNK of weight 1: there the
-        # rule stops everywhere.
+        # The first chunk's gain is not used, and it holds all heavy keys. So the second brings CHUNK of weight 1: there
+        # the rule stops everywhere.
         assert math.log(2) > TAU
         assert CHUNK / (HEAVY * self.weight + CHUNK) * (LENGTH - SEGMENT - 2 * CHUNK) / CHUNK < TAU
         pairs = 0

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import read_mask as mask_reading
+from s2o_compile.kernels import read_mask as reading
 from s2o_compile.kernels.read_mask import read_mask
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
@@ -274,7 +274,7 @@ FEW = ("left padding", "two-sided window", "a key too many", "padding of queries
     ],
 )
 def test_the_triton_kernel_compares_alike(device, name, dtype):
-    triton_mask_reading = pytest.importorskip("s2o_compile.kernels.impl.triton.compare_mask")
+    compare_mask = pytest.importorskip("s2o_compile.kernels.impl.triton.compare_mask")
     mask = KNOWN[name][0] if name in KNOWN else UNKNOWN[name]
     mask = mask[(None,) * (4 - mask.dim())].to(device)
     mask = mask if device == "cuda" or mask.shape[2] == 1 else mask[:, :, 190:220]  # the interpreter is slow
@@ -283,9 +283,9 @@ def test_the_triton_kernel_compares_alike(device, name, dtype):
         if name == "a key too few":
             mask[..., 10, 50] -= 1  # a number of no mask
     mask = mask.expand(-1, -1, -1, LENGTH)
-    band = mask_reading.suggest(mask)
-    expected = mask_reading.compare_with(mask.cpu(), mask_reading.Band(*(x.cpu() for x in vars(band).values())))
-    found = triton_mask_reading.compare_with(mask, band)
+    band = reading.suggest(mask)
+    expected = reading.compare_with(mask.cpu(), reading.Band(*(x.cpu() for x in vars(band).values())))
+    found = compare_mask.compare_with(mask, band)
     assert bool(found.differs) == bool(expected.differs)
     if not expected.differs:  # the comparison ends at the first difference
         assert torch.equal(found.fully_masked.cpu(), expected.fully_masked)

@@ -1,4 +1,4 @@
-"""The definition: dense attention in float64 at tau = 0; a stop rule that can be worked out by hand."""
+"""The reference: dense attention in float64 at tau = 0; a stop rule that can be worked out by hand."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels import reference
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import RANKINGS
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
@@ -35,9 +35,9 @@ MASKS = [
 
 
 def attend(inputs, plan, tau):
-    """The definition in float64."""
+    """The reference in float64."""
     wide = inputs.to(torch.float64)
-    return definition.attend(wide.call, plan, tau)
+    return reference.attend(wide.call, plan, tau)
 
 
 class TestExact:
@@ -75,7 +75,7 @@ class TestStopRule:
             ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.5, 2),
             ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.1, 3),
             ((64, 8, 1, 0.125, 0.125, 0.125, 0.125, 0.125), 0.02, 4),
-            # the first chunk brings nothing and must not be believed; the second brings much
+            # the first chunk brings nothing, and its gain must not be used; the second brings much
             ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 0.5, 4),
             ((0.001, 64, 64, 0.001, 0.001, 0.001, 0.001, 0.001), 2.0, 3),
             # but a tau above 1 log(8 / 1) = 2.08 allows to leave all the rest out
@@ -226,7 +226,7 @@ class TestPlan:
     def test_per_query_score_can_be_written_out(self, case, every, monkeypatch):
         """At head_dim 8 all dimensions are kept. In-segment keys and the first 4 count once, every 64th other for 64.
 
-        Of two heads that share a list one ranks by even queries and one by odd ones, if half of them rank.
+        Of two heads that share a ranking one ranks by even queries and one by odd ones, if half of them rank.
         """
         inputs, segment_len = case.inputs(), 256
         monkeypatch.setattr(ranking_per_query, "ROWS", segment_len * case.heads // case.kv_heads // every)

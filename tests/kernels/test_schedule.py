@@ -17,7 +17,7 @@ from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "lists", "length", "heads", "queries"),
+    ("kv_heads", "rankings", "length", "heads", "queries"),
     [
         (8, 1, 131072, 1, 58 * 1024),
         (8, 1, 32768, 3, 32768),
@@ -27,11 +27,11 @@ from tests.conftest import CUDA, INTERPRETED, Case, assert_close, computed_pairs
         (8, 4, 16384, 3, 16384),
     ],
 )
-def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, lists, length, heads, queries):
+def test_heads_and_queries_are_ranked_a_few_at_a_time(kv_heads, rankings, length, heads, queries):
     key = torch.empty(1, kv_heads, length, 128, dtype=torch.bfloat16, device="meta")
     segment_len = plan.default_segment_len(length)
     call = AttentionCall(query=key, key=key, value=key, mask=AttentionMask(causal=True), scale=1.0)
-    found = list(slices.slices(call, segment_len, lists, range(kv_heads)))
+    found = list(slices.slices(call, segment_len, rankings, range(kv_heads)))
     assert found[0] == (slice(0, heads), slice(0, queries))
     covered = sum((some.stop - some.start) * (rows.stop - rows.start) for some, rows in found)
     assert covered == kv_heads * length

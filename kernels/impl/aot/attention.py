@@ -27,30 +27,16 @@ from s2o_compile.kernels.support.torch_compat import cond, statically_known_true
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    min_seq_len: int,
-    causal: bool = False,
-    causal_offset: Size | None = None,
-    window: Size | None = None,
-    attention_chunk: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    fully_masked: str = "zeros",
-    tau: float = OperatorOptions.tau,
-    segment_len: int | None = None,
-    head_tau: Sequence[float] | Tensor | None = None,
-    dense_heads: Sequence[int] | None = None,
-    layout: str = "auto",
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, sinks: Tensor | None = None, *,
+    min_seq_len: int, causal: bool = False, causal_offset: Size | None = None, window: Size | None = None,
+    attention_chunk: int | None = None, scale: float | None = None, softcap: float | None = None,
+    fully_masked: str = "zeros", tau: float = OperatorOptions.tau, segment_len: int | None = None,
+    head_tau: Sequence[float] | Tensor | None = None, dense_heads: Sequence[int] | None = None, layout: str = "auto",
     **_: object,
-) -> tuple[Tensor, Tensor]:
-    """The results of ``s2o::attention``, which has the same arguments; others of it change nothing here.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The results of ``s2o::attention`` from the same arguments; its others change nothing here.
 
-    ``min_seq_len`` is a number: which device runs the program is known by now. On a CPU ``head_tau`` may be a tensor.
+    ``min_seq_len`` is a number because the program's device is known by now. On a CPU ``head_tau`` may be a tensor.
     """
     factor = query.shape[3] ** -0.5 if scale is None else scale
     taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
@@ -122,18 +108,10 @@ def attention(
 
 
 def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    sinks: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    fully_masked: str = "zeros",
-    layout: str = "auto",
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
+    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", layout: str = "auto",
     **_: object,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``s2o::masked_attention`` by SDPA under the mask as it is: reading a mask takes decisions in Python."""
     factor = query.shape[3] ** -0.5 if scale is None else scale
     call = AttentionCall(

@@ -31,14 +31,9 @@ class Segment(NamedTuple):
 
 
 def rank_segment(
-    query: Tensor,
-    normaliser: Tensor,
-    key: Tensor,
-    non_finite: Tensor,
-    allowed: Tensor | None,
-    causal: bool,
+    query: Tensor, normaliser: Tensor, key: Tensor, non_finite: Tensor, allowed: Tensor | None, causal: bool,
     segment: Segment,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The prefix keys of one segment, most important first.
 
     Args:
@@ -81,14 +76,9 @@ def rank_segment(
 
 
 def row_normaliser(
-    query: Tensor,
-    positions: Tensor,
-    key: Tensor,
-    allowed: Tensor | None,
-    mask: AttentionMask,
-    segment: Segment,
+    query: Tensor, positions: Tensor, key: Tensor, allowed: Tensor | None, mask: AttentionMask, segment: Segment,
     segment_len: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``ranking.per_query.row_normaliser`` of one segment, [G, n]; keys that it lacks are hidden, not left out.
 
     Args:

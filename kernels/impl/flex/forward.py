@@ -160,15 +160,9 @@ def _compiled(device_type: str) -> Callable[..., Any]:
 
 
 def _attend_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: FlexLayout,
-    rows: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    softcap: float | None,
-    wants_lse: bool,
-) -> Any:  # noqa: ANN401 (a tensor or two)
+    query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, rows: tuple[Tensor, Tensor, Tensor], scale: float,
+    softcap: float | None, wants_lse: bool,
+) -> Any:  # noqa: ANN401 (a tensor or two)  # fmt: skip
     """FlexAttention of query [B * Hkv, G, Nq, D] over gathered key and value [B * Hkv, 1, K, ..].
 
     The mask_mod of a call is its own mask, by the first key that each row sees, the key behind its last, and the keys
@@ -184,15 +178,9 @@ def _attend_blocks(
         return visible(b, h, i, j, *layout.buffers, *rows)
 
     return flex_attention(
-        query,
-        key,
-        value,
-        score_mod=None if softcap is None else cap,
-        block_mask=layout.block_mask(seen, query.shape[2]),
-        scale=scale,
-        enable_gqa=True,
-        return_lse=wants_lse,
-    )
+        query, key, value, score_mod=None if softcap is None else cap,
+        block_mask=layout.block_mask(seen, query.shape[2]), scale=scale, enable_gqa=True, return_lse=wants_lse,
+    )  # fmt: skip
 
 
 def _is_seen(

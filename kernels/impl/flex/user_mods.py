@@ -43,21 +43,11 @@ def block_len_fits(query_block: int, key_block: int, n_queries: int, n_keys: int
 
 
 def sparse_flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Function,
-    block_mask: Sequence[Any],
-    scale: float,
-    kernel_options: dict[str, Any],
-    score_mod_other_buffers: tuple[Any, ...] = (),
-    mask_mod_other_buffers: tuple[Any, ...] = (),
-    *,
-    tau: float | Sequence[float],
-    segment_len: int | None = None,
-    dense_heads: Sequence[int] = (),
-    stride: Sequence[int] | None = None,
-) -> tuple[Any, ...]:
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Function, block_mask: Sequence[Any], scale: float,
+    kernel_options: dict[str, Any], score_mod_other_buffers: tuple[Any, ...] = (),
+    mask_mod_other_buffers: tuple[Any, ...] = (), *, tau: float | Sequence[float], segment_len: int | None = None,
+    dense_heads: Sequence[int] = (), stride: Sequence[int] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
 
     Outside a trace it is the operator itself: uncompiled FlexAttention gains nothing from fewer blocks.
@@ -134,16 +124,9 @@ def _read(query: Tensor, key: Tensor, block_mask: Sequence[Any], segment_len: in
 
 
 def place_blocks(
-    ranked_keys: Tensor,
-    n_ranked: Tensor,
-    visits: Tensor,
-    partial: Tensor,
-    full: Tensor,
-    n_queries: int,
-    n_keys: int,
-    segment_len: int,
-    pool: int,
-) -> list[Tensor]:
+    ranked_keys: Tensor, n_ranked: Tensor, visits: Tensor, partial: Tensor, full: Tensor,
+    n_queries: int, n_keys: int, segment_len: int, pool: int,
+) -> list[Tensor]:  # fmt: skip
     """The tensors of a `FlexLayout`; an operator because Inductor's CPU template wants them in memory.
 
     Args:
@@ -179,15 +162,9 @@ torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: FlexLayout,
-    mods: tuple[Function, Function],
-    buffers: tuple[tuple[Any, ...], tuple[Any, ...]],
-    scale: float,
-    kernel_options: dict[str, Any],
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, layout: FlexLayout, mods: tuple[Function, Function],
+    buffers: tuple[tuple[Any, ...], tuple[Any, ...]], scale: float, kernel_options: dict[str, Any],
+) -> Tensor:  # fmt: skip
     """FlexAttention over placed keys, [B, Hq, Nq, Dv]; mods and buffers are those of scores and of the mask."""
     batch, kv_heads = key.shape[:2]
     group, (score_mod, mask_mod) = query.shape[1] // kv_heads, mods

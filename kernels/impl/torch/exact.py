@@ -21,7 +21,7 @@ KEY_STEP = 4096
 
 
 def attend_exact(call: AttentionCall) -> Result:
-    """Exact attention; results as ``reference.attend``, with every visible key computed."""
+    """Exact attention over every visible key."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]

@@ -25,7 +25,7 @@ KEY_STEP = 4096
 
 
 def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention over a plan, written ``into`` tensors or new ones; arguments as ``reference.attend``."""
+    """Attention of a call without a window over its plan, ``into`` results or new ones; tau may be float32 [Hq]."""
     batch, ranking_heads = plan.key_index.shape[:2]
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
     keys, values = call.key.float().contiguous(), call.value.float().contiguous()

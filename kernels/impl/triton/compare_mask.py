@@ -61,7 +61,7 @@ def _either(a, b):
 
 
 def compare_with(mask: Tensor, band: Band) -> Comparison:
-    """Compare every element of a mask with a band; as ``read_mask.compare_with``."""
+    """Every element of a mask [b, h, q, Nk] compared with a band."""
     b, h, n_rows, n_keys = mask.shape
     blocks = triton.cdiv(n_rows, ROWS)
     state = torch.empty(b, h, n_rows, dtype=torch.int32, device=mask.device)

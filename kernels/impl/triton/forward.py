@@ -177,7 +177,7 @@ def gathered_fwd_kernel(
 
 
 def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention over a plan, written ``into`` tensors or new ones; arguments as ``reference.attend``."""
+    """Attention of a call without a window over its plan, ``into`` results or new ones; tau may be float32 [Hq]."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]

@@ -26,7 +26,7 @@ LANES = 64
 """Lanes of one program, a thread each."""
 
 LANE_KEYS = 128
-"""Keys of one lane, every LANES-th of the program's, for a load takes neighbours; a counter's field holds up to 255."""
+"""Keys of one lane: every LANES-th of the program's, because a load takes neighbours. A counter's field holds 255."""
 
 STEPS = 4
 """Keys of a lane that are loaded together: the loop waits for memory."""
@@ -44,7 +44,7 @@ def find_non_finite_kernel(
     kv_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Which keys hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
+    """Mark keys that hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     rows = tl.minimum(keys, n_keys - 1)
@@ -260,7 +260,10 @@ def find_non_finite(key: Tensor, value: Tensor) -> Tensor:
 def order_keys(
     scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn importance scores (float16) into ranked key indices; arguments and results as ``plan.order_keys``."""
+    """Turn float16 scores [B, Hr, P, Nk] into key_index int32 [B, Hr, P, L] and prefix_count int32 [B, P].
+
+    ``non_finite`` is bool [B, Hr, Nk], of `find_non_finite`.
+    """
     batch, heads, segments, n_keys = scores.shape
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)

@@ -240,7 +240,7 @@ def pack_rows(
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
-    """The function that scores slices of a call; as ``ranking.per_query.prepare``."""
+    """The function that scores slices of a call; ``shared`` heads share the ranking of ``segment_len`` queries."""
     head_dim = call.query.shape[3]
     chosen = choose_dims(call.query, call.key, min(packed_width(head_dim) - 2, head_dim), scale=call.scale)
     stride = key_stride(call.n_keys)

@@ -55,7 +55,7 @@ def running_sums_kernel(sum_ptr, running_ptr, blocks, VALUE_DIM: tl.constexpr, B
 
 
 def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: int) -> Tensor:
-    """Sums of the values of every block of keys; arguments and results as ``tail.block_sums``."""
+    """Sums of the values of blocks of keys ``j * block_len - shift`` and on, float32 [B, Hkv, blocks, Dv]."""
     batch, heads, n_keys, value_dim = value.shape
     blocks = n_segments(n_keys + shift, block_len)
     sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
@@ -70,7 +70,7 @@ def block_sums(value: Tensor, key_mask: Tensor | None, shift: int, block_len: in
 
 
 def running_sums(sums: Tensor) -> Tensor:
-    """Sums of all blocks before each, and of all; arguments and results as ``tail.running_sums``."""
+    """Sums of all blocks before each, and of all: [B, Hkv, blocks + 1, Dv] of float32 [B, Hkv, blocks, Dv]."""
     batch, heads, blocks, value_dim = sums.shape
     running = sums.new_empty(batch, heads, blocks + 1, value_dim)
     launch(

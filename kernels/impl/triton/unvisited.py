@@ -138,7 +138,7 @@ def mass_behind_kernel(
 
 
 def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
-    """Share of a row's mass behind each block of its ranking; as ``ranking.unvisited.estimate_unvisited``."""
+    """Share of a row's mass behind the first n blocks of its ranking, float32 [B, Hq, P, 1 + blocks]."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1:3]

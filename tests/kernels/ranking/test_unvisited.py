@@ -1,4 +1,4 @@
-"""The estimate of what is left unvisited, by kernels: that of ``unvisited.py``, over the same lists."""
+"""The estimate of what is left unvisited, by kernels: that of ``unvisited.py``, over the same rankings."""
 
 import pytest
 import torch
@@ -55,12 +55,12 @@ def test_the_same_is_left(device, case, ranking_per, build_plan, poison_empty):
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_what_is_no_number_is_visited(device, causal, build_plan, poison_empty):
-    """NaN in a query, a key, a value; a list is visited as far as it holds such a value, or whole."""
+    """NaN in a query, a key, a value; a ranking is visited up to such a value, or whole."""
     inputs = Case(queries=700, batch=2, heads=4, kv_heads=2, causal=causal).inputs(device)
     inputs.query[0, 1, 255] = torch.nan
     inputs.key[0, 1, 70, 3] = torch.inf
     plan = build_plan(inputs)
     inputs.value[1, 0, 40, 5] = torch.nan  # unknown to the plan, so that it stands anywhere
     ours, theirs = both(inputs, plan)
-    assert theirs.isinf().any(), "no list holds anything"
+    assert theirs.isinf().any(), "no ranking holds such a value"
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""implementation="flex": the same plan as the definition's, walked by a compiled flex_attention.
+"""implementation="flex": the same plan as the reference's, visited by a compiled flex_attention.
 
 Compiling one kernel takes seconds: all tests share one shape, and with it one kernel for each kind of scores.
 """
@@ -11,7 +11,7 @@ import torch
 
 import s2o_compile
 from s2o_compile import ImplementationUnavailableError, S2OConfig
-from s2o_compile.kernels import reference as definition
+from s2o_compile.kernels import reference
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.dispatch import choose_implementation
@@ -57,7 +57,7 @@ def inference():
 
 
 def inputs(mask, softcap=None):
-    """Keys of which few matter to everybody, so that lists are left early."""
+    """Keys of which few matter to everybody, so that visits end early."""
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(BATCH, HEADS, LENGTH, DIM, generator=generator) + 1.0
     key = torch.randn(BATCH, KV_HEADS, LENGTH, DIM, generator=generator) * 0.3
@@ -89,11 +89,11 @@ def laid_out(given, plan, visits, pool=32):
 
 
 def entries(layout, n_segments):
-    """Entries of each list that a layout visits, int64 [B, Hq, P]."""
+    """Ranked keys of each segment that a layout visits, int64 [B, Hq, P]."""
     tiles = slice(None, None, SEGMENT // 128)
-    listed = (layout.ranked_stop - layout.ranked_start[:, None])[:, :, tiles]
+    ranked = (layout.ranked_stop - layout.ranked_start[:, None])[:, :, tiles]
     whole = (layout.position_stop - layout.position_start == LENGTH)[:, :, tiles]
-    return torch.where(whole, LENGTH, listed).view(BATCH, HEADS, n_segments).long()
+    return torch.where(whole, LENGTH, ranked).view(BATCH, HEADS, n_segments).long()
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -107,11 +107,11 @@ def test_without_a_stop_it_is_dense(mask):
 def test_it_walks_as_the_definition_does(mask):
     given = inputs(mask)
     plan, visits = planned(given)
-    walked = entries(laid_out(given, plan, visits), plan.n_segments)
-    assert (walked < plan.prefix_count[:, None]).float().mean() > 0.4, "too few lists are left early to prove anything"
+    visited = entries(laid_out(given, plan, visits), plan.n_segments)
+    assert (visited < plan.prefix_count[:, None]).float().mean() > 0.4, "too few visits end early to prove anything"
     result = flex_forward.attend(given.call, plan, visits)
     double = given.to(torch.float64)
-    wanted = definition.attend(double.call, plan, 0.0, visits=walked)
+    wanted = reference.attend(double.call, plan, 0.0, visits=visited)
     agrees(result.output, wanted.output, given)
     assert (result.computed >= wanted.computed).all(), "keys that are visited are not counted"
     assert (result.computed - wanted.computed <= 3 * BLOCK_LEN)[:, :, :-1].all()
@@ -123,9 +123,9 @@ def test_a_softcap():
     exact = flex_forward.attend(given.call, plan, torch.full_like(visits, 99)).output
     agrees(exact, exact_attention(given)[0], given)
     output = flex_forward.attend(given.call, plan, visits).output
-    walked = entries(laid_out(given, plan, visits), plan.n_segments)
+    visited = entries(laid_out(given, plan, visits), plan.n_segments)
     double = given.to(torch.float64)
-    wanted = definition.attend(double.call, plan, 0.0, visits=walked)
+    wanted = reference.attend(double.call, plan, 0.0, visits=visited)
     agrees(output, wanted.output, given)
 
 
@@ -178,12 +178,12 @@ def test_the_pool_goes_by_lengths():
     assert choose((16, 32, 8, 32768, 32768), on_gpu=True) == 4 * 256
     seg_starts = [4 * 128 * segment for segment in range(4)]
     wanted = sum(int(start * 7 / 8) // 128 for start in seg_starts)
-    assert choose((1, 32, 8, 2048, 2048), on_gpu=True) == wanted, "more than all lists can want"
+    assert choose((1, 32, 8, 2048, 2048), on_gpu=True) == wanted, "more than all rankings can want"
     assert pool_blocks(AttentionMask(), (1, 32, 8, 512, 2048), 512, 256, on_gpu=True) == 14
     assert pool_blocks(None, (1, 32, 8, 1024, 2048), 512, 256, on_gpu=True) == 2 * 14
 
 
-def test_heads_have_their_own_walk():
+def test_heads_have_their_own_visits():
     given = inputs(MASKS["causal"])
     taus = (0.0, 3.0, 4.0, 0.0)
     options = dataclasses.replace(OPTIONS, tau=taus)

@@ -1,4 +1,4 @@
-"""Ranking through unknown functions, by kernels: the weights of ``flex_sample.py``, over lists of their own."""
+"""Ranking through unknown functions, by kernels: the weights of ``sample.py``, over rankings of their own."""
 
 import pytest
 import torch
@@ -27,26 +27,26 @@ def rows(batch, heads, kv_heads, segments, n_keys, device, dtype):
 
 
 def check(logits, candidate, non_finite):
-    """A list holds its candidates first, in the order of their weights; masses are those of its blocks."""
+    """A ranking holds its candidates first, in the order of their weights; masses are those of its blocks."""
     (kv_heads, segments, n_keys), heads = candidate.shape[1:], logits.shape[1]
-    lists, mass = triton_sample.rank_samples(logits, candidate, non_finite)
+    ranked, mass = triton_sample.rank_samples(logits, candidate, non_finite)
     ordered, expected = flex_sample._rank_by_torch(logits.float(), candidate, non_finite)
-    assert torch.equal(lists.sort(-1).values, ordered.sort(-1).values), "a key is lost"
-    listed = torch.arange(n_keys, device=lists.device) < candidate.sum(-1, keepdim=True)
-    assert torch.equal(candidate.gather(-1, lists.long()), listed), "others stand before candidates"
+    assert torch.equal(ranked.sort(-1).values, ordered.sort(-1).values), "a key is lost"
+    real = torch.arange(n_keys, device=ranked.device) < candidate.sum(-1, keepdim=True)
+    assert torch.equal(candidate.gather(-1, ranked.long()), real), "others stand before candidates"
 
     hidden = logits == -INF
     weight = logits.double().softmax(-1).nan_to_num(nan=INF)
     weight = weight.masked_fill(non_finite.repeat_interleave(heads // kv_heads, 1)[:, :, None], INF)
     weight = weight.masked_fill(hidden, 0.0).unflatten(2, (segments, HALF, 2)).unflatten(1, (kv_heads, -1))
-    score = weight[..., 0, :].sum((2, 4)).gather(-1, lists.long()).masked_fill(~listed, 0.0)
+    score = weight[..., 0, :].sum((2, 4)).gather(-1, ranked.long()).masked_fill(~real, 0.0)
     assert (score[..., 1:] <= score[..., :-1] * 1.01 + 1e-12).all()
-    judging = weight[..., 1, :].gather(-1, lists.long()[:, :, None, :, None].expand(weight[..., 1, :].shape))
-    judging = torch.nn.functional.pad(judging.masked_fill(~listed[:, :, None, :, None], 0.0), (0, -n_keys % 128))
-    judging = judging.unflatten(-1, (-1, 128)).sum(-1).flatten(1, 2)
-    torch.testing.assert_close(mass.double(), judging, atol=1e-5, rtol=1e-5)
+    estimating = weight[..., 1, :].gather(-1, ranked.long()[:, :, None, :, None].expand(weight[..., 1, :].shape))
+    estimating = torch.nn.functional.pad(estimating.masked_fill(~real[:, :, None, :, None], 0.0), (0, -n_keys % 128))
+    estimating = estimating.unflatten(-1, (-1, 128)).sum(-1).flatten(1, 2)
+    torch.testing.assert_close(mass.double(), estimating, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mass.sum(-1), expected.sum(-1), atol=1e-4, rtol=1e-4)
-    return lists, mass
+    return ranked, mass
 
 
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
@@ -72,8 +72,8 @@ def test_what_is_no_number_ranks_first(device, poison_empty):
     candidate[..., 37:39] = True
     non_finite[..., 37:39] = True
     logits[..., 38] = -INF
-    logits[0, 0, 2 * HALF + 1, 50] = torch.nan  # a judge of the second segment
-    lists, mass = check(logits, candidate, non_finite)
-    assert (lists[..., 0] == 37).all()
+    logits[0, 0, 2 * HALF + 1, 50] = torch.nan  # an estimating query of the second segment
+    ranked, mass = check(logits, candidate, non_finite)
+    assert (ranked[..., 0] == 37).all()
     assert mass[0, 0, 1, 0].isinf().any()
     assert mass[0, 1, 0, :, 1:].isfinite().all()

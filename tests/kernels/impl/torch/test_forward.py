@@ -1,4 +1,4 @@
-"""The torch executors: output, log-sum-exp and computed counts of the definition over the same plan."""
+"""The torch executors: output, log-sum-exp and computed counts of the reference over the same plan."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU, compiled under ``-m gpu``: the definition's results over the same plan.
+"""The Triton kernels, interpreted on the CPU, compiled under ``-m gpu``: the reference's results over the same plan.
 
 The interpreter cannot multiply bfloat16 (it keeps the bits as integers): that dtype is tested on the GPU only.
 """
@@ -37,7 +37,7 @@ from tests.helpers.operator_calls import assert_like_definition
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 
 CHUNK_LEN = 128
-"""The shortest chunk every launch configuration can walk: a whole number of key blocks."""
+"""The shortest chunk every launch configuration can visit: a whole number of key blocks."""
 
 
 RANKED = [
@@ -332,7 +332,7 @@ class TestRanking:
 
 
 class TestWithoutOwnKeys:
-    """Causal segments whose own positions lie behind the last key: their lists give the fixed reference."""
+    """Causal segments whose own positions lie behind the last key: their ranked keys give the fixed reference."""
 
     @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
     @pytest.mark.parametrize("case", [Case(queries=640, keys=300, offset=0), Case(queries=256, keys=512, offset=512)])

@@ -36,7 +36,7 @@ def scores(device, kind):
     return x.to(device, torch.float16)
 
 
-def lists(device, kind, *, key=None, **given):
+def rankings(device, kind, *, key=None, **given):
     mask = AttentionMask(**({"causal": True} | given))
     key = torch.zeros(2, n_heads(device), LENGTH, 16, device=device) if key is None else key
     made = scores(device, kind)
@@ -51,19 +51,19 @@ def lists(device, kind, *, key=None, **given):
 
 
 @functools.cache
-def causal_lists(device, kind):
-    return lists(device, kind)
+def causal_rankings(device, kind):
+    return rankings(device, kind)
 
 
 def each(index, count):
-    """Every list with its place, empty ones left out."""
+    """Every ranking with its place, empty ones left out."""
     for b, h, segment in itertools.product(*map(range, index.shape[:3])):
         if count[b, segment] > 0:
             yield (b, h, segment), index[b, h, segment, : count[b, segment]].long()
 
 
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
-"""Of a kind whose lists take seconds in the interpreter."""
+"""Of a kind whose rankings take seconds in the interpreter."""
 
 KINDS = ("normal", "heavy", "periodic", SLOW("ascending"))
 
@@ -76,14 +76,14 @@ class TestLists:
         if given.pop("padded", False):
             every = torch.arange(LENGTH, device=device)[None]
             given["key_mask"] = every % torch.tensor([[3], [5]], device=device) != 0
-        _, (index, count), (best, expected) = lists(device, "normal", **given)
+        _, (index, count), (best, expected) = rankings(device, "normal", **given)
         assert torch.equal(count, expected)
         for (place, ours), (_, theirs) in zip(each(index, count), each(best, count), strict=True):
             assert torch.equal(ours.sort().values, theirs.sort().values), place
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_begin_with_the_best_keys(self, device, kind):
-        made, (index, count), (best, _) = causal_lists(device, kind)
+        made, (index, count), (best, _) = causal_rankings(device, kind)
         for (place, ours), (_, theirs) in zip(each(index, count), each(best, count), strict=True):
             for part in (len(ours) // 8, len(ours) // 2):
                 worst = made[place][theirs[:part]].min()
@@ -91,7 +91,7 @@ class TestLists:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_descend_from_chunk_to_chunk(self, device, kind):
-        made, (index, count), _ = causal_lists(device, kind)
+        made, (index, count), _ = causal_rankings(device, kind)
         for place, ours in each(index, count):
             ordered = made[place][ours].float()
             # Classes are finest where most tiles stop, and wider than a chunk towards the end.
@@ -105,7 +105,7 @@ class TestLists:
         last = n_heads(device) - 1
         key = torch.zeros(2, last + 1, LENGTH, 16, device=device)
         key[0, last, 500, 3], key[1, 0, 400, 0] = torch.nan, torch.inf
-        _, (index, count), _ = lists(device, kind, key=key)
+        _, (index, count), _ = rankings(device, kind, key=key)
         non_finite = {(0, last): 500, (1, 0): 400}
         for place, ours in each(index, count):
             if place[:2] in non_finite:
@@ -115,11 +115,11 @@ class TestLists:
         made = scores(device, "ties")
         made[..., 1500] = 1.0
         monkeypatch.setattr(f"{__name__}.scores", lambda *_: made)
-        _, (index, count), _ = lists(device, "ties")
+        _, (index, count), _ = rankings(device, "ties")
         for place, ours in each(index, count):
             assert 1500 in ours[:64] or place[2] * SEGMENT <= 1500, place
 
     def test_are_the_same_twice(self, device):
-        (first, count), (second, _) = (made(device, "heavy")[1] for made in (causal_lists, lists))
+        (first, count), (second, _) = (made(device, "heavy")[1] for made in (causal_rankings, rankings))
         for (_, one), (place, other) in zip(each(first, count), each(second, count), strict=True):
             assert torch.equal(one, other), place
