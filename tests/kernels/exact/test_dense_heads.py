@@ -178,7 +178,7 @@ class TestFunction:
         inputs = Case(queries=520, heads=4, kv_heads=2).inputs()
         query = inputs.query.requires_grad_(given == "gradients")
         mask = {"attn_mask": visible_pairs(inputs)} if given == "attn_mask" else {"causal": True}
-        said = rf"dense_heads: expected key/value heads from 0 to 1, got \[{heads[0]}\]. A group of query heads"
+        said = rf"dense_heads: expected key/value heads from 0 to 1, got \[{heads[0]}\]. Mark a group of query heads"
         with pytest.raises(InputError, match=said):
             s2o_compile.attention(query, *inputs.tensors[1:], dense_heads=heads, **mask)
 
