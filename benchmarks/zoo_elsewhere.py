@@ -55,7 +55,7 @@ def _tril(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class HandWritten(nn.Module):
-    """A GPT of two layers around one spelling of attention."""
+    """A GPT of two layers around one form of attention."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()

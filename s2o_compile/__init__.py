@@ -36,7 +36,7 @@ from s2o_compile.errors import (
     UnusedWeightsWarning,
 )
 from s2o_compile.functional import attention
-from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, torch_release
+from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     warnings.warn(
-        f"s2o_compile: expected torch {'.'.join(map(str, FIRST_TESTED))} to {'.'.join(map(str, LAST_TESTED))}, got "
-        f"{torch.__version__}, which is untested. Install a torch of that range if something fails.",
+        f"s2o_compile: expected torch {TESTED}, got {torch.__version__}, which is untested. Install a torch of that "
+        "range if something fails.",
         UntestedTorchWarning,
         stacklevel=2,
     )

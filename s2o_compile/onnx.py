@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import DenseExportWarning, InputError
-from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
 from s2o_compile.kernels.exact.formula import attend_outside_torch
 
@@ -59,51 +59,30 @@ def dense(program: ExportedProgram) -> ExportedProgram:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    causal: bool = False,
-    causal_offset: int | None = None,
-    window: int | None = None,
-    attention_chunk: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    fully_masked: str = "zeros",
-    layout: str = "auto",
-    **_: Any,  # noqa: ANN401 (how to be sparse)
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, sinks: Tensor | None = None, *,
+    causal: bool = False, causal_offset: int | None = None, window: int | None = None,
+    attention_chunk: int | None = None, scale: float | None = None, softcap: float | None = None,
+    fully_masked: str = "zeros", layout: str = "auto", **_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     terms = {"window": window, "attention_chunk": attention_chunk, "key_mask": key_mask}
     mask = AttentionMask.aligned(query, key, causal=causal, causal_offset=causal_offset, **terms)
-    call = _call(query, key, value, mask, scale, {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked})
+    call = AttentionCall(
+        query=query, key=key, value=value, mask=mask, scale=scale_of(query, scale), softcap=softcap, sinks=sinks,
+        fully_masked=fully_masked,
+    )  # fmt: skip
     return attend_outside_torch(call, layout=layout), query.new_empty(0, dtype=torch.float32)
 
 
 def _masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    sinks: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    fully_masked: str = "zeros",
-    layout: str = "auto",
-    **_: Any,  # noqa: ANN401 (how to be sparse)
-) -> tuple[Tensor, Tensor]:
-    rest = {"softcap": softcap, "sinks": sinks, "fully_masked": fully_masked}
-    call = _call(query, key, value, UNKNOWN_MASK, scale, rest)
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
+    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", layout: str = "auto",
+    **_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = AttentionCall(
+        query=query, key=key, value=value, mask=UNKNOWN_MASK, scale=scale_of(query, scale), softcap=softcap,
+        sinks=sinks, fully_masked=fully_masked,
+    )  # fmt: skip
     return attend_outside_torch(call, attn_mask, layout), query.new_empty(0, dtype=torch.float32)
-
-
-def _call(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float | None, rest: dict[str, Any]
-) -> AttentionCall:
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    return AttentionCall(query=query, key=key, value=value, mask=mask, scale=factor, **rest)
 
 
 _DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {

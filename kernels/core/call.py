@@ -27,6 +27,11 @@ class MaskTerms(TypedDict, total=False):
     attention_chunk: int | None
 
 
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The softmax scale of a query [.., D]: ``D ** -0.5`` unless one is given."""
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
     """One call; its tensors are the caller's own and must not be written to.
@@ -37,7 +42,7 @@ class AttentionCall:
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D].
         value: [B, Hkv, Nk, Dv].
-        mask: The mask.
+        mask: Which keys a query sees.
         scale: Softmax scale.
         softcap: Bound of the logits, None for none.
         sinks: Floating [Hq], one more logit a head; None for none.
@@ -92,7 +97,7 @@ class AttentionCall:
         )  # fmt: skip
         return cls(
             query=query, key=key, value=value, mask=AttentionMask.aligned(query, key, key_mask=key_mask, **terms),
-            scale=query.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks,
+            scale=scale_of(query, scale), softcap=softcap, sinks=sinks,
             fully_masked=fully_masked, return_lse=return_lse,
             dense_heads=sorted(set(dense_heads)) if dense_heads else (), site=site,
         )  # fmt: skip
@@ -128,6 +133,8 @@ class AttentionCall:
         Every sparse call makes several. Copying the fields takes a third of the time of ``dataclasses.replace``. A
         subclass's own fields and cached results are left out: they belong to the call as it was.
         """
+        if not FIELDS.issuperset(changes):
+            raise TypeError(f"AttentionCall.but: expected fields of an AttentionCall, got {sorted(changes)}.")
         call = object.__new__(AttentionCall)
         fields = self.__dict__ if type(self) is AttentionCall else {name: self.__dict__[name] for name in FIELDS}
         call.__dict__.update(fields, **changes)
@@ -149,4 +156,4 @@ class AttentionCall:
         return torch.cuda.device_of(self.query)
 
 
-FIELDS = tuple(AttentionCall.__dataclass_fields__)
+FIELDS = frozenset(AttentionCall.__dataclass_fields__)

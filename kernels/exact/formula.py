@@ -33,7 +33,7 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] under a mask tensor as it is, in the place of the call's own mask.
 
     Args:
-        call: The call.
+        call: Its own mask is left aside.
         attn_mask: bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
     """
     if call.softcap is not None or call.sinks is not None:
@@ -49,7 +49,7 @@ def attend_outside_torch(call: AttentionCall, attn_mask: Tensor | None = None, l
     Fully masked rows get zeros from SDPA in torch, and other values in other formats. Nothing is written in place.
 
     Args:
-        call: The call.
+        call: Its own mask counts only if no other is given.
         attn_mask: A bool or additive mask of rank 2 to 4, in the place of the call's own; None for that.
         layout: How the output lies in memory (``core/layout.py``).
     """

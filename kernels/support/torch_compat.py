@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from s2o_compile.kernels.support.errors import S2OError
 
 FIRST_TESTED, LAST_TESTED = (2, 11), (2, 13)
-"""The range of torch that this package was tested with."""
+TESTED = "{}.{} to {}.{}".format(*FIRST_TESTED, *LAST_TESTED)
+"""The range of torch that this package was tested with, as numbers and in words."""
 
 
 def torch_release() -> tuple[int, int]:
@@ -38,7 +39,7 @@ class MissingTorchNameError(S2OError, RuntimeError):
     def __init__(self, path: str, feature: str) -> None:
         super().__init__(
             f"{feature}: expected a torch with {path}, got torch {torch.__version__} without it. Install a version of "
-            "torch that s2o_compile was tested with (2.11 to 2.13), or do without this feature."
+            f"torch that s2o_compile was tested with ({TESTED}), or do without this feature."
         )
 
 

@@ -163,13 +163,13 @@ def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
 
 def _decompositions() -> dict[Any, Any]:
     """For every operator a function of torch's own operators that computes it."""
-    from s2o_compile.kernels.impl.aot import attention as portable  # imports torch's loops and branches
+    from s2o_compile.kernels.impl.aot import attention as decomposition  # imports torch's loops and branches
 
     def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
         shortest = crossover(query.device) if min_seq_len is None else min_seq_len
-        return portable.attention(query, *given, min_seq_len=shortest, **keywords)
+        return decomposition.attention(query, *given, min_seq_len=shortest, **keywords)
 
-    return {_SPARSE: attention, _MASKED: portable.masked_attention}
+    return {_SPARSE: attention, _MASKED: decomposition.masked_attention}
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Exported programs: what is rewritten in ATen's spelling, what comes back from a file, and what is reported."""
+"""Exported programs: what is rewritten in ATen's form, what comes back from a file, and what is reported."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ from transformers import (
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels.impl.aot import attention as portable
+from s2o_compile.kernels.impl.aot import attention as decomposition
 from tests.helpers.tiny import tiny_input, tiny_language_model, tiny_model, tiny_tokens
 
 OPERATOR = torch.ops.s2o.attention.default
@@ -254,9 +254,9 @@ def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
     said = [node.args[0].meta["val"].node.expr for node in program.graph.find_nodes(**ASSERTIONS)]
     with torch.no_grad():
         # What is learned of the example's sizes behind it is not asserted of others.
-        twin = program.run_decompositions({OPERATOR: partial(portable.attention, min_seq_len=256)})
-        assert {node.args[0].meta["val"].node.expr for node in twin.graph.find_nodes(**ASSERTIONS)} <= set(said)
-        for length, some in itertools.product((1, 2, 2048), (program, twin)):
+        decomposed = program.run_decompositions({OPERATOR: partial(decomposition.attention, min_seq_len=256)})
+        assert {node.args[0].meta["val"].node.expr for node in decomposed.graph.find_nodes(**ASSERTIONS)} <= set(said)
+        for length, some in itertools.product((1, 2, 2048), (program, decomposed)):
             ids = torch.arange(length)[None] % 64
             actual = some.module()(input_ids=ids, use_cache=False).logits
             torch.testing.assert_close(actual, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.aot import lower_ops
 from s2o_compile.cli.demo import load_model
-from s2o_compile.kernels.impl.aot import attention as portable
+from s2o_compile.kernels.impl.aot import attention as decomposition
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.support import torch_inductor
 from tests.conftest import quick_rows
@@ -71,7 +71,7 @@ def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     shapes += ({0: batch, 1: n_keys} if given["padded"] else None, None)
     module = Attention(**keywords)
     program = torch.export.export(module, inputs(700, 700 + ahead, **given), dynamic_shapes=shapes)
-    decomposed = program.run_decompositions({OPERATOR: portable.attention})
+    decomposed = program.run_decompositions({OPERATOR: decomposition.attention})
     assert not any(node.target is OPERATOR for node in decomposed.graph.nodes)
     assert all(int(bound.lower) <= 1 for bound in decomposed.range_constraints.values())
     densities = []
@@ -112,7 +112,7 @@ def test_alike_attentions_share_a_trace():
     )
     given, dims = inputs(700, 700, padded=False, sinks=False)[:3], {0: Dim("b", min=1, max=4), 2: Dim("n", max=2048)}
     program = torch.export.export(module, given, dynamic_shapes=(dims,) * 3).run_decompositions({})
-    decompose = lower_ops.DecomposeS2OOps({OPERATOR: portable.attention})
+    decompose = lower_ops.DecomposeS2OOps({OPERATOR: decomposition.attention})
     decompose(program.graph)
     program.graph.lint()
     program.graph_module.recompile()

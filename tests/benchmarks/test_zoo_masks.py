@@ -30,7 +30,7 @@ MASKS = {
     "causal-left-padded": (CAUSAL_MASK & LEFT, CAUSAL + PADDING),
     "causal-right-padded": (CAUSAL_MASK & RIGHT, CAUSAL + PADDING),
     "sliding-left-padded": (CAUSAL_MASK & (KEY > QUERY - 4) & LEFT, WINDOW + PADDING),
-    "blind-rows-see-all": ((CAUSAL_MASK & LEFT) | ~(CAUSAL_MASK & LEFT).any(-1, keepdim=True), CAUSAL + PADDING),
+    "fully-masked-rows-see-all": ((CAUSAL_MASK & LEFT) | ~(CAUSAL_MASK & LEFT).any(-1, keepdim=True), CAUSAL + PADDING),
     "chunked": (CAUSAL_MASK & (KEY // 4 == QUERY // 4), OTHER),
     "packed": (KEY // 5 == QUERY // 5, OTHER),
     "prefix": (PREFIX, OTHER),

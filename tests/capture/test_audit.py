@@ -30,7 +30,7 @@ def counted(fn, *args, **kwargs):
         return audit.take(fn, args, kwargs)
 
 
-SPELLINGS = {
+FORMS = {
     "matmul-chain": lambda q, k, v: torch.matmul(F.softmax(torch.matmul(q, k.mT) / 8**0.5, dim=-1), v),
     "operators": lambda q, k, v: (q @ k.mT).masked_fill(~torch.ones(12, 12).bool().tril(), -1e9).softmax(-1) @ v,
     "einsum": lambda q, k, v: torch.einsum(
@@ -55,11 +55,11 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_one_attention(spelling):
-    (ran,) = counted(SPELLINGS[spelling], *qkv())
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_one_attention(form):
+    (ran,) = counted(FORMS[form], *qkv())
     assert ran.kind == audit.HAND_WRITTEN
-    keys = "13" if "sinks" in spelling else "12"
+    keys = "13" if "sinks" in form else "12"
     assert ran.query_shape[-2:] == ("12", "8")
     assert ran.key_shape[-2:] == (keys, "8")
 

@@ -55,8 +55,8 @@ CALLS = {
     "causal": {"causal": True},
     "window-padding-softcap": {"causal": True, "window": 9, "key_mask": PADDING, "softcap": 2.0},
     "chunks-sinks": {"causal": True, "attention_chunk": 16, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-    "blind-zeros": {"causal": True, "causal_offset": -5},
-    "blind-mean": {"causal": True, "causal_offset": -5, "fully_masked": "mean"},
+    "fully-masked-zeros": {"causal": True, "causal_offset": -5},
+    "fully-masked-mean": {"causal": True, "causal_offset": -5, "fully_masked": "mean"},
     "mask": {"attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(-5)},
     "additive": {"attn_mask": torch.full((QUERIES, KEYS), -torch.inf).triu(-4) + 0.1},
 }
@@ -85,7 +85,7 @@ def test_one_graph_serves_all_lengths():
         torch.testing.assert_close(run(onnx, *tensors(length)), model(*tensors(length)), atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["blind-zeros", "additive"])
+@pytest.mark.parametrize("name", ["fully-masked-zeros", "additive"])
 @torch.no_grad()
 def test_a_call_is_dense_while_it_is_exported(name):
     model, inputs = Attention(**CALLS[name]).eval(), tensors()

@@ -1,4 +1,4 @@
-"""A recording, an observer or a audit of one thread says nothing about another, and answers for nobody else."""
+"""A recording, an observer or an audit of one thread says nothing about another, and answers for nobody else."""
 
 from __future__ import annotations
 

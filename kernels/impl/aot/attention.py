@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
@@ -38,7 +38,7 @@ def attention(
 
     ``min_seq_len`` is a number because the program's device is known by now. On a CPU ``head_tau`` may be a tensor.
     """
-    factor = query.shape[3] ** -0.5 if scale is None else scale
+    factor = scale_of(query, scale)
     taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
     segment_len = segment_len or default_segment_len(longest(query.shape[2]))
     order = memory_order(query, value.shape[3], layout)
@@ -113,10 +113,10 @@ def masked_attention(
     **_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``s2o::masked_attention`` by SDPA under the mask as it is: reading a mask takes decisions in Python."""
-    factor = query.shape[3] ** -0.5 if scale is None else scale
     call = AttentionCall(
-        query=query, key=key, value=value, scale=factor, softcap=softcap, sinks=sinks, fully_masked=fully_masked
-    )
+        query=query, key=key, value=value, scale=scale_of(query, scale), softcap=softcap, sinks=sinks,
+        fully_masked=fully_masked,
+    )  # fmt: skip
     output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
     if memory_order(query, value.shape[3], layout) == "BNHD":
         output = output.transpose(1, 2).contiguous().transpose(1, 2)

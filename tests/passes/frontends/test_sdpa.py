@@ -12,7 +12,7 @@ from s2o_compile.passes import pipeline
 from s2o_compile.passes.graph.nodes import value_of
 from tests.helpers.capture import EXACT, Capture, heads, rewritten
 
-SPELLINGS = {
+FORMS = {
     "positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True),
     "keywords": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True),
     "torch.nn.functional": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -27,7 +27,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("function", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
 def test_every_spelling_is_rewritten(function):
     capture = rewritten(function, heads(), heads(), heads())
     (record,) = capture.records
@@ -130,17 +130,17 @@ def test_gradients_stay_dense():
     capture = Capture()
     q = heads().requires_grad_()
     torch._dynamo.reset()
-    torch.compile(SPELLINGS["positional"], backend=capture)(q, heads(), heads()).sum().backward()
+    torch.compile(FORMS["positional"], backend=capture)(q, heads(), heads()).sum().backward()
     assert q.grad is not None
     assert "torch.no_grad()" in capture.records[0].reason
     with torch.no_grad():
-        assert rewritten(SPELLINGS["positional"], q, heads(), heads()).records[0].rewritten
+        assert rewritten(FORMS["positional"], q, heads(), heads()).records[0].rewritten
 
 
 def test_autocast_that_changes_the_dtype_stays_dense():
     def function(q, k, v):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return SPELLINGS["positional"](q, k, v)
+            return FORMS["positional"](q, k, v)
 
     capture = rewritten(function, heads(), heads(), heads())
     assert "autocast turns its torch.float32 query into torch.bfloat16" in capture.records[0].reason
@@ -149,7 +149,7 @@ def test_autocast_that_changes_the_dtype_stays_dense():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_stays_dense():
     inputs = [torch.stack([heads(), heads()]) for _ in range(3)]
-    capture = rewritten(lambda q, k, v: torch.vmap(SPELLINGS["positional"])(q, k, v), *inputs)
+    capture = rewritten(lambda q, k, v: torch.vmap(FORMS["positional"])(q, k, v), *inputs)
     assert "torch.vmap" in capture.records[0].reason
 
 
@@ -157,13 +157,13 @@ def test_a_replaced_sdpa_stays_dense(monkeypatch):
     capture = Capture()
     torch._dynamo.reset()
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: None)
-    torch.compile(SPELLINGS["builtin"], backend=capture)(heads(), heads(), heads())
+    torch.compile(FORMS["builtin"], backend=capture)(heads(), heads(), heads())
     assert "context parallelism" in capture.records[0].reason
 
 
 def test_attention_inside_a_higher_order_operator_is_reported():
     def function(q, k, v):
-        return torch.utils.checkpoint.checkpoint(SPELLINGS["positional"], q, k, v, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(FORMS["positional"], q, k, v, use_reentrant=False)
 
     capture = rewritten(function, heads(), heads(), heads())
     (record,) = capture.records
@@ -252,7 +252,7 @@ def test_one_key_head_for_all():
         heads(4), heads(1), heads(1),
     )  # fmt: skip
     assert expanded.records[0].key_shape[1] == "1"
-    broadcast = rewritten(SPELLINGS["positional"], heads(4), heads(1), heads(1))
+    broadcast = rewritten(FORMS["positional"], heads(4), heads(1), heads(1))
     assert broadcast.records[0].key_shape[1] == "1"
 
 
@@ -409,16 +409,16 @@ def test_inductor_compiles_the_rewritten_graph():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
-@pytest.mark.parametrize("spelling", ["sdpa", "flex", "eager"])
+@pytest.mark.parametrize("form", ["sdpa", "flex", "eager"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_sequence_first_code_may_view_the_output(spelling, dynamic):
+def test_sequence_first_code_may_view_the_output(form, dynamic):
     """A query that lies as [N, B, H, D] gives an output that lies so, and a view that joins N and B is legal."""
 
     def attend(x):
         q = x.view(*x.shape[:2], 4, 16).permute(1, 2, 0, 3)
-        if spelling == "sdpa":
+        if form == "sdpa":
             output = F.scaled_dot_product_attention(q, q, q)
-        elif spelling == "flex":
+        elif form == "flex":
             output = flex_attention(q, q, q)
         else:
             return (q @ q.transpose(-2, -1)).softmax(-1) @ q

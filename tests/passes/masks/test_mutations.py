@@ -120,7 +120,7 @@ PADDING = (
 
 
 def random_mask(rng):
-    """A causal, windowed, chunked, two-sided or bidirectional mask, with or without padding, in a random spelling."""
+    """A causal, windowed, chunked, two-sided or bidirectional mask, with or without padding, in a random form."""
     kind = rng.choice(("causal", "window", "band", "chunk", "around", "none"))
     aligned, shift, width = rng.random() < 0.5, rng.choice((0, 0, 0, -1, 2)), rng.choice((1, 2, 4))
     index, column, row = (rng.choice(ways) for ways in (INDEX, COLUMN, ROW))

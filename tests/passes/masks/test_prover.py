@@ -407,7 +407,7 @@ NEGATED = {torch.le: torch.gt, torch.lt: torch.ge, torch.ge: torch.lt, torch.gt:
 
 
 def random_term(rng):
-    """A causal bound or a sliding window in a random spelling, now and then with a mistake in it."""
+    """A causal bound or a sliding window in a random form, now and then with a mistake in it."""
     bounds = ((torch.le, 0), (torch.lt, 1), (torch.ge, -4), (torch.gt, -5), (torch.eq, 0))
     compare, shift = rng.choices(bounds, (4, 4, 2, 2, 0.3))[0]
     shift += rng.choice((0, 0, 0, 1, -1, 2))
@@ -419,8 +419,8 @@ def random_term(rng):
     def term(q, k):
         row = q_index(q) * scale + (k - q if aligned else 0) + shift
         column = k_index(k + 2)[:, 2:] - 2 if slid else k_index(k)
-        spelling = NEGATED[compare] if negated else compare
-        mask = FLIPPED.get(spelling, spelling)(row, column) if swapped else spelling(column, row)
+        written = NEGATED[compare] if negated else compare
+        mask = FLIPPED.get(written, written)(row, column) if swapped else written(column, row)
         return ~mask if negated else mask
 
     return term

@@ -89,23 +89,23 @@ MASKS = {
     "-inf": (added(CAUSAL & PADDING, INF), "causal, key padding", "s2o"),
     "lowest": (added(CAUSAL & PADDING, LOWEST), "causal, key padding", "s2o"),
     "-1e4": (added(CAUSAL, -1e4), "causal", "s2o"),
-    "-1e4, blind": (added(CAUSAL & PADDING, -1e4), "another mask", "masked"),  # no mean: scores show beside it
+    "-1e4, fully masked": (added(CAUSAL & PADDING, -1e4), "another mask", "masked"),  # no mean: scores show beside it
     "bias": (added(CAUSAL, INF) + BIAS, "another mask", "masked"),
     "packed": (PACKED, "another mask", "masked"),
 }
 HAND_WRITTEN = {
-    sums: ["lowest", "-1e4", "-1e4, blind", "bias"],  # eager rows of -inf are NaN
+    sums: ["lowest", "-1e4", "-1e4, fully masked", "bias"],  # eager rows of -inf are NaN
     fills: ["causal", "window", "padded", "packed"],
 }
 
 
 @pytest.mark.parametrize(
-    ("spelling", "name"),
+    ("form", "name"),
     [(fused, name) for name in MASKS] + [(f, name) for f, names in HAND_WRITTEN.items() for name in names],
 )
-def test_a_mask_that_enters_the_graph(spelling, name):
+def test_a_mask_that_enters_the_graph(form, name):
     mask, text, path = MASKS[name]
-    (site,) = run(spelling, *heads(), ~mask if spelling is fills else mask)
+    (site,) = run(form, *heads(), ~mask if form is fills else mask)
     assert (site.rewritten, site.mask, site.path) == (True, f"{text} (read at run time)", path)
 
 
@@ -138,11 +138,11 @@ def test_two_masks_are_read_as_one(mask, path):
     assert (site.rewritten, site.path) == (True, path)
 
 
-@pytest.mark.parametrize("spelling", [sums, fills])
-def test_several_masks_of_one_kind(spelling):
+@pytest.mark.parametrize("form", [sums, fills])
+def test_several_masks_of_one_kind(form):
     masks = CAUSAL[None, None], PADDING.flip(-1).expand(2, 1, LENGTH, LENGTH)
-    masks = [~mask if spelling is fills else added(mask, INF) for mask in masks]
-    (site,) = run(spelling, *heads(), *masks)
+    masks = [~mask if form is fills else added(mask, INF) for mask in masks]
+    (site,) = run(form, *heads(), *masks)
     assert (site.mask, site.path) == ("causal, key padding (read at run time)", "s2o")
 
 
@@ -204,15 +204,15 @@ def test_the_report_says_what_was_read_and_why():
     assert "rewritten, ran dense (its mask)" in other
 
 
-@pytest.mark.parametrize("spelling", [fused, fills, buffered])
-def test_one_graph_serves_every_length(spelling):
+@pytest.mark.parametrize("form", [fused, fills, buffered])
+def test_one_graph_serves_every_length(form):
     graphs = []
 
     def backend(gm, example_inputs):
         graphs.append(gm)
         return s2o(gm, example_inputs, options=EXACT)
 
-    compiled = torch.compile(spelling, backend=backend)
+    compiled = torch.compile(form, backend=backend)
     with torch.no_grad(), record() as recording:
         for length in (150, 180, 131, 40):
             q, k, v = heads(length)
@@ -221,13 +221,13 @@ def test_one_graph_serves_every_length(spelling):
                 fused: (visible,),
                 fills: (~visible,),
                 buffered: (torch.ones(1, 1, 200, 200, dtype=torch.bool).tril(), torch.zeros(2, 1, length, length)),
-            }[spelling]
+            }[form]
             for tensor in (q, k, v):
                 torch._dynamo.mark_dynamic(tensor, 2)
             for mask in masks[-1:]:
                 torch._dynamo.mark_dynamic(mask, mask.ndim - 1)
                 torch._dynamo.mark_dynamic(mask, mask.ndim - 2)
-            torch.testing.assert_close(compiled(q, k, v, *masks), spelling(q, k, v, *masks), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(q, k, v, *masks), form(q, k, v, *masks), atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
     assert [call.path for call in recording.calls] == ["s2o", "s2o", "s2o", "dense"]
 

@@ -1,4 +1,4 @@
-"""Hand-written attention: every spelling is found and exact, everything else is left dense with its reason."""
+"""Hand-written attention: every form is found and exact, everything else is left dense with its reason."""
 
 import math
 
@@ -158,12 +158,12 @@ def flat_scores(q, k, v):
     return (scores / 4 + bias(q, k)).softmax(-1) @ v
 
 
-SPELLINGS = {
+FORMS = {
     "flat-scores": (flat_scores, "causal"),
     "softcap": (capped, "causal"),
     "sinks": (with_sinks, "causal"),
     "narrow-values": (narrow_values, "causal"),
-    "blind-rows": (finite_with_fully_masked_rows, "causal, offset -5"),
+    "fully-masked-rows": (finite_with_fully_masked_rows, "causal, offset -5"),
     "matmul": (plain, "bidirectional"),
     "operators": (operators, "bidirectional"),
     "scaled-query": (scaled_query, "bidirectional"),
@@ -188,7 +188,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("sizes", ["static", "dynamic"])
-@pytest.mark.parametrize(("function", "mask"), SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize(("function", "mask"), FORMS.values(), ids=FORMS)
 def test_every_spelling_is_rewritten(function, mask, sizes):
     q, k, v = heads(), heads(), heads()
     mark = [(tensor, dim) for tensor in (q, k, v) for dim in (0, 2)] if sizes == "dynamic" else []

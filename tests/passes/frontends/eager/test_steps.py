@@ -186,7 +186,7 @@ REWRITTEN = {
     "zeroed-in-place": (zeroed_in_place, "bidirectional, key padding"),
     "zeroed-by-where": (zeroed_by_where, "bidirectional, key padding"),
     "filled-by-a-billion": (filled_by_a_billion, "causal"),
-    "filled-by-a-billion-blind": (filled_by_a_billion_fully_masked, "bidirectional, key padding"),
+    "filled-by-a-billion-fully-masked": (filled_by_a_billion_fully_masked, "bidirectional, key padding"),
     "lowered-by-a-billion": (lowered_by_a_billion, "causal"),
     "sdpa-lowered-by-a-billion": (fused_under_a_billion, "causal"),
 }
@@ -339,7 +339,7 @@ DENSE = {
     "negated-behind-the-mask": (negated_behind_the_mask, "multiplied by -0.5"),
     "shrunk-behind-the-mask": (shrunk_behind_the_mask, "hides scores by -3.4"),
     "shrunk-fill": (shrunk_fill, "hides scores by -10.0"),
-    "enlarged-blind-rows": (enlarged_fully_masked_rows, "several finite numbers"),
+    "enlarged-fully-masked-rows": (enlarged_fully_masked_rows, "several finite numbers"),
     "floored-above-the-lowest": (floored_above_the_lowest, "(clamp) stands between"),
     "clamped-on-both-sides": (clamped_on_both_sides, "(clamp) stands between"),
     "floored-under-another-fill": (floored_under_another_fill, "several finite numbers"),
@@ -353,7 +353,7 @@ DENSE = {
     "filled-by-one": (filled_by_one, "(masked_fill) before they meet"),
     "zeroed-under-two-masks": (zeroed_under_two_masks, "several finite numbers"),
     "zeroed-under-two-masks-above-a-floor": (zeroed_under_two_masks_above_a_floor, "above a floor"),
-    "lowered-by-a-billion-blind": (lowered_by_a_billion_fully_masked, "which rows without any key show"),
+    "lowered-by-a-billion-fully-masked": (lowered_by_a_billion_fully_masked, "which rows without any key show"),
     "filled-by-ten-thousand": (filled_by_ten_thousand, "-10000.0"),
     "lowered-by-ten-thousand": (lowered_by_ten_thousand, "-10000.0, which large scores outweigh"),
 }

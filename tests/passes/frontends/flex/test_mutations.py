@@ -50,7 +50,7 @@ HIDE = (
 
 
 def random_score_mod(rng):
-    """A causal or windowed mask, with or without padding, in a random spelling."""
+    """A causal or windowed mask, with or without padding, in a random form."""
     most, least, join, hide = (rng.choice(ways) for ways in (AT_MOST, AT_LEAST, JOIN, HIDE))
     join_padding, padding = rng.choice(JOIN), rng.choice(PADDING)
     windowed, padded, shift, width = (
