@@ -162,7 +162,8 @@ def run_planned(
             assert executor is not None
             tail_value = planner.tail_values(ready, plan.segment_len, implementation)
             result = executor.attend(ready, replace(plan, tail_value=tail_value), tau)
-    record(call, "s2o", result.computed)
+    measured = schedule.measure_error(ready, result) if recording() else None
+    record(call, "s2o", result.computed, measured)
     return finish(call, result.output, result.lse)
 
 
@@ -187,7 +188,8 @@ def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tens
         result = observe(ObservedCall(**vars(call), options=options, execute=_execute))
     else:
         result = _execute(call, path, options)
-    record(call, path, result.computed)
+    measured = schedule.measure_error(call, result) if path == "s2o" and recording() else None
+    record(call, path, result.computed, measured)
     return result.output, result.lse
 
 

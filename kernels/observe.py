@@ -54,7 +54,9 @@ class ObservedCall(AttentionCall):
         Args:
             dense_heads: Key/value heads that run densely, ascending; None for those of the call.
             **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
+                Beside a tau no error budget holds.
         """
+        options = {"error": None, **options} if "tau" in options else options
         marked = self.dense_heads if dense_heads is None else dense_heads
         return self.execute(self.but(dense_heads=marked, return_lse=True), "s2o", replace(self.options, **options))
 

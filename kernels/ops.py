@@ -51,6 +51,7 @@ def attention(
     ranking_per: str = _DEFAULT.ranking_per,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
+    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
@@ -61,7 +62,7 @@ def attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
     taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     output = lse = None
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and fully_masked in FULLY_MASKED:
@@ -96,6 +97,7 @@ def masked_attention(
     ranking_per: str = _DEFAULT.ranking_per,
     implementation: str = _DEFAULT.implementation,
     head_tau: Sequence[float] | None = None,
+    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
@@ -106,7 +108,7 @@ def masked_attention(
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
     taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     call = AttentionCall.of(
         query, key, value, None, sinks, scale=scale, softcap=softcap, fully_masked=fully_masked,
         dense_heads=dense_heads or (), site=site,

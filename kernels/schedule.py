@@ -16,18 +16,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.budget import attend_within
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE, TILE_LEN, n_segments, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
 
 try:
     from s2o_compile.kernels.impl.triton import forward as triton_forward
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 except ImportError:  # no triton here: it is then never asked for
-    triton_forward = None
+    triton_forward = triton_sampled = None
 
 STREAMS = 2
 """Slices under way at a time on a GPU."""
@@ -46,6 +49,7 @@ def attend(
     """
     executor = triton_forward if implementation == "triton" else torch_forward
     assert executor is not None
+    attend_rows = rows_by(implementation)
     result = empty_result(call.query, call.value.shape[3])
     if call.dense_heads:
         attend_dense(call, result, exact)
@@ -62,9 +66,29 @@ def attend(
                 into = Result(
                     result.output[:, members, rows], result.lse[:, members, rows], result.computed[:, members, tiles]
                 )
-                executor.attend(part, plan, tau[members] if isinstance(tau, Tensor) else tau, into)
+                limit = tau[members] if isinstance(tau, Tensor) else tau
+                if options.error:
+                    sinks = None if part.sinks is None else part.sinks[members]
+                    attend_within(part.but(sinks=sinks), plan, limit, options.error, executor, attend_rows, into)
+                else:
+                    executor.attend(part, plan, limit, into)
                 del plan  # before the next is made
     return result
+
+
+def measure_error(call: AttentionCall, result: Result) -> Tensor:
+    """The sums of ``sampled.error_sums``, float32 [2, B, Hq], of a call's result before sinks are put in."""
+    call = call.for_kernels()
+    with call.on_device():
+        rows = sampled.sample_rows(call.n_queries, call.query.device)
+        exact = rows_by("triton" if call.query.is_cuda else "torch")(call, rows)
+        return sampled.error_sums(exact, result.output, result.lse, call.sinks)
+
+
+def rows_by(implementation: str) -> Callable[[AttentionCall, Tensor], sampled.ExactRows]:
+    """``sampled.attend_rows`` by "triton", or by torch."""
+    by_triton = implementation == "triton" and triton_sampled is not None
+    return (triton_sampled if by_triton else sampled).attend_rows  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable[int]) -> Iterator[tuple[slice, slice]]:

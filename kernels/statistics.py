@@ -11,6 +11,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.support.scopes import Scopes
 
 
@@ -26,6 +27,7 @@ class Call:
         computed: int32 [B, Hq, tiles], keys each tile computed, on the device; None where nothing was skipped.
         area: Query-key pairs a dense kernel computes per head, float64 [B].
         mask: The mask as text; empty where it is not known.
+        error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None where nothing was skipped.
     """
 
     site: str
@@ -35,6 +37,12 @@ class Call:
     computed: Tensor | None
     area: Tensor
     mask: str = ""
+    error_sums: Tensor | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Relative L2 error of the output on sampled queries, None where nothing was skipped. Waits for the device."""
+        return None if self.error_sums is None else relative_error(self.error_sums.sum((1, 2))).item()
 
     @property
     def density(self) -> float:
@@ -73,13 +81,14 @@ def recording() -> bool:
     return bool(_recordings)
 
 
-def record(call: AttentionCall, path: str, computed: Tensor | None = None) -> None:
+def record(call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None) -> None:
     """Tell this thread's recordings about a call; costs nothing when there is none.
 
     Args:
         call: What was attended.
         path: "s2o", "window" or "dense", or "masked" if the call's own mask is not the one that it ran under.
         computed: int32 [B, Hq, tiles], keys that each tile computed; None for all.
+        error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``; None where nothing was measured.
     """
     if not _recordings:
         return
@@ -87,7 +96,8 @@ def record(call: AttentionCall, path: str, computed: Tensor | None = None) -> No
     area = call.mask.area(call.query.shape[0], n_queries, n_keys)
     text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_queries, n_keys)
     recorded = Call(
-        site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text
-    )
+        site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text,
+        error_sums=error_sums,
+    )  # fmt: skip
     for calls in _recordings.held():
         calls.append(recorded)

@@ -88,7 +88,6 @@ class S2OConfig(OperatorOptions):
         OptionError: A value that its field cannot take.
     """
 
-    error: float | None = None
     site_tau: Mapping[str, Sequence[float]] = SiteTaus({})
     dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
     inner_backend: str = "inductor"

@@ -30,6 +30,8 @@ class OperatorOptions:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
             every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
             number, or a tuple with one for each query head.
+        error: Budget of every head, the relative L2 error of its output on sampled queries: where it does not hold,
+            the head visits more keys, to all of them. ``tau`` is where it begins. None measures nothing.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query" or "mean_query".
@@ -38,6 +40,7 @@ class OperatorOptions:
     """
 
     tau: float | tuple[float, ...] = 0.5
+    error: float | None = None
     min_seq_len: int | str = "auto"
     segment_len: int | None = None
     ranking: str = "per_query"
@@ -53,6 +56,14 @@ class OperatorOptions:
                 expected="finite numbers >= 0, one for each query head" if several else "a finite number >= 0",
                 got=shown(self.tau),
                 remedy="Use tau=0.0 for an exact result, and numbers that float32 can hold.",
+            )
+        error = None if self.error is None else as_number(self.error, most=1.0)
+        if self.error is not None and error is None:
+            raise InputError(
+                "error",
+                expected="a relative error between 0 and 1, or None",
+                got=shown(self.error),
+                remedy="0.02 allows the output of an attention to be 2 % off.",
             )
         shortest = self.min_seq_len if is_one_of(self.min_seq_len, ("auto",)) else as_integer(self.min_seq_len, least=0)
         if shortest is None:
@@ -80,7 +91,7 @@ class OperatorOptions:
                     got=shown(getattr(self, name)),
                     remedy="Choose one of these names." + removed,
                 )
-        for name, value in (("tau", tau), ("min_seq_len", shortest), ("segment_len", length)):
+        for name, value in (("tau", tau), ("error", error), ("min_seq_len", shortest), ("segment_len", length)):
             object.__setattr__(self, name, value)  # as Python's numbers
 
     def check_heads(self, heads: int) -> None:
@@ -115,7 +126,7 @@ FIELDS = tuple(field.name for field in fields(OperatorOptions))
 @lru_cache(maxsize=1024, typed=True)
 def from_op_kwargs(
     tau: float, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str, implementation: str,
-    head_tau: tuple[float, ...] = (),
+    head_tau: tuple[float, ...] = (), error: float | None = None,
 ) -> OperatorOptions:  # fmt: skip
     """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
 
@@ -123,6 +134,7 @@ def from_op_kwargs(
     """
     return OperatorOptions(
         tau=head_tau or tau,
+        error=error,
         min_seq_len="auto" if min_seq_len is None else min_seq_len,
         segment_len=segment_len,
         ranking=ranking,

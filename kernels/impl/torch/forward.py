@@ -24,8 +24,39 @@ KEY_STEP = 4096
 """Keys of one block in position order under an explicit mask: bounds the mask's memory."""
 
 
-def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention of a call without a window over its plan, ``into`` results or new ones; tau may be float32 [Hq]."""
+def begin_progress(_call: AttentionCall) -> None:
+    """Tiles keep no state here: heads that go on begin anew."""
+
+
+def attend(
+    call: AttentionCall,
+    plan: Plan,
+    tau: float | Tensor,
+    into: Result | None = None,
+    progress: None = None,
+    *,
+    resume: bool = False,
+) -> Result:
+    """Attention of a call without a window over its plan.
+
+    Args:
+        call: Its mask has no window.
+        plan: Ranked key indices of every segment.
+        tau: One number, or float32 [Hq] or [B, Hq].
+        into: Where the results go; new ones if None.
+        progress: Of `begin_progress`.
+        resume: Whether heads of an infinite tau keep the results that ``into`` holds; [B, Hq].
+    """
+    if resume:
+        assert into is not None
+        assert isinstance(tau, Tensor)
+        kept = (tau == torch.inf).cpu()
+        if kept.all():
+            return into
+        anew = attend(call, plan, tau)
+        for old, new in zip(into, anew, strict=True):
+            old.copy_(torch.where(kept.to(old.device).view(*kept.shape, *[1] * (old.dim() - 2)), old, new))
+        return into
     batch, ranking_heads = plan.key_index.shape[:2]
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
     keys, values = call.key.float().contiguous(), call.value.float().contiguous()
@@ -111,7 +142,8 @@ class _Segment:
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         area = self.stops - self.seg_start
         self._in_segment_keys(tiles)
-        taus = tau[self.heads].cpu() if isinstance(tau, Tensor) else torch.full((self.group,), tau)
+        taus = torch.full((self.group,), tau) if not isinstance(tau, Tensor) else tau[..., self.heads].cpu()
+        taus = taus[self.b] if taus.dim() == 2 else taus
         self._visit_ranked(tiles, taus.repeat_interleave(self.tiles), area)
         first_tile = self.first // TILE_LEN
         into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()

@@ -9,12 +9,18 @@ The reference of the softmax is FIXED once a tile has met its in-segment keys (`
 keeps it. The rare tile whose weights overflow restarts in position order, with the running maximum: it writes
 ``-computed - 1``, and a second launch computes those tiles, while its other programs end at once.
 
+A tile that keeps its `Progress` can go on later with a lower tau: output, log-sum-exp and the share added for the tail
+give its softmax state back, but for the rounding of the output.
+
 Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], any strides with unit last stride. One program
 computes one tile of one head.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +32,7 @@ from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
 from s2o_compile.kernels.impl.triton.exact import attend_range, launch_exact
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
+    LOG2E,
     NOTHING_SEEN,
     WIDEST_VALUE,
     can_fix,
@@ -42,6 +49,18 @@ from s2o_compile.kernels.impl.triton.tile import (
     tracing,
     value_parts,
 )
+
+
+class Progress(NamedTuple):
+    """The state of tiles that may go on, beside their results.
+
+    Attributes:
+        tail: float32 [B, Hq, Nq], mass added for keys left out, over the mass visited.
+        unvisited: float32 [B, Hq, tiles], the estimate that met the stop rule; -1 for a tile that left no key out.
+    """
+
+    tail: Tensor
+    unvisited: Tensor
 
 
 @triton.jit
@@ -71,13 +90,13 @@ def attend_ranked(
 @triton.jit
 def gathered_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr,
-    key_index_ptr, prefix_count_ptr, key_mask_ptr, tau_ptr, tail_value_ptr,
+    key_index_ptr, prefix_count_ptr, key_mask_ptr, tau_ptr, tail_value_ptr, tail_ptr, unvisited_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
-    stride_tb, stride_th, stride_ts,
+    stride_tb, stride_th, stride_ts, stride_tau,
     n_queries, n_keys, n_segments, ranking_len, heads, group, shared, tail_share, offset, seg_offset, qk_scale, inner,
     tau, FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_HEAD_TAU: tl.constexpr,
+    HAS_HEAD_TAU: tl.constexpr, HAS_PROGRESS: tl.constexpr, RESUME: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,6 +109,11 @@ def gathered_fwd_kernel(
     row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
     kv = h // group
+    if HAS_HEAD_TAU:
+        tau = tl.load(tau_ptr + b * stride_tau + h)
+    progress = row_head * tiles + tile
+    if RESUME and tl.load(unvisited_ptr + progress) < tau:
+        return
     segment = tile * TILE // SEGMENT
     rows = tile * TILE + tl.arange(0, TILE)
     present = rows < n_queries
@@ -100,9 +124,10 @@ def gathered_fwd_kernel(
     key = key_ptr + b * stride_kb + kv * stride_kh
     value = value_ptr + b * stride_vb + kv * stride_vh
     key_mask = key_mask_ptr + b * stride_mb
-    m = tl.full([TILE], NOTHING_SEEN, tl.float32)
-    l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+    out = out_ptr + b * stride_ob + h * stride_oh
+    lse = lse_ptr + b * stride_lb + h * stride_lh
+    dims = tl.arange(0, BLOCK_VALUE)
+    mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
 
     seg_start = tl.minimum(tl.maximum(first + seg_offset, 0), n_keys)
     seg_stop = tl.maximum(tl.minimum(last + seg_offset + 1, n_keys), seg_start)
@@ -111,30 +136,44 @@ def gathered_fwd_kernel(
         tile_last = tl.minimum(tile * TILE + TILE - 1, last)
         seg_stop = tl.maximum(tl.minimum(tile_last + offset + 1, seg_stop), seg_start)
         free_stop = tl.minimum(tile * TILE + offset + 1, seg_stop)
-    # The masked tail comes first: it is never empty where there are in-segment keys, so the rest can keep FIXED.
-    tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
-    m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
-    )  # fmt: skip
-    m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask, seg_start, tail_start, stride_kn, stride_vn, n_keys, offset, 0,
-        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
-    )  # fmt: skip
+    if RESUME:  # every row has seen a key, or the tile would not have stopped
+        seen = tl.load(lse + rows)
+        tail = tl.load(tail_ptr + row_head * n_queries + rows)
+        m = tl.where(seen == -float("inf"), NOTHING_SEEN, seen * LOG2E)
+        l = tl.where(seen == -float("inf"), 0.0, 1.0 / (1.0 + tail))
+        pointers = out + rows.to(tl.int64)[:, None] * stride_on + dims[None, :]
+        acc = tl.load(pointers, mask=(dims < VALUE_DIM)[None, :], other=0.0).to(tl.float32)
+        acc -= (1.0 - l)[:, None] * tl.load(mean, mask=dims < VALUE_DIM, other=0.0)[None, :]
+    else:
+        m = tl.full([TILE], NOTHING_SEEN, tl.float32)
+        l = tl.zeros([TILE], tl.float32)
+        acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+        # The masked tail comes first: it is never empty where there are in-segment keys, so the rest can keep FIXED.
+        tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
+            qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, seg_start, tail_start, stride_kn, stride_vn, n_keys, offset,
+            0, qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
+            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        )  # fmt: skip
 
-    if HAS_HEAD_TAU:
-        tau = tl.load(tau_ptr + h)
     ranking_row = row_head // shared * n_segments + segment
     key_index = key_index_ptr + ranking_row * ranking_len
     count = tl.load(prefix_count_ptr + b * n_segments + segment)
     whole = count // CHUNK * CHUNK
     visited = whole * 0
-    stopped = visited != 0
+    computed = computed_ptr + b * stride_cb + h * stride_ch + tile
+    if RESUME:
+        visited = tl.load(computed) - (seg_stop - seg_start)
+    stopped = whole < 0
+    unvisited = tau * 0.0
     tail = tl.zeros([TILE], tl.float32)
     start = visited
-    if FIXED and MAY_SEE_NONE:  # some row may have no own key: the best block gives it a reference
+    if FIXED and MAY_SEE_NONE and not RESUME:  # some row may have no own key: the best block gives it a reference
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
@@ -162,22 +201,49 @@ def gathered_fwd_kernel(
         visited = count
     if stopped:  # keys left out count as their estimated mass at the mean value
         tail = tl.minimum(tl.maximum(tail, 0.0), 1.0) * tail_share
-        dims = tl.arange(0, BLOCK_VALUE)
-        mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
         acc += (tail * l)[:, None] * tl.load(mean, mask=dims < VALUE_DIM, other=0.0)[None, :]
         l += tail * l
+    else:
+        unvisited = tau * 0.0 - 1.0
 
-    out = out_ptr + b * stride_ob + h * stride_oh
-    lse = lse_ptr + b * stride_lb + h * stride_lh
     store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
-    computed = visited + seg_stop - seg_start
-    if FIXED:
-        computed = tl.where(overflowed(l, acc), -computed - 1, computed)
-    tl.store(computed_ptr + b * stride_cb + h * stride_ch + tile, computed)
+    n_computed = visited + seg_stop - seg_start
+    if FIXED and overflowed(l, acc):  # the second launch leaves no key out
+        n_computed = -n_computed - 1
+        unvisited = tau * 0.0 - 1.0
+    tl.store(computed, n_computed)
+    if HAS_PROGRESS:
+        tl.store(tail_ptr + row_head * n_queries + rows, tail, mask=present)
+        tl.store(unvisited_ptr + progress, unvisited)
 
 
-def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None) -> Result:
-    """Attention of a call without a window over its plan, ``into`` results or new ones; tau may be float32 [Hq]."""
+def begin_progress(call: AttentionCall) -> Progress:
+    """Room for the state of a call's tiles."""
+    batch, heads, n_queries, _ = call.query.shape
+    tail = call.query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    return Progress(tail, tail.new_empty(batch, heads, n_tiles(n_queries)))
+
+
+def attend(
+    call: AttentionCall,
+    plan: Plan,
+    tau: float | Tensor,
+    into: Result | None = None,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+) -> Result:
+    """Attention of a call without a window over its plan.
+
+    Args:
+        call: Its mask has no window.
+        plan: Ranked key indices of every segment.
+        tau: One number, or float32 [Hq] or [B, Hq].
+        into: Where the results go; new ones if None.
+        progress: Where tiles keep their state; None if none will go on.
+        resume: Whether tiles go on from ``into`` and ``progress``: those whose estimate is not below tau. An infinite
+            tau leaves a head as it is.
+    """
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
@@ -192,19 +258,24 @@ def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | 
     key_mask, stride_mb = key_mask_of(mask.key_mask, plan.key_index)
     assert plan.tail_value is not None
     means = plan.tail_value.split(WIDEST_VALUE, 3)
+    by_batch = heads if by_head and tau.dim() == 2 else 0
     for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
+        state = progress or Progress(mean, mean)
+        if resume and len(means) > 1 and mean is not means[-1]:  # the next part goes on from the same state
+            piece = piece._replace(lse=piece.lse.clone(), computed=piece.computed.clone())
+            state = Progress(state.tail.clone(), state.unvisited.clone())
         launch(
             gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
             query, key, part, *piece, plan.key_index, plan.prefix_count, key_mask,
-            tau if by_head else plan.key_index, mean,
+            tau if by_head else plan.key_index, mean, *state,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
-            *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3],
+            *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3], by_batch,
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             heads // plan.key_index.shape[1], TAIL_SHARE, mask.offset, mask.seg_offset(n_queries, n_keys),
             *logit_scales(call.scale, softcap), 0.0 if by_head else tau,
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-            HAS_HEAD_TAU=by_head, SEGMENT=plan.segment_len, CHUNK=plan.chunk_len,
-            HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
+            HAS_HEAD_TAU=by_head, HAS_PROGRESS=progress is not None, RESUME=resume, SEGMENT=plan.segment_len,
+            CHUNK=plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Exact attention of sampled queries: the exact executor's rows, by torch and by the Triton kernel."""
+
+import pytest
+import torch
+
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.exact import sampled
+from s2o_compile.kernels.impl.torch.exact import attend_exact
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+
+CASES = {
+    "causal": {"causal": True},
+    "bidirectional": {},
+    "softcap": {"causal": True, "softcap": 5.0},
+    "padded": {"causal": True, "key_mask": torch.arange(300)[None] >= torch.tensor([[0], [170]])},
+    "rows without a key": {"causal": True, "causal_offset": -40},
+    "fewer queries": {"causal": True, "queries": 90},
+    "fewer queries than samples": {"causal": True, "queries": 40},
+    "wide value": {"causal": True, "value_dim": 320},
+}
+
+
+def make_call(queries=300, value_dim=32, device="cpu", dtype=torch.float32, **terms):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, queries, 32), (2, 2, 300, 32), (2, 2, 300, value_dim))
+    query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    terms = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in terms.items()}
+    call = AttentionCall.of(query, key, value, **terms).for_kernels()
+    return call.but(mask=call.mask.for_batch(2))
+
+
+def assert_rows(found, call, tolerance):
+    expected = attend_exact(call)
+    rows = found.rows.cpu()
+    torch.testing.assert_close(found.output.cpu(), expected.output[:, :, rows].float().cpu(), **tolerance)
+    torch.testing.assert_close(found.lse.cpu(), expected.lse[:, :, rows].cpu(), **tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_torch(name):
+    call = make_call(**CASES[name])
+    rows = sampled.sample_rows(call.n_queries, torch.device("cpu"))
+    assert_rows(sampled.attend_rows(call, rows), call, {"rtol": 1e-5, "atol": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        *((name, "cpu", torch.float32) for name in CASES),
+        *(pytest.param(name, "cuda", torch.bfloat16, marks=pytest.mark.gpu) for name in CASES),
+    ],
+)
+def test_by_triton(name, device, dtype, monkeypatch):
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    monkeypatch.setattr(triton_sampled, "SPLIT_LEN", 128)  # several programs share the keys
+    call = make_call(**CASES[name], device=device, dtype=dtype)
+    rows = sampled.sample_rows(call.n_queries, call.query.device)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert_rows(triton_sampled.attend_rows(call, rows), call, tolerance)
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 64), (63, 64), (64, 64), (1000, 64), (131072, 256)])
+def test_rows_are_spread(length, count):
+    rows = sampled.sample_rows(length, torch.device("cpu"), count)
+    assert len(rows) == min(length, count)
+    assert (rows.diff() > 0).all()
+    assert rows.min() >= 0
+    assert rows.max() < length
+    starts = torch.arange(len(rows) + 1) * length // len(rows)
+    assert ((rows >= starts[:-1]) & (rows < starts[1:])).all(), "one in each of as many equal parts"
+
+
+def test_rows_have_no_period():
+    rows = sampled.sample_rows(4096, torch.device("cpu"))
+    assert len((rows % 64).unique()) > 32, "rows of an image would be sampled in a few columns only"
+
+
+def test_error_of_a_known_distance():
+    call = make_call(causal=True)
+    exact = sampled.attend_rows(call, torch.arange(300))
+    output = exact.output * 1.1
+    found = sampled.relative_error(sampled.error_sums(exact, output, exact.lse))
+    torch.testing.assert_close(found, torch.full((2, 4), 0.1), rtol=1e-4, atol=0)
+    assert sampled.relative_error(sampled.error_sums(exact, exact.output, exact.lse)).eq(0).all()
+
+
+def test_a_sink_sees_the_mass_that_is_missing():
+    call = make_call(causal=True)
+    exact = sampled.attend_rows(call, torch.arange(300))
+    lse = exact.lse - 0.5  # the output is right, and a third of its mass was not visited
+    sinks = torch.tensor([-50.0, 2.0, 5.0, 50.0])
+    found = sampled.relative_error(sampled.error_sums(exact, exact.output, lse, sinks))
+    assert found[:, 0].max() < 1e-4
+    share = torch.sigmoid(lse - sinks[:, None]) / torch.sigmoid(exact.lse - sinks[:, None])
+    assert (found[:, 2] > 0.2).all()
+    assert (found[:, 2] < 1 - share[:, 2].min(-1).values).all()
+
+
+def test_nan_is_no_error_that_holds():
+    call = make_call(causal=True)
+    exact = sampled.attend_rows(call, torch.arange(300))
+    output = exact.output.clone()
+    output[0, 1, 7, 3] = torch.nan
+    found = sampled.relative_error(sampled.error_sums(exact, output, exact.lse))
+    assert found.isnan().nonzero().tolist() == [[0, 1]]
+    nothing = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # nothing is off; something is, and nothing should be there
+    assert sampled.relative_error(nothing).tolist() == [0.0, torch.inf]

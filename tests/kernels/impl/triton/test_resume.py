@@ -1,0 +1,101 @@
+"""Tiles that go on with a lower tau: where they would have come in one go, but for the rounding of the output."""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.impl.triton import forward
+from s2o_compile.kernels.planner import build_plan
+from tests.conftest import CUDA, INTERPRETED, Case, on
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+
+CASES = [
+    *on(
+        INTERPRETED,
+        Case(queries=600, heads=2, dtype="fp16"),
+        Case(queries=400, keys=640, heads=2, softcap=5.0, padding="left"),
+        Case(queries=520, heads=1, value_dim=320),
+    ),
+    *on(
+        CUDA,
+        Case(queries=4000, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"),
+        Case(queries=4000, heads=2, head_dim=64, dtype="fp16"),
+        Case(queries=3000, heads=4, kv_heads=1, head_dim=256, dtype="bf16", softcap=20.0),
+    ),
+]
+
+
+def begun(case, device):
+    """A call, its plan, and the results and state of a first visit with a large tau."""
+    call = case.inputs(device).call.for_kernels()
+    plan = build_plan(call, OperatorOptions(segment_len=TILE_LEN, min_seq_len=0), "triton")
+    plan = dataclasses.replace(plan, chunk_len=128)
+    progress = forward.begin_progress(call)
+    first = forward.attend(call, plan, taus(call, 2.0), None, progress)
+    return call, plan, first, progress
+
+
+def taus(call, *by_head):
+    batch, heads = call.query.shape[:2]
+    by_head = by_head * heads if len(by_head) == 1 else by_head
+    return torch.tensor(by_head, device=call.query.device).expand(batch, -1).contiguous()
+
+
+def assert_same(found, expected, dtype):
+    assert torch.equal(found.computed, expected.computed)
+    tolerance = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}[dtype]
+    torch.testing.assert_close(found.output.float(), expected.output.float(), rtol=0, atol=3 * tolerance)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize(("device", "case"), CASES)
+def test_goes_on_to_a_lower_tau(device, case):
+    call, plan, first, progress = begun(case, device)
+    before = first.computed.clone()
+    direct = forward.attend(call, plan, 0.4)
+    found = forward.attend(call, plan, taus(call, 0.4), first, progress, resume=True)
+    assert (found.computed > before).any(), "some tile goes on"
+    assert_same(found, direct, case.dtype)
+
+
+@pytest.mark.parametrize(("device", "case"), CASES)
+def test_goes_on_to_all_keys(device, case):
+    call, plan, first, progress = begun(case, device)
+    found = forward.attend(call, plan, taus(call, 0.4), first, progress, resume=True)
+    found = forward.attend(call, plan, taus(call, 0.0), found, progress, resume=True)
+    assert (progress.unvisited == -1).all()
+    assert_same(found, forward.attend(call, plan, 0.0), case.dtype)
+
+
+@pytest.mark.parametrize(("device", "case"), [row for row in CASES if "H1-" not in row.id])
+def test_an_infinite_tau_leaves_a_head_as_it_is(device, case):
+    call, plan, first, progress = begun(case, device)
+    before = [x.clone() for x in first]
+    heads = call.query.shape[1]
+    found = forward.attend(call, plan, taus(call, 0.0, *[torch.inf] * (heads - 1)), first, progress, resume=True)
+    for x, old in zip(found, before, strict=True):
+        assert torch.equal(x[:, 1:], old[:, 1:])
+    assert (found.computed[:, 0] > before[2][:, 0]).any()
+
+
+@pytest.mark.gpu  # interpreted, numpy warns of the overflow
+def test_a_tile_that_overflowed_has_no_key_left():
+    """Logits that grow along the ranking leave weights that no fixed reference holds: such a tile is exact at once."""
+    call, plan, _, _ = begun(Case(queries=900, heads=1), "cuda")
+    query, key = call.query.clone(), call.key.clone()
+    query[:, :, 800:] = 30.0
+    key[:, :, :400] = 30.0
+    call = call.but(query=query, key=key)
+    progress = forward.begin_progress(call)
+    found = forward.attend(call, plan, taus(call, 2.0), None, progress)
+    exact = forward.attend(call, plan, 0.0)
+    torch.testing.assert_close(found.output[:, :, 800:], exact.output[:, :, 800:], rtol=1e-4, atol=1e-4)
+    again = [x.clone() for x in found]
+    forward.attend(call, plan, taus(call, 0.0), found, progress, resume=True)
+    assert torch.equal(found.output[:, :, 896:], again[0][:, :, 896:])
