@@ -35,7 +35,9 @@ def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions)
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     read = None
     path = choose_path(call, options.min_seq_len)
-    if path != "dense" and not _capturing(call.query):
+    # A CUDA graph cannot wait for the numbers of a mask.
+    capturing = call.query.is_cuda and torch.cuda.is_current_stream_capturing()
+    if path != "dense" and not capturing:
         read = _read(call, attn_mask)
         path = "masked" if read is None else path
     if read is None:
@@ -59,8 +61,3 @@ def _read(call: AttentionCall, attn_mask: Tensor) -> ReadMask | None:
     if read.fully_masked == "mean" and sinks is not None and not bool(sinks.amin().float() > read.weakest + VANISHES):
         return None
     return read
-
-
-def _capturing(query: Tensor) -> bool:
-    """Whether a CUDA graph records: it cannot wait for the numbers of a mask."""
-    return query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

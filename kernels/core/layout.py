@@ -14,15 +14,13 @@ def _cpu_follows_query() -> bool:
 
 CPU_FOLLOWS_QUERY = _cpu_follows_query()
 
-LAYOUTS = ("auto", "BHND", "BNHD")
-"""Memory orders of an output: SDPA's choice, or the order that the pass read off the attention that it replaces."""
-
 
 def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
     """Uninitialised output [B, H, N, Dv] for a query [B, H, N, D], laid out as SDPA lays out its own.
 
     SDPA's flash and cuDNN kernels follow the query. Its memory-efficient kernel, which takes float32, and some CPU
     versions always write [B, N, H, D]. Where Dv is not D plain matrix products serve the CPU, and write [B, H, N, Dv].
+    A layout other than "auto" is the order of the attention that is replaced, "BHND" or "BNHD".
     """
     batch, heads, length, _ = query.shape
     if memory_order(query, value_dim, layout) == "BNHD":

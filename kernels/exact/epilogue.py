@@ -91,10 +91,6 @@ def fill_rows(output: Tensor, value: Tensor, fully_masked: Tensor, sinks: Tensor
     """
     if sinks is not None:
         fully_masked = fully_masked & (sinks == -torch.inf)[:, None, None]
-    return torch.where(fully_masked, value_mean(value, output), output)
-
-
-def value_mean(value: Tensor, output: Tensor) -> Tensor:
-    """The mean of all values [B, Hkv, Nk, Dv] for the heads of an output [B, Hq, Nq, Dv], [B, Hq, 1, Dv]."""
     mean = value.mean(2, keepdim=True, dtype=torch.float32).to(output.dtype)
-    return mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)
+    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)  # [B, Hq, 1, Dv]
+    return torch.where(fully_masked, mean, output)

@@ -53,16 +53,12 @@ class Missing:
         """Raises MissingTorchNameError."""
         raise MissingTorchNameError(*self._error)
 
+    __mro_entries__ = __instancecheck__ = __call__
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (it never returns)
         if name.startswith("__"):
             raise AttributeError(name)
-        raise MissingTorchNameError(*self._error)
-
-    def __mro_entries__(self, _: object) -> Any:  # noqa: ANN401 (it never returns)
-        raise MissingTorchNameError(*self._error)
-
-    def __instancecheck__(self, _: object) -> bool:
-        raise MissingTorchNameError(*self._error)
+        return self()
 
 
 NAMES: dict[str, str] = {}

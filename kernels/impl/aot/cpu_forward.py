@@ -103,9 +103,8 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         seg_tail = head * n_segments(n_queries, segment_len) + at % segments
         mean = tails.index_select(0, seg_tail.view(1))[0]
         first = at * ranked_rows.shape[1]
-        return visit_ranked(
-            rows, key, value, ranked_rows, first, count, _chunk_len(n_keys), limit, mean, state, softcap
-        )
+        chunk_len = default_chunk_len(torch.full((), n_keys))
+        return visit_ranked(rows, key, value, ranked_rows, first, count, chunk_len, limit, mean, state, softcap)
 
     flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
     # One number more than there are: a map over one alone would be traced for several only.
@@ -237,10 +236,6 @@ def visit_ranked(
     operands = (query, key, value, ranked_rows, first, count, chunk_len, tau, mean_value)
     _, output, lse, _, _ = while_loop(more, step, start, operands)
     return output, lse
-
-
-def _chunk_len(n_keys: int) -> Tensor:
-    return default_chunk_len(torch.full((), n_keys))
 
 
 def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
