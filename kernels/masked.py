@@ -21,14 +21,11 @@ from s2o_compile.kernels.statistics import record
 
 
 def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions) -> Tensor:
-    """Attention output [B, Hq, Nq, Dv].
+    """Attention output [B, Hq, Nq, Dv] of a call under UNKNOWN_MASK and a mask tensor.
 
-    Args:
-        call: What is attended, under UNKNOWN_MASK. Its ``fully_masked`` is about bool masks; a float mask says by its
-            numbers what a fully masked row gets.
-        attn_mask: bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to
-            [B, Hq, Nq, Nk].
-        options: The operator's options.
+    That is bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to [B, Hq,
+    Nq, Nk]. The call's ``fully_masked`` is about bool masks; a float mask says by its numbers what a fully masked row
+    gets.
     """
     check_attn_mask(attn_mask, call.query, call.key)
     if attn_mask.dim() < 4:

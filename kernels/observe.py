@@ -49,11 +49,9 @@ class ObservedCall(AttentionCall):
         return self.execute(self, "s2o", self.options)
 
     def run(self, *, dense_heads: Sequence[int] | None = None, **options: Any) -> Result:  # noqa: ANN401 (any field)
-        """S2O on the same tensors with some of the options changed.
+        """S2O on the same tensors with other fields of `OperatorOptions`, and other ``dense_heads``, ascending.
 
-        Args:
-            dense_heads: Key/value heads that run densely, ascending; None for those of the call.
-            **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
+        A call is on its path already: ``min_seq_len`` changes nothing.
         """
         marked = self.dense_heads if dense_heads is None else dense_heads
         return self.execute(self.but(dense_heads=marked, return_lse=True), "s2o", replace(self.options, **options))
@@ -65,14 +63,10 @@ class ObservedCall(AttentionCall):
         return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
-        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: with sinks, which change its error.
+        """A copy of an output of this call as the model gets it, [B, Hq, Nq, Dv]: with sinks, which change its error.
 
         Keys that were not visited hardly change an output if their values are like those visited. Beside a sink their
-        mass is missing.
-
-        Args:
-            output: [B, Hq, Nq, Dv], not changed.
-            lse: The log-sum-exp that belongs to it, float32 [B, Hq, Nq]; None for the exact one.
+        mass is missing. ``lse``, float32 [B, Hq, Nq], belongs to the output; None for the exact one.
         """
         if self.sinks is None:
             return output

@@ -49,11 +49,7 @@ class ReadMask:
 def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> ReadMask | None:
     """The operator's mask that equals a mask tensor; None if there is none.
 
-    Args:
-        mask: bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk].
-        n_queries: Nq.
-        n_keys: Nk.
-        dtype: Of the scores' query.
+    The tensor is bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk]; ``dtype`` is the query's.
     """
     mask = _unexpanded(mask, n_keys)
     band = suggest(mask)

@@ -61,13 +61,10 @@ class OnlineSoftmax:
 
 
 def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, *, visits: Tensor | None = None) -> Result:
-    """Attention over a plan, one tile at a time.
+    """Attention over a plan, one tile at a time; the mask has no window.
 
-    Args:
-        call: What is attended; its mask has no window.
-        plan: Order of visits.
-        tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
-        visits: Integers [B, Hq, P], ranked keys that are visited, decided before pass 2 starts; None for the rule.
+    Tau is one number, or float32 [Hq], one a head; 0 never stops. Integers [B, Hq, P] ``visits`` say how many ranked
+    keys are visited, decided before pass 2 starts; None for the stop rule.
     """
     (query, key, value), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape

@@ -208,17 +208,16 @@ tree_unflatten: Callable[..., Any] = _named("torch.utils._pytree.tree_unflatten"
 make_fx = _named("torch.fx.experimental.proxy_tensor.make_fx", _OPENING)
 
 
+_COUNTING = "counting the attentions that a model runs"
+
+
 class _NoDispatchMode:
-    """The class of modes where torch has none of that name."""
+    """The class of modes where torch has none of that name: it has subclasses, but no instance."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        raise MissingTorchNameError(_DISPATCH_MODE, "counting the attentions that a model runs")
+    __init__ = Missing("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING)
 
 
-_DISPATCH_MODE = "torch.utils._python_dispatch.TorchDispatchMode"
-TorchDispatchMode = _named(
-    "torch.utils._python_dispatch.TorchDispatchMode", "counting the attentions that a model runs", _NoDispatchMode
-)
+TorchDispatchMode = _named("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING, _NoDispatchMode)
 
 # The kinds of tensors.
 _is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)

@@ -37,15 +37,10 @@ STEP = 256
 
 
 def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
-    """Attention by ranked keys and early stop.
+    """Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq], by ranked keys and early stop.
 
-    Args:
-        call: Its mask has no window, its scale is positive.
-        taus: Of each query head, float32 [Hq] if a tensor.
-        segment_len: Queries that share one ranking.
-
-    Returns:
-        Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq].
+    The call's mask has no window, and its scale is positive. ``taus`` are those of the query heads, float32 [Hq] if a
+    tensor.
     """
     query, key, value = (x.float() for x in call.tensors)
     mask, scale, softcap = call.mask, call.scale, call.softcap

@@ -157,12 +157,8 @@ def pool_blocks(
 ) -> int:
     """Blocks that one key/value head has room to gather, from lengths alone.
 
-    Args:
-        mask: Which keys a query sees; None where that is not known.
-        shape: B, Hq, Hkv, Nq, Nk.
-        segment_len: Queries that share one ranking.
-        row_bytes: Memory of one key; that of a value is taken to be the same.
-        on_gpu: Whether there is memory to spend.
+    The mask is None where it is not known. A key takes ``row_bytes``, and a value is taken to need the same. ``on_gpu``
+    says whether there is memory to spend.
     """
     batch, heads, kv_heads, n_queries, n_keys = shape
     segments, pool = n_segments(n_queries, segment_len), POOL * -(-n_keys // BLOCK_LEN)
@@ -244,10 +240,8 @@ def lay_out(
 def some_key_from(flags: Tensor, keys: Tensor, pool: int) -> Tensor:
     """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of some blocks in position order.
 
-    Args:
-        flags: Bool [B * Hkv, G, T, key blocks], these blocks.
-        keys: int64 [B * Hkv, pool * BLOCK_LEN], the keys of all gathered blocks.
-        pool: Gathered blocks.
+    These are flagged by bool [B * Hkv, G, T, key blocks]. The keys of all gathered blocks are int64 [B * Hkv, pool *
+    BLOCK_LEN].
     """
     dtype = torch.float16 if keys.is_cuda else torch.float32
     source = torch.zeros(len(keys), pool, flags.shape[3], dtype=dtype, device=keys.device)

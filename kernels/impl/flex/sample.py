@@ -51,14 +51,7 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rank keys by the weights that sampled queries give them through the functions of a call.
 
-    Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        grid: The call's sizes and blocks.
-        mods: Its score_mod and its mask_mod.
-        buffers: The tensors that each of these captured.
-        scale: Softmax scale.
+    ``mods`` are its score_mod and its mask_mod, ``buffers`` the tensors that each of these captured.
 
     Returns:
         Ranked keys int32 [B, Hkv, P, Nk] and the mass left unvisited, as of ``rank_samples``; int64 [B, Hkv, P], how
