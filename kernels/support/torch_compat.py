@@ -8,9 +8,8 @@ costs that feature, and never the import of this package.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
-import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -80,17 +79,10 @@ def require(feature: str) -> None:
 
 def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
     """The object at a path, or None."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        name = ".".join(parts[:cut])
-        try:
-            found: Any = sys.modules[name] if name in sys.modules else importlib.import_module(name)
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            found = getattr(found, part, None)
-        return found
-    return None
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _attribute(path: str, feature: str) -> str:

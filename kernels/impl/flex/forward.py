@@ -76,8 +76,8 @@ def place(
     bounds = in_segment_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
     n_ranked = plan.prefix_count[:, None].expand(-1, kv_heads, -1)
     outside = bounds[0].expand_as(n_ranked) if mask.causal else torch.full_like(n_ranked, n_keys)
-    pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=device.type != "cpu")
     grid = block_grid(mask, shape, plan.segment_len, device)
+    pool = pool_blocks(mask, grid, row_bytes, on_gpu=device.type != "cpu")
     return lay_out(grid, bounds, plan.key_index, n_ranked, outside, visits, pool, ranked_whole=True)
 
 

@@ -147,20 +147,13 @@ def placed_mask(mask_mod: Function) -> Function:
     return visible
 
 
-def pool_blocks(
-    mask: AttentionMask | None,
-    shape: tuple[int, int, int, int, int],
-    segment_len: int,
-    row_bytes: int,
-    *,
-    on_gpu: bool,
-) -> int:
+def pool_blocks(mask: AttentionMask | None, grid: BlockGrid, row_bytes: int, *, on_gpu: bool) -> int:
     """Blocks that one key/value head has room to gather, from lengths alone.
 
     The mask is None where it is not known. A key takes ``row_bytes``, and a value is taken to need the same. ``on_gpu``
     says whether there is memory to spend.
     """
-    batch, heads, kv_heads, n_queries, n_keys = shape
+    batch, heads, kv_heads, n_queries, n_keys, segment_len = grid[:6]
     segments, pool = n_segments(n_queries, segment_len), POOL * -(-n_keys // BLOCK_LEN)
     if on_gpu:
         tables = 2 * 4 * heads * n_tiles(n_queries)

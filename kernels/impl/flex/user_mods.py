@@ -75,7 +75,7 @@ def sparse_flex_attention(
                 [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
             )
         row_bytes = key.shape[3] * key.element_size()
-        pool = pool_blocks(None, grid[:5], grid.segment_len, row_bytes, on_gpu=not query.is_cpu)
+        pool = pool_blocks(None, grid, row_bytes, on_gpu=not query.is_cpu)
         layout = FlexLayout(*_place_blocks(ranked_keys, n_ranked, visits, grid.partial, grid.full, *grid[3:6], pool))
     output = _attend(query, key, value, layout, mods, buffers, scale, kernel_options)
     if query.is_cpu:
