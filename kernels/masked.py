@@ -23,9 +23,9 @@ from s2o_compile.kernels.statistics import record
 def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions) -> Tensor:
     """Attention output [B, Hq, Nq, Dv] of a call under UNKNOWN_MASK and a mask tensor.
 
-    That is bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to [B, Hq,
-    Nq, Nk]. The call's ``fully_masked`` is about bool masks; a float mask says by its numbers what a fully masked row
-    gets.
+    That is bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to
+    [B, Hq, Nq, Nk]. The call's ``fully_masked`` is about bool masks; a float mask says by its numbers what a fully
+    masked row gets.
     """
     check_attn_mask(attn_mask, call.query, call.key)
     if attn_mask.dim() < 4:
@@ -33,8 +33,7 @@ def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions)
     read = None
     path = choose_path(call, options.min_seq_len)
     # A CUDA graph cannot wait for the numbers of a mask.
-    capturing = call.query.is_cuda and torch.cuda.is_current_stream_capturing()
-    if path != "dense" and not capturing:
+    if path != "dense" and not (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
         read = _read(call, attn_mask)
         path = "masked" if read is None else path
     if read is None:

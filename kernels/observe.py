@@ -63,7 +63,7 @@ class ObservedCall(AttentionCall):
         return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
-        """A copy of an output of this call as the model gets it, [B, Hq, Nq, Dv]: with sinks, which change its error.
+        """An output of this call, left as it is, as the model gets it, [B, Hq, Nq, Dv]: sinks change its error.
 
         Keys that were not visited hardly change an output if their values are like those visited. Beside a sink their
         mass is missing. ``lse``, float32 [B, Hq, Nq], belongs to the output; None for the exact one.

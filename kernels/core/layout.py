@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-
-def _cpu_follows_query() -> bool:
-    """Whether SDPA's CPU kernel lays its output out as the query. That differs between torch versions, so ask it."""
-    probe = torch.zeros(1, 2, 3, 4)
-    return torch.nn.functional.scaled_dot_product_attention(probe, probe, probe).stride() == probe.stride()
-
-
-CPU_FOLLOWS_QUERY = _cpu_follows_query()
+_PROBE = torch.zeros(1, 2, 3, 4)
+CPU_FOLLOWS_QUERY = scaled_dot_product_attention(_PROBE, _PROBE, _PROBE).stride() == _PROBE.stride()
+"""Whether SDPA's CPU kernel lays its output out as the query. That differs between torch versions, so ask it."""
 
 
 def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:

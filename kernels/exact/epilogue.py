@@ -72,8 +72,8 @@ def fill_fully_masked_rows(call: AttentionCall, output: Tensor) -> Tensor:
 def fill_rows(output: Tensor, value: Tensor, fully_masked: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The output with the mean of all values of its head in these rows, but where a sink takes their mass.
 
-    Output [B, Hq, Nq, Dv], value [B, Hkv, Nk, Dv], sinks floating [Hq]; ``fully_masked`` is bool, broadcastable to [B,
-    Hq, Nq, 1].
+    Output [B, Hq, Nq, Dv], value [B, Hkv, Nk, Dv], sinks floating [Hq]; ``fully_masked`` is bool, broadcastable to
+    [B, Hq, Nq, 1].
     """
     if sinks is not None:
         fully_masked = fully_masked & (sinks == -torch.inf)[:, None, None]

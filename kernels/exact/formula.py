@@ -19,9 +19,8 @@ def attend_differentiably(call: AttentionCall) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] that gradients flow through: SDPA, or the formula for softcap and sinks."""
 
     def attend(part: AttentionCall) -> tuple[Tensor, None]:
-        if part.softcap is None and part.sinks is None:
-            return attend_by_sdpa(part), None
-        return attend_by_formula(part), None
+        by_sdpa = part.softcap is None and part.sinks is None
+        return (attend_by_sdpa if by_sdpa else attend_by_formula)(part), None
 
     output, _ = attend_chunks(call, attend) if call.mask.attention_chunk is not None else attend(call)
     return fill_fully_masked_rows(call, output)

@@ -133,12 +133,8 @@ def is_fake(x: object) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def fake_mode_of(tensors: Sequence[Any]) -> Any:  # noqa: ANN401 (a FakeTensorMode)
-    """The mode that traces a call of these tensors, or None."""
-    return _detect_fake_mode(tensors)
-
-
-_detect_fake_mode = _named(
+# The mode that traces a call of some tensors, or None.
+fake_mode_of: Callable[[Sequence[Any]], Any] = _named(
     "torch._guards.detect_fake_mode",
     "sparse FlexAttention in graphs",
     lambda tensors: next((x.fake_mode for x in tensors if is_fake(x)), None),
@@ -211,23 +207,19 @@ class _NoDispatchMode:
 
 TorchDispatchMode = _named("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING, _NoDispatchMode)
 
-# The kinds of tensors.
-_is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)
-_is_batched = _named("torch._C._functorch.is_batchedtensor", _VMAP, None)
+# The kinds of tensors: those that are made of others, and those of ``torch.vmap``.
+is_wrapper: Callable[[object], bool] = _named(
+    "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "tensor subclasses",
+    lambda x: hasattr(type(x), "__tensor_flatten__"),
+)
+is_batched: Callable[[Tensor], bool] = _named(
+    "torch._C._functorch.is_batchedtensor",
+    _VMAP,
+    lambda x: _storage_of(x) is None,  # every transform's tensors hide theirs
+)
 _is_transformed = _named("torch._C._functorch.is_functorch_wrapped_tensor", _VMAP, None)
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
-
-
-def is_wrapper(x: object) -> bool:
-    """Whether a tensor is made of other tensors."""
-    return hasattr(type(x), "__tensor_flatten__") if _is_wrapper is None else _is_wrapper(x)
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether a tensor is one of ``torch.vmap``."""
-    if _is_batched is not None:
-        return _is_batched(x)
-    return _storage_of(x) is None  # every transform's tensors hide theirs
 
 
 def storages(x: Tensor) -> Iterator[int | None]:

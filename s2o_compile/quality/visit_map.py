@@ -63,7 +63,7 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
             f"head: expected a head that is ranked, got {head} of {call.site!r}, whose key/value head {kv_head} is "
             "marked dense. Choose another, or take the mark away."
         )
-    plan = build_plan(call, call.options, "torch" if device.type == "cpu" else "triton")  # as when it ran
+    plan = build_plan(call, call.options, "torch" if device.type == "cpu" else "triton")  # made again
     positions = torch.arange(max(n_queries, n_keys), device=device)
     visible = call.mask.visible_pairs(n_queries, n_keys, device)[0, 0]
     visited, orders, counts = torch.zeros_like(visible), [], []

@@ -187,18 +187,10 @@ def visit_ranked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Pass 2 of the tiles of a group, side by side; tiles that have stopped keep their results.
 
-    Args:
-        query: float32 [G * TILE_LEN, D].
-        key: float32 [R, D].
-        value: float32 [R, Dv].
-        ranked_rows: int32 [segments, L], rows of both by rank.
-        first: int64 [], where the segment's ranking begins.
-        count: int64 [], how many of its entries are prefix keys.
-        chunk_len: int64 [], a multiple of STEP.
-        tau: float32 [G].
-        mean_value: float32 [Dv], the mean value of the prefix keys, which stands for those that are left out.
-        state: Output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
-        softcap: Bound of the logits, None for none.
+    Queries are float32 [G * TILE_LEN, D], tau float32 [G]. ``ranked_rows``, int32 [segments, L], are rows of key and
+    value [R, ..] by rank. The segment's ranking begins at ``first`` and has ``count`` prefix keys; both and
+    ``chunk_len``, a multiple of STEP, are int64 []. ``mean_value``, float32 [Dv], stands for the prefix keys that are
+    left out. ``state`` is output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
     """
     group = tau.shape[0]
 

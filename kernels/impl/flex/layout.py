@@ -233,8 +233,8 @@ def lay_out(
 def some_key_from(flags: Tensor, keys: Tensor, pool: int) -> Tensor:
     """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of some blocks in position order.
 
-    These are flagged by bool [B * Hkv, G, T, key blocks]. The keys of all gathered blocks are int64 [B * Hkv, pool *
-    BLOCK_LEN].
+    These are flagged by bool [B * Hkv, G, T, key blocks]. The keys of all gathered blocks are int64
+    [B * Hkv, pool * BLOCK_LEN].
     """
     dtype = torch.float16 if keys.is_cuda else torch.float32
     source = torch.zeros(len(keys), pool, flags.shape[3], dtype=dtype, device=keys.device)
@@ -261,13 +261,8 @@ def gather_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the heads that visit ranked keys, and place the blocks of these behind those in position order.
 
-    Args:
-        key_index: int32 [B * Hkv, P, L], ranked keys.
-        n_ranked: Integers [B * Hkv, P], how many of them are real.
-        outside: Integers [B * Hkv, P], keys that a head computes outside its segment if it visits none of them ranked.
-        visits: Blocks that each head would visit, int64 [B * Hkv, G, P].
-        position_blocks: Blocks in position order.
-        pool: Blocks that are gathered at most.
+    Arguments are those of `lay_out` with key/value heads folded into the batch, such as ``visits``, int64
+    [B * Hkv, G, P]; ``position_blocks`` is the number of blocks in position order.
 
     Returns:
         Bool [B * Hkv, G, P], the heads that visit ranked keys; int64 [B * Hkv, P], the first block of each segment's;
