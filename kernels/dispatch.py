@@ -143,13 +143,9 @@ def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor |
 def run_planned(
     call: AttentionCall, plan: Plan, unvisited: Tensor, options: OperatorOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """The results of `run` over a plan that was made before.
+    """The results of `run` over a plan that was made before, under its mask; options say tau and the implementation.
 
-    Args:
-        call: Its mask is that of the plan.
-        plan: Ranked key indices of every segment.
-        unvisited: Of ``estimate_unvisited``, for implementations that decide before they start.
-        options: Tau and the implementation; rankings and lengths are the plan's.
+    ``unvisited`` is of ``estimate_unvisited``, for implementations that decide before they start.
     """
     options.check_heads(call.query.shape[1])
     implementation = choose_implementation(options.implementation, call.query)

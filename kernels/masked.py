@@ -21,21 +21,19 @@ from s2o_compile.kernels.statistics import record
 
 
 def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions) -> Tensor:
-    """Attention output [B, Hq, Nq, Dv].
+    """Attention output [B, Hq, Nq, Dv] of a call under UNKNOWN_MASK and a mask tensor.
 
-    Args:
-        call: What is attended, under UNKNOWN_MASK. Its ``fully_masked`` is about bool masks; a float mask says by its
-            numbers what a fully masked row gets.
-        attn_mask: bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to
-            [B, Hq, Nq, Nk].
-        options: The operator's options.
+    That is bool (True: may be attended) or floating (added to the scores), of rank 2 to 4 and broadcastable to
+    [B, Hq, Nq, Nk]. The call's ``fully_masked`` is about bool masks; a float mask says by its numbers what a fully
+    masked row gets.
     """
     check_attn_mask(attn_mask, call.query, call.key)
     if attn_mask.dim() < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     read = None
     path = choose_path(call, options.min_seq_len)
-    if path != "dense" and not _capturing(call.query):
+    # A CUDA graph cannot wait for the numbers of a mask.
+    if path != "dense" and not (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
         read = _read(call, attn_mask)
         path = "masked" if read is None else path
     if read is None:
@@ -59,8 +57,3 @@ def _read(call: AttentionCall, attn_mask: Tensor) -> ReadMask | None:
     if read.fully_masked == "mean" and sinks is not None and not bool(sinks.amin().float() > read.weakest + VANISHES):
         return None
     return read
-
-
-def _capturing(query: Tensor) -> bool:
-    """Whether a CUDA graph records: it cannot wait for the numbers of a mask."""
-    return query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -49,12 +49,9 @@ class ObservedCall(AttentionCall):
         return self.execute(self, "s2o", self.options)
 
     def run(self, *, dense_heads: Sequence[int] | None = None, **options: Any) -> Result:  # noqa: ANN401 (any field)
-        """S2O on the same tensors with some of the options changed.
+        """S2O on the same tensors with other fields of `OperatorOptions`, and other ``dense_heads``, ascending.
 
-        Args:
-            dense_heads: Key/value heads that run densely, ascending; None for those of the call.
-            **options: Fields of `OperatorOptions`. A call is on its path already: ``min_seq_len`` changes nothing.
-                Beside a tau no error budget holds.
+        A call is on its path already: ``min_seq_len`` changes nothing. Beside a tau no error budget holds.
         """
         options = {"error": None, **options} if "tau" in options else options
         marked = self.dense_heads if dense_heads is None else dense_heads
@@ -67,14 +64,10 @@ class ObservedCall(AttentionCall):
         return self._exact_result.output
 
     def with_sinks(self, output: Tensor, lse: Tensor | None = None) -> Tensor:
-        """An output of this call as the model gets it, [B, Hq, Nq, Dv]: with sinks, which change its error.
+        """An output of this call, left as it is, as the model gets it, [B, Hq, Nq, Dv]: sinks change its error.
 
         Keys that were not visited hardly change an output if their values are like those visited. Beside a sink their
-        mass is missing.
-
-        Args:
-            output: [B, Hq, Nq, Dv], not changed.
-            lse: The log-sum-exp that belongs to it, float32 [B, Hq, Nq]; None for the exact one.
+        mass is missing. ``lse``, float32 [B, Hq, Nq], belongs to the output; None for the exact one.
         """
         if self.sinks is None:
             return output

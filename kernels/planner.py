@@ -55,14 +55,9 @@ def estimate_unvisited(call: AttentionCall, plan: Plan, implementation: str) -> 
 
 
 class Planner:
-    """Plans the slices of one call.
+    """Plans the slices of one call, which has no window, by "triton" or "torch".
 
     The decisions of the whole call are made once: no result depends on how a call is cut.
-
-    Args:
-        call: The whole call; its mask has no window (a window is computed exactly and needs no plan).
-        options: The ranking, and the length of its segments.
-        implementation: "triton" or "torch".
     """
 
     def __init__(self, call: AttentionCall, options: OperatorOptions, implementation: str = "torch") -> None:
@@ -81,10 +76,7 @@ class Planner:
     def plan(self, part: AttentionCall, heads: slice = slice(None), first_query: int = 0) -> Plan:
         """Plan of some key/value heads, some queries and the keys that these see (``schedule.cut``).
 
-        Args:
-            part: The slice; its queries begin where a segment does.
-            heads: Its key/value heads.
-            first_query: Its first query, as a number in the call.
+        The queries of the part begin at ``first_query`` of the call, where a segment does.
         """
         first = first_query // self.segment_len
         scores = self._score_keys(part, heads)

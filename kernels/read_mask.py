@@ -11,6 +11,7 @@ without a trace. One reading costs little beside attention at the lengths where 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -49,15 +50,14 @@ class ReadMask:
 def read_mask(mask: Tensor, n_queries: int, n_keys: int, dtype: torch.dtype) -> ReadMask | None:
     """The operator's mask that equals a mask tensor; None if there is none.
 
-    Args:
-        mask: bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk].
-        n_queries: Nq.
-        n_keys: Nk.
-        dtype: Of the scores' query.
+    The tensor is bool or floating, 4-d and broadcastable to [B, Hq, Nq, Nk]; ``dtype`` is the query's.
     """
     mask = _unexpanded(mask, n_keys)
     band = suggest(mask)
-    compare = _on_device if mask.device.type == "cuda" else compare_with
+    compare = compare_with
+    if mask.device.type == "cuda":
+        with suppress(ImportError):  # no triton here
+            from s2o_compile.kernels.impl.triton.compare_mask import compare_with as compare
     compared = compare(mask, band)
     heads_agree = (compared.hidden_rows == compared.hidden_rows[:, :1]).all()
     refused = compared.differs | ~heads_agree | ~band.keys.any()
@@ -157,14 +157,6 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
         hidden_rows=torch.cat([part.hidden_rows for part in parts], -1),
         extremes=torch.stack([numbers[:, 0].amin(), numbers[:, 1].amax()]),
     )
-
-
-def _on_device(mask: Tensor, band: Band) -> Comparison:
-    try:
-        from s2o_compile.kernels.impl.triton.compare_mask import compare_with as compare
-    except ImportError:  # no triton here
-        compare = compare_with
-    return compare(mask, band)
 
 
 def _unexpanded(mask: Tensor, n_keys: int) -> Tensor:

@@ -60,17 +60,11 @@ class OnlineSoftmax:
         return 1 - l_before * (m_before - self.m).exp() / self.l
 
 
-def attend(
-    call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None, *, visits: Tensor | None = None
-) -> Result:
-    """Attention over a plan, one tile at a time.
+def attend(call: AttentionCall, plan: Plan, tau: float | Tensor, *, visits: Tensor | None = None) -> Result:
+    """Attention over a plan, one tile at a time; the mask has no window.
 
-    Args:
-        call: What is attended; its mask has no window.
-        plan: Order of visits.
-        tau: Stop when the estimated unvisited mass is below it; 0 never stops. One number, or float32 [Hq], one a head.
-        into: Tensors that the results are written into; None for new ones.
-        visits: Integers [B, Hq, P], ranked keys that are visited, decided before pass 2 starts; None for the rule.
+    Tau is one number, or float32 [Hq], one a head; 0 never stops. Integers [B, Hq, P] ``visits`` say how many ranked
+    keys are visited, decided before pass 2 starts; None for the stop rule.
     """
     (query, key, value), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
@@ -118,7 +112,4 @@ def attend(
                 output[b, h, rows] = torch.where(state.l[:, None] == 0, 0.0, state.acc / state.l[:, None])
                 lse[b, h, rows] = state.m + state.l.log()
                 computed[b, h, t] = len(own) + min(visited, count)
-    result = Result(output, lse, computed)
-    for target, source in zip(into or (), result, strict=into is not None):
-        target.copy_(source)
-    return result if into is None else into
+    return Result(output, lse, computed)

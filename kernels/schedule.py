@@ -39,13 +39,9 @@ STREAMS = 2
 def attend(
     call: AttentionCall, options: OperatorOptions, implementation: str, exact: Callable[[AttentionCall], Result]
 ) -> Result:
-    """Attention over plans, except for heads marked dense.
+    """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
-    Args:
-        call: Its mask has no window.
-        options: The ranking and tau.
-        implementation: "torch" or "triton".
-        exact: The same implementation's executor over every visible key.
+    The mask has no window. ``exact`` is the same implementation's executor over every visible key.
     """
     executor = triton_forward if implementation == "triton" else torch_forward
     assert executor is not None
@@ -95,13 +91,8 @@ def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable
     """Key/value heads and queries of each slice, so that scores and indices stay small beside key and value.
 
     Queries are cut between segments, and only under a causal mask. Under other masks in-segment keys depend on the
-    whole call's length, so one head's indices are the smallest slice.
-
-    Args:
-        call: The whole call.
-        segment_len: Queries that share one ranking.
-        rankings: Rankings of each key/value head.
-        heads: Key/value heads, ascending.
+    whole call's length, so one head's indices are the smallest slice. The heads ascend; each has ``rankings`` of its
+    own.
     """
     (_, key, value), n_queries = call.tensors, call.n_queries
     scratch = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)

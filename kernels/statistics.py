@@ -82,13 +82,9 @@ def recording() -> bool:
 
 
 def record(call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None) -> None:
-    """Tell this thread's recordings about a call; costs nothing when there is none.
+    """Tell this thread's recordings about a call, as `Call` describes it; costs nothing when there is none.
 
-    Args:
-        call: What was attended.
-        path: "s2o", "window" or "dense", or "masked" if the call's own mask is not the one that it ran under.
-        computed: int32 [B, Hq, tiles], keys that each tile computed; None for all.
-        error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``; None where nothing was measured.
+    The path is "masked" if the call's own mask is not the one that it ran under.
     """
     if not _recordings:
         return

@@ -70,21 +70,9 @@ class AttentionCall:
         scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros",
         return_lse: bool = False, dense_heads: Sequence[int] = (), site: str = "", **terms: Unpack[MaskTerms],
     ) -> AttentionCall:  # fmt: skip
-        """The call of these arguments, completed: a scale of None is ``D ** -0.5``.
+        """The call of these arguments, named as its fields and completed: a scale of None is ``D ** -0.5``.
 
-        Args:
-            query: [B, Hq, Nq, D].
-            key: [B, Hkv, Nk, D].
-            value: [B, Hkv, Nk, Dv].
-            key_mask: bool [B, Nk] or [1, Nk], True where a key may be attended.
-            sinks: Floating [Hq].
-            scale: Softmax scale.
-            softcap: Bound of the logits.
-            fully_masked: One of FULLY_MASKED.
-            return_lse: Whether the log-sum-exp is wanted.
-            dense_heads: Key/value heads, in any order.
-            site: Module path.
-            **terms: ``causal``, ``causal_offset``, ``window`` and ``attention_chunk``.
+        ``key_mask`` is bool [B, Nk] or [1, Nk], True where a key may be attended. ``dense_heads`` come in any order.
 
         Raises:
             InputError: Tensors or arguments that the operator cannot take.

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-
-def _cpu_follows_query() -> bool:
-    """Whether SDPA's CPU kernel lays its output out as the query. That differs between torch versions, so ask it."""
-    probe = torch.zeros(1, 2, 3, 4)
-    return torch.nn.functional.scaled_dot_product_attention(probe, probe, probe).stride() == probe.stride()
-
-
-CPU_FOLLOWS_QUERY = _cpu_follows_query()
-
-LAYOUTS = ("auto", "BHND", "BNHD")
-"""Memory orders of an output: SDPA's choice, or the order that the pass read off the attention that it replaces."""
+_PROBE = torch.zeros(1, 2, 3, 4)
+CPU_FOLLOWS_QUERY = scaled_dot_product_attention(_PROBE, _PROBE, _PROBE).stride() == _PROBE.stride()
+"""Whether SDPA's CPU kernel lays its output out as the query. That differs between torch versions, so ask it."""
 
 
 def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
@@ -23,6 +16,7 @@ def empty_output(query: Tensor, value_dim: int, layout: str = "auto") -> Tensor:
 
     SDPA's flash and cuDNN kernels follow the query. Its memory-efficient kernel, which takes float32, and some CPU
     versions always write [B, N, H, D]. Where Dv is not D plain matrix products serve the CPU, and write [B, H, N, Dv].
+    A layout other than "auto" is the order of the attention that is replaced, "BHND" or "BNHD".
     """
     batch, heads, length, _ = query.shape
     if memory_order(query, value_dim, layout) == "BNHD":

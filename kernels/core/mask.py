@@ -210,15 +210,10 @@ def describe(
     padded: bool,
     ahead: object,
 ) -> str:
-    """A mask in words.
+    """A mask in words; arguments as in `AttentionMask`.
 
-    Args:
-        causal: See `AttentionMask`.
-        offset: None if the last query is aligned with the last key.
-        window: See `AttentionMask`.
-        attention_chunk: See `AttentionMask`.
-        padded: Whether there is a key mask.
-        ahead: Keys behind its own position that a query sees, if that is a number.
+    ``offset`` is None if the last query is aligned with the last key. ``ahead`` is how many keys behind its own
+    position a query sees, if that is a number.
     """
     if window is not None and isinstance(ahead, int) and ahead > 0:
         behind = window - 1 - ahead

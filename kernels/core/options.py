@@ -106,7 +106,12 @@ class OperatorOptions:
 
     def tau_on(self, device: torch.device) -> float | Tensor:
         """Tau as executors take it: one number, or float32 [Hq] on the device."""
-        return self.tau if not isinstance(self.tau, tuple) else _on_device(self.tau, device)
+        if not isinstance(self.tau, tuple):
+            return self.tau
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A CUDA graph records no copy from the host, and its memory must not be shared with other calls.
+            return torch.cat([torch.full((1,), tau, dtype=torch.float32, device=device) for tau in self.tau])
+        return _copied(self.tau, device)
 
     def to_op_kwargs(self) -> dict[str, Any]:
         """The options as keyword arguments of ``torch.ops.s2o.attention``.
@@ -143,15 +148,8 @@ def from_op_kwargs(
     )
 
 
-def _on_device(taus: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [Hq]; cached because each copy to a GPU takes time."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A CUDA graph records no copy from the host, and its memory must not be shared with other calls.
-        return torch.cat([torch.full((1,), tau, dtype=torch.float32, device=device) for tau in taus])
-    return _cached(taus, device)
-
-
 @lru_cache(maxsize=1024)
-def _cached(taus: tuple[float, ...], device: torch.device) -> Tensor:
+def _copied(taus: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [Hq]; cached because each copy to a GPU takes time."""
     with torch.inference_mode(mode=False):
         return torch.tensor(taus, dtype=torch.float32, device=device)

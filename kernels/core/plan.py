@@ -128,17 +128,10 @@ def prefix_mask(mask: AttentionMask, n_queries: int, n_keys: int, segment_len: i
 def order_keys(
     scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Turn importance scores into ranked key indices.
+    """Ranked key indices int32 [B, Hr, P, L] by importance, and prefix_count int32 [B, P], as a `Plan` has them.
 
-    Args:
-        scores: Floating [B, Hr, P, Nk], larger is more important, any monotone scale. Overwritten.
-        non_finite: Bool [B, Hr, Nk], of ``non_finite_keys``.
-        mask: The mask, which decides what keys are prefix keys.
-        n_queries: Number of queries Nq.
-        segment_len: Queries per segment.
-
-    Returns:
-        key_index int32 [B, Hr, P, L], prefix_count int32 [B, P].
+    Scores are floating [B, Hr, P, Nk], larger for more important keys, on any monotone scale. They are overwritten.
+    ``non_finite`` is bool [B, Hr, Nk], of `non_finite_keys`: such keys come first.
     """
     batch, _, segments, n_keys = scores.shape
     prefix = prefix_mask(mask, n_queries, n_keys, segment_len, scores.device)

@@ -26,9 +26,9 @@ class Result(NamedTuple):
     computed: Tensor
 
 
-def empty_result(query: Tensor, value_dim: int) -> Result:
-    """Uninitialised results for a query [B, Hq, Nq, D], the output laid out as SDPA's."""
+def empty_result(query: Tensor, value_dim: int, layout: str = "auto") -> Result:
+    """Uninitialised results for a query [B, Hq, Nq, D]; the layout of the output as for `empty_output`."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query, value_dim), lse, computed)
+    return Result(empty_output(query, value_dim, layout), lse, computed)

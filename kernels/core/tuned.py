@@ -80,11 +80,11 @@ class Entry:
 # By a sweep on an H100 (torch 2.11, triton 3.6): key blocks of 32 to 128, 4 to 16 warps, 2 and 3 stages. 8 warps of at
 # most 128 registers leave room for two programs on a multiprocessor: one multiplies while the other takes exponentials.
 # Dims below 64, and beyond 256, are sound, and no register is spilled; they are not tuned.
-_HOPPER_DIMS = {
-    dim: Launch(key_block=128 if dim <= 64 else 64 if dim <= 256 else 32, maxnreg=128 if dim <= 128 else None)
+_HOPPER = {
+    (dim, dtype): Launch(key_block=128 if dim <= 64 else 64 if dim <= 256 else 32, maxnreg=128 if dim <= 128 else None)
     for dim in HEAD_DIMS
+    for dtype in (torch.float16, torch.bfloat16)
 }
-_HOPPER = {(dim, dtype): launch for dim, launch in _HOPPER_DIMS.items() for dtype in (torch.float16, torch.bfloat16)}
 
 BUILT_IN = {
     "cpu": Entry(crossover=8192),  # the torch implementation, with real text
@@ -160,14 +160,13 @@ def user_entries() -> dict[str, Entry]:
             return {}
         return parse(path.read_bytes())
     except (OSError, ValueError, RuntimeError) as error:
-        if path is None and named is None:  # a user without a home has no file
-            return {}
-        warnings.warn(
-            f"{path or named}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
-            f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
-            TunedFileWarning,
-            stacklevel=2,
-        )
+        if path is not None or named is not None:  # a user without a home has no file
+            warnings.warn(
+                f"{path or named}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
+                f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
+                TunedFileWarning,
+                stacklevel=2,
+            )
         return {}
 
 

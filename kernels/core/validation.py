@@ -84,12 +84,6 @@ def _heads(value: Sequence[int]) -> list[int]:
     return heads
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise InputError unless the operator can run on these tensors."""
-    if sizes_of(query, key, value) is None:
-        _refuse(query, key, value)
-
-
 def check_arguments(
     query: Tensor, key: Tensor, key_mask: Tensor | None, sinks: Tensor | None, *, causal: bool, window: int | None,
     attention_chunk: int | None, softcap: float | None, fully_masked: str, dense_heads: Sequence[int],
@@ -104,16 +98,14 @@ def check_arguments(
                 got=f"{name}={length}, causal={causal}",
                 remedy=f"Pass causal=True, or drop {name}.",
             )
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys))
-    ):
-        raise InputError(
-            "key_mask",
-            expected=f"bool of shape ({batch}, {n_keys}) or (1, {n_keys}), True for a key to attend",
-            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
-            remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
-        )
     if key_mask is not None:
+        if key_mask.dtype != torch.bool or tuple(key_mask.shape) not in ((batch, n_keys), (1, n_keys)):
+            raise InputError(
+                "key_mask",
+                expected=f"bool of shape ({batch}, {n_keys}) or (1, {n_keys}), True for a key to attend",
+                got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
+                remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
+            )
         _check_device("key_mask", key_mask, query)
     if sinks is not None:
         check_sinks(sinks, query)
@@ -147,7 +139,7 @@ def _check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it wi
 
 
 def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int, int] | None:
-    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others: `_refuse` says why.
+    """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others: `check_tensors` says why.
 
     Every attribute is read once: a short call cannot afford more.
     """
@@ -173,8 +165,10 @@ def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, 
     return (batch, heads, kv_heads, n_queries, n_keys, head_dim, value_dim) if accepted else None
 
 
-def _refuse(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise InputError for the first reason why `sizes_of` does not accept these tensors."""
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise InputError, by the first reason, unless the operator can run on these tensors."""
+    if sizes_of(query, key, value) is not None:
+        return
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if x.dim() != 4:

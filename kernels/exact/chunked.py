@@ -30,11 +30,9 @@ def chunk_runs(size: int, offset: int, n_queries: int, n_keys: int) -> Iterator[
 
 
 def attend_chunks(call: AttentionCall, attend: Attend) -> tuple[Tensor, Tensor | None]:
-    """Output [B, Hq, Nq, Dv] and log-sum-exp [B, Hq, Nq] under a mask with ``attention_chunk``.
+    """Output [B, Hq, Nq, Dv] and log-sum-exp [B, Hq, Nq] under a causal mask with ``attention_chunk``.
 
-    Args:
-        call: Its mask is causal, with ``attention_chunk``; its key mask, if any, is [B, Nk].
-        attend: Attention under a mask without chunks, with a log-sum-exp or None.
+    A key mask, if any, is [B, Nk]. ``attend`` is attention without chunks, with a log-sum-exp or None.
     """
     (query, key, value), mask = call.tensors, call.mask
     batch, n_queries, n_keys = query.shape[0], call.n_queries, call.n_keys

@@ -39,12 +39,10 @@ def query_heads(heads: slice, group: int) -> slice:
 
 
 def attend_dense(call: AttentionCall, into: Result, exact: Callable[[AttentionCall], Result]) -> None:
-    """Fill the marked heads of ``into``.
+    """Fill the marked heads of ``into``, the results of all heads; ``exact`` attends to every visible key.
 
-    Args:
-        call: Its mask has no window, its scale is positive.
-        into: Results of all heads. If no log-sum-exp is wanted, that of the marked heads may stay uninitialised.
-        exact: The implementation's executor over every visible key.
+    The call's mask has no window, and its scale is positive. If no log-sum-exp is wanted, that of the marked heads may
+    stay uninitialised.
     """
     query, key, value = call.tensors
     places = runs(call.dense_heads, key.shape[1])

@@ -24,28 +24,18 @@ from s2o_compile.kernels.core.mask import AttentionMask
 def finish(call: AttentionCall, output: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The call's output, and its log-sum-exp or None if the caller does not want it, from an executor's results.
 
-    Args:
-        call: The call; its key mask, if any, is [B, Nk].
-        output: [B, Hq, Nq, Dv]; overwritten where there are sinks.
-        lse: float32 [B, Hq, Nq]; given where ``call.wants_lse``.
+    A key mask, if any, is [B, Nk]. The output [B, Hq, Nq, Dv] is overwritten where there are sinks. ``lse``, float32
+    [B, Hq, Nq], is given where ``call.wants_lse``.
     """
     if call.sinks is not None and lse is not None:
         output, lse = add_sinks(output, lse, call.sinks)
-    if call.fully_masked == "mean":
-        output = fill_fully_masked_rows(output, call.value, call.mask, call.sinks)
-    return output, lse if call.return_lse else None
+    return fill_fully_masked_rows(call, output), lse if call.return_lse else None
 
 
 def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The results with sinks.
+    """The output [..., Hq, Nq, Dv], overwritten, and its log-sum-exp float32 [..., Hq, Nq], both with sinks.
 
-    Args:
-        output: [..., Hq, Nq, Dv], overwritten.
-        lse: float32 [..., Hq, Nq].
-        sinks: Floating, [Hq] or with leading dimensions that broadcast.
-
-    Returns:
-        The output and its log-sum-exp; a row that sees no key has zeros and the sink.
+    Sinks are floating, [Hq] or with leading dimensions that broadcast. A row that sees no key has zeros and the sink.
     """
     return output.mul_(sink_share(lse, sinks)[..., None]), torch.logaddexp(lse, sinks.float()[..., None])
 
@@ -71,30 +61,22 @@ def fully_masked_rows(mask: AttentionMask, n_queries: int, n_keys: int, device: 
     return before.index_select(1, start) == before.index_select(1, stop)
 
 
-def fill_fully_masked_rows(output: Tensor, value: Tensor, mask: AttentionMask, sinks: Tensor | None = None) -> Tensor:
-    """The output with the mean of all values in every fully masked row of a mask; arguments as `fill_rows`."""
-    n_queries, n_keys = output.shape[2], value.shape[2]
-    if all_rows_see(mask, n_queries, n_keys):
+def fill_fully_masked_rows(call: AttentionCall, output: Tensor) -> Tensor:
+    """The output [B, Hq, Nq, Dv] with what the call wants in every fully masked row, where it has zeros."""
+    if call.fully_masked != "mean" or all_rows_see(call.mask, call.n_queries, call.n_keys):
         return output
-    fully_masked = fully_masked_rows(mask, n_queries, n_keys, output.device)
-    return fill_rows(output, value, fully_masked[:, None, :, None], sinks)
+    fully_masked = fully_masked_rows(call.mask, call.n_queries, call.n_keys, output.device)
+    return fill_rows(output, call.value, fully_masked[:, None, :, None], call.sinks)
 
 
 def fill_rows(output: Tensor, value: Tensor, fully_masked: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The output with the mean of all values of its head in these rows, but where a sink takes their mass.
 
-    Args:
-        output: [B, Hq, Nq, Dv].
-        value: [B, Hkv, Nk, Dv].
-        fully_masked: bool, broadcastable to [B, Hq, Nq, 1].
-        sinks: Floating [Hq].
+    Output [B, Hq, Nq, Dv], value [B, Hkv, Nk, Dv], sinks floating [Hq]; ``fully_masked`` is bool, broadcastable to
+    [B, Hq, Nq, 1].
     """
     if sinks is not None:
         fully_masked = fully_masked & (sinks == -torch.inf)[:, None, None]
-    return torch.where(fully_masked, value_mean(value, output), output)
-
-
-def value_mean(value: Tensor, output: Tensor) -> Tensor:
-    """The mean of all values [B, Hkv, Nk, Dv] for the heads of an output [B, Hq, Nq, Dv], [B, Hq, 1, Dv]."""
     mean = value.mean(2, keepdim=True, dtype=torch.float32).to(output.dtype)
-    return mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)
+    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)  # [B, Hq, 1, Dv]
+    return torch.where(fully_masked, mean, output)

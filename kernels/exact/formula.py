@@ -19,22 +19,17 @@ def attend_differentiably(call: AttentionCall) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] that gradients flow through: SDPA, or the formula for softcap and sinks."""
 
     def attend(part: AttentionCall) -> tuple[Tensor, None]:
-        if part.softcap is None and part.sinks is None:
-            return attend_by_sdpa(part), None
-        return attend_by_formula(part), None
+        by_sdpa = part.softcap is None and part.sinks is None
+        return (attend_by_sdpa if by_sdpa else attend_by_formula)(part), None
 
     output, _ = attend_chunks(call, attend) if call.mask.attention_chunk is not None else attend(call)
-    if call.fully_masked == "mean":
-        output = fill_fully_masked_rows(output, call.value, call.mask, call.sinks)
-    return output
+    return fill_fully_masked_rows(call, output)
 
 
 def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] under a mask tensor as it is, in the place of the call's own mask.
 
-    Args:
-        call: Its own mask is left aside.
-        attn_mask: bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
+    It is bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
     """
     if call.softcap is not None or call.sinks is not None:
         output = attend_by_formula(call, attn_mask)
@@ -46,12 +41,9 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
 def attend_outside_torch(call: AttentionCall, attn_mask: Tensor | None = None, layout: str = "auto") -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
 
-    Fully masked rows get zeros from SDPA in torch, and other values in other formats. Nothing is written in place.
-
-    Args:
-        call: Its own mask counts only if no other is given.
-        attn_mask: A bool or additive mask of rank 2 to 4, in the place of the call's own; None for that.
-        layout: How the output lies in memory (``core/layout.py``).
+    A bool or additive ``attn_mask`` of rank 2 to 4 takes the place of the call's own. The output lies as ``layout``
+    says (``core/layout.py``). Fully masked rows get zeros from SDPA in torch, and other values in other formats.
+    Nothing is written in place.
     """
     if attn_mask is None:
         attn_mask = call.mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)

@@ -58,11 +58,11 @@ def as_number(x: object, *, least: float = 0.0, most: float = FLOAT32_MAX) -> fl
     return number if least <= number <= most else None  # NaN fails every comparison
 
 
-def as_numbers(x: object, *, least: float = 0.0, most: float = FLOAT32_MAX) -> tuple[float, ...] | None:
-    """The numbers of a list or a tuple, if it holds one or more and all of them are accepted; else None."""
+def as_numbers(x: object) -> tuple[float, ...] | None:
+    """The numbers >= 0 of a list or a tuple, if it holds one or more and `as_number` takes all of them; else None."""
     if not isinstance(x, (list, tuple)) or not x:
         return None
-    numbers = [number for number in (as_number(one, least=least, most=most) for one in x) if number is not None]
+    numbers = [number for number in map(as_number, x) if number is not None]
     return tuple(numbers) if len(numbers) == len(x) else None
 
 

@@ -24,12 +24,7 @@ class Removed(NamedTuple):
 def current_names(
     given: Mapping[str, object], renamed: Mapping[str, str], removed: Mapping[str, Removed]
 ) -> dict[str, object]:
-    """The keywords with today's names.
-
-    Args:
-        given: Keywords of a call, or fields of a file.
-        renamed: Today's name of each old one.
-        removed: What is gone.
+    """The keywords of a call, or the fields of a file, with today's names: ``renamed`` has that of each old one.
 
     Raises:
         ValueError: A removed keyword asks for what is gone, or both names of one keyword are given.

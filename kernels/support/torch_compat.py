@@ -8,9 +8,8 @@ costs that feature, and never the import of this package.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
-import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,16 +52,12 @@ class Missing:
         """Raises MissingTorchNameError."""
         raise MissingTorchNameError(*self._error)
 
+    __mro_entries__ = __instancecheck__ = __call__
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (it never returns)
         if name.startswith("__"):
             raise AttributeError(name)
-        raise MissingTorchNameError(*self._error)
-
-    def __mro_entries__(self, _: object) -> Any:  # noqa: ANN401 (it never returns)
-        raise MissingTorchNameError(*self._error)
-
-    def __instancecheck__(self, _: object) -> bool:
-        raise MissingTorchNameError(*self._error)
+        return self()
 
 
 NAMES: dict[str, str] = {}
@@ -84,17 +79,10 @@ def require(feature: str) -> None:
 
 def _find(path: str) -> Any:  # noqa: ANN401 (anything of torch's)
     """The object at a path, or None."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        name = ".".join(parts[:cut])
-        try:
-            found: Any = sys.modules[name] if name in sys.modules else importlib.import_module(name)
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            found = getattr(found, part, None)
-        return found
-    return None
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _attribute(path: str, feature: str) -> str:
@@ -145,12 +133,8 @@ def is_fake(x: object) -> bool:
     return isinstance(x, FakeTensor)
 
 
-def fake_mode_of(tensors: Sequence[Any]) -> Any:  # noqa: ANN401 (a FakeTensorMode)
-    """The mode that traces a call of these tensors, or None."""
-    return _detect_fake_mode(tensors)
-
-
-_detect_fake_mode = _named(
+# The mode that traces a call of some tensors, or None.
+fake_mode_of: Callable[[Sequence[Any]], Any] = _named(
     "torch._guards.detect_fake_mode",
     "sparse FlexAttention in graphs",
     lambda tensors: next((x.fake_mode for x in tensors if is_fake(x)), None),
@@ -212,35 +196,30 @@ tree_unflatten: Callable[..., Any] = _named("torch.utils._pytree.tree_unflatten"
 make_fx = _named("torch.fx.experimental.proxy_tensor.make_fx", _OPENING)
 
 
+_COUNTING = "counting the attentions that a model runs"
+
+
 class _NoDispatchMode:
-    """The class of modes where torch has none of that name."""
+    """The class of modes where torch has none of that name: it has subclasses, but no instance."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        raise MissingTorchNameError(_DISPATCH_MODE, "counting the attentions that a model runs")
+    __init__ = Missing("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING)
 
 
-_DISPATCH_MODE = "torch.utils._python_dispatch.TorchDispatchMode"
-TorchDispatchMode = _named(
-    "torch.utils._python_dispatch.TorchDispatchMode", "counting the attentions that a model runs", _NoDispatchMode
+TorchDispatchMode = _named("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING, _NoDispatchMode)
+
+# The kinds of tensors: those that are made of others, and those of ``torch.vmap``.
+is_wrapper: Callable[[object], bool] = _named(
+    "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "tensor subclasses",
+    lambda x: hasattr(type(x), "__tensor_flatten__"),
 )
-
-# The kinds of tensors.
-_is_wrapper = _named("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "tensor subclasses", None)
-_is_batched = _named("torch._C._functorch.is_batchedtensor", _VMAP, None)
+is_batched: Callable[[Tensor], bool] = _named(
+    "torch._C._functorch.is_batchedtensor",
+    _VMAP,
+    lambda x: _storage_of(x) is None,  # every transform's tensors hide theirs
+)
 _is_transformed = _named("torch._C._functorch.is_functorch_wrapped_tensor", _VMAP, None)
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
-
-
-def is_wrapper(x: object) -> bool:
-    """Whether a tensor is made of other tensors."""
-    return hasattr(type(x), "__tensor_flatten__") if _is_wrapper is None else _is_wrapper(x)
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether a tensor is one of ``torch.vmap``."""
-    if _is_batched is not None:
-        return _is_batched(x)
-    return _storage_of(x) is None  # every transform's tensors hide theirs
 
 
 def storages(x: Tensor) -> Iterator[int | None]:

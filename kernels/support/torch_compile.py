@@ -32,18 +32,18 @@ lookup_backend = _later("torch._dynamo.lookup_backend", "inner backends other th
 mark_dynamic = _later(
     "torch._dynamo.maybe_mark_dynamic", "one compilation for all chunks of a prefill", lambda *_: None
 )
-_counters = _named("torch._dynamo.utils.counters", "graph breaks in reports", None)
-_compile_metrics = _named("torch._dynamo.utils.compilation_time_metrics", "compile time in reports", None)
+_counters = _named("torch._dynamo.utils.counters", "graph breaks in reports", {"graph_break": {}})
+_compile_metrics = _named("torch._dynamo.utils.compilation_time_metrics", "compile time in reports", {})
 
 
 def graph_breaks() -> dict[str, int]:
     """The number of graph breaks of this process by reason."""
-    return {} if _counters is None else dict(_counters["graph_break"])
+    return dict(_counters["graph_break"])
 
 
 def compile_seconds() -> float:
     """Seconds that Dynamo and the backends behind it have taken in this process, capture included."""
-    return 0.0 if _compile_metrics is None else sum(_compile_metrics.get("_compile.compile_inner", ()))
+    return sum(_compile_metrics.get("_compile.compile_inner", ()))
 
 
 _INDUCTOR = "options of the inner backend inductor"

@@ -26,12 +26,7 @@ class ErrorSums:
         self.area = 0.0
 
     def add(self, call: ObservedCall, results: Iterable[Result], exact: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one call.
-
-        Args:
-            call: The call.
-            results: Its results, always as many and in the same order.
-            exact: Its exact output [B, Hq, Nq, Dv] with sinks.
+        """Add one call by its results, always as many and in the same order, and its exact output with sinks.
 
         Returns:
             Of the first result, float64 [B, Hq, Nq]: squared norms of the differences, and of the exact output.

@@ -13,13 +13,10 @@ from s2o_compile.kernels.support.arguments import as_integer, shown
 
 
 def as_type(wanted: Any, value: object, place: str) -> Any:  # noqa: ANN401 (an annotation, and what it names)
-    """The value as its annotation has it.
+    """The value as its annotation has it; ``place`` is its name in messages.
 
-    Args:
-        wanted: str, int, float, a dataclass, a tuple or a mapping of these, or one of these or None. A float may be NaN
-            or infinite, because a model's loss may.
-        value: What ``parse_json`` returned.
-        place: Name of the value in the message.
+    An annotation is str, int, float, a dataclass, a tuple or a mapping of these, or one of these or None. A float may
+    be NaN or infinite, because a model's loss may.
 
     Raises:
         ValueError: The value is of another type; the message names its place.
@@ -35,9 +32,7 @@ def as_type(wanted: Any, value: object, place: str) -> Any:  # noqa: ANN401 (an 
         return S2OConfig.from_dict(value)
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
         return _dataclass(wanted, value, place)
-    if wanted is str and isinstance(value, str):
-        return value
-    if wanted is float and isinstance(value, float):
+    if wanted in (str, float) and isinstance(value, wanted):
         return value
     whole = as_integer(value)
     if wanted in (int, float) and whole is not None:

@@ -43,15 +43,7 @@ class Choice:
 
 
 class HeadCurves:
-    """Errors and densities of a site's heads at several taus, summed over its calls.
-
-    Args:
-        taus: Ascending, positive.
-        kv_heads: Key/value heads.
-
-    Attributes:
-        sums: For every tau, the sums over the calls.
-    """
+    """Errors and densities of a site's heads at several taus, ascending and positive: ``sums`` over its calls."""
 
     def __init__(self, taus: Sequence[float], kv_heads: int) -> None:
         self.taus, self.kv_heads, self.sums = tuple(taus), kv_heads, ErrorSums()

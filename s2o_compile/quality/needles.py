@@ -53,15 +53,10 @@ class NeedleRecall:
 
 
 def hide_needles(ids: Tensor, *, seed: int, needles: int = NEEDLES, needle_len: int = NEEDLE_LEN) -> Haystack:
-    """Overwrite some tokens by needles, each twice. Every row gets its own.
+    """Overwrite some tokens of int64 [B, N] by needles, each twice. Every row gets its own.
 
-    Their tokens are drawn from all ids up to the largest in the batch, so the model knows them.
-
-    Args:
-        ids: int64 [B, N].
-        seed: The same seed gives the same needles at the same places.
-        needles: Needles of a row.
-        needle_len: Tokens of a needle.
+    Their tokens are drawn from all ids up to the largest in the batch, so the model knows them. The same seed gives the
+    same needles at the same places.
 
     Raises:
         EvaluationError: The batch is too short for them.

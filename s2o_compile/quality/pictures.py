@@ -239,7 +239,6 @@ def _plain_ticks(axis: Any, text: Callable[[float], str]) -> None:  # noqa: ANN4
         axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_minor_locator(ticker.NullLocator())
     else:
-        axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 4, 8], integer=True))
         low, high = sorted(axis.get_view_interval())
         step = 2 ** max(int(torch.tensor(max(high - low, 1.0) / 4).log2().floor()), 0)
         axis.set_major_locator(ticker.MultipleLocator(step))

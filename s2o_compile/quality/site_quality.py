@@ -66,11 +66,7 @@ class SiteQuality:
 
 
 class SiteMeter:
-    """An observer (``kernels/observe.py``) that measures every call and changes none.
-
-    Args:
-        taus: Other taus at which every call is run once more.
-    """
+    """An observer (``kernels/observe.py``) that measures every call at its own tau and at others, and changes none."""
 
     def __init__(self, taus: Sequence[float] = ()) -> None:
         self._taus = tuple(taus)

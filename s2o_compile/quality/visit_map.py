@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.core.plan import TILE_LEN, Plan
+from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.observe import ObservedCall
 from s2o_compile.kernels.planner import build_plan
 
@@ -48,11 +48,7 @@ class VisitMap:
 
 
 def visit_map(call: ObservedCall, head: int) -> VisitMap:
-    """The keys that a query head of an observed call visited.
-
-    Args:
-        call: On the path "s2o"; [Nq, Nk] must fit in memory.
-        head: Query head.
+    """The keys that a query head visited in a call on the path "s2o"; [Nq, Nk] must fit in memory.
 
     Raises:
         OptionError: The head does not exist, or is marked dense and so has no order of keys.
@@ -67,11 +63,9 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
             f"head: expected a head that is ranked, got {head} of {call.site!r}, whose key/value head {kv_head} is "
             "marked dense. Choose another, or take the mark away."
         )
-    plan = _plan(call)
+    plan = build_plan(call, call.options, "torch" if device.type == "cpu" else "triton")  # made again
     positions = torch.arange(max(n_queries, n_keys), device=device)
-    visible = call.mask.visible(positions[:n_queries], positions[:n_keys])
-    if call.mask.key_mask is not None:
-        visible &= call.mask.key_mask[0]
+    visible = call.mask.visible_pairs(n_queries, n_keys, device)[0, 0]
     visited, orders, counts = torch.zeros_like(visible), [], []
     for segment in range(plan.n_segments):
         first = segment * plan.segment_len
@@ -102,11 +96,6 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
         key_order=torch.stack(orders).cpu(),
         key_count=torch.tensor(counts),
     )
-
-
-def _plan(call: ObservedCall) -> Plan:
-    """The ranked key indices of the call, made again."""
-    return build_plan(call, call.options, "torch" if call.query.device.type == "cpu" else "triton")
 
 
 def _weights(call: ObservedCall, head: int, kv_head: int, visible: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ class Hiding(importlib.machinery.SourceFileLoader):
         source = super().get_data(path).decode()
         if not path.endswith(".py"):
             return source.encode()
-        look_up = f"    if path == {self.hidden!r}:\n        return None\n    parts = path.split"
-        assert "    parts = path.split" in source
-        source = source.replace("    parts = path.split", look_up, 1)
+        look_up = "    try:\n        return pkgutil.resolve_name(path)"
+        assert look_up in source
+        source = source.replace(look_up, f"    if path == {self.hidden!r}:\n        return None\n{look_up}", 1)
         last = 'path.rpartition(".")[2]'
         assert f"return {last}" in source
         return source.replace(f"return {last}", f'return "gone" if path == {self.hidden!r} else {last}').encode()

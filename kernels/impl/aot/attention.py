@@ -8,7 +8,6 @@ operator chooses by length are chosen by the longest length that the program acc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,7 +43,10 @@ def attention(
     order = memory_order(query, value.shape[3], layout)
     tensors = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]
     shapes = [x.shape for x in tensors]
-    executor = _executor(query.device)
+    if query.device.type == "cuda":
+        from s2o_compile.kernels.impl.aot import cuda_forward as executor
+    else:
+        from s2o_compile.kernels.impl.aot import cpu_forward as executor
 
     def opened(operands: Sequence[Tensor]) -> tuple[AttentionCall, Sequence[float] | Tensor]:
         query, key, value, *rest = [x.view(shape) for x, shape in zip(operands, shapes, strict=False)]
@@ -121,14 +123,6 @@ def masked_attention(
     if memory_order(query, value.shape[3], layout) == "BNHD":
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output.contiguous() if layout == "BHND" else output, query.new_empty(0, dtype=torch.float32)
-
-
-def _executor(device: torch.device) -> ModuleType:
-    if device.type == "cuda":
-        from s2o_compile.kernels.impl.aot import cuda_forward as forward
-    else:
-        from s2o_compile.kernels.impl.aot import cpu_forward as forward
-    return forward
 
 
 def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice], bool]]:

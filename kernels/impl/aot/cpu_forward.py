@@ -37,15 +37,10 @@ STEP = 256
 
 
 def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int) -> tuple[Tensor, Tensor]:
-    """Attention by ranked keys and early stop.
+    """Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq], by ranked keys and early stop.
 
-    Args:
-        call: Its mask has no window, its scale is positive.
-        taus: Of each query head, float32 [Hq] if a tensor.
-        segment_len: Queries that share one ranking.
-
-    Returns:
-        Output float32 [B, Hq, Nq, Dv] and log-sum-exp float32 [B, Hq, Nq].
+    The call's mask has no window, and its scale is positive. ``taus`` are those of the query heads, float32 [Hq] if a
+    tensor.
     """
     query, key, value = (x.float() for x in call.tensors)
     mask, scale, softcap = call.mask, call.scale, call.softcap
@@ -103,9 +98,8 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         seg_tail = head * n_segments(n_queries, segment_len) + at % segments
         mean = tails.index_select(0, seg_tail.view(1))[0]
         first = at * ranked_rows.shape[1]
-        return visit_ranked(
-            rows, key, value, ranked_rows, first, count, _chunk_len(n_keys), limit, mean, state, softcap
-        )
+        chunk_len = default_chunk_len(torch.full((), n_keys))
+        return visit_ranked(rows, key, value, ranked_rows, first, count, chunk_len, limit, mean, state, softcap)
 
     flat = [x.reshape(-1, x.shape[3]) for x in (query * scale, few_query, key, few_key, value)]
     # One number more than there are: a map over one alone would be traced for several only.
@@ -193,18 +187,10 @@ def visit_ranked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Pass 2 of the tiles of a group, side by side; tiles that have stopped keep their results.
 
-    Args:
-        query: float32 [G * TILE_LEN, D].
-        key: float32 [R, D].
-        value: float32 [R, Dv].
-        ranked_rows: int32 [segments, L], rows of both by rank.
-        first: int64 [], where the segment's ranking begins.
-        count: int64 [], how many of its entries are prefix keys.
-        chunk_len: int64 [], a multiple of STEP.
-        tau: float32 [G].
-        mean_value: float32 [Dv], the mean value of the prefix keys, which stands for those that are left out.
-        state: Output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
-        softcap: Bound of the logits, None for none.
+    Queries are float32 [G * TILE_LEN, D], tau float32 [G]. ``ranked_rows``, int32 [segments, L], are rows of key and
+    value [R, ..] by rank. The segment's ranking begins at ``first`` and has ``count`` prefix keys; both and
+    ``chunk_len``, a multiple of STEP, are int64 []. ``mean_value``, float32 [Dv], stands for the prefix keys that are
+    left out. ``state`` is output [G * TILE_LEN, Dv] and log-sum-exp [G * TILE_LEN] of pass 1.
     """
     group = tau.shape[0]
 
@@ -237,10 +223,6 @@ def visit_ranked(
     operands = (query, key, value, ranked_rows, first, count, chunk_len, tau, mean_value)
     _, output, lse, _, _ = while_loop(more, step, start, operands)
     return output, lse
-
-
-def _chunk_len(n_keys: int) -> Tensor:
-    return default_chunk_len(torch.full((), n_keys))
 
 
 def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:

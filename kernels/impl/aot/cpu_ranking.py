@@ -81,14 +81,8 @@ def row_normaliser(
 ) -> Tensor:  # fmt: skip
     """``ranking.per_query.row_normaliser`` of one segment, [G, n]; keys that it lacks are hidden, not left out.
 
-    Args:
-        query: Scaled queries of the segment, float32 [G, n, R].
-        positions: int64 [G, n], where they stand.
-        key: All keys of the head, float32 [Nk, R].
-        allowed: bool [Nk], the key mask, or None.
-        mask: The mask; its own key mask is not read.
-        segment: The place of the segment.
-        segment_len: Queries of a segment.
+    Queries, float32 [G, n, R], are scaled and stand at ``positions``, int64 [G, n]. Other arguments are as for
+    `rank_segment`; the key mask of ``mask`` is not read.
     """
     n_keys = key.shape[0]
     stride = key_stride(n_keys)

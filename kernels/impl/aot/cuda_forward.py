@@ -20,9 +20,8 @@ from s2o_compile.kernels.core.plan import (
     Plan,
     default_chunk_len,
     n_segments,
-    n_tiles,
 )
-from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.core.result import empty_result
 from s2o_compile.kernels.core.sizes import longest
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs
 from s2o_compile.kernels.impl.triton import forward as triton_forward
@@ -33,6 +32,9 @@ from s2o_compile.kernels.impl.triton.exact import launch_exact
 from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
 from s2o_compile.kernels.ranking.tail import tail_values
 from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
+
+LAYOUT = "BHND"
+"""Layout of results: a symbolic query has no known one."""
 
 
 def attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,7 @@ def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tup
             tail_value=tail_value[:, heads],
         )
         limit = tau[members] if isinstance(tau, Tensor) else tau
-        results.append(triton_forward.attend(part, plan, limit, _empty(part.query, value.shape[3])))
+        results.append(triton_forward.attend(part, plan, limit, empty_result(part.query, value.shape[3], LAYOUT)))
     return torch.cat([part.output for part in results], 1), torch.cat([part.lse for part in results], 1)
 
 
@@ -71,7 +73,7 @@ def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Exact attention in position order; results as ``cpu_forward.attend``."""
 
     def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        result = _empty(call.query, call.value.shape[3])
+        result = empty_result(call.query, call.value.shape[3], LAYOUT)
         for part, into in value_parts(call.value, result):
             launch_exact(call, part, into)
         return result.output, result.lse
@@ -99,11 +101,3 @@ def _heads_at_once(key: Tensor, value: Tensor, n_queries: int, segment_len: int)
     scratch = batch * kv_heads * n_keys * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
     ranking_bytes = batch * n_segments(longest(n_queries), segment_len) * n_keys * BYTES_A_SCORE
     return max(max(scratch, SCRATCH_BYTES) // ranking_bytes, 1)
-
-
-def _empty(query: Tensor, value_dim: int) -> Result:
-    """``core.result.empty_result`` in memory order: a symbolic query has no known layout."""
-    batch, heads, n_queries, _ = query.shape
-    lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(query.new_empty(batch, heads, n_queries, value_dim), lse, computed)

@@ -39,12 +39,9 @@ LEAST_HEAD_DIM = 16
 
 
 def attend(call: AttentionCall, plan: Plan, visits: Tensor) -> Result:
-    """Attention over a plan.
+    """Attention over a plan, of whose rankings the int32 [B, Hq, P] ``visits`` say how many blocks to visit.
 
-    Args:
-        call: Its mask has no window. The log-sum-exp is empty unless it is wanted.
-        plan: Ranked key indices of every segment.
-        visits: int32 [B, Hq, P], blocks of each ranking to visit.
+    The call's mask has no window. The log-sum-exp is empty unless it is wanted.
     """
     check_available(call)
     shape, row_bytes = _shape(call), call.key.shape[3] * call.key.element_size()
@@ -71,22 +68,16 @@ def attend_exact(call: AttentionCall) -> Result:
 def place(
     mask: AttentionMask, shape: Shape, device: torch.device, row_bytes: int, plan: Plan, visits: Tensor
 ) -> FlexLayout:
-    """The layout of a call's keys over a plan.
+    """The layout of a call's keys over a plan that the heads of a group share.
 
-    Args:
-        mask: Which keys a query sees, without a window.
-        shape: B, Hq, Hkv, Nq, Nk.
-        device: Where the tensors live.
-        row_bytes: Memory of one key.
-        plan: Ranked key indices of every segment, shared by the heads of a group.
-        visits: Integers [B, Hq, P], blocks of each ranking to visit.
+    The mask has no window, a key takes ``row_bytes``, and ``visits`` are as in `attend`.
     """
     kv_heads, n_queries, n_keys = shape[2:]
     bounds = in_segment_starts_stops(mask, n_queries, n_keys, plan.segment_len, device)
     n_ranked = plan.prefix_count[:, None].expand(-1, kv_heads, -1)
     outside = bounds[0].expand_as(n_ranked) if mask.causal else torch.full_like(n_ranked, n_keys)
-    pool = pool_blocks(mask, shape, plan.segment_len, row_bytes, on_gpu=device.type != "cpu")
     grid = block_grid(mask, shape, plan.segment_len, device)
+    pool = pool_blocks(mask, grid, row_bytes, on_gpu=device.type != "cpu")
     return lay_out(grid, bounds, plan.key_index, n_ranked, outside, visits, pool, ranked_whole=True)
 
 

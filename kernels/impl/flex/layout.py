@@ -152,24 +152,13 @@ def placed_mask(mask_mod: Function, *, proven: bool = False) -> Function:
     return visible
 
 
-def pool_blocks(
-    mask: AttentionMask | None,
-    shape: tuple[int, int, int, int, int],
-    segment_len: int,
-    row_bytes: int,
-    *,
-    on_gpu: bool,
-) -> int:
+def pool_blocks(mask: AttentionMask | None, grid: BlockGrid, row_bytes: int, *, on_gpu: bool) -> int:
     """Blocks that one key/value head has room to gather, from lengths alone.
 
-    Args:
-        mask: Which keys a query sees; None where that is not known.
-        shape: B, Hq, Hkv, Nq, Nk.
-        segment_len: Queries that share one ranking.
-        row_bytes: Memory of one key; that of a value is taken to be the same.
-        on_gpu: Whether there is memory to spend.
+    The mask is None where it is not known. A key takes ``row_bytes``, and a value is taken to need the same. ``on_gpu``
+    says whether there is memory to spend.
     """
-    batch, heads, kv_heads, n_queries, n_keys = shape
+    batch, heads, kv_heads, n_queries, n_keys, segment_len = grid[:6]
     segments, pool = n_segments(n_queries, segment_len), POOL * -(-n_keys // BLOCK_LEN)
     if on_gpu:
         tables = 2 * 4 * heads * n_tiles(n_queries)
@@ -249,10 +238,8 @@ def lay_out(
 def some_key_from(flags: Tensor, keys: Tensor, pool: int) -> Tensor:
     """Bool [B * Hkv, G, T, pool], gathered blocks with a key from one of some blocks in position order.
 
-    Args:
-        flags: Bool [B * Hkv, G, T, key blocks], these blocks.
-        keys: int64 [B * Hkv, pool * BLOCK_LEN], the keys of all gathered blocks.
-        pool: Gathered blocks.
+    These are flagged by bool [B * Hkv, G, T, key blocks]. The keys of all gathered blocks are int64
+    [B * Hkv, pool * BLOCK_LEN].
     """
     dtype = torch.float16 if keys.is_cuda else torch.float32
     source = torch.zeros(len(keys), pool, flags.shape[3], dtype=dtype, device=keys.device)
@@ -279,13 +266,8 @@ def gather_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the heads that visit ranked keys, and place the blocks of these behind those in position order.
 
-    Args:
-        key_index: int32 [B * Hkv, P, L], ranked keys.
-        n_ranked: Integers [B * Hkv, P], how many of them are real.
-        outside: Integers [B * Hkv, P], keys that a head computes outside its segment if it visits none of them ranked.
-        visits: Blocks that each head would visit, int64 [B * Hkv, G, P].
-        position_blocks: Blocks in position order.
-        pool: Blocks that are gathered at most.
+    Arguments are those of `lay_out` with key/value heads folded into the batch, such as ``visits``, int64
+    [B * Hkv, G, P]; ``position_blocks`` is the number of blocks in position order.
 
     Returns:
         Bool [B * Hkv, G, P], the heads that visit ranked keys; int64 [B * Hkv, P], the first block of each segment's;

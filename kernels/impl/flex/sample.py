@@ -51,14 +51,8 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rank keys by the weights that sampled queries give them through the functions of a call.
 
-    Args:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        grid: The call's sizes and blocks.
-        mods: Its score_mod and its mask_mod.
-        buffers: The tensors that each of these captured.
-        scale: Softmax scale.
+    Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]. ``mods`` are its score_mod and its mask_mod,
+    ``buffers`` the tensors that each of these captured.
 
     Returns:
         Ranked keys int32 [B, Hkv, P, Nk] and the mass left unvisited, as of ``rank_samples``; int64 [B, Hkv, P], how
@@ -100,8 +94,8 @@ def rank_samples(logits: Tensor, candidate: Tensor, non_finite: Tensor) -> tuple
         non_finite: Bool [B, Hkv, Nk], of ``plan.non_finite_keys``; these rank first where they are visible.
 
     Returns:
-        Ranked keys int32 [B, Hkv, p, Nk], most important first, candidates before all others; float32 [B, Hq, p,
-        1 + blocks], as ``ranking.unvisited.estimate_unvisited``.
+        Ranked keys int32 [B, Hkv, p, Nk], candidates first, and float32 [B, Hq, p, 1 + blocks], as
+        ``ranking.unvisited.estimate_unvisited``.
     """
     by_kernels = triton_sample is not None and lives_on_gpu(logits)
     rank = triton_sample.rank_samples if by_kernels else _rank_by_torch  # pyright: ignore[reportOptionalMemberAccess]

@@ -50,22 +50,9 @@ def sparse_flex_attention(
 ) -> tuple[Any, ...]:  # fmt: skip
     """The higher-order operator's output, [B, Hq, Nq, Dv] and two more, computed sparsely where it is being traced.
 
-    Outside a trace it is the operator itself: uncompiled FlexAttention gains nothing from fewer blocks.
-
-    Args:
-        query: [B, Hq, Nq, D]; lengths are integers.
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        score_mod: Function of a score, its batch, head, query and key, and the tensors that it captured.
-        block_mask: As a tuple.
-        scale: Softmax scale.
-        kernel_options: The operator's.
-        score_mod_other_buffers: Tensors that the score_mod captured.
-        mask_mod_other_buffers: Tensors that the mask_mod captured.
-        tau: As in ``OperatorOptions``.
-        segment_len: Queries that share one ranking; None chooses by length.
-        dense_heads: Key/value heads that visit everything.
-        stride: Strides of the output; None for the operator's own.
+    Outside a trace it is the operator itself: uncompiled FlexAttention gains nothing from fewer blocks. Arguments by
+    position are the operator's, the block mask a tuple. ``tau``, ``segment_len`` and ``dense_heads`` are as in
+    ``s2o::attention``. The output gets the strides ``stride``, or the operator's own.
     """
     operator = torch.ops.higher_order.flex_attention
     if fake_mode_of([query]) is None:
@@ -88,7 +75,7 @@ def sparse_flex_attention(
                 [visits[:, : marked.start], torch.full_like(visits[:, marked], everything), visits[:, marked.stop :]], 1
             )
         row_bytes = key.shape[3] * key.element_size()
-        pool = pool_blocks(None, grid[:5], grid.segment_len, row_bytes, on_gpu=not query.is_cpu)
+        pool = pool_blocks(None, grid, row_bytes, on_gpu=not query.is_cpu)
         layout = FlexLayout(*_place_blocks(ranked_keys, n_ranked, visits, grid.partial, grid.full, *grid[3:6], pool))
     output = _attend(query, key, value, layout, mods, buffers, scale, kernel_options)
     if query.is_cpu:
@@ -129,16 +116,9 @@ def place_blocks(
 ) -> list[Tensor]:  # fmt: skip
     """The tensors of a `FlexLayout`; an operator because Inductor's CPU template wants them in memory.
 
-    Args:
-        ranked_keys: int32 [B, Hkv, P, Nk], keys that are not in-segment keys, most important first.
-        n_ranked: int64 [B, Hkv, P], how many of them are real.
-        visits: int32 [B, Hq, P], blocks of each ranking to visit.
-        partial: Bool [B, Hq, T, key blocks], as in `BlockGrid`.
-        full: The same.
-        n_queries: Number of queries.
-        n_keys: Number of keys.
-        segment_len: Queries that share one ranking.
-        pool: Blocks that are gathered at most.
+    ``ranked_keys`` are int32 [B, Hkv, P, Nk] without in-segment keys, ``n_ranked`` of them real, int64 [B, Hkv, P].
+    ``visits`` are int32 [B, Hq, P], blocks of each ranking. ``partial`` and ``full`` are as in `BlockGrid`, and
+    ``pool`` as in `lay_out`.
     """
     grid = BlockGrid(
         ranked_keys.shape[0], visits.shape[1], ranked_keys.shape[1], n_queries, n_keys, segment_len, partial, full

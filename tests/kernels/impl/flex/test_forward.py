@@ -4,7 +4,6 @@ Compiling one kernel takes seconds: all tests share one shape, and with it one k
 """
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.flex import layout as flex_layout
-from s2o_compile.kernels.impl.flex.layout import pool_blocks
+from s2o_compile.kernels.impl.flex.layout import BlockGrid, pool_blocks
 from s2o_compile.kernels.planner import build_plan, plan_visits
 from s2o_compile.kernels.ranking.unvisited import (
     BLOCK_LEN,
@@ -171,16 +170,20 @@ def test_gathered_keys_have_a_limit():
 
 def test_the_pool_goes_by_lengths():
     long, causal = (1, 32, 8, 32768, 32768), MASKS["causal"]
-    choose = functools.partial(pool_blocks, causal, segment_len=512, row_bytes=256)
+
+    def choose(sizes, mask=causal, on_gpu=True):
+        grid = BlockGrid(*sizes, segment_len=512, partial=None, full=None)
+        return pool_blocks(mask, grid, row_bytes=256, on_gpu=on_gpu)
+
     bytes_of_block = 8 * 128 * (2 * 256 + 8) + 8 * 32 * 256
-    assert choose(long, on_gpu=True) == flex_layout.POOL_BYTES // bytes_of_block
+    assert choose(long) == flex_layout.POOL_BYTES // bytes_of_block
     assert choose(long, on_gpu=False) == 4 * 256
-    assert choose((16, 32, 8, 32768, 32768), on_gpu=True) == 4 * 256
+    assert choose((16, 32, 8, 32768, 32768)) == 4 * 256
     seg_starts = [4 * 128 * segment for segment in range(4)]
     wanted = sum(int(start * 7 / 8) // 128 for start in seg_starts)
-    assert choose((1, 32, 8, 2048, 2048), on_gpu=True) == wanted, "more than all rankings can want"
-    assert pool_blocks(AttentionMask(), (1, 32, 8, 512, 2048), 512, 256, on_gpu=True) == 14
-    assert pool_blocks(None, (1, 32, 8, 1024, 2048), 512, 256, on_gpu=True) == 2 * 14
+    assert choose((1, 32, 8, 2048, 2048)) == wanted, "more than all rankings can want"
+    assert choose((1, 32, 8, 512, 2048), AttentionMask()) == 14
+    assert choose((1, 32, 8, 1024, 2048), None) == 2 * 14
 
 
 def test_heads_have_their_own_visits():
