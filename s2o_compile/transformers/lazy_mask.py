@@ -28,12 +28,8 @@ class LazyMask(Tensor):
     cannot be copied make the mask itself, at once.
 
     Layers of a model share it and its proof. Any operation on it makes the mask and works on that, so models can slice,
-    invert or merge it.
-
-    Args:
-        make: Makes the mask, ``sdpa_mask`` or ``eager_mask`` of transformers.
-        arguments: Its arguments, as transformers passes them to a mask interface.
-        dtype: Of the mask.
+    invert or merge it. ``make`` is ``sdpa_mask`` or ``eager_mask`` of transformers, and takes the arguments of a mask
+    interface.
     """
 
     _make: Callable[..., Tensor | None]
