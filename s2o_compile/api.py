@@ -20,6 +20,7 @@ from s2o_compile.kernels.support.torch_compile import uncompiled
 from s2o_compile.passes.site import SiteRecord, unique_names
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site
+from s2o_compile.rewriting import rewrite
 
 
 def optimize(
@@ -92,49 +93,59 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
         **kwargs: Its keyword inputs.
     """
     with watched(config) as watch:
-        ran, failure = _audit(model, args, kwargs)
+        ran, failure = (), ""
+        try:
+            ran = audit.take(model, args, kwargs)
+        except Exception as error:  # whatever copying or running a model raises: the compiled run decides
+            failure = f"{type(error).__name__}: {error}".partition("\n")[0]
         torch.compile(model, backend=watch.backend)(*args, **kwargs)
     return watch.report(ran, failure)
 
 
 class Watch:
-    """Records the graphs of one run and how often each of them runs.
-
-    Args:
-        config: Quality and implementation. Nothing is compiled behind the passes, whatever its inner backend.
-    """
+    """Records the graphs of one run and how often each of them runs; nothing is compiled behind the passes."""
 
     def __init__(self, config: S2OConfig | None) -> None:
-        config = dataclasses.replace(config_or_default(config, "explain"), inner_backend="eager")
-        self._options = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
+        self._config = config_or_default(config, "explain")
         self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
         self.recording = Recording()
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         """A backend for torch.compile."""
-        compiled, index = s2o(gm, example_inputs, options=self._options), len(self._runs)
+        rewrite(gm, self._config)
+        forward, index = gm.forward, len(self._runs)
         self._runs.append(0)
 
         def counted(*inputs: object) -> object:
             self._runs[index] += 1
-            return compiled(*inputs)
+            return forward(*inputs)
 
         return counted
 
     def joined(self, ran: Sequence[audit.Ran]) -> tuple[tuple[audit.Ran, SiteRecord | None], ...]:
         """Every call that ran with the record that covers it, or None if no record does."""
         graphs = zip(self.recording.graphs, self._runs, strict=True)
-        return tuple(
-            zip(ran, audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph]), strict=True)
-        )
+        covered = audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
+        return tuple(zip(ran, covered, strict=True))
 
     def report(self, ran: Sequence[audit.Ran], audit_error: str = "") -> Report:
         """The report of the compiled attentions, and of those that ran and were not found."""
         calls = [call for call, entry in self.joined(ran) if entry is None]
         names = unique_names([call.path or call.kind for call in calls])
-        sites = tuple(_not_found(name, call) for name, call in zip(names, calls, strict=True))
+        not_found = tuple(
+            Site(
+                name=name,
+                rewritten=False,
+                found=False,
+                reason=call.reason,
+                query_shape=call.query_shape,
+                key_shape=call.key_shape,
+                dtype=call.dtype,
+            )
+            for name, call in zip(names, calls, strict=True)
+        )
         report = self.recording.report
-        sites = report.sites + sites
+        sites = report.sites + not_found
         return dataclasses.replace(report, sites=sites, audit_error=audit_error, compile_seconds=None)
 
 
@@ -155,24 +166,3 @@ def watched(config: S2OConfig | None = None) -> Iterator[Watch]:
                 yield watch
         finally:
             torch.compiler.reset()
-
-
-def _audit(
-    model: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> tuple[tuple[audit.Ran, ...], str]:
-    try:
-        return audit.take(model, args, kwargs), ""
-    except Exception as error:  # whatever copying or running a model raises: the compiled run decides
-        return (), f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _not_found(name: str, call: audit.Ran) -> Site:
-    return Site(
-        name=name,
-        rewritten=False,
-        found=False,
-        reason=call.reason,
-        query_shape=call.query_shape,
-        key_shape=call.key_shape,
-        dtype=call.dtype,
-    )

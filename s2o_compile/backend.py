@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from s2o_compile.config import REMOVED, RENAMED, S2OConfig, unknown_name
+from s2o_compile.config import REMOVED, RENAMED, S2OConfig, did_you_mean, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.torch_compat import schema_of
@@ -67,11 +67,9 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     known = inductor_options()
     for name in inductor:
         if known is not None and name not in known:
-            nearest = unknown_name("option", name, known).rpartition("Did you mean")[2]
-            hint = f" Did you mean{nearest}" if nearest.startswith(" '") else ""
             raise OptionError(
                 f"unknown option {name!r}: expected an Inductor option (torch._inductor.list_options()) or one of "
-                f"{', '.join(PREFIX + field for field in fields)}.{hint}"
+                f"{', '.join(PREFIX + field for field in fields)}.{did_you_mean(name, known)}"
             )
     return config, inductor
 

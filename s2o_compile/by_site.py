@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import as_integer, as_number, shown
@@ -12,47 +12,11 @@ from s2o_compile.kernels.support.arguments import as_integer, as_number, shown
 T = TypeVar("T", int, float)
 
 
-class _BySite(Mapping[str, tuple[T, ...]], Generic[T]):
-    """Numbers by site name; sites without any are dropped.
+class BySite(Mapping[str, tuple[T, ...]]):
+    """Numbers by site name; sites without any are dropped."""
 
-    Args:
-        given: Numbers of every site.
-
-    Raises:
-        OptionError: A name that is no text, or numbers that are none of this setting's.
-    """
-
-    field: ClassVar[str]
-    wanted: ClassVar[str]
-    example: ClassVar[str]
-
-    def __init__(self, given: Mapping[str, Sequence[T]]) -> None:
-        remedy = f"Give {self.field}={self.example}, with the names that s2o_compile.explain lists."
-        if not isinstance(given, Mapping):
-            raise OptionError(
-                f"{self.field}: expected site names and their {self.wanted}, got {shown(given)}. {remedy}"
-            )
-        kept: dict[str, tuple[T, ...]] = {}
-        for site, numbers in given.items():
-            if not isinstance(site, str) or not site:
-                raise OptionError(f"{self.field}: expected a site name, got {shown(site)}. {remedy}")
-            listed = isinstance(numbers, Sequence) and not isinstance(numbers, (str, bytes, bytearray, memoryview))
-            accepted = [self.number(x) for x in numbers] if listed else [None]
-            if None in accepted:
-                place = f"{self.field}[{shown(site)}]"
-                raise OptionError(f"{place}: expected {self.wanted}, got {shown(numbers)}. {remedy}")
-            kept[site] = self.in_order([x for x in accepted if x is not None])
-        self._sites = {site: kept[site] for site in sorted(kept) if kept[site]}
-
-    @staticmethod
-    @abstractmethod
-    def number(given: object) -> T | None:
-        """One of a site's numbers as Python's; None for anything else."""
-
-    @staticmethod
-    def in_order(numbers: Sequence[T]) -> tuple[T, ...]:
-        """The numbers as they are kept."""
-        return tuple(numbers)
+    def __init__(self, numbers: Mapping[str, tuple[T, ...]]) -> None:
+        self._sites = {site: numbers[site] for site in sorted(numbers) if numbers[site]}
 
     def __getitem__(self, site: str) -> tuple[T, ...]:
         return self._sites[site]
@@ -70,30 +34,32 @@ class _BySite(Mapping[str, tuple[T, ...]], Generic[T]):
         return repr(self._sites)
 
 
-class SiteHeads(_BySite[int]):
-    """Key/value heads by site name, in any order."""
-
-    field, wanted = "dense_heads", "key/value heads >= 0"
-    example = '{"model.layers.3.self_attn": (0, 2)}'
-
-    @staticmethod
-    def number(given: object) -> int | None:
-        """A head's number."""
-        return as_integer(given, least=0)
-
-    @staticmethod
-    def in_order(numbers: Sequence[int]) -> tuple[int, ...]:
-        """Ascending, each once."""
-        return tuple(sorted(set(numbers)))
+def site_heads(given: object) -> BySite[int]:
+    """Key/value heads by site name, ascending and each once; OptionError if they are none."""
+    found = _checked(given, "dense_heads", "key/value heads >= 0", "(0, 2)", partial(as_integer, least=0))
+    return BySite({site: tuple(sorted(set(heads))) for site, heads in found.items()})
 
 
-class SiteTaus(_BySite[float]):
-    """By site name, tau of every query head."""
+def site_taus(given: object) -> BySite[float]:
+    """By site name, tau of every query head; OptionError if they are none."""
+    wanted = "finite numbers >= 0, one for each query head"
+    return BySite(_checked(given, "site_tau", wanted, "(0.5, 0.2, 1.0)", as_number))
 
-    field, wanted = "site_tau", "finite numbers >= 0, one for each query head"
-    example = '{"model.layers.3.self_attn": (0.5, 0.2, 1.0)}'
 
-    @staticmethod
-    def number(given: object) -> float | None:
-        """A tau."""
-        return as_number(given)
+def _checked(
+    given: object, field: str, wanted: str, example: str, number: Callable[[object], T | None]
+) -> dict[str, tuple[T, ...]]:
+    """The numbers of every site as Python's; ``number`` returns None for what is none."""
+    remedy = f'Give {field}={{"model.layers.3.self_attn": {example}}}, with the names that s2o_compile.explain lists.'
+    if not isinstance(given, Mapping):
+        raise OptionError(f"{field}: expected site names and their {wanted}, got {shown(given)}. {remedy}")
+    found: dict[str, tuple[T, ...]] = {}
+    for site, numbers in given.items():
+        if not isinstance(site, str) or not site:
+            raise OptionError(f"{field}: expected a site name, got {shown(site)}. {remedy}")
+        listed = isinstance(numbers, Sequence) and not isinstance(numbers, (str, bytes, bytearray, memoryview))
+        accepted = [number(x) for x in numbers] if listed else [None]
+        if None in accepted:
+            raise OptionError(f"{field}[{shown(site)}]: expected {wanted}, got {shown(numbers)}. {remedy}")
+        found[site] = tuple(x for x in accepted if x is not None)
+    return found

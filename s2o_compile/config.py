@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from s2o_compile.by_site import SiteHeads, SiteTaus
+from s2o_compile.by_site import site_heads, site_taus
 from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.core.options import FIELDS, OperatorOptions
@@ -88,8 +88,8 @@ class S2OConfig(OperatorOptions):
         OptionError: A value that its field cannot take.
     """
 
-    site_tau: Mapping[str, Sequence[float]] = SiteTaus({})
-    dense_heads: Mapping[str, Sequence[int]] = SiteHeads({})
+    site_tau: Mapping[str, Sequence[float]] = site_taus({})
+    dense_heads: Mapping[str, Sequence[int]] = site_heads({})
     inner_backend: str = "inductor"
     assume_causal_mask: bool = False
     assume_block_masks: bool = False
@@ -103,8 +103,8 @@ class S2OConfig(OperatorOptions):
             super().__post_init__()
         except InputError as error:
             raise OptionError(error.reason) from error
-        object.__setattr__(self, "dense_heads", SiteHeads(self.dense_heads))
-        object.__setattr__(self, "site_tau", SiteTaus(self.site_tau))
+        object.__setattr__(self, "dense_heads", site_heads(self.dense_heads))
+        object.__setattr__(self, "site_tau", site_taus(self.site_tau))
         if self.error is not None:
             object.__setattr__(self, "error", check_error("error", self.error))
             if self.tau != OperatorOptions.tau:
@@ -239,6 +239,11 @@ def check_error(name: str, error: object, *, least: float = 0.0) -> float:
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1) if isinstance(name, str) else []
-    hint = f" Did you mean {near[0]!r}?" if near else " Choose one of them."
+    hint = did_you_mean(name, known) or " Choose one of them."
     return f"unknown {kind} {shown(name)}: expected one of {', '.join(known)}.{hint}"
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """A sentence with the nearest name that exists, behind a space; empty if none is near."""
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1) if isinstance(name, str) else []
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -141,9 +141,8 @@ def attention(
         return (output, lse) if return_lse and lse is not None else output
     if config is not None:
         given |= config.operator_options()
-    attend = ops.attention
-    if not can_skip_dispatcher(query, key, value, key_mask, sinks):
-        attend = torch.ops.s2o.attention.default
+    plain = can_skip_dispatcher(query, key, value, key_mask, sinks)
+    attend = ops.attention if plain else torch.ops.s2o.attention.default
     output, lse = attend(
         query, key, value, key_mask, sinks, return_lse=return_lse, dense_heads=list(dense_heads), **given
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -201,19 +200,19 @@ def plan(
 
     Sliding windows and chunked attention need no plan: they are computed exactly, or chunk by chunk.
     """
-    config = _configured(config, fields)
+    if config is None:
+        config = S2OConfig.from_dict(fields)
+    elif fields:
+        raise InputError(
+            "config",
+            expected="either a configuration or its fields as keywords",
+            got=f"both: {', '.join(fields)}",
+            remedy="Use dataclasses.replace(config, ...).",
+        )
     value = key if value is None else value
+    key_mask = None if key_mask is None else key_mask.clone()
     numbers = check_numbers(causal=causal, causal_offset=causal_offset, scale=scale, softcap=softcap)
-    call = AttentionCall.of(
-        query,
-        key,
-        value,
-        None if key_mask is None else key_mask.clone(),
-        causal=causal,
-        causal_offset=numbers.causal_offset,
-        scale=numbers.scale,
-        softcap=numbers.softcap,
-    )
+    call = AttentionCall.of(query, key, value, key_mask, causal=causal, **numbers._asdict())
     if call.scale <= 0:
         raise InputError(
             "scale",
@@ -243,16 +242,3 @@ def plan(
         key_mask=call.mask.key_mask,
         tau=options.tau,
     )
-
-
-def _configured(config: S2OConfig | None, fields: Mapping[str, object]) -> S2OConfig:
-    if config is None:
-        return S2OConfig.from_dict(fields)
-    if fields:
-        raise InputError(
-            "config",
-            expected="either a configuration or its fields as keywords",
-            got=f"both: {', '.join(fields)}",
-            remedy="Use dataclasses.replace(config, ...).",
-        )
-    return config

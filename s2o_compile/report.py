@@ -88,49 +88,43 @@ class Report:
 
     def __str__(self) -> str:
         if not self.sites:
-            return "\n".join(
-                [
-                    "NO ATTENTION FOUND: nothing was rewritten, the model runs as before.",
-                    f"Looked at {self.graphs} captured graph(s) for fused and hand-written attention. If the model has "
-                    'any, choose scaled_dot_product_attention (in transformers attn_implementation="sdpa").',
-                    *self._notes(),
-                ]
+            lines = [
+                "NO ATTENTION FOUND: nothing was rewritten, the model runs as before.",
+                f"Looked at {self.graphs} captured graph(s) for fused and hand-written attention. If the model has "
+                'any, choose scaled_dot_product_attention (in transformers attn_implementation="sdpa").',
+            ]
+        else:
+            header = ("site", "query", "key", "mask", "result", "density", "error (sampled)")
+            lines = table(header, [_row(site) for site in self.sites])
+            missed, rewritten = len(self.not_found), self.rewritten
+            found = len(self.sites) - missed
+            measured = "" if self.density is None else f"; mean density {self.density:.3f}"
+            measured += "" if self.error is None else f", mean error {self.error:.1%} (sampled)"
+            lines.append(
+                f"{found} attention sites found, {rewritten} rewritten, {found - rewritten} left dense{measured}"
             )
-        header = ("site", "query", "key", "mask", "result", "density", "error (sampled)")
-        lines = table(header, [_row(site) for site in self.sites])
-        missed, rewritten = len(self.not_found), self.rewritten
-        found = len(self.sites) - missed
-        summary = f"{found} attention sites found, {rewritten} rewritten, {found - rewritten} left dense"
-        if self.density is not None:
-            summary += f"; mean density {self.density:.3f}"
-        if self.error is not None:
-            summary += f", mean error {self.error:.1%} (sampled)"
-        if missed:
-            summary += f"\nNOT FOUND: {missed} more ran that the pass did not see, and stay as they were"
-        return "\n".join([*lines, summary, *self._notes()])
-
-    def _notes(self) -> list[str]:
-        notes = []
+            if missed:
+                lines.append(f"NOT FOUND: {missed} more ran that the pass did not see, and stay as they were")
         if self.unknown_sites:
-            notes.append(
+            lines.append(
                 "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:"
             )
-            notes += [f"  - {name}" for name in self.unknown_sites]
+            lines += [f"  - {name}" for name in self.unknown_sites]
         if self.audit_error:
-            notes.append(f"not checked for attentions that were not found: {self.audit_error}")
+            lines.append(f"not checked for attentions that were not found: {self.audit_error}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
         if unproven:
-            notes.append("masks read at run time, because they could not be proven:")
-            notes += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
+            lines.append("masks read at run time, because they could not be proven:")
+            lines += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
         if self.graph_breaks:
-            notes.append(f"captured in {self.graphs} graphs; breaks:")
-            notes += [f"  - {reason}" for reason in self.graph_breaks]
+            lines.append(f"captured in {self.graphs} graphs; breaks:")
+            lines += [f"  - {reason}" for reason in self.graph_breaks]
         if self.graphs:
             share = ""
             if self.compile_seconds:
                 share = f", {self.pass_seconds / self.compile_seconds:.1%} of {self.compile_seconds:.1f} s of compiling"
-            notes.append(f"passes: {1e3 * self.pass_seconds:.1f} ms{share}")
-        return notes
+            lines.append(f"passes: {1e3 * self.pass_seconds:.1f} ms{share}")
+        return "\n".join(lines)
 
 
 def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
@@ -142,22 +136,12 @@ def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]
 
 
 def _row(site: Site) -> tuple[str, ...]:
-    result = {
-        "": "rewritten",
-        "s2o": "rewritten",
-        "window": "rewritten",
-        "dense": "rewritten, ran dense (short)",
-        "masked": "rewritten, ran dense (its mask)",
-    }
-    return (
-        site.name,
-        "x".join(site.query_shape),
-        "x".join(site.key_shape),
-        site.mask or "-",
-        result[site.path] + site.marks if site.rewritten else f"dense: {site.reason}" if site.found else site.reason,
-        "-" if site.density is None else f"{site.density:.3f}",
-        "-" if site.error is None else f"{site.error:.1%}",
-    )
+    result = f"dense: {site.reason}" if site.found else site.reason
+    if site.rewritten:
+        ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(site.path, "")
+        result = f"rewritten{ran}{site.marks}"
+    density = "-" if site.density is None else f"{site.density:.3f}"
+    return (site.name, "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density)
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:

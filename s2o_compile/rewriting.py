@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -14,15 +12,11 @@ from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify
 
-logger = logging.getLogger(__name__)
-
 
 def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
     """Run the passes over one captured graph, tell open recordings, and warn of what stays dense.
 
-    Args:
-        gm: A Dynamo graph, or that of an exported program (inside ``exported.opened``); rewritten in place.
-        config: The configuration.
+    ``gm``, a Dynamo graph or that of an exported program (inside ``exported.opened``), is rewritten in place.
     """
     seconds: dict[str, float] = {}
     records = pipeline.run(
@@ -38,34 +32,21 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
     )
     settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
     notify(records, seconds, [name for sites in settings.values() for name in sites])
-    _warn_if_nothing(records)
-    for field, sites in settings.items():
-        _warn_of_unknown_sites(records, field, sites)
-    return records
-
-
-def _warn_if_nothing(records: Sequence[SiteRecord]) -> None:
-    """Warn if attention was found and all of it stays dense, except in decode graphs."""
-    left = [record for record in records if not record.rewritten]
-    logger.info("%d of %d attentions rewritten", len(records) - len(left), len(records))
-    if left and len(left) == len(records) and not all("decode" in record.reason for record in left):
-        reasons = sorted({record.reason for record in left})
+    reasons = [record.reason for record in records if not record.rewritten]
+    if reasons and len(reasons) == len(records) and not all("decode" in reason for reason in reasons):
         warnings.warn(
-            f"none of {len(left)} attentions could be rewritten to S2O, they stay dense: {'; '.join(reasons)}. "
-            "s2o_compile.explain(model, *inputs) lists them.",
+            f"none of {len(reasons)} attentions could be rewritten to S2O, they stay dense: "
+            f"{'; '.join(sorted(set(reasons)))}. s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-
-
-def _warn_of_unknown_sites(records: Sequence[SiteRecord], field: str, marked: Iterable[str]) -> None:
-    """Warn of a name in a field that no site of the graph has, unless the graph has no attention."""
     names = [record.name for record in records]
-    for name in marked if names else ():
-        if name not in names:
-            warnings.warn(
-                f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
-                "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
-                UnknownSiteWarning,
-                stacklevel=3,
-            )
+    unknown = [(field, name) for field, sites in settings.items() for name in sites if name not in names]
+    for field, name in unknown if names else ():  # a graph without attention knows no name
+        warnings.warn(
+            f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
+            "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
+            UnknownSiteWarning,
+            stacklevel=2,
+        )
+    return records

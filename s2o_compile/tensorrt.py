@@ -62,12 +62,7 @@ def compile(
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Compile a rewritten Dynamo graph: torch-tensorrt's own backend of torch.compile.
-
-    Args:
-        gm: The graph.
-        example_inputs: Its example inputs.
-        settings: Any setting of torch-tensorrt.
+    """Compile a rewritten Dynamo graph by torch-tensorrt's own backend of torch.compile, under any of its settings.
 
     Raises:
         TensorRTUnavailableError: torch-tensorrt or TensorRT's libraries are missing.

@@ -33,6 +33,8 @@ from s2o_compile.kernels.support.torch_inductor import (
     triton_kernel_wrap,
 )
 
+Patch = Callable[[], Iterator[None]]
+
 NOT_FILED = "not filed upstream yet"
 _PULLS = "https://github.com/pytorch/pytorch/pull/"
 _ISSUES = "https://github.com/pytorch/pytorch/issues/"
@@ -45,38 +47,25 @@ class Workaround:
     Attributes:
         bug: The bug in one line.
         upstream: Its issue or pull request in pytorch/pytorch, or `NOT_FILED`.
+        patched: A context manager inside which Inductor does not have the bug.
         first: The oldest torch that the workaround was tested with.
         last: The newest one.
-        patched: A context manager inside which Inductor does not have the bug.
     """
 
     bug: str
     upstream: str
-    first: tuple[int, int]
-    last: tuple[int, int]
     patched: Callable[[], AbstractContextManager[None]]
-
-    def check(self) -> None:
-        """Raise PackageError if this torch is outside the tested range."""
-        if not self.first <= torch_release() <= self.last:
-            low, high = (".".join(map(str, version)) for version in (self.first, self.last))
-            raise PackageError(
-                f"package: expected torch {low} to {high}, which the workaround for this bug of Inductor was tested "
-                f"with: {self.bug} ({self.upstream}); got torch {torch.__version__}. Install a torch of that range to "
-                "write packages, or run the exported program itself."
-            )
+    first: tuple[int, int] = (2, 11)
+    last: tuple[int, int] = (2, 13)
 
 
 WORKAROUNDS: list[Workaround] = []
 
 
-def _works_around(
-    bug: str, *, upstream: str, first: tuple[int, int] = (2, 11), last: tuple[int, int] = (2, 13)
-) -> Callable[[Callable[[], Iterator[None]]], Callable[[], AbstractContextManager[None]]]:
-    def register(function: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:
-        patched = contextmanager(function)
-        WORKAROUNDS.append(Workaround(bug=bug, upstream=upstream, first=first, last=last, patched=patched))
-        return patched
+def _works_around(bug: str, *, upstream: str) -> Callable[[Patch], Patch]:
+    def register(function: Patch) -> Patch:
+        WORKAROUNDS.append(Workaround(bug=bug, upstream=upstream, patched=contextmanager(function)))
+        return function
 
     return register
 
@@ -89,7 +78,13 @@ def inductor_workarounds() -> Iterator[None]:
         PackageError: This torch is outside the range that a workaround was tested with.
     """
     for workaround in WORKAROUNDS:
-        workaround.check()
+        if not workaround.first <= torch_release() <= workaround.last:
+            low, high = (".".join(map(str, version)) for version in (workaround.first, workaround.last))
+            raise PackageError(
+                f"package: expected torch {low} to {high}, which the workaround for this bug of Inductor was tested "
+                f"with: {workaround.bug} ({workaround.upstream}); got torch {torch.__version__}. Install a torch of "
+                "that range to write packages, or run the exported program itself."
+            )
     with ONE_AT_A_TIME, ExitStack() as stack:
         for workaround in WORKAROUNDS:
             stack.enter_context(workaround.patched())
@@ -213,8 +208,8 @@ def _branches_written_once() -> Iterator[None]:
         elsewhere = [taken for node in others for taken in _branches(node)]
         for taken in _branches(branching):
             if id(taken) not in functions and any(taken is other for other in elsewhere):
-                _write_function(self, taken, len(branching.outputs or ()), write_branch)
-                functions[id(taken)] = _function_name(taken), taken  # kept alive with its id
+                name = _write_function(self, taken, len(branching.outputs or ()), write_branch)
+                functions[id(taken)] = name, taken  # kept alive with its id
         write_conditional(self, branching)
 
     def branch(self: Any, taken: Any, inputs: list[str], outputs: list[str]) -> None:  # noqa: ANN401
@@ -235,24 +230,22 @@ def _branches(branching: Any) -> list[Any]:  # noqa: ANN401
     return [branch for branch in (branching.true_subgraph, branching.false_subgraph) if branch is not None]
 
 
-def _function_name(branch: Any) -> str:  # noqa: ANN401
-    return f"run_{branch.name}"
-
-
 def _tensors(branch: Any, inputs: list[str]) -> list[str]:  # noqa: ANN401
     """Those of a branch's inputs that are tensors. Sizes have the same name everywhere."""
     known = branch.graph.graph_inputs.values()
     return [name for name, value in zip(inputs, known, strict=True) if isinstance(value, TensorBox)]
 
 
-def _write_function(wrapper: Any, branch: Any, n_outputs: int, write: Callable[..., None]) -> None:  # noqa: ANN401
-    """Writes a branch as a function of its tensors. It captures sizes, kernels and streams from around it."""
+def _write_function(wrapper: Any, branch: Any, n_outputs: int, write: Callable[..., None]) -> str:  # noqa: ANN401
+    """Writes a branch as a function of its tensors; its name. It captures sizes, kernels and streams from around it."""
+    name = f"run_{branch.name}"
     inputs = [f"{branch.name}_in{place}" for place in range(len(branch.graph.graph_inputs))]
     outputs = [f"{branch.name}_out{place}" for place in range(n_outputs)]
-    parameters = [f"AtenTensorHandle {name}" for name in _tensors(branch, inputs)]
-    parameters += [f"RAIIAtenTensorHandle& {name}" for name in outputs]
-    wrapper.writeline(f"auto {_function_name(branch)} = [&]({', '.join(parameters)}) {{")
+    parameters = [f"AtenTensorHandle {tensor}" for tensor in _tensors(branch, inputs)]
+    parameters += [f"RAIIAtenTensorHandle& {tensor}" for tensor in outputs]
+    wrapper.writeline(f"auto {name} = [&]({', '.join(parameters)}) {{")
     wrapper.writeline(EnterSubgraphLine(wrapper, branch.graph))
     write(wrapper, branch, inputs, outputs)
     wrapper.writeline(ExitSubgraphLine(wrapper))
     wrapper.writeline("};")
+    return name

@@ -98,21 +98,16 @@ def _described(value: object) -> str:
     return f"{type(value).__name__} {value}"
 
 
-class _Call(nn.Module):
-    """A call as a function of the tensors and sizes that its node is given."""
-
-    def __init__(self, function: Function, node: fx.Node) -> None:
-        super().__init__()
-        self.function, self.node = function, node
-
-    def forward(self, *values: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-        given = dict(zip(self.node.all_input_nodes, values, strict=True))
-        args, keywords = map_arg((self.node.args, self.node.kwargs), lambda x: given[x])
-        return tuple(self.function(*args, **keywords))
-
-
 def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
     """The decomposition of a call, functional and in Inductor's operators."""
+
+    def forward(*values: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+        given = dict(zip(node.all_input_nodes, values, strict=True))
+        args, keywords = map_arg((node.args, node.kwargs), lambda x: given[x])
+        return tuple(function(*args, **keywords))
+
+    call = nn.Module()
+    call.forward = forward
     values = [given.meta["val"] for given in node.all_input_nodes]
     fake_mode = fake_mode_of(values)
     assert fake_mode is not None
@@ -125,7 +120,6 @@ def _trace(function: Function, node: fx.Node) -> fx.GraphModule:
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
             for x in values
         ]
-        call = _Call(function, node)
         traced, _ = aot_export_module(call, values, trace_joint=False, decompositions=select_decomp_table())
     if shape_env:
         name = str(node.kwargs.get("site") or node.name)
@@ -138,13 +132,8 @@ def check_open(condition: sympy.Basic, ranges: Mapping[Any, Any], name: str) -> 
     """Raise PackageError if a condition that a trace took for granted fails for some size.
 
     Torch records every condition that it cannot prove, tautologies too. The condition is tried at the sizes where it
-    would fail first.
-
-    Args:
-        condition: The condition.
-        ranges: Range of every size before the trace. A size from 2 on is tried at 1, too: torch traces no size of 1
-            that may be larger, but promises it.
-        name: Name of the attention.
+    would fail first, in the ranges that they had before the trace. A size from 2 on is tried at 1, too: torch traces no
+    size of 1 that may be larger, but promises it.
     """
     sizes: list[Any] = sorted(condition.free_symbols, key=str)
     near = {2**k + rest for k in range(18) for rest in (-1, 0, 1)} if len(sizes) <= 2 else {100, 5000}
@@ -167,23 +156,17 @@ def check_open(condition: sympy.Basic, ranges: Mapping[Any, Any], name: str) -> 
 
 def _replace(node: fx.Node, name: str, traced: fx.GraphModule) -> None:
     """Puts a trace in the place of a call. Its branches become attributes of the graph's module."""
-    graph, owner = node.graph, node.graph.owning_module
-    values: dict[fx.Node, Any] = {}
-    inputs = iter(node.all_input_nodes)
-    *body, last = traced.graph.nodes
-    results: Any = last.args[0]
+    graph = node.graph
+    inputs = traced.graph.find_nodes(op="placeholder")
+    values: dict[fx.Node, Any] = dict(zip(inputs, node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
-        for inner in body:
-            if inner.op == "placeholder":
-                values[inner] = next(inputs)
-                continue
-            values[inner] = graph.node_copy(inner, lambda x: values[x])
-            if inner.op == "get_attr":
-                values[inner].target = f"{name}_{inner.target}"
-                setattr(owner, values[inner].target, getattr(traced, inner.target))
+        results: Any = graph.graph_copy(traced.graph, values)
+    for inner in traced.graph.find_nodes(op="get_attr"):
+        values[inner].target = f"{name}_{inner.target}"
+        setattr(graph.owning_module, values[inner].target, getattr(traced, inner.target))
     for user in list(node.users):
         assert user.target is operator.getitem, user
         _, place = user.args
-        user.replace_all_uses_with(values[results[place]])
+        user.replace_all_uses_with(results[place])
         graph.erase_node(user)
     graph.erase_node(node)

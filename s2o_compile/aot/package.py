@@ -184,11 +184,8 @@ def _check(name: str, call: Mapping[str, Any]) -> None:
     """Raise PackageError for a call that has no decomposition, and that dense attention must not replace silently."""
     device = call["query"].device.type
     own = {"cpu": "torch", "cuda": "triton"}.get(device)
-    for option, expected in (
-        ("ranking", ("per_query",)),
-        ("ranking_per", ("group",)),
-        ("implementation", ("auto", own)),
-    ):
+    allowed = {"ranking": ("per_query",), "ranking_per": ("group",), "implementation": ("auto", own)}
+    for option, expected in allowed.items():
         if call[option] not in expected:
             raise PackageError(
                 f"package: {name}: {option}: expected {expected[0]!r} in a package for {device}, got {call[option]!r}. "

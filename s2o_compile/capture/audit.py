@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, base_of, buffers_of, tree_leaves
 from s2o_compile.kernels.support.torch_compile import uncompiled
-from s2o_compile.passes.site import SiteRecord
+from s2o_compile.passes.site import SiteRecord, shape_text
 
 SDPA = "scaled_dot_product_attention"
 FLEX = "flex_attention"
@@ -125,8 +125,9 @@ class Counter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (what the operator returns)
         output = func(*args, **(kwargs or {}))
-        name, space = _name(func), getattr(func, "namespace", "")
-        kind = _kind(name, space)
+        packet = getattr(func, "overloadpacket", func)
+        name = getattr(packet, "__name__", str(packet))
+        kind = _kind(name, getattr(func, "namespace", ""))
         if kind:
             self._count(func, kind, args, kwargs or {})
         elif name in _SOFTMAXES:
@@ -144,7 +145,7 @@ class Counter(TorchDispatchMode):
         query, key = (tensors[0], tensors[1]) if len(tensors) > 1 else (None, None)
         if "encoder_layer" in kind:
             key = query
-        self.ran.append(Ran(self._path(), kind, _shape(query), _shape(key), _dtype(query)))
+        self.ran.append(Ran(self._path(), kind, shape_text(query), shape_text(key), _dtype(query)))
 
     def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
         if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
@@ -170,7 +171,7 @@ class Counter(TorchDispatchMode):
             self._scores[output] = left.shape[-1]
 
     def _is_learned(self, tensor: Tensor) -> bool:
-        return _is_parameter(tensor) or tensor in self._learned
+        return tensor in self._learned or any(isinstance(x, nn.Parameter) for x in (tensor, base_of(tensor)))
 
     def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
@@ -186,11 +187,6 @@ class Counter(TorchDispatchMode):
                     table[x] = known
 
 
-def _name(func: Any) -> str:  # noqa: ANN401 (an operator of any kind)
-    packet = getattr(func, "overloadpacket", func)
-    return getattr(packet, "__name__", str(packet))
-
-
 def _kind(name: str, space: str) -> str:
     if name.startswith("_scaled_dot_product_") and "backward" not in name:
         return SDPA
@@ -202,16 +198,8 @@ def _kind(name: str, space: str) -> str:
     return f"{space}::{name}" if known and any(word in name for word in ("att", "fwd", "forward")) else ""
 
 
-def _shape(tensor: Tensor | None) -> tuple[str, ...]:
-    return () if tensor is None else tuple(map(str, tensor.shape))
-
-
 def _dtype(tensor: Tensor | None) -> str:
     return "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) or isinstance(base_of(tensor), nn.Parameter)
 
 
 class _ModulePath:
@@ -234,28 +222,18 @@ class _ModulePath:
         for name, module in root.named_modules():
             self._names.setdefault(module, ".".join(part for part in (prefix, name) if part))
 
-    def _enter(self, module: nn.Module, _: object) -> None:
+    def enter(self, module: nn.Module, _: object) -> None:
+        """Hook before every forward."""
         if threading.get_ident() != self._thread:
             return
         if module not in self._names:  # a module that a function closed over, or that was made while running
             self._learn(module, self())
         self._stack.append(self._names[module])
 
-    def _leave(self, *_: object) -> None:
+    def leave(self, *_: object) -> None:
+        """Hook behind every forward."""
         if threading.get_ident() == self._thread:
             self._stack.pop()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        handles = (
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def take(
@@ -283,7 +261,8 @@ def take(
         copied = stack.enter_context(_copy_of(model))
         path = _ModulePath(copied if isinstance(copied, nn.Module) else getattr(copied, "__self__", None))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # also for compiled parts of the model
-        stack.enter_context(path.watching())
+        stack.enter_context(register_module_forward_pre_hook(path.enter))
+        stack.enter_context(register_module_forward_hook(path.leave, always_call=True))
         counting = stack.enter_context(counter(path))
         copied(*args, **kwargs)
         return tuple(counting.ran)
@@ -342,17 +321,12 @@ def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tupl
 
     Args:
         ran: The audit.
-        covered: Records and how often their graph ran: a graph that two layers share covers both.
-
-    A record covers as many calls of its module as its graph ran. Calls are matched by the exact path first. Dynamo
-    names modules from the frame that it captured, and a fused encoder layer is recorded under its attention's parent,
-    so the end or the beginning of a path comes next. Graphs that several layers share are matched by shape alone. A
-    call outside submodules is recorded under a node's name.
+        covered: Records and how often their graph ran: a record covers as many calls of its module.
     """
     left = Counts({index: runs for index, (_, runs) in enumerate(covered) if runs})
     names = [record.name.partition("#")[0] for record, _ in covered]
     found: list[SiteRecord | None] = [None] * len(ran)
-    for covers in (_same_path_and_shape, _same_path, _related_path, _same_shape, _outside_modules):
+    for covers in _COVERS:
         for place, call in enumerate(ran):
             if found[place] is None:
                 index = next((i for i in left if left[i] > 0 and covers(call, names[i], covered[i][0])), None)
@@ -362,28 +336,28 @@ def cover(ran: Sequence[Ran], covered: Sequence[tuple[SiteRecord, int]]) -> tupl
     return tuple(found)
 
 
-def _same_path_and_shape(call: Ran, name: str, record: SiteRecord) -> bool:
-    """First: prefill and decode are two records of one module."""
-    return _same_path(call, name, record) and _same_shape(call, name, record)
-
-
-def _same_path(call: Ran, name: str, _: SiteRecord) -> bool:
-    return call.path == name
-
-
-def _related_path(call: Ran, name: str, _: SiteRecord) -> bool:
-    path = call.path
-    return path.endswith("." + name) or name.endswith("." + path) or path.startswith(name + ".")
-
-
-def _outside_modules(call: Ran, name: str, _: SiteRecord) -> bool:
-    return not call.path and "." not in name
-
-
-def _same_shape(call: Ran, _: str, record: SiteRecord) -> bool:
+def _same_shape(call: Ran, record: SiteRecord) -> bool:
     """Lengths and head dims only: batch and heads may be one dimension, and repeated heads may have been undone."""
     ours, theirs = ((x.query_shape[-2:], x.key_shape[-2:]) for x in (call, record))
     return len(theirs[0]) == len(theirs[1]) == 2 and all(
         len(a) == len(b) and all(x == y or not y.isdigit() for x, y in zip(a, b, strict=True))
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def _related(path: str, name: str) -> bool:
+    return path.endswith("." + name) or name.endswith("." + path) or path.startswith(name + ".")
+
+
+_COVERS: tuple[Callable[[Ran, str, SiteRecord], bool], ...] = (
+    # Prefill and decode are two records of one module.
+    lambda call, name, record: call.path == name and _same_shape(call, record),
+    lambda call, name, _: call.path == name,
+    # Dynamo names modules from the frame that it captured; a fused encoder layer is named by its attention's parent.
+    lambda call, name, _: _related(call.path, name),
+    # A graph that several layers share.
+    lambda call, _, record: _same_shape(call, record),
+    # A call outside submodules is recorded under a node's name.
+    lambda call, name, _: not call.path and "." not in name,
+)
+"""When a record, under its name without a number, covers a call: the surest rule first."""

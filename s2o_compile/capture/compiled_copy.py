@@ -18,11 +18,7 @@ def compiled_copy(
 ) -> Model:
     """A shallow copy of a module, compiled in place: it shares every parameter, buffer and submodule.
 
-    Args:
-        model: The module; stays as it is.
-        backend: As ``torch.compile(backend=...)``.
-        dynamic: As ``torch.compile(dynamic=...)``.
-        fullgraph: As ``torch.compile(fullgraph=...)``.
+    The module stays as it is. The other arguments are those of ``torch.compile``.
     """
     compiled = copy.copy(model)  # drops compiled state, shares everything else
     _make_traceable(compiled)

@@ -31,10 +31,8 @@ _OPERANDS = ("attention_mask", "decoder_attention_mask")
 def build_inside(model: nn.Module) -> None:
     """Makes a model of transformers build the masks of a prefill in its forward; leaves every other module alone.
 
-    A model with a ``generate`` of its own may look into masks between the two, and is left alone too.
-
-    Args:
-        model: The module, changed in place.
+    A model with a ``generate`` of its own may look into masks between the two, and is left alone too. Others are
+    changed in place.
     """
     generation = sys.modules.get("transformers.generation.utils")
     build: Callable[..., object] | None = getattr(model, _HOOK, getattr(generation, _HOOK, None))

@@ -154,14 +154,7 @@ def _wait(x: Tensor) -> None:
 
 @torch.no_grad()
 def run(*, tokens: int, device: str, config: S2OConfig, step: Step) -> DemoResult:
-    """Run the demo.
-
-    Args:
-        tokens: Length of the prompt, the question included.
-        device: "cpu" or "cuda".
-        config: How attention is made sparse.
-        step: Called with the name of every step, returns a context manager that shows it.
-    """
+    """Run the demo with a prompt of ``tokens``, the question included, and show every step by ``step(name)``."""
     with step("loading the model from its GGUF file"):
         model, tokenizer = load_model(tokens, device)
         ids = build_prompt(tokenizer, tokens).to(device)

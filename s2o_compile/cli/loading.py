@@ -24,12 +24,7 @@ LONGEST_CAUSE = 240
 
 @contextlib.contextmanager
 def loading(source: str, remedy: str) -> Iterator[None]:
-    """Turn whatever is raised inside into one LoadingError. Keep code of this project outside.
-
-    Args:
-        source: Name of the model or file in the message.
-        remedy: The action that the message recommends.
-    """
+    """Turn whatever is raised inside into one LoadingError that names the source. Keep code of this project outside."""
     try:
         yield
     except S2OError:
@@ -37,18 +32,12 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
         cause = " ".join(str(error).split()).rstrip(".")
         cause = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]} ..."
-        raise LoadingError(
-            f"{source}: expected a model that can be loaded, got {_kind(error)}{cause}. {remedy}"
-        ) from error
+        kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
+        raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
 
 
 def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401 (a transformers model)
-    """A causal language model in eval mode, every weight of which was read.
-
-    Args:
-        source: Name of the model in messages.
-        remedy: The action that messages recommend.
-        **where: Arguments of ``from_pretrained``.
+    """A causal language model in eval mode, every weight of which was read; ``where`` goes to ``from_pretrained``.
 
     Raises:
         LoadingError: It cannot be loaded, or weights are missing or of another shape.
@@ -75,10 +64,6 @@ def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401
             stacklevel=3,
         )
     return model.eval()
-
-
-def _kind(error: Exception) -> str:
-    return "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
 
 
 def _some(names: Collection[str]) -> str:

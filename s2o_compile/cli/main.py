@@ -9,8 +9,11 @@ import json
 import shlex
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
@@ -87,20 +90,9 @@ def explain(
     with torch.no_grad():
         report = explain_model(loaded, ids, config=config)
     if as_json:
-        sites = [{name: getattr(site, name) for name in site.__dataclass_fields__} for site in report.sites]
-        print(
-            json.dumps(
-                {
-                    "sites": sites,
-                    "not_found": [site.name for site in report.not_found],
-                    "graphs": report.graphs,
-                    "graph_breaks": report.graph_breaks,
-                    "pass_seconds": report.pass_seconds,
-                    "unknown_sites": report.unknown_sites,
-                    "audit_error": report.audit_error,
-                }
-            )
-        )
+        fields = ("graphs", "graph_breaks", "pass_seconds", "unknown_sites", "audit_error")
+        listed = {"sites": [asdict(site) for site in report.sites], "not_found": [x.name for x in report.not_found]}
+        print(json.dumps(listed | {name: getattr(report, name) for name in fields}))
     else:
         _print_report(Console(), report)
 
@@ -144,26 +136,18 @@ def tune(
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(SpinnerColumn(), *columns, console=console) as progress:
         for (dim, name), shape in shapes.items() if on_gpu else ():
-            tried = tuning.candidates()
-            task = progress.add_task(f"{dim} {name}: configurations", total=len(tried))
-            timings = []
-            for timing in tuning.sweep(shape, tested[-1], tried):
+            tried, timings = tuning.candidates(), []
+            swept = tuning.sweep(shape, tested[-1], tried)
+            for timing in progress.track(swept, len(tried), description=f"{dim} {name}: configurations"):
                 timings.append(timing)
-                progress.advance(task)
                 # A line each: compiling takes seconds a configuration, and a bar does not show in a log.
-                found = (
-                    f"{timing.gathered_ms:.3f} and {timing.natural_ms:.3f} ms" if not timing.failed else timing.failed
-                )
+                found = timing.failed or f"{timing.gathered_ms:.3f} and {timing.natural_ms:.3f} ms"
                 progress.console.print(f"{timing.launch}: {found}", highlight=False, soft_wrap=True)
             launches[dim, name] = tuning.best(timings)
             _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
         place, shape = next(iter(shapes.items()))
-        task = progress.add_task("crossover", total=len(tested))
-        compared = []
         with tuning.launched(launches[place].launch) if on_gpu else nullcontext():
-            for length in tested:
-                compared.append(tuning.compare(shape, length))
-                progress.advance(task)
+            compared = [tuning.compare(shape, length) for length in progress.track(tested, description="crossover")]
     table = Table("tokens", "dense ms", "backend", "S2O ms")
     for row in compared:
         table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
@@ -173,9 +157,8 @@ def tune(
     tuning.write(path, shape, crossover=found, launches=launches, command=command)
     says = f"S2O runs from {found} tokens on."
     if found is None:
-        says = (
-            f"S2O lost at {tested[-1]} tokens: the crossover stays the built-in one. Give longer --lengths to find it."
-        )
+        lost = f"S2O lost at {tested[-1]} tokens"
+        says = f"{lost}: the crossover stays the built-in one. Give longer --lengths to find it."
     console.print(f"{says} Written to {path}", soft_wrap=True)
 
 
@@ -215,57 +198,32 @@ def _print_report(console: Console, report: Report) -> None:
     table = Table()
     for name in ("sites", "count", "query", "key", "mask", "result", "density"):
         table.add_column(name, overflow="fold")
-    for names, site, densities in _runs(report):
-        label = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-        known = [d for d in densities if d is not None]
+    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
+    for _, run in groupby(report.sites, same):
+        site, *others = run
+        label = f"{site.name} … {others[-1].name}" if others else site.name
+        known = [x.density for x in (site, *others) if x.density is not None]
         low, high = (min(known), max(known)) if known else (0.0, 0.0)
         density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
-        result = (
-            f"[green]rewritten{site.marks}"
-            if site.rewritten
-            else f"[red]{'dense: ' if site.found else ''}{site.reason}"
-        )
-        table.add_row(
-            label,
-            str(len(names)),
-            "x".join(site.query_shape),
-            "x".join(site.key_shape),
-            site.mask or "-",
-            result,
-            density,
-        )
+        dense = "dense: " if site.found else ""
+        result = f"[green]rewritten{site.marks}" if site.rewritten else f"[red]{dense}{site.reason}"
+        shapes = ("x".join(shape) for shape in (site.query_shape, site.key_shape))
+        table.add_row(label, str(1 + len(others)), *shapes, site.mask or "-", result, density)
     console.print(table)
     console.print(str(report).split("\n", len(report.sites) + 2)[-1])
-
-
-def _runs(report: Report) -> list[tuple[list[str], Any, list[float | None]]]:
-    runs: list[tuple[list[str], Any, list[float | None]]] = []
-    for site in report.sites:
-        same = ("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
-        if runs and all(getattr(runs[-1][1], name) == getattr(site, name) for name in same):
-            runs[-1][0].append(site.name)
-            runs[-1][2].append(site.density)
-        else:
-            runs.append(([site.name], site, [site.density]))
-    return runs
 
 
 def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None:
     figures = result.figures
     console.print()
     _print_report(console, result.report)
-    table = Table(
-        "",
-        "dense",
-        "S2O",
-        title=f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, {config.quality}",
-    )
+    title = f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, {config.quality}"
+    table = Table("", "dense", "S2O", title=title)
     table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
     table.add_row("top-1 agreement", "", f"{figures['top1_agreement']:.4f}")
     speedup = float(figures["seconds_dense"]) / float(figures["seconds_s2o"])
-    table.add_row(
-        "seconds of the prefill", f"{figures['seconds_dense']:.2f}", f"{figures['seconds_s2o']:.2f}  ({speedup:.2f}x)"
-    )
+    sparse = f"{figures['seconds_s2o']:.2f}  ({speedup:.2f}x)"
+    table.add_row("seconds of the prefill", f"{figures['seconds_dense']:.2f}", sparse)
     table.add_row("seconds to compile, once", "", f"{result.compile_seconds:.1f} ({config.inner_backend})")
     console.print(table)
     console.print(f"[bold]Q:[/bold] {QUESTION}\n[bold]A:[/bold] {result.answer}")

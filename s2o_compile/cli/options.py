@@ -50,16 +50,15 @@ def choose_device(wanted: str) -> str:
 
 def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
     """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
-    config = S2OConfig(**fields) if file is None else _config_of(file)
+    if file is None:
+        config = S2OConfig(**fields)
+    else:
+        text = read_file("--config", file)
+        try:
+            config = S2OConfig.from_json(text)
+        except OptionError as error:
+            raise OptionError(f"--config {shown(str(file))}: {error}") from error
     return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
-
-
-def _config_of(file: Path) -> S2OConfig:
-    text = read_file("--config", file)
-    try:
-        return S2OConfig.from_json(text)
-    except OptionError as error:
-        raise OptionError(f"--config {shown(str(file))}: {error}") from error
 
 
 def read_file(option: str, file: Path) -> str:

@@ -14,10 +14,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -133,11 +134,7 @@ def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = Tr
 def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:
     """Check and time both forward kernels, under the present configuration first and then under every one of ``tried``.
 
-    Args:
-        shape: Heads, head dim and dtype.
-        length: Tokens of the timed call.
-        tried: Configurations.
-        clock: Milliseconds of a call.
+    The timed calls have ``length`` tokens; ``clock`` gives the milliseconds of a call.
     """
     from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
@@ -272,15 +269,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-@contextmanager
-def launched(launch: Launch) -> Iterator[None]:
+def launched(launch: Launch) -> AbstractContextManager[object]:
     """Inside the block every forward kernel runs under this configuration."""
-    table = tuned.launch
-    tuned.launch = lambda *_: launch  # pyright: ignore
-    try:
-        yield
-    finally:
-        tuned.launch = table
+    return patch.object(tuned, "launch", lambda *_: launch)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

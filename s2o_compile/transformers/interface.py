@@ -124,7 +124,14 @@ def s2o_attention_forward(
     Raises:
         InputError: The model passes an argument of its own attention that neither this nor "sdpa" has.
     """
-    _refuse_others(module, kwargs)
+    given = [name for name in _others(type(module).__module__) if kwargs.get(name) is not None]
+    if given:
+        raise InputError(
+            f"argument of {type(module).__name__}",
+            expected="an attention that SDPA computes, with softcap or sinks at most",
+            got=", ".join(given),
+            remedy='Choose model.set_attn_implementation("eager") or "sdpa" for this model.',
+        )
     if kwargs.get("output_attentions"):
         logger.warning_once('"s2o" makes no attention weights: choose attn_implementation="eager" to read them.')
     if is_causal is None:
@@ -221,17 +228,6 @@ def _sparse(
 def _describes(mask: object, query: Tensor, key: Tensor) -> TypeGuard[LazyMask]:
     """Whether a mask is one of ours, for these queries and keys, and nobody wrote into it."""
     return isinstance(mask, LazyMask) and mask.shape[2:] == (query.shape[2], key.shape[2]) and mask.holds
-
-
-def _refuse_others(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    given = [name for name in _others(type(module).__module__) if kwargs.get(name) is not None]
-    if given:
-        raise InputError(
-            f"argument of {type(module).__name__}",
-            expected="an attention that SDPA computes, with softcap or sinks at most",
-            got=", ".join(given),
-            remedy='Choose model.set_attn_implementation("eager") or "sdpa" for this model.',
-        )
 
 
 @torch.compiler.assume_constant_result

@@ -28,12 +28,8 @@ class LazyMask(Tensor):
     cannot be copied make the mask itself, at once.
 
     Layers of a model share it and its proof. Any operation on it makes the mask and works on that, so models can slice,
-    invert or merge it.
-
-    Args:
-        make: Makes the mask, ``sdpa_mask`` or ``eager_mask`` of transformers.
-        arguments: Its arguments, as transformers passes them to a mask interface.
-        dtype: Of the mask.
+    invert or merge it. ``make`` is ``sdpa_mask`` or ``eager_mask`` of transformers, and takes the arguments of a mask
+    interface.
     """
 
     _make: Callable[..., Tensor | None]
@@ -60,10 +56,8 @@ class LazyMask(Tensor):
 
     def _from(self, arguments: dict[str, Any]) -> Tensor:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors of inference mode do not count who writes into them
+        # Tensors of inference mode do not count who writes into them.
+        with torch.inference_mode(False), torch.no_grad():
             mask = self._make(**arguments | skips)
         assert mask is not None
         self._version_made = version_of(mask)
@@ -124,8 +118,7 @@ class LazyMask(Tensor):
                 found = func(*args, **kwargs or {})
             if not isinstance(found, Tensor):
                 return found
-        made = cls._made((args, kwargs or {}))
-        return func(*made[0], **made[1])
+        return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
@@ -136,12 +129,8 @@ class LazyMask(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (what the operation returns)
         """The same for operations that come from C++."""
-        made = cls._made((args, kwargs or {}))
+        made = tree_map_only(cls, lambda mask: mask.made, (args, kwargs or {}))
         return func(*made[0], **made[1])
-
-    @classmethod
-    def _made(cls, arguments: Any) -> Any:  # noqa: ANN401 (any nest)
-        return tree_map_only(cls, lambda mask: mask.made, arguments)
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, device={str(self.device)!r})"

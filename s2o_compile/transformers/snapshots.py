@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.support.torch_compat import OpOverload, OpOverloadPacket
-from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 
 _CONSTANTS = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OPERATORS = (OpOverload, OpOverloadPacket)
 # Their modules, classes and functions are code, which nobody assigns to; other modules may hold settings.
 _LIBRARIES = frozenset({"torch", "math", "operator", "builtins"})
-
-
-class _Live(Exception):
-    """Names a kind of object that can change and cannot be copied."""
 
 
 def snapshot(arguments: dict[str, Any]) -> dict[str, Any] | Rejected:
@@ -34,14 +30,8 @@ def snapshot(arguments: dict[str, Any]) -> dict[str, Any] | Rejected:
     Tensors are cloned, without gradients. Functions are made anew over copies of all that they read: closure, defaults,
     attributes, and the globals that their code names. Lists, tuples and dicts are copied with their items. Numbers,
     strings, dtypes, devices and torch itself stay. Any other object may change at any time, and ends the attempt.
-
-    Args:
-        arguments: By name.
     """
-    try:
-        return _copied(arguments, {})
-    except _Live as live:
-        return Rejected("it is made of a %s, which may change later", live)
+    return attempt(_copied, arguments, {})
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:  # noqa: ANN401 (any argument)
@@ -61,7 +51,7 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:  # noqa: ANN401 (any arg
         return value
     if type(value) is FunctionType:
         return _copied_function(value, copies)
-    raise _Live(type(value).__name__)
+    raise Refused("it is made of a %s, which may change later", type(value).__name__)
 
 
 def _copied_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
