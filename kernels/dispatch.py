@@ -197,5 +197,10 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result
         if path != "s2o":
             return EXACT[implementation](call)
         if implementation == "flex":
+            if options.error:
+                raise ImplementationUnavailableError(
+                    f'implementation="flex": expected a tau, got error={options.error:g}, which it cannot measure. '
+                    'Give a tau, or use "auto" on a CPU or a CUDA device.'
+                )
             return flex_forward.attend(call, *planner.plan_visits(call, options))
         return schedule.attend(call, options, implementation, EXACT[implementation])

@@ -141,7 +141,8 @@ def _row(site: Site) -> tuple[str, ...]:
         ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(site.path, "")
         result = f"rewritten{ran}{site.marks}"
     density = "-" if site.density is None else f"{site.density:.3f}"
-    return (site.name, "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density)
+    error = "-" if site.error is None else f"{site.error:.1%}"
+    return (site.name, "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density, error)
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:

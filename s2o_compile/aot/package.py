@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,15 +76,23 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
     sparse, dense, on_cpu = [], {}, True
+    budgets = set()
     for node in _attentions(program):
         name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
         _check(name, call)
+        budgets |= {call["error"]} if call.get("error") else set()
         on_cpu = on_cpu and call["query"].device.type == "cpu"
         reason = _why_dense(node, call)
         if reason:
             dense[name] = reason
         else:
             sparse.append(name)
+    if budgets:
+        warnings.warn(
+            f"package: an error budget of {max(budgets):g} is not measured in a package, which attends at the tau "
+            "that it begins with. Calibrate it, or check the package's error with s2o_compile.evaluate on the model.",
+            stacklevel=2,
+        )
     taken = sorted(_OWN_OPTIONS & set(options or {}))
     if taken and on_cpu:
         raise PackageError(

@@ -8,12 +8,12 @@ import torch
 from s2o_compile import onnx
 from s2o_compile.kernels.impl.aot import attention as aot
 
-HOW = {"tau", "head_tau", "segment_len", "ranking", "ranking_per", "implementation", "min_seq_len", "dense_heads"}
+HOW = {"tau", "error", "head_tau", "segment_len", "ranking", "ranking_per", "implementation", "min_seq_len", "dense_heads"}
 """How to be sparse: dense attention does not ask."""
 OPERATORS = {"attention": torch.ops.s2o.attention.default, "masked_attention": torch.ops.s2o.masked_attention.default}
 NOT_ASKED = {
-    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes.
-    aot.attention: {"ranking", "ranking_per", "implementation", "return_lse", "site"},
+    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes. It warns of a budget.
+    aot.attention: {"error", "ranking", "ranking_per", "implementation", "return_lse", "site"},
     aot.masked_attention: HOW | {"site"},
     onnx._attention: HOW | {"return_lse", "site"},
     onnx._masked_attention: HOW | {"site"},

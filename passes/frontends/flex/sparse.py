@@ -75,6 +75,8 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
         raise Refused(
             'implementation=%r knows no functions of its own, "auto" and "flex" do', options["implementation"]
         )
+    if options.get("error"):
+        raise Refused("FlexAttention cannot measure the error that error=%g allows: give a tau", options["error"])
     if options.get("tau", OperatorOptions.tau) == 0 and not options.get("head_tau"):
         raise Refused("tau=0 leaves nothing out")
     if sum(user.args[1:] == (0,) for user in node.users) != 1 or any(
