@@ -34,6 +34,7 @@ from s2o_compile.errors import (
     UnknownSiteWarning,
     UntestedTorchWarning,
     UnusedWeightsWarning,
+    WholeLogitsWarning,
 )
 from s2o_compile.functional import attention
 from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
@@ -90,6 +91,7 @@ __all__ = [
     "UnknownSiteWarning",
     "UntestedTorchWarning",
     "UnusedWeightsWarning",
+    "WholeLogitsWarning",
     "attention",
     "calibrate",
     "evaluate",
