@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
-from s2o_compile.cli.demo import MODEL
+from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
     ConfigFile,
     Console,
@@ -96,7 +96,7 @@ def plot(
             )
         config = _config(tau, config_file, tokens)
         visits = _visits(model, tokens, text, config, device, site, head)
-        title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, {config.quality}"
+        title = f"{full_name(model)}, {tokens} tokens, {config.quality}"
         with writing("--out", out):
             draw_attention(visits, out, title=title)
         return
@@ -127,7 +127,7 @@ def _evaluate(
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
         found = evaluate_model(loaded, ids, config, needles=needles, taus=taus, progress=step)
-    return dataclasses.replace(found, model=MODEL if model == "smollm2" else model)
+    return dataclasses.replace(found, model=full_name(model))
 
 
 def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:
