@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from s2o_compile.quality.calibrate import calibrate
     from s2o_compile.quality.evaluate import evaluate
     from s2o_compile.quality.evaluation import Evaluation
+    from s2o_compile.quality.tasks.evaluate import evaluate_tasks
+    from s2o_compile.quality.tasks.scores import TaskScores
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     warnings.warn(
@@ -60,8 +62,10 @@ if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
 _LOADED_ON_FIRST_USE = {
     "Evaluation": "quality.evaluation",
     "Package": "aot.package",
+    "TaskScores": "quality.tasks.scores",
     "calibrate": "quality.calibrate",
     "evaluate": "quality.evaluate",
+    "evaluate_tasks": "quality.tasks.evaluate",
     "export": "aot.export",
     "package": "aot.package",
 }
@@ -86,6 +90,7 @@ __all__ = [
     "S2OError",
     "S2OPlan",
     "Site",
+    "TaskScores",
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
@@ -95,6 +100,7 @@ __all__ = [
     "attention",
     "calibrate",
     "evaluate",
+    "evaluate_tasks",
     "explain",
     "export",
     "optimize",

@@ -30,6 +30,7 @@ from s2o_compile.cli.options import (
     typer,
     writing,
 )
+from s2o_compile.cli.tasks import choose_lengths, run_tasks
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
@@ -50,11 +51,22 @@ def evaluate(
     needles: Annotated[bool, typer.Option(help="Also hide random strings in the text and ask for them again.")] = True,
     planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Solve tasks of long context instead: needles, variables, common words.")
+    ] = False,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(help="--tasks: tokens of a prompt, may be repeated; else --tokens, its half, its quarter.", min=1),
+    ] = None,
     device: Device = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
+    asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
+    if tasks:
+        run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2), device, json_file)
+        return
     taus = TAUS if curve else ()
     if planted is not None:
         message = "--planted is now called --needles; the old name will go."

@@ -121,8 +121,8 @@ def evaluate(
         loss_first=firsts.mean("loss_dense"),
     )
     return Evaluation(
-        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
-        device=_device_name(checked[0].ids.device),
+        model=model_name(model),
+        device=device_name(checked[0].ids.device),
         config=config,
         lengths=tuple(batch.ids.shape[1] for batch in checked for _ in batch.ids),
         tokens=next_token.tokens,
@@ -136,5 +136,11 @@ def evaluate(
     )
 
 
-def _device_name(device: torch.device) -> str:
+def model_name(model: nn.Module) -> str:
+    """A model's name in reports: of its folder or hub, else of its class."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def device_name(device: torch.device) -> str:
+    """A device's name in reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -125,6 +125,25 @@ class LogitsReader:
         batch.run(model, logits_to_keep=1)
         self._kept.clear()
 
+    def next_token(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, object]:
+        """Run the model or a copy on a batch and keep its cache.
+
+        Returns:
+            The best next token of every sequence, int64 [B, 1], and the cache of keys and values.
+
+        Raises:
+            EvaluationError: The model returns no logits [B, _, V], or no cache.
+        """
+        output: Any = batch.run(model, use_cache=True, logits_to_keep=1)
+        self._kept.clear()
+        logits, cache = getattr(output, "logits", None), getattr(output, "past_key_values", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or cache is None:
+            raise EvaluationError(
+                f"{self._caller}: expected an output with .logits and .past_key_values, as a causal model of "
+                f"transformers returns it, got {type(output).__name__}. Give such a model."
+            )
+        return logits[:, -1].argmax(-1, keepdim=True), cache
+
     def read(self, model: nn.Module, batch: TokenBatch) -> Logits:
         """Run the model or a copy on a batch.
 
