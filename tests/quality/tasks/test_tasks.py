@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from s2o_compile import EvaluationError, OptionError, S2OConfig, TaskScores
 from s2o_compile.quality.tasks import evaluate as module
 from s2o_compile.quality.tasks.samples import COMMON, FILLER, HOPS, NEEDLES, TASKS, compounds, sentences
 from s2o_compile.quality.tasks.scores import TaskScore
-from tests.helpers.tiny import tiny_language_model
+from tests.helpers.tiny import Characters, tiny_language_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,21 +22,6 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 CONFIG = S2OConfig(tau=4.0, min_seq_len=0, segment_len=128, inner_backend="eager")
 EXACT = dataclasses.replace(CONFIG, tau=0.0)
 LENGTH = 1600
-
-
-class Characters:
-    """A tokenizer of printable characters, with a first token."""
-
-    def __init__(self):
-        self.decoded = []
-
-    def __call__(self, text, *, verbose=True, add_special_tokens=True):
-        ids = [3 + max(0, ord(character) - 32) for character in text]
-        return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
-
-    def decode(self, ids, *, skip_special_tokens):
-        self.decoded.append(list(ids))
-        return "".join(chr(32 + id_ - 3) for id_ in ids if id_ >= 3)
 
 
 def tiny_llama():
@@ -48,9 +32,9 @@ def tiny_llama():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=99,
+        vocab_size=97,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=0,
         pad_token_id=0,
     )
     return transformers.LlamaForCausalLM(config).eval()
@@ -192,12 +176,12 @@ def test_an_answer_may_end_at_once(monkeypatch):
     def next_token(self, *args):
         best, cache = original(self, *args)
         first.append(best.item())
-        return torch.full_like(best, 2), cache
+        return torch.zeros_like(best), cache
 
     original = module.LogitsReader.next_token
     monkeypatch.setattr(module.LogitsReader, "next_token", next_token)
     s2o_compile.evaluate_tasks(model, tokenizer, [LENGTH], CONFIG, tasks=["needle"], samples=1)
-    assert tokenizer.decoded == [[2], [2]]
+    assert tokenizer.decoded == [[0], [0]]
 
 
 def test_tau_zero_is_dense_and_a_seed_decides():
