@@ -254,6 +254,12 @@ class TestJSON:
         with pytest.raises(OptionError, match="expected the JSON of `s2o evaluate --tasks --json` in format 1, got"):
             TaskScores.from_json(text)
 
+    @pytest.mark.parametrize("changed", [{"format": 2}, {"kind": "evaluation"}])
+    def test_another_format_is_refused(self, changed):
+        text = json.dumps(json.loads(scores().to_json()) | changed)
+        with pytest.raises(OptionError, match="expected the JSON of `s2o evaluate --tasks --json`"):
+            TaskScores.from_json(text)
+
     def test_an_evaluation_is_none(self):
         with pytest.raises(OptionError, match="expected the JSON of `s2o evaluate --tasks --json`"):
             TaskScores.from_json('{"format": 1, "sites": []}')
