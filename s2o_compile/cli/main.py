@@ -24,6 +24,7 @@ from s2o_compile.cli.demo import QUESTION, DemoResult
 from s2o_compile.cli.demo import run as run_demo
 from s2o_compile.cli.evaluate import evaluate, plot
 from s2o_compile.cli.options import (
+    MODEL_HELP,
     BarColumn,
     Console,
     Device,
@@ -74,7 +75,7 @@ def demo(
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help='"smollm2", or a transformers model: a directory or a hub name.')],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     tokens: Annotated[int, typer.Option(help="Length of the random prompt in tokens.", min=2)] = 512,
     batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
     random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from s2o_compile.cli.demo import DemoUnavailableError, Step, document, load_model
+from s2o_compile.cli.demo import Step, document
 from s2o_compile.cli.loading import load_weights, loading
+from s2o_compile.cli.models import KNOWN, NAMES, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
@@ -34,7 +35,8 @@ __all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextCo
 Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]
-Model = Annotated[str, typer.Option(help='"smollm2", or a transformers model: a directory or a hub name.')]
+MODEL_HELP = f"{NAMES}, or a transformers model: a directory or a hub name."
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Text = Annotated[Path | None, typer.Option(help="Text to read; by default Python's language reference.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of the text that are read.", min=2)]
 
@@ -98,9 +100,10 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
 
     Raises:
         LoadingError: There is no such model, or it cannot be loaded whole.
+        DemoUnavailableError: The packages that carry a known model are missing, or it does not read so many tokens.
     """
-    if model == "smollm2":
-        return load_model(tokens, device)
+    if model in KNOWN:
+        return load_model(tokens, device, model)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -108,7 +111,7 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
             "--model: expected transformers, got none. Run `pip install transformers`."
         ) from error
     source = f"model {shown(model)}"
-    remedy = 'Give "smollm2", a directory that save_pretrained wrote, or a hub name.'
+    remedy = f"Give {NAMES}, a directory that save_pretrained wrote, or a hub name."
     if random_weights:
         with loading(source, remedy):
             loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval(), None

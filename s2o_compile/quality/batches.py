@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,26 @@ class TokenBatch:
         """Bool [B, N]: tokens that the token before them predicts."""
         real = self.real
         return real & real.roll(1, 1)
+
+    def first(self, length: int) -> TokenBatch:
+        """The first tokens of every sequence."""
+        return self._cut(slice(None), slice(length))
+
+    def at(self, row: int, places: Tensor) -> TokenBatch:
+        """Some tokens int64 [P] of one sequence, as a batch [1, P]."""
+        return self._cut(torch.full_like(places[None], row), places[None])
+
+    def without_labels(self) -> TokenBatch:
+        """The batch for logits alone: a loss would need those of every token."""
+        kept = {name: x for name, x in (self.keywords or {}).items() if name != "labels"}
+        return replace(self, keywords=None if self.keywords is None else kept)
+
+    def _cut(self, rows: Tensor | slice, places: Tensor | slice) -> TokenBatch:
+        def cut(x: object) -> object:
+            return x[rows, places] if isinstance(x, Tensor) and x.shape[:2] == self.ids.shape else x
+
+        kept = None if self.keywords is None else {name: cut(x) for name, x in self.keywords.items()}
+        return TokenBatch(ids=self.ids[rows, places], keywords=kept)
 
     def run(self, model: nn.Module, **wanted: object) -> object:
         """Call the model, with those of these keywords that it knows."""

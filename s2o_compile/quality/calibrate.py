@@ -16,6 +16,7 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, token_batches
 from s2o_compile.quality.head_curves import HeadCurves
+from s2o_compile.quality.logits import LogitsReader
 
 TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
 """The taus at which every head is measured."""
@@ -94,11 +95,11 @@ def calibrate(
     checked = token_batches("calibrate", model, batches)
     check_lengths("calibrate", checked, config)
     meter = CurveMeter()
-    with watched(config) as watch:
+    with watched(config) as watch, LogitsReader("calibrate", model, checked[0]) as reader:
         sparse_model = compiled_copy(model, watch.backend)
         for place, batch in enumerate(checked):
             with progress(f"batch {place + 1} of {len(checked)}"), observe_attention(meter):
-                batch.run(sparse_model, logits_to_keep=1)
+                reader.run(sparse_model, batch)
         if not meter.sites:
             raise nothing_sparse("calibrate", watch.recording.report)
     return budgeted(config, meter, error)

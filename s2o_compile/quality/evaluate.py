@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from s2o_compile.api import watched
 from s2o_compile.capture.compiled_copy import compiled_copy
@@ -26,6 +26,7 @@ from s2o_compile.quality.batches import (
     token_batches,
 )
 from s2o_compile.quality.evaluation import Evaluation
+from s2o_compile.quality.logits import Logits, LogitsReader
 from s2o_compile.quality.needles import NEEDLE_LEN, NEEDLES, NeedleRecall, hide_needles
 from s2o_compile.quality.next_token import NextToken
 from s2o_compile.quality.site_quality import SiteMeter
@@ -52,8 +53,12 @@ def evaluate(
 
     Each batch is read densely and through S2O, with ``needles`` twice. Each sparse call of the first reading is
     followed by an exact one, and by one for each of ``taus``. Nothing is compiled behind the passes, whatever the
-    configuration's inner backend, so that only attention differs. Both logits [B, N, vocabulary] are held in the
-    model's dtype. Dynamo is reset: code compiled before is compiled anew at its next call.
+    configuration's inner backend, so that only attention differs. Dynamo is reset: code compiled before is compiled
+    anew at its next call.
+
+    Of a causal model of transformers both last hidden states [B, N, H] are held. Logits are made from them in pieces of
+    64 MiB in float32. The model's first tokens show that this gives its own logits. Other models are read whole: both
+    logits [B, N, vocabulary] are held in the model's dtype, with a `WholeLogitsWarning` from 1 GiB on.
 
     Args:
         model: In eval mode, not compiled. It is called with token ids [B, N], or with the items of a mapping, and
@@ -86,16 +91,16 @@ def evaluate(
             "unpadded batches, or needles=False."
         )
     meter, next_token, repeats, firsts = SiteMeter(taus), NextToken(), NextToken(), NextToken()
-    with watched(config) as watch:
+    with watched(config) as watch, LogitsReader("evaluate", model, checked[0]) as reader:
         sparse_model = compiled_copy(model, watch.backend)
 
-        def read(batch: TokenBatch, name: str, observer: Observer) -> tuple[Tensor, Tensor]:
+        def read(batch: TokenBatch, name: str, observer: Observer) -> tuple[Logits, Logits]:
             with progress(f"{name}: S2O"), observe_attention(observer):
-                sparse = batch.logits(sparse_model, "evaluate")
+                sparse = reader.read(sparse_model, batch)
             if not meter.seen:
                 raise nothing_sparse("evaluate", watch.recording.report)
             with progress(f"{name}: dense"), observe_attention(lambda call: call.exact()):
-                return batch.logits(model, "evaluate"), sparse
+                return reader.read(model, batch), sparse
 
         for place, batch in enumerate(checked):
             name = f"batch {place + 1} of {len(checked)}"
@@ -116,8 +121,8 @@ def evaluate(
         loss_first=firsts.mean("loss_dense"),
     )
     return Evaluation(
-        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
-        device=_device_name(checked[0].ids.device),
+        model=model_name(model),
+        device=device_name(checked[0].ids.device),
         config=config,
         lengths=tuple(batch.ids.shape[1] for batch in checked for _ in batch.ids),
         tokens=next_token.tokens,
@@ -131,5 +136,11 @@ def evaluate(
     )
 
 
-def _device_name(device: torch.device) -> str:
+def model_name(model: nn.Module) -> str:
+    """A model's name in reports: of its folder or hub, else of its class."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def device_name(device: torch.device) -> str:
+    """A device's name in reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

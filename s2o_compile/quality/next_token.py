@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE_ROWS = 512
-"""Rows of logits that are float32 at a time: those of a long prompt fill many GiB."""
+from s2o_compile.quality import logits as piece
+from s2o_compile.quality.logits import Logits
 
 
 @dataclass
@@ -21,20 +21,21 @@ class NextToken:
     agreed: float = 0.0
     kl: float = 0.0
 
-    def add(self, dense: Tensor, s2o: Tensor, ids: Tensor, counted: Tensor) -> None:
-        """Compare logits.
+    def add(self, dense: Logits, s2o: Logits, ids: Tensor, counted: Tensor) -> None:
+        """Compare logits, those of a few tokens at a time.
 
         Args:
-            dense: Logits [B, N, V].
-            s2o: Logits [B, N, V].
+            dense: Of B x N tokens.
+            s2o: Of the same tokens.
             ids: int64 [B, N], the tokens themselves: row i predicts token i + 1.
             counted: bool [B, N], which tokens count as predicted; the first never does.
         """
-        sums = torch.zeros(5, dtype=torch.float64, device=dense.device)
-        places = (place.split(PIECE_ROWS) for place in counted[:, 1:].nonzero(as_tuple=True))
-        for row, place in zip(*places, strict=True):
+        sums = torch.zeros(5, dtype=torch.float64, device=ids.device)
+        length = max(1, piece.PIECE_BYTES // (4 * dense.vocabulary))
+        predicting = ((row, of_row.nonzero()[:, 0]) for row, of_row in enumerate(counted[:, 1:]))
+        for row, place in ((row, part) for row, places in predicting for part in places.split(length)):
             target = ids[row, place + 1][:, None]
-            theirs, ours = (logits[row, place].float().log_softmax(-1) for logits in (dense, s2o))
+            theirs, ours = (logits.at(row, place).float().log_softmax(-1) for logits in (dense, s2o))
             apart = torch.where(theirs == -torch.inf, 0.0, theirs - ours)  # ruled out by the model in both
             figures = (
                 torch.ones_like(target),

@@ -12,8 +12,8 @@ pytest.importorskip("typer")
 transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from s2o_compile.cli import demo  # noqa: E402
 from s2o_compile.cli import main as cli  # noqa: E402 (needs typer)
+from s2o_compile.cli import models  # noqa: E402
 from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
 from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
 
@@ -355,7 +355,7 @@ def test_a_truncated_gguf_file(s2o, tmp_path, monkeypatch, length):
     ):
         write()
     file.write_bytes(file.read_bytes()[:length])
-    monkeypatch.setattr(demo, "weights_file", lambda: file)
+    monkeypatch.setattr(models, "weights_file", lambda _: file)
     assert "model.gguf: expected a model that can be loaded" in complaint(s2o("demo", "--device", "cpu"))
 
 

@@ -61,6 +61,30 @@ def test_evaluate_writes_what_plot_draws(s2o, reader_dir, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(start)
 
 
+def test_evaluate_by_tasks(s2o, reader_dir, tmp_path):
+    out, config = tmp_path / "tasks.json", str(reader_dir / "config.s2o")
+    asked = ["--model", str(reader_dir), "--tasks", "--lengths", "600", "--lengths", "500", "--config", config]
+    done = s2o("evaluate", *asked, "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    names = "needle", "needles", "variables", "words"
+    assert [(score["task"], score["length"]) for score in found["scores"]] == [
+        (n, x) for n in names for x in (500, 600)
+    ]
+    assert (found["model"], found["config"]["tau"], found["seed"]) == (str(reader_dir), 0.25, 0)
+    for word in ("task", "tokens", "answers", "loss", "density", *names, "mean", "600"):
+        assert word in done.stdout
+    done = s2o("plot", "depth", str(out), "--out", str(tmp_path / "depth.png"))
+    assert "expected the JSON of `s2o evaluate --json` in format 1" in done.stderr.replace("\n", " ")
+
+
+def test_tasks_take_a_quarter_and_a_half_of_the_tokens():
+    from s2o_compile.cli.tasks import choose_lengths
+
+    assert choose_lengths(None, 8192, tasks=True, curve=False) == [2048, 4096, 8192]
+    assert choose_lengths([7, 5], 8192, tasks=True, curve=False) == [5, 7]
+
+
 def test_plot_attention_runs_the_model(s2o, reader_dir, tmp_path):
     pytest.importorskip("matplotlib")
     read = ["--model", str(reader_dir), "--text", str(reader_dir / "text.txt"), "--tokens", "600", "--tau", "0.25"]
@@ -107,6 +131,9 @@ def test_explain_json_in_a_process_of_its_own(model_dir):
         (("demo", "--inner-backend", "inductr"), "Did you mean 'inductor'"),
         (("evaluate", "--config", "no-such.json"), "--config: expected a text file in UTF-8, got 'no-such.json'"),
         (("evaluate", "--config", "pyproject.toml"), "S2OConfig.from_json: expected JSON"),
+        (("evaluate", "--lengths", "4096"), "--lengths: expected --tasks beside it"),
+        (("evaluate", "--tasks", "--curve"), "--tasks: expected no --curve beside it"),
+        (("evaluate", "--tasks", "--text", "no-such.txt"), "--text: expected a text file in UTF-8, got 'no-such.txt'"),
         (("plot", "dense"), "unknown picture 'dense': expected one of density, error, depth, attention"),
         (("plot", "depth", "pyproject.toml"), "expected the JSON of `s2o evaluate --json` in format 1"),
         (("plot", "depth", "--out", "picture.txt"), "--out: expected a name in .png, .pdf or .svg, got 'picture.txt'"),
@@ -120,6 +147,9 @@ def test_explain_json_in_a_process_of_its_own(model_dir):
         "unknown-inner-backend",
         "no-config",
         "bad-config",
+        "lengths-without-tasks",
+        "tasks-with-a-curve",
+        "tasks-without-their-text",
         "unknown-picture",
         "bad-evaluation",
         "bad-picture-name",

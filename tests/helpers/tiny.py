@@ -1,5 +1,7 @@
 """Small models and inputs for tests of the public face."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,3 +70,18 @@ def tiny_language_model():
 
 def tiny_tokens(length=700, batch=1, vocabulary=50):
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+class Characters:
+    """A tokenizer of printable characters, ids 2 to 96, behind a first token. It keeps what it decoded."""
+
+    def __init__(self):
+        self.decoded = []
+
+    def __call__(self, text, *, verbose=True, add_special_tokens=True):
+        ids = [2 + max(0, ord(character) - 32) for character in text]
+        return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+    def decode(self, ids, *, skip_special_tokens):
+        self.decoded.append(list(ids))
+        return "".join(chr(32 + id_ - 2) for id_ in ids if id_ >= 2)

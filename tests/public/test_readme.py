@@ -16,6 +16,7 @@ from s2o_compile import S2OConfig
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.support import torch_inductor
 from tests.conftest import quick_rows
+from tests.helpers.tiny import Characters
 
 ROOT = Path(__file__).parents[2]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -74,7 +75,7 @@ def names():
     given = {"model": model, "ids": texts[0], "batches": [texts[0]], "other_batches": [texts[1]]}
     given |= dict(zip("qkv", torch.randn(3, 1, 4, 1200, 16), strict=True))
     given |= {"fast": s2o_compile.optimize(model, S2OConfig(inner_backend="eager"))}
-    given |= {"config": S2OConfig(tau=0.25)}
+    given |= {"config": S2OConfig(tau=0.25), "tokenizer": Characters()}
     return given | {"torch": torch, "s2o_compile": s2o_compile, "S2OConfig": S2OConfig}
 
 

@@ -7,7 +7,8 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.cli.demo import build_prompt, load_model, run, weights_file
+from s2o_compile.cli.demo import build_prompt, load_model, run
+from s2o_compile.cli.models import weights_file
 
 pytest.importorskip("transformers")
 try:
