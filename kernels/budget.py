@@ -56,15 +56,16 @@ def attend_within(
     Args:
         call: Its mask has no window.
         plan: Ranked key indices of every segment.
-        tau: Where to begin; one number, or float32 [Hq].
+        tau: Where to begin; one number, or float32 [Hq] from a calibration.
         error: The budget, a relative L2 error > 0.
         executor: ``impl.torch.forward`` or ``impl.triton.forward``.
         attend_rows: ``exact.sampled.attend_rows``, or the same on the GPU.
         into: Where the results go.
     """
+    by_head = isinstance(tau, Tensor)
     exact = attend_rows(call, sample_rows(call.n_queries, call.query.device, SAMPLES))
     tau = torch.zeros_like(exact.lse[:, :, 0]) + tau  # [B, Hq]
-    tau = (tau * BEGIN).clamp(max=LARGEST_TAU)
+    tau = tau if by_head else (tau * BEGIN).clamp(max=LARGEST_TAU)
     progress = executor.begin_progress(call)
     executor.attend(call, plan, tau, into, progress)
     for largest in STEPS:

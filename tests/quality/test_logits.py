@@ -144,8 +144,8 @@ def test_nothing_of_all_tokens_times_the_vocabulary_is_made(pieces, monkeypatch)
 
 def test_many_batches_share_one_graph(monkeypatch):
     """The hook stands throughout: another one for each batch would be captured anew, and soon given up."""
-    compiled, s2o = [], s2o_compile.api.s2o
-    monkeypatch.setattr("s2o_compile.api.s2o", lambda *args, **kwargs: compiled.append(1) or s2o(*args, **kwargs))
+    compiled, rewrite = [], s2o_compile.api.rewrite
+    monkeypatch.setattr("s2o_compile.api.rewrite", lambda *given: compiled.append(1) or rewrite(*given))
     s2o_compile.evaluate(MODELS["llama"](), [tiny_tokens(300)] * 10, CONFIG, needles=False)
     assert compiled == [1]
 

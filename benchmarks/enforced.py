@@ -1,0 +1,173 @@
+"""Whether a budget that is measured while it runs holds, what it costs, and how well samples tell the error.
+
+    python benchmarks/enforced.py [--only model time] [--json benchmarks/results/enforced-h200.json]
+
+Every layer attends over the inputs that it has in the dense model; of Gemma-3 the global layers. Texts: Python's
+language reference (prose), the sources of its standard library and of torch.nn, and prose with needles.
+
+    layer    density and true error (relative L2, all heads) at the default; the error of its samples over the true one
+    budget   the same under error=0.02 and 0.05: true error over the budget, and density over that of the one tau that
+             would just meet it, which nobody knows before
+    time     milliseconds of a call on inputs with topics and on noise, which no tau makes sparse, against SDPA;
+             "recorded" measures the error, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import calls
+import torch
+from budget import sources
+from calls import DEVICE, make_inputs, milliseconds
+from results_file import Rows
+from torch import Tensor
+
+import s2o_compile
+from s2o_compile import S2OConfig
+from s2o_compile.cli.demo import document
+from s2o_compile.cli.models import load_model
+from s2o_compile.error_budget import tau_for
+from s2o_compile.kernels.exact.sampled import relative_error
+from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.kernels.schedule import measure_error
+from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.quality.needles import hide_needles
+
+BUDGETS = (0.02, 0.05)
+TAUS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
+LENGTHS = {"gemma3": (8192, 16384, 32768), "smollm2": (8192, 16384, 65536)}
+EVERY = {"gemma3": 1, "smollm2": 5}
+"""Of the layers that run sparse, every so manieth is measured."""
+
+
+def texts(tokenizer: object, tokens: int) -> dict[str, Tensor]:
+    """Ids [1, tokens] by the name of the text; a text that is too short is left out."""
+    letters = 8 * tokens
+    found = {
+        "prose": document(),
+        "library": sources(Path(argparse.__file__).parent, "*.py")[:letters],
+        "torch.nn": sources(Path(torch.__file__).parent / "nn", "**/*.py")[:letters],
+    }
+    ids = {name: torch.tensor([tokenizer(text, verbose=False)["input_ids"]]) for name, text in found.items()}  # pyright: ignore
+    ids = {name: some[:, :tokens].to(DEVICE) for name, some in ids.items() if some.shape[1] >= tokens}
+    return ids | {"needles": hide_needles(ids["prose"], seed=0).ids} if "prose" in ids else ids
+
+
+def distance(output: Tensor, exact: Tensor) -> float:
+    """Relative L2 error."""
+    return ((output - exact).float().norm() / exact.float().norm()).item()
+
+
+def measured(call: ObservedCall, exact: Tensor, **options: object) -> dict[str, float]:
+    """Density and error of a call under some options, and the error that its samples show."""
+    result = call.run(**options)
+    sampled = relative_error(measure_error(call, result).sum((1, 2))).item()
+    true = distance(result.output, exact)
+    density = call.densities(result).mean().item()
+    return {"density": round(density, 4), "true": round(true, 5), "sampled_over_true": round(sampled / true, 3)}
+
+
+def least_density(curve: list[dict[str, float]], error: float) -> float:
+    """Density at an error, between the points of a curve over falling errors."""
+    for worse, better in itertools.pairwise(curve):
+        if better["true"] <= error <= worse["true"]:
+            share = math.log(error / worse["true"]) / math.log(better["true"] / worse["true"])
+            return worse["density"] * (better["density"] / worse["density"]) ** share
+    return curve[0]["density"] if curve[0]["true"] < error else math.nan
+
+
+def measure_layer(rows: Rows, what: dict[str, object], call: ObservedCall) -> Tensor:
+    """The rows of one layer; returns its exact output."""
+    exact = call.exact()
+    curve = [measured(call, exact, tau=tau) for tau in reversed(TAUS)]
+    rows.measure("layer", what, lambda: measured(call, exact, tau=0.5))
+
+    def budgeted(error: float) -> dict[str, float]:
+        found = measured(call, exact, tau=tau_for(error), error=error)
+        least = least_density(curve, error)
+        over = {"true_over_budget": round(found["true"] / error, 3), "least_density": round(least, 4)}
+        return found | over | {"density_over_least": round(found["density"] / least, 3)}
+
+    for error in BUDGETS:
+        rows.measure("budget", {**what, "error": error}, lambda error=error: budgeted(error))
+    return exact
+
+
+@torch.no_grad()
+def measure_models(rows: Rows, models: list[str], lengths: list[int] | None) -> None:
+    """Both models, all texts and lengths."""
+    for model_name in models:
+        for tokens in lengths or LENGTHS[model_name]:
+            model, tokenizer = load_model(tokens, DEVICE, model_name)
+            sparse = s2o_compile.optimize(model, S2OConfig(min_seq_len=2048, inner_backend="eager"))
+            for text, ids in texts(tokenizer, tokens).items():
+                seen: list[str] = []
+                what = {"model": model_name, "tokens": tokens, "text": text}
+
+                def see(call: ObservedCall, seen: list[str] = seen, what: dict[str, object] = what) -> Tensor:
+                    seen.append(call.site)
+                    if (len(seen) - 1) % EVERY[what["model"]]:
+                        return call.exact()
+                    return measure_layer(rows, {**what, "site": call.site}, call)
+
+                with observe_attention(see):
+                    sparse(ids, use_cache=False, logits_to_keep=1)
+
+
+@torch.no_grad()
+def measure_times(rows: Rows, scale: int) -> None:
+    """Calls of 32 heads over 8 of 128 dimensions."""
+    for kind in ("topical", "random"):
+        for tokens in (16384, 65536, 131072):
+            inputs = make_inputs(kind, tokens // scale, 32, 8, 128)
+            dense = calls.fastest(calls.sdpa_calls(*inputs))[1]
+
+            def timed(error: float | None, inputs: calls.Inputs = inputs, dense: float = dense) -> dict[str, float]:
+                config = S2OConfig(error=error, min_seq_len=1)
+
+                def call() -> object:
+                    return s2o_compile.attention(*inputs, causal=True, config=config)
+
+                def recorded() -> float:
+                    with record_calls() as seen:
+                        call()
+                    return seen[0].density
+
+                plain = milliseconds(call)
+                found = {"ms": plain, "recorded_ms": milliseconds(recorded), "dense_ms": dense}
+                return {name: round(x, 3) for name, x in {**found, "density": recorded()}.items()}
+
+            for error in (None, *BUDGETS, 0.1):
+                what = {"input": kind, "tokens": tokens // scale, "error": error}
+                rows.measure("time", what, lambda error=error, timed=timed: timed(error))
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("model", "time"), default=["model", "time"])
+    parser.add_argument("--models", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--scale", type=int, default=1, help="divides the lengths of the timed calls")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = Rows(args.json, dtype="bfloat16" if DEVICE == "cuda" else "float32")
+    if "model" in args.only:
+        measure_models(rows, args.models, args.tokens)
+    if "time" in args.only:
+        measure_times(rows, args.scale)
+    budgets = [row for row in rows if row["section"] == "budget" and "failed" not in row]
+    if budgets:
+        worst, mean = (
+            max(row["true_over_budget"] for row in budgets),
+            sum(row["density_over_least"] for row in budgets) / len(budgets),
+        )
+        print(f"{len(budgets)} budgets: true error at most {worst:.2f} of the budget, density {mean:.2f} of the least")
+
+
+if __name__ == "__main__":
+    main()
