@@ -39,7 +39,7 @@ class _Run:
     Attributes:
         prover_options: How masks are proven, as keyword arguments of `MaskProver`.
         expansions: Opaque nodes, each with the nodes that were inlined for it.
-        sites: Every node that a frontend takes for an attention, in graph order, the match, and the record without it.
+        sites: In graph order, each node that a frontend takes for an attention, its match, and its record if it stays.
         records: By the node of an attention, its line in the report.
         inner: The report lines of attentions in sub-graphs.
     """

@@ -21,7 +21,6 @@ from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.prover import MaskProver
 
 _COPIES = ("contiguous", "clone")
@@ -96,12 +95,8 @@ def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size],
             return None
         if same_sizes(base.shape, shape):
             reads = all(
-                known(size == 1) or (axis is not None and _is_axis(index, axis))
+                known(size == 1) or (axis is not None and index.is_axis(axis))
                 for index, axis, size in zip(seen.indices, axes, base.shape, strict=True)
             )
             return seen.node if reads else None
     return None
-
-
-def _is_axis(index: IndexTensor, axis: int) -> bool:
-    return known(index.const == 0) and all(step == int(dim == axis) for dim, step in enumerate(index.steps))

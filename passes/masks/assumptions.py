@@ -44,9 +44,9 @@ def check_blocks(
     Every block with a visible score must be listed once. Under ``full`` the mask is not looked at: only blocks that
     are visible as a whole may stand there.
 
-    The mask is bool, broadcastable to [B, H, Nq, Nk]; a block is ``query_block`` by ``key_block`` scores. ``counts``,
-    int32 [B, H, Nq blocks], says how many of the key blocks are listed with which ``order``, int32 [B, H, Nq blocks,
-    Nk blocks], begins. ``full_counts`` and ``full_order`` say the same of blocks visible as a whole.
+    The mask is bool, broadcastable to [B, H, Nq, Nk]; a block is ``query_block`` by ``key_block`` scores. ``order``,
+    int32 [B, H, Nq blocks, Nk blocks], begins with the listed key blocks. ``counts``, int32 [B, H, Nq blocks], says how
+    many they are. ``full_counts`` and ``full_order`` list the blocks visible as a whole.
 
     Raises:
         RuntimeError: They do not; on CUDA at the next synchronisation.

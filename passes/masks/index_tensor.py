@@ -60,6 +60,10 @@ class IndexTensor:
         numbers = torch.iinfo(dtype)
         return bounds(self.minimum)[0] >= numbers.min and bounds(self.maximum)[1] <= numbers.max
 
+    def is_axis(self, dim: int, start: int = 0) -> bool:
+        """Whether the value is the position along one dimension, counted from a start."""
+        return known(self.const == start) and self.steps == IndexTensor.axis(self.shape, dim).steps
+
     @property
     def is_constant(self) -> bool:
         """Whether the value is the same everywhere."""

@@ -71,7 +71,7 @@ class BlockTables:
     """The part of a ``block_mask`` that decides the output of flex_attention; the rest serves gradients.
 
     Attributes:
-        partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks hold a visible score.
+        partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
         full: The same for blocks that are visible as a whole, which ``partial`` leaves out; (None, None) for no such.
         sizes: Queries and keys of a block; integers, or nodes where they are symbolic.
         mask_mod: The get_attr node of the function.

@@ -16,8 +16,8 @@ from torch import fx
 from s2o_compile.passes.frontends.eager import product
 from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.graph.calls import function_name, written_nodes
-from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Refused
+from s2o_compile.passes.graph.nodes import arguments, choice, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.proof import MaskPart
 from s2o_compile.passes.masks.prover import MaskProver
@@ -88,7 +88,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             if matmul.right.node in (softmax, *nodes):
                 raise Refused("%s multiplies its probabilities by themselves", user)
             return Probabilities(matmul, tuple(nodes), tuple(zeroed))
-        if cut is not None and _cuts(user, node, first=cut):
+        if cut is not None and _cuts(user, node, prover, first=cut):
             cut = None
         else:
             step = _step(user, node, prover)
@@ -137,28 +137,17 @@ def _keeps_rows(node: fx.Node, source: fx.Node) -> bool:
     return floating and value.ndim >= 2 and same_sizes(value.shape[-2:], before.shape[-2:])
 
 
-def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
+def _cuts(node: fx.Node, source: fx.Node, prover: MaskProver, *, first: bool) -> bool:
     """Whether a slice takes all columns but the first, or but the last."""
-    name = function_name(node)
-    if name not in ("getitem", "slice") or not isinstance(value_of(node), torch.Tensor):
+    seen = function_name(node) in ("getitem", "slice") and attempt(views.source, node, prover.indices.evaluate)
+    if not seen or seen.node is not source:
         return False
     before, after = value_of(source).shape, value_of(node).shape
-    items = node.args[1] if name == "getitem" else _sliced(node, len(before))
-    *rows, columns = items if isinstance(items, tuple) else (items,)
-    if not all(item is Ellipsis or item == slice(None) for item in rows) or not isinstance(columns, slice):
-        return False
-    if len(rows) + 1 != len(before) and Ellipsis not in rows:
-        return False
-    starts = columns.start == 1 if first else columns.start in (None, 0)
-    return starts and columns.step in (None, 1) and len(after) == len(before) and known(after[-1] == before[-1] - 1)
-
-
-def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
-    """The slice of each dimension that ATen's ``slice(x, dim, start, end, step)`` takes."""
-    _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
-    items = [slice(None)] * rank
-    items[dim or 0] = slice(*rest)
-    return tuple(items)
+    starts = [*(0 for _ in before[:-1]), int(first)]
+    in_place = all(
+        index.is_axis(dim, start) for dim, (index, start) in enumerate(zip(seen.indices, starts, strict=True))
+    )
+    return in_place and same_sizes(after, (*before[:-1], before[-1] - 1))
 
 
 def _drops(node: fx.Node) -> bool:

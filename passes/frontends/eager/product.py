@@ -85,7 +85,7 @@ def transposed(operand: Operand) -> Operand:
 def _swaps_last_two(node: fx.Node) -> bool:
     if function_name(node) not in views.PERMUTATIONS or not node.args or not _is_matrix(node.args[0]):
         return False
-    rank = value_of(node).ndim
+    rank = value_of(node.args[0]).ndim
     return attempt(views.permutation, node) == [*range(rank - 2), rank - 1, rank - 2]
 
 

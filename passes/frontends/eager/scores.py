@@ -94,7 +94,7 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
 
 
 class ScoreReader:
-    """Reads the scores behind softmaxes; the prover knows constants and writes in place."""
+    """Reads the scores behind softmaxes; the prover knows constants, and which tensors are written in place."""
 
     def __init__(self, prover: MaskProver) -> None:
         self._indices, self._mutations = prover.indices, prover.mutations
