@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,9 +66,8 @@ def _joined_masks(pairs: Tensor | None, padding: Tensor | None, num_heads: int, 
     if any(mask.is_floating_point() for mask in masks):
         hidden = torch.full((), float("-inf"), dtype=dtype)
         masks = [mask if mask.is_floating_point() else torch.where(mask, hidden, 0.0) for mask in masks]
-        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
-    visible = [~mask for mask in masks]
-    return None if not visible else visible[0] if len(visible) == 1 else visible[0] & visible[1]
+        return reduce(operator.add, masks)
+    return reduce(operator.and_, [~mask for mask in masks]) if masks else None
 
 
 def _encoder_layer(
@@ -92,17 +92,14 @@ def _encoder_layer(
         hidden = F.linear(x, weight_1, bias_1)
         return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), weight_2, bias_2)
 
-    def norm_1(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
-
-    def norm_2(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     if norm_first:
-        src = src + attend(norm_1(src))
-        return src + feed_forward(norm_2(src))
-    src = norm_1(src + attend(src))
-    return norm_2(src + feed_forward(src))
+        src = src + attend(norm(src, norm_weight_1, norm_bias_1))
+        return src + feed_forward(norm(src, norm_weight_2, norm_bias_2))
+    src = norm(src + attend(src), norm_weight_1, norm_bias_1)
+    return norm(src + feed_forward(src), norm_weight_2, norm_bias_2)
 
 
 OPENED: dict[object, Callable[..., Any]] = {
@@ -113,17 +110,11 @@ OPENED: dict[object, Callable[..., Any]] = {
 
 @dataclass(eq=False)
 class Expansion:
-    """An opaque node and the nodes that were inlined for it.
-
-    Attributes:
-        node: The opaque node, still in place.
-        nodes: The inlined nodes, in order.
-        outputs: The node or the structure of nodes with the opaque node's value.
-    """
+    """An opaque node, still in place, and the nodes that were inlined for it."""
 
     node: fx.Node
     nodes: list[fx.Node]
-    outputs: Any
+    outputs: Any  # the node, or the structure of nodes, with the opaque node's value
 
     def keep(self) -> None:
         """Replaces the opaque node by the inlined ones."""
@@ -151,17 +142,12 @@ def is_opaque(node: fx.Node) -> bool:
 
 
 def expand(node: fx.Node) -> Expansion | Rejected:
-    """Inlines the decomposition of an opaque node ahead of it, or says why not.
-
-    Args:
-        node: A node for which `is_opaque` holds.
-    """
+    """Inlines the decomposition of an opaque node ahead of it, or says why not."""
     return attempt(_expand, node)
 
 
 def _expand(node: fx.Node) -> Expansion:
-    output = tree_leaves(value_of(node))
-    if any(isinstance(x, Tensor) and x.requires_grad for x in output):
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
         raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
     if isinstance(value_of(node), tuple):
         for user in node.users:
@@ -185,11 +171,10 @@ def _flex(node: fx.Node) -> Expansion:
     expansion = Expansion(node, [], None)
     try:
         expansion.outputs = (flex.write(node, expansion.nodes), None, None)
-    except Refused:
-        expansion.erase()
-        raise
     except Exception as error:  # whatever a user's functions ask of fake tensors
         expansion.erase()
+        if isinstance(error, Refused):
+            raise
         kind = type(error).__name__
         raise Refused("its score_mod or mask_mod could not be written out (%s: %s)", kind, error) from error
     return expansion

@@ -30,10 +30,7 @@ class DumpError(S2OError, ValueError):
 
 
 class Dump:
-    """The files of one graph.
-
-    Args:
-        folder: Made if it is not there.
+    """The files of one graph, in a folder that is made if it is not there.
 
     Raises:
         DumpError: The folder cannot be made.
@@ -49,13 +46,7 @@ class Dump:
             raise DumpError(folder, error) from error
 
     def write(self, step: int, name: str, before: str, after: str) -> None:
-        """Write the texts of a graph before and after a step; nothing if the step left it alone.
-
-        Args:
-            step: The step's number in the order, from 1.
-            name: The step's name.
-            before: The graph's text ahead of it.
-            after: The graph's text behind it.
+        """Write the texts of a graph before and after a step, counted from 1; nothing if the step left it alone.
 
         Raises:
             DumpError: The files cannot be written.

@@ -34,17 +34,12 @@ FRONTENDS = (
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class _Run:
-    """One graph on its way through the steps.
+    """One graph on its way through the steps: the arguments of `run`, and what the steps found.
 
     Attributes:
-        gm: The graph, changed in place.
-        options: Keyword arguments for every call of the operator.
         prover_options: How masks are proven, as keyword arguments of `MaskProver`.
-        check_assumptions: Whether promised masks are compared at run time.
-        dense_heads: By site name, key/value heads that run dense.
-        site_tau: By site name, tau of each query head.
         expansions: Opaque nodes, each with the nodes that were inlined for it.
-        sites: Every attention that a frontend knows, in graph order.
+        sites: In graph order, each node that a frontend takes for an attention, its match, and its record if it stays.
         records: By the node of an attention, its line in the report.
         inner: The report lines of attentions in sub-graphs.
     """
@@ -56,26 +51,9 @@ class _Run:
     dense_heads: Mapping[str, Sequence[int]]
     site_tau: Mapping[str, Sequence[float]]
     expansions: list[tuple[fx.Node, decompose.Expansion | Rejected]] = dataclasses.field(default_factory=list)
-    sites: list[_Candidate] = dataclasses.field(default_factory=list)
+    sites: list[tuple[fx.Node, AttentionSite | Rejected, SiteRecord]] = dataclasses.field(default_factory=list)
     records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
     inner: list[SiteRecord] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Candidate:
-    """An attention that a frontend knows, before anything is changed.
-
-    Attributes:
-        node: The node that the frontend takes for an attention.
-        name: Its name in the report.
-        operands: The arguments of the call by name, as far as they are known.
-        match: The attention, or why it stays as it is.
-    """
-
-    node: fx.Node
-    name: str
-    operands: Mapping[str, object]
-    match: AttentionSite | Rejected
 
 
 def run(
@@ -146,13 +124,12 @@ def _open_all(run: _Run) -> None:
 
 def _match_all(run: _Run) -> None:
     graph, opaque = run.gm.graph, {node for node, _ in run.expansions}
-    known = [(node, _frontend(node)) for node in graph.nodes if node not in opaque]
-    attentions = [(node, frontend) for node, frontend in known if frontend is not None]
+    attentions = [(node, found) for node in graph.nodes if node not in opaque and (found := _frontend(node))]
     names = unique_names([module_path(node) for node, _ in attentions])
     prover = MaskProver(graph, **run.prover_options)
     matches = _apart([_match(frontend, node, prover) for node, frontend in attentions])
     run.sites = [
-        _Candidate(node, name, frontend.operands(node), match)
+        (node, match, _left(node, frontend, "" if isinstance(match, AttentionSite) else match.reason, name))
         for (node, frontend), name, match in zip(attentions, names, matches, strict=True)
     ]
 
@@ -161,17 +138,25 @@ def _rewrite_all(run: _Run) -> None:
     rewriter = Rewriter(run.gm.graph, run.options, check_assumptions=run.check_assumptions)
     # In the order of the replaced nodes: later sites share the key masks that earlier ones made.
     position = {node: at for at, node in enumerate(run.gm.graph.nodes)}
-    ordered = sorted(
-        run.sites,
-        key=lambda site: position[site.match.node if isinstance(site.match, AttentionSite) else site.node],
-    )
-    rewritten = {site.node: _rewrite(site, rewriter, run) for site in ordered}
-    run.records = {site.node: rewritten[site.node] for site in run.sites}
+    replaced = {node: match.node if isinstance(match, AttentionSite) else node for node, match, _ in run.sites}
+    ordered = sorted(run.sites, key=lambda site: position[replaced[site[0]]])
+    rewritten = {node: _rewrite(match, left, rewriter, run) for node, match, left in ordered}
+    run.records = {node: rewritten[node] for node, _, _ in run.sites}
 
 
 def _close_all(run: _Run) -> None:
+    """Replaces opaque nodes by their inlined ones if the attentions of these are rewritten, else erases these."""
     for node, opened in run.expansions:
-        _close(node, opened, run.records)
+        if isinstance(opened, Rejected):
+            run.records[node] = _left(node, _frontend(node), opened.reason)
+            continue
+        inside = [run.records[inner] for inner in opened.nodes if inner in run.records]
+        if inside and all(entry.rewritten for entry in inside):
+            opened.keep()
+            continue
+        opened.erase()
+        if not inside:
+            run.records[node] = _left(node, None, "no attention was found in its code")
 
 
 def _make_sparse_all(run: _Run) -> None:
@@ -231,21 +216,11 @@ def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | 
     ]
 
 
-def _close(node: fx.Node, opened: decompose.Expansion | Rejected, records: dict[fx.Node, SiteRecord]) -> None:
-    """Replaces an opaque node by its inlined nodes if their attentions are rewritten, else erases these."""
-    if isinstance(opened, Rejected):
-        frontend = _frontend(node)
-        call = {} if frontend is None else frontend.operands(node)
-        query, key = value_of(call.get("query")), value_of(call.get("key"))
-        records[node] = record(node, query=query, key=key, reason=opened.reason)
-        return
-    inside = [records[inner] for inner in opened.nodes if inner in records]
-    if inside and all(entry.rewritten for entry in inside):
-        opened.keep()
-        return
-    opened.erase()
-    if not inside:
-        records[node] = record(node, query=None, key=None, reason="no attention was found in its code")
+def _left(node: fx.Node, frontend: ModuleType | None, reason: str, name: str | None = None) -> SiteRecord:
+    """The report line of an attention that stays as it is, with the operands that its frontend finds."""
+    call = {} if frontend is None else frontend.operands(node)
+    query, key = value_of(call.get("query")), value_of(call.get("key"))
+    return record(module_path(node) if name is None else name, query, key, reason=reason)
 
 
 def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Run) -> None:
@@ -269,23 +244,20 @@ def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Ru
         run.records[recorded] = dataclasses.replace(left, reason=f"{left.reason} (sparse FlexAttention: {refused})")
 
 
-def _rewrite(site: _Candidate, rewriter: Rewriter, run: _Run) -> SiteRecord:
-    node, name, match = site.node, site.name, site.match
-    query, key = value_of(site.operands.get("query")), value_of(site.operands.get("key"))
+def _rewrite(match: AttentionSite | Rejected, left: SiteRecord, rewriter: Rewriter, run: _Run) -> SiteRecord:
+    name = left.name
     if isinstance(match, Rejected):
         logger.debug("%s stays dense: %s", name, match)
-        return record(node, query=query, key=key, reason=match.reason, name=name)
+        return left
     query, key, mask, read = match.query.value, match.key.value, str(match.mask), match.mask.read
     dense_heads, head_tau = tuple(run.dense_heads.get(name, ())), tuple(run.site_tau.get(name, ()))
-    # The record is made first: rewriting erases the node.
-    unproven = "" if read is None else read.why.reason
-    rewritten = record(node, query=query, key=key, mask=mask, name=name, unproven=unproven, dense_heads=dense_heads)
     refused = rewriter.rewrite(dataclasses.replace(match, name=name, dense_heads=dense_heads, head_tau=head_tau))
     if refused is not None:
         logger.debug("%s stays dense: %s", name, refused)
-        return record(node, query=query, key=key, reason=refused.reason, mask=mask, name=name)
+        return record(name, query, key, mask=mask, reason=refused.reason)
     logger.debug("%s rewritten: %s", name, mask)
-    return rewritten
+    unproven = "" if read is None else read.why.reason
+    return record(name, query, key, mask=mask, unproven=unproven, dense_heads=dense_heads)
 
 
 def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
@@ -300,8 +272,6 @@ def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
         for node in body.graph.nodes:
             frontend = _frontend(node)
             if frontend is not None:
-                call = frontend.operands(node)
-                query, key = value_of(call.get("query")), value_of(call.get("key"))
-                records.append(record(node, query=query, key=key, reason=reason))
+                records.append(_left(node, frontend, reason))
         records += _inside(body)
     return records

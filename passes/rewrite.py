@@ -16,7 +16,7 @@ from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.dead_code import remove_dead
-from s2o_compile.passes.graph.nodes import Size, known, same_sizes, value_of
+from s2o_compile.passes.graph.nodes import Size, inherit, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
@@ -24,8 +24,6 @@ from s2o_compile.passes.masks.proof import KeyMask, MaskPart
 from s2o_compile.passes.site import AttentionSite
 
 logger = logging.getLogger(__name__)
-
-_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
 
 
 class Rewriter:
@@ -37,23 +35,15 @@ class Rewriter:
         check_assumptions: Whether masks are compared at run time with what was promised of them.
     """
 
-    def __init__(
-        self,
-        graph: fx.Graph,
-        options: Mapping[str, object],
-        *,
-        check_assumptions: bool = False,
-    ) -> None:
+    def __init__(self, graph: fx.Graph, options: Mapping[str, object], *, check_assumptions: bool) -> None:
         self._graph = graph
         # Only values other than the default: each run of the graph reads every argument that a call names.
-        defaults = {
-            argument.name: argument.default_value for argument in torch.ops.s2o.attention.default._schema.arguments
-        }
+        schema = torch.ops.s2o.attention.default._schema
+        defaults = {argument.name: argument.default_value for argument in schema.arguments}
         self._options = {name: value for name, value in options.items() if value != defaults[name]}
         self._check_assumptions = check_assumptions
         self._checked: set[tuple[object, ...]] = set()
-        self._key_masks: dict[tuple[object, ...], fx.Node] = {}
-        self._read: dict[tuple[object, ...], fx.Node] = {}
+        self._masks: dict[tuple[object, ...], fx.Node] = {}  # key masks, and masks that the operator reads
         self._inserted: list[fx.Node] = []  # for the attention that is being rewritten
 
     def rewrite(self, site: AttentionSite) -> Rejected | None:
@@ -66,16 +56,12 @@ class Rewriter:
             for node in reversed(self._inserted):
                 if not node.users:
                     self._graph.erase_node(node)
-            self._key_masks = {memo: node for memo, node in self._key_masks.items() if not is_erased(node)}
-            self._read = {memo: node for memo, node in self._read.items() if not is_erased(node)}
+            self._masks = {memo: node for memo, node in self._masks.items() if not is_erased(node)}
             return Rejected("the pass failed on it (%s: %s), please report that", type(error).__name__, error)
 
     def _replace(self, site: AttentionSite) -> None:
         node = site.node
-        restored = _restored(site)
-        if restored is None:
-            raise Refused("the operator cannot reproduce the shape and strides of its output")
-        layout, restore = restored
+        layout, restore = _restored(site)
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
         output = value_of(node)
@@ -87,20 +73,16 @@ class Rewriter:
         with self._graph.inserting_before(node):
             call = self._graph.call_function(function, positional, keyword)
         self._inserted.append(call)
-        _copy_meta(node, call)
-        values = computed(value_of(node), function, positional, keyword)
+        inherit(call, node, computed(output, function, positional, keyword))
         inputs = node.all_input_nodes
-        if values is not None:
-            _set_value(node, call, values)
         # The node stays and becomes the last step: other sites, matched before this one changed, may refer to it.
-        *first, last = ((operator.getitem, (0,)), *restore)
-        before = call
-        for function, args in first:
-            before = self._insert(node, function, before, *args)
-        result = None if values is None else computed(values[0], last[0], (before, *last[1]))
-        node.op, node.target, node.args, node.kwargs = "call_function", last[0], (before, *last[1]), {}
-        if values is not None:
-            _set_value(node, node, result)
+        *steps, (last, args) = ((operator.getitem, (0,)), *restore)
+        for step, step_args in steps:
+            call = self._insert(node, step, call, *step_args)
+        result = computed(output, last, (call, *args))
+        node.op, node.target, node.args, node.kwargs = "call_function", last, (call, *args), {}
+        if result is not None:
+            inherit(node, node, result)
         for part in reversed(site.interior):  # in-place steps too: the frontend has proven that they serve it alone
             if not part.users:
                 inputs += part.all_input_nodes
@@ -148,17 +130,15 @@ class Rewriter:
         memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.fully_masked == "mean":
             keyword["fully_masked"] = "mean"
-        if memo not in self._read:
-            masked = None
-            if len(reading.parts) == 1:
-                masked = first.node
-                if first.hidden is not None and not first.negated:  # the fill is where the condition holds
-                    masked = self._insert(at, torch.logical_not, masked)
-            else:
+        if memo not in self._masks:
+            masked = first.node if len(reading.parts) == 1 else None
+            if masked is None:
                 for part in reading.parts:
                     masked = self._added(part, masked, query, at)
-            self._read[memo] = masked
-        return self._read[memo]
+            elif first.hidden is not None and not first.negated:  # the fill is where the condition holds
+                masked = self._insert(at, torch.logical_not, masked)
+            self._masks[memo] = masked
+        return self._masks[memo]
 
     def _added(self, part: MaskPart, masked: fx.Node | None, query: torch.Tensor, at: fx.Node) -> fx.Node:
         """The scores after the next of several masks, if they were zero before the first."""
@@ -182,7 +162,7 @@ class Rewriter:
         if promised is None and blocks is None:
             return
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
-        watched = (promised,) if blocks is None else (*blocks.partial, *blocks.full)
+        watched = (promised,) if blocks is None else (*blocks[1].partial, *blocks[1].full)
         # The same tables may be promised of two masks: each is compared.
         memo = watched, str(site.mask), *(part.identity for part in site.mask.key_masks), *map(str, lengths)
         if memo in self._checked:
@@ -191,15 +171,15 @@ class Rewriter:
         if promised is not None:
             self._insert(site.node, check_causal, promised, query_len, key_len)
         if blocks is not None:
-            self._insert(site.node, check_blocks, blocks.mask, query_len, key_len, *blocks.sizes, *watched)
+            self._insert(site.node, check_blocks, blocks[0], query_len, key_len, *blocks[1].sizes, *watched)
         self._checked.add(memo)
 
     def _key_mask(self, mask: KeyMask, site: AttentionSite) -> fx.Node:
         """The mask as a [B, Nk] tensor, computed once for all layers."""
         batch, key_len = site.query.value.shape[0], site.key.value.shape[-2]
         memo = (*mask.identity, str(batch), str(key_len))
-        if memo in self._key_masks:
-            return self._key_masks[memo]
+        if memo in self._masks:
+            return self._masks[memo]
         node, at = mask.node, site.node
         if not (known(mask.key_start == 0) and known(value_of(node).shape[mask.key_dim] == key_len)):
             start, length = self._size(mask.key_start, at), self._size(key_len, at)
@@ -219,7 +199,7 @@ class Rewriter:
         if not known(value_of(node).shape[0] == batch):
             rows = self._size(batch, at)
             node = self._insert(at, torch.Tensor.expand, node, rows, -1)
-        self._key_masks[memo] = node
+        self._masks[memo] = node
         return node
 
     def _size(self, size: Size, before: fx.Node) -> fx.Node | int:
@@ -229,21 +209,25 @@ class Rewriter:
         with self._graph.inserting_before(before):
             node = self._graph.call_function(function, args)
         self._inserted.append(node)
-        _copy_meta(before, node)
-        _set_value(before, node, computed(value_of(before), function, args))
+        inherit(node, before, computed(value_of(before), function, args))
         return node
 
 
-def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
-    """The operator's layout, and the steps behind it, that reproduce the replaced value's strides, or None.
+def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]]:
+    """The operator's layout, and the steps behind it, that reproduce the replaced value's strides; raises `Refused`.
 
     SDPA's kernels lay their output out differently, and legal code behind them may rely on it. For example, a query
     stored as [N, B, H, D] gives an output that ``permute(2, 0, 1, 3).view(N * B, H * D)`` takes.
     """
     wanted = value_of(site.node)
+    misfit = Refused("the operator cannot reproduce the shape and strides of its output")
     if not isinstance(wanted, torch.Tensor):
-        return ("auto", ()) if not site.restore else None
-    memory = _memory_order(wanted)
+        if site.restore:
+            raise misfit
+        return "auto", ()
+    strides = wanted.stride()
+    # The dimensions from the outermost in memory to the innermost.
+    memory = sorted(range(wanted.ndim), key=lambda dim: sum(known(strides[dim] < other) for other in strides))
     # Strides of dimensions of one element mean nothing, but are kept where they can be.
     for order, exact in (((), True), (memory, True), ((), False), (memory, False)):
         # No layout of the operator's is the wanted one: a copy is.
@@ -258,7 +242,7 @@ def _restored(site: AttentionSite) -> tuple[str, tuple[Step, ...]] | None:
                 output = computed(query, function, (output, *args))
             if output is not None and output.ndim == wanted.ndim and _equal(output, wanted, exact=exact):
                 return layout, restore
-    return None
+    raise misfit
 
 
 def _equal(output: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> bool:
@@ -267,17 +251,3 @@ def _equal(output: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> bool:
     return same_sizes(output.shape, wanted.shape) and all(
         known(a == b) or (not exact and known(size == 1)) for a, b, size in pairs
     )
-
-
-def _memory_order(value: torch.Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost."""
-    strides = value.stride()
-    return sorted(range(value.ndim), key=lambda dim: sum(known(strides[dim] < other) for other in strides))
-
-
-def _copy_meta(source: fx.Node, target: fx.Node) -> None:
-    target.meta.update({key: source.meta[key] for key in _KEPT_META if key in source.meta})
-
-
-def _set_value(like: fx.Node, node: fx.Node, value: object) -> None:
-    node.meta["example_value" if "example_value" in like.meta else "val"] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -89,33 +90,19 @@ def module_path(node: fx.Node) -> str:
     return ".".join(parts) or node.name
 
 
-def shape_text(value: object) -> tuple[str, ...]:
-    """Sizes of a (fake) tensor as text; empty if it is none."""
-    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def record(
-    node: fx.Node,
-    *,
-    query: object,
-    key: object,
-    reason: str = "",
-    mask: str = "",
-    unproven: str = "",
-    name: str | None = None,
-    dense_heads: tuple[int, ...] = (),
-) -> SiteRecord:
+def record(name: str, query: object, key: object, *, reason: str = "", **details: Any) -> SiteRecord:  # noqa: ANN401
     """The report line of one attention; ``query`` and ``key`` are its (fake) tensors or None."""
+    query_shape, key_shape = (
+        tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else () for value in (query, key)
+    )
     return SiteRecord(
-        name=module_path(node) if name is None else name,
+        name=name,
         rewritten=not reason,
         reason=reason,
-        mask=mask,
-        unproven=unproven,
-        query_shape=shape_text(query),
-        key_shape=shape_text(key),
+        query_shape=query_shape,
+        key_shape=key_shape,
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
-        dense_heads=dense_heads,
+        **details,
     )
 
 

@@ -14,13 +14,9 @@ from s2o_compile.passes.graph.rejected import Refused
 
 
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
-    """Raises `Refused` if the operator cannot compute an attention over these operands.
+    """Raises `Refused` if the operator cannot compute an attention, the value of a node, over these operands.
 
-    Args:
-        query: Fake value, [B, Hq, Nq, D].
-        key: Fake value, [B, Hkv, Nk, D].
-        value: Fake value, [B, Hkv, Nk, Dv].
-        node: The node that computes the attention's output.
+    Their fake values are [B, Hq, Nq, D], [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv].
     """
     output = value_of(node)
     dtypes = {operand.dtype for operand in (query, key, value) if isinstance(operand, torch.Tensor)}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -24,27 +23,12 @@ from s2o_compile.passes.masks.proof import MERGED
 Axes = tuple[int | None, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Heads:
-    """Operands of an attention over [B, H, N, D].
-
-    Attributes:
-        query: [B, Hq, Nq, D].
-        key: [B, Hkv, Nk, D].
-        value: [B, Hkv, Nk, Dv].
-        restore: Steps from [B, Hq, Nq, Dv] to the product of probabilities and values.
-    """
-
-    query: Operand
-    key: Operand
-    value: Operand
-    restore: tuple[Step, ...]
-
-
 def to_heads(
     query: Operand, key: Operand, value: Operand, heads: int | None, scores: Sequence[Size], weights: Sequence[Size]
-) -> Heads:
-    """The operands of two products over [B, H, N, D].
+) -> tuple[Operand, Operand, Operand, tuple[Step, ...]]:
+    """The operands of two products as [B, Hq, Nq, D], [B, Hkv, Nk, D] and [B, Hkv, Nk, Dv], and the steps back.
+
+    The steps lead from [B, Hq, Nq, Dv] to the product of probabilities and values.
 
     Args:
         query: [..., Nq, D].
@@ -71,8 +55,9 @@ def to_heads(
     groups = next((tuple(shape[1:3]) for shape in (scores, weights) if len(shape) == 5), None)
     fours = [_four(operand, heads or 1, groups) for operand in lifted]
     split = [operand for operand in fours if operand is not None]
+    unequal = Refused("query, key and value of shapes %s have no common split into heads", shapes)
     if len(split) < len(fours):
-        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
+        raise unequal
     restore: dict[int, tuple[Step, ...]] = {
         2: ((torch.select, (0, 0)), (torch.select, (0, 0))),
         3: ((torch.flatten, (0, 1)),),
@@ -80,8 +65,8 @@ def to_heads(
     }
     brought = broadcast(*split)
     if rank == 5 and not known(math.prod(groups or ()) == brought[0].value.shape[1]):
-        raise Refused("query, key and value of shapes %s have no common split into heads", shapes)
-    return Heads(*brought, restore.get(rank, ()))
+        raise unequal
+    return (*brought, restore.get(rank, ()))
 
 
 def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:
@@ -99,14 +84,8 @@ def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Op
 def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split: bool) -> Axes | None:
     """Along which axis of [B, Hq, Nq, Nk] each dimension of a mask or factor runs; None for a size of 1, else `MERGED`.
 
-    Args:
-        operand: Its fake value, or a number.
-        scores: The shape of the scores that it met.
-        lead: (B, Hq).
-        split: Whether scores in three dimensions were split into heads.
-
-    Returns:
-        None if it means nothing to scores in four dimensions.
+    It met scores of some shape, with ``lead`` (B, Hq); those in three dimensions may have been split into heads.
+    Instead of a tuple, None if it means nothing to scores in four dimensions.
     """
     shape = operand.shape if isinstance(operand, torch.Tensor) else ()
     batch, heads = lead
@@ -118,10 +97,8 @@ def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split
         runs, same = (MERGED if split else 0, 2, 3)[-len(scores) :], len(scores) in (2, 3)
     if not same or len(shape) > len(runs):
         return None
-    along: list[int | None] = []
-    for size, axis in zip(shape, runs[len(runs) - len(shape) :], strict=True):
-        along.append(None if known(size == 1) else axis)
-    return tuple(along)
+    runs = runs[len(runs) - len(shape) :]
+    return tuple(None if known(size == 1) else axis for size, axis in zip(shape, runs, strict=True))
 
 
 def broadcasts(along: Axes) -> bool:

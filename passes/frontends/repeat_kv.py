@@ -12,29 +12,22 @@ The operator knows groups itself. A step is checked by the elements that it read
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.nodes import Size, known, value_of
+from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
-from s2o_compile.passes.graph.rejected import attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.prover import MaskProver
 
 _COPIES = ("contiguous", "clone")
 
 
-def unwrap(node: fx.Node, site: fx.Node, prover: MaskProver) -> fx.Node:
-    """The [B, Hkv, N, D] tensor that ``node`` [B, Hq, N, D] repeats; ``node`` itself if it repeats none.
-
-    Args:
-        node: Key or value operand.
-        site: The attention that reads it.
-        prover: Knows index tensors and in-place writes of the graph.
-    """
+def _unwrap(node: fx.Node, site: fx.Node, prover: MaskProver) -> fx.Node:
+    """The [B, Hkv, N, D] tensor that ``node`` [B, Hq, N, D], an operand of a site, repeats; ``node`` if it does not."""
     repeated = node
     while function_name(repeated) in _COPIES and isinstance(repeated.args[0], fx.Node):
         repeated = repeated.args[0]
@@ -42,9 +35,10 @@ def unwrap(node: fx.Node, site: fx.Node, prover: MaskProver) -> fx.Node:
     return node if base is None or not is_untouched(node, base, site, prover) else base
 
 
-def unwrapped(operand: Operand, site: fx.Node, prover: MaskProver) -> Operand:
-    """An operand without the copies of its heads; one that is seen through steps is left as it is."""
-    return operand if operand.steps else Operand(unwrap(operand.node, site, prover))
+def unwrapped(key: Operand, value: Operand, site: fx.Node, prover: MaskProver) -> tuple[Operand, Operand]:
+    """Key and value without the copies of their heads; those that are seen through steps are left as they are."""
+    once = [operand if operand.steps else Operand(_unwrap(operand.node, site, prover)) for operand in (key, value)]
+    return (once[0], once[1]) if known(once[0].value.shape[1] == once[1].value.shape[1]) else (key, value)
 
 
 def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver) -> bool:
@@ -58,19 +52,18 @@ def is_untouched(node: fx.Node, base: fx.Node, site: fx.Node, prover: MaskProver
     own = set(prover.mutations.writers(base))
     if any(set(prover.mutations.writers(step)) - own for step in path):
         return False  # written into a copy
-    return not path or not prover.mutations.changed(base, after=path[-1], before=site)
+    return not path or not prover.mutations.last_write(base, after=path[-1], before=site)
 
 
 def _interleaved(node: fx.Node) -> fx.Node | None:
     """The argument of ``repeat_interleave(k, G, dim=1)``."""
-    if function_name(node) != "repeat_interleave" or not node.args or not isinstance(node.args[0], fx.Node):
+    base, repeats, dim = arguments(node, "input|self", "repeats", "dim")
+    if function_name(node) != "repeat_interleave" or not isinstance(base, fx.Node):
         return None
-    options = {**dict(zip(("repeats", "dim"), node.args[1:], strict=False)), **node.kwargs}
-    base, shape = node.args[0], value_of(node).shape
-    dim = options.get("dim")
-    if not isinstance(options.get("repeats"), int) or not isinstance(dim, int) or dim % len(shape) != 1:
+    shape = value_of(node).shape
+    if not isinstance(repeats, int) or not isinstance(dim, int) or dim % len(shape) != 1:
         return None
-    return base if known(shape[1] == value_of(base).shape[1] * options["repeats"]) else None
+    return base if known(shape[1] == value_of(base).shape[1] * repeats) else None
 
 
 def _grouped(node: fx.Node, prover: MaskProver) -> fx.Node | None:
@@ -81,7 +74,7 @@ def _grouped(node: fx.Node, prover: MaskProver) -> fx.Node | None:
     if not isinstance(groups, torch.Tensor) or groups.ndim != 5 or len(shape) != 4:
         return None
     batch, heads, group, length, dim = groups.shape
-    if not _equal(shape, (batch, heads * group, length, dim)):
+    if not same_sizes(shape, (batch, heads * group, length, dim)):
         return None
     return read_along(node.args[0], (0, 1, 3, 4), (batch, heads, length, dim), prover)
 
@@ -96,26 +89,14 @@ def _one_head(node: fx.Node, prover: MaskProver) -> fx.Node | None:
 
 def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size], prover: MaskProver) -> fx.Node | None:
     """The nearest tensor of a shape that ``node`` is a view of, dimension by dimension along the given axes."""
-    full = value_of(node).shape
-    indices = tuple(IndexTensor.axis(full, dim) for dim in range(len(full)))
-    while True:
-        source = attempt(views.source, node, prover.indices)
-        if not source or value_of(source.node).dtype != value_of(node).dtype:
+    for seen in islice(views.chain(node, prover.indices.evaluate), 1, None):
+        base = value_of(seen.node)
+        if base.dtype != value_of(node).dtype:
             return None
-        indices = tuple(index.at(indices, full) for index in source.indices)
-        node = source.node
-        base = value_of(node).shape
-        if len(base) == len(shape) and _equal(base, shape):
+        if same_sizes(base.shape, shape):
             reads = all(
-                known(size == 1) or (axis is not None and _is_axis(index, axis))
-                for index, axis, size in zip(indices, axes, base, strict=True)
+                known(size == 1) or (axis is not None and index.is_axis(axis))
+                for index, axis, size in zip(seen.indices, axes, base.shape, strict=True)
             )
-            return node if reads else None
-
-
-def _is_axis(index: IndexTensor, axis: int) -> bool:
-    return known(index.const == 0) and all(step == int(dim == axis) for dim, step in enumerate(index.steps))
-
-
-def _equal(left: Sequence[Size], right: Sequence[Size]) -> bool:
-    return all(known(a == b) for a, b in zip(left, right, strict=True))
+            return seen.node if reads else None
+    return None

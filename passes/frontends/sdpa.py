@@ -18,14 +18,8 @@ from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import AttentionSite, module_path
 
-_SDPA = scaled_dot_product_attention
-_TARGETS = frozenset(
-    (
-        _SDPA,
-        torch.ops.aten.scaled_dot_product_attention,
-        torch.ops.aten.scaled_dot_product_attention.default,
-    )
-)
+_ATEN = torch.ops.aten.scaled_dot_product_attention
+_TARGETS = frozenset((scaled_dot_product_attention, _ATEN, _ATEN.default))
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
@@ -41,12 +35,7 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 
 def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
-    """The attention of an SDPA call, or why it must stay dense.
-
-    Args:
-        node: A node for which `is_attention` holds.
-        prover: The mask prover of the graph.
-    """
+    """The attention of an SDPA call (`is_attention` holds), or why it must stay dense."""
     return attempt(_site, node, prover)
 
 
@@ -59,20 +48,18 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
         query, key, value = broadcast(query, key, value)
     elif ranks in ({3}, {5}) and call["attn_mask"] is None and call["enable_gqa"] is False:
         scores = (*query.value.shape[:-1], key.value.shape[-2])
-        heads = to_heads(query, key, value, None, scores, scores)
-        query, key, value, restore = heads.query, heads.key, heads.value, heads.restore
+        query, key, value, restore = to_heads(query, key, value, None, scores, scores)
     for operand in (query, key, value):
         writer = prover.mutations.reshaped(operand.node) if isinstance(operand.node, fx.Node) else None
         if writer is not None:
             raise Refused("%s may be given another shape in place by %s", operand.node, writer)
     _check_call(call)
     check_tensors(query.value, key.value, value.value, node)
-    if not restore:
-        _check_groups(value_of(call["query"]), value_of(call["key"]), enable_gqa=call["enable_gqa"])
+    heads, key_heads = value_of(call["query"]).shape[1], value_of(call["key"]).shape[1]
+    if not restore and key_heads not in (1, heads) and call["enable_gqa"] is not True:
+        raise Refused("%s key heads serve %s query heads without enable_gqa", key_heads, heads)
     mask = _mask(call, query.value.shape[-2], key.value.shape[-2], prover)
-    once = [repeat_kv.unwrapped(operand, node, prover) for operand in (key, value)]
-    if known(once[0].value.shape[1] == once[1].value.shape[1]):
-        key, value = once
+    key, value = repeat_kv.unwrapped(key, value, node, prover)
     return AttentionSite(
         name=module_path(node),
         node=node,
@@ -86,7 +73,7 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
 
 
 def _check_call(call: dict[str, Any]) -> None:
-    if torch.nn.functional.scaled_dot_product_attention is not _SDPA:
+    if torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention:
         raise Refused(
             "scaled_dot_product_attention is replaced, as context parallelism does; it keeps its own attention"
         )
@@ -100,16 +87,12 @@ def _check_call(call: dict[str, Any]) -> None:
         raise Refused("scale is %s, expected a number", call["scale"])
 
 
-def _check_groups(query: torch.Tensor, key: torch.Tensor, *, enable_gqa: object) -> None:
-    heads, key_heads = query.shape[1], key.shape[1]
-    if key_heads not in (1, heads) and enable_gqa is not True:
-        raise Refused("%s key heads serve %s query heads without enable_gqa", key_heads, heads)
-
-
 def _mask(call: dict[str, Any], query_len: Size, key_len: Size, prover: MaskProver) -> MaskProof:
     mask = call["attn_mask"]
     if mask is None:
-        return prover.top_left_causal(query_len, key_len) if call["is_causal"] else MaskProof()
+        if not call["is_causal"]:
+            return MaskProof()
+        return MaskProof(causal=True, offset=None if known(query_len == key_len) else 0)  # aligned to the top left
     if call["is_causal"]:
         raise Refused("both attn_mask and is_causal are set")
     if not isinstance(mask, fx.Node):

@@ -37,27 +37,12 @@ from s2o_compile.passes.graph.nodes import value_of
 
 _C_FUNCTION = types.BuiltinFunctionType
 _SYNONYMS = {
-    "less_equal": "le",
-    "less": "lt",
-    "greater_equal": "ge",
-    "greater": "gt",
-    "not_equal": "ne",
-    "bitwise_and": "and",
-    "iand": "and",
-    "ior": "or",
-    "iadd": "add",
-    "imul": "mul",
-    "absolute": "abs",
-    "logical_and": "and",
-    "bitwise_or": "or",
-    "logical_or": "or",
-    "bitwise_not": "invert",
-    "logical_not": "invert",
-    "not": "invert",
-    "inv": "invert",
-    "subtract": "sub",
-    "multiply": "mul",
-    "negative": "neg",
+    **{"less_equal": "le", "less": "lt", "greater_equal": "ge", "greater": "gt", "not_equal": "ne"},
+    **dict.fromkeys(("bitwise_and", "logical_and", "iand"), "and"),
+    **dict.fromkeys(("bitwise_or", "logical_or", "ior"), "or"),
+    **dict.fromkeys(("bitwise_not", "logical_not", "not", "inv"), "invert"),
+    **dict.fromkeys(("multiply", "imul"), "mul"),
+    **{"iadd": "add", "subtract": "sub", "negative": "neg", "absolute": "abs"},
 }
 
 # Python's functions that write: into their first argument, every one of them.
@@ -71,20 +56,8 @@ _PYTHON_WRITES = frozenset(
 _CALLERS = frozenset({"call", "attrgetter", "itemgetter", "methodcaller"})
 _OPERATORS = frozenset(name.strip("_") for name in operator.__all__) - _CALLERS
 _BUILTINS = (
-    "getattr",
-    "len",
-    "max",
-    "min",
-    "abs",
-    "int",
-    "float",
-    "bool",
-    "round",
-    "sum",
-    "pow",
-    "divmod",
-    "tuple",
-    "list",
+    *("getattr", "len", "tuple", "list", "bool", "int", "float"),
+    *("max", "min", "sum", "abs", "round", "pow", "divmod"),
 )
 
 # Methods without an operator of their name that ask a tensor what it is, cast it, or copy it.
@@ -100,8 +73,10 @@ _SWITCHES = ("inplace", "max_norm", "out")
 _EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
 _STATISTICS = ("batch_norm", "instance_norm")
 """Python functions that write statistics, by the mode that they are called in."""
-_CALLING = ("triplet_margin_with_distance_loss",)
-"""Python functions that call one of the user's."""
+_CALLING = "triplet_margin_with_distance_loss"
+"""The Python function that calls one of the user's."""
+_DRAWS = ("dropout", "gumbel", "rrelu", "fractional", "attention")
+"""In the names of Python functions that draw random numbers."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +170,11 @@ def is_pure(node: fx.Node) -> bool:
     if known is None or written_nodes(node) or known.name.strip("_").startswith(_EFFECTS):
         return False
     tags = {tag for schema in known.schemas for tag in _tags(schema.name, schema.overload_name)}
-    if torch.Tag.nondeterministic_seeded in tags or (known.signature is not None and _draws(known.name)):
+    draws = known.signature is not None and any(part in known.name for part in _DRAWS)
+    if draws or torch.Tag.nondeterministic_seeded in tags:
         return False
-    return not any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value_of(node)) if _is_sized(leaf))
+    sized = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return not any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value_of(node)) if isinstance(leaf, sized))
 
 
 def _reshapes(known: _Known) -> bool:
@@ -219,10 +196,6 @@ def _known(node: fx.Node) -> _Known | None:
     if isinstance(target, OpOverloadPacket):
         name = target.__name__
         return _Known(name, _schemas(target)) if getattr(torch.ops.aten, name, None) is target else None
-    return _function(target)
-
-
-def _function(target: object) -> _Known | None:
     return _functions().get(target) if isinstance(target, Hashable) else None
 
 
@@ -251,7 +224,7 @@ def _functions() -> dict[object, _Known]:
             # max_pool1d and its kin are made by boolean_dispatch: one of two functions, by return_indices.
             dispatched = function.__module__ == F.__name__ and function.__globals__ is F.boolean_dispatch.__globals__
             own = function.__globals__ is vars(module) or dispatched
-            if own and not name.startswith("__") and not name.endswith("_") and name not in _CALLING:
+            if own and not name.startswith("__") and not name.endswith("_") and name != _CALLING:
                 signature = inspect.signature(function)
                 found[function] = _Known(name, signature=signature, writes_any=name in _STATISTICS)
     for name in dir(torch.Tensor):
@@ -334,15 +307,6 @@ def _is_switched(node: fx.Node, signature: inspect.Signature) -> bool:
         return True
     switches = [passed.get(name) for name in _SWITCHES]
     return not all(value is None or value is False for value in switches)  # max_norm=0 is on
-
-
-def _draws(name: str) -> bool:
-    """Whether a Python function of torch's draws random numbers."""
-    return any(part in name for part in ("dropout", "gumbel", "rrelu", "fractional", "attention"))
-
-
-def _is_sized(value: object) -> bool:
-    return isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _nodes(values: Any) -> list[fx.Node]:  # noqa: ANN401 (any nest of arguments)

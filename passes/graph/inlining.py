@@ -9,20 +9,14 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import FakeTensor, make_fx, tree_flatten, tree_unflatten
-from s2o_compile.passes.graph.nodes import value_of
-
-_KEPT_META = ("nn_module_stack", "source_fn_stack", "stack_trace")
+from s2o_compile.passes.graph.nodes import inherit, value_of
 
 
 def inline(node: fx.Node, function: Callable[..., Any]) -> tuple[list[fx.Node], Any]:
-    """Trace ``function`` on the arguments of a node, ahead of it.
+    """Trace ``function`` on the arguments of a node, fake tensors among them, ahead of it.
 
-    Args:
-        node: Its arguments hold fake tensors.
-        function: Called with them; may raise, and then nothing is inserted.
-
-    Returns:
-        The inserted nodes, and the function's result with nodes instead of tensors.
+    Returns the inserted nodes, and the function's result with nodes instead of tensors. Where the function raises,
+    nothing is inserted.
     """
     leaves, spec = tree_flatten((node.args, node.kwargs))
     inputs = [leaf for leaf in dict.fromkeys(leaves) if isinstance(leaf, fx.Node)]
@@ -39,15 +33,14 @@ def inline(node: fx.Node, function: Callable[..., Any]) -> tuple[list[fx.Node], 
     copies: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
     nodes = []
     outputs: Any = None
-    key = "example_value" if "example_value" in node.meta else "val"
     with node.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "output":
                 outputs = fx.map_arg(inner.args[0], copies.__getitem__)
             elif inner.op != "placeholder":
                 copy = node.graph.node_copy(inner, copies.__getitem__)
-                copy.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
-                copy.meta[key] = inner.meta.get("val")
+                copy.meta = {}
+                inherit(copy, node, inner.meta.get("val"))
                 copies[inner] = copy
                 nodes.append(copy)
     return nodes, tuple(outputs) if isinstance(outputs, list | tuple) else outputs

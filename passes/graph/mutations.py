@@ -30,9 +30,6 @@ class Mutations:
     """The in-place writes of a graph.
 
     Views share their base's storage in the fake values too, so a write through any view counts for all of them.
-
-    Args:
-        graph: The captured graph.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -65,11 +62,6 @@ class Mutations:
         """The first of them, or None."""
         return next(iter(self.writers(node)), None)
 
-    def changed(self, node: fx.Node, after: fx.Node, before: fx.Node) -> bool:
-        """Whether the tensor of ``node`` is written to between two nodes."""
-        start, stop = self._position[after], self._position[before]
-        return any(start < self._position[writer] < stop for writer in self.writers(node))
-
     def reshaped(self, node: fx.Node) -> fx.Node | None:
         """A node that may give the tensor of ``node`` another shape in place, or None: its fake value has the last."""
         return next((writer for writer in self.writers(node) if may_reshape(writer)), None)
@@ -78,9 +70,9 @@ class Mutations:
         """The position of a node in the graph."""
         return self._position[node]
 
-    def last_write(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
-        """The last node that writes to the tensor of ``node`` between it and another node, or None."""
-        start, stop = self._position[node], self._position[before]
+    def last_write(self, node: fx.Node, before: fx.Node, after: fx.Node | None = None) -> fx.Node | None:
+        """The last node that writes to the tensor of ``node`` between it (or ``after``) and another node, or None."""
+        start, stop = self._position[node if after is None else after], self._position[before]
         return next((w for w in reversed(self.writers(node)) if start < self._position[w] < stop), None)
 
     def settled(self, node: fx.Node) -> fx.Node:
@@ -100,21 +92,15 @@ class Mutations:
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """A block in which the tensor that a node writes has the value from before the write."""
-        written = self._written.get(node, frozenset())
-        storage = next(iter(written)) if len(written) == 1 else None
-        chain = None if storage is None else self._chain(storage)
-        if storage is None or chain is None:
-            yield
-            return
-        outer = self._state.get(storage)
-        self._state[storage] = chain.index(node) - 1
+        outer, written = self._state, self._written.get(node, frozenset())
+        for storage in written if len(written) == 1 else ():
+            chain = self._chain(storage)
+            if chain is not None:
+                self._state = {**outer, storage: chain.index(node) - 1}
         try:
             yield
         finally:
-            if outer is None:
-                del self._state[storage]
-            else:
-                self._state[storage] = outer
+            self._state = outer
 
     def _touched(self, node: fx.Node) -> frozenset[int]:
         """The storages of a node's tensors, and those that it writes to."""

@@ -33,6 +33,15 @@ def value_of(node: object) -> Any:  # noqa: ANN401 (a tensor, a number, a tuple 
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+_INHERITED = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")
+
+
+def inherit(node: fx.Node, source: fx.Node, value: object) -> None:
+    """Gives an inserted node its fake value, and the module and the stack trace of the node that it serves."""
+    node.meta |= {name: source.meta[name] for name in _INHERITED if name in source.meta}
+    node.meta["example_value" if "example_value" in source.meta else "val"] = value
+
+
 def known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for every length the graph accepts; adds no guard."""
     return statically_known_true(condition)
@@ -89,6 +98,11 @@ def arguments(node: fx.Node, *names: str) -> tuple[Any, ...]:
         for name in names[len(positional) :]
     )
     return (*positional, *keyword)
+
+
+def items_of(argument: object) -> tuple[Any, ...]:
+    """The elements of an argument that is one element, or a tuple or list of them."""
+    return tuple(argument) if isinstance(argument, tuple | list) else (argument,)
 
 
 def choice(node: fx.Node) -> tuple[Any, Any, Any] | None:

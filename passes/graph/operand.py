@@ -22,12 +22,7 @@ Step = tuple[Callable[..., Any], tuple[Any, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A node and the steps that follow it.
-
-    Attributes:
-        node: A tensor of the graph.
-        steps: ``(function, further arguments)``, applied one after the other; arguments may be nodes.
-    """
+    """A tensor of the graph, and the steps ``(function, further arguments)`` after it; arguments may be nodes."""
 
     node: fx.Node
     steps: tuple[Step, ...] = ()

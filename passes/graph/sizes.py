@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
-from typing import cast
+from typing import Any
 
 import sympy
 import torch
@@ -34,28 +34,27 @@ def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
         value = value_of(node)
         if isinstance(value, torch.SymInt):
             holders.setdefault(value.node.expr, node)
-    with graph.inserting_before(before):
-        return _emit(size.node.expr, size, holders, graph, before)
 
-
-def _emit(
-    expr: sympy.Expr, size: torch.SymInt, holders: dict[sympy.Expr, fx.Node], graph: fx.Graph, before: fx.Node
-) -> fx.Node | int:
-    if expr in holders:
-        return holders[expr]
-    if expr.is_Integer:
-        return int(expr)
-    function = next((function for kind, function in _FUNCTIONS if isinstance(expr, kind)), None)
-    if function is None:
-        holder = _shape_lookup(expr, graph, before)
+    def emitted(expr: Any) -> fx.Node | int:  # noqa: ANN401 (sympy has no types)
+        if expr in holders:
+            return holders[expr]
+        if expr.is_Integer:
+            return int(expr)
+        function = next((function for kind, function in _FUNCTIONS if isinstance(expr, kind)), None)
+        if function is not None:
+            return reduce(
+                lambda left, right: _call(graph, function, left, right), [emitted(argument) for argument in expr.args]
+            )
+        holder = _shape_lookup(expr, graph)
         if holder is None:
             raise Refused("%s cannot be computed from sizes in the graph", size)
         return holder
-    operands = [_emit(cast(sympy.Expr, argument), size, holders, graph, before) for argument in expr.args]
-    return reduce(lambda left, right: _call(graph, function, left, right), operands)
+
+    with graph.inserting_before(before):
+        return emitted(size.node.expr)
 
 
-def _shape_lookup(expr: sympy.Expr, graph: fx.Graph, before: fx.Node) -> fx.Node | None:
+def _shape_lookup(expr: sympy.Expr, graph: fx.Graph) -> fx.Node | None:
     """Reads a size off an input tensor: exported graphs have no size inputs."""
     for node in graph.find_nodes(op="placeholder"):
         value = value_of(node)

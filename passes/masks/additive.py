@@ -10,24 +10,23 @@ hides a key unless scores differ by a billion, but does not absorb its score. -1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from s2o_compile.kernels.core.mask_band import ABSORBS
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import choice, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.bits import is_bits
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
 from s2o_compile.passes.masks.terms import TermEvaluator, Terms, is_bool_of, written_in_part
 
-# In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number.
-_ABSORBING = (torch.float32, torch.bfloat16)
-_ABSORBS = torch.finfo(torch.bfloat16).min
+ABSORBING = (torch.float32, torch.bfloat16)
+"""In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number."""
 # The one numeric assumption of the passes: no score that a row sees lies a billion below one that it does not see. Then
 # exp(hidden - seen) is zero in every dtype. -1e9 in its coarsest dtype.
 _OUTWEIGHS = torch.tensor(-1e9, dtype=torch.bfloat16).item()
@@ -35,7 +34,7 @@ _OUTWEIGHS = torch.tensor(-1e9, dtype=torch.bfloat16).item()
 
 def hides(number: float, dtype: torch.dtype) -> bool:
     """Whether a number, added to a score of a dtype or put in its place, hides it behind every score that is seen."""
-    return number <= (_OUTWEIGHS if dtype in _ABSORBING else torch.finfo(dtype).min)
+    return number <= (_OUTWEIGHS if dtype in ABSORBING else torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ class AdditiveMask:
         """The output of a fully masked row: "zeros", "mean" of all values, or None, neither."""
         if self.hidden <= {-math.inf}:
             return "zeros"
-        return "mean" if len(self.hidden) == 1 and max(self.hidden) <= _ABSORBS and self.dtype in _ABSORBING else None
+        return "mean" if len(self.hidden) == 1 and max(self.hidden) <= ABSORBS and self.dtype in ABSORBING else None
 
     def at(self, indices: Sequence[IndexTensor], value: torch.Tensor) -> AdditiveMask:
         """The mask seen through a view or a cast."""
@@ -66,16 +65,12 @@ class AdditiveMask:
 
 
 class AdditiveEvaluator:
-    """Evaluates float nodes to `AdditiveMask`, or raises `Refused`.
-
-    Args:
-        terms: The evaluator of bool masks.
-        mutations: The in-place writes of the graph.
-    """
+    """Evaluates float nodes to `AdditiveMask`, or raises `Refused`."""
 
     def __init__(self, terms: TermEvaluator, mutations: Mutations) -> None:
         self._terms = terms
         self._mutations = mutations
+        self._indices = terms.indices
         self._fill = terms.indices.fill
 
     def evaluate(self, node: fx.Node) -> AdditiveMask:
@@ -85,7 +80,7 @@ class AdditiveEvaluator:
         value = value_of(settled.args[0] if name == "setitem" else settled)
         if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
             raise _numbers(settled, name)
-        fill = self._terms.indices.filled(settled)
+        fill = self._indices.filled(settled)
         if fill is not None:
             if fill != 0:
                 raise _numbers(settled, name)
@@ -98,7 +93,7 @@ class AdditiveEvaluator:
 
     def _take_apart(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask:
         try:
-            source = views.source(node, self._terms.indices)
+            source = views.source(node, self._indices.evaluate)
         except Refused:
             if isinstance(node.args[0], fx.Node):
                 self.evaluate(node.args[0])  # what it views may be no mask at all
@@ -117,27 +112,29 @@ class AdditiveEvaluator:
             hidden = self._hiding(fill, value.dtype)
             if hidden is None:
                 raise self._outweighed(node, (fill,), name)
-            shaped = name == "masked_fill" or is_bool_of(value_of(condition), value.shape)
-            if name == "setitem" and not shaped:
+            if name == "setitem" and not is_bool_of(value_of(condition), value.shape):
                 raise written_in_part(base, node)
-            if shaped and self._is_truth_of(condition, base):
+            if self._is_truth_of(condition, base):
                 return self._choice(condition, hidden, value, negated=True)
-            if shaped:
-                return self._hide(base, condition, hidden, value, True)
+            return self._hide(base, condition, hidden, value, True)
         if name == "mul" and len(node.args) == 2:
             for factor, fill in (node.args, node.args[::-1]):
                 number, hidden = self._fill(fill), self._hiding(fill, value.dtype)  # 0 * -inf is NaN
-                if number is None or hidden == -math.inf or not is_bits(factor, self._terms.indices):
+                if number is None or hidden == -math.inf or not self._indices.is_bits(factor):
                     continue
                 if hidden is not None:
                     return self._choice(factor, hidden, value, negated=True)
                 if isinstance(factor, fx.Node) and attempt(self._terms.terms, factor, negated=True) == ():
                     return AdditiveMask((), frozenset(), value.dtype)  # 0 everywhere
                 raise self._outweighed(node, (fill,), name)
-        if name == "log" and len(node.args) == 1 and is_bits(node.args[0], self._terms.indices):
+        if name == "log" and len(node.args) == 1 and self._indices.is_bits(node.args[0]):
             return self._choice(node.args[0], -math.inf, value, negated=False)
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:
-            return self._both(node, name, value)
+            left, right = (self._operand(argument, value) for argument in node.args)
+            hidden = left.hidden | right.hidden
+            if name == "add" and left.hidden and right.hidden:
+                hidden |= _rounded({a + b for a in left.hidden for b in right.hidden}, value.dtype)
+            return AdditiveMask((*left.terms, *right.terms), hidden, value.dtype)
         raise _numbers(node, name)
 
     def _outweighed(self, node: fx.Node, fills: Sequence[object], name: str) -> Refused:
@@ -177,14 +174,6 @@ class AdditiveEvaluator:
         chosen = self._choice(condition, hidden, value, negated=negated)
         return AdditiveMask((*inner.terms, *chosen.terms), inner.hidden | chosen.hidden, value.dtype)
 
-    def _both(self, node: fx.Node, name: str, value: torch.Tensor) -> AdditiveMask:
-        """The sum or the minimum of two masks."""
-        left, right = (self._operand(argument, value) for argument in node.args)
-        hidden = left.hidden | right.hidden
-        if name == "add" and left.hidden and right.hidden:
-            hidden |= _rounded({a + b for a in left.hidden for b in right.hidden}, value.dtype)
-        return AdditiveMask((*left.terms, *right.terms), hidden, value.dtype)
-
     def _operand(self, argument: object, value: torch.Tensor) -> AdditiveMask:
         """An operand broadcast and promoted to a result."""
         if self._fill(argument) == 0:
@@ -195,13 +184,11 @@ class AdditiveEvaluator:
 
     def _is_truth_of(self, condition: object, base: object) -> bool:
         """Whether a condition is ``base != 0``: then base is 0 wherever the condition does not hold."""
-        if not isinstance(condition, fx.Node) or self._terms.indices.is_written(condition):
+        if not isinstance(condition, fx.Node) or not isinstance(base, fx.Node) or condition.args[:1] != (base,):
             return False
-        if not isinstance(base, fx.Node) or self._terms.indices.is_written(base):
+        if value_of(condition).dtype is not torch.bool or any(map(self._indices.is_written, (condition, base))):
             return False
         name = function_name(condition)
-        if not condition.args or condition.args[0] is not base or value_of(condition).dtype is not torch.bool:
-            return False
         return name in views.CASTS or (name == "ne" and len(condition.args) == 2 and self._fill(condition.args[1]) == 0)
 
 
@@ -220,5 +207,5 @@ def _numbers(node: fx.Node, name: str) -> Refused:
     )
 
 
-def _rounded(numbers: set[float] | frozenset[float] | tuple[float, ...], dtype: torch.dtype) -> frozenset[float]:
+def _rounded(numbers: Iterable[float], dtype: torch.dtype) -> frozenset[float]:
     return frozenset(torch.tensor(number, dtype=torch.float64).to(dtype).item() for number in numbers)

@@ -20,11 +20,8 @@ BLOCKS_MESSAGE = (
 def check_causal(mask: Tensor, query_len: int, key_len: int) -> None:
     """Fails, on the device and without waiting for it, unless ``mask`` [..., Nq, Nk] is causal.
 
-    Args:
-        mask: bool (True: may be attended), or floating point: 0 where a key is visible, -inf or the dtype's smallest
-            number where it is not.
-        query_len: Nq.
-        key_len: Nk.
+    It is bool (True: may be attended), or floating point: 0 where a key is visible, -inf or the dtype's smallest number
+    where it is not.
 
     Raises:
         RuntimeError: It is not; on CUDA at the next synchronisation.
@@ -47,16 +44,9 @@ def check_blocks(
     Every block with a visible score must be listed once. Under ``full`` the mask is not looked at: only blocks that
     are visible as a whole may stand there.
 
-    Args:
-        mask: bool, broadcastable to [B, H, Nq, Nk].
-        query_len: Nq.
-        key_len: Nk.
-        query_block: Queries of a block.
-        key_block: Keys of a block.
-        counts: int32 [B, H, Nq blocks], how many of the key blocks ``order`` [.., Nk blocks] begins with are listed.
-        order: int32 [B, H, Nq blocks, Nk blocks].
-        full_counts: The same for blocks visible as a whole, or None.
-        full_order: See ``full_counts``.
+    The mask is bool, broadcastable to [B, H, Nq, Nk]; a block is ``query_block`` by ``key_block`` scores. ``order``,
+    int32 [B, H, Nq blocks, Nk blocks], begins with the listed key blocks. ``counts``, int32 [B, H, Nq blocks], says how
+    many they are. ``full_counts`` and ``full_order`` list the blocks visible as a whole.
 
     Raises:
         RuntimeError: They do not; on CUDA at the next synchronisation.

@@ -8,7 +8,7 @@ from s2o_compile.passes.graph.nodes import Size, known, simplified
 from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import KeyMask, MaskProof
-from s2o_compile.passes.masks.terms import LookUp, SameChunk, Terms
+from s2o_compile.passes.masks.terms import Comparison, LookUp, SameChunk, Terms
 
 BATCH, HEAD, QUERY, KEY = range(4)
 _AXES = ("batch entries", "heads", "queries", "keys")
@@ -27,30 +27,32 @@ def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size
             chunks.append(term)
             continue
         if isinstance(term, LookUp):
-            key_masks.append(_key_mask(term, shape, singleton, key_len))
+            key_masks.append(_key_mask(term, singleton))
             continue
-        steps = _steps(term.index, singleton)
+        assert isinstance(term, Comparison)
+        (index,) = term.indices
+        steps = _steps(index, singleton)
         if steps == (0, 0, 1, -1):
-            offsets.append(term.index.const)
+            offsets.append(index.const)
         elif steps == (0, 0, -1, 1):
-            reaches.append(term.index.const)
+            reaches.append(index.const)
         else:
-            raise Refused("%s is neither a causal bound nor a sliding window%s", term.node, _varies(steps))
+            axes = " and ".join(axis for axis, step in zip(_AXES, steps, strict=True) if step)
+            varies = f": it varies along {axes}" if axes else ""
+            raise Refused("%s is neither a causal bound nor a sliding window%s", term.node, varies)
     offset, reach = _least(offsets), _least(reaches)
     if reach is not None and offset is None:
         raise Refused("it hides keys before a sliding window but no keys after the query")
-    if offset is None or reach is None:
-        window = None
-    else:
-        window = simplified(offset + reach + 1)
-        if not known(window >= 1):
-            raise Refused("its sliding window of %s tokens may be empty", window)
+    window = None if offset is None or reach is None else simplified(offset + reach + 1)
+    if window is not None and not known(window >= 1):
+        raise Refused("its sliding window of %s tokens may be empty", window)
     chunk = _chunk(chunks, singleton, offset)
-    bottom_right = offset is not None and known(offset == key_len - query_len)
-    ahead = 0 if offset is None else simplified(offset - (key_len - query_len))
+    if offset is None:
+        return MaskProof(key_masks=tuple(key_masks))
+    ahead = simplified(offset - (key_len - query_len))
     return MaskProof(
-        causal=offset is not None,
-        offset=None if bottom_right or offset is None else simplified(offset),
+        causal=True,
+        offset=None if known(offset == key_len - query_len) else simplified(offset),
         window=window,
         chunk=chunk,
         key_masks=tuple(key_masks),
@@ -62,11 +64,6 @@ def _steps(index: IndexTensor, singleton: Sequence[bool]) -> tuple[int, ...]:
     """Steps along batch, head, query and key; 0 along dimensions of one element."""
     steps = (0,) * (4 - len(index.steps)) + index.steps
     return tuple(0 if single else step for step, single in zip(steps, singleton, strict=True))
-
-
-def _varies(steps: Sequence[int]) -> str:
-    axes = [axis for axis, step in zip(_AXES, steps, strict=True) if step]
-    return f": it varies along {' and '.join(axes)}" if axes else ""
 
 
 def _least(bounds: Sequence[Size]) -> Size | None:
@@ -82,7 +79,7 @@ def _least(bounds: Sequence[Size]) -> Size | None:
 def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size | None) -> int | None:
     """The length of the chunks, provided that key j is compared with the query's own position i + offset."""
     for term in terms:
-        sides = {_steps(side, singleton): side for side in (term.left, term.right)}
+        sides = {_steps(side, singleton): side for side in term.indices}
         key, query = sides.get((0, 0, 0, 1)), sides.get((0, 0, 1, 0))
         if key is None or query is None:
             raise Refused("%s compares chunks of other things than queries and keys", term.node)
@@ -95,7 +92,7 @@ def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size |
     return terms[0].size if terms else None
 
 
-def _key_mask(term: LookUp, shape: Sequence[Size], singleton: Sequence[bool], key_len: Size) -> KeyMask:
+def _key_mask(term: LookUp, singleton: Sequence[bool]) -> KeyMask:
     """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
     batch_dim, key_dim, key_start = None, None, 0
     selected: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
-from s2o_compile.passes.graph.nodes import Size, is_size, known, value_of
+from s2o_compile.passes.graph.nodes import Size, arguments, is_size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
@@ -25,11 +25,7 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class IndexEvaluator:
-    """Evaluates nodes to `IndexTensor`, or raises `Refused`; remembers both.
-
-    Args:
-        mutations: The in-place writes of the graph.
-    """
+    """Evaluates nodes to `IndexTensor`, or raises `Refused`; remembers both."""
 
     def __init__(self, mutations: Mutations) -> None:
         self._mutations = mutations
@@ -45,13 +41,15 @@ class IndexEvaluator:
         if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
             raise Refused("%s is not an integer", argument)
         if argument not in self._values:
-            try:
-                tensor = self._evaluate(argument, value)
-                # Last, because the value is the node's own: its operands are checked by now.
-                self._values[argument] = tensor if tensor.fits(value.dtype) else _may_wrap(argument, value.dtype).why
-            except Refused as error:
-                self._values[argument] = error.why
+            self._values[argument] = attempt(self._checked, argument, value)
         return accepted(self._values[argument])
+
+    def _checked(self, node: fx.Node, value: torch.Tensor) -> IndexTensor:
+        tensor = self._evaluate(node, value)
+        # Last, because the value is the node's own: its operands are checked by now.
+        if not tensor.fits(value.dtype):
+            raise _may_wrap(node, value.dtype)
+        return tensor
 
     def _evaluate(self, node: fx.Node, value: torch.Tensor) -> IndexTensor:
         writer = self._mutations.writer(node)
@@ -70,7 +68,7 @@ class IndexEvaluator:
             return IndexTensor.constant(bool(fill) if value.dtype is torch.bool else fill, value.shape)
         if name in COMPARISONS:
             return self._constant_comparison(node, name, value)
-        source = views.source(node, self)
+        source = views.source(node, self.evaluate)
         if source is not None:
             return self._view(source, value)
         if name not in _HANDLERS or value.dtype is torch.bool:
@@ -128,6 +126,42 @@ class IndexEvaluator:
             return None
         # As the tensor holds it: 0.3 in bfloat16 is another number.
         return torch.tensor(fill, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else fill
+
+    def is_bits(self, argument: object) -> bool:
+        """Whether a tensor provably holds nothing but 0 and 1 (False and True).
+
+        ``1 - mask`` is the opposite of a mask, and ``mask * x`` is a choice, only for these. An integer attention mask
+        that enters the graph may hold any number.
+        """
+        fill = self.fill(argument)
+        if fill is not None:
+            return fill in (0, 1)
+        value = value_of(argument)
+        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
+            return False
+        if value.dtype is torch.bool:
+            return True
+        if self.is_written(argument):
+            return False
+        name, complemented = function_name(argument), self.complement(argument)
+        if name in COMPARISONS:
+            return True
+        if complemented is not None:
+            return self.is_bits(complemented)
+        if name == "mul" and len(argument.args) == 2:
+            return all(map(self.is_bits, argument.args))
+        if name in ("tril", "triu") and argument.args:
+            return self.is_bits(argument.args[0])
+        source = attempt(views.source, argument, self.evaluate)
+        return bool(source) and self.is_bits(source.node)
+
+    def complement(self, node: fx.Node) -> fx.Node | None:
+        """``x`` of ``1 - x``, if the node is that."""
+        name = function_name(node)
+        if name not in ("sub", "rsub") or len(node.args) != 2 or node.kwargs:
+            return None
+        one, other = node.args if name == "sub" else node.args[::-1]
+        return other if isinstance(other, fx.Node) and self.fill(one) == 1 else None
 
     def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor]:
         """The two operands of a node, broadcast to its shape."""
@@ -192,7 +226,7 @@ def _add(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> Index
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise Refused("%s scales its operand (alpha)", node)
     name = function_name(node)
-    left, right = operands[::-1] if name in ("rsub",) else operands
+    left, right = operands[::-1] if name == "rsub" else operands
     return left.plus(right, 1 if name in ("add", "radd") else -1)
 
 
@@ -210,20 +244,18 @@ def _neg(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> Index
 
 def _cumsum(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operand = evaluator.evaluate(node.args[0])
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    _, dim = arguments(node, "input", "dim")
     if not operand.is_constant or not isinstance(operand.const, int) or not isinstance(dim, int):
         raise Refused("%s sums values that are not one constant", node)
-    return (
-        IndexTensor.axis(value.shape, dim % value.ndim).plus(IndexTensor.constant(1, value.shape)).times(operand.const)
-    )
+    count = IndexTensor.axis(value.shape, dim % value.ndim).plus(IndexTensor.constant(1, value.shape))
+    return count.times(operand.const)
 
 
 def _diff(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> IndexTensor:
     operand = evaluator.evaluate(node.args[0])
-    names = ("n", "dim", "prepend", "append")
-    options = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-    dim, prepend = options.get("dim", -1), options.get("prepend")
-    if options.get("n", 1) != 1 or options.get("append") is not None or not isinstance(dim, int):
+    _, count, dim, prepend, append = arguments(node, "input", "n", "dim", "prepend", "append")
+    dim = -1 if dim is None else dim
+    if count not in (None, 1) or append is not None or not isinstance(dim, int):
         raise Refused("%s (diff) is not a plain first difference", node)
     dim %= value.ndim
     step = operand.steps[dim]
@@ -238,12 +270,8 @@ def _diff(evaluator: IndexEvaluator, node: fx.Node, value: torch.Tensor) -> Inde
 
 _HANDLERS: dict[str, Callable[[IndexEvaluator, fx.Node, torch.Tensor], IndexTensor]] = {
     "arange": _arange,
-    "add": _add,
-    "radd": _add,
-    "sub": _add,
-    "rsub": _add,
-    "mul": _mul,
-    "rmul": _mul,
+    **dict.fromkeys(("add", "radd", "sub", "rsub"), _add),
+    **dict.fromkeys(("mul", "rmul"), _mul),
     "neg": _neg,
     "cumsum": _cumsum,
     "diff": _diff,

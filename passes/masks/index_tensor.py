@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -16,13 +15,7 @@ from s2o_compile.passes.graph.nodes import Size, bounds, known
 
 @dataclass(frozen=True, eq=False)
 class IndexTensor:
-    """An integer tensor that is affine in its own position.
-
-    Attributes:
-        shape: Sizes, possibly symbolic.
-        const: Value at position 0.
-        steps: Change of the value along each dimension.
-    """
+    """An integer tensor that is affine in its own position, with the value ``const`` at position 0."""
 
     shape: tuple[Size, ...]
     const: Size
@@ -66,6 +59,10 @@ class IndexTensor:
             return known(self.minimum >= 0) and known(self.maximum <= 1)
         numbers = torch.iinfo(dtype)
         return bounds(self.minimum)[0] >= numbers.min and bounds(self.maximum)[1] <= numbers.max
+
+    def is_axis(self, dim: int, start: int = 0) -> bool:
+        """Whether the value is the position along one dimension, counted from a start."""
+        return known(self.const == start) and self.steps == IndexTensor.axis(self.shape, dim).steps
 
     @property
     def is_constant(self) -> bool:
@@ -116,11 +113,3 @@ def always_differ(left: IndexTensor, right: IndexTensor) -> bool:
 
 
 COMPARISONS = {"le": "gt", "lt": "ge", "ge": "lt", "gt": "le", "eq": "ne", "ne": "eq"}  # each with its negation
-
-
-class Evaluator(Protocol):
-    """Finds the symbolic value of an index tensor (`IndexEvaluator`)."""
-
-    def evaluate(self, argument: object) -> IndexTensor:
-        """Value of a node or of a Python number, as a tensor of its shape; raises `Refused`."""
-        ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -66,20 +67,20 @@ class MaskPart:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockPromise:
-    """Tables of blocks that enter the graph, promised to list the visible blocks of a mask.
+class BlockTables:
+    """The part of a ``block_mask`` that decides the output of flex_attention; the rest serves gradients.
 
     Attributes:
-        mask: The bool mask, broadcastable to [B, Hq, Nq, Nk]; None if it hides nothing.
-        partial: How many key blocks, and which, hold a visible score.
+        partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
         full: The same for blocks that are visible as a whole, which ``partial`` leaves out; (None, None) for no such.
-        sizes: Queries and keys of a block, integers or nodes.
+        sizes: Queries and keys of a block; integers, or nodes where they are symbolic.
+        mask_mod: The get_attr node of the function.
     """
 
-    mask: fx.Node
     partial: tuple[object, object]
     full: tuple[object, object]
-    sizes: tuple[object, object]
+    sizes: tuple[Any, Any]
+    mask_mod: fx.Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ class MaskProof:
         fully_masked: The output of fully masked rows: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
         promised: The mask operand, if nothing is proven of it and the user promised that it is causal.
-        blocks: Tables of blocks that the user promised to be those of this mask.
+        blocks: This mask as a bool tensor, broadcastable to [B, Hq, Nq, Nk], and the tables promised to be its own.
         read: The masks that the operator reads, if nothing is proven; then no other field is set.
     """
 
@@ -122,7 +123,7 @@ class MaskProof:
     fully_masked: str = "zeros"
     ahead: Size = 0
     promised: fx.Node | None = None
-    blocks: BlockPromise | None = None
+    blocks: tuple[fx.Node, BlockTables] | None = None
     read: MaskReading | None = None
 
     def __str__(self) -> str:

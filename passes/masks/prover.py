@@ -25,9 +25,8 @@ from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.additive import AdditiveEvaluator, hides
+from s2o_compile.passes.masks.additive import ABSORBING, AdditiveEvaluator, hides
 from s2o_compile.passes.masks.classify import classify
-from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import MERGED, MaskPart, MaskProof, MaskReading
 from s2o_compile.passes.masks.readable import is_readable
@@ -50,19 +49,11 @@ class MaskProver:
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
         self._additive = AdditiveEvaluator(self._terms, self.mutations)
+        self.indices = self._terms.indices
         self.assume_block_masks = assume_block_masks
         self._assume_causal = assume_causal
         self._read = read
         self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
-
-    @property
-    def indices(self) -> IndexEvaluator:
-        """The evaluator of index tensors."""
-        return self._terms.indices
-
-    def top_left_causal(self, query_len: Size, key_len: Size) -> MaskProof:
-        """The mask of SDPA's ``is_causal=True``: aligned to the top left, ``j <= i``."""
-        return MaskProof(causal=True, offset=None if known(query_len == key_len) else 0)
 
     def prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
         """Proves an ``attn_mask`` operand, or says why it cannot: `proof` for callers outside the passes."""
@@ -71,18 +62,14 @@ class MaskProver:
     def proof(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof:
         """The proof of an ``attn_mask`` operand; raises `Refused`.
 
-        Args:
-            mask: bool node (True: may be attended) or float node (added to the scores), broadcastable to
-                [B, Hq, Nq, Nk].
-            query_len: Nq.
-            key_len: Nk.
+        The mask is bool (True: may be attended) or float (added to the scores), broadcastable to [B, Hq, Nq, Nk].
         """
         memo = mask, str(query_len), str(key_len)
         if memo not in self._proofs:
-            try:
-                self._proofs[memo] = self._proven(mask, query_len, key_len)
-            except Refused as error:
-                self._proofs[memo] = self._unproven(mask, query_len, key_len, error.why)
+            proof = attempt(self._proven, mask, query_len, key_len)
+            if isinstance(proof, Rejected):
+                proof = self._unproven(mask, query_len, key_len, proof)
+            self._proofs[memo] = proof
         return accepted(self._proofs[memo])
 
     def _unproven(self, mask: fx.Node, query_len: Size, key_len: Size, why: Rejected) -> MaskProof | Rejected:
@@ -175,17 +162,17 @@ class MaskProver:
                 raise Refused("the mask %s is not proven: %s", part.node, error.why) from None
             own = value_of(part.node).shape
             axes = tuple(range(4))[max(4 - len(own), 0) :] if part.axes is None else part.axes
-            if len(own) > len(axes) or not all(
-                known(size == 1) or (not _varies_along(part_terms, dim) if axis == MERGED else _runs(size, axis, shape))
-                for dim, (size, axis) in enumerate(zip(own, axes, strict=True))
-            ):
-                raise Refused("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
-            indices = tuple(
-                IndexTensor.constant(0, shape)
-                if axis is None or axis == MERGED or known(size == 1)
-                else IndexTensor.axis(shape, axis)
-                for size, axis in zip(own, axes, strict=True)
-            )
+            misfit = Refused("the mask %s of shape %s does not fit the scores' %s", part.node, own, tuple(shape))
+            if len(own) > len(axes):
+                raise misfit
+            indices = []
+            for dim, (size, axis) in enumerate(zip(own, axes, strict=True)):
+                varies = not known(size == 1) and (
+                    axis != MERGED or any(index.steps[dim] for term in part_terms for index in term.indices)
+                )
+                if varies and (axis is None or axis == MERGED or not known(size == shape[axis])):
+                    raise misfit
+                indices.append(IndexTensor.axis(shape, axis or 0) if varies else IndexTensor.constant(0, shape))
             terms += [term.at(indices, shape) for term in part_terms]
             conventions.append(convention)
         try:
@@ -193,11 +180,7 @@ class MaskProver:
         except Refused as error:
             masks = ", ".join(str(part.node) for part in parts)
             raise Refused("the masks %s are not proven: %s", masks, error.why) from None
-        if (
-            zeroed
-            or all(fully_masked == "zeros" for fully_masked in conventions)
-            or _every_row_sees_a_key(proof, query_len, key_len)
-        ):
+        if zeroed or set(conventions) <= {"zeros"} or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
         # Several numbers are no mean, unless the same floor lies under all of them.
         if conventions in (["mean"], ["lowest"] * len(conventions)):
@@ -228,10 +211,9 @@ class MaskProver:
         terms = self._terms.terms(part.node, negated=not part.negated) if additive is None else additive.terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
             fully_masked = "lowest"
-        return (
-            terms,
-            None if fully_masked == "mean" and factor > 1 else fully_masked,
-        )  # it may overflow, then the mean is NaN
+        if fully_masked == "mean" and factor > 1:
+            fully_masked = None  # it may overflow, then the mean is NaN
+        return terms, fully_masked
 
     def _proven(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof:
         value = value_of(mask)
@@ -277,21 +259,15 @@ class MaskProver:
 
     def _is_input(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask enters the graph as a tensor over queries and keys, possibly seen through views and casts."""
-        value = value_of(mask)
-        if not isinstance(value, torch.Tensor) or not 2 <= value.ndim <= 4:
+        if not self._fits(mask, query_len, key_len) or not known(value_of(mask).shape[-2] == query_len):
             return False
-        if not known(value.shape[-2] == query_len) or not known(value.shape[-1] == key_len):
-            return False
-        indices = tuple(IndexTensor.axis(value.shape, dim) for dim in range(value.ndim))
-        while mask.op != "placeholder":
-            source = attempt(views.source, mask, self.indices)
-            if not source or self.mutations.writer(mask) is not None:
+        for seen in views.chain(mask, self.indices.evaluate):
+            if self.indices.is_written(seen.node):
                 return False
-            indices = tuple(index.at(indices, value.shape) for index in source.indices)
-            mask = source.node
-        # A padding mask spread over the queries is no causal mask, whatever was promised.
-        along = [any(index.steps[dim] for index in indices) for dim in (-2, -1)]
-        return all(along) and self.mutations.writer(mask) is None
+            if seen.node.op == "placeholder":
+                # A padding mask spread over the queries is no causal mask, whatever was promised.
+                return all(any(index.steps[dim] for index in seen.indices) for dim in (-2, -1))
+        return False
 
 
 def _as_it_is(part: MaskPart) -> bool:
@@ -304,26 +280,15 @@ def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zero
 
     Fills replace scores, and masks are added to them. Both are the same only if the number absorbs every score.
     """
-    absorbing = dtype in (torch.float32, torch.bfloat16)
     exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)
     fills = [part.hidden for part in parts if part.hidden is not None]
     added = any(part.hidden is None for part in parts)
-    low = all(math.isinf(fill) or (fill <= ABSORBS and absorbing) for fill in fills)
+    low = all(math.isinf(fill) or (fill <= ABSORBS and dtype in ABSORBING) for fill in fills)
     if not exact or not low:
         return None
     if zeroed and (added or len(fills) > 1):
         return None
     return "mean" if fills and not zeroed and not added and not math.isinf(fills[0]) else "zeros"
-
-
-def _runs(size: Size, axis: int | None, shape: Sequence[Size]) -> bool:
-    return axis is not None and known(size == shape[axis])
-
-
-def _varies_along(terms: Terms, dim: int) -> bool:
-    """Whether a term reads other values at other positions of a dimension."""
-    indices = [index for term in terms for index in term.read]
-    return any(index.steps[dim] for index in indices)
 
 
 def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:

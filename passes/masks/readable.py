@@ -20,12 +20,7 @@ _JOINED = frozenset({"add", "minimum", "maximum", "min", "max"})
 
 
 def is_readable(node: fx.Node, indices: IndexEvaluator) -> bool:
-    """Whether a tensor may hold a mask, judged by the nodes that make it.
-
-    Args:
-        node: A tensor that decides which keys are seen, or that is added to the scores.
-        indices: Knows constants.
-    """
+    """Whether a tensor that decides which keys are seen may hold a mask, judged by the nodes that make it."""
     pending, seen = [node], set()
     while pending:
         node = pending.pop()

@@ -7,8 +7,8 @@ Whether the reason matters depends on the axes that the look-up varies along, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -18,7 +18,6 @@ from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.bits import complement, is_bits
 from s2o_compile.passes.masks.index_arithmetic import (
     INDEX_DTYPES,
     IndexEvaluator,
@@ -30,79 +29,53 @@ from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, alwa
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """True where ``index >= 0``."""
-
-    node: fx.Node
-    index: IndexTensor
-
-    @property
-    def read(self) -> tuple[IndexTensor, ...]:
-        """Everything the term depends on, as index tensors."""
-        return (self.index,)
-
-    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Comparison:
-        """The term seen through a view."""
-        return Comparison(self.node, self.index.at(indices, shape))
-
-
-@dataclass(frozen=True, eq=False)
-class SameChunk:
-    """True where ``left // size == right // size``."""
-
-    node: fx.Node
-    left: IndexTensor
-    right: IndexTensor
-    size: int
-
-    @property
-    def read(self) -> tuple[IndexTensor, ...]:
-        """Everything the term depends on, as index tensors."""
-        return self.left, self.right
-
-    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> SameChunk:
-        """The term seen through a view."""
-        return SameChunk(self.node, self.left.at(indices, shape), self.right.at(indices, shape), self.size)
-
-
-@dataclass(frozen=True, eq=False)
-class LookUp:
-    """True where ``node[indices]`` is (or, if ``negated``, is not).
+class Term:
+    """Something that must hold for a key to be visible.
 
     Attributes:
-        node: A bool tensor of the graph.
-        indices: The position read in each of its dimensions.
-        negated: Whether the values are inverted.
-        why: Why the tensor was not taken apart further.
+        node: The node that asks for it.
+        indices: Everything that it depends on, as index tensors of the mask's shape.
     """
 
     node: fx.Node
     indices: tuple[IndexTensor, ...]
+
+    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Term:
+        """The term seen through a view."""
+        return replace(self, indices=tuple(index.at(indices, shape) for index in self.indices))
+
+
+class Comparison(Term):
+    """True where the one index is >= 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class SameChunk(Term):
+    """True where ``left // size == right // size`` of the two indices."""
+
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class LookUp(Term):
+    """True where ``node[indices]`` of a bool tensor is (or, if ``negated``, is not).
+
+    Attributes:
+        negated: Whether the values are inverted.
+        why: Why the tensor was not taken apart further.
+    """
+
     negated: bool
     why: Rejected
 
-    @property
-    def read(self) -> tuple[IndexTensor, ...]:
-        """Everything the term depends on, as index tensors."""
-        return tuple(self.indices)
 
-    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> LookUp:
-        """The term seen through a view."""
-        return LookUp(self.node, tuple(index.at(indices, shape) for index in self.indices), self.negated, self.why)
-
-
-Term = Comparison | SameChunk | LookUp
 Terms = tuple[Term, ...]
 _DOCUMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its document
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
 class TermEvaluator:
-    """Evaluates bool nodes to conjunctions of terms, or raises `Refused`; remembers both.
-
-    Args:
-        mutations: The in-place writes of the graph.
-    """
+    """Evaluates bool nodes to conjunctions of terms, or raises `Refused`; remembers both."""
 
     def __init__(self, mutations: Mutations) -> None:
         self._mutations = mutations
@@ -113,10 +86,7 @@ class TermEvaluator:
         """The terms that make a tensor (or, if ``negated``, its inverse) true; numbers count as ``!= 0``."""
         settled = self._mutations.settled(node)
         if (settled, negated) not in self._terms:
-            try:
-                self._terms[settled, negated] = self._evaluate(settled, negated)
-            except Refused as error:
-                self._terms[settled, negated] = error.why
+            self._terms[settled, negated] = attempt(self._evaluate, settled, negated)
         return accepted(self._terms[settled, negated])
 
     def _evaluate(self, node: fx.Node, negated: bool) -> Terms:
@@ -137,24 +107,26 @@ class TermEvaluator:
             return self._leaf(node, negated, error)
 
     def _leaf(self, node: fx.Node, negated: bool, error: Refused) -> Terms:
-        if self.indices.is_written(node):
-            raise error  # read at the attention it would be a later state
+        # Written to, it would be read in a later state; of numbers, the consumer that makes them bool is the leaf.
+        if self.indices.is_written(node) or value_of(node).dtype is not torch.bool:
+            raise error
         shape = value_of(node).shape
-        if value_of(node).dtype is not torch.bool:
-            raise error  # its consumer, which makes it bool, becomes the leaf
         return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, error.why),)
 
     def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)
-        source = views.source(node, self.indices)
+        source = views.source(node, self.indices.evaluate)
         if source is not None:
-            return self._view(source, name, value, negated)
+            base = value_of(source.node)
+            if base.dtype is not torch.bool and value.dtype not in (base.dtype, torch.bool):
+                raise Refused("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
+            return tuple(term.at(source.indices, value.shape) for term in self.terms(source.node, negated=negated))
         if name == "invert" and value.dtype is torch.bool:
             return self._argument(node.args[0], value.shape, not negated)
-        complemented = complement(node, self.indices)
-        if complemented is not None and is_bits(complemented, self.indices):
+        complemented = self.indices.complement(node)
+        if complemented is not None and self.indices.is_bits(complemented):
             return self._argument(complemented, value.shape, not negated)
-        if name in ("and", "or") or (name == "mul" and is_bits(node, self.indices)):
+        if name in ("and", "or") or (name == "mul" and self.indices.is_bits(node)):
             if value.dtype is not torch.bool and name != "mul":
                 raise Refused("%s works on the bits of integers", node)
             if (name == "or") != negated:  # De Morgan: only the inverse of a union is a conjunction
@@ -177,12 +149,6 @@ class TermEvaluator:
             raise Refused("%s is made under torch.vmap, which hides its pattern; make it by broadcasting instead", node)
         raise Refused("%s (%s) is not a mask this pass understands", node, name or node.op)
 
-    def _view(self, source: views.Source, name: str, value: torch.Tensor, negated: bool) -> Terms:
-        base = value_of(source.node)
-        if base.dtype is not torch.bool and value.dtype not in (base.dtype, torch.bool):
-            raise Refused("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
-        return tuple(term.at(source.indices, value.shape) for term in self.terms(source.node, negated=negated))
-
     def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms:
         if isinstance(argument, bool):
             if argument == negated:
@@ -194,10 +160,7 @@ class TermEvaluator:
         return tuple(term.at(indices, shape) for term in self.terms(argument, negated=negated))
 
     def _conjunction(self, arguments: Sequence[tuple[object, bool]], shape: Sequence[Size]) -> Terms:
-        terms: list[Term] = []
-        for argument, negated in arguments:
-            terms += self._argument(argument, shape, negated)
-        return tuple(terms)
+        return tuple(term for argument, negated in arguments for term in self._argument(argument, shape, negated))
 
     def _setitem(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms:
         """``mask[...] = value`` and ``mask[condition] = value``, for the whole tensor."""
@@ -218,17 +181,16 @@ class TermEvaluator:
             operands = self.indices.operands(node, value.shape)
         except Refused as error:
             return self._other_comparison(node, comparison, value.shape, error)
-        bounds = compare(comparison, *operands)
         if comparison == "ne":
             if always_differ(*operands):
                 return ()
             raise _union(node, name)
-        return self._bounds(node, bounds)
+        return self._bounds(node, compare(comparison, *operands))
 
     def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms:
         if any(known(bound.maximum < 0) for bound in bounds):
             raise Refused("%s is False everywhere", node)
-        return tuple(Comparison(node, bound) for bound in bounds if not known(bound.minimum >= 0))
+        return tuple(Comparison(node, (bound,)) for bound in bounds if not known(bound.minimum >= 0))
 
     def _other_comparison(self, node: fx.Node, comparison: str, shape: Sequence[Size], error: Refused) -> Terms:
         """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
@@ -247,7 +209,13 @@ class TermEvaluator:
             # Both first: where one side is no quotient, the other's reason does not matter.
             first, second = attempt(self._chunk, left), attempt(self._chunk, right)
             if first is not None and second is not None:
-                return self._same_chunk(node, accepted(first), accepted(second), shape)
+                (first, size), (second, other) = accepted(first), accepted(second)
+                if size != other:
+                    raise Refused("%s compares chunks of %s keys with chunks of %s", node, size, other)
+                dtype = promoted(left, right)
+                if dtype is not None and not (first.fits(dtype) and second.fits(dtype)):
+                    raise Refused("%s compares chunks in %s, where their positions wrap around", node, dtype)
+                return (SameChunk(node, (first.broadcast(shape), second.broadcast(shape)), size),)
         if distance is None:
             root, other = _viewed(left), _viewed(right)
             same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _DOCUMENT_SEARCHES)
@@ -270,53 +238,39 @@ class TermEvaluator:
         bounds = (*compare(comparison, distance, bound), *compare(comparison, distance.times(-1), bound))
         return self._bounds(node, bounds)
 
-    def _same_chunk(
-        self, node: fx.Node, first: tuple[IndexTensor, int], second: tuple[IndexTensor, int], shape: Sequence[Size]
-    ) -> Terms:
-        """``a // size == b // size``."""
-        (left, size), (right, other) = first, second
-        if size != other:
-            raise Refused("%s compares chunks of %s keys with chunks of %s", node, size, other)
-        dtype = promoted(*node.args[:2])
-        if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
-            raise Refused("%s compares chunks in %s, where their positions wrap around", node, dtype)
-        return (SameChunk(node, left.broadcast(shape), right.broadcast(shape), size),)
+    def _counted(self, argument: object) -> Iterator[views.Source]:
+        """An integer tensor and those that it is a view of, up to the first that is written to."""
+        if isinstance(argument, fx.Node) and isinstance(value_of(argument), torch.Tensor):
+            for seen in views.chain(argument, self.indices.evaluate):
+                if value_of(seen.node).dtype not in INDEX_DTYPES or self.indices.is_written(seen.node):
+                    return
+                yield seen
 
     def _chunk(self, argument: object) -> tuple[IndexTensor, int] | None:
         """``x`` and ``c`` of ``x // c``, possibly seen through views; None if it is no such quotient."""
-        value = value_of(argument)
-        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
-            return None
-        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
-            return None
-        if is_floor_division(argument):
-            dividend, size = argument.args if len(argument.args) == 2 else (None, None)
+        for seen in self._counted(argument):
+            if not is_floor_division(seen.node):
+                continue
+            dividend, size = seen.node.args if len(seen.node.args) == 2 else (None, None)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise Refused("%s divides by %s, expected a positive constant", argument, size)
+                raise Refused("%s divides by %s, expected a positive constant", seen.node, size)
             try:
-                return self.indices.evaluate(dividend), size
+                return self.indices.evaluate(dividend).at(seen.indices, value_of(argument).shape), size
             except Refused as error:
                 raise Refused(
                     "chunked attention whose chunks begin where only the inputs say (%s), as behind left padding, is a "
                     "mask that the sparse operator does not have; leave attention_mask unset where no row is padded",
                     error.why,
                 ) from None
-        source = attempt(views.source, argument, self.indices)
-        base = self._chunk(source.node) if source else None
-        return (base[0].at(source.indices, value.shape), base[1]) if source and base else None
+        return None
 
     def _distance(self, argument: object) -> IndexTensor | None:
         """``x`` of ``abs(x)``, possibly seen through views, for an index tensor x."""
-        value = value_of(argument)
-        if not isinstance(argument, fx.Node) or not isinstance(value, torch.Tensor):
-            return None
-        if value.dtype not in INDEX_DTYPES or self.indices.is_written(argument):
-            return None
-        if function_name(argument) == "abs":
-            return attempt(self.indices.evaluate, argument.args[0]) or None
-        source = attempt(views.source, argument, self.indices)
-        base = self._distance(source.node) if source else None
-        return base.at(source.indices, value.shape) if source and base else None
+        for seen in self._counted(argument):
+            if function_name(seen.node) == "abs":
+                distance = attempt(self.indices.evaluate, seen.node.args[0])
+                return distance.at(seen.indices, value_of(argument).shape) if distance else None
+        return None
 
     def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms:
         if not node.args or not self.indices.fill(node.args[0]):

@@ -7,7 +7,7 @@ evaluators need a single rule for all views. Shapes come from the fake values; o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +15,24 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, known, value_of
-from s2o_compile.passes.graph.rejected import Refused
-from s2o_compile.passes.masks.index_tensor import Evaluator, IndexTensor, broadcast_indices
+from s2o_compile.passes.graph.rejected import Refused, attempt
+from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
 
 Indices = tuple[IndexTensor, ...]
 Shape = Sequence[Size]
+Evaluate = Callable[[object], IndexTensor]
+"""Gives the value of a node or of a Python number, or raises `Refused`: ``IndexEvaluator.evaluate``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The tensor that a view reads, and the positions.
-
-    Attributes:
-        node: The tensor it reads from.
-        indices: For each dimension of that tensor the position read, as a tensor of the view's shape.
-    """
+    """The tensor that a view reads, and for each of its dimensions the position read, of the view's shape."""
 
     node: fx.Node
     indices: Indices
 
 
-def source(node: fx.Node, evaluator: Evaluator) -> Source | None:
+def source(node: fx.Node, evaluate: Evaluate) -> Source | None:
     """The source of a view, None if the node is none; raises `Refused` if its mapping is not affine."""
     handler = VIEWS.get(function_name(node))
     if handler is None or not node.args or not isinstance(node.args[0], fx.Node):
@@ -43,14 +40,24 @@ def source(node: fx.Node, evaluator: Evaluator) -> Source | None:
     base, value = value_of(node.args[0]), value_of(node)
     if not isinstance(base, torch.Tensor) or not isinstance(value, torch.Tensor):
         return None
-    return Source(node.args[0], handler(node, base.shape, value.shape, evaluator))
+    return Source(node.args[0], handler(node, base.shape, value.shape, evaluate))
 
 
-def _same(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def chain(node: fx.Node, evaluate: Evaluate) -> Iterator[Source]:
+    """A tensor and those that it is a view of, nearest first, each with the positions that the tensor itself reads."""
+    shape = value_of(node).shape
+    seen = Source(node, _same(node, shape, shape, evaluate))
+    yield seen
+    while viewed := attempt(source, seen.node, evaluate):
+        seen = Source(viewed.node, tuple(index.at(seen.indices, shape) for index in viewed.indices))
+        yield seen
+
+
+def _same(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     return tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape)))
 
 
-def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     if any(isinstance(argument, torch.dtype) for argument in (*node.args, *node.kwargs.values())):
         raise Refused("%s reinterprets the bits of its source", node)
     old = [dim for dim, size in enumerate(base) if not known(size == 1)]
@@ -64,87 +71,79 @@ def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> 
     )
 
 
-def _expand(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _expand(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     return broadcast_indices(base, shape)
 
 
-def _repeat(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _repeat(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     lead = len(shape) - len(base)
     if not all(known(size == 1) or known(size == shape[lead + dim]) for dim, size in enumerate(base)):
         raise Refused("%s repeats a dimension of several elements", node)
     return broadcast_indices(base, shape)
 
 
-def _transpose(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
-    rank = len(base)
-    dims = [0, 1] if function_name(node) == "t" else [dim for dim in node.args[1:] if isinstance(dim, int)]
-    if len(dims) != 2 or rank < 2:
-        raise Refused("%s has an unexpected signature", node)
-    order = list(range(rank))
-    first, second = (dim % rank for dim in dims)
-    order[first], order[second] = second, first
-    return _permuted(order, shape)
-
-
-def _attribute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
-    """``x.T`` of a matrix and ``x.mT``."""
-    if node.args[1] not in ("T", "mT") or len(base) < 2 or (node.args[1] == "T" and len(base) > 2):
-        raise Refused("%s (%s) is not a view this pass understands", node, node.args[1])
-    rank = len(base)
-    return _permuted([*range(rank - 2), rank - 1, rank - 2], shape)
-
-
-def _permute(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
-    order = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    dims = [dim for dim in order if isinstance(dim, int)]
-    if len(dims) != len(base):
-        raise Refused("%s has an unexpected signature", node)
-    return _permuted([dim % len(base) for dim in dims], shape)
-
-
-def _permuted(order: Sequence[int], shape: Shape) -> Indices:
+def _permute(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
+    order = permutation(node)
     return tuple(IndexTensor.axis(shape, order.index(dim)) for dim in range(len(shape)))
 
 
-def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def permutation(node: fx.Node) -> list[int]:
+    """The dimensions of its source in the order in which a ``transpose``, ``permute``, ``T`` or ``mT`` has them."""
+    name, dims, rank = function_name(node), node.args[1:], value_of(node.args[0]).ndim
+    if name == "getattr":
+        if dims[0] not in ("T", "mT") or rank < 2 or (dims[0] == "T" and rank > 2):
+            raise Refused("%s (%s) is not a view this pass understands", node, dims[0])
+        dims = (-2, -1)
+    elif name == "t":
+        dims = (0, 1)
+    elif name == "permute" and len(dims) == 1 and isinstance(dims[0], tuple | list):
+        dims = dims[0]
+    dims = [dim for dim in dims if isinstance(dim, int)]
+    if name == "permute" and len(dims) == rank:
+        return [dim % rank for dim in dims]
+    if name == "permute" or len(dims) != 2 or rank < 2:
+        raise Refused("%s has an unexpected signature", node)
+    order = list(range(rank))
+    first, second = dims
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _getitem(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     items: list[object] = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
     if any(isinstance(item, bool | list) for item in items):
         raise Refused("%s gathers by a list", node)
     if any(isinstance(value_of(item), torch.Tensor) for item in items):
-        return _gather(node, items, base, shape, evaluator)
+        return _gather(node, items, base, shape, evaluate)
     consumed = sum(item is not None and item is not Ellipsis for item in items)
-    padding: list[object] = [slice(None)] * (len(base) - consumed)
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items = [*items[:at], *padding, *items[at + 1 :]]
-    else:
-        items = [*items, *padding]
+    at = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items[at : at + 1] = [slice(None)] * (len(base) - consumed)
     indices: list[IndexTensor] = []
     out = 0
     for item in items:
         if item is None:
             out += 1
             continue
-        whole = isinstance(item, slice)
-        position = _slice(node, item, base[len(indices)], shape, out, evaluator) if whole else None
-        if position is None:
-            position = _position(node, item, base[len(indices)], shape, evaluator)
-        indices.append(position)
-        out += whole
+        size = base[len(indices)]
+        if isinstance(item, slice):
+            indices.append(_slice(node, item, size, shape, out, evaluate))
+            out += 1
+        else:
+            indices.append(_position(node, item, size, shape, evaluate))
     return tuple(indices)
 
 
-def _index(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _index(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     """ATen's ``index(x, [i, j])``: exported graphs hold it instead of ``x[i, j]``."""
-    return _gather(node, node.args[1], base, shape, evaluator)
+    return _gather(node, node.args[1], base, shape, evaluate)
 
 
-def _gather(node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _gather(node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     if len(items) != len(base) or not all(isinstance(value_of(item), torch.Tensor) for item in items):
         raise Refused("%s mixes index tensors with slices", node)
     indices = []
     for item in items:
-        index = evaluator.evaluate(item)
+        index = evaluate(item)
         if value_of(item).dtype is torch.bool:
             raise Refused("%s selects by a bool tensor", node)
         if not known(index.minimum >= 0):
@@ -153,23 +152,23 @@ def _gather(node: fx.Node, items: Sequence[object], base: Shape, shape: Shape, e
     return tuple(indices)
 
 
-def _slice(node: fx.Node, item: slice, size: Size, shape: Shape, dim: int, evaluator: Evaluator) -> IndexTensor:
+def _slice(node: fx.Node, item: slice, size: Size, shape: Shape, dim: int, evaluate: Evaluate) -> IndexTensor:
     step = 1 if item.step is None else item.step
     if not isinstance(step, int) or step < 1:
         raise Refused("%s slices with a step that is no positive constant", node)
-    first = _position(node, 0 if item.start is None else item.start, size, shape, evaluator)
+    first = _position(node, 0 if item.start is None else item.start, size, shape, evaluate)
     return first.plus(IndexTensor.axis(shape, dim), step)
 
 
-def _position(node: fx.Node, item: object, size: Size, shape: Shape, evaluator: Evaluator) -> IndexTensor:
-    index = evaluator.evaluate(item)
+def _position(node: fx.Node, item: object, size: Size, shape: Shape, evaluate: Evaluate) -> IndexTensor:
+    index = evaluate(item)
     position = index.const + size if known(index.const < 0) else index.const
     if not known(position >= 0):
         raise Refused("%s may start before the first element", node)
     return IndexTensor.constant(position, shape)
 
 
-def _select(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> Indices:
+def _select(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     """``select(dim, index)``, ``narrow(dim, start, length)`` and ATen's ``slice(dim, start, end, step)``."""
     defaults = {"dim": 0, "start": None, "step": 1}
     names = {"select": ("dim", "index"), "narrow": ("dim", "start", "length"), "slice": ("dim", "start", "end", "step")}
@@ -179,28 +178,24 @@ def _select(node: fx.Node, base: Shape, shape: Shape, evaluator: Evaluator) -> I
     if not isinstance(dim, int):
         raise Refused("%s has an unexpected signature", node)
     dim %= len(base)
-    item = options["index"] if name == "select" else slice(options["start"], None, options["step"])
+    indices = [IndexTensor.axis(shape, at) for at in range(len(shape))]
     if name == "select":
-        position = _position(node, item, base[dim], shape, evaluator)
-        others = [d for d in range(len(base)) if d != dim]
-        indices = {d: IndexTensor.axis(shape, at) for at, d in enumerate(others)}
+        indices.insert(dim, _position(node, options["index"], base[dim], shape, evaluate))
     else:
-        position = _slice(node, item, base[dim], shape, dim, evaluator)
-        indices = {d: IndexTensor.axis(shape, d) for d in range(len(base))}
-    indices[dim] = position
-    return tuple(indices[d] for d in range(len(base)))
+        item = slice(options["start"], None, options["step"])
+        indices[dim] = _slice(node, item, base[dim], shape, dim, evaluate)
+    return tuple(indices)
 
 
-_Handler = Callable[[fx.Node, Shape, Shape, Evaluator], Indices]
+_Handler = Callable[[fx.Node, Shape, Shape, Evaluate], Indices]
 CASTS = frozenset({"to", "type", "type_as", "bool", "long", "int", "float", "half", "bfloat16", "double"})
+PERMUTATIONS = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "getattr"})
 VIEWS: dict[str, _Handler] = {
     **dict.fromkeys((*CASTS, "contiguous", "clone", "detach", "alias", "cpu", "cuda"), _same),
     **dict.fromkeys(("unsqueeze", "squeeze", "view", "reshape", "flatten", "unflatten", "view_as"), _reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "t"), _transpose),
-    "permute": _permute,
-    "getattr": _attribute,
+    **dict.fromkeys(PERMUTATIONS, _permute),
     "getitem": _getitem,
     "index": _index,
     **dict.fromkeys(("select", "narrow", "slice"), _select),

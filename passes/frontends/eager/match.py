@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +23,14 @@ from s2o_compile.passes.frontends.checks import check_tensors
 from s2o_compile.passes.frontends.eager import probabilities, product
 from s2o_compile.passes.frontends.eager.probabilities import Probabilities
 from s2o_compile.passes.frontends.eager.product import Product
-from s2o_compile.passes.frontends.eager.scores import Bias, Fill, ScoreChain, ScoreReader, leads_to_product
+from s2o_compile.passes.frontends.eager.scores import ScoreChain, ScoreReader, leads_to_product
 from s2o_compile.passes.frontends.head_layout import Axes, axes, broadcasts, to_heads
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.proof import MaskPart, MaskProof
+from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import AttentionSite, module_path
 
@@ -54,12 +55,7 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 
 def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
-    """The attention around a softmax, or why it must stay dense.
-
-    Args:
-        node: A node for which `is_attention` holds.
-        prover: The mask prover of the graph.
-    """
+    """The attention around a softmax (`is_attention` holds), or why it must stay dense."""
     return attempt(site_around, node, prover)
 
 
@@ -69,7 +65,7 @@ def site_around(node: fx.Node, prover: MaskProver) -> AttentionSite:
     rank = value_of(node).ndim
     if dim not in (-1, rank - 1):
         raise Refused("its softmax runs over dimension %s, expected the keys, the last one", dim)
-    chain = ScoreReader(prover.indices, prover.mutations).read(node, scores)
+    chain = ScoreReader(prover).read(node, scores)
     behind = probabilities.follow(node, prover, cut=None if chain.sinks is None else chain.sinks_first)
     _check_private(chain, behind, prover)
     return _site(node, chain, behind, prover)
@@ -83,25 +79,23 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     sizes = [shape[1:-2] for shape in (scores, weights) if len(shape) > 3]
     split = [math.prod(heads) for heads in sizes if all(isinstance(size, int) for size in heads)]
     count = next(iter(split), None) if chain.heads is None else chain.heads
-    heads = to_heads(query, key, value, count, scores, weights)
-    query, key, value = heads.query, heads.key, heads.value
-    restore = (*heads.restore, *values.restore)
+    query, key, value, restore = to_heads(query, key, value, count, scores, weights)
+    restore = (*restore, *values.restore)
     check_tensors(query.value, key.value, value.value, values.node)
     _check_unchanged(chain, (query, key, value), values.node, prover)
     _check_views(((query.node, chain.product), (key.node, chain.product), (value.node, values)), prover)
     _check_casts((*chain.nodes, *behind.nodes), value.value.dtype)
     shape = (*query.value.shape[:3], value.value.shape[-1])
     output = value_of(values.node).shape
-    if not restore and not (len(output) == 4 and all(known(a == b) for a, b in zip(output, shape, strict=True))):
+    if not restore and not same_sizes(output, shape):
         raise Refused("its output %s is broadcast to %s", shape, tuple(output))
-    masks = [part.node for part in chain.masks]
     runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
         along = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
         if along is None:
-            if any(isinstance(part, Bias) and part.node is node_met for part in chain.masks):
+            if any(part.hidden is None and part.node is node_met for part in chain.masks):
                 prover.check_no_bias(node_met)
-            if node_met not in masks:
+            if all(part.node is not node_met for part in chain.masks):
                 raise Refused("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
         runs[node_met] = along
     for factor in chain.factors:
@@ -111,11 +105,9 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], values.node, prover)
     mask = _mask(chain, behind, runs, (*query.value.shape[:3], key.value.shape[-2]), query.value.dtype, prover)
     for part in () if mask.read is None else mask.read.parts:
-        if prover.mutations.changed(part.node, after=chain.nodes[0], before=values.node):
+        if prover.mutations.last_write(part.node, after=chain.nodes[0], before=values.node):
             raise Refused("%s is changed in place before the values are read (%s)", part.node, mask.read.why)
-    once = [repeat_kv.unwrapped(operand, values.node, prover) for operand in (key, value)]
-    if known(once[0].value.shape[1] == once[1].value.shape[1]):
-        key, value = once
+    key, value = repeat_kv.unwrapped(key, value, values.node, prover)
     return AttentionSite(
         name=module_path(node),
         node=values.node,
@@ -146,10 +138,9 @@ def _mask(
             along = ()  # it fits nothing, and is rejected for what it is or for its shape
         elif broadcasts(along):
             along = None
-        fill = (None, False) if isinstance(part, Bias) else (part.hidden, part.negated)
-        parts.append(MaskPart(part.node, *fill, axes=along, dtype=part.dtype))
+        parts.append(replace(part, axes=along))
     for zeroed, probabilities_shape in behind.zeroed:
-        filled = [part for part in chain.masks if isinstance(part, Fill) and part.node is zeroed.node]
+        filled = [part for part in chain.masks if part.hidden is not None and part.node is zeroed.node]
         alike = any(part.negated == zeroed.negated for part in filled) and not prover.mutations.writers(zeroed.node)
         met = [scores for node, scores in chain.met if node is zeroed.node]
         if not alike or not all(same_sizes(scores, probabilities_shape) for scores in met):
@@ -216,7 +207,7 @@ def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.No
     if chain.sinks is not None:
         read_early.append(chain.sinks)
     for node in read_early:
-        if prover.mutations.changed(node, after=chain.nodes[0], before=site):
+        if prover.mutations.last_write(node, after=chain.nodes[0], before=site):
             raise Refused("%s is changed in place before the values are read", node)
 
 
@@ -228,7 +219,7 @@ def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver
             raise Refused("%s may be given another shape in place by %s", operand, writer)
         for view in matmul.node.all_input_nodes:
             seen = view is not operand and operand in view.all_input_nodes
-            if seen and prover.mutations.changed(operand, after=view, before=matmul.node):
+            if seen and prover.mutations.last_write(operand, after=view, before=matmul.node):
                 raise Refused("%s is changed in place behind its view %s", operand, view)
 
 
@@ -246,15 +237,16 @@ def _scaled(query: Operand, factor: fx.Node, runs: Axes | None) -> Operand:
     value = value_of(factor)
     if runs is None or not broadcasts(runs):
         raise Refused("%s scales scores of another split into heads", factor)
-    if isinstance(value, torch.Tensor) and value.ndim and not known(value.shape[-1] == 1):
+    several = isinstance(value, torch.Tensor) and value.ndim > 0
+    if several and not known(value.shape[-1] == 1):
         raise Refused("%s scales scores by a tensor that varies along the keys", factor)
-    if query.steps and isinstance(value, torch.Tensor) and value.ndim:
-        raise Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+    misfit = Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+    if several and query.steps:
+        raise misfit
     before, scaled = query.value, query.then(torch.mul, factor)
     after = scaled.value
-    same = after.ndim == before.ndim and all(known(a == b) for a, b in zip(after.shape, before.shape, strict=True))
-    if not same or after.dtype != before.dtype:
-        raise Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
+    if not same_sizes(after.shape, before.shape) or after.dtype != before.dtype:
+        raise misfit
     return scaled
 
 

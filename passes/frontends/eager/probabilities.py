@@ -15,11 +15,11 @@ from torch import fx
 
 from s2o_compile.passes.frontends.eager import product
 from s2o_compile.passes.frontends.eager.product import Product
-from s2o_compile.passes.frontends.eager.scores import Fill
 from s2o_compile.passes.graph.calls import function_name, written_nodes
-from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Refused
+from s2o_compile.passes.graph.nodes import arguments, choice, same_sizes, value_of
+from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks.proof import MaskPart
 from s2o_compile.passes.masks.prover import MaskProver
 
 _PASSED_ON = frozenset(
@@ -40,7 +40,7 @@ class Probabilities:
 
     product: Product
     nodes: tuple[fx.Node, ...]
-    zeroed: tuple[tuple[Fill, torch.Size], ...]
+    zeroed: tuple[tuple[MaskPart, torch.Size], ...]
 
 
 def feed_product(node: fx.Node, depth: int = 6) -> bool:
@@ -59,10 +59,7 @@ def feed_product(node: fx.Node, depth: int = 6) -> bool:
 def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities:
     """The product of probabilities and values, and the steps before it; raises `Refused`.
 
-    Args:
-        softmax: The softmax.
-        prover: Knows constants.
-        cut: Whether the first column (else the last) belongs to sinks and must be cut off; None without sinks.
+    ``cut`` says whether the first column (else the last) belongs to sinks and must be cut off; None without sinks.
     """
     holders, nodes, zeroed = [softmax], [], []  # the holders share what they hold: a tensor and writes to all of it
     while True:
@@ -91,7 +88,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             if matmul.right.node in (softmax, *nodes):
                 raise Refused("%s multiplies its probabilities by themselves", user)
             return Probabilities(matmul, tuple(nodes), tuple(zeroed))
-        if cut is not None and _cuts(user, node, first=cut):
+        if cut is not None and _cuts(user, node, prover, first=cut):
             cut = None
         else:
             step = _step(user, node, prover)
@@ -100,7 +97,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
         holders = [*holders, user] if writes else [user]
 
 
-def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | None:
+def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> MaskPart | None:
     """The fill by which a step sets probabilities to zero; None if it passes them on as they are."""
     name = function_name(user)
     if name == "dropout" and _drops(user):
@@ -125,51 +122,35 @@ def _step(user: fx.Node, node: fx.Node, prover: MaskProver) -> Fill | None:
         raise Refused("its probabilities pass %s (%s) before they meet the values", user, name)
     if function_name(condition) == "isnan" and condition.args[:1] == (node,) and not negated:
         return None
-    return Fill(condition, 0.0, negated, value_of(user).dtype)
+    return MaskPart(condition, 0.0, negated)
 
 
 def _live_users(node: fx.Node) -> list[fx.Node]:
     """Users, without views that nobody reads."""
-    return [user for user in node.users if user.users or not _is_view(user)]
-
-
-def _is_view(node: fx.Node) -> bool:
-    return function_name(node) in (*_PASSED_ON, "dropout", "getitem")
+    passing = (*_PASSED_ON, "dropout", "getitem")
+    return [user for user in node.users if user.users or function_name(user) not in passing]
 
 
 def _keeps_rows(node: fx.Node, source: fx.Node) -> bool:
     value, before = value_of(node), value_of(source)
-    if not isinstance(value, torch.Tensor) or value.ndim < 2 or before.ndim < 2 or not value.dtype.is_floating_point:
-        return False
-    return all(known(a == b) for a, b in zip(value.shape[-2:], before.shape[-2:], strict=True))
+    floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return floating and value.ndim >= 2 and same_sizes(value.shape[-2:], before.shape[-2:])
 
 
-def _cuts(node: fx.Node, source: fx.Node, *, first: bool) -> bool:
+def _cuts(node: fx.Node, source: fx.Node, prover: MaskProver, *, first: bool) -> bool:
     """Whether a slice takes all columns but the first, or but the last."""
-    name = function_name(node)
-    if name not in ("getitem", "slice") or not isinstance(value_of(node), torch.Tensor):
+    seen = function_name(node) in ("getitem", "slice") and attempt(views.source, node, prover.indices.evaluate)
+    if not seen or seen.node is not source:
         return False
     before, after = value_of(source).shape, value_of(node).shape
-    items = node.args[1] if name == "getitem" else _sliced(node, len(before))
-    *rows, columns = items if isinstance(items, tuple) else (items,)
-    if not all(item is Ellipsis or item == slice(None) for item in rows) or not isinstance(columns, slice):
-        return False
-    if len(rows) + 1 != len(before) and Ellipsis not in rows:
-        return False
-    starts = columns.start == 1 if first else columns.start in (None, 0)
-    return starts and columns.step in (None, 1) and len(after) == len(before) and known(after[-1] == before[-1] - 1)
-
-
-def _sliced(node: fx.Node, rank: int) -> tuple[slice, ...]:
-    """The slice of each dimension that ATen's ``slice(x, dim, start, end, step)`` takes."""
-    _, dim, *rest = arguments(node, "self", "dim", "start", "end", "step")
-    items = [slice(None)] * rank
-    items[dim or 0] = slice(*rest)
-    return tuple(items)
+    starts = [*(0 for _ in before[:-1]), int(first)]
+    in_place = all(
+        index.is_axis(dim, start) for dim, (index, start) in enumerate(zip(seen.indices, starts, strict=True))
+    )
+    return in_place and same_sizes(after, (*before[:-1], before[-1] - 1))
 
 
 def _drops(node: fx.Node) -> bool:
     """Whether a call of ``F.dropout(x, p, training)`` or ``aten.dropout(x, p, train)`` drops anything."""
-    options = {**dict(zip(("p", "training"), node.args[1:], strict=False)), **node.kwargs}
-    training = options.get("training", options.get("train", True))
-    return not (options.get("p", 0.5) == 0 or training is False)
+    _, p, training = arguments(node, "input", "p", "training|train")
+    return p != 0 and training is not False

@@ -15,13 +15,14 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
+from s2o_compile.passes.graph.rejected import attempt
+from s2o_compile.passes.masks import views
 
 _MATRICES = {
     **dict.fromkeys(("matmul", "linalg_matmul"), "other|tensor2"),
     **dict.fromkeys(("bmm", "mm"), "mat2"),
 }
 _NAMES = (*_MATRICES, "baddbmm", "einsum")
-_SWAPS = ("transpose", "swapaxes", "swapdims")
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -49,17 +50,14 @@ class Product:
 def read(node: object, weights: fx.Node | None = None) -> Product | None:
     """The product that a node computes, or None.
 
-    Args:
-        node: Any node.
-        weights: If given, the left operand, as it is: [..., M, K]. Several dimensions of an einsum can be its M if
-            the right operand lacks them. Without weights, M is the last but one of the result.
+    Weights are the left operand, as it is: [..., M, K]. Several dimensions of an einsum can be its M if the right
+    operand lacks them. Without weights, M is the last but one of the result.
     """
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
         return None
-    name = function_name(node)
+    name, matmul = function_name(node), None
     if name in _NAMES and written_nodes(node):
         return None  # it writes to a tensor of the user's
-    matmul = None
     if name in _MATRICES:
         left, right = arguments(node, "input|self", _MATRICES[name])
         if _is_matrix(left) and _is_matrix(right):
@@ -85,20 +83,10 @@ def transposed(operand: Operand) -> Operand:
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    if not _is_matrix(source):
+    if function_name(node) not in views.PERMUTATIONS or not node.args or not _is_matrix(node.args[0]):
         return False
-    rank = value_of(source).ndim
-    name, dims = function_name(node), node.args[1:]
-    if name == "getattr":
-        return dims == ("mT",) or (dims == ("T",) and rank == 2)
-    if name in _SWAPS and len(dims) == 2 and all(isinstance(dim, int) for dim in dims):
-        return {dim % rank for dim in dims} == {rank - 2, rank - 1}
-    if name == "permute":
-        order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else list(dims)
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        return all(isinstance(dim, int) for dim in order) and [dim % rank for dim in order] == swapped
-    return False
+    rank = value_of(node.args[0]).ndim
+    return attempt(views.permutation, node) == [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _is_matrix(node: object) -> bool:
@@ -111,9 +99,9 @@ def _baddbmm(node: fx.Node) -> Product | None:
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not (_is_matrix(left) and _is_matrix(right)) or not isinstance(alpha, int | float):
         return None
-    if beta == 0:  # the added tensor is not even read: it may be uninitialised
-        return Product(node, Operand(left), Operand(right), alpha=alpha)
-    if beta != 1 or not isinstance(added, fx.Node):
+    if beta == 0:
+        added = None  # it is not even read: it may be uninitialised
+    elif beta != 1 or not isinstance(added, fx.Node):
         return None
     return Product(node, Operand(left), Operand(right), alpha=alpha, added=added)
 
@@ -132,17 +120,25 @@ def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | None:
     summed = [label for label in first + second if label not in output and label not in inner]
     if len(inner) != 1 or summed or len(output) < 2:
         return None
-    if weights is not None:
-        swapped = tensors[0] is not weights
-    else:  # [..., N, M] is the transposed product of the operands swapped
-        rows, columns = (
-            [output.index(label) for label in output if label in own and label not in other]
-            for own, other in ((first, second), (second, first))
-        )
-        swapped = bool(rows and columns) and rows[-1] > columns[-1]
-    if swapped:
-        tensors, (first, second) = tensors[::-1], (second, first)
-    return _matrices(node, tensors, (first, second, output), inner[0], as_it_is=weights is not None)
+    rows, columns = (
+        [label for label in output if label in own and label not in other]
+        for own, other in ((first, second), (second, first))
+    )
+    if not rows or not columns:
+        return None
+    in_order = output.index(rows[-1]) < output.index(columns[-1]) if weights is None else tensors[0] is weights
+    if not in_order:  # [..., N, M] is the transposed product of the operands swapped
+        tensors, first, second, rows, columns = tensors[::-1], second, first, columns, rows
+    row, column = rows[-1] if weights is None else first[-2], columns[-1]
+    lead = [label for label in (output if weights is None else first[:-2]) if label not in (row, column)]
+    if weights is not None and (first[-1] != inner[0] or row not in rows or len(columns) > 1):
+        return None
+    return Product(
+        node,
+        _arranged(tensors[0], first, [*lead, row, inner[0]]),
+        _arranged(tensors[1], second, [*lead, inner[0], column]),
+        restore=_reordered(Operand(node), [[*lead, row, column].index(label) for label in output]).steps,
+    )
 
 
 def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
@@ -165,34 +161,6 @@ def _labels(equation: str, ranks: Sequence[int]) -> tuple[str, str, str] | None:
         return None
     fits = (len(first), len(second)) == tuple(ranks) and set(output) <= set(first + second)
     return (first, second, output) if fits else None
-
-
-def _matrices(
-    node: fx.Node, tensors: Sequence[fx.Node], labels: tuple[str, str, str], inner: str, *, as_it_is: bool
-) -> Product | None:
-    """An einsum as a product of [..., M, K] and [..., K, N]; a dimension that one operand lacks has size 1 there."""
-    first, second, output = labels
-    rows, columns = (
-        [label for label in output if label in own and label not in other]
-        for own, other in ((first, second), (second, first))
-    )
-    if not rows or not columns:
-        return None
-    column = columns[-1]
-    if as_it_is:
-        row, last = first[-2:]
-        lead = list(first[:-2])
-        if last != inner or row not in rows or len(columns) > 1:
-            return None
-    else:
-        row = rows[-1]
-        lead = [label for label in output if label not in (row, column)]
-    return Product(
-        node,
-        _arranged(tensors[0], first, [*lead, row, inner]),
-        _arranged(tensors[1], second, [*lead, inner, column]),
-        restore=_reordered(Operand(node), [[*lead, row, column].index(label) for label in output]).steps,
-    )
 
 
 def _arranged(node: fx.Node, labels: str, wanted: list[str]) -> Operand:

@@ -11,7 +11,6 @@ written in place is read as the last write before the reader left it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +19,11 @@ from torch import fx
 from s2o_compile.passes.frontends.eager import product
 from s2o_compile.passes.frontends.eager.product import Product
 from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
+from s2o_compile.passes.masks.proof import MaskPart
+from s2o_compile.passes.masks.prover import MaskProver
 
 _COPIES = frozenset({"contiguous", "clone", "detach", "alias"})
 _RESHAPES = frozenset({"view", "reshape", "unflatten", "flatten", "view_as", "unsqueeze", "squeeze"})
@@ -32,24 +31,6 @@ _ADDS = frozenset({"add", "iadd", "radd"})
 _FACTORS = frozenset({"mul", "imul", "rmul", "div", "truediv", "itruediv", "divide", "true_divide"})
 _FLOORS = {"max": "other", "maximum": "other", "clamp": "min", "clip": "min", "clamp_min": "min"}
 _SEARCH_DEPTH = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Bias:
-    """A mask added to the scores, and the dtype of their sum."""
-
-    node: fx.Node
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, eq=False)
-class Fill:
-    """Scores replaced by a number where a condition holds (or, if ``negated``, where it does not)."""
-
-    node: fx.Node
-    hidden: float
-    negated: bool
-    dtype: torch.dtype
 
 
 @dataclass(eq=False)
@@ -64,7 +45,7 @@ class ScoreChain:
         floored: Whether hidden scores are raised to the dtype's lowest number.
         factors: Further factors: 0-d tensors, tensors that are constant along the keys, or symbolic numbers.
         softcap: Cap of ``softcap * tanh(x)``.
-        masks: From the softmax back; all must let a key through.
+        masks: From the softmax back; all must let a key through. Each with the dtype of the scores that it makes.
         sinks: The tensor [..., Nq, 1] joined to the scores as one more key.
         sinks_first: Whether it stands before the keys.
         nodes: Every node of the chain, the product included, first to last.
@@ -78,7 +59,7 @@ class ScoreChain:
     floored: bool = False
     factors: list[fx.Node] = field(default_factory=list)
     softcap: float | None = None
-    masks: list[Bias | Fill] = field(default_factory=list)
+    masks: list[MaskPart] = field(default_factory=list)
     sinks: fx.Node | None = None
     sinks_first: bool = False
     nodes: list[fx.Node] = field(default_factory=list)
@@ -86,12 +67,8 @@ class ScoreChain:
 
 
 def _keeps_shape(node: fx.Node, source: object) -> bool:
-    before, after = value_of(source), value_of(node)
-    return (
-        isinstance(before, torch.Tensor)
-        and before.ndim == after.ndim
-        and all(known(a == b) for a, b in zip(before.shape, after.shape, strict=True))
-    )
+    before = value_of(source)
+    return isinstance(before, torch.Tensor) and same_sizes(before.shape, value_of(node).shape)
 
 
 def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
@@ -101,7 +78,8 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     matmul = product.read(node)
     if matmul is not None:
         # A projection's product reads a parameter; scores are a product of two activations.
-        return not any(operand.node.op == "get_attr" or _is_parameter(operand.node) for operand in _sides(matmul))
+        sides = (matmul.left.node, matmul.right.node)
+        return not any(side.op == "get_attr" or isinstance(value_of(side), torch.nn.Parameter) for side in sides)
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.ndim < 2 or node.op not in ("call_function", "call_method"):
         return False
@@ -115,26 +93,11 @@ def leads_to_product(node: object, depth: int = _SEARCH_DEPTH) -> bool:
     )
 
 
-def _sides(matmul: Product) -> Iterator[product.Operand]:
-    yield matmul.left
-    yield matmul.right
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    return isinstance(value_of(node), torch.nn.Parameter)
-
-
 class ScoreReader:
-    """Reads the scores behind softmaxes.
+    """Reads the scores behind softmaxes; the prover knows constants, and which tensors are written in place."""
 
-    Args:
-        indices: Knows constants.
-        mutations: Knows which tensors are written in place.
-    """
-
-    def __init__(self, indices: IndexEvaluator, mutations: Mutations) -> None:
-        self._indices = indices
-        self._mutations = mutations
+    def __init__(self, prover: MaskProver) -> None:
+        self._indices, self._mutations = prover.indices, prover.mutations
 
     def read(self, softmax: fx.Node, scores: fx.Node) -> ScoreChain:
         """The chain behind ``softmax(scores)``, or the first thing in it that is not understood."""
@@ -181,7 +144,7 @@ class ScoreReader:
         if matmul.added is not None and self._indices.fill(matmul.added) != 0:
             if softcap is not None or scale != chain.tail or chain.factors or chain.tail <= 0:
                 raise Refused("%s is scaled after a tensor was added to it", matmul.node)
-            chain.masks.append(Bias(matmul.added, value_of(matmul.node).dtype))
+            chain.masks.append(MaskPart(matmul.added, dtype=value_of(matmul.node).dtype))
             chain.met.append((matmul.added, value_of(matmul.node).shape))
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
         chain.scale = scale * matmul.alpha * (softcap or 1.0)
@@ -220,11 +183,8 @@ class ScoreReader:
             raise Refused("%s joins more than scores and sinks", node)
         first = not leads_to_product(tensors[0])
         scores, sinks = tensors[::-1] if first else tensors
-        if (
-            not isinstance(scores, fx.Node)
-            or not isinstance(sinks, fx.Node)
-            or not known(value_of(sinks).shape[-1] == 1)
-        ):
+        are_nodes = isinstance(scores, fx.Node) and isinstance(sinks, fx.Node)
+        if not are_nodes or not known(value_of(sinks).shape[-1] == 1):
             raise Refused("%s joins more than one column of sinks to the scores", node)
         chain.nodes.append(node)
         chain.sinks, chain.sinks_first = sinks, first
@@ -246,23 +206,15 @@ class ScoreReader:
 
     def _same(self, node: fx.Node) -> fx.Node | None:
         """The tensor whose elements a node passes on as they are, or None."""
-        source = self._nothing_added(node) or (node.args[0] if node.args else None)
+        unchanged = self._nothing_added(node)
+        source = unchanged or (node.args[0] if node.args else None)
         value, before = value_of(node), value_of(source)
-        if (
-            not isinstance(source, fx.Node)
-            or not isinstance(value, torch.Tensor)
-            or not isinstance(before, torch.Tensor)
-        ):
+        if not isinstance(source, fx.Node) or not all(isinstance(x, torch.Tensor) for x in (value, before)):
             return None
         name = function_name(node)
         cast = name in views.CASTS and value.dtype.is_floating_point and before.dtype.is_floating_point
-        reshape = (
-            name in _RESHAPES
-            and value.ndim >= 2
-            and before.ndim >= 2
-            and all(known(a == b) for a, b in zip(value.shape[-2:], before.shape[-2:], strict=True))
-        )
-        return source if cast or reshape or name in _COPIES or self._nothing_added(node) else None
+        reshape = name in _RESHAPES and value.ndim >= 2 and same_sizes(value.shape[-2:], before.shape[-2:])
+        return source if unchanged or cast or reshape or name in _COPIES else None
 
     def _nothing_added(self, node: fx.Node) -> fx.Node | None:
         """The scores of ``scores + 0``."""
@@ -312,17 +264,14 @@ class ScoreReader:
         scores, floor = arguments(node, "input|self", _FLOORS[name])
         if name in ("max", "maximum") and not leads_to_product(scores):
             scores, floor = floor, scores
-        if (
-            not isinstance(scores, fx.Node)
-            or not isinstance(value_of(node), torch.Tensor)
-            or not _keeps_shape(node, scores)
-        ):
+        is_tensor = isinstance(value_of(node), torch.Tensor)
+        if not isinstance(scores, fx.Node) or not is_tensor or not _keeps_shape(node, scores):
             return None
         ceiling = arguments(node, "input|self", "min", "max")[2] if name in ("clamp", "clip") else None
         lowest = self._indices.fill(floor) == torch.finfo(value_of(node).dtype).min
         return scores if lowest and ceiling is None else None
 
-    def _mask(self, node: fx.Node) -> tuple[fx.Node, Bias | Fill] | None:
+    def _mask(self, node: fx.Node) -> tuple[fx.Node, MaskPart] | None:
         """The scores and the mask of ``scores + mask``, ``masked_fill`` or ``where``; None if the node is none."""
         name = function_name(node)
         if name in _ADDS:
@@ -333,7 +282,7 @@ class ScoreReader:
                 left, right = right, left
             if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
                 raise Refused("%s adds a number to the scores", node)
-            return left, Bias(right, value_of(node).dtype)
+            return left, MaskPart(right, dtype=value_of(node).dtype)
         if name == "masked_fill":
             return self._filled(node, *arguments(node, "input|self", "mask", "value"), negated=False)
         if name == "where" and (arms := choice(node)) is not None:
@@ -345,14 +294,14 @@ class ScoreReader:
 
     def _filled(
         self, node: fx.Node, scores: object, condition: object, fill: object, *, negated: bool
-    ) -> tuple[fx.Node, Fill]:
+    ) -> tuple[fx.Node, MaskPart]:
         hidden = self._indices.fill(fill)
         if hidden is None or not isinstance(condition, fx.Node) or not isinstance(scores, fx.Node):
             raise Refused("%s fills scores with values that are no constant", node)
         dtype = value_of(node).dtype
         # As the scores hold it: float32's lowest number is -inf in bfloat16.
         hidden = torch.tensor(hidden, dtype=torch.float64).to(dtype).item()
-        return scores, Fill(condition, hidden, negated, dtype)
+        return scores, MaskPart(condition, hidden, negated, dtype=dtype)
 
     def _factor(self, node: fx.Node, name: str) -> tuple[fx.Node, float | fx.Node]:
         """The scores and the factor of a multiplication or division."""

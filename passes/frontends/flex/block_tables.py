@@ -11,16 +11,17 @@ graph prove nothing. The user can promise their contents (``assume_block_masks``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
+from s2o_compile.passes.graph.nodes import Size, arguments, choice, items_of, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
+from s2o_compile.passes.masks.proof import BlockTables
 from s2o_compile.passes.masks.prover import MaskProver
 
 WHOLE = 1 << 30
@@ -30,40 +31,18 @@ _SAME_NAMES = {"index": "getitem", "mod": "remainder", "floordiv": "floor_divide
 _LAYOUTS = (13, 17)  # entries of BlockMask.as_tuple(): torch 2.11, torch 2.13
 
 
-@dataclass(frozen=True, eq=False)
-class BlockTables:
-    """The part of a call's ``block_mask`` that decides its output; the rest serves gradients.
-
-    Attributes:
-        partial: int32 [B, H, Nq blocks] and [.., Nk blocks]: how many and which key blocks mask_mod is called for.
-        full: The same for key blocks that are visible as a whole; (None, None) if there is no such table.
-        sizes: Queries and keys of a block; integers, or nodes where they are symbolic.
-        mask_mod: The get_attr node of the function.
-    """
-
-    partial: tuple[object, object]
-    full: tuple[object, object]
-    sizes: tuple[Any, Any]
-    mask_mod: fx.Node
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """The tables."""
-        return tuple(table for table in (*self.partial, *self.full) if isinstance(table, fx.Node))
-
-
 def read(block_mask: object) -> BlockTables:
     """The tables in a call's ``block_mask`` operand."""
+    unknown = Refused("its block mask is laid out as no torch version does that this pass knows")
     if not isinstance(block_mask, tuple | list) or len(block_mask) not in _LAYOUTS:
-        raise Refused("its block mask is laid out as no torch version does that this pass knows")
+        raise unknown
     _, _, counts, order, full_counts, full_order, *_, query_block, key_block, mask_mod = block_mask
     tables = BlockTables((counts, order), (full_counts, full_order), (query_block, key_block), mask_mod)
-    kinds = all(isinstance(value_of(size), int | torch.SymInt) for size in tables.sizes) and _is_get_attr(mask_mod)
-    typed = all(_is_table(table) for table in tables.partial) and (
-        all(_is_table(table) for table in tables.full) or tables.full == (None, None)
-    )
-    if not kinds or not typed:
-        raise Refused("its block mask is laid out as no torch version does that this pass knows")
+    sized = all(isinstance(value_of(size), int | torch.SymInt) for size in tables.sizes)
+    full = tables.full == (None, None) or all(map(_is_table, tables.full))
+    named = isinstance(mask_mod, fx.Node) and mask_mod.op == "get_attr"
+    if not (sized and named and full and all(map(_is_table, tables.partial))):
+        raise unknown
     return tables
 
 
@@ -75,28 +54,22 @@ def is_whole(tables: BlockTables) -> bool:
 
 def enter(tables: BlockTables, prover: MaskProver) -> bool:
     """Whether all tables enter the graph from outside, and nobody writes to them."""
-    return all(
-        node.op in ("placeholder", "get_attr") and prover.mutations.writer(node) is None for node in tables.nodes
-    )
+    nodes = [table for table in (*tables.partial, *tables.full) if isinstance(table, fx.Node)]
+    return all(node.op in ("placeholder", "get_attr") and prover.mutations.writer(node) is None for node in nodes)
 
 
 def check_follow(
     tables: BlockTables, body: fx.Graph, captured: Sequence[object], lengths: Sequence[Size], prover: MaskProver
 ) -> None:
-    """Raises `Refused` unless the tables follow from the mask_mod.
+    """Raises `Refused` unless the tables follow from the mask_mod, a graph over four positions and captured tensors.
 
-    Args:
-        tables: Of one call.
-        body: The mask_mod's graph.
-        captured: Its captured tensors, behind the four positions.
-        lengths: [B, Hq, Nq, Nk] of the scores.
-        prover: Of the graph.
+    The lengths [B, Hq, Nq, Nk] are those of the scores.
     """
     if not all(isinstance(size, int) for size in tables.sizes):
         raise Refused("its block size %s is no constant", tables.sizes)
     partial, full = _blocks(tables.partial, prover), _blocks(tables.full, prover)
-    sums = None if partial is None else _partial_sums(partial, tables.sizes, separate=full is not None)
-    if sums is None or (tables.full[0] is not None and (full is None or _full_sums(full, tables.sizes) is not sums)):
+    sums = _sums(partial, full, tables.sizes[0] * tables.sizes[1])
+    if sums is None or (tables.full[0] is not None and full is None):
         raise Refused("its block tables are made in the graph, but not by create_block_mask")
     mask = _dense(sums, tables.sizes)
     if mask is None:
@@ -105,11 +78,14 @@ def check_follow(
     written = next((node for node in _ancestors(sums, root) if prover.mutations.writer(node) is not None), None)
     if root is None or written is not None:
         raise Refused("its block tables count a mask that is not a mask_mod's (%s)", written or mask)
-    _Comparison(axes, body, captured, lengths, prover).check(root)
-
-
-def _is_get_attr(argument: object) -> bool:
-    return isinstance(argument, fx.Node) and argument.op == "get_attr"
+    positions = {node: at for at, node in enumerate(body.find_nodes(op="placeholder"))}
+    (result,) = items_of(body.output_node().args[0])
+    if not _Comparison(axes, positions, captured, lengths, prover).equal(root, result):
+        raise Refused(
+            "its block tables are not proven to be made of its own mask_mod for its own scores; call "
+            "create_block_mask with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the "
+            "mask_mod looks at b and h"
+        )
 
 
 def _is_table(argument: object) -> bool:
@@ -149,18 +125,18 @@ def _compared(node: object, name: str, number: int) -> fx.Node | None:
     return source if source is not None and node.args[1:] == (number,) and not node.kwargs else None  # pyright: ignore
 
 
-def _partial_sums(blocks: fx.Node, sizes: tuple[int, int], *, separate: bool) -> fx.Node | None:
-    """The sums of ``(sums > 0) & (sums < all)``, or of ``sums > 0`` where full blocks are not listed separately."""
-    if not separate:
-        return _compared(blocks, "gt", 0)
-    if function_name(blocks) != "and" or len(blocks.args) != 2:
+def _sums(partial: fx.Node | None, full: fx.Node | None, whole: int) -> fx.Node | None:
+    """The sums of a mask's blocks: partial blocks are ``(sums > 0) & (sums < whole)``, full ones ``sums == whole``.
+
+    Where full blocks are not listed separately, all are ``sums > 0``.
+    """
+    if partial is None or full is None:
+        return _compared(partial, "gt", 0)
+    if function_name(partial) != "and" or len(partial.args) != 2:
         return None
-    some, not_all = _compared(blocks.args[0], "gt", 0), _compared(blocks.args[1], "lt", sizes[0] * sizes[1])
-    return some if some is not_all else None
-
-
-def _full_sums(blocks: fx.Node, sizes: tuple[int, int]) -> fx.Node | None:
-    return _compared(blocks, "eq", sizes[0] * sizes[1])
+    some, not_all = partial.args
+    found = {_compared(some, "gt", 0), _compared(not_all, "lt", whole), _compared(full, "eq", whole)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _dense(sums: fx.Node, sizes: tuple[int, int]) -> fx.Node | None:
@@ -179,23 +155,11 @@ def _dense(sums: fx.Node, sizes: tuple[int, int]) -> fx.Node | None:
     if len(shape) != 6 or len(whole) != 4 or value_of(mask).dtype is not torch.bool:
         return None
     regular = (shape[0], shape[1], shape[2] * sizes[0], shape[4] * sizes[1])
-    same = all(known(a == b) for a, b in zip(whole, regular, strict=True))
-    if not same or not same_sizes((shape[3], shape[5]), sizes) or not _pads_behind(padded):
+    _, amounts, mode, value = arguments(padded, "input", "pad", "mode", "value")
+    behind = amounts is not None and len(amounts) == 4 and amounts[0] == amounts[2] == 0  # the last two dimensions
+    if not behind or mode not in (None, "constant") or value not in (None, 0):
         return None
-    return mask
-
-
-def _pads_behind(node: fx.Node) -> bool:
-    """Whether a ``pad`` adds False behind the last two dimensions alone."""
-    names = ("input", "pad", "mode", "value")
-    options = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    amounts = options.get("pad", ())
-    return (
-        len(amounts) == 4  # pyright: ignore[reportArgumentType]
-        and amounts[0] == amounts[2] == 0  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        and options.get("mode", "constant") == "constant"
-        and options.get("value") in (None, 0, False)
-    )
+    return mask if same_sizes(whole, regular) and same_sizes((shape[3], shape[5]), sizes) else None
 
 
 def _under_vmap(mask: fx.Node) -> tuple[fx.Node | None, list[object]]:
@@ -218,85 +182,64 @@ def _ancestors(node: fx.Node, root: fx.Node | None) -> list[fx.Node]:
     return chain
 
 
+@dataclass(frozen=True, eq=False)
 class _Comparison:
     """Compares a graph under vmap with a function's own graph, step by step."""
 
-    def __init__(
-        self, levels: Sequence[object], body: fx.Graph, captured: Sequence[object], lengths: Sequence[Size],
-        prover: MaskProver,
-    ) -> None:  # fmt: skip
-        self._levels, self._lengths, self._prover = levels, lengths, prover
-        self._result = body.output_node().args[0]
-        self._captured = {node: at for at, node in enumerate(body.find_nodes(op="placeholder"))}
-        self._arguments = captured
-        self._same: dict[tuple[fx.Node, fx.Node], bool] = {}
+    levels: Sequence[object]  # of the four vmaps
+    placeholders: Mapping[fx.Node, int]  # the function's, numbered: four positions, then captured tensors
+    captured: Sequence[object]
+    lengths: Sequence[Size]
+    prover: MaskProver
+    _same: dict[tuple[fx.Node, fx.Node], bool] = field(default_factory=dict)
 
-    def check(self, root: fx.Node) -> None:
-        """Raises `Refused` unless they are the same function of the same positions."""
-        (result,) = self._result if isinstance(self._result, tuple | list) else (self._result,)
-        if not self._equal(root, result):
-            raise Refused(
-                "its block tables are not proven to be made of its own mask_mod for its own scores; call "
-                "create_block_mask with the mask_mod, Q_LEN and KV_LEN of the call, and with B and H where the "
-                "mask_mod looks at b and h"
-            )
-
-    def _equal(self, left: object, right: object) -> bool:
+    def equal(self, left: object, right: object) -> bool:
+        """Whether an argument under vmap is an argument of the function."""
         if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
             if isinstance(left, fx.Node) and isinstance(right, int):  # under vmap x[0] becomes x[tensor(0)]
-                left = self._prover.indices.fill(left)
+                left = self.prover.indices.fill(left)
             return type(left) is type(right) and left == right
         if (left, right) not in self._same:
             self._same[left, right] = self._equal_nodes(left, right)
         return self._same[left, right]
 
     def _equal_nodes(self, left: fx.Node, right: fx.Node) -> bool:
-        if right.op == "placeholder":
-            at = self._captured[right]
-            if at >= 4:
-                untouched = self._prover.mutations.writer(left) is None
-                return untouched and left is self._arguments[at - 4]
-            return self._is_position(left, at)
-        name, other = (_SAME_NAMES.get(function_name(node), function_name(node)) for node in (left, right))
-        if self._prover.mutations.writer(left) is not None:
+        if right.op == "placeholder" and self.placeholders[right] < 4:
+            return self._is_position(left, self.placeholders[right])
+        if self.prover.mutations.writer(left) is not None:
             return False
-        if name == other == "getitem":
-            return self._equal_parts((left.args[0], *_items(left)), (right.args[0], *_items(right)))
+        if right.op == "placeholder":
+            return left is self.captured[self.placeholders[right] - 4]
+        name, other = (_SAME_NAMES.get(function_name(node), function_name(node)) for node in (left, right))
         if not name or name != other:
             return False
-        if name in _FACTORIES:  # they take a shape, a device and a dtype from their first argument, and no value
-            alike = value_of(left).dtype is value_of(right).dtype
-            return alike and self._equal_parts(left.args[1:], right.args[1:]) and self._equal_options(left, right)
+        if name == "getitem":
+            return self._equal_parts(*((node.args[0], *items_of(node.args[1])) for node in (left, right)))
         if name == "where":
             return choice(left) is not None and self._equal_parts(choice(left), choice(right))
-        return self._equal_parts(left.args, right.args) and self._equal_options(left, right)
-
-    def _equal_options(self, left: fx.Node, right: fx.Node) -> bool:
-        if left.kwargs.keys() != right.kwargs.keys():
+        shaped = name in _FACTORIES  # they take a shape, a device and a dtype from their first argument, and no value
+        if shaped and value_of(left).dtype is not value_of(right).dtype:
             return False
-        return all(self._equal(left.kwargs[name], right.kwargs[name]) for name in left.kwargs)
+        return (
+            self._equal_parts(left.args[shaped:], right.args[shaped:])
+            and left.kwargs.keys() == right.kwargs.keys()
+            and all(self.equal(left.kwargs[name], right.kwargs[name]) for name in left.kwargs)
+        )
 
     def _equal_parts(self, left: Any, right: Any) -> bool:  # noqa: ANN401 (sequences of fx arguments)
         if left is None or right is None or len(left) != len(right):
             return False
         return all(
-            self._equal_parts(a, b)
-            if isinstance(a, tuple | list) and isinstance(b, tuple | list)
-            else self._equal(a, b)
+            self._equal_parts(a, b) if isinstance(a, tuple | list) and isinstance(b, tuple | list) else self.equal(a, b)
             for a, b in zip(left, right, strict=True)
         )
 
     def _is_position(self, node: fx.Node, dim: int) -> bool:
         """Whether a node is the position along one dimension: 0, 1, ... up to its length."""
         source = _argument(node, "add_batch_dim")
-        if source is None or node.args[1:] != (0, self._levels[dim]):
+        if source is None or node.args[1:] != (0, self.levels[dim]):
             return False
-        index = attempt(self._prover.indices.evaluate, source)
-        if not index or index.steps != (1,):
+        index = attempt(self.prover.indices.evaluate, source)
+        if not index:
             return False
-        return known(index.const == 0) and known(index.shape[0] == self._lengths[dim])
-
-
-def _items(node: fx.Node) -> tuple[object, ...]:
-    index = node.args[1]
-    return tuple(index) if isinstance(index, tuple | list) else (index,)
+        return index.steps == (1,) and known(index.const == 0) and known(index.shape[0] == self.lengths[dim])

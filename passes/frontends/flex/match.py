@@ -20,12 +20,11 @@ from s2o_compile.kernels.support.torch_compat import flex_attention_operator
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.eager.scores import leads_to_product
 from s2o_compile.passes.frontends.flex import block_tables
-from s2o_compile.passes.frontends.flex.block_tables import BlockTables
 from s2o_compile.passes.frontends.flex.scalar_functions import Inserter, positions, write_out
 from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.nodes import Size, value_of
+from s2o_compile.passes.graph.nodes import Size, inherit, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
-from s2o_compile.passes.masks.proof import BlockPromise, MaskProof
+from s2o_compile.passes.masks.proof import BlockTables, MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.site import AttentionSite
 
@@ -39,19 +38,12 @@ _LARGE = -1e4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Opened:
-    """The call that a written-out softmax belongs to.
-
-    Attributes:
-        call: The flex_attention node.
-        tables: Of its block mask.
-        mask: The mask_mod for all scores, a bool node.
-        scores: The nodes of the score_mod.
-    """
+    """The call of flex_attention that a written-out softmax belongs to."""
 
     call: fx.Node
     tables: BlockTables
-    mask: fx.Node
-    scores: tuple[fx.Node, ...]
+    mask: fx.Node  # the mask_mod for all scores, bool
+    scores: tuple[fx.Node, ...]  # the nodes of the score_mod
 
 
 def is_call(node: fx.Node) -> bool:
@@ -71,31 +63,20 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 
 def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
-    """Writes a call out ahead of it.
+    """Writes a call out ahead of it, and returns the node that computes the attention; raises `Refused`.
 
-    Args:
-        node: A node for which `is_call` holds.
-        nodes: Gets the inserted nodes, also if the call is refused.
-
-    Returns:
-        The node that computes the attention.
-
-    Raises:
-        Refused: The call is not opened.
+    ``nodes`` gets the inserted nodes, also if the call is refused.
     """
     call = operands(node)
     if call.keys() != set(_NAMES):
         raise Refused("%s has an unexpected signature", node)
-    outputs = [user for user in node.users if user.args[1:] == (0,)]
-    if len(outputs) != 1 or any(user.users for user in node.users if user not in outputs):
-        raise Refused("more than the output of flex_attention is read")
+    read = output_of(node)
     query, key, value = (value_of(call[name]) for name in _NAMES[:3])
     tables = block_tables.read(call["block_mask"])
-    score_mod, mask_mod = _body(node, call["score_mod"]), _body(node, tables.mask_mod)
+    score_mod, mask_mod = body(node, call["score_mod"]), body(node, tables.mask_mod)
     if score_mod is None or mask_mod is None or any(x is None or x.ndim != 4 for x in (query, key, value)):
         raise Refused("its score_mod or mask_mod is not recorded in the graph")
-    insert = Inserter(node, query)
-    insert.nodes = nodes
+    insert = Inserter(node, query, nodes)
     groups = query.shape[1] // key.shape[1]
     repeated = [
         insert.call(torch.repeat_interleave, call[name], groups, dim=1) if groups != 1 else call[name]
@@ -104,11 +85,11 @@ def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     scores = insert.call(torch.matmul, call["query"], insert.call(torch.transpose, repeated[0], -2, -1))
     scores = insert.call(torch.mul, insert.call("to", scores, torch.float32), call["scale"])
     lengths = _lengths(call)
-    where = positions(insert, lengths, _used(score_mod, mask_mod), query.device)
+    where = positions(insert, lengths, _used(score_mod.graph, mask_mod.graph), query.device)
     first = len(nodes)
-    scores = _written("score_mod", score_mod, [scores, *where], call["score_mod_other_buffers"], insert)
+    scores = _written("score_mod", score_mod.graph, [scores, *where], call["score_mod_other_buffers"], insert)
     modified = tuple(nodes[first:])
-    mask = _written("mask_mod", mask_mod, where, call["mask_mod_other_buffers"], insert)
+    mask = _written("mask_mod", mask_mod.graph, where, call["mask_mod_other_buffers"], insert)
     if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
         raise Refused("its score_mod or mask_mod returns a constant")
     if value_of(mask).dtype is not torch.bool:
@@ -118,18 +99,12 @@ def write(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     softmax = insert.call(torch.softmax, scores, -1)
     softmax.meta[_OPENED] = _Opened(node, tables, mask, modified)
     output = insert.call(torch.matmul, insert.call("to", softmax, value.dtype), repeated[1])
-    key = "example_value" if "example_value" in node.meta else "val"
-    output.meta[key] = value_of(outputs[0])  # as flex_attention lays it out
+    inherit(output, node, value_of(read))  # as flex_attention lays it out
     return output
 
 
 def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
-    """The attention of an opened call, or why it must stay as it is.
-
-    Args:
-        node: The softmax of an opened call.
-        prover: The mask prover of the graph.
-    """
+    """The attention of an opened call, given its softmax, or why the call must stay as it is."""
     return attempt(_site, node, prover)
 
 
@@ -152,18 +127,16 @@ def _with_tables(opened: _Opened, mask: MaskProof, prover: MaskProver) -> MaskPr
     call, tables = operands(opened.call), opened.tables
     if block_tables.enter(tables, prover):
         if prover.assume_block_masks:
-            return dataclasses.replace(
-                mask, blocks=BlockPromise(opened.mask, tables.partial, tables.full, tables.sizes)
-            )
+            return dataclasses.replace(mask, blocks=(opened.mask, tables))
         raise Refused(
             "its BlockMask enters the graph, and tables of blocks are data, which prove nothing (its mask_mod is "
             "proven: %s); promise S2OConfig(assume_block_masks=True) if create_block_mask made it, or call "
             "create_block_mask inside the compiled function",
             mask,
         )
-    body = _body(opened.call, tables.mask_mod)
-    assert body is not None
-    block_tables.check_follow(tables, body, call["mask_mod_other_buffers"], _lengths(call), prover)
+    mask_mod = body(opened.call, tables.mask_mod)
+    assert mask_mod is not None
+    block_tables.check_follow(tables, mask_mod.graph, call["mask_mod_other_buffers"], _lengths(call), prover)
     return mask
 
 
@@ -172,27 +145,35 @@ def _lengths(call: dict[str, Any]) -> tuple[Size, ...]:
     return (*value_of(call["query"]).shape[:3], value_of(call["key"]).shape[2])
 
 
-def _body(node: fx.Node, function: object) -> fx.Graph | None:
-    """The sub-graph that a get_attr node names."""
+def body(node: fx.Node, function: object) -> fx.GraphModule | None:
+    """The sub-graph that a get_attr node names, an argument of a call."""
     if not isinstance(function, fx.Node) or function.op != "get_attr" or node.graph.owning_module is None:
         return None
-    body = getattr(node.graph.owning_module, str(function.target), None)
-    return body.graph if isinstance(body, fx.GraphModule) else None
+    found = getattr(node.graph.owning_module, str(function.target), None)
+    return found if isinstance(found, fx.GraphModule) else None
+
+
+def output_of(node: fx.Node) -> fx.Node:
+    """The node that takes the output of a call from its results; raises `Refused` if others are read, too."""
+    outputs = [user for user in node.users if user.args[1:] == (0,)]
+    if len(outputs) != 1 or any(user.users for user in node.users if user not in outputs):
+        raise Refused("more than the output of flex_attention is read")
+    return outputs[0]
 
 
 def _used(score_mod: fx.Graph, mask_mod: fx.Graph) -> list[bool]:
     """For each dimension, whether one of the two functions uses the position."""
-    looks = (body.find_nodes(op="placeholder")[skipped:][:4] for body, skipped in ((score_mod, 1), (mask_mod, 0)))
+    looks = score_mod.find_nodes(op="placeholder")[1:5], mask_mod.find_nodes(op="placeholder")[:4]
     return [any(bool(node.users) for node in nodes) for nodes in zip(*looks, strict=True)]
 
 
-def _written(name: str, body: fx.Graph, scalars: list[Any], captured: object, insert: Inserter) -> object:
+def _written(name: str, function: fx.Graph, scalars: list[Any], captured: object, insert: Inserter) -> object:
     """A function for all scores; ``name`` is its parameter's."""
     arguments = [*scalars, *(captured if isinstance(captured, tuple | list) else ())]
-    if len(body.find_nodes(op="placeholder")) != len(arguments):
+    if len(function.find_nodes(op="placeholder")) != len(arguments):
         raise Refused("its %s is not understood: it has an unexpected signature", name)
     try:
-        return write_out(body, arguments, len(scalars), insert)
+        return write_out(function, arguments, len(scalars), insert)
     except Refused as error:
         raise Refused("its %s is not understood: %s", name, error.why) from None
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.calls import function_name, written_nodes
-from s2o_compile.passes.graph.nodes import Size, value_of
+from s2o_compile.passes.graph.nodes import Size, inherit, items_of, value_of
 from s2o_compile.passes.graph.operand import computed
 from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks import views
@@ -47,18 +47,12 @@ class _Part:
 
 
 class Inserter:
-    """Inserts calls ahead of a node, with their fake values.
+    """Inserts calls ahead of a node, with fake values like a tensor of the graph; ``nodes`` gets what is inserted."""
 
-    Args:
-        before: The node; its module and stack trace are the inserted nodes', too.
-        like: A fake tensor of the graph.
-    """
-
-    def __init__(self, before: fx.Node, like: object) -> None:
+    def __init__(self, before: fx.Node, like: object, nodes: list[fx.Node]) -> None:
         self.before = before
-        self.nodes: list[fx.Node] = []
+        self.nodes = nodes
         self._like = like
-        self._key = "example_value" if "example_value" in before.meta else "val"
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: ANN401 (fx arguments)
         """A call of a function, or of a method by name."""
@@ -67,10 +61,8 @@ class Inserter:
             insert = graph.call_method if isinstance(target, str) else graph.call_function
             node = insert(target, args, kwargs)  # pyright: ignore[reportArgumentType]
         self.nodes.append(node)
-        kept = (name for name in ("nn_module_stack", "stack_trace") if name in self.before.meta)
-        node.meta = {name: self.before.meta[name] for name in kept}
         function = getattr(type(value_of(args[0])), target) if isinstance(target, str) else target
-        node.meta[self._key] = computed(self._like, function, args, kwargs)
+        inherit(node, self.before, computed(self._like, function, args, kwargs))
         return node
 
     def size(self, size: Size) -> fx.Node | int:
@@ -86,28 +78,19 @@ def positions(insert: Inserter, lengths: Sequence[Size], used: Sequence[bool], d
     """The position along each dimension of [B, Hq, Nq, Nk] scores, [B, 1, 1, 1] to [1, 1, 1, Nk]; None if not used."""
     indices: list[Any] = []
     for dim, (length, wanted) in enumerate(zip(lengths, used, strict=True)):
-        size = insert.size(length) if wanted else None
-        if size is not None:
-            index = insert.call(torch.arange, size, dtype=torch.int32, device=device)
+        index = None
+        if wanted:
+            index = insert.call(torch.arange, insert.size(length), dtype=torch.int32, device=device)
             index = insert.call(operator.getitem, index, tuple(slice(None) if d == dim else None for d in range(4)))
-        indices.append(None if size is None else index)
+        indices.append(index)
     return indices
 
 
 def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert: Inserter) -> object:
-    """Inserts the function for all scores.
+    """Inserts the function for all scores, and returns its result, a node or a number.
 
-    Args:
-        body: The function's graph.
-        arguments: One a placeholder: tensors over all scores for the first ones, captured tensors or sizes behind.
-        scalars: How many of them are over all scores.
-        insert: Where to.
-
-    Returns:
-        The function's result, a node or a number.
-
-    Raises:
-        Refused: A step means something else for all scores.
+    The body has one argument a placeholder: ``scalars`` tensors over all scores, then captured tensors or sizes.
+    Raises `Refused` where a step means something else for all scores.
     """
     written: dict[fx.Node, Any] = {}
     lifted: set[fx.Node] = set()
@@ -117,7 +100,7 @@ def write_out(body: fx.Graph, arguments: Sequence[object], scalars: int, insert:
                 lifted.add(node)
             written[node] = arguments[len(written)]
         elif node.op == "output":
-            (result,) = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
+            (result,) = items_of(node.args[0])
             result = written[result] if isinstance(result, fx.Node) else result
             if isinstance(result, _Part):
                 raise Refused("it returns a row of a tensor")
@@ -147,15 +130,17 @@ def _step(node: fx.Node, written: dict[fx.Node, Any], lifted: set[fx.Node], inse
 def _read(node: fx.Node, written: dict[fx.Node, Any], lifted: set[fx.Node], insert: Inserter) -> Any:  # noqa: ANN401
     """One element of a captured tensor; a `_Part` if not all dimensions are read yet."""
     source = written[node.args[0]]  # pyright: ignore[reportArgumentType]
-    index = node.args[1] if isinstance(node.args[1], tuple | list) else (node.args[1],)
-    items = tuple(written[item] if isinstance(item, fx.Node) else item for item in index)
+    items = tuple(written[item] if isinstance(item, fx.Node) else item for item in items_of(node.args[1]))
     if isinstance(source, _Part):
         source, items = source.tensor, (*source.items, *items)
     elif node.args[0] in lifted:
         raise Refused("it reads elements of %s, which depends on the position", node.args[0])
     for item in items:
         value = value_of(item)
-        if not isinstance(item, int | fx.Node) or isinstance(item, bool) or not _counts(value):
+        counts = isinstance(value, int | torch.SymInt) or (
+            isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+        )
+        if not isinstance(item, int | fx.Node) or isinstance(item, bool) or not counts:
             raise Refused("it reads %s by something else than single positions", node.args[0])
     tensor = value_of(source)
     if not isinstance(tensor, torch.Tensor) or len(items) > tensor.ndim:
@@ -168,10 +153,3 @@ def _read(node: fx.Node, written: dict[fx.Node, Any], lifted: set[fx.Node], inse
     return insert.call(
         operator.getitem, source, tuple(item for item in items if isinstance(value_of(item), torch.Tensor))
     )
-
-
-def _counts(value: object) -> bool:
-    """Whether a value is an integer, or a tensor of them."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype in (torch.int64, torch.int32)
-    return isinstance(value, int | torch.SymInt)

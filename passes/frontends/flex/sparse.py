@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from s2o_compile.kernels.support.torch_compat import FakeTensor, tree_leaves
 from s2o_compile.passes.frontends.flex import block_tables
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.operand import computed
 from s2o_compile.passes.graph.rejected import Refused
 
 logger = logging.getLogger(__name__)
@@ -42,16 +42,9 @@ An ALiBi call of 32 heads over 32K tokens takes 19.3 ms on an H100, dense 22.4. 
 
 
 def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[int], head_tau: Sequence[float]) -> None:
-    """Make a call of flex_attention sparse, in place.
+    """Make a call of flex_attention sparse, in place; raises `Refused` if it must stay as it is.
 
-    Args:
-        node: A call of flex_attention.
-        options: Keyword arguments of the operator.
-        dense_heads: Key/value heads that visit everything.
-        head_tau: Tau of each query head, empty for that of the options.
-
-    Raises:
-        Refused: It must stay as it is.
+    The options are keyword arguments of the operator. Without ``head_tau``, their tau is that of all query heads.
     """
     call = flex.operands(node)
     _check(node, call, options)
@@ -63,9 +56,8 @@ def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[in
         "tau": tau,
         "segment_len": options.get("segment_len"),
         "dense_heads": tuple(dense_heads),
+        "stride": tuple(value_of(flex.output_of(node)).stride()),
     }
-    (output,) = [user for user in node.users if user.args[1:] == (0,)]
-    keywords["stride"] = tuple(value_of(output).stride())
     _try(node, keywords)
     node.target, node.kwargs = sparse_flex_attention, {**node.kwargs, **keywords}
 
@@ -79,10 +71,7 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
         raise Refused("FlexAttention cannot measure the error that error=%g allows: give a tau", options["error"])
     if options.get("tau", OperatorOptions.tau) == 0 and not options.get("head_tau"):
         raise Refused("tau=0 leaves nothing out")
-    if sum(user.args[1:] == (0,) for user in node.users) != 1 or any(
-        user.users for user in node.users if user.args[1:] != (0,)
-    ):
-        raise Refused("more than the output of flex_attention is read")
+    flex.output_of(node)
     query, key, value = (value_of(call[name]) for name in ("query", "key", "value"))
     if not all(isinstance(x, FakeTensor) and x.ndim == 4 for x in (query, key, value)):
         raise Refused("the shapes of query, key and value are not recorded in the graph")
@@ -92,8 +81,7 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
         raise Refused("its scale %s is no constant", call["scale"])
     if query.dtype not in DTYPES:
         raise Refused("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
-    wanted = [x for x in tree_leaves(value_of(node)) if isinstance(x, torch.Tensor)]
-    if any(x.requires_grad for x in wanted):
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
         raise Refused("gradients are wanted: call the model under torch.no_grad()")
     shortest = options.get("min_seq_len")
     if shortest is None:
@@ -114,20 +102,13 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
 
 def _try(node: fx.Node, keywords: dict[str, Any]) -> None:
     """Runs the sparse call on fake tensors, because a user's functions may fail for many scores."""
-    query = value_of(flex.operands(node)["query"])
 
     def fake(argument: fx.Node) -> object:
-        if argument.op == "get_attr" and node.graph.owning_module is not None:
-            body = getattr(node.graph.owning_module, str(argument.target), None)
-            if isinstance(body, fx.GraphModule):
-                return body
-        return value_of(argument)
+        return flex.body(node, argument) or value_of(argument)
 
-    environment = query.fake_mode.shape_env
-    unguarded = nullcontext() if environment is None else environment.suppress_guards()
+    args, kwargs = fx.map_arg(node.args, fake), fx.map_arg(node.kwargs, fake)
     try:
-        with query.fake_mode, torch.no_grad(), unguarded:
-            sparse_flex_attention(*fx.map_arg(node.args, fake), **fx.map_arg(node.kwargs, fake), **keywords)
+        computed(value_of(flex.operands(node)["query"]), sparse_flex_attention, args, {**kwargs, **keywords})
     except Exception as error:
         logger.debug("%s cannot be made sparse", node, exc_info=True)
         raise Refused("its score_mod or mask_mod cannot be run for many scores (%s)", type(error).__name__) from error
