@@ -90,17 +90,19 @@ def module_path(node: fx.Node) -> str:
     return ".".join(parts) or node.name
 
 
+def shape_text(value: object) -> tuple[str, ...]:
+    """Sizes of a (fake) tensor as text; empty if it is none."""
+    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
 def record(name: str, query: object, key: object, *, reason: str = "", **details: Any) -> SiteRecord:  # noqa: ANN401
     """The report line of one attention; ``query`` and ``key`` are its (fake) tensors or None."""
-    query_shape, key_shape = (
-        tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else () for value in (query, key)
-    )
     return SiteRecord(
         name=name,
         rewritten=not reason,
         reason=reason,
-        query_shape=query_shape,
-        key_shape=key_shape,
+        query_shape=shape_text(query),
+        key_shape=shape_text(key),
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
         **details,
     )

@@ -8,7 +8,17 @@ import torch
 from s2o_compile import onnx
 from s2o_compile.kernels.impl.aot import attention as aot
 
-HOW = {"tau", "error", "head_tau", "segment_len", "ranking", "ranking_per", "implementation", "min_seq_len", "dense_heads"}
+HOW = {
+    "tau",
+    "error",
+    "head_tau",
+    "segment_len",
+    "ranking",
+    "ranking_per",
+    "implementation",
+    "min_seq_len",
+    "dense_heads",
+}
 """How to be sparse: dense attention does not ask."""
 OPERATORS = {"attention": torch.ops.s2o.attention.default, "masked_attention": torch.ops.s2o.masked_attention.default}
 NOT_ASKED = {

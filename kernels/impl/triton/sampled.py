@@ -1,7 +1,8 @@
 """``exact.sampled.attend_rows`` on the GPU: a few queries of every head against all keys, which programs share out.
 
-So few rows would leave most of the card idle. Each program takes SPLIT_LEN keys, and torch merges the parts by their
-log-sum-exp. query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], rows [R].
+So few rows would leave most of the card idle. Each program takes SPLIT_LEN keys for a block of rows, and torch merges
+the parts by their log-sum-exp. Rows ascend, so the first blocks skip the last keys. query [B, Hq, Nq, D], key
+[B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], rows [R].
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.exact.sampled import ExactRows
 from s2o_compile.kernels.impl.triton.exact import attend_range
 from s2o_compile.kernels.impl.triton.tile import (
@@ -39,10 +41,10 @@ def sampled_fwd_kernel(
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Sampled rows of one head over one split of the keys: output and natural log-sum-exp [.., splits, TILE]."""
+    """A block of one head's rows over one split of the keys: output and natural log-sum-exp [.., splits, slots]."""
     split, row_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = row_head // heads, row_head % heads
-    slot = tl.arange(0, TILE)
+    slot = tl.program_id(2) * TILE + tl.arange(0, TILE)
     rows = tl.load(rows_ptr + tl.minimum(slot, n_rows - 1)).to(tl.int32)
     start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_keys)
     if CAUSAL:
@@ -58,7 +60,7 @@ def sampled_fwd_kernel(
         offset, 0, qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
         VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
     )  # fmt: skip
-    part = (row_head * tl.num_programs(0) + split) * TILE + slot
+    part = (row_head * tl.num_programs(0) + split) * (tl.num_programs(2) * TILE) + slot
     dims = tl.arange(0, BLOCK_VALUE)
     result = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     tl.store(part_ptr + part[:, None] * VALUE_DIM + dims[None, :], result, mask=(dims < VALUE_DIM)[None, :])
@@ -70,14 +72,15 @@ def attend_rows(call: AttentionCall, rows: Tensor) -> ExactRows:
     (query, key, _), mask = call.tensors, call.mask
     batch, heads = query.shape[:2]
     n_keys, n_rows = key.shape[2], len(rows)
-    tile, splits = max(16, triton.next_power_of_2(n_rows)), triton.cdiv(n_keys, SPLIT_LEN)
-    lse = torch.empty(batch, heads, splits, tile, dtype=torch.float32, device=query.device)
+    tile, splits = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN), triton.cdiv(n_keys, SPLIT_LEN)
+    blocks = triton.cdiv(n_rows, tile)
+    lse = torch.empty(batch, heads, splits, blocks * tile, dtype=torch.float32, device=query.device)
     key_mask, stride_mb = key_mask_of(mask.key_mask, rows)
     outputs = []
     for value in call.value.split(WIDEST_VALUE, 3):
         part = lse.new_empty(*lse.shape, value.shape[3])
         config = launch_config(query.shape[3], value.shape[3], query.dtype, query.device)
-        sampled_fwd_kernel[splits, batch * heads](
+        sampled_fwd_kernel[splits, batch * heads, blocks](
             query, key, value, rows, part, lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb,
             n_rows, n_keys, heads, call.group, mask.offset, *logit_scales(call.scale, call.softcap),
