@@ -203,11 +203,15 @@ def takes_ptx(device: torch.device) -> bool:
 
 
 def packed_width(head_dim: int) -> int:
-    """Numbers of a packed row, a power of two from 32 on: ``few_dims`` and the normaliser, or all that 64 hold.
+    """Numbers of a packed row, a power of two from 32 to 128: ``few_dims`` and the normaliser, or more where that pays.
 
-    In heads of 64 dimensions 62 instead of 30 save 10 to 20 % of the density (SmolLM2, 16K and 64K).
+    In heads of 64 dimensions 62 instead of 30 save 10 to 20 % of the density (SmolLM2, 16K and 64K). In heads of 256,
+    126 instead of 62 save 11 % at 5 % of error: keys take 1.03 times the density of their exact order instead of 1.16
+    (Gemma-3, layer 5, 8K). Heads of 128 were judged by made-up inputs alone, where 62 instead of 30 saved 1 %.
     """
     wanted = head_dim if head_dim <= 64 else few_dims(head_dim) + 1
+    if head_dim > 128:
+        wanted = min(head_dim // 2, 128)
     return max(32, triton.next_power_of_2(wanted))
 
 
