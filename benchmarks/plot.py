@@ -64,6 +64,40 @@ def plot_budget(results: Path, picture: Path) -> None:
     _finish(figure, f"{about['model']}, every layer, {about['device']}", picture)
 
 
+def plot_enforced(results: Path, picture: Path) -> None:
+    """Draw density against budget, and true error over budget, of both models' layers.
+
+    Args:
+        results: JSON of ``benchmarks/enforced.py``.
+        picture: PNG to write.
+    """
+    data = json.loads(results.read_text())
+    about, rows = data["about"], [row for row in data["rows"] if row["section"] == "budget"]
+    figure, (cost, held) = _pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
+    groups = sorted({(row["model"], row["tokens"]) for row in rows})
+    budgets = sorted({row["error"] for row in rows})
+    for number, ((model, tokens), colour) in enumerate(zip(groups, (RED, "#e6a15c", GREEN, "#6b6b6b"), strict=False)):
+        here = {
+            e: [row for row in rows if (row["model"], row["tokens"], row["error"]) == (model, tokens, e)]
+            for e in budgets
+        }
+        label = f"{model}, {tokens // 1024}K"
+        for name, style, suffix in (("density", "o-", ""), ("least_density", "_:", ", least")):
+            means = [sum(row[name] for row in some) / len(some) for some in here.values()]
+            cost.plot(range(len(budgets)), means, style, color=colour, label=label + suffix)
+        for place, some in enumerate(here.values()):
+            ratios = [row["true_over_budget"] for row in some]
+            x = place + 0.16 * (number - (len(groups) - 1) / 2)
+            held.plot([x] * len(ratios), ratios, ".", color=colour, alpha=0.6, label=None if place else label)
+    held.axhline(1.0, color="#2b2b2b", linewidth=1, label="the budget")
+    cost.set(ylabel="density, mean of layers and texts", ylim=(0, None))
+    held.set(ylabel="true error of a layer / budget", ylim=(0, 1.3))
+    for axes in (cost, held):
+        axes.set_xticks(range(len(budgets)), [f"{error:.0%}" for error in budgets])
+        axes.set(xlabel="budget: S2OConfig(error=...)", xlim=(-0.5, len(budgets) - 0.5))
+    _finish(figure, f"Budgets that hold while a call runs: {about['device']}, {about['dtype']}, four texts", picture)
+
+
 def _pyplot() -> Any:  # noqa: ANN401 (a module)
     import matplotlib as mpl
 
@@ -80,6 +114,7 @@ def _finish(figure: Any, title: str, picture: Path) -> None:  # noqa: ANN401 (ma
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(picture)
+    _pyplot().close(figure)
 
 
 def _draw_kept(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
@@ -167,5 +202,6 @@ def _token_axis(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib
 
 
 if __name__ == "__main__":
-    draw = plot_budget if "budget" in Path(sys.argv[1]).name else plot_attention
+    draws = {"budget": plot_budget, "enforced": plot_enforced}
+    draw = next((draws[name] for name in draws if name in Path(sys.argv[1]).name), plot_attention)
     draw(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -146,7 +146,7 @@ def draw_attention(visits: VisitMap, picture: Path, *, title: str) -> None:
     figure.suptitle(
         f"{title}\n{where}: {area:.0%} of the pairs visited, {1 - visits.missed_mass:.1%} of the attention", fontsize=9
     )
-    figure.savefig(picture)
+    _save(figure, picture)
 
 
 PICTURES: dict[str, Callable[[Evaluation, Path], None]] = {
@@ -210,7 +210,15 @@ def _finish(figure: Any, evaluation: Evaluation, picture: Path) -> None:  # noqa
     lengths = sorted(set(evaluation.lengths))
     tokens = _tokens(lengths[0]) if len(lengths) == 1 else f"{_tokens(lengths[0])} to {_tokens(lengths[-1])}"
     figure.suptitle(f"{evaluation.model}, {tokens} tokens, {_symbols(evaluation.config.quality)}", fontsize=10)
+    _save(figure, picture)
+
+
+def _save(figure: Any, picture: Path) -> None:  # noqa: ANN401 (matplotlib's)
+    """Write a picture and forget its figure, which pyplot would keep for good."""
+    import matplotlib.pyplot as plt
+
     figure.savefig(picture)
+    plt.close(figure)
 
 
 def _layers(names: Sequence[str]) -> tuple[list[str], str]:

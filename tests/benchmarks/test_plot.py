@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plot import plot_attention, plot_budget
+from benchmarks.plot import plot_attention, plot_budget, plot_enforced
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("draw", [plot_attention, plot_budget], ids=["attention", "budget"])
-def test_the_measured_results_make_a_picture(draw, tmp_path, request):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "picture.png"
-    draw(RESULTS / f"{request.node.callspec.id}-h100.json", picture)
+@pytest.mark.parametrize(
+    ("draw", "results"),
+    [(plot_attention, "attention-h100"), (plot_budget, "budget-h100"), (plot_enforced, "enforced-h200")],
+)
+def test_the_measured_results_make_a_picture(draw, results, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    picture, before = tmp_path / "picture.png", pyplot.get_fignums()
+    draw(RESULTS / f"{results}.json", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert pyplot.get_fignums() == before, "a figure that stays open takes memory for good"

@@ -42,7 +42,7 @@ LATER = (
     "tensorrt",
     "transformers",
 )
-LAZY = ("Evaluation", "Package", "calibrate", "evaluate", "export", "package")
+LAZY = ("Evaluation", "Package", "TaskScores", "calibrate", "evaluate", "evaluate_tasks", "export", "package")
 
 
 def run(code, *flags):
