@@ -169,6 +169,16 @@ def test_what_a_package_cannot_hold_is_refused(name, tmp_path):
         s2o_compile.package(program, tmp_path / "model.pt2")
 
 
+def test_a_budget_that_is_not_measured_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", lambda *_, **__: pytest.fail("compiled"))
+    program = s2o_compile.export(tiny_model(), (tiny_input(),), config=S2OConfig(error=0.05))
+    with (
+        pytest.warns(UserWarning, match=r"an error budget of 0\.05 is not measured in a package"),
+        pytest.raises(pytest.fail.Exception),
+    ):
+        s2o_compile.package(program, tmp_path / "model.pt2")
+
+
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(TypeError, match=r"expected a torch\.export\.ExportedProgram, got TinyModel"):
         s2o_compile.package(tiny_model(), tmp_path / "model.pt2")

@@ -22,7 +22,8 @@ HOW = {
 """How to be sparse: dense attention does not ask."""
 OPERATORS = {"attention": torch.ops.s2o.attention.default, "masked_attention": torch.ops.s2o.masked_attention.default}
 NOT_ASKED = {
-    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes. It warns of a budget.
+    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes; it warns
+    # of a budget.
     aot.attention: {"error", "ranking", "ranking_per", "implementation", "return_lse", "site"},
     aot.masked_attention: HOW | {"site"},
     onnx._attention: HOW | {"return_lse", "site"},

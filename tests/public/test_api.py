@@ -8,6 +8,7 @@ from torch import nn
 
 import s2o_compile
 from s2o_compile import InputError, OptionError, S2OConfig, UnknownSiteWarning
+from s2o_compile.kernels.observe import observe_attention
 from tests.helpers.tiny import tiny_input, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -72,6 +73,43 @@ def test_explain_reports_sites_and_density():
     text = str(report)
     assert "2 attention sites found, 2 rewritten, 0 left dense; mean density" in text
     assert "layers.1" in text
+
+
+def test_reports_show_the_error_that_was_measured():
+    """The same as by hand; an attention that left nothing out has none to speak of, one that ran dense none at all."""
+    torch.manual_seed(0)
+    model, x, loose = tiny_model(), tiny_input(1500) * 4, dataclasses.replace(EXACT, tau=2.0, segment_len=128)
+    exact, seen = {}, {}
+
+    def compare(call):
+        seen[call.site], exact[call.site] = call.result.output, call.exact()
+
+    fast = s2o_compile.optimize(model, loose)
+    with torch.no_grad(), s2o_compile.record() as recording, observe_attention(compare):
+        fast(x)
+    assert len(recording.report.sites) == 2
+    for site in recording.report.sites:
+        true = ((seen[site.name] - exact[site.name]).norm() / exact[site.name].norm()).item()
+        assert site.error == pytest.approx(true, rel=0.6)
+        assert f"{site.error:.1%}" in str(recording.report)
+    assert max(site.error for site in recording.report.sites) > 1e-3
+    assert f"mean error {recording.report.error:.1%} (sampled)" in str(recording.report)
+    with torch.no_grad():
+        assert s2o_compile.explain(model, x, config=EXACT).error < 1e-5
+        assert s2o_compile.explain(model, x).error is None
+
+
+def test_a_budget_holds_in_an_optimized_model():
+    torch.manual_seed(0)
+    model, x = tiny_model(), tiny_input(1500) * 4
+    fields = dataclasses.asdict(EXACT) | {"segment_len": 128}
+    errors = {}
+    for name, quality in {"tau": {"tau": 2.0}, "budget": {"tau": 0.5, "error": 0.01}}.items():
+        fast = s2o_compile.optimize(model, S2OConfig(**{**fields, **quality}))
+        with torch.no_grad(), s2o_compile.record() as recording:
+            fast(x)
+        errors[name] = [site.error for site in recording.report.sites]
+    assert max(errors["budget"]) <= 0.01 < max(errors["tau"])
 
 
 def test_explain_says_when_sites_ran_dense_for_being_short():

@@ -112,4 +112,7 @@ def test_no_min_seq_len_is_auto():
     assert config.operator_options("a")["head_tau"] == [0.3, 0.4]
     assert config.operator_options("b")["dense_heads"] == [1]
     assert "dense_heads" not in config.operator_options("a")
-    assert S2OConfig(error=0.02, site_tau={"a": (0.3,)}).operator_options("a")["head_tau"] == [0.3]
+    budget = S2OConfig(error=0.02, site_tau={"a": (0.3,)})
+    assert budget.operator_options("a")["head_tau"] == [0.3]
+    assert budget.operator_options("a")["error"] == budget.operator_options()["error"] == 0.02
+    assert config.operator_options()["error"] is None

@@ -262,3 +262,11 @@ class TestEstimate:
         assert blocks_to_visit(left, 0.3 * STOP_RULE_TO_SAMPLE_RATIO).item() == 2
         assert blocks_to_visit(left, 0.0).item() == 4
         assert blocks_to_visit(left.expand(1, 2, 1, 4), torch.tensor([0.0, 7.0])).flatten().tolist() == [4, 0]
+
+
+def test_a_budget_is_refused():
+    """It could not be held: how far to go is decided before the launch."""
+    query = torch.randn(1, 2, 300, 32)
+    config = S2OConfig(implementation="flex", error=0.05, min_seq_len=1)
+    with pytest.raises(ImplementationUnavailableError, match=r"expected a tau, got error=0\.05, which it"):
+        s2o_compile.attention(query, query, query, causal=True, config=config)

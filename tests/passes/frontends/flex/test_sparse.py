@@ -123,10 +123,11 @@ def test_a_bias_and_documents(sparse_calls):
     ("options", "said"),
     [
         ({"tau": 0.0}, "tau=0 leaves nothing out"),
+        ({"error": 0.05}, "cannot measure the error that error=0.05 allows"),
         ({"implementation": "torch"}, "knows no functions of its own"),
         ({"min_seq_len": 901}, "are short"),
     ],
-    ids=["exact", "torch", "short"],
+    ids=["exact", "budget", "torch", "short"],
 )
 def test_what_keeps_it_dense_is_said(options, said):
     records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True), **options)
