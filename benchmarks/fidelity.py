@@ -1,15 +1,17 @@
 """What a ranking is worth: density against error on a trained model's own queries, keys and values.
 
-    python benchmarks/fidelity.py [--only "density at error"] [--tokens 16384 65536] [--layers 2]
+    python benchmarks/fidelity.py [--only "density at error"] [--model gemma3] [--tokens 16384 65536] [--layers 2]
                                   [--json benchmarks/results/fidelity-h100.json]
 
-SmolLM2-135M-Instruct reads the demo's prompt with exact attention; queries, keys, values and outputs of every
-``--layers``-th layer are kept. Then the operator runs on them at every tau. Error is the relative L2 error of a head's
-output against SDPA, density the share of query-key pairs computed; both are means over heads and layers.
+SmolLM2-135M-Instruct reads the demo's prompt with exact attention, or Gemma-3-270M the text of that prompt. Queries, keys,
+values and outputs of every ``--layers``-th layer without a window are kept. Then the operator runs on them at every tau.
+Error is the relative L2 error of a head's output against SDPA, density the share of query-key pairs computed; both are
+means over heads and layers.
 
     density at error    "at 2 %" is the density at which the mean error is 2 %, interpolated between taus in logarithms,
                         and "by head" the mean of what every head needs by itself, as a calibration would set it
     PBS-Attn            the same of the paper's rival (``pbs_attention.py``), its threshold in tau's place
+    FlashPrefill        the same of its block rule (``flash_prefill.py``), with and without its correction
     against PBS-Attn    at a density of PBS-Attn, the MSE of both, and the density at which S2O has that MSE; where S2O
                         at its sparsest has less, that density, and the ratio is a lower bound. MSE is relative to the
                         exact output's power: the square of a head's error, mean over heads and layers
@@ -27,6 +29,7 @@ from unittest.mock import patch
 
 import torch
 from calls import CAUSAL, DEVICE, ON_GPU
+from flash_prefill import flash_prefill
 from pbs_attention import pbs_attention
 from results_file import Rows
 from torch import Tensor
@@ -34,7 +37,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.cli.demo import MODEL, build_prompt, load_model
+from s2o_compile.cli.demo import build_prompt, document
+from s2o_compile.cli.models import KNOWN, load_model
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels import schedule
 from s2o_compile.kernels.core.call import AttentionCall
@@ -45,9 +49,11 @@ from s2o_compile.kernels.statistics import pairs_by_head
 
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0, 16.0)
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+SCORE_THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0)
+"""Of FlashPrefill, in units of a logit."""
 ERRORS = (0.02, 0.05, 0.1)
 DENSITIES = (0.25, 0.1)
-SECTIONS = ("density at error", "PBS-Attn", "against PBS-Attn")
+SECTIONS = ("density at error", "PBS-Attn", "FlashPrefill", "against PBS-Attn")
 
 Captured = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 Attend = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -58,10 +64,13 @@ Curve = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def capture(tokens: int, every: int) -> Captured:
-    """Query, key, value and exact output of every ``every``-th layer."""
-    model, tokenizer = load_model(tokens, DEVICE)
-    ids = build_prompt(tokenizer, tokens).to(DEVICE)
+def capture(name: str, tokens: int, every: int) -> Captured:
+    """Query, key, value and exact output of every ``every``-th layer without a window."""
+    model, tokenizer = load_model(tokens, DEVICE, name)
+    ids = build_prompt(tokenizer, tokens)
+    if name != "smollm2":  # another template of chats
+        ids = torch.tensor([tokenizer(document(), verbose=False).input_ids[:tokens]])
+    ids = ids.to(DEVICE)
     found, number = [], itertools.count()
 
     def exact(call: AttentionCall, *_: object) -> Result:
@@ -165,6 +174,13 @@ def measure_length(captured: Captured, rows: Rows, tokens: int, args: argparse.N
     theirs = cache(partial(curve, captured, pbs, THRESHOLDS))
     if "PBS-Attn" in args.only:
         rows.measure("PBS-Attn", {"tokens": tokens}, partial(densities_at, theirs))
+    for corrected in (True, False) if "FlashPrefill" in args.only else ():
+
+        def by_blocks(*given: Tensor | float, corrected: bool = corrected) -> tuple[Tensor, Tensor]:
+            return flash_prefill(*given[:3], threshold=given[3], corrected=corrected)  # pyright: ignore
+
+        measured = partial(curve, captured, by_blocks, SCORE_THRESHOLDS)
+        rows.measure("FlashPrefill", {"tokens": tokens, "corrected": corrected}, partial(densities_at, measured))
     for ranking, ranking_per, segment_len in itertools.product(args.rankings, args.lists, args.segments):
         attend = partial(s2o_attention, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len)
         ours = cache(partial(curve, captured, attend, TAUS))
@@ -180,6 +196,7 @@ def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run")
+    parser.add_argument("--model", choices=tuple(KNOWN), default="smollm2")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--layers", type=int, default=2, help="one of so many layers is measured")
     parser.add_argument("--rankings", nargs="+", default=["per_query", "mean_query"])
@@ -187,9 +204,11 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = Rows(args.json, model=MODEL, layers=f"one of {args.layers}", taus=TAUS, thresholds=THRESHOLDS)
+    rows = Rows(
+        args.json, model=KNOWN[args.model].name, layers=f"one of {args.layers}", taus=TAUS, thresholds=THRESHOLDS
+    )
     for tokens in args.tokens:
-        measure_length(capture(tokens, args.layers), rows, tokens, args)
+        measure_length(capture(args.model, tokens, args.layers), rows, tokens, args)
 
 
 if __name__ == "__main__":
