@@ -15,7 +15,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
-from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.exact.chunked import attend_chunks
@@ -23,7 +23,6 @@ from s2o_compile.kernels.exact.epilogue import finish
 from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs, sdpa_causal
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as torch_exact
-from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import record, recording
@@ -143,7 +142,7 @@ def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor |
 def run_planned(
     call: AttentionCall, plan: Plan, unvisited: Tensor, options: OperatorOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """The results of `run` over a plan that was made before, under its mask; options say tau and the implementation.
+    """The results of `run` over a plan made before, under its mask; options say tau, error and the implementation.
 
     ``unvisited`` is of ``estimate_unvisited``, for implementations that decide before they start.
     """
@@ -152,15 +151,24 @@ def run_planned(
     ready, tau = call.for_kernels(), options.tau_on(call.query.device)
     with ready.on_device():
         if implementation == "flex":
+            _refuse_budget(options)
             result = flex_forward.attend(ready, plan, blocks_to_visit(unvisited, tau))
         else:
-            executor = triton_forward if implementation == "triton" else torch_forward
-            assert executor is not None
-            tail_value = planner.tail_values(ready, plan.segment_len, implementation)
-            result = executor.attend(ready, replace(plan, tail_value=tail_value), tau)
+            plan = replace(plan, tail_value=planner.tail_values(ready, plan.segment_len, implementation))
+            result = empty_result(ready.query, ready.value.shape[3])
+            schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
     measured = schedule.measure_error(ready, result) if recording() else None
     record(call, "s2o", result.computed, measured)
     return finish(call, result.output, result.lse)
+
+
+def _refuse_budget(options: OperatorOptions) -> None:
+    """FlexAttention decides before it starts how many keys a tile visits, and cannot go on."""
+    if options.error:
+        raise ImplementationUnavailableError(
+            f'implementation="flex": expected a tau, got error={options.error:g}, which it cannot measure. '
+            'Give a tau, or use "auto" on a CPU or a CUDA device.'
+        )
 
 
 def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
@@ -197,10 +205,6 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result
         if path != "s2o":
             return EXACT[implementation](call)
         if implementation == "flex":
-            if options.error:
-                raise ImplementationUnavailableError(
-                    f'implementation="flex": expected a tau, got error={options.error:g}, which it cannot measure. '
-                    'Give a tau, or use "auto" on a CPU or a CUDA device.'
-                )
+            _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
         return schedule.attend(call, options, implementation, EXACT[implementation])

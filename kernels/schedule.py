@@ -19,7 +19,15 @@ from torch import Tensor
 from s2o_compile.kernels.budget import attend_within
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.plan import BYTES_A_SCORE, SCRATCH_BYTES, SCRATCH_SHARE, TILE_LEN, n_segments, n_tiles
+from s2o_compile.kernels.core.plan import (
+    BYTES_A_SCORE,
+    SCRATCH_BYTES,
+    SCRATCH_SHARE,
+    TILE_LEN,
+    Plan,
+    n_segments,
+    n_tiles,
+)
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
@@ -43,9 +51,6 @@ def attend(
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key.
     """
-    executor = triton_forward if implementation == "triton" else torch_forward
-    assert executor is not None
-    attend_rows = rows_by(implementation)
     result = empty_result(call.query, call.value.shape[3])
     if call.dense_heads:
         attend_dense(call, result, exact)
@@ -62,14 +67,23 @@ def attend(
                 into = Result(
                     result.output[:, members, rows], result.lse[:, members, rows], result.computed[:, members, tiles]
                 )
+                part = part if part.sinks is None else part.but(sinks=part.sinks[members])
                 limit = tau[members] if isinstance(tau, Tensor) else tau
-                if options.error:
-                    sinks = None if part.sinks is None else part.sinks[members]
-                    attend_within(part.but(sinks=sinks), plan, limit, options.error, executor, attend_rows, into)
-                else:
-                    executor.attend(part, plan, limit, into)
+                attend_planned(part, plan, limit, options.error, implementation, into)
                 del plan  # before the next is made
     return result
+
+
+def attend_planned(
+    call: AttentionCall, plan: Plan, tau: float | Tensor, error: float | None, implementation: str, into: Result
+) -> None:
+    """Attention over a plan by "torch" or "triton", within an error budget if there is one."""
+    executor = triton_forward if implementation == "triton" else torch_forward
+    assert executor is not None
+    if error:
+        attend_within(call, plan, tau, error, executor, rows_by(implementation), into)
+    else:
+        executor.attend(call, plan, tau, into)
 
 
 def measure_error(call: AttentionCall, result: Result) -> Tensor:

@@ -76,7 +76,7 @@ def attention(
         config: Quality and implementation; None for the defaults. Short lengths run dense, see ``min_seq_len``.
         plan: Of `s2o_compile.plan`, for a call of the same shapes, dtype, device and mask: keys are not ranked again.
             The mask is given as without a plan, and compared with the plan's. It runs at every length, and goes by the
-            ``tau`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
+            ``tau``, ``error`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
         blind: The old name of ``fully_masked``.
 
     Returns:

@@ -81,8 +81,9 @@ def error_sums(exact: ExactRows, output: Tensor, lse: Tensor, sinks: Tensor | No
     expected, actual = exact.output, output[:, :, exact.rows].float()
     if sinks is not None:
         sink = sinks.float()[:, None]
-        expected = expected * torch.sigmoid(exact.lse - sink)[..., None]
-        actual = actual * torch.sigmoid(lse[:, :, exact.rows] - sink)[..., None]
+        # NaN: a row that sees no key beside a sink of -inf, all zeros.
+        expected = expected * torch.sigmoid(exact.lse - sink).nan_to_num(1.0)[..., None]
+        actual = actual * torch.sigmoid(lse[:, :, exact.rows] - sink).nan_to_num(1.0)[..., None]
     return torch.stack([(actual - expected).square().sum((2, 3)), expected.square().sum((2, 3))])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import s2o_compile
-from s2o_compile import S2OConfig
+from s2o_compile import ImplementationUnavailableError, S2OConfig
 from s2o_compile.kernels import budget
 from s2o_compile.kernels.statistics import record_calls
 
@@ -186,3 +186,29 @@ def test_a_cuda_graph_holds_it():
         graph.replay()
         assert torch.equal(output, call())
         assert distance(output, exact(inputs)) <= 1.15 * 0.05
+
+
+def test_a_plan_holds_it():
+    query, key, value = topical()
+    config = S2OConfig(error=0.05, min_seq_len=1, segment_len=128)
+    plan = s2o_compile.plan(query, key, value, causal=True, config=config)
+    with record_calls() as calls:
+        output = s2o_compile.attention(query, key, value, causal=True, plan=plan, config=config)
+    assert calls[0].error <= 0.05
+    assert distance(output, exact((query, key, value))) <= 1.15 * 0.05
+    loose = s2o_compile.attention(query, key, value, causal=True, plan=plan, config=S2OConfig(tau=3.0))
+    assert distance(loose, exact((query, key, value))) > 0.05
+    with pytest.raises(ImplementationUnavailableError, match="expected a tau"):
+        s2o_compile.attention(
+            query, key, value, causal=True, plan=plan, config=S2OConfig(error=0.05, implementation="flex")
+        )
+
+
+def test_a_row_without_keys_beside_a_sink_of_nothing_is_no_error():
+    query, key, value = topical()
+    mask = torch.ones(1, LENGTH, dtype=torch.bool)
+    mask[:, :200] = False
+    sinks = torch.full((4,), -torch.inf)
+    _, call = attend((query, key, value), 0.1, key_mask=mask, sinks=sinks)
+    assert call.error <= 0.1
+    assert call.density < 0.9 * attend((query, key, value), 0.0, key_mask=mask)[1].density
