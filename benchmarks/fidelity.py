@@ -5,8 +5,8 @@
 
 SmolLM2-135M-Instruct reads the demo's prompt with exact attention, or Gemma-3-270M the text of that prompt. Queries,
 keys, values and outputs of every ``--layers``-th layer without a window are kept. Then the operator runs on them at all
-of TAUS. Error is the relative L2 error of a head's output against SDPA, density the share of query-key pairs computed. Both
-are means over heads and layers.
+of TAUS. Error is the relative L2 error of a head's output against SDPA, density the share of query-key pairs computed.
+Both are means over heads and layers.
 
     density at error    "at 2 %" is the density at which the mean error is 2 %, interpolated between taus in logarithms,
                         and "by head" the mean of what every head needs by itself, as a calibration would set it
