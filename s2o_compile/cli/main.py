@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import groupby
@@ -191,25 +192,31 @@ def main() -> None:
         sys.exit(130)
 
 
+def _range(values: Iterable[float | None], form: str) -> str:
+    """The least and the largest of the values that are known, or the one text that both have."""
+    known = [value for value in values if value is not None]
+    ends = [form.format(end(known)) for end in (min, max)] if known else ["-"]
+    return " … ".join(dict.fromkeys(ends))
+
+
 def _print_report(console: Console, report: Report) -> None:
     """The sites as a table; runs of layers that fared alike share a row."""
     if not report.sites:
         console.print(str(report), style="bold red")
         return
     table = Table()
-    for name in ("sites", "count", "query", "key", "mask", "result", "density"):
+    for name in ("sites", "count", "query", "key", "mask", "result", "density", "error (sampled)"):
         table.add_column(name, overflow="fold")
     same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
     for _, run in groupby(report.sites, same):
         site, *others = run
         label = f"{site.name} … {others[-1].name}" if others else site.name
-        known = [x.density for x in (site, *others) if x.density is not None]
-        low, high = (min(known), max(known)) if known else (0.0, 0.0)
-        density = "-" if not known else f"{low:.3f}" if low == high else f"{low:.3f} … {high:.3f}"
+        density = _range((x.density for x in (site, *others)), "{:.3f}")
+        error = _range((x.error for x in (site, *others)), "{:.1%}")
         dense = "dense: " if site.found else ""
         result = f"[green]rewritten{site.marks}" if site.rewritten else f"[red]{dense}{site.reason}"
         shapes = ("x".join(shape) for shape in (site.query_shape, site.key_shape))
-        table.add_row(label, str(1 + len(others)), *shapes, site.mask or "-", result, density)
+        table.add_row(label, str(1 + len(others)), *shapes, site.mask or "-", result, density, error)
     console.print(table)
     console.print(str(report).split("\n", len(report.sites) + 2)[-1])
 

@@ -109,6 +109,14 @@ def test_explain_prints_a_table(s2o, model_dir):
     assert "2 attention sites found, 2 rewritten, 0 left dense" in done.stdout
 
 
+def test_a_range_is_one_text_where_both_ends_look_alike():
+    from s2o_compile.cli.main import _range
+
+    assert _range([0.012, None, 0.034], "{:.1%}") == "1.2% … 3.4%"
+    assert _range([0.0121, 0.0119], "{:.1%}") == "1.2%"
+    assert _range([None], "{:.3f}") == _range([], "{:.3f}") == "-"
+
+
 @pytest.mark.slow
 def test_explain_json_in_a_process_of_its_own(model_dir):
     command = [sys.executable, "-W", "ignore", "-m", "s2o_compile.cli", "explain", str(model_dir)]
