@@ -120,6 +120,7 @@ def test_a_prompt_fills_its_length(name):
     )
 
 
+@pytest.mark.slow
 def test_losses_answers_and_scores():
     model, tokenizer = tiny_llama(), Characters()
     found = s2o_compile.evaluate_tasks(model, tokenizer, [LENGTH], CONFIG, tasks=["needle"], samples=2)
@@ -184,6 +185,7 @@ def test_an_answer_may_end_at_once(monkeypatch):
     assert tokenizer.decoded == [[0], [0]]
 
 
+@pytest.mark.slow
 def test_tau_zero_is_dense_and_a_seed_decides():
     model, names = tiny_llama(), ("variables", "words")
     steps = []
