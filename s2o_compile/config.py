@@ -41,9 +41,9 @@ class S2OConfig(OperatorOptions):
             leave far less unvisited on average; ``tau=0.0`` never stops and is exact. Or a tuple with one for each
             query head of every attention.
         error: Quality as a budget instead of a tau: the relative L2 error of an attention's output, a number from 0
-            (exact) to 1. None goes by tau. By itself it takes the tau that gave this error on a model measured
-            (``error_budget.py``), as a mean over layers; yours may differ twofold. `s2o_compile.calibrate` measures
-            your model and returns a configuration that keeps the budget layer by layer.
+            (exact) to 1. It is measured on 256 queries of each head while a call runs, and heads go on where it is too
+            large (``kernels/budget.py``). None goes by tau and measures nothing. `s2o_compile.calibrate` finds the taus
+            to begin with on your own text.
         site_tau: By site name, as ``explain`` lists it, tau of each of its query heads, as ``calibrate`` finds them;
             other sites go by ``error`` or ``tau``. They belong to the ``error`` that they were calibrated for: for
             another, calibrate again.

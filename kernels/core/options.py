@@ -30,8 +30,8 @@ class OperatorOptions:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
             every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
             number, or a tuple with one for each query head.
-        error: Budget of every head, the relative L2 error of its output on sampled queries: where it does not hold,
-            the head visits more keys, to all of them. ``tau`` is where it begins. None measures nothing.
+        error: Budget over 0 of a call, the relative L2 error of its output on sampled queries. Where it does not hold,
+            heads visit more keys, up to all of them. ``tau`` is where it begins. None or 0 measures nothing.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query" or "mean_query".
