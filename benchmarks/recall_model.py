@@ -88,7 +88,7 @@ def judge(
         dense[task] = read(model, tasks[task])
         rows.measure(task, {"tokens": length, "quality": "dense"}, partial(rounded, dense[task]))
     for name, config in configs.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         fast = s2o_compile.optimize(model, config)
         for task, batches in tasks.items():
             rows.measure(task, {"tokens": length, "quality": name}, partial(sparse, fast, batches, dense[task]))

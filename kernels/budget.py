@@ -69,8 +69,8 @@ def attend_within(
     progress = executor.begin_progress(call)
     executor.attend(call, plan, tau, into, progress)
     for largest in STEPS:
-        off, size = error_sums(exact, into.output, into.lse, call.sinks)
-        distance = relative_error(torch.stack([off, size.mean(1, keepdim=True).expand_as(off)])) / error
+        off, size = error_sums(call, exact, into.output, into.lse)
+        distance = relative_error(off, size.mean(1, keepdim=True)) / error
         # NaN is above every limit: what is not known to hold goes on.
         held = (distance <= MARGIN) | (distance.square().mean(1, keepdim=True).sqrt() <= MARGIN)
         step = (AIM / distance).pow(STEEPNESS).nan_to_num(0.0).clamp(LEAST_STEP).clamp(max=largest)

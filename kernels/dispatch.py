@@ -149,7 +149,8 @@ def run_planned(
     options.check_heads(call.query.shape[1])
     implementation = choose_implementation(options.implementation, call.query)
     ready, tau = call.for_kernels(), options.tau_on(call.query.device)
-    with ready.on_device():
+    # As the operator does: a product of float32 must not become one of bfloat16 on the way.
+    with ready.on_device(), torch.autocast(call.query.device.type, enabled=False):
         if implementation == "flex":
             _refuse_budget(options)
             result = flex_forward.attend(ready, plan, blocks_to_visit(unvisited, tau))
@@ -157,9 +158,19 @@ def run_planned(
             plan = replace(plan, tail_value=planner.tail_values(ready, plan.segment_len, implementation))
             result = empty_result(ready.query, ready.value.shape[3])
             schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
-    measured = schedule.measure_error(ready, result) if recording() else None
+        measured = _measure(ready, result, options)
     record(call, "s2o", result.computed, measured)
     return finish(call, result.output, result.lse)
+
+
+def _measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Tensor | None:
+    """The sums of a call's sampled error, if anybody records; beside FlexAttention the device's own way measures."""
+    if not recording():
+        return None
+    implementation = choose_implementation(options.implementation, call.query)
+    if implementation == "flex":
+        implementation = choose_implementation("auto", call.query)
+    return schedule.measure_error(call, result, implementation)
 
 
 def _refuse_budget(options: OperatorOptions) -> None:
@@ -167,7 +178,8 @@ def _refuse_budget(options: OperatorOptions) -> None:
     if options.error:
         raise ImplementationUnavailableError(
             f'implementation="flex": expected a tau, got error={options.error:g}, which it cannot measure. '
-            'Give a tau, or use "auto" on a CPU or a CUDA device.'
+            "Give a tau, drop the budget of a calibrated configuration by dataclasses.replace(config, error=None), or "
+            'use "auto" on a CPU or a CUDA device.'
         )
 
 
@@ -188,11 +200,14 @@ def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tens
         choose_implementation(options.implementation, call.query)  # or refuse
         record(call, path)
         return attend_by_sdpa(call), None
+    replaced = False
     if path == "s2o" and observing():
-        result = observe(ObservedCall(**vars(call), options=options, execute=_execute))
+        observed = ObservedCall(**vars(call), options=options, execute=_execute)
+        result = observe(observed)
+        replaced = result is not vars(observed).get("result")
     else:
         result = _execute(call, path, options)
-    measured = schedule.measure_error(call, result) if path == "s2o" and recording() else None
+    measured = _measure(call, result, options) if path == "s2o" and not replaced else None
     record(call, path, result.computed, measured)
     return result.output, result.lse
 

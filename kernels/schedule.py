@@ -86,13 +86,12 @@ def attend_planned(
         executor.attend(call, plan, tau, into)
 
 
-def measure_error(call: AttentionCall, result: Result) -> Tensor:
+def measure_error(call: AttentionCall, result: Result, implementation: str) -> Tensor:
     """The sums of ``sampled.error_sums``, float32 [2, B, Hq], of a call's result before sinks are put in."""
     call = call.for_kernels()
     with call.on_device():
         rows = sampled.sample_rows(call.n_queries, call.query.device)
-        exact = rows_by("triton" if call.query.is_cuda else "torch")(call, rows)
-        return sampled.error_sums(exact, result.output, result.lse, call.sinks)
+        return sampled.error_sums(call, rows_by(implementation)(call, rows), result.output, result.lse)
 
 
 def rows_by(implementation: str) -> Callable[[AttentionCall, Tensor], sampled.ExactRows]:

@@ -27,7 +27,7 @@ class Call:
         computed: int32 [B, Hq, tiles], keys each tile computed, on the device; None where nothing was skipped.
         area: Query-key pairs a dense kernel computes per head, float64 [B].
         mask: The mask as text; empty where it is not known.
-        error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None where nothing was skipped.
+        error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None if it was not measured.
     """
 
     site: str
@@ -41,8 +41,8 @@ class Call:
 
     @property
     def error(self) -> float | None:
-        """Relative L2 error of the output on sampled queries, None where nothing was skipped. Waits for the device."""
-        return None if self.error_sums is None else relative_error(self.error_sums.sum((1, 2))).item()
+        """Relative L2 error of the output on sampled queries, None if it was not measured. Waits for the device."""
+        return None if self.error_sums is None else relative_error(*self.error_sums.sum((1, 2))).item()
 
     @property
     def density(self) -> float:

@@ -20,7 +20,7 @@ class Site(SiteRecord):
             other), as it ran; empty if it did not run or was left alone.
         density: Computed query-key pairs over those a dense kernel computes, mean over calls; None if not rewritten.
         error: Relative L2 error of the output, before the layer's projection, measured on 64 sampled queries of each
-            head while it ran; mean over calls, None where nothing was left out.
+            head while it ran; mean over calls, None where it did not run sparse.
         found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
     """
 

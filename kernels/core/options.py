@@ -30,8 +30,8 @@ class OperatorOptions:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
             every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
             number, or a tuple with one for each query head.
-        error: Budget over 0 of a call, the relative L2 error of its output on sampled queries. Where it does not hold,
-            heads visit more keys, up to all of them. ``tau`` is where it begins. None or 0 measures nothing.
+        error: Budget of a call, the relative L2 error of its output on sampled queries. Where it does not hold, heads
+            visit more keys, up to all of them. ``tau`` is where it begins. 0 stands for tau 0. None measures nothing.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query" or "mean_query".
@@ -106,6 +106,8 @@ class OperatorOptions:
 
     def tau_on(self, device: torch.device) -> float | Tensor:
         """Tau as executors take it: one number, or float32 [Hq] on the device."""
+        if self.error == 0.0:
+            return 0.0
         if not isinstance(self.tau, tuple):
             return self.tau
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

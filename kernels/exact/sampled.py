@@ -69,24 +69,42 @@ def attend_rows(call: AttentionCall, rows: Tensor) -> ExactRows:
     return ExactRows(rows, output, lse)
 
 
-def error_sums(exact: ExactRows, output: Tensor, lse: Tensor, sinks: Tensor | None = None) -> Tensor:
+def padding_rows(call: AttentionCall, rows: Tensor) -> Tensor | None:
+    """Bool [B, R]: queries at the positions of hidden keys, whose outputs nobody reads; None where there are none.
+
+    Queries have positions among the keys under a causal mask, and where there are as many of them as keys.
+    """
+    mask, n_keys = call.mask, call.n_keys
+    if mask.key_mask is None or not (mask.causal or call.n_queries == n_keys):
+        return None
+    position = rows + mask.offset
+    inside = (position >= 0) & (position < n_keys)
+    return inside & ~mask.key_mask[:, position.clamp(0, n_keys - 1)]
+
+
+def error_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Tensor) -> Tensor:
     """Squared distance to exact attention and its squared size, summed over the samples: float32 [2, B, Hq].
 
+    Padding does not count. A sink takes a share of the mass, which is another one where keys are left out.
+
     Args:
+        call: What was attended; its sinks are those of the output's heads.
         exact: Exact attention of sampled queries.
-        output: [B, Hq, Nq, Dv].
+        output: [B, Hq, Nq, Dv], without sinks.
         lse: float32 [B, Hq, Nq], the log-sum-exp that belongs to it; read only beside sinks.
-        sinks: Floating [Hq]; each takes a share of the mass, which is another one where keys are left out.
     """
     expected, actual = exact.output, output[:, :, exact.rows].float()
-    if sinks is not None:
-        sink = sinks.float()[:, None]
+    padding = padding_rows(call, exact.rows)
+    if padding is not None:
+        expected, actual = (x.masked_fill(padding[:, None, :, None], 0.0) for x in (expected, actual))
+    if call.sinks is not None:
+        sink = call.sinks.float()[:, None]
         # NaN: a row that sees no key beside a sink of -inf, all zeros.
         expected = expected * torch.sigmoid(exact.lse - sink).nan_to_num(1.0)[..., None]
         actual = actual * torch.sigmoid(lse[:, :, exact.rows] - sink).nan_to_num(1.0)[..., None]
     return torch.stack([(actual - expected).square().sum((2, 3)), expected.square().sum((2, 3))])
 
 
-def relative_error(sums: Tensor) -> Tensor:
-    """The relative L2 error of sums [2, ..] of `error_sums`; 0 where nothing is off, inf where nothing should be."""
-    return torch.where(sums[0] == 0, 0.0, (sums[0] / sums[1]).sqrt())
+def relative_error(difference: Tensor, power: Tensor) -> Tensor:
+    """Relative L2 errors from squares; zero where both are, as in rows that see no key."""
+    return torch.where(difference == 0, 0.0, difference / power).sqrt()

@@ -89,8 +89,9 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
             sparse.append(name)
     if budgets:
         warnings.warn(
-            f"package: an error budget of {max(budgets):g} is not measured in a package, which attends at the tau "
-            "that it begins with. Calibrate it, or check the package's error with s2o_compile.evaluate on the model.",
+            f"package: an error budget of {max(budgets):g} is not measured in a package, which attends at the tau of "
+            "the budget, or at calibrated ones, and never goes on. Calibrate, and check the taus alone: "
+            "s2o_compile.evaluate(model, batches, dataclasses.replace(config, error=None)).",
             stacklevel=2,
         )
     taken = sorted(_OWN_OPTIONS & set(options or {}))

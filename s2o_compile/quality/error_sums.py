@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall
 
 
@@ -47,11 +48,11 @@ class ErrorSums:
 
     def errors(self) -> list[float]:
         """Relative L2 error of all heads together, for every result."""
-        return relative(self.difference.sum(1), self.power.sum()).tolist()
+        return relative_error(self.difference.sum(1), self.power.sum()).tolist()
 
     def head_errors(self) -> Tensor:
         """Relative L2 error of every head, float64 [results, Hq]."""
-        return relative(self.difference, self.power)
+        return relative_error(self.difference, self.power)
 
     def densities(self) -> Tensor:
         """Computed over visible pairs, float64 [results, Hq]."""
@@ -65,8 +66,3 @@ def squares(output: Tensor, exact: Tensor | None = None) -> Tensor:
     """
     heads = [x.float() if exact is None else x.float() - exact[:, h].float() for h, x in enumerate(output.unbind(1))]
     return torch.stack([head.square().sum(-1).double() for head in heads], 1)
-
-
-def relative(difference: Tensor, power: Tensor) -> Tensor:
-    """Relative errors from squares; zero where both are, as in rows that see no key."""
-    return torch.where(difference == 0, 0.0, difference / power).sqrt()

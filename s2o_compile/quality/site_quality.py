@@ -11,8 +11,9 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.exact.dense_heads import whole_tiles
+from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall
-from s2o_compile.quality.error_sums import ErrorSums, relative
+from s2o_compile.quality.error_sums import ErrorSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def _by_tile(rows: Tensor) -> Tensor:
 
 
 def _largest(before: Tensor, difference: Tensor, power: Tensor) -> Tensor:
-    return torch.maximum(before.to(power.device), relative(difference, power).max())
+    return torch.maximum(before.to(power.device), relative_error(difference, power).max())
 
 
 def _add_at_front(total: Tensor, part: Tensor) -> Tensor:

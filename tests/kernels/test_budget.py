@@ -6,6 +6,7 @@ import torch
 import s2o_compile
 from s2o_compile import ImplementationUnavailableError, S2OConfig
 from s2o_compile.kernels import budget
+from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.kernels.statistics import record_calls
 
 LENGTH, DIM = 2048, 32
@@ -212,3 +213,57 @@ def test_a_row_without_keys_beside_a_sink_of_nothing_is_no_error():
     _, call = attend((query, key, value), 0.1, key_mask=mask, sinks=sinks)
     assert call.error <= 0.1
     assert call.density < 0.9 * attend((query, key, value), 0.0, key_mask=mask)[1].density
+
+
+def test_padding_pays_for_no_error():
+    """Queries of padding that are easy to rank must not make up for real ones that are off."""
+    query, key, value = topical()
+    key_mask = torch.arange(LENGTH)[None] < LENGTH // 2
+    query[:, :, LENGTH // 2 :] = query[:, :, LENGTH // 2 - 1 : LENGTH // 2] * 3
+    output, call = attend((query, key, value), 0.05, key_mask=key_mask)
+    real = slice(0, LENGTH // 2)
+    expected = exact((query, key, value), key_mask=key_mask)[:, :, real]
+    assert distance(output[:, :, real], expected) <= 1.15 * 0.05
+    assert call.error <= 0.05
+    loose = S2OConfig(tau=3.0, min_seq_len=1, segment_len=128)
+    with record_calls() as calls:
+        output = s2o_compile.attention(query, key, value, key_mask=key_mask, causal=True, config=loose)
+    assert calls[0].error == pytest.approx(distance(output[:, :, real], expected), rel=0.35)
+
+
+def test_nothing_is_asked_of_padding_alone():
+    inputs = [torch.cat([x, x]) for x in topical()]
+    key_mask = torch.stack([torch.ones(LENGTH, dtype=torch.bool), torch.zeros(LENGTH, dtype=torch.bool)])
+    output, call = attend(inputs, 0.1, key_mask=key_mask)
+    assert not output[1].any()
+    assert call.error <= 0.1
+    assert distance(output[0], exact([x[:1] for x in inputs])[0]) <= 0.115
+
+
+def test_a_budget_of_zero_is_exact():
+    inputs = topical()
+    given = torch.ops.s2o.attention(*inputs, causal=True, tau=5.0, error=0.0, min_seq_len=1, segment_len=128)[0]
+    assert distance(given, exact(inputs)) < 1e-5
+
+
+def test_autocast_does_not_round_what_a_plan_measures():
+    inputs = topical()
+    config = S2OConfig(error=0.05, min_seq_len=1, segment_len=128)
+    plan = s2o_compile.plan(*inputs, causal=True, config=config)
+    found = []
+    for on in (False, True):
+        with record_calls() as calls, torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            output = s2o_compile.attention(*inputs, causal=True, plan=plan, config=config)
+        found.append((output, calls[0].error, calls[0].density))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+
+
+def test_an_output_that_was_replaced_is_not_measured():
+    config = S2OConfig(min_seq_len=1, segment_len=128)
+    with record_calls() as calls, observe_attention(lambda call: call.exact()):
+        s2o_compile.attention(*topical(), causal=True, config=config)
+    with record_calls() as looked_at, observe_attention(lambda call: None):
+        s2o_compile.attention(*topical(), causal=True, config=config)
+    assert calls[0].error is None
+    assert looked_at[0].error > 0

@@ -82,9 +82,9 @@ def test_error_of_a_known_distance():
     call = make_call(causal=True)
     exact = sampled.attend_rows(call, torch.arange(300))
     output = exact.output * 1.1
-    found = sampled.relative_error(sampled.error_sums(exact, output, exact.lse))
+    found = sampled.relative_error(*sampled.error_sums(call, exact, output, exact.lse))
     torch.testing.assert_close(found, torch.full((2, 4), 0.1), rtol=1e-4, atol=0)
-    assert sampled.relative_error(sampled.error_sums(exact, exact.output, exact.lse)).eq(0).all()
+    assert sampled.relative_error(*sampled.error_sums(call, exact, exact.output, exact.lse)).eq(0).all()
 
 
 def test_a_sink_sees_the_mass_that_is_missing():
@@ -92,7 +92,7 @@ def test_a_sink_sees_the_mass_that_is_missing():
     exact = sampled.attend_rows(call, torch.arange(300))
     lse = exact.lse - 0.5  # the output is right, and a third of its mass was not visited
     sinks = torch.tensor([-50.0, 2.0, 5.0, 50.0])
-    found = sampled.relative_error(sampled.error_sums(exact, exact.output, lse, sinks))
+    found = sampled.relative_error(*sampled.error_sums(call.but(sinks=sinks), exact, exact.output, lse))
     assert found[:, 0].max() < 1e-4
     share = torch.sigmoid(lse - sinks[:, None]) / torch.sigmoid(exact.lse - sinks[:, None])
     assert (found[:, 2] > 0.2).all()
@@ -104,7 +104,7 @@ def test_nan_is_no_error_that_holds():
     exact = sampled.attend_rows(call, torch.arange(300))
     output = exact.output.clone()
     output[0, 1, 7, 3] = torch.nan
-    found = sampled.relative_error(sampled.error_sums(exact, output, exact.lse))
+    found = sampled.relative_error(*sampled.error_sums(call, exact, output, exact.lse))
     assert found.isnan().nonzero().tolist() == [[0, 1]]
     nothing = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # nothing is off; something is, and nothing should be there
-    assert sampled.relative_error(nothing).tolist() == [0.0, torch.inf]
+    assert sampled.relative_error(*nothing).tolist() == [0.0, torch.inf]
