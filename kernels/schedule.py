@@ -16,7 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.budget import attend_within
+from s2o_compile.kernels.budget import Sampler, attend_within
+from s2o_compile.kernels.core.budget_rule import lower_tau
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import (
@@ -34,11 +35,16 @@ from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, run
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
 
+SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, lower_tau)}
+"""What measures an error, by implementation."""
+
 try:
     from s2o_compile.kernels.impl.triton import forward as triton_forward
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    SAMPLERS["triton"] = Sampler(triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.lower_tau)
 except ImportError:  # no triton here: it is then never asked for
-    triton_forward = triton_sampled = None
+    triton_forward = None
 
 STREAMS = 2
 """Slices under way at a time on a GPU."""
@@ -81,23 +87,16 @@ def attend_planned(
     executor = triton_forward if implementation == "triton" else torch_forward
     assert executor is not None
     if error:
-        attend_within(call, plan, tau, error, executor, rows_by(implementation), into)
+        attend_within(call, plan, tau, error, executor, SAMPLERS[implementation], into)
     else:
         executor.attend(call, plan, tau, into)
 
 
 def measure_error(call: AttentionCall, result: Result, implementation: str) -> Tensor:
     """The sums of ``sampled.error_sums``, float32 [2, B, Hq], of a call's result before sinks are put in."""
-    call = call.for_kernels()
+    call, sampler = call.for_kernels(), SAMPLERS[implementation]
     with call.on_device():
-        rows = sampled.sample_rows(call.n_queries, call.query.device)
-        return sampled.error_sums(call, rows_by(implementation)(call, rows), result.output, result.lse)
-
-
-def rows_by(implementation: str) -> Callable[[AttentionCall, Tensor], sampled.ExactRows]:
-    """``sampled.attend_rows`` by "triton", or by torch."""
-    by_triton = implementation == "triton" and triton_sampled is not None
-    return (triton_sampled if by_triton else sampled).attend_rows  # pyright: ignore[reportOptionalMemberAccess]
+        return sampler.error_sums(call, sampler.attend_rows(call, sampled.SAMPLED), result.output, result.lse)
 
 
 def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable[int]) -> Iterator[tuple[slice, slice]]:

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from s2o_compile.kernels.budget import STEPS
+from s2o_compile.kernels.core.budget_rule import lower_tau
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.impl.torch.exact import attend_exact
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said} encountered:RuntimeWarning")  # by the interpreter
+    for said in ("divide by zero", "invalid value")
+]
 
 CASES = {
     "causal": {"causal": True},
@@ -33,6 +38,7 @@ def make_call(queries=300, value_dim=32, device="cpu", dtype=torch.float32, **te
 def assert_rows(found, call, tolerance):
     expected = attend_exact(call)
     rows = found.rows.cpu()
+    assert torch.equal(rows, sampled.sample_rows(call.n_queries, rows.device, len(rows)))
     torch.testing.assert_close(found.output.cpu(), expected.output[:, :, rows].float().cpu(), **tolerance)
     torch.testing.assert_close(found.lse.cpu(), expected.lse[:, :, rows].cpu(), **tolerance)
 
@@ -40,8 +46,7 @@ def assert_rows(found, call, tolerance):
 @pytest.mark.parametrize("name", CASES)
 def test_by_torch(name):
     call = make_call(**CASES[name])
-    rows = sampled.sample_rows(call.n_queries, torch.device("cpu"))
-    assert_rows(sampled.attend_rows(call, rows), call, {"rtol": 1e-5, "atol": 1e-5})
+    assert_rows(sampled.attend_rows(call), call, {"rtol": 1e-5, "atol": 1e-5})
 
 
 @pytest.mark.parametrize(
@@ -57,9 +62,48 @@ def test_by_triton(name, device, dtype, monkeypatch):
 
     monkeypatch.setattr(triton_sampled, "SPLIT_LEN", 128)  # several programs share the keys
     call = make_call(**CASES[name], device=device, dtype=dtype)
-    rows = sampled.sample_rows(call.n_queries, call.query.device, 200)  # two blocks, the second one short
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    assert_rows(triton_sampled.attend_rows(call, rows), call, tolerance)
+    assert_rows(triton_sampled.attend_rows(call, 200), call, tolerance)  # two blocks, the second one short
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-torch.inf, -1.0, 2.0, 50.0])], ids=["", "sinks"])
+def test_triton_measures_what_torch_measures(name, sinks, device):
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    call = make_call(**CASES[name], device=device)
+    call = call if sinks is None else call.but(sinks=sinks.to(device))
+    exact = sampled.attend_rows(call, 50)
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, call.n_queries, 4, call.value.shape[3])  # laid out as a model's projections leave it
+    output = torch.randn(shape, generator=generator).to(device).transpose(1, 2)
+    lse = torch.randn(output.shape[:3], generator=generator).to(device)
+    output[1, 2, :] = torch.nan
+    found = triton_sampled.error_sums(call, exact, output, lse)
+    torch.testing.assert_close(found, sampled.error_sums(call, exact, output, lse), equal_nan=True)
+    assert found[0, 1, 2].isnan() or name == "padded"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("largest", [*STEPS])
+def test_triton_lowers_tau_as_torch_does(largest, device):
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    off = [[0.0, 1e-4, 4e-3, torch.nan, 1.0], [1e-3, 1e-3, 1e-3, 1e-3, 1e-3], [0.0, 1e-4, 1e-3, torch.inf, 0.0]]
+    size = [[1.0, 2.0, 0.0, 1.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+    sums = torch.tensor([off, size], device=device)
+    tau = torch.tensor([[1.0, 0.5, 3.0, 0.1, 0.0]], device=device).expand(3, 5).contiguous()
+    found = triton_sampled.lower_tau(sums, tau, 0.05, largest)
+    expected = lower_tau(sums, tau, 0.05, largest)
+    torch.testing.assert_close(found, expected)
+    assert found[1].isinf().any()
+    assert not found[1].isinf().all()
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 64), (63, 64), (64, 64), (1000, 64), (131072, 256)])
@@ -80,7 +124,7 @@ def test_rows_have_no_period():
 
 def test_error_of_a_known_distance():
     call = make_call(causal=True)
-    exact = sampled.attend_rows(call, torch.arange(300))
+    exact = sampled.attend_rows(call, 300)
     output = exact.output * 1.1
     found = sampled.relative_error(*sampled.error_sums(call, exact, output, exact.lse))
     torch.testing.assert_close(found, torch.full((2, 4), 0.1), rtol=1e-4, atol=0)
@@ -89,7 +133,7 @@ def test_error_of_a_known_distance():
 
 def test_a_sink_sees_the_mass_that_is_missing():
     call = make_call(causal=True)
-    exact = sampled.attend_rows(call, torch.arange(300))
+    exact = sampled.attend_rows(call, 300)
     lse = exact.lse - 0.5  # the output is right, and a third of its mass was not visited
     sinks = torch.tensor([-50.0, 2.0, 5.0, 50.0])
     found = sampled.relative_error(*sampled.error_sums(call.but(sinks=sinks), exact, exact.output, lse))
@@ -101,7 +145,7 @@ def test_a_sink_sees_the_mass_that_is_missing():
 
 def test_nan_is_no_error_that_holds():
     call = make_call(causal=True)
-    exact = sampled.attend_rows(call, torch.arange(300))
+    exact = sampled.attend_rows(call, 300)
     output = exact.output.clone()
     output[0, 1, 7, 3] = torch.nan
     found = sampled.relative_error(*sampled.error_sums(call, exact, output, exact.lse))
