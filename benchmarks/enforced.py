@@ -34,7 +34,7 @@ from s2o_compile.error_budget import tau_for
 from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.kernels.schedule import measure_error
-from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.quality.needles import hide_needles
 
 BUDGETS = (0.02, 0.05)
@@ -132,14 +132,13 @@ def measure_times(rows: Rows, scale: int) -> None:
                 def call() -> object:
                     return s2o_compile.attention(*inputs, causal=True, config=config)
 
-                def recorded() -> float:
+                def recorded() -> Call:
                     with record_calls() as seen:
                         call()
-                    return seen[0].density
+                    return seen[0]
 
-                plain = milliseconds(call)
-                found = {"ms": plain, "recorded_ms": milliseconds(recorded), "dense_ms": dense}
-                return {name: round(x, 3) for name, x in {**found, "density": recorded()}.items()}
+                found = {"ms": milliseconds(call), "recorded_ms": milliseconds(recorded), "dense_ms": dense}
+                return {name: round(x, 3) for name, x in {**found, "density": recorded().density}.items()}
 
             for error in (None, *BUDGETS, 0.1):
                 what = {"input": kind, "tokens": tokens // scale, "error": error}

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.budget_rule import lower_tau
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan
 from s2o_compile.kernels.core.result import Result
-from s2o_compile.kernels.exact.sampled import ExactRows
+from s2o_compile.kernels.exact.sampled import ExactRows, error_sums
 
 STEPS = (0.8, 0.6, 0.4, 0.15, 0.0)
 """Largest factor of tau in each round: a head that hardly reacts takes larger steps, the last one to all its keys."""
@@ -35,12 +36,22 @@ class Sampler(NamedTuple):
     Attributes:
         attend_rows: As ``exact.sampled.attend_rows``.
         error_sums: As ``exact.sampled.error_sums``.
-        lower_tau: As ``core.budget_rule.lower_tau``.
+        lowering: Gives what measures, then lowers tau: `lowering` below, or the same on a GPU.
     """
 
     attend_rows: Callable[[AttentionCall, int], ExactRows]
     error_sums: Callable[[AttentionCall, ExactRows, Tensor, Tensor], Tensor]
-    lower_tau: Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+    lowering: Callable[[AttentionCall, ExactRows, Result, Tensor, Tensor, float], Callable[[float], None]]
+
+
+def lowering(
+    call: AttentionCall, exact: ExactRows, into: Result, tau: Tensor, limit: Tensor, error: float
+) -> Callable[[float], None]:
+    """What lowers tau and says where tiles stop by the error of ``into``, each time it is called; by torch.
+
+    It takes the largest factor of tau in a round. The others are arguments of ``budget_rule.lower_tau``.
+    """
+    return lambda largest: lower_tau(error_sums(call, exact, into.output, into.lse), tau, limit, error, largest)
 
 
 def attend_within(
@@ -64,13 +75,15 @@ def attend_within(
         into: Where the results go.
     """
     exact = sampler.attend_rows(call, SAMPLES)
+    shape, device = call.query.shape[:2], call.query.device
     if isinstance(tau, Tensor):
-        tau = tau.expand(call.query.shape[:2]).contiguous()
+        tau = tau.expand(shape).clone(memory_format=torch.contiguous_format)
     else:
-        tau = torch.full(call.query.shape[:2], min(tau * BEGIN, LARGEST_TAU), device=call.query.device)
-    progress = executor.begin_progress(call)
+        tau = torch.full(shape, min(tau * BEGIN, LARGEST_TAU), device=device)
+    limit, progress = torch.empty_like(tau), executor.begin_progress(call)
     executor.attend(call, plan, tau, into, progress)
+    lower = sampler.lowering(call, exact, into, tau, limit, error)
+    go_on = executor.going_on(call, plan, limit, into, progress)
     for largest in STEPS:
-        sums = sampler.error_sums(call, exact, into.output, into.lse)
-        tau, limit = sampler.lower_tau(sums, tau, error, largest)
-        executor.attend(call, plan, limit, into, progress, resume=True)
+        lower(largest)
+        go_on()

@@ -16,8 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.budget import Sampler, attend_within
-from s2o_compile.kernels.core.budget_rule import lower_tau
+from s2o_compile.kernels.budget import Sampler, attend_within, lowering
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import (
@@ -35,14 +34,14 @@ from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, run
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
 
-SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, lower_tau)}
+SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, lowering)}
 """What measures an error, by implementation."""
 
 try:
     from s2o_compile.kernels.impl.triton import forward as triton_forward
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 
-    SAMPLERS["triton"] = Sampler(triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.lower_tau)
+    SAMPLERS["triton"] = Sampler(triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.lowering)
 except ImportError:  # no triton here: it is then never asked for
     triton_forward = None
 

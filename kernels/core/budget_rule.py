@@ -22,12 +22,13 @@ STEEPNESS = 1.1
 LEAST_STEP = 0.1
 
 
-def lower_tau(sums: Tensor, tau: Tensor, error: float, largest: float) -> tuple[Tensor, Tensor]:
-    """The next tau of every head, and where its tiles stop in the next round: infinite for a head that is done.
+def lower_tau(sums: Tensor, tau: Tensor, limit: Tensor, error: float, largest: float) -> None:
+    """Lower the tau of every head, in place, and say where its tiles stop: at infinity where the head is done.
 
     Args:
         sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``.
-        tau: float32 [B, Hq], of the round before.
+        tau: float32 [B, Hq].
+        limit: float32 [B, Hq], written.
         error: The budget, a relative L2 error > 0.
         largest: Largest factor of tau in this round.
     """
@@ -35,6 +36,5 @@ def lower_tau(sums: Tensor, tau: Tensor, error: float, largest: float) -> tuple[
     distance = torch.where(off == 0, 0.0, off / size.mean(1, keepdim=True)).sqrt() / error
     # NaN is above every limit: what is not known to hold goes on.
     held = (distance <= MARGIN) | (distance.square().mean(1, keepdim=True).sqrt() <= MARGIN)
-    step = (AIM / distance).pow(STEEPNESS).nan_to_num(0.0).clamp(LEAST_STEP).clamp(max=largest)
-    tau = tau * step
-    return tau, torch.where(held, torch.inf, tau)
+    tau *= (AIM / distance).pow(STEEPNESS).nan_to_num(0.0).clamp(LEAST_STEP).clamp(max=largest)
+    limit.copy_(torch.where(held, torch.inf, tau))

@@ -8,6 +8,7 @@ dense block serves every tile that has not stopped. Blocks merge by their log-su
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,21 @@ def begin_progress(_call: AttentionCall) -> None:
     """Tiles keep no state here: heads that go on begin anew."""
 
 
+def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, _progress: None) -> Callable[[], None]:
+    """What lets heads begin anew, into ``into``, each time it is called: those whose tau [B, Hq] is finite by then."""
+
+    def go_on() -> None:
+        kept = (tau == torch.inf).cpu()
+        if kept.all():
+            return
+        for old, new in zip(into, attend(call, plan, tau), strict=True):
+            old.copy_(torch.where(kept.to(old.device).view(*kept.shape, *[1] * (old.dim() - 2)), old, new))
+
+    return go_on
+
+
 def attend(
-    call: AttentionCall,
-    plan: Plan,
-    tau: float | Tensor,
-    into: Result | None = None,
-    progress: None = None,
-    *,
-    resume: bool = False,
+    call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None, _progress: None = None
 ) -> Result:
     """Attention of a call without a window over its plan.
 
@@ -44,19 +52,7 @@ def attend(
         plan: Ranked key indices of every segment.
         tau: One number, or float32 [Hq] or [B, Hq].
         into: Where the results go; new ones if None.
-        progress: Of `begin_progress`.
-        resume: Whether heads of an infinite tau keep the results that ``into`` holds; [B, Hq].
     """
-    if resume:
-        assert into is not None
-        assert isinstance(tau, Tensor)
-        kept = (tau == torch.inf).cpu()
-        if kept.all():
-            return into
-        anew = attend(call, plan, tau)
-        for old, new in zip(into, anew, strict=True):
-            old.copy_(torch.where(kept.to(old.device).view(*kept.shape, *[1] * (old.dim() - 2)), old, new))
-        return into
     batch, ranking_heads = plan.key_index.shape[:2]
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
     keys, values = call.key.float().contiguous(), call.value.float().contiguous()

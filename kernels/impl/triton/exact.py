@@ -17,6 +17,7 @@ from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
+    Launched,
     can_fix,
     cap_products,
     key_mask_of,
@@ -160,13 +161,13 @@ def exact_fwd_kernel(
     tl.store(computed, visited + stop - start)
 
 
-def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> None:
+def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> Launched:
     """Fill ``into`` for a part of the value's columns: every tile, or those that overflowed in pass 2."""
     (query, key, _), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     key_mask, stride_mb = key_mask_of(mask.key_mask, into.computed)
-    launch(
+    return launch(
         exact_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
         query, key, value, into.output, into.lse, into.computed, key_mask,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],

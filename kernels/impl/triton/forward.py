@@ -18,6 +18,7 @@ computes one tile of one head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     LOG2E,
     NOTHING_SEEN,
     WIDEST_VALUE,
+    Launched,
     can_fix,
     cap_products,
     key_mask_of,
@@ -230,8 +232,6 @@ def attend(
     tau: float | Tensor,
     into: Result | None = None,
     progress: Progress | None = None,
-    *,
-    resume: bool = False,
 ) -> Result:
     """Attention of a call without a window over its plan.
 
@@ -241,14 +241,43 @@ def attend(
         tau: One number, or float32 [Hq] or [B, Hq].
         into: Where the results go; new ones if None.
         progress: Where tiles keep their state; None if none will go on.
-        resume: Whether tiles go on from ``into`` and ``progress``: those whose estimate is not below tau. An infinite
-            tau leaves a head as it is.
     """
+    result = empty_result(call.query, call.value.shape[3]) if into is None else into
+    _launch_parts(call, plan, tau, result, progress)
+    return result
+
+
+def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progress: Progress) -> Callable[[], None]:
+    """What lets tiles go on from ``into`` and ``progress`` each time it is called: those not below tau by now.
+
+    ``tau`` is float32 [B, Hq], read anew each time; an infinite one leaves a head as it is.
+    """
+    launched: list[Launched] = []
+
+    def go_on() -> None:
+        if launched and call.value.shape[3] <= WIDEST_VALUE:
+            for made in launched:
+                made.again()
+        else:
+            launched[:] = _launch_parts(call, plan, tau, into, progress, resume=True)
+
+    return go_on
+
+
+def _launch_parts(
+    call: AttentionCall,
+    plan: Plan,
+    tau: float | Tensor,
+    result: Result,
+    progress: Progress | None,
+    *,
+    resume: bool = False,
+) -> list[Launched]:
+    """Launch the tiles of each part of the value's columns, and again in position order those that overflowed."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     n_keys = key.shape[2]
     group = heads // key.shape[1]
-    result = empty_result(query, value.shape[3]) if into is None else into
     by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
@@ -259,12 +288,13 @@ def attend(
     assert plan.tail_value is not None
     means = plan.tail_value.split(WIDEST_VALUE, 3)
     by_batch = heads if by_head and tau.dim() == 2 else 0
+    launched: list[Launched] = []
     for (part, piece), mean in zip(value_parts(value, result), means, strict=True):
         state = progress or Progress(mean, mean)
         if resume and len(means) > 1 and mean is not means[-1]:  # the next part goes on from the same state
             piece = piece._replace(lse=piece.lse.clone(), computed=piece.computed.clone())
             state = Progress(state.tail.clone(), state.unvisited.clone())
-        launch(
+        made = launch(
             gathered_fwd_kernel, (n_tiles(n_queries) * group, batch * key.shape[1]),
             query, key, part, *piece, plan.key_index, plan.prefix_count, key_mask,
             tau if by_head else plan.key_index, mean, *state,
@@ -279,6 +309,7 @@ def attend(
             WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip
+        launched.append(made)
         if fixed:
-            launch_exact(call, part, piece, restart=True)
-    return result
+            launched.append(launch_exact(call, part, piece, restart=True))
+    return launched

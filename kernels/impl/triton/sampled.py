@@ -7,6 +7,8 @@ keys. query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; R sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 from s2o_compile.kernels.core import budget_rule
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.sampled import SAMPLED, ExactRows
 from s2o_compile.kernels.impl.triton.exact import attend_range
@@ -22,7 +25,9 @@ from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     NOTHING_SEEN,
     WIDEST_VALUE,
+    Launched,
     key_mask_of,
+    launch,
     launch_config,
     load_rows,
     logit_scales,
@@ -166,8 +171,7 @@ def error_sums_kernel(
 
 @triton.jit
 def lower_tau_kernel(
-    sums_ptr, tau_ptr, next_ptr, limit_ptr, heads, error, largest, margin, aim, steepness, least,
-    BLOCK: tl.constexpr,
+    sums_ptr, tau_ptr, limit_ptr, heads, error, margin, aim, steepness, least, largest, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The heads of one batch entry: ``budget_rule.lower_tau``."""
     b, h = tl.program_id(0), tl.arange(0, BLOCK)
@@ -182,7 +186,7 @@ def lower_tau_kernel(
     step = tl.exp2(steepness * tl.log2(aim / distance))
     step = tl.where(step == step, tl.minimum(tl.maximum(step, least), largest), tl.minimum(least, largest))
     tau = tl.load(tau_ptr + at, mask=inside, other=0.0) * step
-    tl.store(next_ptr + at, tau, mask=inside)
+    tl.store(tau_ptr + at, tau, mask=inside)
     tl.store(limit_ptr + at, tl.where(held, float("inf"), tau), mask=inside)
 
 
@@ -220,30 +224,53 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
 
 def error_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Tensor) -> Tensor:
     """Squared distance and squared size over the samples; arguments and results as ``exact.sampled.error_sums``."""
+    sums = torch.empty(2, *exact.lse.shape[:2], dtype=torch.float32, device=output.device)
+    _launch_sums(call, exact, output, lse, sums)
+    return sums
+
+
+def lowering(
+    call: AttentionCall, exact: ExactRows, into: Result, tau: Tensor, limit: Tensor, error: float
+) -> Callable[[float], None]:
+    """As ``budget.lowering``, in two launches."""
+    launched: list[Launched] = []
+
+    def lower(largest: float) -> None:
+        if launched:
+            measured, lowered = launched
+            measured.again()
+            lowered.again(largest=largest)
+        else:
+            sums = torch.empty(2, *tau.shape, dtype=torch.float32, device=tau.device)
+            measured = _launch_sums(call, exact, into.output, into.lse, sums)
+            launched[:] = measured, launch_lower_tau(sums, tau, limit, error, largest)
+
+    return lower
+
+
+def launch_lower_tau(sums: Tensor, tau: Tensor, limit: Tensor, error: float, largest: float) -> Launched:
+    """``budget_rule.lower_tau``."""
+    batch, heads = tau.shape
+    return launch(
+        lower_tau_kernel, (batch,), sums, tau, limit, heads, error, budget_rule.MARGIN, budget_rule.AIM,
+        budget_rule.STEEPNESS, budget_rule.LEAST_STEP,
+        largest=largest, BLOCK=triton.next_power_of_2(heads), num_warps=1,
+    )  # fmt: skip
+
+
+def _launch_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Tensor, sums: Tensor) -> Launched:
     (batch, heads, n_rows), mask = exact.lse.shape, call.mask
-    sums = torch.empty(2, batch, heads, dtype=torch.float32, device=output.device)
     has_padding = mask.key_mask is not None and (mask.causal or call.n_queries == call.n_keys)
     key_mask, stride_mb = key_mask_of(mask.key_mask, sums)
     sinks = sums if call.sinks is None else call.sinks
-    error_sums_kernel[(batch * heads,)](
+    return launch(
+        error_sums_kernel, (batch * heads,),
         exact.output, exact.lse, exact.rows, output, lse, key_mask, sinks, sums,
         *output.stride()[:3], *lse.stride()[:2], stride_mb, sinks.stride(-1),
         n_rows, call.n_keys, heads, mask.offset, output.shape[3],
         HAS_PADDING=has_padding, HAS_SINKS=call.sinks is not None, ROWS=ERROR_ROWS,
         BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
     )  # fmt: skip
-    return sums
-
-
-def lower_tau(sums: Tensor, tau: Tensor, error: float, largest: float) -> tuple[Tensor, Tensor]:
-    """The next tau, and where tiles stop; arguments and results as ``budget_rule.lower_tau``."""
-    batch, heads = tau.shape
-    following, limit = torch.empty_like(tau), torch.empty_like(tau)
-    lower_tau_kernel[(batch,)](
-        sums, tau, following, limit, heads, error, largest, budget_rule.MARGIN, budget_rule.AIM, budget_rule.STEEPNESS,
-        budget_rule.LEAST_STEP, BLOCK=triton.next_power_of_2(heads), num_warps=1,
-    )  # fmt: skip
-    return following, limit
 
 
 def _value_block(value_dim: int) -> int:

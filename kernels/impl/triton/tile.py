@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -133,14 +134,33 @@ tracing = ContextVar("tracing", default=False)
 """Whether launches are recorded into a program (``impl.aot.cuda_forward``)."""
 
 
-def launch(kernel, grid, *args, **keywords) -> None:
+class Launched(NamedTuple):
+    """A launch that was made and can be repeated: the host then spares to look at each argument again."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[object, ...]
+    keywords: dict[str, object]
+    compiled: Any
+
+    def again(self, **changes: float) -> None:
+        """Launch it on the same tensors, on the present stream; floats among the keywords may change."""
+        keywords = self.keywords | changes
+        if self.compiled is None:  # interpreted
+            self.kernel[self.grid](*self.args, **keywords)
+            return
+        others = (keywords[name] for name in self.kernel.arg_names[len(self.args) :])
+        self.compiled[(*self.grid, 1, 1)[:3]](*self.args, *others)
+
+
+def launch(kernel, grid, *args, **keywords) -> Launched:
     """Launch a kernel, or record the launch where a program is traced."""
     if not tracing.get():
-        kernel[grid](*args, **keywords)
-        return
+        return Launched(kernel, grid, args, keywords, kernel[grid](*args, **keywords))
     # Torch's launches take maxnreg from a configuration only. A single one leaves nothing to tune.
     options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
     torch.library.wrap_triton(triton.autotune([triton.Config({}, **options)], key=[])(kernel))[grid](*args, **keywords)
+    return Launched(kernel, grid, args, keywords, None)
 
 
 def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, object]:

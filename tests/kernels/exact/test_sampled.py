@@ -99,11 +99,16 @@ def test_triton_lowers_tau_as_torch_does(largest, device):
     size = [[1.0, 2.0, 0.0, 1.0, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
     sums = torch.tensor([off, size], device=device)
     tau = torch.tensor([[1.0, 0.5, 3.0, 0.1, 0.0]], device=device).expand(3, 5).contiguous()
-    found = triton_sampled.lower_tau(sums, tau, 0.05, largest)
-    expected = lower_tau(sums, tau, 0.05, largest)
-    torch.testing.assert_close(found, expected)
-    assert found[1].isinf().any()
-    assert not found[1].isinf().all()
+    expected, limit = tau.clone(), torch.empty_like(tau)
+    lower_tau(sums, expected, limit, 0.05, largest)
+    found, found_limit = tau.clone(), torch.empty_like(tau)
+    launched = triton_sampled.launch_lower_tau(sums, found, found_limit, 0.05, largest)
+    torch.testing.assert_close((found, found_limit), (expected, limit))
+    assert limit.isinf().any()
+    assert not limit.isinf().all()
+    lower_tau(sums, expected, limit, 0.05, 0.3)
+    launched.again(largest=0.3)
+    torch.testing.assert_close((found, found_limit), (expected, limit))
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 64), (63, 64), (64, 64), (1000, 64), (131072, 256)])

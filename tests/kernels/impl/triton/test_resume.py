@@ -47,6 +47,11 @@ def taus(call, *by_head):
     return torch.tensor(by_head, device=call.query.device).expand(batch, -1).contiguous()
 
 
+def go_on(call, plan, tau, into, progress):
+    forward.going_on(call, plan, tau, into, progress)()
+    return into
+
+
 def assert_same(found, expected, dtype):
     assert torch.equal(found.computed, expected.computed)
     tolerance = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}[dtype]
@@ -59,7 +64,7 @@ def test_goes_on_to_a_lower_tau(device, case):
     call, plan, first, progress = begun(case, device)
     before = first.computed.clone()
     direct = forward.attend(call, plan, 0.4)
-    found = forward.attend(call, plan, taus(call, 0.4), first, progress, resume=True)
+    found = go_on(call, plan, taus(call, 0.4), first, progress)
     assert (found.computed > before).any(), "some tile goes on"
     assert_same(found, direct, case.dtype)
 
@@ -67,10 +72,25 @@ def test_goes_on_to_a_lower_tau(device, case):
 @pytest.mark.parametrize(("device", "case"), CASES)
 def test_goes_on_to_all_keys(device, case):
     call, plan, first, progress = begun(case, device)
-    found = forward.attend(call, plan, taus(call, 0.4), first, progress, resume=True)
-    found = forward.attend(call, plan, taus(call, 0.0), found, progress, resume=True)
+    found = go_on(call, plan, taus(call, 0.4), first, progress)
+    found = go_on(call, plan, taus(call, 0.0), found, progress)
     assert (progress.unvisited == -1).all()
     assert_same(found, forward.attend(call, plan, 0.0), case.dtype)
+
+
+@pytest.mark.parametrize(("device", "case"), CASES)
+def test_a_round_reads_tau_anew(device, case):
+    """Later rounds repeat the launches of the first."""
+    call, plan, first, progress = begun(case, device)
+    tau = taus(call, torch.inf)
+    again = forward.going_on(call, plan, tau, first, progress)
+    before = first.computed.clone()
+    again()
+    assert torch.equal(first.computed, before)
+    for limit in (0.4, 0.0):
+        tau.fill_(limit)
+        again()
+        assert_same(first, forward.attend(call, plan, limit), case.dtype)
 
 
 @pytest.mark.parametrize(("device", "case"), [row for row in CASES if "H1-" not in row.id])
@@ -78,7 +98,7 @@ def test_an_infinite_tau_leaves_a_head_as_it_is(device, case):
     call, plan, first, progress = begun(case, device)
     before = [x.clone() for x in first]
     heads = call.query.shape[1]
-    found = forward.attend(call, plan, taus(call, 0.0, *[torch.inf] * (heads - 1)), first, progress, resume=True)
+    found = go_on(call, plan, taus(call, 0.0, *[torch.inf] * (heads - 1)), first, progress)
     for x, old in zip(found, before, strict=True):
         assert torch.equal(x[:, 1:], old[:, 1:])
     assert (found.computed[:, 0] > before[2][:, 0]).any()
@@ -97,5 +117,5 @@ def test_a_tile_that_overflowed_has_no_key_left():
     exact = forward.attend(call, plan, 0.0)
     torch.testing.assert_close(found.output[:, :, 800:], exact.output[:, :, 800:], rtol=1e-4, atol=1e-4)
     again = [x.clone() for x in found]
-    forward.attend(call, plan, taus(call, 0.0), found, progress, resume=True)
+    go_on(call, plan, taus(call, 0.0), found, progress)
     assert torch.equal(found.output[:, :, 896:], again[0][:, :, 896:])
