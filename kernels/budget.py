@@ -17,7 +17,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.budget_rule import lower_tau
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan
-from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.core.result import Result, empty_progress
 from s2o_compile.kernels.exact.sampled import ExactRows, error_sums
 
 STEPS = (0.8, 0.6, 0.4, 0.15, 0.0)
@@ -80,7 +80,7 @@ def attend_within(
         tau = tau.expand(shape).clone(memory_format=torch.contiguous_format)
     else:
         tau = torch.full(shape, min(tau * BEGIN, LARGEST_TAU), device=device)
-    limit, progress = torch.empty_like(tau), executor.begin_progress(call)
+    limit, progress = torch.empty_like(tau), empty_progress(call.query)
     executor.attend(call, plan, tau, into, progress)
     lower = sampler.lowering(call, exact, into, tau, limit, error)
     go_on = executor.going_on(call, plan, limit, into, progress)

@@ -1,4 +1,4 @@
-"""The results of an executor."""
+"""The results of an executor, and the state of tiles that may go on from theirs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,22 @@ def empty_result(query: Tensor, value_dim: int, layout: str = "auto") -> Result:
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
     computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
     return Result(empty_output(query, value_dim, layout), lse, computed)
+
+
+class Progress(NamedTuple):
+    """What a tile that may go on with a lower tau keeps beside its results.
+
+    Attributes:
+        tail: float32 [B, Hq, Nq], mass added for keys left out, over the mass visited.
+        unvisited: float32 [B, Hq, tiles], the estimate that met the stop rule; -1 for a tile that left no key out.
+    """
+
+    tail: Tensor
+    unvisited: Tensor
+
+
+def empty_progress(query: Tensor) -> Progress:
+    """Uninitialised state for a query [B, Hq, Nq, D]."""
+    batch, heads, n_queries, _ = query.shape
+    tail = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+    return Progress(tail, tail.new_empty(batch, heads, n_tiles(n_queries)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
-from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.core.result import Progress, Result, empty_result
 from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
 from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block, merge
 from s2o_compile.kernels.support.parallel import for_each
@@ -25,25 +25,12 @@ KEY_STEP = 4096
 """Keys of one block in position order under an explicit mask: bounds the mask's memory."""
 
 
-def begin_progress(_call: AttentionCall) -> None:
-    """Tiles keep no state here: heads that go on begin anew."""
-
-
-def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, _progress: None) -> Callable[[], None]:
-    """What lets heads begin anew, into ``into``, each time it is called: those whose tau [B, Hq] is finite by then."""
-
-    def go_on() -> None:
-        kept = (tau == torch.inf).cpu()
-        if kept.all():
-            return
-        for old, new in zip(into, attend(call, plan, tau), strict=True):
-            old.copy_(torch.where(kept.to(old.device).view(*kept.shape, *[1] * (old.dim() - 2)), old, new))
-
-    return go_on
-
-
 def attend(
-    call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result | None = None, _progress: None = None
+    call: AttentionCall,
+    plan: Plan,
+    tau: float | Tensor,
+    into: Result | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Attention of a call without a window over its plan.
 
@@ -52,17 +39,37 @@ def attend(
         plan: Ranked key indices of every segment.
         tau: One number, or float32 [Hq] or [B, Hq].
         into: Where the results go; new ones if None.
+        progress: Where tiles keep their state; None if none will go on.
     """
-    batch, ranking_heads = plan.key_index.shape[:2]
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
-    keys, values = call.key.float().contiguous(), call.value.float().contiguous()
-
-    def segment(place: tuple[int, int, int]) -> None:
-        _Segment(call, keys, values, plan, place).attend(tau, result)
-
-    last_first = reversed(range(plan.n_segments))  # those with the most ranked keys first
-    for_each(segment, itertools.product(range(batch), range(ranking_heads), last_first), call.query.device)
+    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+    _each_segment(call, keys, values, plan, lambda segment: segment.attend(tau, result, progress))
     return result
+
+
+def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progress: Progress) -> Callable[[], None]:
+    """What lets tiles go on from ``into`` and ``progress`` each time it is called: those not below tau by now.
+
+    ``tau`` is float32 [B, Hq], read anew each time; an infinite one leaves a head as it is.
+    """
+    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+
+    def go_on() -> None:
+        if (progress.unvisited < tau[..., None]).all():
+            return
+        _each_segment(call, keys, values, plan, lambda segment: segment.go_on(tau, into, progress))
+
+    return go_on
+
+
+def _each_segment(
+    call: AttentionCall, keys: Tensor, values: Tensor, plan: Plan, do: Callable[[_Segment], None]
+) -> None:
+    """Do something with every segment, one a thread."""
+    batch, ranking_heads = plan.key_index.shape[:2]
+    last_first = reversed(range(plan.n_segments))  # those with the most ranked keys first
+    places = itertools.product(range(batch), range(ranking_heads), last_first)
+    for_each(lambda place: do(_Segment(call, keys, values, plan, place)), places, call.query.device)
 
 
 @dataclass
@@ -86,6 +93,17 @@ class _Tiles:
         share = share.flatten()
         self.output = (self.output + share[:, None] * mean_value) / (1 + share)[:, None]
         self.lse = self.lse + share.log1p()
+
+    def take_tail_off(self, share: Tensor, mean_value: Tensor) -> None:
+        """Undo `add_tail`."""
+        share = share.flatten()
+        self.output = self.output * (1 + share)[:, None] - share[:, None] * mean_value
+        self.lse = self.lse - share.log1p()
+
+    def join(self, others: _Tiles) -> _Tiles:
+        """Copies of these tiles and others."""
+        pairs = ((self.query, others.query), (self.output, others.output), (self.lse, others.lse))
+        return _Tiles(torch.cat([self.numbers, others.numbers]), *(torch.cat(pair) for pair in pairs))
 
     def select(self, indices: Tensor) -> _Tiles:
         """Copies of the tiles at these indices."""
@@ -130,34 +148,71 @@ class _Segment:
             self.stops = ends.clamp(self.seg_start, seg_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
-    def attend(self, tau: float | Tensor, into: Result) -> None:
-        """Pass 1 and pass 2; fills the segment's rows of ``into``."""
+        self.area = self.stops - self.seg_start
+        self.tail = query.new_zeros(len(self.stops), TILE_LEN, dtype=torch.float32)
+        self.unvisited = torch.full((len(self.stops),), -1.0)
+
+    def attend(self, tau: float | Tensor, into: Result, progress: Progress | None) -> None:
+        """Pass 1 and pass 2; fills the segment's rows of ``into`` and ``progress``."""
         query = self._load()
         lse = query.new_full((len(query),), -torch.inf)
         output = query.new_zeros(len(query), self.value.shape[-1])
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
-        area = self.stops - self.seg_start
         self._in_segment_keys(tiles)
+        self._visit_ranked(tiles, self._taus(tau), torch.zeros_like(self.area))
+        self._store(tiles, into, progress)
+
+    def go_on(self, tau: Tensor, into: Result, progress: Progress) -> None:
+        """Pass 2 of the tiles whose estimate is not below tau, from where they stopped."""
+        numbers = slice(self.first // TILE_LEN, self.first // TILE_LEN + self.tiles)
+        estimate = progress.unvisited[self.b, self.heads, numbers].flatten().cpu()
+        taus = self._taus(tau)
+        going = ~(estimate < taus)
+        if not going.any():
+            return
+        # Copies: the flattened rows of a single head would be a view of what is written in the end.
+        held = (into.output, into.lse, progress.tail)
+        output, lse, tail = (self._slots(x[self.b, self.heads]).float().clone() for x in held)
+        tiles = _Tiles(torch.arange(len(self.stops)), self._load(), output, lse)
+        self.tail, self.unvisited = tail.view(-1, TILE_LEN), estimate.clone()
+        part = tiles.select(going.nonzero()[:, 0])
+        part.take_tail_off(self.tail[part.numbers], self.mean_value)
+        tiles.put(part)
+        self.tail[part.numbers], self.unvisited[part.numbers] = 0.0, -1.0
+        visited = into.computed[self.b, self.heads, numbers].flatten().cpu() - self.area
+        self.area += visited
+        self._visit_ranked(tiles, taus, torch.where(going, visited, self.count))
+        self._store(tiles, into, progress)
+
+    def _taus(self, tau: float | Tensor) -> Tensor:
+        """The tau of every tile, [G * tiles]."""
         taus = torch.full((self.group,), tau) if not isinstance(tau, Tensor) else tau[..., self.heads].cpu()
-        taus = taus[self.b] if taus.dim() == 2 else taus
-        self._visit_ranked(tiles, taus.repeat_interleave(self.tiles), area)
-        first_tile = self.first // TILE_LEN
-        into.computed[self.b, self.heads, first_tile : first_tile + self.tiles] = area.view(self.group, -1).int()
-        self._store(tiles, into)
+        return (taus[self.b] if taus.dim() == 2 else taus).repeat_interleave(self.tiles)
 
     def _load(self) -> Tensor:
         """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
-        query, empty = self.query[:, self.first : self.end], self.rows.shape[1] - (self.end - self.first)
-        if empty:
-            query = torch.cat([query, query[:, -1:].expand(-1, empty, -1)], 1)
-        return (query.float() * self.scale).flatten(0, 1)
+        return self._slots(self.query).float() * self.scale
 
-    def _store(self, tiles: _Tiles, into: Result) -> None:
-        """Write the results of the segment's queries."""
-        real, rows = self.end - self.first, slice(self.first, self.end)
-        output = tiles.output.view(self.group, -1, tiles.output.shape[-1])
-        into.output[self.b, self.heads, rows] = output[:, :real]
-        into.lse[self.b, self.heads, rows] = tiles.lse.view(self.group, -1)[:, :real]
+    def _slots(self, rows: Tensor) -> Tensor:
+        """The segment's rows of [G, Nq, ..] in tile order, [G * tiles * TILE_LEN, ..]; empty slots repeat the last."""
+        part, empty = rows[:, self.first : self.end], self.rows.shape[1] - (self.end - self.first)
+        if empty:
+            part = torch.cat([part, part[:, -1:].expand(-1, empty, *part.shape[2:])], 1)
+        return part.flatten(0, 1)
+
+    def _store(self, tiles: _Tiles, into: Result, progress: Progress | None) -> None:
+        """Write the results and the state of the segment's queries."""
+        first, real = self.first // TILE_LEN, self.end - self.first
+        rows, numbers = slice(self.first, self.end), slice(first, first + self.tiles)
+        by_row = [(into.output, tiles.output), (into.lse, tiles.lse)]
+        by_tile = [(into.computed, self.area.int())]
+        if progress is not None:
+            by_row.append((progress.tail, self.tail.flatten()))
+            by_tile.append((progress.unvisited, self.unvisited))
+        for target, found in by_row:
+            target[self.b, self.heads, rows] = found.unflatten(0, (self.group, -1))[:, :real].to(target.dtype)
+        for target, found in by_tile:
+            target[self.b, self.heads, numbers] = found.view(self.group, -1).to(target.device)
 
     def _in_segment_keys(self, tiles: _Tiles) -> None:
         """Pass 1."""
@@ -184,27 +239,39 @@ class _Segment:
                 part.update(*block_attention(part.query, keys, values, hidden, softcap=self.softcap))
             tiles.put(part)
 
-    def _visit_ranked(self, tiles: _Tiles, taus: Tensor, area: Tensor) -> None:
-        """Pass 2: all tiles visit chunks until the stop rule holds, each with its own of ``taus``."""
-        visiting = tiles  # until the first one stops; then copies of those that go on
-        for start in range(0, self.count, self.chunk_len):
+    def _visit_ranked(self, tiles: _Tiles, taus: Tensor, visited: Tensor) -> None:
+        """Pass 2: tiles visit chunks until the stop rule holds, each with its own of ``taus``.
+
+        Each begins behind the keys that it has ``visited``, whole chunks or all of them.
+        """
+        whole = not visited.any()
+        visiting = tiles if whole else tiles.select(visited[:0])  # no copies until the first one stops
+        for start in range(int(visited.min()), self.count, self.chunk_len):
+            joining = (visited == start).nonzero()[:, 0]
+            if not whole and len(joining):
+                visiting = visiting.join(tiles.select(joining))
+            if not len(visiting.numbers):
+                if not (visited > start).any():
+                    break
+                continue
             chunk = self.index[start : min(start + self.chunk_len, self.count)]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
             gain = visiting.update(*block_attention(visiting.query, keys, values, softcap=self.softcap))
-            area[visiting.numbers] += len(chunk)
+            self.area[visiting.numbers] += len(chunk)
             to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
             limit = taus[visiting.numbers]
-            tested = (limit > 0) & (self.count >= 2 * self.chunk_len)
-            stopped = ((gain.amax(-1).cpu() if start else 1.0) * to_come < limit) & tested
+            estimate = gain.amax(-1).cpu() * to_come if start else torch.full_like(limit, to_come)
+            stopped = (estimate < limit) & (limit > 0) & (self.count >= 2 * self.chunk_len)
             if not stopped.any():
                 continue
             leaving = stopped.nonzero()[:, 0]
             part = visiting.select(leaving)
+            self.unvisited[part.numbers] = estimate[leaving]
             if start:  # the first chunk's gain is not used
-                part.add_tail(tail_share(gain[leaving], to_come), self.mean_value)
+                share = tail_share(gain[leaving], to_come)
+                part.add_tail(share, self.mean_value)
+                self.tail[part.numbers] = share
             tiles.put(part)
             visiting = visiting.select((~stopped).nonzero()[:, 0])
-            if stopped.all():
-                break
         if visiting is not tiles:
             tiles.put(visiting)

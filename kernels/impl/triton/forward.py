@@ -19,16 +19,14 @@ computes one tile of one head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
-from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.core.result import Progress, Result, empty_result
 from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
 from s2o_compile.kernels.impl.triton.exact import attend_range, launch_exact
 from s2o_compile.kernels.impl.triton.tile import (
@@ -51,18 +49,6 @@ from s2o_compile.kernels.impl.triton.tile import (
     tracing,
     value_parts,
 )
-
-
-class Progress(NamedTuple):
-    """The state of tiles that may go on, beside their results.
-
-    Attributes:
-        tail: float32 [B, Hq, Nq], mass added for keys left out, over the mass visited.
-        unvisited: float32 [B, Hq, tiles], the estimate that met the stop rule; -1 for a tile that left no key out.
-    """
-
-    tail: Tensor
-    unvisited: Tensor
 
 
 @triton.jit
@@ -217,13 +203,6 @@ def gathered_fwd_kernel(
     if HAS_PROGRESS:
         tl.store(tail_ptr + row_head * n_queries + rows, tail, mask=present)
         tl.store(unvisited_ptr + progress, unvisited)
-
-
-def begin_progress(call: AttentionCall) -> Progress:
-    """Room for the state of a call's tiles."""
-    batch, heads, n_queries, _ = call.query.shape
-    tail = call.query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    return Progress(tail, tail.new_empty(batch, heads, n_tiles(n_queries)))
 
 
 def attend(
