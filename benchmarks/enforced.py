@@ -1,6 +1,6 @@
 """Whether a budget that is measured while it runs holds, what it costs, and how well samples tell the error.
 
-    python benchmarks/enforced.py [--only model time] [--json benchmarks/results/enforced-h200.json]
+    python benchmarks/enforced.py [--only model quality time] [--json benchmarks/results/enforced-h200.json]
 
 Every layer attends over the inputs that it has in the dense model; of Gemma-3 the global layers. Texts: Python's
 language reference (prose), the sources of its standard library and of torch.nn, and prose with needles.
@@ -8,6 +8,7 @@ language reference (prose), the sources of its standard library and of torch.nn,
     layer    density and true error (relative L2, all heads) at the default; the error of its samples over the true one
     budget   the same under error=0.02 and 0.05: true error over the budget, and density over that of the one tau that
              would just meet it, which nobody knows before
+    quality  loss, best next token and needles of whole models, dense against sparse, at the default and at budgets
     time     milliseconds of a call on inputs with topics and on noise, which no tau makes sparse, against SDPA;
              "recorded" measures the error, too
 """
@@ -37,6 +38,7 @@ from s2o_compile.kernels.schedule import measure_error
 from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.quality.needles import hide_needles
 
+SECTIONS = ("model", "quality", "time")
 BUDGETS = (0.02, 0.05)
 TAUS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 LENGTHS = {"gemma3": (8192, 16384, 32768), "smollm2": (8192, 16384, 65536)}
@@ -118,6 +120,32 @@ def measure_models(rows: Rows, models: list[str], lengths: list[int] | None) -> 
                     sparse(ids, use_cache=False, logits_to_keep=1)
 
 
+def measure_quality(rows: Rows, models: list[str], lengths: list[int] | None) -> None:
+    """Whole models on Python's language reference."""
+    configs = ({}, {"tau": 0.25}, {"error": 0.05}, {"error": 0.03}, {"error": 0.02})
+    for model_name, config in itertools.product(models, configs):
+        for tokens in lengths or LENGTHS[model_name][1:]:
+            model, tokenizer = load_model(tokens, DEVICE, model_name)
+            ids = texts(tokenizer, tokens)["prose"]
+
+            def judged(model: object = model, ids: Tensor = ids, config: dict[str, float] = config) -> dict[str, float]:
+                found = s2o_compile.evaluate(model, ids, S2OConfig(min_seq_len=2048, **config))  # pyright: ignore
+                needles = found.needles
+                figures = {
+                    "density": found.density,
+                    "error": found.error,
+                    "worst": max(site.error for site in found.sites),
+                    "loss": found.loss_difference,
+                    "top1": found.top1_agreement,
+                    "needles": math.nan if needles is None else needles.loss_s2o - needles.loss_dense,
+                    "needles_dense": math.nan if needles is None else needles.loss_dense,
+                }
+                return {name: round(x, 4) for name, x in figures.items()}
+
+            named = {"budget" if name == "error" else name: x for name, x in config.items()}
+            rows.measure("quality", {"model": model_name, "tokens": tokens, **named}, judged)
+
+
 @torch.no_grad()
 def measure_times(rows: Rows, scale: int) -> None:
     """Calls of 32 heads over 8 of 128 dimensions."""
@@ -148,7 +176,7 @@ def measure_times(rows: Rows, scale: int) -> None:
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("model", "time"), default=["model", "time"])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--models", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--scale", type=int, default=1, help="divides the lengths of the timed calls")
@@ -157,6 +185,8 @@ def main() -> None:
     rows = Rows(args.json, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     if "model" in args.only:
         measure_models(rows, args.models, args.tokens)
+    if "quality" in args.only:
+        measure_quality(rows, args.models, args.tokens)
     if "time" in args.only:
         measure_times(rows, args.scale)
     budgets = [row for row in rows if row["section"] == "budget" and "failed" not in row]
