@@ -45,7 +45,7 @@ if triton_per_query is not None and triton_mean_query is not None:
 def tail_values(call: AttentionCall, segment_len: int, implementation: str) -> Tensor:
     """``tail.tail_values`` by "triton" or "torch"."""
     by_triton = implementation == "triton" and triton_tail is not None
-    return tail.tail_values(call, segment_len, sums_by=triton_tail if by_triton else tail)
+    return (triton_tail if by_triton else tail).tail_values(call, segment_len)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def estimate_unvisited(call: AttentionCall, plan: Plan, implementation: str) -> Tensor:

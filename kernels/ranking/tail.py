@@ -6,8 +6,6 @@ error (SmolLM2, 16K and 64K). A query may see all keys of the mean: they are its
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -15,30 +13,31 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_keys, n_segments
 
 
-def tail_values(call: AttentionCall, segment_len: int, sums_by: ModuleType) -> Tensor:
+def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     """Mean value of the prefix keys of every segment, float32 [B, Hkv, P, Dv]; zeros where there are none.
 
-    Args:
-        call: Its mask has no window.
-        segment_len: Queries per segment.
-        sums_by: The module of ``block_sums`` and ``running_sums``: this one, or ``impl.triton.tail``.
+    ``segment_len`` is the number of queries of a segment. The call's mask has no window.
     """
     value, mask, n_queries, n_keys = call.value, call.mask, call.n_queries, call.n_keys
     offset = mask.seg_offset(n_queries, n_keys)
-    # Blocks of keys that begin where segments' in-segment keys do; the first and the last may be short.
-    shift = -offset % segment_len if mask.causal else 0
-    sums = sums_by.block_sums(value, mask.key_mask, shift, segment_len)
+    shift = block_shift(call, segment_len)
+    sums = block_sums(value, mask.key_mask, shift, segment_len)
     first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
     start, stop = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
     block = (first + (offset + shift)) // segment_len
-    total = sums_by.running_sums(sums)[:, :, block.clamp(0, sums.shape[2])]
+    total = running_sums(sums)[:, :, block.clamp(0, sums.shape[2])]
     count = _counts(mask.key_mask, start)
     if not mask.causal:
-        behind = sums_by.running_sums(sums.flip(2)).flip(2)  # differences would cancel
+        behind = running_sums(sums.flip(2)).flip(2)  # differences would cancel
         total = total + behind[:, :, (block + 1).clamp(0, sums.shape[2])]
         everything = _counts(mask.key_mask, torch.full_like(start, n_keys))
         count = everything - (_counts(mask.key_mask, stop) - count)
     return total / count.clamp(min=1.0)[:, None, :, None]
+
+
+def block_shift(call: AttentionCall, segment_len: int) -> int:
+    """What blocks of keys lie ahead of key 0 by, so that they begin where segments' in-segment keys do."""
+    return -call.mask.offset % segment_len if call.mask.causal else 0
 
 
 def _counts(key_mask: Tensor | None, stop: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
     few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
     non_finite = non_finite_keys(key, value).flatten()
-    tails = tail.tail_values(call.over(query, key, value), segment_len, sums_by=tail).flatten(0, 2)
+    tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)
     rest = _rest(query, key, mask)
     tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), float(tau)) for tau in taus])
 

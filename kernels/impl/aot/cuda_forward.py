@@ -30,7 +30,6 @@ from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
 from s2o_compile.kernels.impl.triton import tail as triton_tail
 from s2o_compile.kernels.impl.triton.exact import launch_exact
 from s2o_compile.kernels.impl.triton.tile import tracing, value_parts
-from s2o_compile.kernels.ranking.tail import tail_values
 from s2o_compile.kernels.support.torch_compat import dispatch_functionalize
 
 LAYOUT = "BHND"
@@ -49,7 +48,7 @@ def _attend(call: AttentionCall, taus: Sequence[float], segment_len: int) -> tup
         tau = torch.cat([torch.full((1,), tau, dtype=torch.float32, device=query.device) for tau in taus])
     results = []
     score_keys = triton_ranking.prepare(call, segment_len, call.group)
-    tail_value = tail_values(call, segment_len, sums_by=triton_tail)
+    tail_value = triton_tail.tail_values(call, segment_len)
     non_finite = triton_order.find_non_finite(key, value)
     for heads in runs(range(key.shape[1]), _heads_at_once(key, value, call.n_queries, segment_len)):
         members = query_heads(heads, call.group)
