@@ -217,7 +217,7 @@ def megatron(self, q, k, v, tokens):
 def gpt_neox(self, q, k, v, tokens):
     empty = torch.empty(BATCH * HEADS, q.shape[2], q.shape[2], dtype=q.dtype)
     scores = torch.baddbmm(empty, flat(q), flat(k).mT, beta=0.0, alpha=0.25).view(BATCH, HEADS, q.shape[2], -1)
-    scores.masked_fill_(above(q)[None, None], torch.finfo(scores.dtype).min)
+    scores.masked_fill_(above(q)[None, None], torch.tensor(torch.finfo(scores.dtype).min, dtype=scores.dtype))
     return torch.bmm(flat(scores.softmax(-1)), flat(v)).view_as(v)
 
 

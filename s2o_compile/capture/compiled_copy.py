@@ -41,8 +41,11 @@ def compiled_copy(
 
 
 def _refuse_export(module: nn.Module, args: tuple[object, ...]) -> None:
-    """Raises under ``torch.export``, which passes over what was compiled: its program would be the dense model."""
-    if torch.compiler.is_exporting():
+    """Raises under ``torch.export``, which passes over what was compiled: its program would be the dense model.
+
+    ONNX, which knows no other, gets that.
+    """
+    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
         raise TypeError(
             "torch.export: expected an uncompiled module, got the result of s2o_compile.optimize, whose program would "
             "be dense. Pass the original module; s2o_compile.export makes a sparse program of it."
