@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import zoo_public
 from benchmarks.zoo_measure import TOLERANCE, Row
 
 _INTRO = """# The zoo
@@ -62,7 +63,7 @@ def write_page(path: Path, rows: Sequence[Row], not_started: int = 0) -> None:
         _unbuilt(rows),
         _parts(rows),
     ]
-    path.write_text("\n".join(parts).rstrip() + "\n")
+    path.write_text(zoo_public.written("\n".join(parts)))
 
 
 def _version(name: str) -> str:

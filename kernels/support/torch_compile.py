@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from s2o_compile.kernels.support.torch_compat import _attribute, _later, _named, _Nothing
 
@@ -19,6 +22,17 @@ def is_compiled(model: object) -> bool:
 def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
     """The module behind the result of `torch.compile`; everything else as it is."""
     return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
+
+
+_PRE_HOOKS = _attribute("torch.nn.Module._forward_pre_hooks", "refusing to export optimized modules")
+
+
+def check_before_forward(module: nn.Module, check: Callable[[nn.Module, Any], None]) -> None:
+    """Calls ``check(module, args)`` ahead of each forward of a shallow copy; the module that it copies gets no hook."""
+    shared = getattr(module, _PRE_HOOKS, None)
+    if shared is not None:
+        setattr(module, _PRE_HOOKS, shared.copy())
+        module.register_forward_pre_hook(check)
 
 
 class _NotRaised(Exception):

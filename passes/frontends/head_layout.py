@@ -81,14 +81,19 @@ def broadcast(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Op
     )
 
 
-def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split: bool) -> Axes | None:
+def axes(
+    operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split: bool, order: Sequence[int] | None = None
+) -> Axes | None:
     """Along which axis of [B, Hq, Nq, Nk] each dimension of a mask or factor runs; None for a size of 1, else `MERGED`.
 
     It met scores of some shape, with ``lead`` (B, Hq); those in three dimensions may have been split into heads.
+    ``order`` says where they have [..., queries, keys], if not in that order.
     Instead of a tuple, None if it means nothing to scores in four dimensions.
     """
     shape = operand.shape if isinstance(operand, torch.Tensor) else ()
     batch, heads = lead
+    order = range(len(scores)) if order is None else order
+    scores = [scores[dim] for dim in order]
     if len(scores) == 4:
         runs, same = (0, 1, 2, 3), known(scores[0] == batch) and known(scores[1] == heads)
     elif len(scores) == 5:
@@ -97,6 +102,7 @@ def axes(operand: object, scores: Sequence[Size], lead: Sequence[Size], *, split
         runs, same = (MERGED if split else 0, 2, 3)[-len(scores) :], len(scores) in (2, 3)
     if not same or len(shape) > len(runs):
         return None
+    runs = [runs[order.index(dim)] for dim in range(len(runs))]
     runs = runs[len(runs) - len(shape) :]
     return tuple(None if known(size == 1) else axis for size, axis in zip(shape, runs, strict=True))
 

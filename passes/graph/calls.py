@@ -42,6 +42,7 @@ _SYNONYMS = {
     **dict.fromkeys(("bitwise_or", "logical_or", "ior"), "or"),
     **dict.fromkeys(("bitwise_not", "logical_not", "not", "inv"), "invert"),
     **dict.fromkeys(("multiply", "imul"), "mul"),
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
     **{"iadd": "add", "subtract": "sub", "negative": "neg", "absolute": "abs"},
 }
 

@@ -7,8 +7,9 @@ passes insert ``torch.narrow``, ``torch.Tensor.expand`` and others, as Dynamo's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,23 +26,35 @@ _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 def opened(program: ExportedProgram) -> Iterator[None]:
     """A block in which the passes may change an exported graph. After it, the graph holds operators only again.
 
-    Assertions are removed for the block, and put back if their tensor outlives it.
+    Assertions are removed for the block, and put back where they stood if their tensor outlives it.
     """
     graph = program.graph
     _write_numbers(program)
-    assertions = graph.find_nodes(op="call_function", target=_ASSERTION)
-    about = [(node.args[0], node.args, node.kwargs, node.meta) for node in assertions]
-    for node in assertions:
+    order = list(graph.nodes)
+    about = {node: (node.args, node.kwargs) for node in graph.find_nodes(op="call_function", target=_ASSERTION)}
+    for node in about:
         graph.erase_node(node)
     before = {node: node.target for node in graph.nodes}
     try:
         yield
     finally:
-        for tensor, args, kwargs, meta in about:
-            if not is_erased(tensor):
-                with graph.inserting_after(tensor):
-                    graph.call_function(_ASSERTION, args, kwargs).meta = meta
+        _put_back(graph, order, about)
         _to_operators(graph, before)
+
+
+def _put_back(graph: fx.Graph, order: Sequence[fx.Node], about: Mapping[fx.Node, tuple[Any, Any]]) -> None:
+    """Inserts assertions, each with its arguments, behind the nearest node of the old order that is still there.
+
+    Elsewhere an assertion would part the placeholders, or the nodes of one module's call: ``unflatten`` fails on both.
+    """
+    last = order[0]
+    for node in order:
+        if node in about and not is_erased(about[node][0][0]):
+            with graph.inserting_after(last):
+                last = graph.call_function(_ASSERTION, *about[node])
+            last.meta = node.meta
+        elif not is_erased(node):
+            last = node
 
 
 def _write_numbers(program: ExportedProgram) -> None:

@@ -21,9 +21,9 @@ from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import choice, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
-from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks import joins, views
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.masks.terms import TermEvaluator, Terms, is_bool_of, written_in_part
+from s2o_compile.passes.masks.terms import Term, TermEvaluator, Terms, is_bool_of, spread, written_in_part
 
 ABSORBING = (torch.float32, torch.bfloat16)
 """In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number."""
@@ -120,6 +120,12 @@ class AdditiveEvaluator:
         if name == "mul" and len(node.args) == 2:
             for factor, fill in (node.args, node.args[::-1]):
                 number, hidden = self._fill(fill), self._hiding(fill, value.dtype)  # 0 * -inf is NaN
+                bits = self._indices.less_one(factor)
+                if number is not None and bits is not None and self._indices.is_bits(bits):  # (mask - 1) * 1e9
+                    hidden = self._hiding(-number, value.dtype)
+                    if hidden is None or hidden == -math.inf:
+                        raise self._outweighed(node, (-number,), name)
+                    return self._choice(bits, hidden, value, negated=False)
                 if number is None or hidden == -math.inf or not self._indices.is_bits(factor):
                     continue
                 if hidden is not None:
@@ -129,6 +135,9 @@ class AdditiveEvaluator:
                 raise self._outweighed(node, (fill,), name)
         if name == "log" and len(node.args) == 1 and self._indices.is_bits(node.args[0]):
             return self._choice(node.args[0], -math.inf, value, negated=False)
+        joined = joins.read(node)
+        if joined is not None:
+            return self._joined(joined, value)
         if name in ("add", "minimum", "min") and len(node.args) == 2 and not node.kwargs:
             left, right = (self._operand(argument, value) for argument in node.args)
             hidden = left.hidden | right.hidden
@@ -173,6 +182,20 @@ class AdditiveEvaluator:
         inner = self._operand(base, value)
         chosen = self._choice(condition, hidden, value, negated=negated)
         return AdditiveMask((*inner.terms, *chosen.terms), inner.hidden | chosen.hidden, value.dtype)
+
+    def _joined(self, joined: joins.Join, value: torch.Tensor) -> AdditiveMask:
+        """A mask of parts that stand behind one another."""
+        terms: list[Term] = []
+        hidden: frozenset[float] = frozenset()
+        for part in joined.parts:
+            if self._fill(part.source) == 0:
+                continue
+            if self._hiding(part.source, value.dtype) is not None or not isinstance(part.source, fx.Node):
+                raise Refused("%s joins a mask and keys that nobody sees, or that numbers are added to", joined.node)
+            mask = self.evaluate(part.source)
+            terms += spread(joined, part, mask.terms)
+            hidden |= _rounded(mask.hidden, value.dtype)
+        return AdditiveMask(tuple(terms), hidden, value.dtype)
 
     def _operand(self, argument: object, value: torch.Tensor) -> AdditiveMask:
         """An operand broadcast and promoted to a result."""

@@ -163,6 +163,13 @@ class IndexEvaluator:
         one, other = node.args if name == "sub" else node.args[::-1]
         return other if isinstance(other, fx.Node) and self.fill(one) == 1 else None
 
+    def less_one(self, node: object) -> fx.Node | None:
+        """``x`` of ``x - 1``, if the node is that."""
+        if not isinstance(node, fx.Node) or function_name(node) != "sub" or len(node.args) != 2 or node.kwargs:
+            return None
+        other, one = node.args
+        return other if isinstance(other, fx.Node) and self.fill(one) == 1 and not self.is_written(node) else None
+
     def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor]:
         """The two operands of a node, broadcast to its shape."""
         arguments = (*node.args, *(node.kwargs[key] for key in ("input", "other") if key in node.kwargs))

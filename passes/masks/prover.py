@@ -115,7 +115,8 @@ class MaskProver:
             return self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
         except Refused as error:
             fully_masked = _fully_masked_if_read(parts, dtype, zeroed=zeroed)
-            if factor != 1 or floored or fully_masked is None:
+            scaled = factor != 1 and any(part.hidden != -math.inf for part in parts)
+            if scaled or floored or fully_masked is None:
                 raise
             alike = all(
                 self._fits(part.node, query_len, key_len)
@@ -182,8 +183,10 @@ class MaskProver:
             raise Refused("the masks %s are not proven: %s", masks, error.why) from None
         if zeroed or set(conventions) <= {"zeros"} or _every_row_sees_a_key(proof, query_len, key_len):
             return proof
-        # Several numbers are no mean, unless the same floor lies under all of them.
-        if conventions in (["mean"], ["lowest"] * len(conventions)):
+        # Several numbers are no mean, unless the same floor lies under all of them, or all fill by the same.
+        fills = {part.hidden for part in parts}
+        filled = len(fills) == 1 and None not in fills and set(conventions) == {"mean"}
+        if filled or conventions in (["mean"], ["lowest"] * len(conventions)):
             return dataclasses.replace(proof, fully_masked="mean")
         raise Refused("its masks hide scores by several finite numbers, which rows without any key show; use -inf")
 
@@ -207,7 +210,11 @@ class MaskProver:
         for number in hidden:
             least = number * min(factor, 1.0)  # a large factor scales the scores that are seen as well
             if not hides(least, dtype):
-                raise Refused("it hides scores by %s, expected -inf or torch.finfo(%s).min", least, dtype)
+                raise Refused(
+                    "it hides scores by %s, which large scores outweigh; expected -inf or torch.finfo(%s).min",
+                    least,
+                    dtype,
+                )
         terms = self._terms.terms(part.node, negated=not part.negated) if additive is None else additive.terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
             fully_masked = "lowest"

@@ -12,7 +12,7 @@ from torch import fx
 from s2o_compile.kernels.core.mask_band import HIDES
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import arguments, choice, value_of
-from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks import joins, views
 from s2o_compile.passes.masks.index_arithmetic import IndexEvaluator
 
 _PASSED_ON = frozenset({"pad", "triu", "tril", "masked_fill", "setitem"})
@@ -53,10 +53,10 @@ def _sources(node: fx.Node, indices: IndexEvaluator) -> tuple[object, ...] | Non
         return arms[1:]
     if name in _JOINED and len(node.args) == 2:
         return node.args
-    if name in ("cat", "stack"):
+    if name in joins.NAMES or name == "stack":
         (tensors,) = arguments(node, "tensors")
         return tuple(tensors) if isinstance(tensors, tuple | list) else None
-    if name == "mul" and len(node.args) == 2:  # (1 - mask) * -10000
+    if name == "mul" and len(node.args) == 2:  # (1 - mask) * -10000, (mask - 1) * 10000
         numbers = [number for factor in node.args if (number := indices.fill(factor)) is not None]
-        return () if numbers and min(numbers) <= HIDES else None
+        return () if numbers and max(map(abs, numbers)) >= -HIDES else None
     return () if name == "log" else None

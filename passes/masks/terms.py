@@ -7,6 +7,7 @@ Whether the reason matters depends on the axes that the look-up varies along, an
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
-from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks import joins, views
 from s2o_compile.passes.masks.index_arithmetic import (
     INDEX_DTYPES,
     IndexEvaluator,
@@ -118,7 +119,8 @@ class TermEvaluator:
         source = views.source(node, self.indices.evaluate)
         if source is not None:
             base = value_of(source.node)
-            if base.dtype is not torch.bool and value.dtype not in (base.dtype, torch.bool):
+            kept = base.dtype is torch.bool or value.dtype in (base.dtype, torch.bool)
+            if not kept and not self.indices.is_bits(source.node):
                 raise Refused("%s rounds its values", source.node)  # a cast from 0.5 to int makes a zero
             return tuple(term.at(source.indices, value.shape) for term in self.terms(source.node, negated=negated))
         if name == "invert" and value.dtype is torch.bool:
@@ -136,6 +138,9 @@ class TermEvaluator:
             return self._comparison(node, name, value, negated)
         if name in ("tril", "triu"):
             return self._triangle(node, name, value, negated)
+        joined = joins.read(node)
+        if joined is not None:
+            return self._joined(joined, negated)
         if name == "where" and choice(node) is not None and value.dtype is torch.bool:
             return self._where(node, value.shape, negated)
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
@@ -197,9 +202,13 @@ class TermEvaluator:
         if len(node.args) != 2:
             raise error
         left, right = node.args
-        if comparison in ("eq", "ne") and self.indices.fill(right) == 0:
+        number = self.indices.fill(right)
+        if number is not None and (self.indices.is_bits(left) or (number == 0 and comparison in ("eq", "ne"))):
+            if_zero, if_one = (getattr(operator, comparison)(bit, number) for bit in (0, 1))
+            if if_zero == if_one:
+                raise Refused("%s is the same everywhere", node)
             try:
-                return self._argument(left, shape, comparison == "eq")  # tril(ones) == 0
+                return self._argument(left, shape, if_zero)  # tril(ones) == 0
             except Refused:
                 raise error from None
         distance, limit = self._distance(left), right
@@ -272,15 +281,27 @@ class TermEvaluator:
                 return distance.at(seen.indices, value_of(argument).shape) if distance else None
         return None
 
+    def _joined(self, joined: joins.Join, negated: bool) -> Terms:
+        """A mask of parts that stand behind one another."""
+        terms: list[Term] = []
+        for part in joined.parts:
+            if isinstance(part.source, fx.Node):
+                terms += spread(joined, part, self.terms(part.source, negated=negated))
+            elif bool(part.source) == negated:
+                raise Refused("%s is False in a part", joined.node)
+        return tuple(terms)
+
     def _triangle(self, node: fx.Node, name: str, value: torch.Tensor, negated: bool) -> Terms:
-        if not node.args or not self.indices.fill(node.args[0]):
+        if not node.args or (not self.indices.fill(node.args[0]) and negated):
             raise Refused("%s (%s) is not the triangle of a constant", node, name)
+        # A triangle of another mask lets through what both do.
+        inner = () if self.indices.fill(node.args[0]) else self._argument(node.args[0], value.shape, False)
         diagonal = self.indices.evaluate(node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0))
         row, column = (IndexTensor.axis(value.shape, value.ndim + dim) for dim in (-2, -1))
         limit = row.plus(diagonal.broadcast(value.shape))
         kept = "le" if name == "tril" else "ge"
         bounds = compare(COMPARISONS[kept] if negated else kept, column, limit)
-        return self._bounds(node, bounds)
+        return (*inner, *self._bounds(node, bounds))
 
     def _where(self, node: fx.Node, shape: Sequence[Size], negated: bool) -> Terms:
         condition, chosen, otherwise = choice(node) or node.args
@@ -290,6 +311,17 @@ class TermEvaluator:
         if first is not None and bool(first) == negated:  # where(c, False, x) = ~c & x
             return self._conjunction([(condition, True), (otherwise, negated)], shape)
         raise _union(node, "where")
+
+
+def spread(joined: joins.Join, part: joins.Part, terms: Terms) -> Terms:
+    """The terms of one part of a joined mask as terms of the whole; raises `Refused`."""
+    whole = tuple(term.at(joined.indices(part), joined.shape) for term in terms)
+    for term in whole:
+        for other in joined.parts:
+            holds = isinstance(term, Comparison) and known(joined.of(other, term.indices[0]).minimum >= 0)
+            if other is not part and not holds:
+                raise Refused("%s joins masks, and the bound of %s does not hold in the rest", joined.node, part.source)
+    return whole
 
 
 def is_bool_of(value: object, shape: Sequence[Size]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.nodes import Size, known, value_of
+from s2o_compile.passes.graph.nodes import Size, arguments, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
 
@@ -168,6 +168,19 @@ def _position(node: fx.Node, item: object, size: Size, shape: Shape, evaluate: E
     return IndexTensor.constant(position, shape)
 
 
+def _index_select(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
+    _, dim, chosen = arguments(node, "input|self", "dim", "index")
+    positions = evaluate(chosen)
+    if not isinstance(dim, int) or len(positions.shape) != 1:
+        raise Refused("%s has an unexpected signature", node)
+    if not known(positions.minimum >= 0):
+        raise Refused("%s may gather at negative positions", node)
+    dim %= len(base)
+    indices = [IndexTensor.axis(shape, at) for at in range(len(shape))]
+    indices[dim] = positions.at([indices[dim]], shape)
+    return tuple(indices)
+
+
 def _select(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     """``select(dim, index)``, ``narrow(dim, start, length)`` and ATen's ``slice(dim, start, end, step)``."""
     defaults = {"dim": 0, "start": None, "step": 1}
@@ -198,5 +211,6 @@ VIEWS: dict[str, _Handler] = {
     **dict.fromkeys(PERMUTATIONS, _permute),
     "getitem": _getitem,
     "index": _index,
+    "index_select": _index_select,
     **dict.fromkeys(("select", "narrow", "slice"), _select),
 }

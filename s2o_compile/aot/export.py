@@ -32,13 +32,14 @@ def export(
     *,
     config: S2OConfig | None = None,
     dynamic_shapes: Any = None,  # noqa: ANN401 (whatever torch.export takes)
+    strict: bool = False,
 ) -> ExportedProgram:
     """Export a model for inference and rewrite its attentions, before anything is decomposed.
 
     Masks are proven for every length that ``dynamic_shapes`` leaves open. ``s2o_compile.record()`` lists the rewritten
-    attentions, and why others stay dense, as for ``torch.compile``. ``torch.export.save`` and ``load`` work on the
-    result, and ``run_decompositions`` keeps every attention one node. A process that loads it must import s2o_compile
-    first. A process that cannot import it runs a `package`.
+    attentions, and why others stay dense, as for ``torch.compile``. ``torch.export``'s own functions work on the result
+    (``save``, ``load``, ``unflatten``), and ``run_decompositions`` keeps every attention one node. A process that loads
+    it must import s2o_compile first. A process that cannot import it runs a `package`.
 
     Exports run one at a time, because torch traces them for the whole process. No other thread may call
     ``torch.export``, or a compiled model for the first time, meanwhile.
@@ -49,6 +50,7 @@ def export(
         kwargs: Example keyword inputs.
         config: Quality and implementation; None for the defaults. ``inner_backend`` has no meaning here.
         dynamic_shapes: As ``torch.export.export(dynamic_shapes=...)``: the sizes that may change, and their ranges.
+        strict: As ``torch.export.export(strict=...)``: whether Dynamo captures the model.
 
     Returns:
         The program. It holds no gradient: attentions run as in inference.
@@ -66,7 +68,7 @@ def export(
         )
     with ONE_AT_A_TIME:
         with torch.no_grad():  # with gradients wanted, every attention would stay dense
-            program = _capture(model, args, dict(kwargs or {}), dynamic_shapes)
+            program = _capture(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=strict)
         with exported.opened(program):
             rewrite(program.graph_module, config)
         program.graph_module.recompile()
@@ -74,13 +76,13 @@ def export(
     return program
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> ExportedProgram:  # noqa: ANN401
     """torch.export's program.
 
     torch 2.11 does not know that min(64 n, 192 n), a stride of repeated heads, is 64 n, and calls it a constraint that
     some n violates. As an assertion of the program it is one that holds.
     """
-    export = partial(torch.export.export, model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    export = partial(torch.export.export, model, args, kwargs, **options)
     try:
         return export()
     except UserError as error:

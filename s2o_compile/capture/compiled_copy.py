@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from s2o_compile.capture.generation_masks import build_inside
+from s2o_compile.kernels.support.torch_compile import check_before_forward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,6 +23,7 @@ def compiled_copy(
     The module stays as it is. The other arguments are those of ``torch.compile``.
     """
     compiled = copy.copy(model)  # drops compiled state, shares everything else
+    check_before_forward(compiled, _refuse_export)
     _make_traceable(compiled)
     build_inside(compiled)
     compiled.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
@@ -35,6 +38,18 @@ def compiled_copy(
 
         object.__setattr__(compiled, "get_encoder", get_encoder)
     return compiled
+
+
+def _refuse_export(module: nn.Module, args: tuple[object, ...]) -> None:
+    """Raises under ``torch.export``, which passes over what was compiled: its program would be the dense model.
+
+    ONNX, which knows no other, gets that.
+    """
+    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
+        raise TypeError(
+            "torch.export: expected an uncompiled module, got the result of s2o_compile.optimize, whose program would "
+            "be dense. Pass the original module; s2o_compile.export makes a sparse program of it."
+        )
 
 
 def _make_traceable(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ as ``nan_to_num`` does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,11 +62,11 @@ def match(node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
 def site_around(node: fx.Node, prover: MaskProver) -> AttentionSite:
     """As `match`, for other frontends: raises `Refused`."""
     scores, dim = arguments(node, "input|self", "dim")
-    rank = value_of(node).ndim
-    if dim not in (-1, rank - 1):
-        raise Refused("its softmax runs over dimension %s, expected the keys, the last one", dim)
-    chain = ScoreReader(prover).read(node, scores)
-    behind = probabilities.follow(node, prover, cut=None if chain.sinks is None else chain.sinks_first)
+    if not isinstance(dim, int):
+        raise Refused("its softmax runs over dimension %s, expected a number", dim)
+    chain = ScoreReader(prover).read(node, scores, dim)
+    cut = None if chain.sinks is None else chain.sinks_first
+    behind = probabilities.follow(node, prover, cut=cut, order=chain.order)
     _check_private(chain, behind, prover)
     return _site(node, chain, behind, prover)
 
@@ -75,7 +75,8 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
     values = behind.product
     query, key, value = chain.product.left, product.transposed(chain.product.right), values.right
     query, key = (_without_upcast(operand, value, values.node, prover) for operand in (query, key))
-    scores, weights = value_of(chain.product.node).shape, value_of(values.left.node).shape
+    scores, weights = value_of(chain.product.node).shape, values.left.value.shape
+    scores = scores if chain.order is None else [scores[dim] for dim in chain.order]
     sizes = [shape[1:-2] for shape in (scores, weights) if len(shape) > 3]
     split = [math.prod(heads) for heads in sizes if all(isinstance(size, int) for size in heads)]
     count = next(iter(split), None) if chain.heads is None else chain.heads
@@ -91,15 +92,15 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
         raise Refused("its output %s is broadcast to %s", shape, tuple(output))
     runs: dict[fx.Node, Axes | None] = {}
     for node_met, scores_met in chain.met:
-        along = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None)
+        along = axes(value_of(node_met), scores_met, query.value.shape[:2], split=count is not None, order=chain.order)
         if along is None:
             if any(part.hidden is None and part.node is node_met for part in chain.masks):
                 prover.check_no_bias(node_met)
             if all(part.node is not node_met for part in chain.masks):
                 raise Refused("%s meets the scores at %s, another split into heads", node_met, tuple(scores_met))
         runs[node_met] = along
-    for factor in chain.factors:
-        query = _scaled(query, factor, runs[factor])
+    for factor, function in chain.factors:
+        query = _scaled(query, factor, function, runs[factor])
     if value_of(chain.product.node).dtype != value_of(chain.product.left.node).dtype:
         raise Refused("autocast computes its scores in %s", value_of(chain.product.node).dtype)
     sinks = None if chain.sinks is None else _sinks(chain.sinks, query.value.shape[1], values.node, prover)
@@ -203,7 +204,7 @@ def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.No
 
     The operator reads all operands where the values are read.
     """
-    read_early = [*(operand.node for operand in operands[:2]), *chain.factors]
+    read_early = [*(operand.node for operand in operands[:2]), *(factor for factor, _ in chain.factors)]
     if chain.sinks is not None:
         read_early.append(chain.sinks)
     for node in read_early:
@@ -232,18 +233,22 @@ def _check_casts(nodes: Sequence[fx.Node], dtype: torch.dtype) -> None:
             raise Refused("%s rounds to %s between operands of %s", node, value.dtype, dtype)
 
 
-def _scaled(query: Operand, factor: fx.Node, runs: Axes | None) -> Operand:
-    """The query times a factor of the scores, which must be one for all keys and change neither shape nor dtype."""
+def _scaled(query: Operand, factor: fx.Node, function: Callable[..., Any], runs: Axes | None) -> Operand:
+    """The query times, or over, a factor of the scores: one for all keys that changes neither shape nor dtype."""
     value = value_of(factor)
     if runs is None or not broadcasts(runs):
         raise Refused("%s scales scores of another split into heads", factor)
     several = isinstance(value, torch.Tensor) and value.ndim > 0
     if several and not known(value.shape[-1] == 1):
-        raise Refused("%s scales scores by a tensor that varies along the keys", factor)
+        raise Refused(
+            "%s scales scores by a tensor that varies along the keys; if it hides some, write masked_fill(condition, "
+            "-inf)",
+            factor,
+        )
     misfit = Refused("%s scales scores by a tensor of another shape or dtype than the query's", factor)
     if several and query.steps:
         raise misfit
-    before, scaled = query.value, query.then(torch.mul, factor)
+    before, scaled = query.value, query.then(function, factor)
     after = scaled.value
     if not same_sizes(after.shape, before.shape) or after.dtype != before.dtype:
         raise misfit

@@ -2,6 +2,7 @@
 
     softmax(...)  [[..., :-1], the sinks]  [nan_to_num]  [masked_fill(hidden, 0)]  [dropout that is off]  @ v
 
+Transposed, they can stand on the right: ``v^T @ softmax(...)^T``.
 ``masked_fill(isnan(x), 0)`` is ``nan_to_num``. The operator gives fully masked rows (by -inf) zeros anyway.
 Brackets are optional; casts, copies and reshapes of leading dimensions may stand anywhere.
 """
@@ -14,10 +15,10 @@ import torch
 from torch import fx
 
 from s2o_compile.passes.frontends.eager import product
-from s2o_compile.passes.frontends.eager.product import Product
+from s2o_compile.passes.frontends.eager.product import Order, Product
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, choice, same_sizes, value_of
-from s2o_compile.passes.graph.rejected import Refused, attempt
+from s2o_compile.passes.graph.rejected import Refused, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.proof import MaskPart
 from s2o_compile.passes.masks.prover import MaskProver
@@ -50,17 +51,21 @@ def feed_product(node: fx.Node, depth: int = 6) -> bool:
         if matmul is not None and node in (matmul.left.node, matmul.right.node):
             return True
         value = value_of(user)
-        same_rows = isinstance(value, torch.Tensor) and same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1])
+        same_rows = isinstance(value, torch.Tensor) and (
+            same_sizes(value.shape[-2:-1], value_of(node).shape[-2:-1]) or function_name(user) in views.PERMUTATIONS
+        )
         if depth and matmul is None and same_rows and feed_product(user, depth - 1):
             return True
     return False
 
 
-def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabilities:
+def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None, order: Order) -> Probabilities:
     """The product of probabilities and values, and the steps before it; raises `Refused`.
 
     ``cut`` says whether the first column (else the last) belongs to sinks and must be cut off; None without sinks.
+    ``order`` says where the softmax has queries and keys.
     """
+    first_order = order
     holders, nodes, zeroed = [softmax], [], []  # the holders share what they hold: a tensor and writes to all of it
     while True:
         users = sorted(
@@ -79,7 +84,7 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             )
         user = users[0]
         node = next(holder for holder in holders if holder in user.all_input_nodes)
-        matmul = product.read(user, weights=node)
+        matmul = product.read(user, node, order)
         if matmul is not None:
             if cut is not None:
                 raise Refused("the probabilities of its sinks are not cut off before %s", user)
@@ -88,10 +93,17 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None) -> Probabi
             if matmul.right.node in (softmax, *nodes):
                 raise Refused("%s multiplies its probabilities by themselves", user)
             return Probabilities(matmul, tuple(nodes), tuple(zeroed))
-        if cut is not None and _cuts(user, node, prover, first=cut):
+        if order is not None and product.read(user) is not None:
+            raise Refused("%s does not multiply its probabilities along the keys, which its softmax runs over", user)
+        if cut is not None and order is None and _cuts(user, node, prover, first=cut):
             cut = None
+        elif function_name(user) in views.PERMUTATIONS and isinstance(value_of(user), torch.Tensor):
+            order = accepted(product.permuted(user, order))
         else:
             step = _step(user, node, prover)
+            same = same_sizes(value_of(user).shape, value_of(node).shape)
+            if (order is not None and not same) or (step is not None and order != first_order):
+                raise Refused("%s changes its probabilities after they were transposed", user)
             zeroed += [] if step is None else [(step, value_of(user).shape)]
         nodes.append(user)
         holders = [*holders, user] if writes else [user]

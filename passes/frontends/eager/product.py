@@ -7,7 +7,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ from torch import fx
 from s2o_compile.passes.graph.calls import function_name, written_nodes
 from s2o_compile.passes.graph.nodes import arguments, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
-from s2o_compile.passes.graph.rejected import attempt
+from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks import views
 
 _MATRICES = {
@@ -23,6 +23,8 @@ _MATRICES = {
     **dict.fromkeys(("bmm", "mm"), "mat2"),
 }
 _NAMES = (*_MATRICES, "baddbmm", "einsum")
+Order = tuple[int, ...] | None
+"""Where a tensor has the dimensions [..., queries, keys]; None if in that very order."""
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -34,7 +36,7 @@ class Product:
         node: The node that computes it.
         left: [..., M, K].
         right: [..., K, N].
-        restore: Steps from [..., M, N] to the value of ``node``; none but for an einsum that permutes its result.
+        restore: Steps from [..., M, N] to the value of ``node``, which an einsum or swapped operands permute.
         alpha: A factor of the product (``baddbmm``).
         added: A tensor added to it (``baddbmm``), or None.
     """
@@ -47,11 +49,11 @@ class Product:
     added: fx.Node | None = None
 
 
-def read(node: object, weights: fx.Node | None = None) -> Product | None:
+def read(node: object, weights: fx.Node | None = None, order: Order = None) -> Product | None:
     """The product that a node computes, or None.
 
-    Weights are the left operand, as it is: [..., M, K]. Several dimensions of an einsum can be its M if the right
-    operand lacks them. Without weights, M is the last but one of the result.
+    Weights are the left operand: [..., M, K], once their dimensions are in an order. Several dimensions of an einsum
+    can be its M if the right operand lacks them. Without weights, M is the last but one of the result.
     """
     if not isinstance(node, fx.Node) or not isinstance(value_of(node), torch.Tensor):
         return None
@@ -65,10 +67,41 @@ def read(node: object, weights: fx.Node | None = None) -> Product | None:
     elif name == "baddbmm":
         matmul = _baddbmm(node)
     elif name == "einsum":
-        matmul = _einsum(node, weights)
-    if weights is not None and matmul is not None and (matmul.left.node is not weights or matmul.left.steps):
+        return _einsum(node, weights, order)
+    if weights is None or matmul is None or (order is None and matmul.left.node is weights):
+        return matmul
+    if order != _swapped(len(order or ())) or matmul.right.node is not weights:
         return None
-    return matmul
+    return turned(matmul)
+
+
+def turned(matmul: Product) -> Product:
+    """The same product as that of its operands swapped: B^T @ A^T is the transpose of A @ B."""
+    order = order_of(matmul) or tuple(range(value_of(matmul.node).ndim))
+    inverse = [(*order[:-2], order[-1], order[-2]).index(dim) for dim in range(len(order))]
+    left, right = transposed(matmul.right), transposed(matmul.left)
+    return replace(matmul, left=left, right=right, restore=_reordered(Operand(matmul.node), inverse).steps)
+
+
+def order_of(matmul: Product) -> Order:
+    """Where the value of a product has the dimensions [..., M, N]."""
+    if not matmul.restore:
+        return None
+    ((_, (order,)),) = matmul.restore
+    return tuple(order.index(dim) for dim in range(len(order)))
+
+
+def permuted(node: fx.Node, order: Order) -> Order | Rejected:
+    """The order of a permutation's value, if its source has an order; a reason if its form is not known."""
+    dims = attempt(views.permutation, node)
+    if isinstance(dims, Rejected):
+        return dims
+    order = tuple(dims.index(dim) for dim in (range(len(dims)) if order is None else order))
+    return None if order == tuple(range(len(order))) else order
+
+
+def _swapped(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 def transposed(operand: Operand) -> Operand:
@@ -86,7 +119,7 @@ def _swaps_last_two(node: fx.Node) -> bool:
     if function_name(node) not in views.PERMUTATIONS or not node.args or not _is_matrix(node.args[0]):
         return False
     rank = value_of(node.args[0]).ndim
-    return attempt(views.permutation, node) == [*range(rank - 2), rank - 1, rank - 2]
+    return attempt(views.permutation, node) == list(_swapped(rank))
 
 
 def _is_matrix(node: object) -> bool:
@@ -106,7 +139,7 @@ def _baddbmm(node: fx.Node) -> Product | None:
     return Product(node, Operand(left), Operand(right), alpha=alpha, added=added)
 
 
-def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | None:
+def _einsum(node: fx.Node, weights: fx.Node | None, order: Order) -> Product | None:
     equation, *tensors = node.args or (None,)
     if len(tensors) == 1 and isinstance(tensors[0], tuple | list):
         tensors = list(tensors[0])
@@ -129,10 +162,12 @@ def _einsum(node: fx.Node, weights: fx.Node | None) -> Product | None:
     in_order = output.index(rows[-1]) < output.index(columns[-1]) if weights is None else tensors[0] is weights
     if not in_order:  # [..., N, M] is the transposed product of the operands swapped
         tensors, first, second, rows, columns = tensors[::-1], second, first, columns, rows
-    row, column = rows[-1] if weights is None else first[-2], columns[-1]
-    lead = [label for label in (output if weights is None else first[:-2]) if label not in (row, column)]
-    if weights is not None and (first[-1] != inner[0] or row not in rows or len(columns) > 1):
-        return None
+    row, column = rows[-1], columns[-1]
+    lead = [label for label in output if label not in (row, column)]
+    if weights is not None:
+        *lead, row, last = first if order is None else [first[dim] for dim in order]
+        if tensors[0] is not weights or last != inner[0] or row not in rows or len(columns) > 1:
+            return None
     return Product(
         node,
         _arranged(tensors[0], first, [*lead, row, inner[0]]),

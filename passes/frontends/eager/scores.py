@@ -5,19 +5,21 @@
 Brackets are optional. The first three may stand in any order; the order of the others is fixed. A positive constant
 among the first three scales the numbers of the masks, too. Casts between floating dtypes, reshapes of leading
 dimensions and additions of zero may stand anywhere, because the operator keeps its scores in float32. A tensor that is
-written in place is read as the last write before the reader left it.
+written in place is read as the last write before the reader left it. The dimensions of all of them may stand in
+another order, as an einsum leaves them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from s2o_compile.passes.frontends.eager import product
-from s2o_compile.passes.frontends.eager.product import Product
+from s2o_compile.passes.frontends.eager.product import Order, Product
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import arguments, choice, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
@@ -39,11 +41,14 @@ class ScoreChain:
 
     Attributes:
         product: Queries times keys.
+        dim: That the softmax runs over, counted from the end.
+        order: Where the scores have queries and keys.
         heads: Heads of the 4-d scores, where the product itself is [B * H, Nq, Nk]; else None.
         scale: Constant factor of the product.
         tail: The part of it that stands behind the masks and so scales their numbers, too.
         floored: Whether hidden scores are raised to the dtype's lowest number.
-        factors: Further factors: 0-d tensors, tensors that are constant along the keys, or symbolic numbers.
+        factors: Further factors and divisors, each with `torch.mul` or `torch.div`: 0-d tensors, tensors that are
+            constant along the keys, or symbolic numbers.
         softcap: Cap of ``softcap * tanh(x)``.
         masks: From the softmax back; all must let a key through. Each with the dtype of the scores that it makes.
         sinks: The tensor [..., Nq, 1] joined to the scores as one more key.
@@ -53,11 +58,13 @@ class ScoreChain:
     """
 
     product: Product = field(init=False)
+    dim: int = -1
+    order: Order = None
     heads: int | None = None
     scale: float = 1.0
     tail: float = 1.0
     floored: bool = False
-    factors: list[fx.Node] = field(default_factory=list)
+    factors: list[tuple[fx.Node, Callable[..., torch.Tensor]]] = field(default_factory=list)
     softcap: float | None = None
     masks: list[MaskPart] = field(default_factory=list)
     sinks: fx.Node | None = None
@@ -99,9 +106,10 @@ class ScoreReader:
     def __init__(self, prover: MaskProver) -> None:
         self._indices, self._mutations = prover.indices, prover.mutations
 
-    def read(self, softmax: fx.Node, scores: fx.Node) -> ScoreChain:
-        """The chain behind ``softmax(scores)``, or the first thing in it that is not understood."""
-        chain = ScoreChain(nodes=[softmax])
+    def read(self, softmax: fx.Node, scores: fx.Node, dim: int) -> ScoreChain:
+        """The chain behind ``softmax(scores, dim)``, or the first thing in it that is not understood."""
+        rank = value_of(softmax).ndim
+        chain = ScoreChain(nodes=[softmax], dim=dim % rank - rank)
         node = self._tail(self._plain(scores, chain), chain)
         node = self._sinks(node, chain)
         while (step := self._mask(node)) is not None:
@@ -113,9 +121,11 @@ class ScoreReader:
             chain.masks.append(step[1])
             chain.met.append((step[1].node, value_of(node).shape))
             node = self._plain(step[0], chain)
-        return self._scaled_product(node, chain)
+        self._scaled_product(node, chain)
+        self._turn(softmax, chain)
+        return chain
 
-    def _scaled_product(self, node: fx.Node, chain: ScoreChain) -> ScoreChain:
+    def _scaled_product(self, node: fx.Node, chain: ScoreChain) -> None:
         """The rest of the chain, from the masks to the product."""
         scale, softcap = chain.tail, None
         while (matmul := product.read(node)) is None:
@@ -128,17 +138,15 @@ class ScoreReader:
                 if not _keeps_shape(node, source):
                     raise Refused("%s broadcasts the scores to another shape", node)
                 if isinstance(factor, fx.Node):
-                    chain.factors.append(factor)
+                    chain.factors.append((factor, torch.div if "div" in name else torch.mul))
                     chain.met.append((factor, value_of(node).shape))
                 else:
                     scale *= factor
             else:
-                raise Refused("%s (%s) stands between the scores and the softmax", node, name or node.op)
+                raise self._obstacle(node, name, chain)
             chain.nodes.append(node)
             node = self._plain(source, chain)
         chain.nodes.append(matmul.node)
-        if matmul.restore:
-            raise Refused("%s leaves the scores in another order than [..., queries, keys]", matmul.node)
         if softcap is not None and softcap <= 0:
             raise Refused("its scores are capped at %s, expected a positive number", softcap)
         if matmul.added is not None and self._indices.fill(matmul.added) != 0:
@@ -149,7 +157,35 @@ class ScoreReader:
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
         chain.scale = scale * matmul.alpha * (softcap or 1.0)
         chain.softcap, chain.product, chain.nodes = softcap, matmul, chain.nodes[::-1]
-        return chain
+
+    def _turn(self, softmax: fx.Node, chain: ScoreChain) -> None:
+        """Makes the dimension that the softmax runs over the keys, in whatever order the product leaves its own."""
+        matmul, shape = chain.product, value_of(chain.product.node).shape
+        order = product.order_of(matmul) or tuple(range(len(shape)))
+        if chain.dim == order[-2] - len(shape):
+            matmul = chain.product = product.turned(matmul)
+            order = product.order_of(matmul) or tuple(range(len(shape)))
+        if chain.dim != order[-1] - len(shape):
+            raise Refused("its softmax runs over dimension %s, which is neither queries nor keys", chain.dim)
+        chain.order = product.order_of(matmul)
+        alike = all(same_sizes(shape, met) for met in (value_of(softmax).shape, *(met for _, met in chain.met)))
+        if chain.order is not None and (not alike or chain.sinks is not None or matmul.added is not None):
+            raise Refused("%s leaves the scores in another order than [..., queries, keys]", matmul.node)
+
+    def _obstacle(self, node: fx.Node, name: str, chain: ScoreChain) -> Refused:
+        """Why a step cannot stand between the product and the masks."""
+        if chain.factors and self._mask(node) is not None:
+            return Refused("%s masks scores before %s scales them; scale them first", node, chain.factors[-1][0])
+        if name in _ADDS:
+            return Refused(
+                "%s (%s) adds numbers to the scores before they are scaled, a position bias or a second product, which "
+                "the sparse operator does not have; two products are one of queries and keys joined along the head dim",
+                node,
+                name,
+            )
+        if name == "setitem":
+            return Refused("%s writes to some of the scores; hide keys by masked_fill(condition, -inf)", node)
+        return Refused("%s (%s) stands between the scores and the softmax", node, name or node.op)
 
     def _tail(self, node: fx.Node, chain: ScoreChain) -> fx.Node:
         """The node behind the steps between masks and softmax: constant factors, a floor, ``x - max(x)``."""
@@ -245,12 +281,13 @@ class ScoreReader:
             return None
         values, dim, keepdim = arguments(maximum, "input|self", "dim", "keepdim")
         last = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-        if values is not scores or last not in (-1, value_of(scores).ndim - 1) or node.kwargs.get("alpha", 1) != 1:
+        along = isinstance(last, int) and last in (chain.dim, value_of(scores).ndim + chain.dim)
+        if values is not scores or not along or node.kwargs.get("alpha", 1) != 1:
             return None
         if self._settled(scores, node) is not self._settled(scores, maximum):
             return None
         added = [step.args[1:] for step in between if function_name(step) == "unsqueeze"]
-        if added not in ([], [(-1,)]) or bool(added) == bool(keepdim):
+        if added not in ([], [(chain.dim,)]) or bool(added) == bool(keepdim):
             return None
         if any(function_name(step) == "getitem" and step.args[1] != 0 for step in between):
             return None  # the positions of the maxima
@@ -315,6 +352,8 @@ class ScoreReader:
             if "div" in name and number == 0:
                 raise Refused("%s divides by zero", node)
             return left, (1 / number if "div" in name else float(number))
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or "div" in name:
-            raise Refused("%s divides the scores by %s, which is no constant", node, right)
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+            raise Refused("%s (%s) has an unexpected signature", node, name)
+        if "div" in name and not leads_to_product(left):
+            raise Refused("%s divides %s by the scores", node, left)
         return left, right

@@ -48,6 +48,11 @@ AT_MOST = (
     lambda i, j, c: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool).tril(c),
     lambda i, j, c: ~torch.ones(i.shape[0], j.shape[1], dtype=torch.bool).triu(c + 1),
     lambda i, j, c: torch.triu(torch.ones(i.shape[0], j.shape[1]), diagonal=c + 1) == 0,
+    lambda i, j, c: torch.ones(i.shape[0], j.shape[1]).tril(c).type(torch.uint8) > 0,
+    lambda i, j, c: torch.triu(torch.ones(i.shape[0], j.shape[1]), diagonal=c + 1) < 1,
+    lambda i, j, c: torch.ones(i.shape[0], j.shape[1], dtype=torch.bool).tril(c + 1).tril(c) == 1,
+    lambda i, j, c: torch.hstack([torch.ones(i.shape[0], 0), torch.ones(i.shape[0], j.shape[1]).tril(c)]) != 0,
+    lambda i, j, c: torch.ones(i.shape[0], j.shape[1]).tril(c).index_select(0, torch.arange(i.shape[0])).bool(),
 )
 AT_LEAST = (
     lambda i, j, c: j >= i + c,
@@ -58,6 +63,10 @@ AT_LEAST = (
     lambda i, j, c: ~(j < i + c),
     lambda i, j, c: torch.ones(i.shape[0], j.shape[1]).triu(c) != 0,
     lambda i, j, c: ~torch.tril(torch.ones(i.shape[0], j.shape[1], dtype=torch.bool), c - 1),
+    lambda i, j, c: torch.triu(torch.ones(i.shape[0], j.shape[1]), c).eq(1),
+    lambda i, j, c: (
+        torch.concat([torch.triu(torch.ones(i.shape[0], j.shape[1]), c), torch.ones(i.shape[0], 0)], 1) > 0.5
+    ),
 )
 AROUND = (
     lambda i, j, w: abs(i - j) <= w,
@@ -108,6 +117,8 @@ FORM = (
     lambda m: torch.where(m, torch.tensor(0.0), MIN),
     lambda m: torch.zeros(m.shape).masked_fill(~m, MIN),
     lambda m: (1.0 - m.float()) * MIN,
+    lambda m: -MIN * (m.float() - 1),
+    lambda m: torch.cat([torch.where(m, 0.0, MIN), torch.zeros(*m.shape[:-1], 0)], -1),
     lambda m: torch.zeros(m.shape).masked_fill(m == 0, INF),
     fill_in_place,
 )
@@ -228,6 +239,8 @@ _SHIFTABLE = (
     "floordiv",
     "floor_divide",
     "div",
+    "index_select",
+    "cat",
 )
 
 

@@ -358,7 +358,7 @@ REJECTED = {
     "set-item": (set_item, (), "changed in place by setitem"),
     "moved-index": (moved_index, (), "changed in place by"),
     "filled": (filled, (), "False everywhere"),
-    "triangle-of-a-changed-tensor": (triangle_of_a_changed_tensor, (), "not the triangle of a constant"),
+    "triangle-of-a-changed-tensor": (triangle_of_a_changed_tensor, (), "changed in place by setitem"),
     "padding-written-later": (padding_written_later, (PAD,), "changed in place by fill_"),
     "float-bias": (lambda q, k: torch.where(k_index(k) <= q_index(q), 0.0, -1.0), (), "adds numbers to the scores"),
     "alibi-in-one-dimension": (

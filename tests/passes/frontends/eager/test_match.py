@@ -204,6 +204,12 @@ def test_every_spelling_is_rewritten(function, mask, sizes):
         assert record.key_shape[1] == "2"
 
 
+def zeroed_when_transposed(q, k, v):
+    hidden = ~below(q, k)
+    weights = (q @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1).mT
+    return v.mT @ weights.masked_fill(hidden, 0.0)
+
+
 def weights(q, k):
     return torch.softmax(q @ k.transpose(-2, -1) / 4, dim=-1)
 
@@ -266,7 +272,8 @@ DENSE = {
     "rounded-probabilities": (rounded_probabilities, "rounds to torch.bfloat16"),
     "one-head-scaled": (one_head_scaled, "another split into heads"),
     "output_attentions": (returned, "read by"),
-    "softmax-over-queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "the keys, the last one"),
+    "softmax-over-queries": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "does not multiply its probabilities along"),
+    "softmax-over-heads": (lambda q, k, v: (q @ k.mT).softmax(1) @ v, "neither queries nor keys"),
     "dropout": (lambda q, k, v: F.dropout(weights(q, k), 0.1, True) @ v * 0, "model.eval()"),
     "head-mask": (lambda q, k, v: (weights(q, k) * PER_HEAD) @ v, "(mul) before they meet the values"),
     "alibi": (lambda q, k, v: (q @ k.mT + torch.arange(40.0) * 0.1).softmax(-1) @ v, "adds numbers to the scores"),
@@ -278,7 +285,9 @@ DENSE = {
     "finite-fill": (lambda q, k, v: (q @ k.mT).masked_fill(~below(q, k), -1e4).softmax(-1) @ v, "-10000.0"),
     "finite-bias": (lambda q, k, v: (q @ k.mT + bias(q, k, -1e8)).softmax(-1) @ v, "hides keys by -100000000.0"),
     "fill-by-zero": (lambda q, k, v: (q @ k.mT).masked_fill(~below(q, k), 0.0).softmax(-1) @ v, "by 0.0"),
-    "divided-by-tensor": (lambda q, k, v: (q @ k.mT / PER_HEAD).softmax(-1) @ v, "no constant"),
+    "divided-along-keys": (lambda q, k, v: (q @ k.mT / PER_KEY).softmax(-1) @ v, "varies along the keys"),
+    "zeroed-when-transposed": (zeroed_when_transposed, "after they were transposed"),
+    "inverse": (lambda q, k, v: (PER_HEAD / (q @ k.mT)).softmax(-1) @ v, "by the scores"),
     "one-token": (lambda q, k, v: weights(q[:, :, :1], k) @ v, "decode stays dense"),
     "six-dimensions": (lambda q, k, v: weights(q[None, None], k[None, None]) @ v[None, None], "expected at most"),
     "float64": (lambda q, k, v: weights(q.double(), k.double()) @ v.double(), "float64"),

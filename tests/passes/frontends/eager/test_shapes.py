@@ -250,11 +250,6 @@ def summed_label(q, k, v):
     return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
 
 
-def transposed_scores(q, k, v):
-    scores = torch.einsum("bhid,bhjd->bihj", q, k)
-    return torch.einsum("bihj,bhjd->bihd", scores.softmax(-1), v)
-
-
 def baddbmm_into_ones(q, k, v):
     q, k = (x.flatten(0, 1) for x in (q, k))
     scores = torch.baddbmm(torch.ones(8, 40, 40), q, k.transpose(1, 2)).tril()
@@ -274,7 +269,6 @@ DENSE = {
     "other-groups-of-values": (other_groups_of_values, "key and value differ in shape"),
     "padding-as-heads": (padding_as_heads, "does not fit the scores'"),
     "zeroed-in-another-split": (zeroed_in_another_split, "behind the softmax"),
-    "transposed-scores": (transposed_scores, "in another order than"),
     "baddbmm-ones": (baddbmm_into_ones, "(tril) stands between"),
 }
 
