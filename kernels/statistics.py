@@ -1,7 +1,8 @@
-"""Records of the operator's calls for reports: the path that each took, and its density."""
+"""Records of the operator's calls for reports: the path that each took, its density, and a tally of paths."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,22 @@ def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
+class _Tally(threading.local):
+    """The account of one call of an optimized model: how often the operator took which path in this thread."""
+
+    paths: dict[str, int] | None = None
+
+
+tally = _Tally()
+
+
+def count(path: str) -> None:
+    """Count a call of the operator in the account that this thread keeps, if it keeps one."""
+    paths = tally.paths
+    if paths is not None:
+        paths[path] = paths.get(path, 0) + 1
+
+
 _recordings: Scopes[list[Call]] = Scopes("s2o_recordings")
 
 
@@ -82,10 +99,11 @@ def recording() -> bool:
 
 
 def record(call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None) -> None:
-    """Tell this thread's recordings about a call, as `Call` describes it; costs nothing when there is none.
+    """Count a call, and tell this thread's recordings about it as `Call` describes it; costs nothing without any.
 
     The path is "masked" if the call's own mask is not the one that it ran under.
     """
+    count(path)
     if not _recordings:
         return
     n_queries, n_keys = call.n_queries, call.n_keys

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "passes/frontends/eager": (*SITES, "passes/frontends"),
     "passes/frontends/flex": (*SITES, *METHOD, "kernels", "passes/frontends", "passes/frontends/eager"),
     "passes": (*SITES, *FRONTENDS, "kernels"),
-    "s2o_compile/capture": ("kernels/support", "passes: site"),
+    "s2o_compile/capture": ("kernels/support", "kernels", "passes: site"),
     "s2o_compile: ground": ("kernels/support", "kernels/core", "kernels", "passes: site", "passes"),
     "s2o_compile/aot": (*SURFACE, "passes/graph", "s2o_compile/capture"),
     "s2o_compile/transformers": (*SURFACE, "passes/graph", "passes/masks"),

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from s2o_compile.kernels.support.torch_compat import _attribute, _later, _named, _Nothing
 
-_COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "refusing compiled modules")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "compiled modules")
 _ORIGINAL = _attribute("torch._dynamo.OptimizedModule._orig_mod", "refusing compiled modules")
 _OptimizedModule = _named("torch._dynamo.OptimizedModule", "refusing compiled modules", _Nothing)
 
 
 def is_compiled(model: object) -> bool:
     """Whether a model is the result of `torch.compile`, or was compiled in place."""
-    return isinstance(model, _OptimizedModule) or getattr(model, _COMPILED, None) is not None
+    return isinstance(model, _OptimizedModule) or getattr(model, COMPILED, None) is not None
 
 
 def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
     """The module behind the result of `torch.compile`; everything else as it is."""
     return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
+
+
+_skip_code = _later(
+    "torch._dynamo.eval_frame.skip_code", "frames of optimized modules that Dynamo passes over", lambda _: None
+)
+_to_skip: list[types.CodeType] = []
+
+
+def skip_frame(function: Function) -> Function:
+    """A decorator: once `skip_frames` was called, Dynamo captures what a function calls, but no frame of its own.
+
+    One frame that all modules run through would reach Dynamo's limit of recompilations at once.
+    """
+    _to_skip.append(function.__code__)
+    return function
+
+
+def skip_frames() -> None:
+    """Tell Dynamo about the functions under `skip_frame`; not at their import, since Dynamo takes long to import."""
+    while _to_skip:
+        _skip_code(_to_skip.pop())
 
 
 class _NotRaised(Exception):

@@ -1,0 +1,175 @@
+"""The ways into an optimized model: every module with parts is compiled where a call comes in from outside.
+
+``generate`` of a wrapped model, ``encode``, ``get_image_features`` or an offloading hook call inner modules, past the
+model's own forward. So each of them has an entry. The outermost one that is called compiles, and Dynamo inlines the
+modules below it. Where Dynamo breaks the graph, the modules that Python calls then are captured one by one, also those
+that torch's own files call, whose frames Dynamo would skip.
+
+Every entry compiles a function with a code object of its own: Dynamo counts recompilations by code object, for all
+models together, and runs uncompiled after eight.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from s2o_compile.kernels.statistics import tally
+from s2o_compile.kernels.support.torch_compile import graph_breaks, lookup_backend, skip_frame, skip_frames
+
+ENTRY = "_s2o_entry"
+"""The attribute of an optimized module that holds its entry."""
+
+Backend = Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., object]]
+
+
+class Account(Protocol):
+    """What an optimized model tells about its calls; see ``recording.Account``."""
+
+    def compiling(self, path: str) -> AbstractContextManager[None]:
+        """A block that compiles one graph, captured in a call of the module at a path."""
+        ...
+
+    def add(
+        self,
+        path: str,
+        paths: Mapping[str, int],
+        inputs: tuple[Sequence[object], Mapping[str, object]],
+        uncompiled: Sequence[str],
+        breaks: Sequence[str],
+    ) -> None:
+        """One call of the module at a path: how often the operator took which of its paths, and what ran uncompiled."""
+        ...
+
+
+class Compilation:
+    """How the modules of one optimized model are compiled, and the account of it. It is what Dynamo takes for backend.
+
+    A deep copy, or what comes out of a pickle, has an account of its own.
+    """
+
+    def __init__(
+        self, backend: str | Backend, account: Account | None, dynamic: bool | None, fullgraph: bool
+    ) -> None:
+        self._given = backend, account, dynamic, fullgraph
+        self.account = account
+        self.options: dict[str, Any] = {"dynamic": dynamic, "fullgraph": fullgraph}
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Compilation, self._given
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
+        """Compiles one graph of a running call."""
+        backend = self._given[0]
+        compile_graph: Backend = lookup_backend(backend) if isinstance(backend, str) else backend
+        call = _running.call
+        if call is None:
+            return compile_graph(gm, example_inputs)
+        _name_modules(gm, call)
+        if self.account is None:
+            return compile_graph(gm, example_inputs)
+        with self.account.compiling(call.entry.path):
+            return compile_graph(gm, example_inputs)
+
+
+class CompiledEntry:
+    """Compiles the module that it is called with; shared by shallow copies and replicas, which share everything else.
+
+    Attributes:
+        path: The module's name in the optimized model, empty for the model itself.
+    """
+
+    def __init__(self, compilation: Compilation, path: str) -> None:
+        self.compilation, self.path = compilation, path
+        self._function: Any = types.FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+        self._compiled: Any = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return CompiledEntry, (self.compilation, self.path)
+
+    @skip_frame
+    def run(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Call a module: compiled from outside, as one more frame of the compilation inside of another entry."""
+        outer = _running.call
+        if outer is not None:
+            before, outer.frame = outer.frame, module
+            try:
+                return self._function(module, *args, **kwargs)
+            finally:
+                outer.frame = before
+        first = self._compiled is None
+        breaks = self._compile() if first else {}
+        _running.call = call = _Call(self, module)
+        tally.paths = paths = {}
+        try:
+            result = self._compiled(module, *args, **kwargs)
+        finally:
+            _running.call = tally.paths = None
+        account = self.compilation.account
+        if account is not None:
+            new = [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)] if first else ()
+            account.add(self.path, paths, (args, kwargs), call.uncompiled, new)
+        return result
+
+    def _compile(self) -> dict[str, int]:
+        """Prepares the first call; returns the graph breaks of the process so far."""
+        skip_frames()
+        with self.compilation.lock:
+            if self._compiled is None:
+                self._compiled = torch.compile(self._function, backend=self.compilation, **self.compilation.options)
+        return graph_breaks()
+
+
+class _Call:
+    """A call from outside: its entry, the module that it calls, the innermost one that Python called, the uncompiled."""
+
+    __slots__ = ("entry", "frame", "module", "uncompiled")
+
+    def __init__(self, entry: CompiledEntry, module: nn.Module) -> None:
+        self.entry, self.module, self.frame = entry, module, module
+        self.uncompiled: list[str] = []
+
+
+class _Running(threading.local):
+    """The call that this thread is in."""
+
+    call: _Call | None = None
+
+
+_running = _Running()
+
+
+def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401 (an optimized module)
+    """What is compiled; ``self`` is Dynamo's name for the module, so it stands in no site's name."""
+    if not torch.compiler.is_dynamo_compiling():
+        _ran_uncompiled(self)
+    return self._call_impl(*args, **self._s2o_arguments(kwargs))
+
+
+@skip_frame
+def _ran_uncompiled(module: nn.Module) -> None:
+    call, entry = _running.call, vars(module).get(ENTRY)
+    if call is not None and entry is not None:
+        call.uncompiled.append(entry.path)
+
+
+def _name_modules(gm: torch.fx.GraphModule, call: _Call) -> None:
+    """Gives the modules in a graph the names that they have in the model, from whatever frame it was captured."""
+    prefix = call.entry.path
+    modules = call.module.named_modules(prefix=prefix, remove_duplicate=True)
+    names = {str(id(module)): name for name, module in modules}
+    frame = names.get(str(id(call.frame)), prefix)
+    for node in gm.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        named = {key: (names.get(key.partition("@")[0], path), kind) for key, (path, kind) in stack.items()}
+        if not named and frame:
+            named = {str(id(call.frame)): (frame, type(call.frame))}
+        if named:
+            node.meta["nn_module_stack"] = named
