@@ -111,6 +111,7 @@ class Account:
         self._graphs: list[tuple[str, tuple[SiteRecord, ...]]] = []
         self._calls = 0
         self._paths: Counter[str] = Counter()
+        self._captured: set[str] = set()  # paths of modules in whose frames a graph was captured
         self._uncompiled: dict[tuple[str, str], None] = {}  # path of the call, path of the module
         self._breaks: dict[tuple[str, str], None] = {}  # path of the call, reason
 
@@ -129,18 +130,19 @@ class Account:
                 left_dense=dict(Counter(record.reason for record in records if not record.rewritten)),
                 paths=dict(self._paths),
                 graph_breaks=_distinct(self._breaks),
-                uncompiled=_distinct(self._uncompiled),
+                uncompiled=self._never_captured(_distinct(self._uncompiled)),
             )
 
     @contextmanager
-    def compiling(self, path: str) -> Iterator[None]:
-        """A block that compiles one graph, captured in a call of the module at a path."""
+    def compiling(self, path: str, frame: str) -> Iterator[None]:
+        """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
         recording = Recording(account=self)
         with _open.holding(recording):
             yield
         for account in {id(held.account): held.account for held in (recording, *_open.held())}.values():
             with account._lock:
                 account._graphs += [(path, records) for records in recording.graphs]
+                account._captured.add(frame)
 
     def add(
         self,
@@ -186,6 +188,11 @@ class Account:
                 self._uncompiled |= {(path, module): None for module in uncompiled}
                 self._breaks |= {(path, reason.partition("\n")[0]): None for reason in breaks}
 
+    def _never_captured(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Those of some modules that no graph was captured in, nor below them: Dynamo skips frames that only call."""
+        held = [name for name in self._captured if name]
+        return tuple(x for x in modules if x not in self._captured and not any(f"{y}.".startswith(x and f"{x}.") for y in held))
+
     def _why_dense(
         self, path: str, paths: Mapping[str, int], inputs: tuple[Sequence[object], Mapping[str, object]]
     ) -> str:
@@ -204,7 +211,7 @@ class Account:
         if tokens < max(TILE_LEN, shortest if isinstance(shortest, int) else crossover(device)):
             return ""
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
-        names = [name or "the model itself" for name in uncompiled]
+        names = [name or "the model itself" for name in self._never_captured(uncompiled)]
         if names:
             reasons.append(f"these ran uncompiled: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
         return f"none was found in {len(graphs)} captured graph(s); {'; '.join(reasons)}"

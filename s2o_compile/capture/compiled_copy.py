@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
 from s2o_compile.capture.optimized_class import optimized_class
+from s2o_compile.capture.rebound import rebound
 from s2o_compile.kernels.support.torch_compile import COMPILED, uncompiled
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,7 +42,7 @@ def compiled_copy(
     copied = _copied(model, "", Compilation(backend, account, dynamic, fullgraph), copies)
     for module in copies.values():
         fields = vars(module)
-        fields.update({name: _rebound(x, copies) for name, x in fields.items() if name not in _SHARED and name != ENTRY})
+        fields.update({name: rebound(x, copies) for name, x in fields.items() if name not in _SHARED})
     return cast("Model", copied)
 
 
@@ -65,29 +64,6 @@ def _copied(module: nn.Module, path: str, compilation: Compilation, copies: dict
     if callable_itself:
         fields[ENTRY] = CompiledEntry(compilation, path)
     return copied
-
-
-def _rebound(value: Any, copies: dict[int, nn.Module]) -> Any:  # noqa: ANN401 (any attribute of a module)
-    """An attribute that refers to modules, referring to their copies: hooks of offloading, lists of layers."""
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, types.MethodType):
-        owner = copies.get(id(value.__self__))
-        return value if owner is None else types.MethodType(value.__func__, owner)
-    if type(value) is functools.partial:
-        rebound = functools.partial(
-            _rebound(value.func, copies), *_rebound(value.args, copies), **_rebound(value.keywords, copies)
-        )
-        vars(rebound).update(_rebound(vars(value), copies))
-        return rebound
-    if type(value) in (list, tuple):
-        parts = [_rebound(x, copies) for x in value]
-        changed = any(new is not old for new, old in zip(parts, value, strict=True))
-        return type(value)(parts) if changed else value
-    if type(value) is dict:
-        parts = {key: _rebound(x, copies) for key, x in value.items()}
-        return parts if any(parts[key] is not x for key, x in value.items()) else value
-    return value
 
 
 def account_of(model: object) -> Account | None:

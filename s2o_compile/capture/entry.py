@@ -12,7 +12,6 @@ models together, and runs uncompiled after eight.
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import tally
 from s2o_compile.kernels.support.torch_compile import graph_breaks, lookup_backend, skip_frame, skip_frames
 
@@ -32,8 +32,8 @@ Backend = Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., obj
 class Account(Protocol):
     """What an optimized model tells about its calls; see ``recording.Account``."""
 
-    def compiling(self, path: str) -> AbstractContextManager[None]:
-        """A block that compiles one graph, captured in a call of the module at a path."""
+    def compiling(self, path: str, frame: str) -> AbstractContextManager[None]:
+        """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
         ...
 
     def add(
@@ -72,10 +72,10 @@ class Compilation:
         call = _running.call
         if call is None:
             return compile_graph(gm, example_inputs)
-        _name_modules(gm, call)
+        frame = _name_modules(gm, call)
         if self.account is None:
             return compile_graph(gm, example_inputs)
-        with self.account.compiling(call.entry.path):
+        with self.account.compiling(call.entry.path, frame):
             return compile_graph(gm, example_inputs)
 
 
@@ -88,7 +88,7 @@ class CompiledEntry:
 
     def __init__(self, compilation: Compilation, path: str) -> None:
         self.compilation, self.path = compilation, path
-        self._function: Any = types.FunctionType(_call.__code__.replace(), globals(), _call.__name__)
+        self._function: Any = with_own_code(_call)
         self._compiled: Any = None
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -160,8 +160,8 @@ def _ran_uncompiled(module: nn.Module) -> None:
         call.uncompiled.append(entry.path)
 
 
-def _name_modules(gm: torch.fx.GraphModule, call: _Call) -> None:
-    """Gives the modules in a graph the names that they have in the model, from whatever frame it was captured."""
+def _name_modules(gm: torch.fx.GraphModule, call: _Call) -> str:
+    """Gives the modules in a graph the names that they have in the model; returns that of the frame's module."""
     prefix = call.entry.path
     modules = call.module.named_modules(prefix=prefix, remove_duplicate=True)
     names = {str(id(module)): name for name, module in modules}
@@ -173,3 +173,4 @@ def _name_modules(gm: torch.fx.GraphModule, call: _Call) -> None:
             named = {str(id(call.frame)): (frame, type(call.frame))}
         if named:
             node.meta["nn_module_stack"] = named
+    return frame

@@ -9,12 +9,14 @@ that ``module.compile()`` fills, as a method, so it is given the module that is 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from s2o_compile.capture.entry import ENTRY, CompiledEntry
 from s2o_compile.capture.generation_masks import mask_methods
+from s2o_compile.capture.rebound import rebound
 from s2o_compile.kernels.support.torch_compile import skip_frame
 
 
@@ -62,9 +64,7 @@ def optimized_class(base: type) -> type:
         if _base(known) is base:
             return known
     fields: dict[str, object] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    # A module with its own way of copying copies as the original does, and is optimized afterwards.
-    own = {"__copy__": _copy, "__deepcopy__": _deepcopy}
-    fields |= {name: method for name, method in own.items() if hasattr(base, name)}
+    fields |= {name: _copying(getattr(base, name)) for name in ("__copy__", "__deepcopy__") if hasattr(base, name)}
     return type(base.__name__, (Optimized, base), fields | mask_methods(base))
 
 
@@ -82,20 +82,23 @@ def _plain(module: Any) -> Any:  # noqa: ANN401 (a module)
     base = _base(type(module))
     assert base is not None
     plain = object.__new__(base)
-    vars(plain).update({name: value for name, value in vars(module).items() if name != ENTRY})
+    fields = {name: value for name, value in vars(module).items() if name != ENTRY}
+    vars(plain).update({name: rebound(value, {id(module): plain}) for name, value in fields.items()})
     return plain
 
 
-def _optimized(plain: Any, entry: CompiledEntry | None) -> Any:  # noqa: ANN401 (a module)
-    plain.__class__ = optimized_class(type(plain))
+def _optimized(module: Any, entry: CompiledEntry | None) -> Any:  # noqa: ANN401 (a module)
+    module.__class__ = optimized_class(type(module))
     if entry is not None:
-        vars(plain)[ENTRY] = entry
-    return plain
+        vars(module)[ENTRY] = entry
+    return module
 
 
-def _copy(self: Any) -> Any:  # noqa: ANN401 (a module)
-    return _optimized(copy.copy(_plain(self)), vars(self).get(ENTRY))
+def _copying(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The copying method of a class that has its own, such as ``fx.GraphModule``: what it makes is optimized, too."""
 
+    def copied(self: Any, *memo: dict[int, Any]) -> Any:  # noqa: ANN401 (a module)
+        entry = vars(self).get(ENTRY)
+        return _optimized(original(_plain(self), *memo), copy.deepcopy(entry, *memo) if memo else entry)
 
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:  # noqa: ANN401 (a module)
-    return _optimized(copy.deepcopy(_plain(self), memo), copy.deepcopy(vars(self).get(ENTRY), memo))
+    return copied
