@@ -1,13 +1,14 @@
-"""Records of the operator's calls for reports: the path that each took, its density, and a tally of paths."""
+"""Records of the operator's calls for reports: the path that each took, its density, and the model's call around it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK
@@ -60,20 +61,39 @@ def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
-class _Tally(threading.local):
-    """The account of one call of an optimized model: how often the operator took which path in this thread."""
+class ModelCall:
+    """A call that came into an optimized model from outside.
 
-    paths: dict[str, int] | None = None
+    Attributes:
+        path: The name of the module that it entered, empty for the model itself.
+        module: That module.
+        frame: The innermost module that Python called in it.
+        paths: How often the operator took which of its paths.
+        uncompiled: Names of modules that Python ran.
+        breaks: Reasons of the graph breaks in it, if it was the first one.
+    """
+
+    path: str
+    module: nn.Module
+    frame: nn.Module
+    paths: Mapping[str, int] = MappingProxyType({})
+    uncompiled: Sequence[str] = ()
+    breaks: Sequence[str] = ()
 
 
-tally = _Tally()
+class _Running(threading.local):
+    call: ModelCall | None = None
+
+
+running = _Running()
+"""The call of an optimized model that this thread is in."""
 
 
 def count(path: str) -> None:
-    """Count a call of the operator in the account that this thread keeps, if it keeps one."""
-    paths = tally.paths
-    if paths is not None:
-        paths[path] = paths.get(path, 0) + 1
+    """Count a call of the operator in that of the model around it, if this thread is in one."""
+    call = running.call
+    if call is not None:
+        call.paths = {**call.paths, path: call.paths.get(path, 0) + 1}
 
 
 _recordings: Scopes[list[Call]] = Scopes("s2o_recordings")

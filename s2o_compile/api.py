@@ -39,12 +39,13 @@ def optimize(
     both can be compared; attributes and submodules that are changed later change in one of the two only.
 
     Compilation happens at the first call, as with ``torch.compile``. Whatever a method calls is compiled where the call
-    comes in: ``generate`` of wrapped models, ``encode``, ``get_image_features``. What is made of the result by ``copy``,
-    ``deepcopy``, ``pickle``, ``torch.save`` or a replica is optimized, too, and computes with its own weights.
+    comes in: ``generate`` of wrapped models, ``encode``, ``get_image_features``. A copy of the result, by ``copy``,
+    ``deepcopy``, ``pickle``, ``torch.save`` or a replica, is optimized, too, and computes with its own weights.
     `status` tells what ran sparse. A long call in which nothing did warns once (`NothingRewrittenWarning`).
 
     Args:
-        model: Any module, also an optimized one, for another configuration. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense.
+        model: Any module, also an optimized one, for another configuration. Call the result under ``torch.no_grad()``:
+            with gradients wanted, attention stays dense.
         config: Quality and implementation; None for the defaults.
         mode: As ``torch.compile(mode=...)``.
         dynamic: As ``torch.compile(dynamic=...)``.

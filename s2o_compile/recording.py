@@ -16,7 +16,7 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
-from s2o_compile.kernels.statistics import Call, record_calls
+from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
 from s2o_compile.passes.site import SiteRecord
@@ -97,6 +97,10 @@ def notify(records: Sequence[SiteRecord], step_seconds: Mapping[str, float], mar
         recording.marked |= dict.fromkeys(marked)
 
 
+SPARSE = frozenset(("s2o", "window"))
+"""Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
+
+
 class Account:
     """What happened in the calls of one optimized model; it warns once if nothing of a long call ran sparse.
 
@@ -108,6 +112,7 @@ class Account:
         self._lock = threading.Lock()
         self._warned = False
         self._sparse: set[str] = set()  # paths of modules whose calls have run sparse
+        self._found: set[str] = set()  # paths of modules in whose calls a graph with attention was compiled
         self._graphs: list[tuple[str, tuple[SiteRecord, ...]]] = []
         self._calls = 0
         self._paths: Counter[str] = Counter()
@@ -143,78 +148,72 @@ class Account:
             with account._lock:
                 account._graphs += [(path, records) for records in recording.graphs]
                 account._captured.add(frame)
+                if any(recording.graphs):
+                    account._found.add(path)
 
-    def add(
-        self,
-        path: str,
-        paths: Mapping[str, int],
-        inputs: tuple[Sequence[object], Mapping[str, object]],
-        uncompiled: Sequence[str],
-        breaks: Sequence[str],
-    ) -> None:
-        """One call of the module at a path; see ``capture.entry``.
-
-        Args:
-            path: The module's name in the model, empty for the model itself.
-            paths: How often the operator took which of its paths.
-            inputs: Positional and keyword arguments of the call.
-            uncompiled: Names of modules that Python ran.
-            breaks: Reasons of the graph breaks at the module's first call.
-        """
-        self._count(path, paths, uncompiled, breaks)
+    def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """A call that has ended, and its inputs; see ``capture.entry``."""
+        self._count(call)
         if _open:
             for recording in _open.held():
-                recording.account._count(path, paths, uncompiled, breaks)
-        if "s2o" in paths or "window" in paths:
-            self._sparse.add(path)
-        elif not self._warned and path not in self._sparse:
-            reason = self._why_dense(path, paths, inputs)
-            if reason:
-                self._warned = True
-                warnings.warn(
-                    f"an optimized model was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
-                    "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
-                    "docs/troubleshooting.md says what to do.",
-                    NothingRewrittenWarning,
-                    stacklevel=5,
-                )
+                recording.account._count(call)
+        if self._warned or call.path in self._sparse:
+            return
+        if not SPARSE.isdisjoint(call.paths):
+            self._sparse.add(call.path)
+            return
+        reason = self._why_dense(call, args, kwargs)
+        if reason:
+            self._warned = True
+            warnings.warn(
+                f"an optimized model was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
+                "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
+                "docs/troubleshooting.md says what to do.",
+                NothingRewrittenWarning,
+                stacklevel=5,
+            )
 
-    def _count(self, path: str, paths: Mapping[str, int], uncompiled: Sequence[str], breaks: Sequence[str]) -> None:
+    def _count(self, call: ModelCall) -> None:
         with self._lock:
             self._calls += 1
-            for name, calls in paths.items():
-                self._paths[name] += calls
-            if uncompiled or breaks:
-                self._uncompiled |= {(path, module): None for module in uncompiled}
-                self._breaks |= {(path, reason.partition("\n")[0]): None for reason in breaks}
+            if call.paths or call.uncompiled or call.breaks:
+                self._paths.update(call.paths)
+                self._uncompiled |= {(call.path, module): None for module in call.uncompiled}
+                self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
 
     def _never_captured(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Those of some modules that no graph was captured in, nor below them: Dynamo skips frames that only call."""
-        held = [name for name in self._captured if name]
-        return tuple(x for x in modules if x not in self._captured and not any(f"{y}.".startswith(x and f"{x}.") for y in held))
+        return tuple(
+            module
+            for module in modules
+            if not any(frame == module or not module or frame.startswith(f"{module}.") for frame in self._captured)
+        )
 
-    def _why_dense(
-        self, path: str, paths: Mapping[str, int], inputs: tuple[Sequence[object], Mapping[str, object]]
-    ) -> str:
+    def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
         """Why a call without sparse attention should have had some; empty if there is nothing to say."""
-        if paths:  # beside a mask that was read, attention is dense where it is short, or where the user wants it
-            return "the masks that were read are no causal, sliding or padding masks" if "masked" in paths else ""
-        graphs = [records for other, records in self._graphs if other == path]
-        if any(graphs):  # `rewrite` has warned of what stays dense; rewritten attention is in another branch or shape
+        path, found = call.path, call.path in self._found
+        if "masked" in call.paths:
+            return "the masks that were read are no causal, sliding or padding masks"
+        if found and not self._uncompiled:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
             return ""
-        breaks, uncompiled = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
-        if not breaks and not uncompiled:
-            # The model as a whole, or a part of it that needs none.
-            return "" if path else f"none was found in {len(graphs)} captured graph(s)"
-        device, tokens = _longest(*inputs)
+        breaks, modules = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
+        modules = self._never_captured(modules)
+        if not modules and (found or not breaks):
+            # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
+            return "" if path or found else f"none was found in {self._graphs_at(path)}"
+        device, tokens = _longest(args, kwargs)
         shortest = self._config.min_seq_len
         if tokens < max(TILE_LEN, shortest if isinstance(shortest, int) else crossover(device)):
             return ""
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
-        names = [name or "the model itself" for name in self._never_captured(uncompiled)]
-        if names:
-            reasons.append(f"these ran uncompiled: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
-        return f"none was found in {len(graphs)} captured graph(s); {'; '.join(reasons)}"
+        if modules:
+            names = ", ".join(name or "the model itself" for name in modules[:5])
+            reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}")
+        return f"none was found in {self._graphs_at(path)}; {'; '.join(reasons)}"
+
+    def _graphs_at(self, path: str) -> str:
+        number = sum(at == path for at, _ in self._graphs)
+        return f"{number} captured graph{'' if number == 1 else 's'}"
 
 
 def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:
@@ -222,7 +221,7 @@ def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 
 
 def _longest(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[torch.device, int]:
-    """The device and the number of tokens of the longest input, by its shape; masks span a cache, too, and say nothing."""
+    """The device and the number of tokens of the longest input, by its shape; masks span caches and say nothing."""
     named = (value for name, value in kwargs.items() if "mask" not in name)
     inputs = [value for value in (*args, *named) if isinstance(value, Tensor)]
     return max(((x.device, _tokens(x)) for x in inputs), key=lambda pair: pair[1], default=(torch.device("cpu"), 0))

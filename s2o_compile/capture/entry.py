@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from s2o_compile.capture.rebound import with_own_code
-from s2o_compile.kernels.statistics import tally
+from s2o_compile.kernels.statistics import ModelCall, running
 from s2o_compile.kernels.support.torch_compile import graph_breaks, lookup_backend, skip_frame, skip_frames
 
 ENTRY = "_s2o_entry"
@@ -36,15 +36,8 @@ class Account(Protocol):
         """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
         ...
 
-    def add(
-        self,
-        path: str,
-        paths: Mapping[str, int],
-        inputs: tuple[Sequence[object], Mapping[str, object]],
-        uncompiled: Sequence[str],
-        breaks: Sequence[str],
-    ) -> None:
-        """One call of the module at a path: how often the operator took which of its paths, and what ran uncompiled."""
+    def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """A call that has ended, and its inputs."""
         ...
 
 
@@ -54,9 +47,7 @@ class Compilation:
     A deep copy, or what comes out of a pickle, has an account of its own.
     """
 
-    def __init__(
-        self, backend: str | Backend, account: Account | None, dynamic: bool | None, fullgraph: bool
-    ) -> None:
+    def __init__(self, backend: str | Backend, account: Account | None, dynamic: bool | None, fullgraph: bool) -> None:
         self._given = backend, account, dynamic, fullgraph
         self.account = account
         self.options: dict[str, Any] = {"dynamic": dynamic, "fullgraph": fullgraph}
@@ -69,13 +60,13 @@ class Compilation:
         """Compiles one graph of a running call."""
         backend = self._given[0]
         compile_graph: Backend = lookup_backend(backend) if isinstance(backend, str) else backend
-        call = _running.call
+        call = running.call
         if call is None:
             return compile_graph(gm, example_inputs)
         frame = _name_modules(gm, call)
         if self.account is None:
             return compile_graph(gm, example_inputs)
-        with self.account.compiling(call.entry.path, frame):
+        with self.account.compiling(call.path, frame):
             return compile_graph(gm, example_inputs)
 
 
@@ -97,53 +88,37 @@ class CompiledEntry:
     @skip_frame
     def run(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Call a module: compiled from outside, as one more frame of the compilation inside of another entry."""
-        outer = _running.call
+        outer = running.call
         if outer is not None:
             before, outer.frame = outer.frame, module
             try:
                 return self._function(module, *args, **kwargs)
             finally:
                 outer.frame = before
-        first = self._compiled is None
-        breaks = self._compile() if first else {}
-        _running.call = call = _Call(self, module)
-        tally.paths = paths = {}
+        compiled, breaks = self._compiled, None
+        if compiled is None:
+            compiled, breaks = self._compile(), graph_breaks()
+        running.call = call = ModelCall()
+        call.path = self.path
+        call.module = call.frame = module
         try:
-            result = self._compiled(module, *args, **kwargs)
+            result = compiled(module, *args, **kwargs)
         finally:
-            _running.call = tally.paths = None
+            running.call = None
         account = self.compilation.account
         if account is not None:
-            new = [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)] if first else ()
-            account.add(self.path, paths, (args, kwargs), call.uncompiled, new)
+            if breaks is not None:
+                call.breaks = [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
+            account.add(call, args, kwargs)
         return result
 
-    def _compile(self) -> dict[str, int]:
-        """Prepares the first call; returns the graph breaks of the process so far."""
+    def _compile(self) -> Any:  # noqa: ANN401 (a callable)
+        """The compiled function, made at the first call."""
         skip_frames()
         with self.compilation.lock:
             if self._compiled is None:
                 self._compiled = torch.compile(self._function, backend=self.compilation, **self.compilation.options)
-        return graph_breaks()
-
-
-class _Call:
-    """A call from outside: its entry, the module that it calls, the innermost one that Python called, the uncompiled."""
-
-    __slots__ = ("entry", "frame", "module", "uncompiled")
-
-    def __init__(self, entry: CompiledEntry, module: nn.Module) -> None:
-        self.entry, self.module, self.frame = entry, module, module
-        self.uncompiled: list[str] = []
-
-
-class _Running(threading.local):
-    """The call that this thread is in."""
-
-    call: _Call | None = None
-
-
-_running = _Running()
+            return self._compiled
 
 
 def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401 (an optimized module)
@@ -155,14 +130,14 @@ def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401
 
 @skip_frame
 def _ran_uncompiled(module: nn.Module) -> None:
-    call, entry = _running.call, vars(module).get(ENTRY)
+    call, entry = running.call, vars(module).get(ENTRY)
     if call is not None and entry is not None:
-        call.uncompiled.append(entry.path)
+        call.uncompiled = (*call.uncompiled, entry.path)
 
 
-def _name_modules(gm: torch.fx.GraphModule, call: _Call) -> str:
+def _name_modules(gm: torch.fx.GraphModule, call: ModelCall) -> str:
     """Gives the modules in a graph the names that they have in the model; returns that of the frame's module."""
-    prefix = call.entry.path
+    prefix = call.path
     modules = call.module.named_modules(prefix=prefix, remove_duplicate=True)
     names = {str(id(module)): name for name, module in modules}
     frame = names.get(str(id(call.frame)), prefix)

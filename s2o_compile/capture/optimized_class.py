@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from s2o_compile.capture.entry import ENTRY, CompiledEntry
 from s2o_compile.capture.generation_masks import mask_methods
@@ -27,12 +27,10 @@ class Optimized:
         """Keeps the original's ``__init_subclass__`` from registering a second class of its name."""
 
     @skip_frame
-    def _compiled_call_impl(self: Any, *args: object, **kwargs: object) -> object:  # noqa: ANN401 (a module, too)
+    def _compiled_call_impl(self: Any, *args: object, **kwargs: object) -> object:
         """Called by ``nn.Module.__call__`` in the place of ``_call_impl``."""
-        if torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-            return self._call_impl(*args, **kwargs)
         # A module that its own class made, such as a slice of an nn.Sequential, has no entry.
-        entry: CompiledEntry | None = vars(self).get(ENTRY)
+        entry = None if is_dynamo_compiling() or is_exporting() else vars(self).get(ENTRY)
         return self._call_impl(*args, **kwargs) if entry is None else entry.run(self, args, kwargs)
 
     def _s2o_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
