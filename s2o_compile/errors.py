@@ -41,7 +41,7 @@ class WholeLogitsWarning(UserWarning):
 
 
 class NothingRewrittenWarning(UserWarning):
-    """A captured graph holds attention, and none of it could be rewritten."""
+    """A captured graph holds attention, and none could be rewritten; or no attention of a long call ran sparse."""
 
 
 class UnknownSiteWarning(UserWarning):

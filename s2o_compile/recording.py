@@ -157,7 +157,8 @@ class Account:
         if _open:
             for recording in _open.held():
                 recording.account._count(call)
-        if self._warned or call.path in self._sparse:
+        gave_up = call.uncompiled and not call.paths
+        if self._warned or (call.path in self._sparse and not gave_up):
             return
         if not SPARSE.isdisjoint(call.paths):
             self._sparse.add(call.path)
@@ -197,7 +198,7 @@ class Account:
         if found and not self._uncompiled:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
             return ""
         breaks, modules = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
-        modules = self._never_captured(modules)
+        modules = call.uncompiled if path in self._sparse else self._never_captured(modules)
         if not modules and (found or not breaks):
             # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
             return "" if path or found else f"none was found in {self._graphs_at(path)}"
@@ -209,7 +210,8 @@ class Account:
         if modules:
             names = ", ".join(name or "the model itself" for name in modules[:5])
             reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}")
-        return f"none was found in {self._graphs_at(path)}; {'; '.join(reasons)}"
+        found = "" if found else f"none was found in {self._graphs_at(path)}; "
+        return found + "; ".join(reasons)
 
     def _graphs_at(self, path: str) -> str:
         number = sum(at == path for at, _ in self._graphs)

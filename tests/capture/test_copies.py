@@ -258,7 +258,7 @@ def test_a_model_that_nobody_holds_is_gone():
 
 
 def test_compiled_in_place_it_says_where_options_belong():
-    with pytest.raises(TypeError, match="Give mode, dynamic, fullgraph and options to s2o_compile.optimize"):
+    with pytest.raises(TypeError, match=r"Give mode, dynamic, fullgraph and options to s2o_compile\.optimize"):
         fast().compile(mode="max-autotune")
 
 

@@ -192,25 +192,26 @@ def test_torchs_own_layers_without_a_hint(kind):
     assert not report.not_found
 
 
+IDS = torch.randint(1, 90, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+TEXT = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+
 class TestOtherProjects:
     """The packages themselves, where they are installed."""
-
-    IDS = torch.randint(1, 90, (1, LENGTH), generator=torch.Generator().manual_seed(0))
-    TEXT = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
 
     def llama(self):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**self.TEXT)).eval()
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
 
     def assert_generates_sparse(self, model, sites, **inputs):
         inputs |= {"max_new_tokens": 2, "do_sample": False}
@@ -227,13 +228,13 @@ class TestOtherProjects:
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         model = peft.get_peft_model(self.llama(), config).eval()
-        self.assert_generates_sparse(model, ["base_model.model.model.layers.0.self_attn"], input_ids=self.IDS)
+        self.assert_generates_sparse(model, ["base_model.model.model.layers.0.self_attn"], input_ids=IDS)
 
     @pytest.mark.slow
     def test_accelerate(self):
         accelerate = pytest.importorskip("accelerate")
         model = accelerate.cpu_offload(self.llama(), execution_device="cpu")
-        self.assert_generates_sparse(model, ["model.layers.0.self_attn"], input_ids=self.IDS)
+        self.assert_generates_sparse(model, ["model.layers.0.self_attn"], input_ids=IDS)
 
     @pytest.mark.slow
     def test_llava(self):
@@ -242,7 +243,7 @@ class TestOtherProjects:
         vision = transformers.CLIPVisionConfig(**sizes, image_size=48, patch_size=4)
         config = transformers.LlavaConfig(
             vision_config=vision,
-            text_config=transformers.LlamaConfig(**self.TEXT),
+            text_config=transformers.LlamaConfig(**TEXT),
             image_token_id=96,
             image_seq_length=144,
             vision_feature_layer=-1,
@@ -250,7 +251,7 @@ class TestOtherProjects:
         torch.manual_seed(0)
         model = transformers.LlavaForConditionalGeneration(config).eval()
         sites = ["model.vision_tower.encoder.layers.0.self_attn", "model.language_model.layers.0.self_attn"]
-        ids = torch.cat((torch.full((1, 144), 96), self.IDS), 1)
+        ids = torch.cat((torch.full((1, 144), 96), IDS), 1)
         self.assert_generates_sparse(model, sites, input_ids=ids, pixel_values=torch.randn(1, 3, 48, 48))
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ EAGER = [
     "capture.generation_masks",
     "capture.one_at_a_time",
     "capture.optimized_class",
+    "capture.rebound",
     "config",
     "error_budget",
     "errors",

@@ -116,6 +116,16 @@ def test_a_model_is_heard_that_dynamo_does_not_compile():
     assert "these ran uncompiled: the model itself" in said
 
 
+@torch.no_grad()
+def test_a_model_is_heard_that_is_recompiled_too_often():
+    """Dynamo gives up at its limit; it was sparse before."""
+    fast = s2o_compile.optimize(tiny_model(), EXACT, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert said_by(lambda: fast(tiny_input(200))) == []
+        (said,) = said_by(lambda: [fast(tiny_input(length)) for length in (201, 202)])
+    assert "no attention ran sparse: these ran uncompiled: the model itself" in said
+
+
 def test_status_of_something_else():
     with pytest.raises(TypeError, match=r"status: expected the result of s2o_compile.optimize, got TinyModel"):
         s2o_compile.status(tiny_model())
