@@ -18,6 +18,7 @@ import torch
 from s2o_compile.api import explain, optimize
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    AttentionImplementationWarning,
     DenseExportWarning,
     DumpError,
     EvaluationError,
@@ -72,6 +73,7 @@ _LOADED_ON_FIRST_USE = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionImplementationWarning",
     "DenseExportWarning",
     "DumpError",
     "Evaluation",

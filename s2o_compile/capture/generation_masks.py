@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.kernels.support.torch_compile import mark_dynamic
 
 _HOOK = "create_masks_for_generate"
@@ -45,7 +46,7 @@ def build_inside(model: nn.Module) -> None:
     def create_masks_for_generate(**call: Any) -> object:  # noqa: ANN401 (what generate passes)
         if not _is_prefill(call, config):
             return build(**call)
-        tokens = _tokens(call["past_key_values"])
+        tokens = _tokens(call[name_of_cache(call)])
         return build(**call) if tokens is None else _postponed(call, tokens)
 
     @functools.wraps(fn)  # generate reads the signature
@@ -54,11 +55,12 @@ def build_inside(model: nn.Module) -> None:
             call = kwargs.get(name)
             if isinstance(call, dict) and _MARK in call:
                 arguments = {key: value for key, value in call.items() if key not in (_FILLED, _FIRST)}
-                cache, filled = kwargs["past_key_values"], call.get(_FILLED)
+                cache_name, filled = name_of_cache(kwargs), call.get(_FILLED)
+                cache = kwargs[cache_name]
                 if filled is not None:
                     cache = filled_cache(cache, filled.shape[0] - 2)
-                first = call[_FIRST] is not None
-                kwargs[name] = build(config=config, past_key_values=cache, is_first_iteration=first, **arguments)
+                arguments |= {cache_name: cache, _FIRST: call[_FIRST] is not None}
+                kwargs[name] = build(config=config, **arguments)
         return fn(*args, **kwargs)
 
     object.__setattr__(model, _HOOK, create_masks_for_generate)
@@ -70,7 +72,7 @@ def _is_prefill(call: dict[str, Any], config: object) -> bool:
     others = {name for name, value in call.items() if value is not None and not isinstance(value, Tensor)}
     queries = call.get(_MARK)
     return (
-        others == {"config", "past_key_values", _FIRST}
+        others == {"config", name_of_cache(call), _FIRST}
         and call["config"] is config
         and isinstance(call[_FIRST], bool)
         and isinstance(queries, Tensor)
@@ -109,7 +111,7 @@ def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
         if value is None or isinstance(value, Tensor)
     }
     arguments[_FIRST] = arguments[_MARK] if call[_FIRST] else None
-    if not _is_allocated(call["past_key_values"]):
+    if not _is_allocated(call[name_of_cache(call)]):
         return arguments
     arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
     mark_dynamic(arguments[_FILLED], 0)
