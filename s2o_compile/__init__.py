@@ -19,6 +19,7 @@ import torch
 from s2o_compile.api import explain, optimize, status
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    AttentionImplementationWarning,
     DenseExportWarning,
     DumpError,
     EvaluationError,
@@ -73,6 +74,7 @@ _LOADED_ON_FIRST_USE = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionImplementationWarning",
     "DenseExportWarning",
     "DumpError",
     "Evaluation",

@@ -17,7 +17,8 @@ from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.kernels.support.torch_compile import uncompiled
-from s2o_compile.passes.site import SiteRecord, unique_names
+from s2o_compile.passes.site import SiteRecord
+from s2o_compile.passes.site_names import unique_names
 from s2o_compile.recording import Account, Recording, record
 from s2o_compile.report import Report, Site, Status
 from s2o_compile.rewriting import rewrite

@@ -48,5 +48,9 @@ class UnknownSiteWarning(UserWarning):
     """The configuration names a site, and no attention of a captured graph has that name."""
 
 
+class AttentionImplementationWarning(UserWarning):
+    """A transformers model is configured for S2O, and has another attention implementation."""
+
+
 class UntestedTorchWarning(UserWarning):
     """This torch is outside the range that s2o_compile was tested with."""

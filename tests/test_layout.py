@@ -61,6 +61,7 @@ MAY_IMPORT = {
 # Files on another floor than the rest of their folder.
 FLOORS = {
     "passes/site.py": "passes: site",
+    "passes/site_names.py": "passes: site",
     **{
         f"s2o_compile/{name}.py": "s2o_compile: ground"
         for name in ("errors", "error_budget", "by_site", "config", "report", "recording", "rewriting")

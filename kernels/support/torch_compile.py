@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from s2o_compile.kernels.support.torch_compat import _attribute, _later, _named, _Nothing
+from torch import nn
+
+from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -23,6 +25,53 @@ def is_compiled(model: object) -> bool:
 def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
     """The module behind the result of `torch.compile`; everything else as it is."""
     return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
+
+
+_WRAPPERS = (
+    "torch._dynamo.eval_frame.OptimizedModule",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+)
+NAMES |= dict.fromkeys(_WRAPPERS, "names of sites behind wrappers of torch")
+
+
+def wraps_one_module(kind: object) -> bool:
+    """Whether a class of modules, or its name in an exported graph, is one of torch's around a single module."""
+    names = (
+        (kind,) if isinstance(kind, str) else (f"{x.__module__}.{x.__qualname__}" for x in getattr(kind, "__mro__", ()))
+    )
+    return any(name in _WRAPPERS for name in names)
+
+
+def names_of_modules(root: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a model and its path, such as ``model.layers.0``, without the steps into wrappers of torch."""
+    names: dict[nn.Module, str] = {}
+
+    def learn(module: nn.Module, path: str) -> None:
+        if module in names:
+            return
+        names[module] = path
+        for child, part in module.named_children():
+            learn(part, path if wraps_one_module(type(module)) else f"{path}.{child}".removeprefix("."))
+
+    learn(root, "")
+    return names
+
+
+_translator = _later(
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", "names of sites behind wrappers", lambda: None
+)
+
+
+def captured_frame() -> dict[str, Mapping[str, Any]]:
+    """Locals "L" and globals "G" of the frame that Dynamo captures in this thread; empty tables where there is none."""
+    try:
+        translator = _translator()
+    except AttributeError:  # this thread has never captured one
+        translator = None
+    return {"L": getattr(translator, "f_locals", {}), "G": getattr(translator, "f_globals", {})}
 
 
 _skip_code = _later(

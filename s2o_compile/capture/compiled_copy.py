@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
 from s2o_compile.capture.optimized_class import optimized_class
 from s2o_compile.capture.rebound import rebound
-from s2o_compile.kernels.support.torch_compile import COMPILED, uncompiled
+from s2o_compile.kernels.support.torch_compile import COMPILED, names_of_modules, uncompiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,18 +40,21 @@ def compiled_copy(
         fullgraph: As of ``torch.compile``.
     """
     copies: dict[int, nn.Module] = {}
-    copied = _copied(model, "", Compilation(backend, account, dynamic, fullgraph), copies)
+    compilation, names = Compilation(backend, account, dynamic, fullgraph), names_of_modules(model)
+    copied = _copied(model, lambda module: CompiledEntry(compilation, names[module]), copies)
     for module in copies.values():
         fields = vars(module)
         fields.update({name: rebound(x, copies) for name, x in fields.items() if name not in _SHARED})
     return cast("Model", copied)
 
 
-def _copied(module: nn.Module, path: str, compilation: Compilation, copies: dict[int, nn.Module]) -> nn.Module:
+def _copied(
+    module: nn.Module, entry_of: Callable[[nn.Module], CompiledEntry], copies: dict[int, nn.Module]
+) -> nn.Module:
     if id(module) in copies:
         return copies[id(module)]
     has_parts = any(child is not None for child in module.children())
-    if path and (not has_parts or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
+    if copies and (not has_parts or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
         return module
     callable_itself = "forward" in vars(module) or type(module).forward is not nn.Module.forward
     copied = object.__new__(optimized_class(type(module)) if callable_itself else type(module))
@@ -58,11 +62,10 @@ def _copied(module: nn.Module, path: str, compilation: Compilation, copies: dict
     fields = vars(copied)
     fields.update({name: value for name, value in vars(module).items() if name not in (COMPILED, ENTRY)})
     fields["_modules"] = {
-        name: child and _copied(child, f"{path}.{name}".removeprefix("."), compilation, copies)
-        for name, child in fields["_modules"].items()
+        name: None if child is None else _copied(child, entry_of, copies) for name, child in fields["_modules"].items()
     }
     if callable_itself:
-        fields[ENTRY] = CompiledEntry(compilation, path)
+        fields[ENTRY] = entry_of(module)
     return copied
 
 

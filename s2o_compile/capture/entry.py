@@ -21,7 +21,14 @@ from torch import nn
 
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
-from s2o_compile.kernels.support.torch_compile import graph_breaks, lookup_backend, skip_frame, skip_frames
+from s2o_compile.kernels.support.torch_compile import (
+    graph_breaks,
+    lookup_backend,
+    names_of_modules,
+    skip_frame,
+    skip_frames,
+    wraps_one_module,
+)
 
 ENTRY = "_s2o_entry"
 """The attribute of an optimized module that holds its entry."""
@@ -137,15 +144,18 @@ def _ran_uncompiled(module: nn.Module) -> None:
 
 def _name_modules(gm: torch.fx.GraphModule, call: ModelCall) -> str:
     """Gives the modules in a graph the names that they have in the model; returns that of the frame's module."""
-    prefix = call.path
-    modules = call.module.named_modules(prefix=prefix, remove_duplicate=True)
-    names = {str(id(module)): name for name, module in modules}
-    frame = names.get(str(id(call.frame)), prefix)
+    names = {
+        str(id(module)): ".".join(part for part in (call.path, name) if part)
+        for module, name in names_of_modules(call.module).items()
+    }
+    frame = names.get(str(id(call.frame)), call.path)
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
-        named = {key: (names.get(key.partition("@")[0], path), kind) for key, (path, kind) in stack.items()}
-        if not named and frame:
-            named = {str(id(call.frame)): (frame, type(call.frame))}
-        if named:
-            node.meta["nn_module_stack"] = named
+        named = {
+            f"module {key}": (names.get(key.partition("@")[0], path), kind)  # keys of ids would be looked up once more
+            for key, (path, kind) in stack.items()
+            if not wraps_one_module(kind)  # in no name
+        }
+        if named or frame:
+            node.meta["nn_module_stack"] = named or {"module": (frame, type(call.frame))}
     return frame

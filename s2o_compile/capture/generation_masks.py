@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.kernels.support.torch_compile import mark_dynamic
 
 PREPARE = "_s2o_arguments"
@@ -52,7 +53,7 @@ def mask_methods(base: type) -> dict[str, object]:
     def create_masks_for_generate(self: Any, **call: Any) -> object:  # noqa: ANN401 (a model, what generate passes)
         if not _is_prefill(call, self.config):
             return build(self, **call)
-        tokens = _tokens(call["past_key_values"])
+        tokens = _tokens(call[name_of_cache(call)])
         return build(self, **call) if tokens is None else _postponed(call, tokens)
 
     def prepare(self: Any, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 (a model, what it accepts)
@@ -60,10 +61,11 @@ def mask_methods(base: type) -> dict[str, object]:
             call = kwargs.get(name)
             if isinstance(call, dict) and _MARK in call:
                 arguments = {key: value for key, value in call.items() if key not in (_FILLED, _FIRST)}
-                cache, filled = kwargs["past_key_values"], call.get(_FILLED)
+                cache_name, filled = name_of_cache(kwargs), call.get(_FILLED)
+                cache = kwargs[cache_name]
                 if filled is not None:
                     cache = filled_cache(cache, filled.shape[0] - 2)
-                arguments |= {"past_key_values": cache, "is_first_iteration": call[_FIRST] is not None}
+                arguments |= {cache_name: cache, _FIRST: call[_FIRST] is not None}
                 kwargs[name] = build(self, config=self.config, **arguments)
         return kwargs
 
@@ -75,12 +77,12 @@ def _is_prefill(call: dict[str, Any], config: object) -> bool:
     others = {name for name, value in call.items() if value is not None and not isinstance(value, Tensor)}
     queries = call.get(_MARK)
     return (
-        others == {"config", "past_key_values", _FIRST}
+        others == {"config", name_of_cache(call), _FIRST}
         and call["config"] is config
         and isinstance(call[_FIRST], bool)
         and isinstance(queries, Tensor)
         and queries.shape[1] > 1
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
     )
 
 
@@ -114,7 +116,7 @@ def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
         if value is None or isinstance(value, Tensor)
     }
     arguments[_FIRST] = arguments[_MARK] if call[_FIRST] else None
-    if not _is_allocated(call["past_key_values"]):
+    if not _is_allocated(call[name_of_cache(call)]):
         return arguments
     arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
     mark_dynamic(arguments[_FILLED], 0)

@@ -15,6 +15,7 @@ EAGER = [
     "by_site",
     "capture",
     "capture.audit",
+    "capture.caches",
     "capture.compiled_copy",
     "capture.entry",
     "capture.generation_masks",
