@@ -111,13 +111,14 @@ def explain(
 
     The model runs twice. First as it is, to count the attentions that really run: those that no captured graph showed
     to the pass are in ``Report.not_found``. That run works on copies of the inputs and of the model's state (parameters
-    are shared) and on a fork of the random numbers; see `capture.audit`. Then compiled, on the inputs themselves.
+    are shared) and on a fork of the random numbers; see `capture.audit`. Then compiled as by `optimize`, on the inputs
+    themselves.
     The rewritten graphs run without Inductor, so this costs a capture and two forwards. Grad mode is the caller's:
     under enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it
     resets Dynamo: code compiled before is compiled anew at its next call.
 
     Args:
-        model: A module or function.
+        model: A module, optimized or not, or a function.
         *args: Its inputs.
         config: Quality and implementation; None for the defaults.
         method: The method that you call, such as ``"generate"``; None for the module itself.
