@@ -25,7 +25,7 @@ from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
-from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.statistics import count, record, recording
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
@@ -122,6 +122,8 @@ def run_short(
     if recording():
         mask = AttentionMask(causal=causal, offset=offset if causal else 0)
         record(AttentionCall(query=query, key=key, value=value, mask=mask, scale=scale or 0.0, site=site), "dense")
+    else:
+        count("dense")
     grouped = heads != kv_heads
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 

@@ -1,12 +1,14 @@
-"""Records of the operator's calls for reports: the path that each took, and its density."""
+"""Records of the operator's calls for reports: the path that each took, its density, and the model's call around it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK
@@ -59,6 +61,41 @@ def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
+class ModelCall:
+    """A call that came into an optimized model from outside.
+
+    Attributes:
+        path: The name of the module that it entered, empty for the model itself.
+        module: That module.
+        frame: The innermost module that Python called in it.
+        paths: How often the operator took which of its paths.
+        uncompiled: Names of modules that Python ran.
+        breaks: Reasons of the graph breaks in it, if it was the first one.
+    """
+
+    path: str
+    module: nn.Module
+    frame: nn.Module
+    paths: Mapping[str, int] = MappingProxyType({})
+    uncompiled: Sequence[str] = ()
+    breaks: Sequence[str] = ()
+
+
+class _Running(threading.local):
+    call: ModelCall | None = None
+
+
+running = _Running()
+"""The call of an optimized model that this thread is in."""
+
+
+def count(path: str) -> None:
+    """Count a call of the operator in that of the model around it, if this thread is in one."""
+    call = running.call
+    if call is not None:
+        call.paths = {**call.paths, path: call.paths.get(path, 0) + 1}
+
+
 _recordings: Scopes[list[Call]] = Scopes("s2o_recordings")
 
 
@@ -82,10 +119,11 @@ def recording() -> bool:
 
 
 def record(call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None) -> None:
-    """Tell this thread's recordings about a call, as `Call` describes it; costs nothing when there is none.
+    """Count a call, and tell this thread's recordings about it as `Call` describes it; costs nothing without any.
 
     The path is "masked" if the call's own mask is not the one that it ran under.
     """
+    count(path)
     if not _recordings:
         return
     n_queries, n_keys = call.n_queries, call.n_keys

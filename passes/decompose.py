@@ -141,6 +141,11 @@ def is_opaque(node: fx.Node) -> bool:
     return node.op == "call_function" and (node.target in OPENED or flex.is_call(node))
 
 
+def attending_part(node: fx.Node) -> str:
+    """The path of the module that attends inside an opaque node's own, as it is on the layer's slow path."""
+    return "self_attn" if encoder_layer is not None and node.target is encoder_layer else ""
+
+
 def expand(node: fx.Node) -> Expansion | Rejected:
     """Inlines the decomposition of an opaque node ahead of it, or says why not."""
     return attempt(_expand, node)

@@ -20,7 +20,8 @@ from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
-from s2o_compile.passes.site import AttentionSite, SiteRecord, module_path, record, unique_names
+from s2o_compile.passes.site import AttentionSite, SiteRecord, record
+from s2o_compile.passes.site_names import module_paths, unique_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Run:
     Attributes:
         prover_options: How masks are proven, as keyword arguments of `MaskProver`.
         expansions: Opaque nodes, each with the nodes that were inlined for it.
+        paths: Of the modules that hold opaque nodes and attentions.
         sites: In graph order, each node that a frontend takes for an attention, its match, and its record if it stays.
         records: By the node of an attention, its line in the report.
         inner: The report lines of attentions in sub-graphs.
@@ -51,6 +53,7 @@ class _Run:
     dense_heads: Mapping[str, Sequence[int]]
     site_tau: Mapping[str, Sequence[float]]
     expansions: list[tuple[fx.Node, decompose.Expansion | Rejected]] = dataclasses.field(default_factory=list)
+    paths: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[tuple[fx.Node, AttentionSite | Rejected, SiteRecord]] = dataclasses.field(default_factory=list)
     records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
     inner: list[SiteRecord] = dataclasses.field(default_factory=list)
@@ -125,7 +128,11 @@ def _open_all(run: _Run) -> None:
 def _match_all(run: _Run) -> None:
     graph, opaque = run.gm.graph, {node for node, _ in run.expansions}
     attentions = [(node, found) for node in graph.nodes if node not in opaque and (found := _frontend(node))]
-    names = unique_names([module_path(node) for node, _ in attentions])
+    parts = {
+        inner: decompose.attending_part(node) for node, opened in run.expansions for inner in _within(node, opened)
+    }
+    run.paths = module_paths({node: parts.get(node, "") for node in (*opaque, *(node for node, _ in attentions))})
+    names = unique_names([run.paths[node] for node, _ in attentions])
     prover = MaskProver(graph, **run.prover_options)
     matches = _apart([_match(frontend, node, prover) for node, frontend in attentions])
     run.sites = [
@@ -148,7 +155,7 @@ def _close_all(run: _Run) -> None:
     """Replaces opaque nodes by their inlined ones if the attentions of these are rewritten, else erases these."""
     for node, opened in run.expansions:
         if isinstance(opened, Rejected):
-            run.records[node] = _left(node, _frontend(node), opened.reason)
+            run.records[node] = _left(node, _frontend(node), opened.reason, run.paths[node])
             continue
         inside = [run.records[inner] for inner in opened.nodes if inner in run.records]
         if inside and all(entry.rewritten for entry in inside):
@@ -156,7 +163,7 @@ def _close_all(run: _Run) -> None:
             continue
         opened.erase()
         if not inside:
-            run.records[node] = _left(node, None, "no attention was found in its code")
+            run.records[node] = _left(node, None, "no attention was found in its code", run.paths[node])
 
 
 def _make_sparse_all(run: _Run) -> None:
@@ -185,6 +192,11 @@ STEPS: tuple[tuple[str, Callable[[_Run], None]], ...] = (
     ("report_inner", _report_inner),  # any time: bodies of higher-order operators are read, never changed
 )
 """The passes in their order, each with the name that logs, dumps and times show."""
+
+
+def _within(node: fx.Node, opened: decompose.Expansion | Rejected) -> tuple[fx.Node, ...]:
+    """An opaque node, and the nodes that were inlined for it."""
+    return node, *(() if isinstance(opened, Rejected) else opened.nodes)
 
 
 def _frontend(node: fx.Node) -> ModuleType | None:
@@ -216,19 +228,18 @@ def _apart(matches: Sequence[AttentionSite | Rejected]) -> list[AttentionSite | 
     ]
 
 
-def _left(node: fx.Node, frontend: ModuleType | None, reason: str, name: str | None = None) -> SiteRecord:
+def _left(node: fx.Node, frontend: ModuleType | None, reason: str, name: str) -> SiteRecord:
     """The report line of an attention that stays as it is, with the operands that its frontend finds."""
     call = {} if frontend is None else frontend.operands(node)
     query, key = value_of(call.get("query")), value_of(call.get("key"))
-    return record(module_path(node) if name is None else name, query, key, reason=reason)
+    return record(name, query, key, reason=reason)
 
 
 def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Run) -> None:
     """Make a call of flex_attention sparse that no frontend could replace; it keeps its functions."""
     from s2o_compile.passes.frontends.flex import sparse as flex_sparse  # loads the sampling of keys
 
-    inner = () if isinstance(opened, Rejected) else opened.nodes
-    recorded = next(candidate for candidate in (node, *inner) if candidate in run.records)
+    recorded = next(candidate for candidate in _within(node, opened) if candidate in run.records)
     left = run.records[recorded]
     dense_heads, head_tau = run.dense_heads.get(left.name, ()), run.site_tau.get(left.name, ())
     try:
@@ -269,9 +280,8 @@ def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
         users = [user for node in gm.graph.find_nodes(op="get_attr", target=child) for user in node.users]
         holder = getattr(users[0].target, "__name__", str(users[0].target)) if users else child
         reason = f"it is inside {holder}, whose body is left as it is"
-        for node in body.graph.nodes:
-            frontend = _frontend(node)
-            if frontend is not None:
-                records.append(_left(node, frontend, reason))
+        attentions = {node: found for node in body.graph.nodes if (found := _frontend(node))}
+        paths = module_paths(dict.fromkeys(attentions, ""))
+        records += [_left(node, frontend, reason, paths[node]) for node, frontend in attentions.items()]
         records += _inside(body)
     return records

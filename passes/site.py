@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,6 @@ class AttentionSite:
     """One attention of the graph, ready to be rewritten.
 
     Attributes:
-        name: Module path of the attention, such as ``model.layers.0.self_attn``.
         node: The node that computes it; its value is [B, Hq, Nq, Dv], after ``restore``.
         query: [B, Hq, Nq, D].
         key: [B, Hkv, Nk, D], before any ``repeat_kv``.
@@ -32,9 +29,9 @@ class AttentionSite:
         interior: Nodes that serve this attention alone, first to last; erased with it.
         dense_heads: Key/value heads that the user wants dense.
         head_tau: Tau of each query head, empty for that of the options.
+        name: Of the site, such as ``model.layers.0.self_attn``; the frontends leave it to the pipeline.
     """
 
-    name: str
     node: fx.Node
     query: Operand
     key: Operand
@@ -47,6 +44,7 @@ class AttentionSite:
     interior: tuple[fx.Node, ...] = ()
     dense_heads: tuple[int, ...] = ()
     head_tau: tuple[float, ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +74,6 @@ class SiteRecord:
     dense_heads: tuple[int, ...] = ()
 
 
-def module_path(node: fx.Node) -> str:
-    """The module that holds a node, such as ``model.layers.0.self_attn``; the node's own name outside modules."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return node.name
-    entry = list(stack.values())[-1]
-    path = entry[0] if isinstance(entry, tuple) else str(entry)
-    # Dynamo writes the path as source code: L['self'].model.layers[0], G['net']._modules['proj'], L['fn'].__self__ ...
-    path = re.sub(r"^[LG]\[['\"]([^'\"]*)['\"]\]", lambda m: "" if m[1] in ("self", "fn") else m[1], path)
-    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part and part not in {"_modules", "_orig_mod", "__self__"}]
-    return ".".join(parts) or node.name
-
-
 def shape_text(value: object) -> tuple[str, ...]:
     """Sizes of a (fake) tensor as text; empty if it is none."""
     return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
@@ -106,13 +90,3 @@ def record(name: str, query: object, key: object, *, reason: str = "", **details
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
         **details,
     )
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Names made unique: a module that attends twice becomes ``attn`` and ``attn#2``."""
-    seen: dict[str, int] = {}
-    unique = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return unique

@@ -3,6 +3,7 @@
 model = s2o_compile.optimize(model)               # wrap
 model = torch.compile(model, backend="s2o")       # or as a backend, found by entry point
 print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
+print(s2o_compile.status(model))                  # what ran sparse so far, and what did not
 print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
 config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budget on your own text
 """
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2o_compile.api import explain, optimize
+from s2o_compile.api import explain, optimize, status
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
+    AttentionImplementationWarning,
     DenseExportWarning,
     DumpError,
     EvaluationError,
@@ -40,7 +42,7 @@ from s2o_compile.functional import attention
 from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
-from s2o_compile.report import Report, Site
+from s2o_compile.report import Report, Site, Status
 
 if TYPE_CHECKING:
     from s2o_compile.aot.export import export
@@ -72,6 +74,7 @@ _LOADED_ON_FIRST_USE = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionImplementationWarning",
     "DenseExportWarning",
     "DumpError",
     "Evaluation",
@@ -90,6 +93,7 @@ __all__ = [
     "S2OError",
     "S2OPlan",
     "Site",
+    "Status",
     "TaskScores",
     "TensorRTUnavailableError",
     "TunedFileWarning",
@@ -107,6 +111,7 @@ __all__ = [
     "package",
     "plan",
     "record",
+    "status",
 ]
 
 

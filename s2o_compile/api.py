@@ -1,4 +1,4 @@
-"""``optimize`` and ``explain``: the two calls that most users need."""
+"""``optimize``, ``explain`` and ``status``: the calls that most users need."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from s2o_compile.backend import PREFIX, s2o, split_options
+from s2o_compile.backend import PREFIX, Backend, split_options
 from s2o_compile.capture import audit as audit
-from s2o_compile.capture.compiled_copy import Model, compiled_copy
+from s2o_compile.capture.compiled_copy import Model, account_of, compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.kernels.support.torch_compile import uncompiled
-from s2o_compile.passes.site import SiteRecord, unique_names
-from s2o_compile.recording import Recording, record
-from s2o_compile.report import Report, Site
+from s2o_compile.passes.site import SiteRecord
+from s2o_compile.passes.site_names import unique_names
+from s2o_compile.recording import Account, Recording, record
+from s2o_compile.report import Report, Site, Status
 from s2o_compile.rewriting import rewrite
 
 
@@ -34,12 +35,18 @@ def optimize(
 ) -> Model:
     """Return the model with its long attention made sparse, ready to call.
 
-    The result is a new module of the same class that shares every parameter, buffer and submodule with the original:
-    ``generate``, ``state_dict`` and all other methods work, and ``generate`` prefills through S2O. The original stays
-    dense, so both can be compared. Compilation happens at the first call, as with ``torch.compile``.
+    The result is a new module that shares every parameter and buffer with the original. Its class is a subclass of the
+    original's, of the same name: ``generate``, ``state_dict`` and all other methods work. The original stays dense, so
+    both can be compared; attributes and submodules that are changed later change in one of the two only.
+
+    Compilation happens at the first call, as with ``torch.compile``. Whatever a method calls is compiled where the call
+    comes in: ``generate`` of wrapped models, ``encode``, ``get_image_features``. A copy of the result, by ``copy``,
+    ``deepcopy``, ``pickle``, ``torch.save`` or a replica, is optimized, too, and computes with its own weights.
+    `status` tells what ran sparse. A long call in which nothing did warns once (`NothingRewrittenWarning`).
 
     Args:
-        model: Any module. Call the result under ``torch.no_grad()``: with gradients wanted, attention stays dense.
+        model: Any module, also an optimized one, for another configuration. Call the result under ``torch.no_grad()``:
+            with gradients wanted, attention stays dense.
         config: Quality and implementation; None for the defaults.
         mode: As ``torch.compile(mode=...)``.
         dynamic: As ``torch.compile(dynamic=...)``.
@@ -66,39 +73,69 @@ def optimize(
                 f"optimize: expected options of the inner backend, got {name!r}. Pass config=S2OConfig("
                 f"{name.removeprefix(PREFIX)}=...) instead."
             )
-    ours = {PREFIX + name: value for name, value in dataclasses.asdict(config_or_default(config, "optimize")).items()}
-    merged = {**(options or {}), **ours}
+    config = config_or_default(config, "optimize")
+    merged = {**(options or {}), **{PREFIX + name: value for name, value in dataclasses.asdict(config).items()}}
     split_options(merged)  # a wrong option fails here, not at the first call
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
-        return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two
-
-    return compiled_copy(model, backend, dynamic=dynamic, fullgraph=fullgraph)
+    backend = Backend(mode, merged)
+    return compiled_copy(model, backend, account=Account(config), dynamic=dynamic, fullgraph=fullgraph)
 
 
-def explain(model: Callable[..., object], *args: object, config: S2OConfig | None = None, **kwargs: object) -> Report:
+def status(model: nn.Module) -> Status:
+    """Return what ran in the calls of an optimized model so far: whether it is sparse, and if not, why.
+
+    It costs nothing but the reading of counters. Copies have a status of their own, but for shallow ones.
+
+    Args:
+        model: The result of `optimize`, or a module in it: they share one account.
+
+    Raises:
+        TypeError: The model is not optimized.
+    """
+    account = account_of(uncompiled(model))
+    if not isinstance(account, Account):
+        raise TypeError(
+            f"status: expected the result of s2o_compile.optimize, got {type(model).__name__}. Optimize the model, or "
+            "open s2o_compile.record() before its first call."
+        )
+    return account.status
+
+
+def explain(
+    model: Callable[..., object],
+    *args: object,
+    config: S2OConfig | None = None,
+    method: str | None = None,
+    **kwargs: object,
+) -> Report:
     """Run a model and report every attention: rewritten, its proven mask and density, or why it stays dense.
 
     The model runs twice. First as it is, to count the attentions that really run: those that no captured graph showed
     to the pass are in ``Report.not_found``. That run works on copies of the inputs and of the model's state (parameters
-    are shared) and on a fork of the random numbers; see `capture.audit`. Then compiled, on the inputs themselves.
+    are shared) and on a fork of the random numbers; see `capture.audit`. Then compiled as by `optimize`, on the inputs
+    themselves.
     The rewritten graphs run without Inductor, so this costs a capture and two forwards. Grad mode is the caller's:
     under enabled gradients the report says that sites stay dense because of them. Like ``torch._dynamo.explain`` it
     resets Dynamo: code compiled before is compiled anew at its next call.
 
     Args:
-        model: A module or function.
+        model: A module, optimized or not, or a function.
         *args: Its inputs.
         config: Quality and implementation; None for the defaults.
+        method: The method that you call, such as ``"generate"``; None for the module itself.
         **kwargs: Its keyword inputs.
     """
+    model = uncompiled(model)
     with watched(config) as watch:
         ran, failure = (), ""
         try:
-            ran = audit.take(model, args, kwargs)
+            ran = audit.take(getattr(model, method) if method else model, args, kwargs)
         except Exception as error:  # whatever copying or running a model raises: the compiled run decides
             failure = f"{type(error).__name__}: {error}".partition("\n")[0]
-        torch.compile(model, backend=watch.backend)(*args, **kwargs)
+        if isinstance(model, nn.Module):
+            model = compiled_copy(model, watch.backend)
+            (getattr(model, method) if method else model)(*args, **kwargs)
+        else:
+            torch.compile(model, backend=watch.backend)(*args, **kwargs)
     return watch.report(ran, failure)
 
 

@@ -74,6 +74,18 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     return config, inductor
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backend:
+    """The backend of one optimized model: `s2o` with both mode and options, of which torch.compile takes only one."""
+
+    mode: str | None
+    options: Mapping[str, object]
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Any:  # noqa: ANN401 (as `s2o`)
+        """Compile one captured graph."""
+        return s2o(gm, example_inputs, mode=self.mode, options=self.options)
+
+
 def s2o(
     gm: torch.fx.GraphModule,
     example_inputs: list[torch.Tensor],

@@ -41,11 +41,15 @@ class WholeLogitsWarning(UserWarning):
 
 
 class NothingRewrittenWarning(UserWarning):
-    """A captured graph holds attention, and none of it could be rewritten."""
+    """A captured graph holds attention, and none could be rewritten; or no attention of a long call ran sparse."""
 
 
 class UnknownSiteWarning(UserWarning):
     """The configuration names a site, and no attention of a captured graph has that name."""
+
+
+class AttentionImplementationWarning(UserWarning):
+    """A transformers model is configured for S2O, and has another attention implementation."""
 
 
 class UntestedTorchWarning(UserWarning):

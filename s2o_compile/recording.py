@@ -1,16 +1,26 @@
-"""Records compilations and calls: the source of every report."""
+"""Records compilations and calls: the source of every report, and the account of an optimized model."""
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from s2o_compile.kernels.statistics import Call, record_calls
+import torch
+from torch import Tensor
+
+from s2o_compile.config import S2OConfig
+from s2o_compile.errors import NothingRewrittenWarning
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
 from s2o_compile.passes.site import SiteRecord
-from s2o_compile.report import Report, join_calls
+from s2o_compile.report import Report, Status, join_calls
 
 
 @dataclass
@@ -18,7 +28,8 @@ class Recording:
     """Everything that the backend compiled and the operator ran inside a ``with record()`` block.
 
     ``compile_seconds`` is known after the block. ``step_seconds`` holds the time of every pass by its name. ``marked``
-    holds the site names that the configuration speaks of, in their order.
+    holds the site names that the configuration speaks of, in their order. ``account`` counts the calls of optimized
+    models.
     """
 
     graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
@@ -27,6 +38,12 @@ class Recording:
     compile_seconds: float = 0.0
     graph_breaks: tuple[str, ...] = ()
     marked: dict[str, None] = field(default_factory=dict)
+    account: Account = field(default_factory=lambda: Account())
+
+    @property
+    def status(self) -> Status:
+        """The calls of optimized models inside the block, and the graphs that were compiled for them."""
+        return self.account.status
 
     @property
     def pass_seconds(self) -> float:
@@ -78,3 +95,142 @@ def notify(records: Sequence[SiteRecord], step_seconds: Mapping[str, float], mar
         for step, seconds in step_seconds.items():
             recording.step_seconds[step] = recording.step_seconds.get(step, 0.0) + seconds
         recording.marked |= dict.fromkeys(marked)
+
+
+SPARSE = frozenset(("s2o", "window"))
+"""Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
+
+
+class Account:
+    """What happened in the calls of one optimized model; it warns once if nothing of a long call ran sparse.
+
+    Nothing is read from a tensor. Several threads may call the model. A copy of the model has an account of its own.
+    """
+
+    def __init__(self, config: S2OConfig | None = None) -> None:
+        self._config = config or S2OConfig()
+        self._lock = threading.Lock()
+        self._warned = False
+        self._sparse: set[str] = set()  # paths of modules whose calls have run sparse
+        self._found: set[str] = set()  # paths of modules in whose calls a graph with attention was compiled
+        self._graphs: list[tuple[str, tuple[SiteRecord, ...]]] = []
+        self._calls = 0
+        self._paths: Counter[str] = Counter()
+        self._captured: set[str] = set()  # paths of modules in whose frames a graph was captured
+        self._uncompiled: dict[tuple[str, str], None] = {}  # path of the call, path of the module
+        self._breaks: dict[tuple[str, str], None] = {}  # path of the call, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Account, (self._config,)
+
+    @property
+    def status(self) -> Status:
+        """The account so far."""
+        with self._lock:
+            records = [record for _, graph in self._graphs for record in graph]
+            return Status(
+                calls=self._calls,
+                graphs=len(self._graphs),
+                rewritten=sum(record.rewritten for record in records),
+                left_dense=dict(Counter(record.reason for record in records if not record.rewritten)),
+                paths=dict(self._paths),
+                graph_breaks=_distinct(self._breaks),
+                uncompiled=self._never_captured(_distinct(self._uncompiled)),
+            )
+
+    @contextmanager
+    def compiling(self, path: str, frame: str) -> Iterator[None]:
+        """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
+        recording = Recording(account=self)
+        with _open.holding(recording):
+            yield
+        for account in {id(held.account): held.account for held in (recording, *_open.held())}.values():
+            with account._lock:
+                account._graphs += [(path, records) for records in recording.graphs]
+                account._captured.add(frame)
+                if any(recording.graphs):
+                    account._found.add(path)
+
+    def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """A call that has ended, and its inputs; see ``capture.entry``."""
+        self._count(call)
+        if _open:
+            for recording in _open.held():
+                recording.account._count(call)
+        gave_up = call.uncompiled and not call.paths
+        if self._warned or (call.path in self._sparse and not gave_up):
+            return
+        if not SPARSE.isdisjoint(call.paths):
+            self._sparse.add(call.path)
+            return
+        reason = self._why_dense(call, args, kwargs)
+        if reason:
+            self._warned = True
+            warnings.warn(
+                f"an optimized model was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
+                "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
+                "docs/troubleshooting.md says what to do.",
+                NothingRewrittenWarning,
+                stacklevel=5,
+            )
+
+    def _count(self, call: ModelCall) -> None:
+        with self._lock:
+            self._calls += 1
+            if call.paths or call.uncompiled or call.breaks:
+                self._paths.update(call.paths)
+                self._uncompiled |= {(call.path, module): None for module in call.uncompiled}
+                self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
+
+    def _never_captured(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Those of some modules that no graph was captured in, nor below them: Dynamo skips frames that only call."""
+        return tuple(
+            module
+            for module in modules
+            if not any(frame == module or not module or frame.startswith(f"{module}.") for frame in self._captured)
+        )
+
+    def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+        """Why a call without sparse attention should have had some; empty if there is nothing to say."""
+        path, found = call.path, call.path in self._found
+        if "masked" in call.paths:
+            return "the masks that were read are no causal, sliding or padding masks"
+        if found and not self._uncompiled:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
+            return ""
+        breaks, modules = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
+        modules = call.uncompiled if path in self._sparse else self._never_captured(modules)
+        if not modules and (found or not breaks):
+            # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
+            return "" if path or found else f"none was found in {self._graphs_at(path)}"
+        device, tokens = _longest(args, kwargs)
+        shortest = self._config.min_seq_len
+        if tokens < max(TILE_LEN, shortest if isinstance(shortest, int) else crossover(device)):
+            return ""
+        reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
+        if modules:
+            names = ", ".join(name or "the model itself" for name in modules[:5])
+            reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}")
+        found = "" if found else f"none was found in {self._graphs_at(path)}; "
+        return found + "; ".join(reasons)
+
+    def _graphs_at(self, path: str) -> str:
+        number = sum(at == path for at, _ in self._graphs)
+        return f"{number} captured graph{'' if number == 1 else 's'}"
+
+
+def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(x for _, x in seen))
+
+
+def _longest(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[torch.device, int]:
+    """The device and the number of tokens of the longest input, by its shape; masks span caches and say nothing."""
+    named = (value for name, value in kwargs.items() if "mask" not in name)
+    inputs = [value for value in (*args, *named) if isinstance(value, Tensor)]
+    return max(((x.device, _tokens(x)) for x in inputs), key=lambda pair: pair[1], default=(torch.device("cpu"), 0))
+
+
+def _tokens(x: Tensor) -> int:
+    """The tokens of ids [B, N], of states [B, N, D], [N, B, D] or [N, D], and of images [B, C, H, W]."""
+    if not x.is_floating_point():
+        return x.shape[-1] if x.ndim else 0
+    return max(x.shape[:-1], default=0) if x.ndim < 4 else x.shape[2:].numel()

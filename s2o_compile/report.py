@@ -1,4 +1,4 @@
-"""The report: the result for every attention in a model, as values and as a table."""
+"""The report: the result for every attention in a model, as values and as a table; the status of a running model."""
 
 from __future__ import annotations
 
@@ -125,6 +125,55 @@ class Report:
                 share = f", {self.pass_seconds / self.compile_seconds:.1%} of {self.compile_seconds:.1f} s of compiling"
             lines.append(f"passes: {1e3 * self.pass_seconds:.1f} ms{share}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What ran in the calls of an optimized model; of ``s2o_compile.status`` and ``Recording.status``.
+
+    Attributes:
+        calls: Calls of the model, and of its parts where a method other than forward calls them.
+        graphs: Graphs that were captured in them.
+        rewritten: Attentions in these graphs that were rewritten.
+        left_dense: How many were not, by reason.
+        paths: How often the operator took a path: "s2o" and "window" are sparse, "dense" is for short lengths and heads
+            marked dense, "masked" is dense under a mask that was read and is no other. CUDA graphs replay without the
+            operator, so their calls are counted while they are recorded.
+        graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
+            that compiled meanwhile may have caused some.
+        uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless
+            a module below them was captured by itself.
+    """
+
+    calls: int
+    graphs: int
+    rewritten: int
+    left_dense: dict[str, int]
+    paths: dict[str, int]
+    graph_breaks: tuple[str, ...]
+    uncompiled: tuple[str, ...]
+
+    @property
+    def sparse(self) -> int:
+        """Attentions that ran sparse."""
+        return self.paths.get("s2o", 0) + self.paths.get("window", 0)
+
+    def __str__(self) -> str:
+        left = sum(self.left_dense.values())
+        lines = [
+            f"{'SPARSE' if self.sparse else 'NOTHING RAN SPARSE'}: {self.calls} calls, {self.graphs} graphs",
+            f"attentions in the graphs: {self.rewritten} rewritten, {left} left dense",
+            f"rewritten attentions ran: {self.sparse} sparse, {self.paths.get('dense', 0)} dense (short, or marked), "
+            f"{self.paths.get('masked', 0)} dense (their masks)",
+        ]
+        lines += _listed("left dense:", [f"{count} x {reason}" for reason, count in self.left_dense.items()])
+        lines += _listed("graph breaks:", self.graph_breaks)
+        lines += _listed("ran uncompiled, in no graph:", [name or "the model itself" for name in self.uncompiled])
+        return "\n".join(lines)
+
+
+def _listed(title: str, entries: Sequence[str]) -> list[str]:
+    return [title, *(f"  - {entry}" for entry in entries)] if entries else []
 
 
 def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
-from s2o_compile.kernels.support.torch_compat import _attribute, _later, _named, _Nothing
+from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing
 
-_COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "refusing compiled modules")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "compiled modules")
 _ORIGINAL = _attribute("torch._dynamo.OptimizedModule._orig_mod", "refusing compiled modules")
 _OptimizedModule = _named("torch._dynamo.OptimizedModule", "refusing compiled modules", _Nothing)
 
 
 def is_compiled(model: object) -> bool:
     """Whether a model is the result of `torch.compile`, or was compiled in place."""
-    return isinstance(model, _OptimizedModule) or getattr(model, _COMPILED, None) is not None
+    return isinstance(model, _OptimizedModule) or getattr(model, COMPILED, None) is not None
 
 
 def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
@@ -24,15 +27,72 @@ def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
     return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
 
 
-_PRE_HOOKS = _attribute("torch.nn.Module._forward_pre_hooks", "refusing to export optimized modules")
+_WRAPPERS = (
+    "torch._dynamo.eval_frame.OptimizedModule",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+)
+NAMES |= dict.fromkeys(_WRAPPERS, "names of sites behind wrappers of torch")
 
 
-def check_before_forward(module: nn.Module, check: Callable[[nn.Module, Any], None]) -> None:
-    """Calls ``check(module, args)`` ahead of each forward of a shallow copy; the module that it copies gets no hook."""
-    shared = getattr(module, _PRE_HOOKS, None)
-    if shared is not None:
-        setattr(module, _PRE_HOOKS, shared.copy())
-        module.register_forward_pre_hook(check)
+def wraps_one_module(kind: object) -> bool:
+    """Whether a class of modules, or its name in an exported graph, is one of torch's around a single module."""
+    names = (
+        (kind,) if isinstance(kind, str) else (f"{x.__module__}.{x.__qualname__}" for x in getattr(kind, "__mro__", ()))
+    )
+    return any(name in _WRAPPERS for name in names)
+
+
+def names_of_modules(root: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a model and its path, such as ``model.layers.0``, without the steps into wrappers of torch."""
+    names: dict[nn.Module, str] = {}
+
+    def learn(module: nn.Module, path: str) -> None:
+        if module in names:
+            return
+        names[module] = path
+        for child, part in module.named_children():
+            learn(part, path if wraps_one_module(type(module)) else f"{path}.{child}".removeprefix("."))
+
+    learn(root, "")
+    return names
+
+
+_translator = _later(
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", "names of sites behind wrappers", lambda: None
+)
+
+
+def captured_frame() -> dict[str, Mapping[str, Any]]:
+    """Locals "L" and globals "G" of the frame that Dynamo captures in this thread; empty tables where there is none."""
+    try:
+        translator = _translator()
+    except AttributeError:  # this thread has never captured one
+        translator = None
+    return {"L": getattr(translator, "f_locals", {}), "G": getattr(translator, "f_globals", {})}
+
+
+_skip_code = _later(
+    "torch._dynamo.eval_frame.skip_code", "frames of optimized modules that Dynamo passes over", lambda _: None
+)
+_to_skip: list[types.CodeType] = []
+
+
+def skip_frame(function: Function) -> Function:
+    """A decorator: once `skip_frames` was called, Dynamo captures what a function calls, but no frame of its own.
+
+    One frame that all modules run through would reach Dynamo's limit of recompilations at once.
+    """
+    _to_skip.append(function.__code__)
+    return function
+
+
+def skip_frames() -> None:
+    """Tell Dynamo about the functions under `skip_frame`; not at their import, since Dynamo takes long to import."""
+    while _to_skip:
+        _skip_code(_to_skip.pop())
 
 
 class _NotRaised(Exception):

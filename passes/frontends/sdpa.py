@@ -16,7 +16,7 @@ from s2o_compile.passes.graph.operand import Operand, Step
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import AttentionSite, module_path
+from s2o_compile.passes.site import AttentionSite
 
 _ATEN = torch.ops.aten.scaled_dot_product_attention
 _TARGETS = frozenset((scaled_dot_product_attention, _ATEN, _ATEN.default))
@@ -61,7 +61,6 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     mask = _mask(call, query.value.shape[-2], key.value.shape[-2], prover)
     key, value = repeat_kv.unwrapped(key, value, node, prover)
     return AttentionSite(
-        name=module_path(node),
         node=node,
         query=query,
         key=key,

@@ -32,7 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, base_of, buffers_of, tree_leaves
-from s2o_compile.kernels.support.torch_compile import uncompiled
+from s2o_compile.kernels.support.torch_compile import names_of_modules, uncompiled
 from s2o_compile.passes.site import SiteRecord, shape_text
 
 SDPA = "scaled_dot_product_attention"
@@ -143,9 +143,10 @@ class Counter(TorchDispatchMode):
     def _count(self, _: object, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         tensors = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
         query, key = (tensors[0], tensors[1]) if len(tensors) > 1 else (None, None)
-        if "encoder_layer" in kind:
-            key = query
-        self.ran.append(Ran(self._path(), kind, shape_text(query), shape_text(key), _dtype(query)))
+        path = self._path()
+        if "encoder_layer" in kind:  # the whole layer in one operator
+            key, path = query, f"{path}.self_attn".removeprefix(".")
+        self.ran.append(Ran(path, kind, shape_text(query), shape_text(key), _dtype(query)))
 
     def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
         if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
@@ -219,7 +220,7 @@ class _ModulePath:
         return self._stack[-1] if self._stack else ""
 
     def _learn(self, root: nn.Module, prefix: str) -> None:
-        for name, module in root.named_modules():
+        for module, name in names_of_modules(root).items():
             self._names.setdefault(module, ".".join(part for part in (prefix, name) if part))
 
     def enter(self, module: nn.Module, _: object) -> None:
@@ -353,7 +354,7 @@ _COVERS: tuple[Callable[[Ran, str, SiteRecord], bool], ...] = (
     # Prefill and decode are two records of one module.
     lambda call, name, record: call.path == name and _same_shape(call, record),
     lambda call, name, _: call.path == name,
-    # Dynamo names modules from the frame that it captured; a fused encoder layer is named by its attention's parent.
+    # The captured frame may be that of a submodule.
     lambda call, name, _: _related(call.path, name),
     # A graph that several layers share.
     lambda call, _, record: _same_shape(call, record),

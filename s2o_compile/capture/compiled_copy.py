@@ -1,72 +1,75 @@
-"""A compiled module beside the original: the same class, the same weights, compiled at its first call."""
+"""A compiled module beside the original: the same weights, modules of its own, compiled at its first call."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
-from s2o_compile.capture.generation_masks import build_inside
-from s2o_compile.kernels.support.torch_compile import check_before_forward
+from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
+from s2o_compile.capture.optimized_class import optimized_class
+from s2o_compile.capture.rebound import rebound
+from s2o_compile.kernels.support.torch_compile import COMPILED, names_of_modules, uncompiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_SHARED = frozenset({"_parameters", "_buffers", "_modules"})
+
 
 def compiled_copy(
-    model: Model, backend: str | Callable[..., object], *, dynamic: bool | None = None, fullgraph: bool = False
+    model: Model,
+    backend: str | Backend,
+    *,
+    account: Account | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
 ) -> Model:
-    """A shallow copy of a module, compiled in place: it shares every parameter, buffer and submodule.
+    """A copy of a module and of all modules with parts in it, each compiled where it is called from outside.
 
-    The module stays as it is. The other arguments are those of ``torch.compile``.
+    The tables of parameters, buffers and hooks are the original's, and so are the modules without parts. Everything
+    else stays as it is in the original, and changes of attributes or submodules reach one of the two only. A module
+    that was optimized or compiled in place before is compiled anew.
+
+    Args:
+        model: The original; it stays as it is.
+        backend: As of ``torch.compile``.
+        account: Is told about compilations and calls.
+        dynamic: As of ``torch.compile``.
+        fullgraph: As of ``torch.compile``.
     """
-    compiled = copy.copy(model)  # drops compiled state, shares everything else
-    check_before_forward(compiled, _refuse_export)
-    _make_traceable(compiled)
-    build_inside(compiled)
-    compiled.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-    encoder = _encoder(model)
-    if encoder is not None:  # generate() calls it by itself, past the model's own forward
-        compiled_encoder = copy.copy(encoder)
-        compiled_encoder.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-
-        def get_encoder(*args: object, **kwargs: object) -> object:
-            found = model.get_encoder(*args, **kwargs)  # pyright: ignore[reportCallIssue] (a transformers model)
-            return compiled_encoder if found is encoder else found
-
-        object.__setattr__(compiled, "get_encoder", get_encoder)
-    return compiled
+    copies: dict[int, nn.Module] = {}
+    compilation, names = Compilation(backend, account, dynamic, fullgraph), names_of_modules(model)
+    copied = _copied(model, lambda module: CompiledEntry(compilation, names[module]), copies)
+    for module in copies.values():
+        fields = vars(module)
+        fields.update({name: rebound(x, copies) for name, x in fields.items() if name not in _SHARED})
+    return cast("Model", copied)
 
 
-def _refuse_export(module: nn.Module, args: tuple[object, ...]) -> None:
-    """Raises under ``torch.export``, which passes over what was compiled: its program would be the dense model.
-
-    ONNX, which knows no other, gets that.
-    """
-    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
-        raise TypeError(
-            "torch.export: expected an uncompiled module, got the result of s2o_compile.optimize, whose program would "
-            "be dense. Pass the original module; s2o_compile.export makes a sparse program of it."
-        )
-
-
-def _make_traceable(model: nn.Module) -> None:
-    """Dynamo skips frames of torch's own files: a bare nn.TransformerEncoder needs an outer frame that is not one."""
-    if not type(model).__module__.startswith("torch.nn."):
-        return
-    inner = type(model).forward.__get__(model)
-
-    def forward(*args: object, **kwargs: object) -> object:
-        return inner(*args, **kwargs)
-
-    object.__setattr__(model, "forward", forward)
+def _copied(
+    module: nn.Module, entry_of: Callable[[nn.Module], CompiledEntry], copies: dict[int, nn.Module]
+) -> nn.Module:
+    if id(module) in copies:
+        return copies[id(module)]
+    has_parts = any(child is not None for child in module.children())
+    if copies and (not has_parts or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
+        return module
+    callable_itself = "forward" in vars(module) or type(module).forward is not nn.Module.forward
+    copied = object.__new__(optimized_class(type(module)) if callable_itself else type(module))
+    copies[id(module)] = copied
+    fields = vars(copied)
+    fields.update({name: value for name, value in vars(module).items() if name not in (COMPILED, ENTRY)})
+    fields["_modules"] = {
+        name: None if child is None else _copied(child, entry_of, copies) for name, child in fields["_modules"].items()
+    }
+    if callable_itself:
+        fields[ENTRY] = entry_of(module)
+    return copied
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of a transformers encoder-decoder; None for every other model."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return None
-    encoder = model.get_encoder()  # pyright: ignore[reportCallIssue] (a transformers model)
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+def account_of(model: object) -> Account | None:
+    """The account of an optimized module; None for every other object."""
+    entry = vars(model).get(ENTRY) if isinstance(model, nn.Module) else None
+    return None if entry is None else entry.compilation.account

@@ -2,8 +2,8 @@
 
 With a cache that can be compiled, ``generate`` builds the 4-D masks ahead of the forward, by the model's own
 ``create_masks_for_generate`` or by transformers' function of that name. They enter the graph as inputs and cannot be
-proven. A compiled copy postpones that call: for a prefill it returns the call's arguments, and its forward makes the
-call. The same function makes the same masks, but the graph shows how.
+proven. An optimized model postpones that call: for a prefill it returns the call's arguments, and its compiled frame
+makes the call. The same function makes the same masks, but the graph shows how.
 
 A static cache counts its tokens in a tensor, whose value cannot be proven either. If it already holds tokens (a second
 turn, chunked prefill), their number is read once ahead of the forward and enters the graph as a size.
@@ -11,15 +11,20 @@ turn, chunked prefill), their number is read once ahead of the forward and enter
 
 from __future__ import annotations
 
-import functools
+import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.kernels.support.torch_compile import mark_dynamic
+
+PREPARE = "_s2o_arguments"
+"""The method of an optimized module that changes the keyword arguments of a call, inside its compiled frame."""
 
 _HOOK = "create_masks_for_generate"
 _MARK = "inputs_embeds"  # an argument of the call; dicts of finished masks have layer types for keys
@@ -28,41 +33,43 @@ _FIRST = "is_first_iteration"  # generate keeps tensors and None in a dict: a te
 _OPERANDS = ("attention_mask", "decoder_attention_mask")
 
 
-def build_inside(model: nn.Module) -> None:
-    """Makes a model of transformers build the masks of a prefill in its forward; leaves every other module alone.
+def mask_methods(base: type) -> dict[str, object]:
+    """The methods by which an optimized model of transformers builds the masks of a prefill in its compiled frame.
 
-    A model with a ``generate`` of its own may look into masks between the two, and is left alone too. Others are
-    changed in place.
+    Empty for every other class. A model with a ``generate`` of its own may look into masks between the two, and is left
+    alone, too.
     """
     generation = sys.modules.get("transformers.generation.utils")
-    build: Callable[..., object] | None = getattr(model, _HOOK, getattr(generation, _HOOK, None))
+    function: Callable[..., object] | None = getattr(base, _HOOK, getattr(generation, _HOOK, None))
     plain = getattr(getattr(generation, "GenerationMixin", None), "generate", None)
-    if build is None or plain is None or getattr(type(model), "generate", None) is not plain:
-        return
-    config, filled_cache = model.config, _filled_cache()
-    fn = model.forward  # so named, it stands in no site's name: that is Dynamo's own word for a wrapped function
+    if function is None or plain is None or getattr(base, "generate", None) is not plain:
+        return {}
+    takes_model = isinstance(inspect.getattr_static(base, _HOOK, None), types.FunctionType)
+    filled_cache = _filled_cache()
 
-    def create_masks_for_generate(**call: Any) -> object:  # noqa: ANN401 (what generate passes)
-        if not _is_prefill(call, config):
-            return build(**call)
-        tokens = _tokens(call["past_key_values"])
-        return build(**call) if tokens is None else _postponed(call, tokens)
+    def build(model: object, **call: Any) -> object:  # noqa: ANN401 (what generate passes)
+        return function(model, **call) if takes_model else function(**call)
 
-    @functools.wraps(fn)  # generate reads the signature
-    def forward(*args: object, **kwargs: Any) -> object:  # noqa: ANN401 (what the model accepts)
+    def create_masks_for_generate(self: Any, **call: Any) -> object:  # noqa: ANN401 (a model, what generate passes)
+        if not _is_prefill(call, self.config):
+            return build(self, **call)
+        tokens = _tokens(call[name_of_cache(call)])
+        return build(self, **call) if tokens is None else _postponed(call, tokens)
+
+    def prepare(self: Any, kwargs: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 (a model, what it accepts)
         for name in _OPERANDS:
             call = kwargs.get(name)
             if isinstance(call, dict) and _MARK in call:
                 arguments = {key: value for key, value in call.items() if key not in (_FILLED, _FIRST)}
-                cache, filled = kwargs["past_key_values"], call.get(_FILLED)
+                cache_name, filled = name_of_cache(kwargs), call.get(_FILLED)
+                cache = kwargs[cache_name]
                 if filled is not None:
                     cache = filled_cache(cache, filled.shape[0] - 2)
-                first = call[_FIRST] is not None
-                kwargs[name] = build(config=config, past_key_values=cache, is_first_iteration=first, **arguments)
-        return fn(*args, **kwargs)
+                arguments |= {cache_name: cache, _FIRST: call[_FIRST] is not None}
+                kwargs[name] = build(self, config=self.config, **arguments)
+        return kwargs
 
-    object.__setattr__(model, _HOOK, create_masks_for_generate)
-    object.__setattr__(model, "forward", forward)
+    return {_HOOK: create_masks_for_generate, PREPARE: prepare}
 
 
 def _is_prefill(call: dict[str, Any], config: object) -> bool:
@@ -70,12 +77,12 @@ def _is_prefill(call: dict[str, Any], config: object) -> bool:
     others = {name for name, value in call.items() if value is not None and not isinstance(value, Tensor)}
     queries = call.get(_MARK)
     return (
-        others == {"config", "past_key_values", _FIRST}
+        others == {"config", name_of_cache(call), _FIRST}
         and call["config"] is config
         and isinstance(call[_FIRST], bool)
         and isinstance(queries, Tensor)
         and queries.shape[1] > 1
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_dynamo_compiling()
     )
 
 
@@ -109,7 +116,7 @@ def _postponed(call: dict[str, Any], tokens: int) -> dict[str, Tensor | None]:
         if value is None or isinstance(value, Tensor)
     }
     arguments[_FIRST] = arguments[_MARK] if call[_FIRST] else None
-    if not _is_allocated(call["past_key_values"]):
+    if not _is_allocated(call[name_of_cache(call)]):
         return arguments
     arguments[_FILLED] = call[_MARK].new_empty(tokens + 2, 0)
     mark_dynamic(arguments[_FILLED], 0)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.errors import EvaluationError, WholeLogitsWarning
 from s2o_compile.quality.batches import TokenBatch
 
@@ -125,24 +126,24 @@ class LogitsReader:
         batch.run(model, logits_to_keep=1)
         self._kept.clear()
 
-    def next_token(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, object]:
+    def next_token(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, dict[str, object]]:
         """Run the model or a copy on a batch and keep its cache.
 
         Returns:
-            The best next token of every sequence, int64 [B, 1], and the cache of keys and values.
+            The best next token of every sequence, int64 [B, 1], and the cache of keys and values, by its name.
 
         Raises:
             EvaluationError: The model returns no logits [B, _, V], or no cache.
         """
         output: Any = batch.run(model, use_cache=True, logits_to_keep=1)
         self._kept.clear()
-        logits, cache = getattr(output, "logits", None), getattr(output, "past_key_values", None)
+        logits, cache = getattr(output, "logits", None), name_of_cache(getattr(output, "__dict__", {}))
         if not isinstance(logits, Tensor) or logits.dim() != 3 or cache is None:
             raise EvaluationError(
-                f"{self._caller}: expected an output with .logits and .past_key_values, as a causal model of "
-                f"transformers returns it, got {type(output).__name__}. Give such a model."
+                f"{self._caller}: expected an output with .logits and a cache, as a causal model of transformers "
+                f"returns it, got {type(output).__name__}. Give such a model."
             )
-        return logits[:, -1].argmax(-1, keepdim=True), cache
+        return logits[:, -1].argmax(-1, keepdim=True), {cache: getattr(output, cache)}
 
     def read(self, model: nn.Module, batch: TokenBatch) -> Logits:
         """Run the model or a copy on a batch.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -20,12 +21,13 @@ from transformers.utils.import_utils import is_tracing
 
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.config import S2OConfig, config_or_default, unknown_name
-from s2o_compile.errors import InputError, UnknownSiteWarning
+from s2o_compile.errors import AttentionImplementationWarning, InputError, UnknownSiteWarning
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.dispatch import is_short
 from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
 
 logger = logging.get_logger(__name__)
@@ -58,20 +60,30 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
     fields about compiled graphs (``inner_backend``, ``assume_*``, ``check_assumptions``) change nothing here.
 
     Args:
-        model: A model of transformers; call it again to change the configuration.
+        model: A model of transformers with the attention implementation "s2o"; an `AttentionImplementationWarning`
+            says if it has another. Call it again to change the configuration.
         config: Quality and implementation; None for the defaults.
 
     Raises:
         OptionError: The configuration is no S2OConfig.
     """
     config = config_or_default(config, "configure")
-    names = [name for name, _ in model.named_modules()]
+    names = names_of_modules(model)
+    chosen = {name for module in names for name in _implementations(module)}
+    if chosen and NAME not in chosen:
+        warnings.warn(
+            f'configure: expected a model with the attention implementation "{NAME}", got '
+            f"{' and '.join(sorted(map(repr, chosen)))}, so nothing of it runs through S2O. Call "
+            f'model.set_attn_implementation("{NAME}").',
+            AttentionImplementationWarning,
+            stacklevel=2,
+        )
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):
-            if site not in names:
-                near = [name for name in names if name.endswith(("attn", "attention"))]
+            if _module_of(site) not in names.values():
+                near = [name for name in names.values() if name.endswith(("attn", "attention"))]
                 warnings.warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning, stacklevel=2)
-    for name, module in model.named_modules():
+    for module, name in names.items():
         object.__setattr__(module, _SITE, _site(name, config))
 
 
@@ -252,7 +264,26 @@ def _all_have_sdpa(modeling: ModuleType) -> bool:
     return bool(models) and all(model._supports_sdpa for model in models)
 
 
+def _implementations(module: nn.Module) -> tuple[str, ...]:
+    """The attention implementation of a model of transformers; none for a part of one."""
+    chosen = getattr(module.config, "_attn_implementation", None) if isinstance(module, PreTrainedModel) else None
+    return (chosen,) if isinstance(chosen, str) else ()
+
+
+def _module_of(site: str) -> str:
+    """The module of a site: one that attends several times is ``attn`` and ``attn#2`` in a graph."""
+    return site.partition("#")[0]
+
+
 def _site(name: str, config: S2OConfig) -> _Site:
+    """A module's settings: the strictest of its sites', because calls of one module are not told apart here."""
+    marked, taus = (
+        [numbers for site, numbers in by_site.items() if _module_of(site) == name]
+        for by_site in (config.dense_heads, config.site_tau)
+    )
+    if marked or taus:
+        heads, least = chain.from_iterable(marked), map(min, zip(*taus, strict=False))
+        config = replace(config, dense_heads={name: tuple(heads)}, site_tau={name: tuple(least)})
     return _Site(name, config.min_seq_len, config.read_masks, config.operator_options(name))
 
 

@@ -10,6 +10,8 @@ from s2o_compile import S2OConfig
 
 transformers = pytest.importorskip("transformers")
 
+from tests.helpers.cache_argument import CACHE  # noqa: E402
+
 PROMPT, NEW = 150, 6
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 SIZES = {
@@ -120,11 +122,9 @@ class Overlaid(transformers.LlamaForCausalLM):
     """A model with a hook of its own, which sees the arguments that generate passes."""
 
     @staticmethod
-    def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, token_type_ids=None, **kwargs
-    ):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, token_type_ids=None, **kwargs):
         visible = attention_mask if token_type_ids is None else attention_mask * token_type_ids
-        return transformers.masking_utils.create_causal_mask(config, inputs_embeds, visible, past_key_values)
+        return transformers.masking_utils.create_causal_mask(config, inputs_embeds, visible, kwargs[CACHE])
 
     def forward(self, input_ids, token_type_ids=None, **kwargs):
         return super().forward(input_ids, **kwargs)
@@ -166,19 +166,19 @@ def test_postponed_masks_are_those_of_the_call(held):
         model = s2o_compile.optimize(llama("sdpa"), EXACT)
         cache = transformers.StaticCache(config=model.config, max_cache_len=300)
         if held:
-            model(ids[:, :held], past_key_values=cache)
+            model(ids[:, :held], **{CACHE: cache})
         padding = (torch.arange(held + PROMPT) > 30).repeat(2, 1)
         masks = model.create_masks_for_generate(
             config=model.config,
             inputs_embeds=torch.empty(2, PROMPT, 0),
             attention_mask=padding,
-            past_key_values=cache,
+            **{CACHE: cache},
             is_first_iteration=True,
         )
         if change:
             padding.fill_(True)
         positions = torch.arange(held, held + PROMPT)[None]
-        results.append(model(ids, attention_mask=masks, past_key_values=cache, position_ids=positions).logits)
+        results.append(model(ids, attention_mask=masks, **{CACHE: cache}, position_ids=positions).logits)
     torch.testing.assert_close(results[1][:, 31:], results[0][:, 31:], atol=1e-5, rtol=1e-5)
 
 
@@ -193,8 +193,8 @@ def test_a_second_turn_on_top_of_a_cache(implementation):
     for run in (model, s2o_compile.optimize(model, EXACT)):
         cache = transformers.DynamicCache(config=model.config)
         with s2o_compile.record() as recording:
-            run(first, past_key_values=cache)
-            results.append(run(second, past_key_values=cache).logits)
+            run(first, **{CACHE: cache})
+            results.append(run(second, **{CACHE: cache}).logits)
     assert (results[1] - results[0]).abs().max() <= 1e-4
     assert {(call.n_queries, call.n_keys) for call in recording.calls} >= {(150, 150), (140, 290)}
     assert {call.path for call in recording.calls} == {"s2o"}
@@ -222,5 +222,6 @@ def test_the_encoder_of_an_encoder_decoder_is_rewritten_too():
     assert torch.equal(tokens, expected)
     encoder = [call for call in recording.calls if call.n_queries == PROMPT]
     assert [call.path for call in encoder] == ["s2o"]
-    assert model.get_encoder() is not fast.get_encoder()
-    assert model.get_encoder().layers is fast.get_encoder().layers, "weights are shared"
+    ours, theirs = fast.get_encoder(), model.get_encoder()
+    assert ours is not theirs
+    assert all(x is y for x, y in zip(ours.parameters(), theirs.parameters(), strict=True)), "weights are shared"

@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
+from tests.helpers.cache_argument import CACHE
+
 ROOM = 600
 TURN = 130  # queries that the operator does not leave to SDPA
 WINDOW = 140  # sliding layers keep all of one turn, and forget keys in the next
@@ -120,7 +122,7 @@ class Conversation:
         if self.model.config.is_encoder_decoder:
             given = {"decoder_attention_mask": given["attention_mask"], "decoder_input_ids": ids}
             given["input_ids"] = tokens(batch, 30)
-        logits = self.model(**given, past_key_values=self.cache).logits
+        logits = self.model(**given, **{CACHE: self.cache}).logits
         self.logits.append(logits[mask])
 
     def reset(self):

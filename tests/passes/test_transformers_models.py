@@ -8,6 +8,8 @@ from s2o_compile.passes.graph.nodes import value_of
 
 transformers = pytest.importorskip("transformers")
 
+from tests.helpers.cache_argument import CACHE  # noqa: E402
+
 BATCH, LENGTH, TURN = 2, 21, 7
 EXACT = {"tau": 0.0, "min_seq_len": 0}
 SIZES = {
@@ -149,11 +151,11 @@ def test_second_turn_on_a_cache(name, dynamic):
     model = built(recipe)
     caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
-        model(tokens(), past_key_values=cache, use_cache=True)
+        model(tokens(), **{CACHE: cache}, use_cache=True)
     run, capture = compiled(model, dynamic)
     turn = tokens(TURN)
-    result = run(turn, past_key_values=caches[0], use_cache=True)[0]
-    torch.testing.assert_close(result, model(turn, past_key_values=caches[1], use_cache=True)[0], atol=1e-5, rtol=1e-5)
+    result = run(turn, **{CACHE: caches[0]}, use_cache=True)[0]
+    torch.testing.assert_close(result, model(turn, **{CACHE: caches[1]}, use_cache=True)[0], atol=1e-5, rtol=1e-5)
     # A sliding layer's cache is cut to the window: where it starts is an offset computed in the graph.
     found = [record.mask for record in capture.records]
     assert [mask.split(", offset")[0] for mask in found] == [mask if mask in found else "causal" for mask in masks]
@@ -178,7 +180,7 @@ def test_a_static_cache_whose_length_is_a_tensor_stays_dense_and_right():
     caches = [transformers.StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
     run, capture = compiled(model, dynamic=None)
     for part in (tokens(), tokens(TURN)):
-        results = [call(part, past_key_values=cache)[0] for call, cache in zip((run, model), caches, strict=True)]
+        results = [call(part, **{CACHE: cache})[0] for call, cache in zip((run, model), caches, strict=True)]
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
     assert all(record.rewritten or "not proven" in record.reason for record in capture.records)
 
@@ -187,9 +189,9 @@ def test_a_static_cache_whose_length_is_a_tensor_stays_dense_and_right():
 def test_decoding_stays_dense():
     model = built(llama)
     cache = transformers.DynamicCache(config=model.config)
-    model(tokens(), past_key_values=cache, use_cache=True)
+    model(tokens(), **{CACHE: cache}, use_cache=True)
     run, capture = compiled(model, dynamic=None)
-    run(tokens(1), past_key_values=cache, use_cache=True)
+    run(tokens(1), **{CACHE: cache}, use_cache=True)
     assert {record.reason for record in capture.records} == {"one query token: decode stays dense"}
 
 

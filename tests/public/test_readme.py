@@ -110,5 +110,6 @@ def test_the_pages_that_must_have_snippets_have_them():
         "quality.md",
         "tensorrt.md",
         "transformers.md",
+        "troubleshooting.md",
     }
     assert wanted <= PAGES.keys()

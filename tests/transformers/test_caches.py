@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 import s2o_compile.transformers  # noqa: E402
 from tests.helpers import cache_histories as table  # noqa: E402
+from tests.helpers.cache_argument import CACHE  # noqa: E402
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 SPARSE = {"s2o", "window", "masked"}
@@ -247,7 +248,7 @@ def conversation(model, cache, turns, **options):
     ids, mask = prompt()
     logits = []
     for turn in range(turns):
-        out = generated(model, ids, mask, past_key_values=cache, **options)
+        out = generated(model, ids, mask, **{CACHE: cache}, **options)
         logits.append(torch.stack(out.logits))
         ids = torch.cat([out.sequences, table.tokens(2, table.TURN, seed=turn)], dim=1)
         mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], dim=1)

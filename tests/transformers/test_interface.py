@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import s2o_compile
-from s2o_compile import InputError, S2OConfig, UnknownSiteWarning
+from s2o_compile import AttentionImplementationWarning, InputError, S2OConfig, UnknownSiteWarning
+from s2o_compile.kernels.observe import observe_attention
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 
 from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
 from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
+from tests.helpers.cache_argument import CACHE  # noqa: E402
 
 EXACT = S2OConfig(tau=0.0, min_seq_len=0)
 LENGTH = 200
@@ -154,8 +156,8 @@ def test_a_second_turn_on_top_of_a_cache(prefill):
     results = []
     for implementation in (model, sparse(tiny("llama"))):
         cache = transformers.DynamicCache(config=model.config)
-        implementation(first, past_key_values=cache)
-        results.append(implementation(second, past_key_values=cache).logits)
+        implementation(first, **{CACHE: cache})
+        results.append(implementation(second, **{CACHE: cache}).logits)
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=2e-5)
     assert prefill() == [("s2o", "causal")] * 4
 
@@ -412,6 +414,31 @@ def test_arguments_of_other_attentions_are_refused():
     tensors = [torch.randn(1, 4, LENGTH, 8)] * 3
     with pytest.raises(InputError, match=r"LlamaAttention: expected an attention that SDPA computes.* got indices"):
         s2o_attention_forward(attention, *tensors, None, indices=torch.zeros(1))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel], ids=["bare", "wrapped"])
+def test_a_model_that_does_not_use_it_is_named(wrap):
+    model = tiny("llama", "sdpa")
+    with pytest.warns(AttentionImplementationWarning, match=r"configure: expected .* \"s2o\", got 'sdpa', so nothing"):
+        configure(wrap(model))
+    model.set_attn_implementation("s2o")
+    configure(wrap(model))
+
+
+def test_a_module_that_attends_several_times_keeps_to_the_strictest_of_its_sites(prefill):
+    """``optimize`` tells its calls apart, and this does not: nothing becomes looser, and no name is unknown."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.AlbertConfig(**sizes, **layers, max_position_embeddings=512)
+    model = transformers.AlbertModel(config, add_pooling_layer=False).eval()
+    model.set_attn_implementation("s2o")
+    name = "encoder.albert_layer_groups.0.albert_layers.0.attention"
+    own = {"site_tau": {name: (0.5,) * 4, f"{name}#3": (9.0, 0.0, 9.0, 9.0)}, "dense_heads": {f"{name}#2": (3,)}}
+    seen = []
+    with observe_attention(lambda call: seen.append((call.site, tuple(call.dense_heads), call.options.tau))):
+        configure(model, S2OConfig(min_seq_len=0, **own))
+        model(**inputs())
+    assert seen == [(name, (3,), (0.5, 0.0, 0.5, 0.5))] * 3
 
 
 def test_a_configuration_names_sites_and_heads(prefill):

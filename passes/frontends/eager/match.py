@@ -32,7 +32,7 @@ from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.proof import MaskProof
 from s2o_compile.passes.masks.prover import MaskProver
-from s2o_compile.passes.site import AttentionSite, module_path
+from s2o_compile.passes.site import AttentionSite
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -110,7 +110,6 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
             raise Refused("%s is changed in place before the values are read (%s)", part.node, mask.read.why)
     key, value = repeat_kv.unwrapped(key, value, values.node, prover)
     return AttentionSite(
-        name=module_path(node),
         node=values.node,
         query=query,
         key=key,

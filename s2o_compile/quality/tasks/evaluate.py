@@ -184,7 +184,7 @@ class _Judge:
             ids = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **cache,
                 max_new_tokens=limit - 1,
                 do_sample=False,
                 num_beams=1,

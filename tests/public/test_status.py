@@ -1,0 +1,168 @@
+"""status, the account of an optimized model, and the warning of a long call in which nothing ran sparse."""
+
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import s2o_compile
+from s2o_compile import NothingRewrittenWarning, S2OConfig
+from tests.helpers.tiny import TinyAttention, tiny_input, tiny_model
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
+LONG = S2OConfig(tau=0.0, min_seq_len=1000, inner_backend="eager")
+
+
+class Broken(nn.Module):
+    """Attention that no graph holds, since a function of the user's forbids its capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention = nn.Linear(32, 32), TinyAttention()
+
+    def forward(self, x):
+        return self.attend(self.first(x))
+
+    @torch.compiler.disable
+    def attend(self, x):
+        return self.attention(x)
+
+
+class Masked(nn.Module):
+    """Attention under a mask that is no causal, sliding or padding mask."""
+
+    def forward(self, q, mask):
+        return scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+
+def said_by(call):
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if warning.category is NothingRewrittenWarning]
+
+
+@torch.no_grad()
+def test_the_account_of_a_sparse_model():
+    fast = s2o_compile.optimize(tiny_model(), EXACT)
+    assert str(s2o_compile.status(fast)).startswith("NOTHING RAN SPARSE: 0 calls, 0 graphs")
+    with s2o_compile.record() as recording:
+        assert said_by(lambda: [fast(tiny_input()) for _ in range(3)]) == []
+    fast(tiny_input())
+    status = s2o_compile.status(fast)
+    assert (status.calls, status.graphs, status.rewritten, status.left_dense) == (4, 1, 2, {})
+    assert status.paths == {"s2o": 8}
+    assert (recording.status.calls, recording.status.sparse, recording.status.rewritten) == (3, 6, 2)
+    assert str(status).startswith("SPARSE: 4 calls, 1 graphs\nattentions in the graphs: 2 rewritten, 0 left dense")
+    assert s2o_compile.status(fast.layers[0]) == status
+
+
+def test_a_model_without_attention_says_so_once():
+    fast = s2o_compile.optimize(nn.Linear(2, 2), S2OConfig(inner_backend="eager"))
+    (said,) = said_by(lambda: [fast(torch.ones(1, 2)) for _ in range(3)])
+    assert "no attention ran sparse: none was found in 1 captured graph" in said
+    assert "docs/troubleshooting.md" in said
+
+
+def test_graph_breaks_are_named():
+    fast = s2o_compile.optimize(Broken().eval(), EXACT)
+    (said,) = said_by(lambda: [fast(tiny_input()) for _ in range(2)])
+    status = s2o_compile.status(fast)
+    (reason,) = status.graph_breaks
+    assert f"torch broke the graph ({reason})" in said
+    assert "these ran uncompiled: attention" in said
+    assert status.uncompiled == ("attention",)
+    assert "ran uncompiled, in no graph:\n  - attention" in str(status)
+    assert f"graph breaks:\n  - {reason}" in str(status)
+
+
+def test_short_calls_say_nothing():
+    fast = s2o_compile.optimize(Broken().eval(), LONG)
+    assert said_by(lambda: fast(tiny_input(999))) == []
+    assert len(said_by(lambda: fast(tiny_input(1000)))) == 1
+    fast = s2o_compile.optimize(tiny_model(), LONG)
+    assert said_by(lambda: fast(tiny_input(999))) == []
+    assert s2o_compile.status(fast).paths == {"dense": 2}
+
+
+def test_a_mask_that_was_read():
+    fast = s2o_compile.optimize(Masked(), EXACT)
+    mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) > 0.5
+    (said,) = said_by(lambda: fast(torch.randn(1, 2, 200, 8), mask))
+    assert "the masks that were read are no causal, sliding or padding masks" in said
+    assert s2o_compile.status(fast).paths == {"masked": 1}
+
+
+def test_attention_that_stays_dense_is_said_once():
+    """The reasons are said while it compiles."""
+    fast = s2o_compile.optimize(tiny_model(), EXACT)
+    with torch.enable_grad():
+        assert said_by(lambda: [fast.double()(tiny_input().double()) for _ in range(2)]) != []
+    status = s2o_compile.status(fast)
+    assert sum(status.left_dense.values()) == 2
+    assert "left dense:\n  - 2 x " in str(status)
+
+
+@torch.no_grad()
+def test_a_model_is_heard_that_dynamo_does_not_compile():
+    fast = s2o_compile.optimize(tiny_model(), EXACT)
+    with torch.compiler.set_stance("force_eager"):
+        (said,) = said_by(lambda: fast(tiny_input()))
+    assert "these ran uncompiled: the model itself" in said
+
+
+@torch.no_grad()
+def test_a_model_is_heard_that_is_recompiled_too_often():
+    """Dynamo gives up at its limit; it was sparse before."""
+    fast = s2o_compile.optimize(tiny_model(), EXACT, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert said_by(lambda: fast(tiny_input(200))) == []
+        (said,) = said_by(lambda: [fast(tiny_input(length)) for length in (201, 202)])
+    assert "no attention ran sparse: these ran uncompiled: the model itself" in said
+
+
+def test_status_of_something_else():
+    with pytest.raises(TypeError, match=r"status: expected the result of s2o_compile.optimize, got TinyModel"):
+        s2o_compile.status(tiny_model())
+
+
+@torch.no_grad()
+def test_every_thread_counts():
+    fast, x = s2o_compile.optimize(tiny_model(), EXACT), tiny_input()
+    fast(x)
+
+    def work(_):
+        with torch.no_grad():
+            for _ in range(20):
+                fast(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    status = s2o_compile.status(fast)
+    assert status.calls == 81
+    assert status.sparse == 162
+
+
+@torch.no_grad()
+def test_a_call_is_sparse_while_another_thread_compiles():
+    """torch says of the whole process that it is compiling."""
+    fast, x = s2o_compile.optimize(tiny_model(), EXACT), tiny_input()
+    fast(x)
+
+    def backend(gm, _):
+        def work():
+            with torch.no_grad():
+                fast(x)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(60)
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(x)
+    assert s2o_compile.status(fast).sparse == 4
