@@ -222,6 +222,17 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise InputError(f"head_dim of {name}", expected=expected, got=x.shape[3], remedy="Call dense attention.")
 
 
+def check_no_lse(return_lse: bool) -> None:
+    """Raise InputError if a call that runs densely for others, and returns no log-sum-exp, is asked for one."""
+    if return_lse:
+        raise InputError(
+            "return_lse",
+            expected="no gradients, no tangents and no export to ONNX",
+            got="inputs that require grad, forward-mode derivatives, or torch.onnx.export",
+            remedy="Use torch.no_grad(), or leave return_lse out.",
+        )
+
+
 def check_sinks(sinks: Tensor, query: Tensor) -> None:
     """Raise InputError unless these are the sinks of the query's heads [..., Hq, Nq, D]."""
     heads = query.shape[-3]

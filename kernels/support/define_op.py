@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.support import torch_compat
+from s2o_compile.kernels.support import derivatives, torch_compat
 from s2o_compile.kernels.support.errors import NoGradientError
 
 _OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
@@ -43,11 +43,17 @@ def _is_plain(keys: int) -> bool:
 
 
 def define_operator(
-    library: torch.library.Library, function: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+    library: torch.library.Library,
+    function: Callable[..., Any],
+    differentiable: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    It has no gradient: a backward through it raises NoGradientError. A call costs less than half of what it costs with
+    ``differentiable`` takes the same arguments and consists of torch's own operators. It runs where a derivative is
+    taken for sure: an argument carries a tangent, or a transform of ``torch.func`` tracks its gradient. Each level of
+    nested transforms decides by itself. Elsewhere ``requires_grad`` may be a forgotten ``no_grad``: the function runs,
+    and a backward raises NoGradientError. A call costs less than half of what it costs with
     ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
@@ -65,7 +71,13 @@ def define_operator(
             return overload.redispatch(keys & torch_compat.after_autograd, *arguments, **keywords)
 
     def below_autograd(keys: Any, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        transformed = derivatives.in_transform()
+        if (transformed or derivatives.in_forward_mode()) and derivatives.has_tangent(*arguments):
+            with derivatives.every_derivative(forward=True):
+                return differentiable(*arguments, **keywords)
         if torch.is_grad_enabled() and torch_compat.any_requires_grad(*arguments):
+            if transformed:
+                return differentiable(*arguments, **keywords)
             return _WithoutGradient.apply(redispatch, keywords, keys, *arguments)
         if _is_plain(keys.raw_repr()):
             return function(*arguments, **keywords)
@@ -94,7 +106,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
+    """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles, intercepts or derives.
 
     Then an operator's function may be called without the operator around it: the results are the same.
     """
@@ -105,6 +117,7 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
         or torch_compat.torch_functions()
         or torch_compat.any_autocast()
         or torch_compat.profiler_enabled()
+        or derivatives.in_forward_mode()
     ):
         return False
     keys = torch_compat.included_keys().raw_repr()

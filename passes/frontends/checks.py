@@ -8,9 +8,17 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM
-from s2o_compile.kernels.support.torch_compat import is_batched, is_wrapper
+from s2o_compile.kernels.support.torch_compat import is_transformed, is_wrapper, make_dual_functions, tree_leaves
 from s2o_compile.passes.graph.nodes import known, value_of
 from s2o_compile.passes.graph.rejected import Refused
+
+
+def check_derivatives(node: fx.Node) -> None:
+    """Raises `Refused` if derivatives of a node's value are wanted: the operator has none."""
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
+        raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+    if any(node.graph.find_nodes(op="call_function", target=function) for function in make_dual_functions):
+        raise Refused("its graph takes derivatives in forward mode, and the sparse operator has none")
 
 
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
@@ -32,8 +40,8 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
         raise Refused("the shapes of query, key and value are not recorded in the graph")
     if any(is_wrapper(tensor) for tensor in tensors):
         raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
-    if any(is_batched(tensor) for tensor in tensors):
-        raise Refused("it is under torch.vmap, which the sparse operator does not know")
+    if any(is_transformed(tensor) for tensor in tensors):
+        raise Refused("it is under a transform such as torch.vmap or torch.func.jvp, where attention stays dense")
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)
         raise Refused("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)

@@ -26,6 +26,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.dispatch import is_short
 from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
 from s2o_compile.transformers.lazy_mask import LazyMask
 
 logger = logging.get_logger(__name__)
@@ -147,7 +148,8 @@ def s2o_attention_forward(
             return output.transpose(1, 2).contiguous(), None
     mask = attention_mask.or_none if _describes(attention_mask, query, key) else attention_mask
     if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
+        with every_derivative():
+            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
     if mask is None:
         seen = AttentionMask(causal=is_causal and query.shape[2] > 1)
         mask = seen.visible_pairs(query.shape[2], key.shape[2], query.device)
@@ -192,9 +194,9 @@ def _sparse(
     """The operator's output [B, Hq, Nq, Dv]; None for a call that is short, or none of the operator's."""
     if torch.is_autocast_enabled(query.device.type):  # as SDPA does
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    learned = (x.requires_grad for x in (query, key, value, sinks, mask) if isinstance(x, Tensor))
+    learned = mask if isinstance(mask, Tensor) else None
     fits = sizes_of(query, key, value) is not None and isinstance(scale, int | float | None)
-    if not fits or (torch.is_grad_enabled() and any(learned)):
+    if not fits or is_differentiated(query, key, value, sinks, learned):
         return None
     site = getattr(module, _SITE, None) or _site(_class_and_layer(module), S2OConfig())
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
