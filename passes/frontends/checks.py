@@ -17,8 +17,13 @@ def check_derivatives(node: fx.Node) -> None:
     """Raises `Refused` if derivatives of a node's value are wanted: the operator has none."""
     if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
         raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+    check_tangents(node)
+
+
+def check_tangents(node: fx.Node) -> None:
+    """Raises `Refused` if anything in a node's graph is differentiated in forward mode."""
     if any(node.graph.find_nodes(op="call_function", target=function) for function in make_dual_functions):
-        raise Refused("its graph takes derivatives in forward mode, and the sparse operator has none")
+        raise Refused("its graph takes derivatives in forward mode, which the sparse operator does not have")
 
 
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
