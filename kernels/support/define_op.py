@@ -45,16 +45,15 @@ def _is_plain(keys: int) -> bool:
 def define_operator(
     library: torch.library.Library,
     function: Callable[..., Any],
-    differentiable: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    ``differentiable`` takes the same arguments and consists of torch's own operators. It runs where a derivative is
-    taken for sure: an argument carries a tangent, or a transform of ``torch.func`` tracks its gradient. Each level of
-    nested transforms decides by itself. Elsewhere ``requires_grad`` may be a forgotten ``no_grad``: the function runs,
-    and a backward raises NoGradientError. A call costs less than half of what it costs with
-    ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
+    ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
+    results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
+    forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. A call costs less than half of what
+    it costs with ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
     schema = name + torch.library.infer_schema(function, mutates_args=())
@@ -71,13 +70,10 @@ def define_operator(
             return overload.redispatch(keys & torch_compat.after_autograd, *arguments, **keywords)
 
     def below_autograd(keys: Any, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
-        transformed = derivatives.in_transform()
-        if (transformed or derivatives.in_forward_mode()) and derivatives.has_tangent(*arguments):
-            with derivatives.every_derivative(forward=True):
+        if differentiable is not None and derivatives.is_taken(*arguments):
+            with derivatives.every_derivative(forward=derivatives.has_tangent(*arguments)):
                 return differentiable(*arguments, **keywords)
         if torch.is_grad_enabled() and torch_compat.any_requires_grad(*arguments):
-            if transformed:
-                return differentiable(*arguments, **keywords)
             return _WithoutGradient.apply(redispatch, keywords, keys, *arguments)
         if _is_plain(keys.raw_repr()):
             return function(*arguments, **keywords)

@@ -34,9 +34,16 @@ def in_forward_mode() -> bool:
     return getattr(forward_ad, torch_compat.forward_level, 0) >= 0
 
 
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` runs."""
-    return torch_compat.interpreter_stack() is not None
+def is_taken(*values: object) -> bool:
+    """Whether a derivative by one of these is taken for sure: it carries a tangent, or a transform tracks it.
+
+    Each level of nested transforms calls an operator by itself, and asks here for itself.
+    """
+    transformed = torch_compat.interpreter_stack() is not None
+    if not transformed and not in_forward_mode():
+        return False
+    tracked = transformed and torch.is_grad_enabled()
+    return has_tangent(*values) or (tracked and any(isinstance(x, Tensor) and x.requires_grad for x in values))
 
 
 def has_tangent(*values: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,19 +16,16 @@ from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.transformers.mask_functions import prove_function
 from s2o_compile.transformers.snapshots import snapshot
 
-class _Once:
-    """A property that is computed once. ``functools.cached_property`` takes a lock, which Dynamo cannot trace."""
+Value = TypeVar("Value")
 
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
-        self.__doc__ = compute.__doc__
-        self._compute = compute
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+class _Once(Generic[Value]):
+    """A property of a mask, computed once. ``functools.cached_property`` takes a lock, which Dynamo cannot trace."""
 
-    def __get__(self, mask: Any, owner: type) -> Any:
-        if mask is None:
-            return self
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute, self._name = compute, compute.__name__
+
+    def __get__(self, mask: Tensor, _: type) -> Value:
         value = self._compute(mask)
         mask.__dict__[self._name] = value
         return value
