@@ -19,7 +19,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
-from s2o_compile.kernels.core.validation import check_attn_mask, check_no_lse, check_sinks
+from s2o_compile.kernels.core.validation import check_attn_mask, check_no_lse, check_sinks, check_whole
 from s2o_compile.kernels.dispatch import run, run_short
 from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
@@ -65,6 +65,7 @@ def attention(
     taus = () if head_tau is None else tuple(head_tau)
     options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     output = lse = None
+    check_whole()
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and fully_masked in FULLY_MASKED:
         output = run_short(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,21 @@ def _heads(value: Sequence[int]) -> list[int]:
         expected = "a sequence of key/value heads, integers >= 0"
         raise InputError("dense_heads", expected=expected, got=shown(value), remedy="Write dense_heads=(0, 2).")
     return heads
+
+
+def check_whole() -> None:
+    """Raise InputError inside torch's ``context_parallel``: a rank holds a shard of the keys, and needs all of them.
+
+    torch exchanges keys where a model calls ``F.scaled_dot_product_attention``, by another function in its place.
+    """
+    replaced = torch.nn.functional.scaled_dot_product_attention
+    if isinstance(replaced, FunctionType) and replaced.__module__.startswith("torch.distributed."):
+        raise InputError(
+            "context_parallel",
+            expected="all keys of the sequence on this rank",
+            got="a call inside torch's context_parallel, where each rank holds a shard of them",
+            remedy='Attend outside of the block, or by SDPA (in transformers attn_implementation="sdpa").',
+        )
 
 
 def check_arguments(

@@ -23,7 +23,7 @@ from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import InputError, UnknownSiteWarning
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.validation import sizes_of
+from s2o_compile.kernels.core.validation import check_whole, sizes_of
 from s2o_compile.kernels.dispatch import is_short
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
@@ -168,6 +168,7 @@ def _written_out(
     dropout: float,
 ) -> Tensor:
     """The output [B, Hq, Nq, Dv] that SDPA has no arguments for, as models write it out and the passes know it."""
+    check_whole()
     n_keys = key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
