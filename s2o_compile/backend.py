@@ -18,7 +18,7 @@ import torch
 
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, did_you_mean, unknown_name
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.arguments import is_one_of, shown
 from s2o_compile.kernels.support.derivatives import every_derivative, in_forward_mode, may_run_again
 from s2o_compile.kernels.support.torch_compat import schema_of
 from s2o_compile.kernels.support.torch_compile import (
@@ -75,6 +75,22 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     return config, inductor
 
 
+def check_inner(config: S2OConfig, others: Mapping[str, object], mode: object) -> None:
+    """Raise OptionError unless the inner backend has this mode, and takes options that are not ours if there are some.
+
+    ``config`` and ``others`` are of `split_options`.
+    """
+    inner = config.inner_backend
+    if inner == "inductor":
+        if mode is not None and not is_one_of(mode, known := sorted(inductor_mode_options())):
+            raise OptionError(unknown_name("mode", mode, known))
+    elif mode is not None or (others and inner != "tensorrt"):
+        raise OptionError(
+            f"inner_backend={inner!r}: expected no mode and no Inductor options, got mode={shown(mode)} and "
+            f'{sorted(others)}. Drop them, or use inner_backend="inductor".'
+        )
+
+
 def s2o(
     gm: torch.fx.GraphModule,
     example_inputs: list[torch.Tensor],
@@ -92,6 +108,7 @@ def s2o(
             ``inner_backend="tensorrt"`` any setting of torch-tensorrt.
     """
     config, others = split_options(options)
+    check_inner(config, others, mode)
     captured = _graph_of(gm)
     rewrite(gm, config)
     return _or_as_captured(gm, captured, _compiled(gm, example_inputs, config, mode, others))
@@ -110,13 +127,7 @@ def _compiled(
         settings: Any = torch.compiler.config
         with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
             return compile_fx(gm, example_inputs, config_patches=patches)
-    for_tensorrt = config.inner_backend == "tensorrt"
-    if mode or (others and not for_tensorrt):
-        raise OptionError(
-            f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-            f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
-        )
-    if for_tensorrt:
+    if config.inner_backend == "tensorrt":
         from s2o_compile.tensorrt import compile_graph
 
         return compile_graph(gm, example_inputs, others)

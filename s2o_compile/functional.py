@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default, refuse_keywords
 from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import ops
 from s2o_compile.kernels.core.call import AttentionCall, MaskTerms
 from s2o_compile.kernels.core.layout import as_sdpa
-from s2o_compile.kernels.core.validation import check_attn_mask, check_no_lse, check_numbers
+from s2o_compile.kernels.core.validation import check_attn_mask, check_kinds, check_no_lse, check_numbers
 from s2o_compile.kernels.dispatch import run_planned
 from s2o_compile.kernels.exact.formula import attend_outside_torch
+from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.planning import S2OPlan
+
+_INSTEAD = {
+    "is_causal": "Write causal=True, causal_offset=0. Without an offset the last query is aligned with the last key.",
+    "enable_gqa": "Leave it out: query heads share key/value heads wherever there are more of them.",
+    "dropout_p": "Leave it out: there is no dropout.",
+}
+"""SDPA's keywords, and what to write for them."""
 
 
 def attention(
@@ -43,6 +51,7 @@ def attention(
     config: S2OConfig | None = None,
     plan: S2OPlan | None = None,
     blind: str | None = None,
+    **unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
@@ -66,7 +75,8 @@ def attention(
         attention_chunk: Chunked attention (Llama 4): the keys are cut into chunks of this many tokens, and a query
             sees only those of the chunk it stands in. Every chunk is ranked, or runs dense, by itself. Needs
             ``causal``.
-        scale: Softmax scale; None for ``1 / sqrt(D)``.
+        scale: Softmax scale; None for ``1 / sqrt(D)``. Under 0.0 all visible keys weigh the same; SDPA with
+            ``is_causal=True`` gives NaN there on a CPU, because it multiplies -inf by the scale.
         softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
             none. SDPA has neither softcap nor sinks: short lengths run exactly in position order instead.
         fully_masked: Output of a query that sees no key: "zeros", or "mean" for the mean of all Nk values of its head.
@@ -79,6 +89,7 @@ def attention(
             The mask is given as without a plan, and compared with the plan's. It runs at every length, and goes by the
             ``tau``, ``error`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
         blind: The old name of ``fully_masked``.
+        **unknown: None: a keyword that this function does not have raises TypeError, which says what to write instead.
 
     Returns:
         Output [B, Hq, Nq, Dv] in the query's dtype and SDPA's layout. With ``return_lse`` also the natural
@@ -97,6 +108,10 @@ def attention(
     if blind is not None:
         warnings.warn("blind is now called fully_masked; the old name will go.", DeprecationWarning, stacklevel=2)
         fully_masked = blind
+    if unknown:
+        refuse_keywords("attention", unknown, _INSTEAD)
+    check_kinds(query=query, key=key, value=value, key_mask=key_mask, attn_mask=attn_mask, sinks=sinks)
+    config = None if config is None else config_or_default(config, "attention")
     causal_offset, window, attention_chunk, scale, softcap, dense_heads = check_numbers(
         causal=causal,
         causal_offset=causal_offset,
@@ -136,6 +151,8 @@ def attention(
         tensors = (query, key, value, key_mask, sinks)
         return ops.differentiable_attention(*tensors, return_lse=return_lse, dense_heads=dense_heads, **given)[0]
     if plan is not None:
+        if not isinstance(plan, S2OPlan):
+            raise InputError("plan", expected="an S2OPlan", got=shown(plan), remedy="Make one with s2o_compile.plan.")
         call = AttentionCall.of(query, key, value, key_mask, sinks, return_lse=return_lse, **given)
         output, lse = _over_plan(call, plan, dense_heads, config)
         return (output, lse) if return_lse and lse is not None else output

@@ -36,14 +36,14 @@ def check_numbers(
 ) -> CallNumbers:  # fmt: skip
     """Numbers of a library as Python's; InputError unless they are numbers that the operator can take.
 
-    While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
+    While torch.compile traces, no number is looked at: a comparison would become a guard, and the operator's schema
     refuses other types.
     """
-    if torch.compiler.is_compiling():
-        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, (bool, torch.SymBool)):
             raise InputError(name, expected="True or False", got=shown(flag), remedy="Give one of them.")
+    if torch.compiler.is_compiling():
+        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
     return CallNumbers(
         _integer("causal_offset", causal_offset),
         _integer("window", window),
@@ -83,6 +83,19 @@ def _heads(value: Sequence[int]) -> list[int]:
         expected = "a sequence of key/value heads, integers >= 0"
         raise InputError("dense_heads", expected=expected, got=shown(value), remedy="Write dense_heads=(0, 2).")
     return heads
+
+
+def check_kinds(**values: object) -> None:
+    """Raise InputError unless these are tensors of one shape each; None is one that was not given."""
+    for name, x in values.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            got = f"{type(x).__module__}.{type(x).__qualname__}"
+            raise InputError(name, expected="a torch.Tensor", got=got, remedy="Convert it with torch.as_tensor.")
+        if x.is_nested:
+            remedy = "Pad it with .to_padded_tensor(0.0), and say by key_mask which keys are real."
+            raise InputError(name, expected="a tensor of one length", got="a nested tensor", remedy=remedy)
 
 
 def check_whole() -> None:

@@ -27,7 +27,7 @@ class _Once(Generic[Value]):
 
     def __get__(self, mask: Tensor, _: type) -> Value:
         value = self._compute(mask)
-        mask.__dict__[self._name] = value
+        setattr(mask, self._name, value)  # found before this property from now on
         return value
 
 
