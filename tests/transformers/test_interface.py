@@ -409,6 +409,25 @@ def test_a_lazy_mask_may_enter_a_graph(prefill):
     torch.testing.assert_close(result[:, 30:], expected[:, 30:], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma3", "gpt_oss"))])
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_layers_compiled_one_by_one_whole(name, prefill):
+    """The mask that they share is made inside the first graph, or enters the later ones: it is never an older one."""
+    model = tiny(name)
+    given = [inputs(padding, length) for padding, length in (("left", LENGTH), ("right", 230))]
+    expected = [output(model, **each) for each in given]
+    options = {"s2o.min_seq_len": 0, "s2o.tau": 0.0, "s2o.inner_backend": "eager"}
+    for layer in model.model.layers:
+        layer.compile(backend="s2o", options=options, fullgraph=True)
+    sparse(model)
+    for each, wanted in zip(given, expected, strict=True):
+        seen = each["attention_mask"].bool()
+        torch.testing.assert_close(output(model, **each)[seen], wanted[seen], atol=2e-5, rtol=2e-5)
+    assert {path for path, _ in prefill()} <= {"s2o", "window"}
+    assert len(prefill()) == 4
+
+
 def test_arguments_of_other_attentions_are_refused():
     attention = tiny("llama").model.layers[0].self_attn
     tensors = [torch.randn(1, 4, LENGTH, 8)] * 3
