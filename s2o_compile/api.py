@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from s2o_compile.capture.compiled_copy import Model, compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
-from s2o_compile.kernels.support.torch_compile import uncompiled
+from s2o_compile.kernels.support.torch_compile import is_compiled, uncompiled
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.passes.site_names import unique_names
 from s2o_compile.recording import Recording, record
@@ -88,11 +89,13 @@ def explain(model: Callable[..., object], *args: object, config: S2OConfig | Non
     resets Dynamo: code compiled before is compiled anew at its next call.
 
     Args:
-        model: A module or function.
+        model: A module or function. Of a module that is optimized or compiled already, the original is explained.
         *args: Its inputs.
         config: Quality and implementation; None for the defaults.
         **kwargs: Its keyword inputs.
     """
+    if isinstance(model, nn.Module) and is_compiled(model):
+        model = copy.copy(uncompiled(model))  # which leaves out what was compiled in place
     with watched(config) as watch:
         ran, failure = (), ""
         try:
@@ -108,24 +111,26 @@ class Watch:
 
     def __init__(self, config: S2OConfig | None) -> None:
         self._config = config_or_default(config, "explain")
-        self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
+        # By the identity of a graph's records, how often it ran: one that layers share covers an attention of each.
+        self._runs: dict[int, int] = {}
         self.recording = Recording()
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         """A backend for torch.compile."""
-        rewrite(gm, self._config)
-        forward, index = gm.forward, len(self._runs)
-        self._runs.append(0)
+        graph = id(rewrite(gm, self._config))
+        forward = gm.forward
+        self._runs[graph] = 0
 
         def counted(*inputs: object) -> object:
-            self._runs[index] += 1
+            self._runs[graph] += 1
             return forward(*inputs)
 
         return counted
 
     def joined(self, ran: Sequence[audit.Ran]) -> tuple[tuple[audit.Ran, SiteRecord | None], ...]:
         """Every call that ran with the record that covers it, or None if no record does."""
-        graphs = zip(self.recording.graphs, self._runs, strict=True)
+        # Modules that were optimized before compile graphs of their own, which nobody counts.
+        graphs = [(graph, self._runs.get(id(graph), 1)) for graph in self.recording.graphs]
         covered = audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
         return tuple(zip(ran, covered, strict=True))
 

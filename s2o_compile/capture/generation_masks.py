@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.kernels.support.torch_compile import mark_dynamic
 
 _HOOK = "create_masks_for_generate"
@@ -65,6 +64,12 @@ def build_inside(model: nn.Module) -> None:
 
     object.__setattr__(model, _HOOK, create_masks_for_generate)
     object.__setattr__(model, "forward", forward)
+
+
+def name_of_cache(values: Mapping[str, Any]) -> str:
+    """The name of the cache among arguments or outputs, by its type: versions name it differently. Empty for none."""
+    kind = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    return next((name for name, value in values.items() if kind is not None and isinstance(value, kind)), "")
 
 
 def _is_prefill(call: dict[str, Any], config: object) -> bool:
