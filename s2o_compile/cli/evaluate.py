@@ -26,9 +26,10 @@ from s2o_compile.cli.options import (
     choose_device,
     load,
     read_file,
-    refuse_given,
+    refuse,
     show_steps,
     tokenize,
+    typed,
     typer,
     writing,
 )
@@ -46,13 +47,16 @@ TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
 
 def evaluate(
-    context: typer.Context,
     model: Model = "smollm2",
-    tokens: Tokens = 8192,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text that are read; 8192 by default.", min=2)
+    ] = None,
     text: Text = None,
     tau: Tau = None,
     config_file: ConfigFile = None,
-    needles: Annotated[bool, typer.Option(help="Also hide random strings in the text and ask for them again.")] = True,
+    needles: Annotated[
+        bool | None, typer.Option(help="Also hide random strings in the text and ask for them again; the default.")
+    ] = None,
     planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
     tasks: Annotated[
@@ -67,9 +71,11 @@ def evaluate(
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
+    beside = {"--needles": needles, "--planted": planted, "--tokens": tokens if lengths else None}
+    tokens = tokens or 8192
     asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
     if tasks:
-        refuse_given(context, ("needles", "planted", *(("tokens",) if lengths else ())), "--tasks")
+        refuse("--tasks", [option for option, value in beside.items() if value is not None])
         run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2), device, json_file)
         return
     taus = TAUS if curve else ()
@@ -77,7 +83,8 @@ def evaluate(
         message = "--planted is now called --needles; the old name will go."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         needles = planted
-    found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, needles=needles, taus=taus)
+    config, with_needles = _config(tau, config_file, tokens), needles is not False
+    found = _evaluate(model, tokens, text, config, device, needles=with_needles, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
         with writing("--json", json_file) as file:
@@ -106,9 +113,9 @@ def plot(
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise OptionError(f"--out: expected a name in .png, .pdf or .svg, got {str(out)!r}. Name such a file.")
     if kind != "attention":
-        refuse_given(context, ("site", "head"), f"plot {kind}")
+        refuse(f"plot {kind}", typed(context, ("site", "head")))
         if evaluation is not None:
-            refuse_given(context, ("model", "tokens", "text", "tau", "config_file", "device"), "evaluation")
+            refuse("evaluation", typed(context, ("model", "tokens", "text", "tau", "config_file", "device")))
     check_out("--out", out)
     if kind == "attention":
         if evaluation is not None:

@@ -45,7 +45,8 @@ def check_reads(model: Any, ids: Tensor) -> None:  # noqa: ANN401 (a transformer
     Raises:
         OptionError: It fails on them.
     """
-    tokens, fields = ids.shape[1], vars(model.config.get_text_config())
+    tokens, config = ids.shape[1], getattr(model, "config", None)
+    fields = {} if config is None else vars(config.get_text_config())
     most = {name: x for name, x in fields.items() if "position" in name and isinstance(x, int) and 1 < x < tokens}
     if not most:
         return

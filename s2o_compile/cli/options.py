@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +31,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextColumn", "TimeElapsedColumn", "typer"]
-
-_TYPED = "COMMANDLINE"
-"""Click's name for an option that was typed, not left to its default."""
 
 Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
@@ -98,17 +95,21 @@ def check_out(option: str, file: Path | None) -> None:
         )
 
 
-def refuse_given(context: typer.Context, names: Collection[str], beside: str) -> None:
-    """Refuse options on the command line that would be ignored beside something else."""
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in names and str(getattr(context.get_parameter_source(parameter.name), "name", "")) == _TYPED
-    ]
-    if given:
-        raise OptionError(
-            f"{beside}: expected it alone, got {' and '.join(given)}, which would change nothing. Leave it out."
-        )
+def typed(context: typer.Context, names: Collection[str]) -> list[str]:
+    """The options of these parameters that stand on the command line."""
+    given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
+    return [parameter.opts[0] for parameter in context.command.params if parameter.name in given]
+
+
+def refuse(beside: str, options: Sequence[str]) -> None:
+    """Refuse options that would be ignored beside something else.
+
+    Raises:
+        OptionError: There are some.
+    """
+    if options:
+        given = " and ".join(options)
+        raise OptionError(f"{beside}: expected it alone, got {given}, which would change nothing. Leave it out.")
 
 
 @contextmanager

@@ -249,7 +249,6 @@ def command(monkeypatch):
     from s2o_compile.cli import main as cli
 
     monkeypatch.setattr(cli_calibrate, "load", lambda *_: (sharp_model(), None))
-    monkeypatch.setattr(cli_calibrate, "check_reads", lambda *_: None)
     monkeypatch.setattr(cli_calibrate, "tokenize", lambda _, __, tokens, ___: tiny_tokens(tokens))
     given = ["calibrate", "--tokens", "1500", "--error", "0.1", "--device", "cpu"]
     return lambda *more: CliRunner().invoke(cli.app, [*given, *map(str, more)])
