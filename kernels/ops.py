@@ -3,8 +3,8 @@
 The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
 
 They are opaque on purpose: lengths decide inside whether S2O, the sliding window or dense attention runs, so a graph
-needs no guard and no recompilation. They serve inference only: the public function and the graph pass send calls that
-want gradients to dense SDPA.
+needs no guard and no recompilation. They serve inference: the public function and the graph pass send calls that want
+gradients to dense attention. So do the operators themselves where a derivative is taken for sure (`define_operator`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
-from s2o_compile.kernels.core.validation import check_sinks
+from s2o_compile.kernels.core.validation import check_attn_mask, check_no_lse, check_sinks, check_whole
 from s2o_compile.kernels.dispatch import run, run_short
 from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
+from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
 from s2o_compile.kernels.masked import run_masked
 from s2o_compile.kernels.support.define_op import define_operator
 
@@ -64,6 +65,7 @@ def attention(
     taus = () if head_tau is None else tuple(head_tau)
     options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     output = lse = None
+    check_whole()
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and fully_masked in FULLY_MASKED:
         output = run_short(
@@ -117,10 +119,37 @@ def masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
+_DENSE = ("causal", "causal_offset", "window", "attention_chunk", "scale", "softcap", "fully_masked", "dense_heads")
+"""Arguments that change the result of dense attention, or are checked there, too."""
+
+
+def differentiable_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, sinks: Tensor | None = None, *,
+    return_lse: bool = False, layout: str = "auto", **keywords: Any,  # noqa: ANN401 (as `attention`)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention` by operators that have every derivative: dense, and without a log-sum-exp."""
+    check_no_lse(return_lse)
+    given = {name: keywords[name] for name in _DENSE if keywords.get(name) is not None}
+    output = attend_differentiably(AttentionCall.of(query, key, value, key_mask, sinks, **given))
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+def differentiable_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
+    layout: str = "auto", **keywords: Any,  # noqa: ANN401 (as `masked_attention`)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`masked_attention` by operators that have every derivative: dense, under the mask as it is."""
+    given = {name: keywords[name] for name in _DENSE if keywords.get(name) is not None}
+    call = AttentionCall.of(query, key, value, None, sinks, **given)
+    check_attn_mask(attn_mask, query, key)
+    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
 _library = torch.library.Library("s2o", "FRAGMENT")
-_attention = define_operator(_library, attention)
+_attention = define_operator(_library, attention, differentiable_attention)
 # It waits for the numbers of the mask, and no CUDA graph can record that: with this tag Inductor leaves it out of them.
-_masked_attention = define_operator(_library, masked_attention, tags=_UNSAFE)
+_masked_attention = define_operator(_library, masked_attention, differentiable_masked_attention, tags=_UNSAFE)
 
 
 @torch.library.register_fake("s2o::masked_attention", lib=_library)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer, tree_leaves
+from s2o_compile.kernels.support.torch_compat import FakeTensor, MissingTorchNameError, encoder_layer
+from s2o_compile.passes.frontends.checks import check_derivatives
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.inlining import inline
@@ -152,8 +153,7 @@ def expand(node: fx.Node) -> Expansion | Rejected:
 
 
 def _expand(node: fx.Node) -> Expansion:
-    if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
-        raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+    check_derivatives(node)
     if isinstance(value_of(node), tuple):
         for user in node.users:
             if user.target is not operator.getitem:

@@ -14,6 +14,7 @@ from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes import decompose
 from s2o_compile.passes import dump as dumps
 from s2o_compile.passes.frontends import sdpa, third_party
+from s2o_compile.passes.frontends.checks import check_tangents
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
@@ -207,7 +208,8 @@ def _frontend(node: fx.Node) -> ModuleType | None:
 def _match(frontend: ModuleType, node: fx.Node, prover: MaskProver) -> AttentionSite | Rejected:
     """A frontend's answer; a failure of the pass itself must not fail the user's compilation."""
     try:
-        return frontend.match(node, prover)
+        refused = attempt(check_tangents, node)
+        return frontend.match(node, prover) if refused is None else refused
     except Exception as error:
         return _pass_failed(node, error)
 

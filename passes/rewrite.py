@@ -14,6 +14,7 @@ from torch.fx.node import Argument
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.support.torch_compat import is_erased
+from s2o_compile.passes.frontends.checks import check_derivatives
 from s2o_compile.passes.graph import sizes
 from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.nodes import Size, inherit, known, same_sizes, value_of
@@ -65,8 +66,7 @@ class Rewriter:
         read = site.mask.read is not None
         function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
         output = value_of(node)
-        if isinstance(output, torch.Tensor) and output.requires_grad:
-            raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+        check_derivatives(node)
         positional, keyword = self._arguments(site, layout)
         if self._check_assumptions:
             self._check(site)

@@ -75,8 +75,19 @@ class SiteRecord:
 
 
 def shape_text(value: object) -> tuple[str, ...]:
-    """Sizes of a (fake) tensor as text; empty if it is none."""
-    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+    """Sizes of a (fake) tensor as text; empty if it is none. A nested tensor's length that varies is "?"."""
+    if not isinstance(value, torch.Tensor):
+        return ()
+    if value.is_nested and value.layout is torch.strided:  # it has no shape
+        return tuple(_size_text(value, dim) for dim in range(value.dim()))
+    return tuple(str(size) for size in value.shape)
+
+
+def _size_text(nested: torch.Tensor, dim: int) -> str:
+    try:
+        return str(nested.size(dim))
+    except RuntimeError:
+        return "?"
 
 
 def record(name: str, query: object, key: object, *, reason: str = "", **details: Any) -> SiteRecord:  # noqa: ANN401

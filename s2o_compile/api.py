@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from s2o_compile.backend import PREFIX, s2o, split_options
+from s2o_compile.backend import PREFIX, check_inner, s2o, split_options
 from s2o_compile.capture import audit as audit
 from s2o_compile.capture.compiled_copy import Model, compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
-from s2o_compile.config import S2OConfig, config_or_default
+from s2o_compile.config import S2OConfig, config_or_default, refuse_keywords
 from s2o_compile.errors import NothingRewrittenWarning, OptionError, UnknownSiteWarning
 from s2o_compile.kernels.support.torch_compile import is_compiled, uncompiled
 from s2o_compile.passes.site import SiteRecord
@@ -33,6 +33,7 @@ def optimize(
     dynamic: bool | None = None,
     fullgraph: bool = False,
     options: Mapping[str, object] | None = None,
+    **unknown: object,
 ) -> Model:
     """Return the model with its long attention made sparse, ready to call.
 
@@ -47,11 +48,14 @@ def optimize(
         dynamic: As ``torch.compile(dynamic=...)``.
         fullgraph: As ``torch.compile(fullgraph=...)``.
         options: Any option of the inner backend, Inductor or TensorRT.
+        **unknown: None: a keyword that this function does not have raises TypeError, which says what to write instead.
 
     Raises:
         TypeError: The model is no ``nn.Module``, or is already the result of ``torch.compile``.
-        OptionError: An option that does not exist, or an ``s2o.*`` option, which belongs into ``config``.
+        OptionError: A mode or an option that does not exist, or an ``s2o.*`` option, which belongs into ``config``.
     """
+    if unknown:
+        refuse_keywords("optimize", unknown, {"backend": "Write config=S2OConfig(inner_backend=...)."})
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"optimize: expected a torch.nn.Module, got {type(model).__name__}. For a function use "
@@ -70,7 +74,7 @@ def optimize(
             )
     ours = {PREFIX + name: value for name, value in dataclasses.asdict(config_or_default(config, "optimize")).items()}
     merged = {**(options or {}), **ours}
-    split_options(merged)  # a wrong option fails here, not at the first call
+    check_inner(*split_options(merged), mode)  # what is wrong fails here, not at the first call
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         return s2o(gm, example_inputs, mode=mode, options=merged)  # torch.compile itself takes only one of the two

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, did_you_mean, unknown_name
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.arguments import is_one_of, shown
+from s2o_compile.kernels.support.derivatives import every_derivative, in_forward_mode, may_run_again
 from s2o_compile.kernels.support.torch_compat import schema_of
 from s2o_compile.kernels.support.torch_compile import (
     compile_fx,
@@ -74,6 +75,22 @@ def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict
     return config, inductor
 
 
+def check_inner(config: S2OConfig, others: Mapping[str, object], mode: object) -> None:
+    """Raise OptionError unless the inner backend has this mode, and takes options that are not ours if there are some.
+
+    ``config`` and ``others`` are of `split_options`.
+    """
+    inner = config.inner_backend
+    if inner == "inductor":
+        if mode is not None and not is_one_of(mode, known := sorted(inductor_mode_options())):
+            raise OptionError(unknown_name("mode", mode, known))
+    elif mode is not None or (others and inner != "tensorrt"):
+        raise OptionError(
+            f"inner_backend={inner!r}: expected no mode and no Inductor options, got mode={shown(mode)} and "
+            f'{sorted(others)}. Drop them, or use inner_backend="inductor".'
+        )
+
+
 def s2o(
     gm: torch.fx.GraphModule,
     example_inputs: list[torch.Tensor],
@@ -91,22 +108,61 @@ def s2o(
             ``inner_backend="tensorrt"`` any setting of torch-tensorrt.
     """
     config, others = split_options(options)
+    check_inner(config, others, mode)
+    captured = _graph_of(gm)
     rewrite(gm, config)
+    return _or_as_captured(gm, captured, _compiled(gm, example_inputs, config, mode, others))
+
+
+def _compiled(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    config: S2OConfig,
+    mode: str | None,
+    others: dict[str, object],
+) -> Callable[..., Any]:
+    """The rewritten graph, compiled by the inner backend with the options that are not ours."""
     if config.inner_backend == "inductor":
         patches = {**(inductor_mode_options(mode) if mode else {}), **others}
         settings: Any = torch.compiler.config
         with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
             return compile_fx(gm, example_inputs, config_patches=patches)
-    for_tensorrt = config.inner_backend == "tensorrt"
-    if mode or (others and not for_tensorrt):
-        raise OptionError(
-            f"inner_backend={config.inner_backend!r}: expected no mode and no Inductor options, got mode={mode!r} "
-            f'and {sorted(others)}. Drop them, or use inner_backend="inductor".'
-        )
-    if for_tensorrt:
+    if config.inner_backend == "tensorrt":
         from s2o_compile.tensorrt import compile_graph
 
         return compile_graph(gm, example_inputs, others)
     if config.inner_backend == "eager":
         return gm.forward
     return lookup_backend(config.inner_backend)(gm, example_inputs)
+
+
+def _graph_of(gm: torch.fx.GraphModule) -> torch.fx.Graph:
+    """A copy of a graph, without the values that its nodes had."""
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    for node in graph.nodes:
+        node.meta = {}
+    return graph
+
+
+def _or_as_captured(
+    gm: torch.fx.GraphModule, captured: torch.fx.Graph, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The compiled graph; where it would lose derivatives, the graph as it was captured, uncompiled and dense.
+
+    Compiled code drops tangents without a word, and no guard of Dynamo's sees the forward of an ``autograd.Function``,
+    which is run again with gradients by another graph.
+    """
+
+    @cache
+    def as_captured() -> torch.fx.GraphModule:
+        return torch.fx.GraphModule(gm, captured)
+
+    def run(*inputs: object) -> Any:  # noqa: ANN401 (what the graph returns)
+        if in_forward_mode() or may_run_again():
+            with every_derivative():
+                return as_captured()(*inputs)
+        return compiled(*inputs)
+
+    return run

@@ -230,6 +230,14 @@ def config_or_default(config: S2OConfig | None, who: str) -> S2OConfig:
     return config
 
 
+def refuse_keywords(who: str, given: Iterable[str], instead: Mapping[str, str]) -> None:
+    """Raise TypeError for a keyword that a function does not have, and say what to write instead, if that is known."""
+    fields = [field.name for field in dataclasses.fields(S2OConfig)]
+    for name in given:
+        remedy = f"Pass config=S2OConfig({name}=...)." if name in fields else instead.get(name, "Leave it out.")
+        raise TypeError(f"{who}() got an unexpected keyword argument {name!r}. {remedy}")
+
+
 def check_error(name: str, error: object, *, least: float = 0.0) -> float:
     """The error budget as a float; OptionError if it is none."""
     found = as_number(error, least=least, most=1.0)

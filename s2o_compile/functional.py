@@ -9,17 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.config import S2OConfig
+from s2o_compile.config import S2OConfig, config_or_default, refuse_keywords
 from s2o_compile.errors import DenseExportWarning
 from s2o_compile.kernels import ops
 from s2o_compile.kernels.core.call import AttentionCall, MaskTerms
 from s2o_compile.kernels.core.layout import as_sdpa
-from s2o_compile.kernels.core.validation import check_attn_mask, check_numbers
-from s2o_compile.kernels.dispatch import run_planned
-from s2o_compile.kernels.exact.formula import attend_differentiably, attend_outside_torch, attend_under
+from s2o_compile.kernels.core.validation import check_attn_mask, check_kinds, check_no_lse, check_numbers
+from s2o_compile.kernels.dispatch import run_planned, warn_of_derivatives
+from s2o_compile.kernels.exact.formula import attend_outside_torch
+from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
+from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.planning import S2OPlan
+
+_INSTEAD = {
+    "is_causal": "Write causal=True, causal_offset=0. Without an offset the last query is aligned with the last key.",
+    "enable_gqa": "Leave it out: query heads share key/value heads wherever there are more of them.",
+    "dropout_p": "Leave it out: there is no dropout.",
+}
+"""SDPA's keywords, and what to write for them."""
 
 
 def attention(
@@ -42,6 +51,7 @@ def attention(
     config: S2OConfig | None = None,
     plan: S2OPlan | None = None,
     blind: str | None = None,
+    **unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop (S2O, arXiv 2602.22575).
 
@@ -65,7 +75,8 @@ def attention(
         attention_chunk: Chunked attention (Llama 4): the keys are cut into chunks of this many tokens, and a query
             sees only those of the chunk it stands in. Every chunk is ranked, or runs dense, by itself. Needs
             ``causal``.
-        scale: Softmax scale; None for ``1 / sqrt(D)``.
+        scale: Softmax scale; None for ``1 / sqrt(D)``. Under 0.0 all visible keys weigh the same; SDPA with
+            ``is_causal=True`` gives NaN there on a CPU, because it multiplies -inf by the scale.
         softcap: Positive bound of the logits: ``softcap * tanh(q . k * scale / softcap)``, before the mask. None for
             none. SDPA has neither softcap nor sinks: short lengths run exactly in position order instead.
         fully_masked: Output of a query that sees no key: "zeros", or "mean" for the mean of all Nk values of its head.
@@ -78,6 +89,7 @@ def attention(
             The mask is given as without a plan, and compared with the plan's. It runs at every length, and goes by the
             ``tau``, ``error`` and ``implementation`` of ``config`` alone. Under torch.compile it breaks the graph.
         blind: The old name of ``fully_masked``.
+        **unknown: None: a keyword that this function does not have raises TypeError, which says what to write instead.
 
     Returns:
         Output [B, Hq, Nq, Dv] in the query's dtype and SDPA's layout. With ``return_lse`` also the natural
@@ -88,12 +100,18 @@ def attention(
         ImplementationUnavailableError: ``config.implementation`` names one that cannot run here.
 
     Inputs that require grad, in grad mode, are attended densely and stay differentiable: by SDPA, or with softcap or
-    sinks in plain torch, which holds all Nq x Nk logits.
+    sinks in plain torch, which holds all Nq x Nk logits. Derivatives in forward mode (``torch.func.jvp``,
+    ``dual_level``) and of derivatives go through plain torch, too: SDPA's kernels have none. In the forward of an
+    ``autograd.Function``, which a reentrant checkpoint runs again with gradients, attention is dense.
     While ``torch.onnx.export`` looks on, everything is attended densely.
     """
     if blind is not None:
         warnings.warn("blind is now called fully_masked; the old name will go.", DeprecationWarning, stacklevel=2)
         fully_masked = blind
+    if unknown:
+        refuse_keywords("attention", unknown, _INSTEAD)
+    check_kinds(query=query, key=key, value=value, key_mask=key_mask, attn_mask=attn_mask, sinks=sinks)
+    config = None if config is None else config_or_default(config, "attention")
     causal_offset, window, attention_chunk, scale, softcap, dense_heads = check_numbers(
         causal=causal,
         causal_offset=causal_offset,
@@ -125,17 +143,19 @@ def attention(
                 remedy="Merge them into attn_mask, or leave it out.",
             )
         return _masked(query, key, value, attn_mask, sinks, given, dense_heads, config)
-    if _stays_dense(query, key, value, sinks):
-        if return_lse:
-            raise InputError(
-                "return_lse",
-                expected="no gradients and no export to ONNX",
-                got="inputs that require grad, or torch.onnx.export",
-                remedy="Use torch.no_grad(), or leave return_lse out.",
-            )
+    if _leaves_for_onnx():
+        check_no_lse(return_lse)
         call = AttentionCall.of(query, key, value, key_mask, sinks, dense_heads=dense_heads, **given)
-        return attend_outside_torch(call) if _leaves_for_onnx() else as_sdpa(attend_differentiably(call), query)
+        return attend_outside_torch(call)
+    if is_differentiated(query, key, value, sinks):
+        tensors = (query, key, value, key_mask, sinks)
+        output, _ = ops.differentiable_attention(*tensors, return_lse=return_lse, dense_heads=dense_heads, **given)
+        shortest = 0 if plan is not None else (config or S2OConfig()).min_seq_len
+        warn_of_derivatives(query, key, shortest, stacklevel=2)
+        return output
     if plan is not None:
+        if not isinstance(plan, S2OPlan):
+            raise InputError("plan", expected="an S2OPlan", got=shown(plan), remedy="Make one with s2o_compile.plan.")
         call = AttentionCall.of(query, key, value, key_mask, sinks, return_lse=return_lse, **given)
         output, lse = _over_plan(call, plan, dense_heads, config)
         return (output, lse) if return_lse and lse is not None else output
@@ -149,20 +169,12 @@ def attention(
     return (output, lse) if return_lse else output
 
 
-def _stays_dense(*tensors: Tensor | None) -> bool:
-    """Whether gradients are wanted, or an exporter that has no operator for S2O looks on."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
-    if _leaves_for_onnx():
-        warnings.warn(
-            "attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3
-        )
-        return True
-    return False
-
-
 def _leaves_for_onnx() -> bool:
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    """Whether an exporter that has no operator for S2O looks on."""
+    if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+        return False
+    warnings.warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3)
+    return True
 
 
 _uncompiled: Any = torch.compiler.disable
@@ -198,14 +210,14 @@ def _masked(
 ) -> Tensor:
     """Attention under a mask tensor, with the scale, softcap and ``fully_masked`` of the given arguments."""
     arguments = {name: given[name] for name in ("scale", "softcap", "fully_masked")}
-    if not _stays_dense(query, key, value, sinks, attn_mask):
-        options = {} if config is None else config.operator_options()
-        plain = can_skip_dispatcher(query, key, value, attn_mask, sinks)
-        attend = ops.masked_attention if plain else torch.ops.s2o.masked_attention.default
-        output, _ = attend(query, key, value, attn_mask, sinks, **arguments, dense_heads=list(dense_heads), **options)
-        return output
-    call = AttentionCall.of(query, key, value, None, sinks, dense_heads=dense_heads, **arguments)
-    check_attn_mask(attn_mask, query, key)
+    tensors = (query, key, value, attn_mask, sinks)
     if _leaves_for_onnx():
-        return attend_outside_torch(call, attn_mask)
-    return as_sdpa(attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())]), query)
+        check_attn_mask(attn_mask, query, key)
+        return attend_outside_torch(AttentionCall.of(query, key, value, None, sinks, **arguments), attn_mask)
+    if is_differentiated(*tensors):
+        output, _ = ops.differentiable_masked_attention(*tensors, **arguments, dense_heads=dense_heads)
+        warn_of_derivatives(query, key, (config or S2OConfig()).min_seq_len, stacklevel=3)
+        return output
+    options = {} if config is None else config.operator_options()
+    attend = ops.masked_attention if can_skip_dispatcher(*tensors) else torch.ops.s2o.masked_attention.default
+    return attend(*tensors, **arguments, dense_heads=list(dense_heads), **options)[0]

@@ -12,7 +12,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
-from s2o_compile.kernels.core.validation import check_numbers
+from s2o_compile.kernels.core.validation import check_kinds, check_numbers
 from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.impl.flex.forward import place
 from s2o_compile.kernels.impl.flex.layout import FlexLayout
@@ -209,7 +209,8 @@ def plan(
             got=f"both: {', '.join(fields)}",
             remedy="Use dataclasses.replace(config, ...).",
         )
-    value = key if value is None else value
+    check_kinds(query=query, key=key, value=value, key_mask=key_mask)
+    query, key, value = (x.detach() for x in (query, key, key if value is None else value))  # tangents end here
     key_mask = None if key_mask is None else key_mask.clone()
     numbers = check_numbers(causal=causal, causal_offset=causal_offset, scale=scale, softcap=softcap)
     call = AttentionCall.of(query, key, value, key_mask, causal=causal, **numbers._asdict())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
-from s2o_compile.kernels.core.validation import check_arguments, check_tensors
+from s2o_compile.kernels.core.validation import check_arguments, check_tensors, check_whole
 
 
 class MaskTerms(TypedDict, total=False):
@@ -75,8 +75,9 @@ class AttentionCall:
         ``key_mask`` is bool [B, Nk] or [1, Nk], True where a key may be attended. ``dense_heads`` come in any order.
 
         Raises:
-            InputError: Tensors or arguments that the operator cannot take.
+            InputError: Tensors or arguments that the operator cannot take, or tensors that are shards.
         """
+        check_whole()
         check_tensors(query, key, value)
         check_arguments(
             query, key, key_mask, sinks, causal=terms.get("causal", False), window=terms.get("window"),

@@ -42,4 +42,6 @@ def as_sdpa(output: Tensor, query: Tensor, layout: str = "auto") -> Tensor:
     inner = (value_dim, heads * value_dim) if order == "BNHD" else (length * value_dim, value_dim)
     if output.stride() == (heads * length * value_dim, *inner, 1):
         return output
-    return empty_output(query, value_dim, layout).copy_(output)
+    if order == "BNHD":
+        return output.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    return output.clone(memory_format=torch.contiguous_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -35,14 +36,14 @@ def check_numbers(
 ) -> CallNumbers:  # fmt: skip
     """Numbers of a library as Python's; InputError unless they are numbers that the operator can take.
 
-    While torch.compile traces, nothing is looked at: a comparison would become a guard, and the operator's schema
+    While torch.compile traces, no number is looked at: a comparison would become a guard, and the operator's schema
     refuses other types.
     """
-    if torch.compiler.is_compiling():
-        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, (bool, torch.SymBool)):
             raise InputError(name, expected="True or False", got=shown(flag), remedy="Give one of them.")
+    if torch.compiler.is_compiling():
+        return CallNumbers(causal_offset, window, attention_chunk, scale, softcap, dense_heads)
     return CallNumbers(
         _integer("causal_offset", causal_offset),
         _integer("window", window),
@@ -82,6 +83,34 @@ def _heads(value: Sequence[int]) -> list[int]:
         expected = "a sequence of key/value heads, integers >= 0"
         raise InputError("dense_heads", expected=expected, got=shown(value), remedy="Write dense_heads=(0, 2).")
     return heads
+
+
+def check_kinds(**values: object) -> None:
+    """Raise InputError unless these are tensors of one shape each; None is one that was not given."""
+    for name, x in values.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            got = f"{type(x).__module__}.{type(x).__qualname__}"
+            raise InputError(name, expected="a torch.Tensor", got=got, remedy="Convert it with torch.as_tensor.")
+        if x.is_nested:
+            remedy = "Pad it with .to_padded_tensor(0.0), and say by key_mask which keys are real."
+            raise InputError(name, expected="a tensor of one length", got="a nested tensor", remedy=remedy)
+
+
+def check_whole() -> None:
+    """Raise InputError inside torch's ``context_parallel``: a rank holds a shard of the keys, and needs all of them.
+
+    torch exchanges keys where a model calls ``F.scaled_dot_product_attention``, by another function in its place.
+    """
+    replaced = torch.nn.functional.scaled_dot_product_attention
+    if isinstance(replaced, FunctionType) and replaced.__module__.startswith("torch.distributed."):
+        raise InputError(
+            "context_parallel",
+            expected="all keys of the sequence on this rank",
+            got="a call inside torch's context_parallel, where each rank holds a shard of them",
+            remedy='Attend outside of the block, or by SDPA (in transformers attn_implementation="sdpa").',
+        )
 
 
 def check_arguments(
@@ -220,6 +249,17 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if x.shape[3] > MAX_HEAD_DIM:
             expected = f"at most {MAX_HEAD_DIM}"
             raise InputError(f"head_dim of {name}", expected=expected, got=x.shape[3], remedy="Call dense attention.")
+
+
+def check_no_lse(return_lse: bool) -> None:
+    """Raise InputError if a call that runs densely for others, and returns no log-sum-exp, is asked for one."""
+    if return_lse:
+        raise InputError(
+            "return_lse",
+            expected="no gradients, no tangents and no export to ONNX",
+            got="inputs that require grad, forward-mode derivatives, or torch.onnx.export",
+            remedy="Use torch.no_grad(), or leave return_lse out.",
+        )
 
 
 def check_sinks(sinks: Tensor, query: Tensor) -> None:

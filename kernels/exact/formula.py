@@ -13,16 +13,18 @@ from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.exact.chunked import attend_chunks
 from s2o_compile.kernels.exact.epilogue import fill_fully_masked_rows, fill_rows
 from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, sdpa
+from s2o_compile.kernels.support.derivatives import every_derivative
 
 
 def attend_differentiably(call: AttentionCall) -> Tensor:
-    """Exact attention [B, Hq, Nq, Dv] that gradients flow through: SDPA, or the formula for softcap and sinks."""
+    """Exact attention [B, Hq, Nq, Dv] that derivatives pass: SDPA, or the formula for softcap and sinks."""
 
     def attend(part: AttentionCall) -> tuple[Tensor, None]:
         by_sdpa = part.softcap is None and part.sinks is None
         return (attend_by_sdpa if by_sdpa else attend_by_formula)(part), None
 
-    output, _ = attend_chunks(call, attend) if call.mask.attention_chunk is not None else attend(call)
+    with every_derivative():
+        output, _ = attend_chunks(call, attend) if call.mask.attention_chunk is not None else attend(call)
     return fill_fully_masked_rows(call, output)
 
 
@@ -34,7 +36,8 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
     if call.softcap is not None or call.sinks is not None:
         output = attend_by_formula(call, attn_mask)
     else:
-        output = sdpa(*call.tensors, attn_mask, scale=call.scale)
+        with every_derivative():
+            output = sdpa(*call.tensors, attn_mask, scale=call.scale)
     return _with_means(call, output, attn_mask)
 
 

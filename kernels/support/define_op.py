@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.support import torch_compat
+from s2o_compile.kernels.support import derivatives, torch_compat
 from s2o_compile.kernels.support.errors import NoGradientError
 
 _OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
@@ -43,12 +43,17 @@ def _is_plain(keys: int) -> bool:
 
 
 def define_operator(
-    library: torch.library.Library, function: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+    library: torch.library.Library,
+    function: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    It has no gradient: a backward through it raises NoGradientError. A call costs less than half of what it costs with
-    ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
+    ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
+    results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
+    forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. A call costs less than half of what
+    it costs with ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
     schema = name + torch.library.infer_schema(function, mutates_args=())
@@ -65,6 +70,9 @@ def define_operator(
             return overload.redispatch(keys & torch_compat.after_autograd, *arguments, **keywords)
 
     def below_autograd(keys: Any, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401
+        if differentiable is not None and derivatives.is_taken(*arguments):
+            with derivatives.every_derivative(forward=derivatives.has_tangent(*arguments)):
+                return differentiable(*arguments, **keywords)
         if torch.is_grad_enabled() and torch_compat.any_requires_grad(*arguments):
             return _WithoutGradient.apply(redispatch, keywords, keys, *arguments)
         if _is_plain(keys.raw_repr()):
@@ -94,7 +102,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles or intercepts.
+    """Whether these are plain tensors and nothing compiles, traces, transforms, casts, profiles, intercepts or derives.
 
     Then an operator's function may be called without the operator around it: the results are the same.
     """
@@ -105,6 +113,7 @@ def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
         or torch_compat.torch_functions()
         or torch_compat.any_autocast()
         or torch_compat.profiler_enabled()
+        or derivatives.in_forward_mode()
     ):
         return False
     keys = torch_compat.included_keys().raw_repr()

@@ -207,24 +207,23 @@ class _NoDispatchMode:
 
 TorchDispatchMode = _named("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING, _NoDispatchMode)
 
-# The kinds of tensors: those that are made of others, and those of ``torch.vmap``.
+# The kinds of tensors: those that are made of others, and those of the transforms of ``torch.func``.
 is_wrapper: Callable[[object], bool] = _named(
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
     "tensor subclasses",
     lambda x: hasattr(type(x), "__tensor_flatten__"),
 )
-is_batched: Callable[[Tensor], bool] = _named(
-    "torch._C._functorch.is_batchedtensor",
+is_transformed: Callable[[Tensor], bool] = _named(
+    "torch._C._functorch.is_functorch_wrapped_tensor",
     _VMAP,
     lambda x: _storage_of(x) is None,  # every transform's tensors hide theirs
 )
-_is_transformed = _named("torch._C._functorch.is_functorch_wrapped_tensor", _VMAP, None)
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
 
 
 def storages(x: Tensor) -> Iterator[int | None]:
     """Numbers of the storages that a tensor lies in; None for one that cannot be told."""
-    while _is_transformed is not None and _unwrapped is not None and _is_transformed(x):
+    while _unwrapped is not None and is_transformed(x):
         x = _unwrapped(x)
     if is_wrapper(x):
         for name in x.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
@@ -316,6 +315,18 @@ def dynamo_options(**options: object) -> Iterator[None]:
 
 
 NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention"
+
+# Derivatives that no ``requires_grad`` shows (``derivatives.py``).
+_DERIVATIVES = "derivatives in forward mode and of transforms"
+forward_level = _attribute("torch.autograd.forward_ad._current_level", _DERIVATIVES)
+interpreter_stack = _named("torch._C._functorch.get_interpreter_stack", _DERIVATIVES, lambda: None)
+TransformType = _named("torch._C._functorch.TransformType", _DERIVATIVES, None)
+make_dual_functions: tuple[Any, ...] = tuple(
+    function
+    for module in ("torch._functorch.predispatch", "torch._VF")
+    if (function := _named(f"{module}._make_dual", _DERIVATIVES, None)) is not None
+)
+forward_mode_enabled: Callable[[], bool] = _named("torch._C._is_fwd_grad_enabled", _DERIVATIVES, lambda: True)
 
 # The dispatcher. Without a name of these every call of an operator goes the public way, which is slower.
 _SHORT_CUTS = "calls of the operator without the dispatcher"

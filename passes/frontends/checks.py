@@ -8,9 +8,28 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM
-from s2o_compile.kernels.support.torch_compat import is_batched, is_wrapper
+from s2o_compile.kernels.support.torch_compat import (
+    free_unbacked_symbols,
+    is_transformed,
+    is_wrapper,
+    make_dual_functions,
+    tree_leaves,
+)
 from s2o_compile.passes.graph.nodes import known, value_of
 from s2o_compile.passes.graph.rejected import Refused
+
+
+def check_derivatives(node: fx.Node) -> None:
+    """Raises `Refused` if derivatives of a node's value are wanted: the operator has none."""
+    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
+        raise Refused("gradients are wanted and the sparse operator has none: call the model under torch.no_grad()")
+    check_tangents(node)
+
+
+def check_tangents(node: fx.Node) -> None:
+    """Raises `Refused` if anything in a node's graph is differentiated in forward mode."""
+    if any(node.graph.find_nodes(op="call_function", target=function) for function in make_dual_functions):
+        raise Refused("its graph takes derivatives in forward mode, which the sparse operator does not have")
 
 
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
@@ -32,8 +51,8 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
         raise Refused("the shapes of query, key and value are not recorded in the graph")
     if any(is_wrapper(tensor) for tensor in tensors):
         raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
-    if any(is_batched(tensor) for tensor in tensors):
-        raise Refused("it is under torch.vmap, which the sparse operator does not know")
+    if any(is_transformed(tensor) for tensor in tensors):
+        raise Refused("it is under a transform such as torch.vmap or torch.func.jvp, where attention stays dense")
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)
         raise Refused("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)
@@ -47,17 +66,34 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     if not known(key.shape[-1] == query.shape[-1]):
         raise Refused("head dims of query and key are %s and %s, expected one", query.shape[-1], key.shape[-1])
     for name, tensor in (("head dim", query), ("head dim of the values", value)):
-        if not known(tensor.shape[-1] <= MAX_HEAD_DIM):
-            raise Refused("%s is %s, expected a constant of at most %s", name, tensor.shape[-1], MAX_HEAD_DIM)
+        if not _ensured(tensor.shape[-1] <= MAX_HEAD_DIM, node):
+            remedy = ": give its dimension a maximum" if _is_exported(node) else ""
+            raise Refused("%s is %s, expected at most %s%s", name, tensor.shape[-1], MAX_HEAD_DIM, remedy)
     # Sizes that only *may* differ need no proof: if they do differ, SDPA fails, and so does the operator.
     if any(known(tensor.shape[0] != query.shape[0]) for tensor in tensors):
         raise Refused("query, key and value have different batch sizes")
     if any(known(a != b) for a, b in zip(key.shape[1:3], value.shape[1:3], strict=True)):
         raise Refused("key and value differ in shape: %s and %s", tuple(key.shape), tuple(value.shape))
     heads, key_heads = query.shape[1], key.shape[1]
-    if not isinstance(heads, int) or not isinstance(key_heads, int):
-        raise Refused("head counts are %s and %s, expected constants", heads, key_heads)
-    if heads % key_heads:
+    if _is_exported(node) and not (isinstance(heads, int) and isinstance(key_heads, int)):
+        raise Refused("head counts are %s and %s, expected constants in an exported program", heads, key_heads)
+    if not _ensured(heads % key_heads == 0, node):
         raise Refused("%s query heads are no multiple of %s key heads", heads, key_heads)
     if known(query.shape[-2] == 1):
         raise Refused("one query token: decode stays dense")
+
+
+def _ensured(condition: bool | torch.SymBool, node: fx.Node) -> bool:
+    """Whether a condition on sizes that layers differ in holds; a guard of Dynamo's sees to it for the next layer.
+
+    An exported program takes no more guards, and a size that data decide has no value: there it must be `known`.
+    """
+    if known(condition):
+        return True
+    if _is_exported(node) or (isinstance(condition, torch.SymBool) and free_unbacked_symbols(condition)):
+        return False
+    return bool(condition)
+
+
+def _is_exported(node: fx.Node) -> bool:
+    return "example_value" not in node.meta

@@ -151,9 +151,9 @@ class Counter(TorchDispatchMode):
     def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
         if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
             return
-        *rows, keys = map(str, scores.shape)
+        *rows, keys = shape_text(scores)
         contracted = self._scores.get(scores)
-        depth = () if contracted is None else (str(contracted),)
+        depth = () if contracted is None else (contracted,)
         shapes = (*rows, *depth), (*rows[:-1], keys, *depth)
         kind = MIXING if contracted is None else HAND_WRITTEN
         self._weights[weights] = Ran(self._path(), kind, *shapes, _dtype(scores))
@@ -169,7 +169,7 @@ class Counter(TorchDispatchMode):
                     del self._weights[tensor]  # two products with the same weights are one attention
                 return
         if not self._is_learned(right):  # else it is a projection
-            self._scores[output] = left.shape[-1]
+            self._scores[output] = shape_text(left)[-1]
 
     def _is_learned(self, tensor: Tensor) -> bool:
         return tensor in self._learned or any(isinstance(x, nn.Parameter) for x in (tensor, base_of(tensor)))
@@ -284,8 +284,8 @@ def _forked_random_state() -> Iterator[None]:
 
 
 def _copies(inputs: Any) -> Any:  # noqa: ANN401 (any nest of arguments)
-    # deepcopy refuses tensors with a history; a clone keeps theirs.
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_leaf]
+    # deepcopy refuses tensors with a history, and nested ones; a clone keeps the history.
+    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and (x.is_nested or not x.is_leaf)]
     return copy.deepcopy(inputs, {id(x): x.clone() for x in tensors})
 
 

@@ -24,9 +24,10 @@ from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import AttentionImplementationWarning, InputError, UnknownSiteWarning
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.validation import sizes_of
-from s2o_compile.kernels.dispatch import is_short
+from s2o_compile.kernels.core.validation import check_whole, sizes_of
+from s2o_compile.kernels.dispatch import is_short, warn_of_derivatives
 from s2o_compile.kernels.statistics import record, recording
+from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
 
@@ -159,7 +160,8 @@ def s2o_attention_forward(
             return output.transpose(1, 2).contiguous(), None
     mask = attention_mask.or_none if _describes(attention_mask, query, key) else attention_mask
     if softcap is None and s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
+        with every_derivative():
+            return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
     if mask is None:
         seen = AttentionMask(causal=is_causal and query.shape[2] > 1)
         mask = seen.visible_pairs(query.shape[2], key.shape[2], query.device)
@@ -178,6 +180,7 @@ def _written_out(
     dropout: float,
 ) -> Tensor:
     """The output [B, Hq, Nq, Dv] that SDPA has no arguments for, as models write it out and the passes know it."""
+    check_whole()
     n_keys = key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -204,11 +207,14 @@ def _sparse(
     """The operator's output [B, Hq, Nq, Dv]; None for a call that is short, or none of the operator's."""
     if torch.is_autocast_enabled(query.device.type):  # as SDPA does
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    learned = (x.requires_grad for x in (query, key, value, sinks, mask) if isinstance(x, Tensor))
+    learned = mask if isinstance(mask, Tensor) else None
     fits = sizes_of(query, key, value) is not None and isinstance(scale, int | float | None)
-    if not fits or (torch.is_grad_enabled() and any(learned)):
+    if not fits:
         return None
     site = getattr(module, _SITE, None) or _site(_class_and_layer(module), S2OConfig())
+    if is_differentiated(query, key, value, sinks, learned):
+        warn_of_derivatives(query, key, site.min_seq_len)
+        return None
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
         if recording():
             record(AttentionCall(query=query, key=key, value=value, scale=1.0, site=site.name), "dense")

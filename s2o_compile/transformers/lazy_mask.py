@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +15,21 @@ from s2o_compile.kernels.support.torch_compat import NoTorchFunction, make_wrapp
 from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.transformers.mask_functions import prove_function
 from s2o_compile.transformers.snapshots import snapshot
+
+Value = TypeVar("Value")
+
+
+class _Once(Generic[Value]):
+    """A property of a mask, computed once. ``functools.cached_property`` takes a lock, which Dynamo cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute, self._name = compute, compute.__name__
+
+    def __get__(self, mask: Tensor, _: type) -> Value:
+        value = self._compute(mask)
+        setattr(mask, self._name, value)  # found before this property from now on
+        return value
+
 
 _OUTSIDE = frozenset({Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point})
 """Methods that need no data. Attributes that are no tensors need none either."""
@@ -48,7 +62,7 @@ class LazyMask(Tensor):
             self.made = self._from(arguments)
         return self
 
-    @cached_property
+    @_Once
     def made(self) -> Tensor:
         """The mask itself."""
         assert not isinstance(self._arguments, Rejected)
@@ -68,7 +82,7 @@ class LazyMask(Tensor):
         """Whether the description is still that of the mask: nobody who looked into it wrote into it."""
         return "made" not in vars(self) or version_of(self.made) == self._version_made is not None
 
-    @cached_property
+    @_Once
     def or_none(self) -> Tensor | None:
         """The mask, or None where it hides nothing, or where SDPA's ``is_causal`` says the same (`skips_to_causal`)."""
         return self.made if isinstance(self._arguments, Rejected) else self._make(**self._arguments)
@@ -84,7 +98,7 @@ class LazyMask(Tensor):
         """The output of a query that sees no key. A finite number added to all of its scores leaves the mean."""
         return "zeros" if self.dtype is torch.bool else "mean"
 
-    @cached_property
+    @_Once
     def proven(self) -> AttentionMask | Rejected:
         """The mask as the operator knows it, or why it is none of the operator's. May wait for the device."""
         given = self._arguments

@@ -302,3 +302,28 @@ def test_cover_matches_paths_before_shapes():
         name="b.attn", rewritten=False, query_shape=("1", "2", "1", "8"), key_shape=("1", "1", "13", "8")
     )
     assert audit.cover(calls[1:2], [(decode, 1), (prefill, 1)]) == (prefill,)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+class TestNestedTensors:
+    """Tensors whose entries differ in length: torch's encoder makes some of padded input, and others have no shape."""
+
+    def test_an_encoder_with_padding(self):
+        torch.manual_seed(0)
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+        x, padding = tiny_input(batch=2), torch.zeros(2, 200, dtype=torch.bool)
+        padding[0, 150:] = True
+        ran = counted(encoder, x, src_key_padding_mask=padding)
+        expected = [(f"layers.{i}.self_attn", ("2", "?", "32")) for i in range(2)]
+        assert [(call.path, call.query_shape) for call in ran] == expected
+        with torch.no_grad():
+            report = s2o_compile.explain(encoder, x, src_key_padding_mask=padding, config=EXACT)
+        assert (report.rewritten, len(report.sites), report.audit_error) == (2, 2, "")
+
+    @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+    def test_inputs_of_attention(self, layout):
+        nested = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (15, 20)], layout=layout)
+        heads_first = nested.transpose(1, 2)
+        heads_first = heads_first.contiguous() if layout is torch.strided else heads_first
+        (ran,) = counted(F.scaled_dot_product_attention, *[heads_first] * 3)
+        assert ran.query_shape == ("2", "2", "?", "8")

@@ -30,6 +30,7 @@ def paths():
     sources = "".join((FOLDER / name).read_text() for name in HOMES)
     found = [next(filter(None, groups)) for groups in NAMED.findall(sources)]
     functions = [f"torch.{module}.{name}" for module in ("_C._functorch", "_functorch.predispatch") for name in VMAP]
+    functions += [f"torch.{module}._make_dual" for module in ("_functorch.predispatch", "_VF")]
     return sorted({*found, *functions, *(f"torch._higher_order_ops.triton_kernel_wrap.{name}" for name in ANALYSES)})
 
 

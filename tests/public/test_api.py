@@ -183,6 +183,7 @@ def test_attention_function_is_exact_at_tau_zero():
     torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_attention_function_is_differentiable_and_dense():
     q, k, v = (torch.randn(1, 2, 200, 16, requires_grad=True) for _ in range(3))
     with s2o_compile.record() as recording:

@@ -182,6 +182,7 @@ def test_a_causal_mask_is_one_whatever_the_module_says(shortest, prefill):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_gradients_are_those_of_dense_attention(name, padding):
     given = inputs(padding)
     gradients = []
@@ -407,6 +408,25 @@ def test_a_lazy_mask_may_enter_a_graph(prefill):
         warnings.simplefilter("ignore")
         result = output(torch.compile(model, backend="eager"), **given, attention_mask=mask)
     torch.testing.assert_close(result[:, 30:], expected[:, 30:], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma3", "gpt_oss"))])
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_layers_compiled_one_by_one_whole(name, prefill):
+    """The mask that they share is made inside the first graph, or enters the later ones: it is never an older one."""
+    model = tiny(name)
+    given = [inputs(padding, length) for padding, length in (("left", LENGTH), ("right", 230))]
+    expected = [output(model, **each) for each in given]
+    options = {"s2o.min_seq_len": 0, "s2o.tau": 0.0, "s2o.inner_backend": "eager"}
+    for layer in model.model.layers:
+        layer.compile(backend="s2o", options=options, fullgraph=True)
+    sparse(model)
+    for each, wanted in zip(given, expected, strict=True):
+        seen = each["attention_mask"].bool()
+        torch.testing.assert_close(output(model, **each)[seen], wanted[seen], atol=2e-5, rtol=2e-5)
+    assert {path for path, _ in prefill()} <= {"s2o", "window"}
+    assert len(prefill()) == 4
 
 
 def test_arguments_of_other_attentions_are_refused():

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from s2o_compile.kernels.core.options import OperatorOptions
@@ -20,7 +19,8 @@ from s2o_compile.kernels.dispatch import is_short
 from s2o_compile.kernels.impl.flex.forward import LEAST_HEAD_DIM
 from s2o_compile.kernels.impl.flex.user_mods import block_len_fits, sparse_flex_attention
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
-from s2o_compile.kernels.support.torch_compat import FakeTensor, tree_leaves
+from s2o_compile.kernels.support.torch_compat import FakeTensor
+from s2o_compile.passes.frontends.checks import check_derivatives
 from s2o_compile.passes.frontends.flex import block_tables
 from s2o_compile.passes.frontends.flex import match as flex
 from s2o_compile.passes.graph.nodes import value_of
@@ -81,8 +81,7 @@ def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> N
         raise Refused("its scale %s is no constant", call["scale"])
     if query.dtype not in DTYPES:
         raise Refused("its query is %s, expected one of float16, bfloat16, float32", query.dtype)
-    if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tree_leaves(value_of(node))):
-        raise Refused("gradients are wanted: call the model under torch.no_grad()")
+    check_derivatives(node)
     shortest = options.get("min_seq_len")
     if shortest is None:
         shortest = PAYS_FROM.get(query.device.type, "auto")

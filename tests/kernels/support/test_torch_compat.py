@@ -19,8 +19,8 @@ from s2o_compile.kernels.support.torch_compat import ATTRIBUTES, NAMES, Missing,
 ROOT = Path(__file__).parents[3]
 HOMES = ("torch_compat.py", "torch_compile.py", "torch_inductor.py")
 FOLDERS = ("kernels", "passes", "s2o_compile")
-# One of these: vmap's functions moved, and the analysis of kernels was renamed.
-ALTERNATIVES = ("_add_batch_dim", "_remove_batch_dim"), torch_inductor.ANALYSES
+# One of these: functions of vmap and of duals moved, and the analysis of kernels was renamed.
+ALTERNATIVES = ("_add_batch_dim", "_remove_batch_dim"), ("_make_dual",), torch_inductor.ANALYSES
 # Public for all purposes: documented, or torch's own examples call them.
 PUBLIC = ("torch._check", "torch._assert_async", "torch.ops.")
 PRIVATE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)\b|torch\.fx\.experimental")
@@ -61,6 +61,7 @@ def exists(path):
     if path not in ATTRIBUTES:
         return torch_compat._find(path) is not None
     instances = {
+        "torch.autograd.forward_ad": lambda: torch.autograd.forward_ad,
         "torch.nn.Module": torch.nn.Identity,
         "torch.Tensor": lambda: torch.zeros(1),
         "torch.UntypedStorage": lambda: torch.zeros(1).untyped_storage(),

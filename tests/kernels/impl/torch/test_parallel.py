@@ -1,10 +1,13 @@
 """Segments and tiles spread over threads: the same bits, errors passed on, thread counts restored."""
 
+import threading
+
 import pytest
 import torch
 
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
+from s2o_compile.kernels.support import torch_threads
 from s2o_compile.kernels.support.parallel import for_each
 from tests.conftest import Case
 
@@ -64,6 +67,31 @@ class TestTwoThreads:
         assert (seen == 1).all()
         assert set(inner) == {(1, False)}
         assert torch.get_num_threads() == 2
+
+    def test_no_other_thread_is_changed(self):
+        """Neither one that starts while items are worked on, nor the process, nor the matrix library."""
+        numbers = []
+
+        def other():
+            numbers.append((torch.get_num_threads(), "mkl_get_max_threads() : 2" in torch.__config__.parallel_info()))
+
+        def in_a_thread(_=None):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+        in_a_thread()
+        for_each(in_a_thread, range(4), CPU)
+        other()
+        assert numbers == [(2, torch.backends.mkl.is_available())] * 6
+
+    def test_a_torch_that_cannot_let_a_thread_compute_alone_works_in_order(self, monkeypatch):
+        monkeypatch.setattr(torch_threads, "_function", lambda name: None)
+        torch_threads.can_compute_alone.cache_clear()
+        order = []
+        for_each(order.append, range(5), CPU)
+        torch_threads.can_compute_alone.cache_clear()
+        assert order == [0, 1, 2, 3, 4]
 
     def test_an_error_reaches_the_caller_and_threads_are_restored(self):
         def work(item):

@@ -1,0 +1,59 @@
+"""Inside torch's ``context_parallel`` a rank holds a shard of the keys: attention to it alone is refused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import s2o_compile
+from s2o_compile import InputError, S2OConfig
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+LENGTH = 256
+EVERYTHING = torch.ones(1, 1, dtype=torch.bool)
+CALLS = {
+    "short": s2o_compile.attention,
+    "long": lambda *tensors: s2o_compile.attention(*tensors, config=S2OConfig(min_seq_len=0)),
+    "gradient": lambda q, k, v: s2o_compile.attention(q.clone().requires_grad_(), k, v),
+    "mask": lambda *tensors: s2o_compile.attention(*tensors, attn_mask=EVERYTHING),
+    "operator": torch.ops.s2o.attention,
+    "plan": lambda q, k, v: s2o_compile.plan(q, k, v, min_seq_len=0),
+}
+
+
+def refused_inside(rank, store, ranks):
+    """Enters ``context_parallel`` as one of the ranks and makes every call; outside they run."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    store = dist.HashStore() if store is None else dist.FileStore(store, ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    try:
+        x = torch.randn(1, 2, LENGTH, 16)
+        with context_parallel(init_device_mesh("cpu", (ranks,)), buffers=[x], buffer_seq_dims=[2]):
+            assert x.shape[2] == LENGTH // ranks
+            for call in CALLS.values():
+                with pytest.raises(InputError, match=r"context_parallel: expected all keys .* Attend outside"):
+                    call(x, x, x)
+        for call in CALLS.values():
+            call(x, x, x)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_rank():
+    refused_inside(0, None, 1)
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path):
+    torch.multiprocessing.spawn(refused_inside, (str(tmp_path / "store"), 2), nprocs=2)
+
+
+def test_a_function_of_somebody_elses_is_no_context(monkeypatch):
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *given, **more: sdpa(*given, **more)
+    )
+    x = torch.randn(1, 2, 8, 16)
+    assert torch.equal(s2o_compile.attention(x, x, x), sdpa(x, x, x))
