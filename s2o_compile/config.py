@@ -122,9 +122,10 @@ class S2OConfig(OperatorOptions):
             if not isinstance(given, bool):
                 raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
-        backends = {*torch.compiler.list_backends(exclude_tags=()), "tensorrt"} - {"s2o"}
-        if not is_one_of(self.inner_backend, known := sorted(backends)):
-            raise OptionError(unknown_name("inner_backend", self.inner_backend, known))
+        known = {*torch.compiler.list_backends(exclude_tags=()), "tensorrt"} - {"s2o"}
+        if not is_one_of(self.inner_backend, known):
+            named = {*torch.compiler.list_backends(), "eager", "tensorrt"} & known  # not those for torch's own tests
+            raise OptionError(unknown_name("inner_backend", self.inner_backend, sorted(named)))
 
     @property
     def quality(self) -> str:
@@ -154,13 +155,17 @@ class S2OConfig(OperatorOptions):
         fields["tau"] = self.site_tau.get(site, self.tau if self.error is None else tau_for(self.error))
         return OperatorOptions(**fields)
 
-    def to_json(self) -> str:
-        """JSON text that ``from_json`` reads back to an equal configuration."""
-        return json.dumps(dataclasses.asdict(self), default=dict)
+    def to_json(self, about: Mapping[str, object] | None = None) -> str:
+        """JSON text that ``from_json`` reads back to an equal configuration.
+
+        Args:
+            about: Where the configuration comes from, for whoever reads the text.
+        """
+        return json.dumps(({"about": about} if about else {}) | dataclasses.asdict(self), default=dict)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> S2OConfig:
-        """Configuration from the text of ``to_json``; missing fields take their defaults."""
+        """Configuration from the text of ``to_json``; missing fields take their defaults, "about" is left out."""
         if not isinstance(text, (str, bytes)):
             raise OptionError(
                 f"S2OConfig.from_json: expected JSON text, got {shown(text)}. For a dict of fields there is "
@@ -177,7 +182,7 @@ class S2OConfig(OperatorOptions):
                 f"S2OConfig.from_json: expected a JSON object, got {type(fields).__name__}. Write it with "
                 "S2OConfig.to_json."
             )
-        return cls.from_dict(fields)
+        return cls.from_dict({name: value for name, value in fields.items() if name != "about"})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> S2OConfig:

@@ -1,5 +1,6 @@
 """Every error and warning this project raises on purpose."""
 
+from s2o_compile.kernels.support.errors import DenseGradientWarning as DenseGradientWarning
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError as ImplementationUnavailableError
 from s2o_compile.kernels.support.errors import InputError as InputError
 from s2o_compile.kernels.support.errors import S2OError as S2OError

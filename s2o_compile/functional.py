@@ -15,7 +15,7 @@ from s2o_compile.kernels import ops
 from s2o_compile.kernels.core.call import AttentionCall, MaskTerms
 from s2o_compile.kernels.core.layout import as_sdpa
 from s2o_compile.kernels.core.validation import check_attn_mask, check_kinds, check_no_lse, check_numbers
-from s2o_compile.kernels.dispatch import run_planned
+from s2o_compile.kernels.dispatch import run_planned, warn_of_derivatives
 from s2o_compile.kernels.exact.formula import attend_outside_torch
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
@@ -149,7 +149,10 @@ def attention(
         return attend_outside_torch(call)
     if is_differentiated(query, key, value, sinks):
         tensors = (query, key, value, key_mask, sinks)
-        return ops.differentiable_attention(*tensors, return_lse=return_lse, dense_heads=dense_heads, **given)[0]
+        output, _ = ops.differentiable_attention(*tensors, return_lse=return_lse, dense_heads=dense_heads, **given)
+        shortest = 0 if plan is not None else (config or S2OConfig()).min_seq_len
+        warn_of_derivatives(query, key, shortest, stacklevel=2)
+        return output
     if plan is not None:
         if not isinstance(plan, S2OPlan):
             raise InputError("plan", expected="an S2OPlan", got=shown(plan), remedy="Make one with s2o_compile.plan.")
@@ -212,7 +215,9 @@ def _masked(
         check_attn_mask(attn_mask, query, key)
         return attend_outside_torch(AttentionCall.of(query, key, value, None, sinks, **arguments), attn_mask)
     if is_differentiated(*tensors):
-        return ops.differentiable_masked_attention(*tensors, **arguments, dense_heads=dense_heads)[0]
+        output, _ = ops.differentiable_masked_attention(*tensors, **arguments, dense_heads=dense_heads)
+        warn_of_derivatives(query, key, (config or S2OConfig()).min_seq_len, stacklevel=3)
+        return output
     options = {} if config is None else config.operator_options()
     attend = ops.masked_attention if can_skip_dispatcher(*tensors) else torch.ops.s2o.masked_attention.default
     return attend(*tensors, **arguments, dense_heads=list(dense_heads), **options)[0]

@@ -7,6 +7,7 @@ for a device.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Collection
 from numbers import Integral, Real
@@ -21,6 +22,10 @@ LONGEST_INT = 256
 """Bits of an integer that a message still spells out. Python itself refuses to print much longer ones."""
 
 
+_VALUE = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*|True|False|None", re.IGNORECASE)
+"""A text that looks like another value."""
+
+
 class _Shortened(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         """Digits, or how many bits the integer has."""
@@ -32,9 +37,10 @@ _SHORTENED.maxlevel, _SHORTENED.maxstring, _SHORTENED.maxother = 3, 80, 80
 
 
 def shown(x: object) -> str:
-    """``repr`` on one line, shortened; it never fails, whatever the object."""
+    """``repr`` on one line, shortened; it never fails, whatever the object. Quotes alone hide that "0.5" is a text."""
     try:
-        return " ".join(_SHORTENED.repr(x).splitlines())
+        text = "the text " if isinstance(x, str) and _VALUE.fullmatch(x) else ""
+        return text + " ".join(_SHORTENED.repr(x).splitlines())
     except Exception:  # a repr of somebody else's
         return f"an object of type {type(x).__name__}"
 

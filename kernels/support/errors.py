@@ -31,5 +31,9 @@ class NoGradientError(S2OError, RuntimeError):
         )
 
 
+class DenseGradientWarning(UserWarning):
+    """Attention that could be sparse is dense, because derivatives of it are wanted."""
+
+
 class TunedFileWarning(UserWarning):
     """The user's file of launch configurations and crossover lengths cannot be used."""

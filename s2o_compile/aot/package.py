@@ -18,6 +18,7 @@ import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import PackageError
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
+from s2o_compile.kernels.support.files import try_writing
 from s2o_compile.kernels.support.torch_compat import require, schema_of
 
 _SPARSE = torch.ops.s2o.attention.default
@@ -75,6 +76,10 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         raise PackageError(f"package: expected a path that ends in .pt2, got {str(path)!r}. Rename it.")
     if not path.resolve().parent.is_dir():
         raise PackageError(f"package: expected a path in a directory that exists, got {str(path)!r}. Make it first.")
+    try:
+        try_writing(path)  # before minutes of compilation
+    except OSError as error:
+        raise PackageError(f"package: expected a path that may be written, got {error}. Give another.") from error
     sparse, dense, on_cpu = [], {}, True
     budgets = set()
     for node in _attentions(program):

@@ -14,13 +14,12 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2o_compile.capture.caches import name_of_cache
 from s2o_compile.kernels.support.torch_compile import mark_dynamic
 
 PREPARE = "_s2o_arguments"
@@ -70,6 +69,12 @@ def mask_methods(base: type) -> dict[str, object]:
         return kwargs
 
     return {_HOOK: create_masks_for_generate, PREPARE: prepare}
+
+
+def name_of_cache(values: Mapping[str, Any]) -> str:
+    """The name of the cache among arguments or outputs, by its type: versions name it differently. Empty for none."""
+    kind = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    return next((name for name, value in values.items() if kind is not None and isinstance(value, kind)), "")
 
 
 def _is_prefill(call: dict[str, Any], config: object) -> bool:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
+from s2o_compile.cli.about import made_by
+from s2o_compile.cli.loading import check_reads
+from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
     ConfigFile,
     Console,
@@ -20,9 +26,11 @@ from s2o_compile.cli.options import (
     typer,
     writing,
 )
-from s2o_compile.config import check_error
-from s2o_compile.quality.calibrate import LEAST_ERROR
-from s2o_compile.quality.calibrate import calibrate as calibrate_model
+from s2o_compile.config import S2OConfig, check_error
+from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.quality.calibrate import LEAST_ERROR, Calibration, calibration
+from s2o_compile.quality.evaluate import device_name
+from s2o_compile.quality.head_curves import RATE
 
 
 def calibrate(
@@ -39,20 +47,45 @@ def calibrate(
     """Measure every head on your text and write the configuration that keeps an error budget."""
     check_out("--out", out)
     check_error("--error", error, least=LEAST_ERROR)
-    config = choose_config(None, config_file, min_seq_len=min(tokens, 2048))
+    config = choose_config(None, config_file)
+    # Even a short text is measured; what is written keeps the length from which the model is to run sparse.
+    measured = dataclasses.replace(config, min_seq_len=min(tokens, 2048))
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
         loaded, tokenizer = load(model, tokens, device)
         ids = [tokenize(loaded, tokenizer, tokens, file).to(device) for file in text or [None]]
-        found = calibrate_model(loaded, ids, error, config=config, progress=step)
-    with writing("--out", out):
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-    dense = sum(map(len, found.dense_heads.values()))
+        check_reads(loaded, ids[0])
+        found = calibration(loaded, ids, error, config=measured, progress=step)
+    written = dataclasses.replace(found.config, min_seq_len=config.min_seq_len)
+    about = {
+        "model": full_name(model),
+        "text": [str(file) for file in text or ["Python's language reference"]],
+        "tokens": tokens,
+        "device": device_name(ids[0].device),
+        **made_by(),
+    }
+    with writing("--out", out) as file:
+        file.write_text(written.to_json(about) + "\n", encoding="utf-8")
     Console().print(
-        f"{len(found.site_tau)} attentions calibrated to an error of {error:.2%}, {dense} key/value heads marked "
-        f"dense: {out}\nUse it: s2o_compile.optimize(model, S2OConfig.from_json(open({str(out)!r}).read())), "
+        f"{_summary(found, written, error, tokens, ids[0].device)}\n"
+        f"Use it: s2o_compile.optimize(model, S2OConfig.from_json(open({str(out)!r}).read())), "
         f"and see what it costs on other text: s2o evaluate --config {out} --text FILE",
         soft_wrap=True,
         highlight=False,
         markup=False,
     )
+
+
+def _summary(found: Calibration, written: S2OConfig, error: float, tokens: int, device: torch.device) -> str:
+    """What will run sparse, from which length on, and what that should gain."""
+    count, marked = len(found.choices), sum(map(len, written.dense_heads.values()))
+    shortest = written.min_seq_len if isinstance(written.min_seq_len, int) else crossover(device)
+    says = (
+        f"{found.sparse} of {count} attentions will run sparse from {shortest} tokens on (min_seq_len "
+        f"{written.min_seq_len!r} on {device.type}), within an error of {error:.2%}. {marked} key/value heads are "
+        f"marked dense.\nAt {tokens} tokens they computed {found.density:.0%} of the query-key pairs. That should take "
+        f"{found.time:.0%} of the time of dense attention, if S2O computes at {RATE:g} of the dense rate (measured on "
+        "an H100); the ranking of keys is not counted."
+    )
+    short = f"\nPrompts of {tokens} tokens run dense. Calibrate on a text as long as your prompts."
+    return says + short if tokens < shortest else says

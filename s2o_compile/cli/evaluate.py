@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
+from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
     ConfigFile,
@@ -25,8 +26,10 @@ from s2o_compile.cli.options import (
     choose_device,
     load,
     read_file,
+    refuse,
     show_steps,
     tokenize,
+    typed,
     typer,
     writing,
 )
@@ -34,6 +37,7 @@ from s2o_compile.cli.tasks import choose_lengths, run_tasks
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.quality.evaluate import evaluate as evaluate_model
 from s2o_compile.quality.evaluation import Evaluation
 from s2o_compile.quality.visit_map import VisitMap, visit_map
@@ -44,11 +48,15 @@ TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 
 def evaluate(
     model: Model = "smollm2",
-    tokens: Tokens = 8192,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text that are read; 8192 by default.", min=2)
+    ] = None,
     text: Text = None,
     tau: Tau = None,
     config_file: ConfigFile = None,
-    needles: Annotated[bool, typer.Option(help="Also hide random strings in the text and ask for them again.")] = True,
+    needles: Annotated[
+        bool | None, typer.Option(help="Also hide random strings in the text and ask for them again; the default.")
+    ] = None,
     planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
     tasks: Annotated[
@@ -63,8 +71,11 @@ def evaluate(
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
+    beside = {"--needles": needles, "--planted": planted, "--tokens": tokens if lengths else None}
+    tokens = tokens or 8192
     asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
     if tasks:
+        refuse("--tasks", [option for option, value in beside.items() if value is not None])
         run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2), device, json_file)
         return
     taus = TAUS if curve else ()
@@ -72,14 +83,16 @@ def evaluate(
         message = "--planted is now called --needles; the old name will go."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         needles = planted
-    found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, needles=needles, taus=taus)
+    config, with_needles = _config(tau, config_file, tokens), needles is not False
+    found = _evaluate(model, tokens, text, config, device, needles=with_needles, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
-        with writing("--json", json_file):
-            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
+        with writing("--json", json_file) as file:
+            file.write_text(found.to_json() + "\n", encoding="utf-8")
 
 
 def plot(
+    context: typer.Context,
     kind: Annotated[str, typer.Argument(help='"density", "error", "depth" or "attention".')],
     evaluation: Annotated[Path | None, typer.Argument(help="JSON of s2o evaluate; without it, one is made.")] = None,
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = Path("s2o.png"),
@@ -99,6 +112,10 @@ def plot(
         raise OptionError(unknown_name("picture", kind, (*PICTURES, "attention")))
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise OptionError(f"--out: expected a name in .png, .pdf or .svg, got {str(out)!r}. Name such a file.")
+    if kind != "attention":
+        refuse(f"plot {kind}", typed(context, ("site", "head")))
+        if evaluation is not None:
+            refuse("evaluation", typed(context, ("model", "tokens", "text", "tau", "config_file", "device")))
     check_out("--out", out)
     if kind == "attention":
         if evaluation is not None:
@@ -109,16 +126,16 @@ def plot(
         config = _config(tau, config_file, tokens)
         visits = _visits(model, tokens, text, config, device, site, head)
         title = f"{full_name(model)}, {tokens} tokens, {config.quality}"
-        with writing("--out", out):
-            draw_attention(visits, out, title=title)
+        with writing("--out", out) as picture:
+            draw_attention(visits, picture, title=title)
         return
     if evaluation is not None:
         found = Evaluation.from_json(read_file("evaluation", evaluation))
     else:
         taus = TAUS if kind == "error" else ()
         found = _evaluate(model, tokens, text, _config(tau, config_file, tokens), device, needles=False, taus=taus)
-    with writing("--out", out):
-        PICTURES[kind](found, out)
+    with writing("--out", out) as picture:
+        PICTURES[kind](found, picture)
 
 
 def _config(tau: float | None, file: Path | None, tokens: int) -> S2OConfig:
@@ -145,7 +162,20 @@ def _evaluate(
 def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:
     device = choose_device(device)
     loaded, tokenizer = load(model, tokens, device)
-    return loaded, tokenize(loaded, tokenizer, tokens, text).to(device)
+    ids = tokenize(loaded, tokenizer, tokens, text).to(device)
+    check_reads(loaded, ids)
+    return loaded, ids
+
+
+def _check_place(model: Any, site: str, head: int) -> None:  # noqa: ANN401 (a transformers model)
+    """Refuse a site and a head that the model does not have, as far as it tells before it runs."""
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and head >= heads:
+        raise OptionError(f"--head: expected one of 0 to {heads - 1}, got {head}. Choose one of these query heads.")
+    names = names_of_modules(model).values()
+    if "." in site and site.partition("#")[0] not in names:
+        near = [name for name in names if name.endswith(("attn", "attention"))]
+        raise OptionError(f"--site: {unknown_name('site', site, near)} `s2o explain` lists the sites of a model.")
 
 
 @torch.no_grad()
@@ -155,6 +185,7 @@ def _visits(
     """The keys that a head of a site visits, of the first site if none is named."""
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device)
+        _check_place(loaded, site, head)
         fast = optimize(loaded, dataclasses.replace(config, inner_backend="eager"))
         sites, found = [], []
 

@@ -12,7 +12,10 @@ from collections.abc import Collection, Iterator
 from logging import CRITICAL
 from typing import Any
 
-from s2o_compile.errors import LoadingError, S2OError, UnusedWeightsWarning
+import torch
+from torch import Tensor
+
+from s2o_compile.errors import LoadingError, OptionError, S2OError, UnusedWeightsWarning
 from s2o_compile.kernels.support.arguments import shown
 
 NAMED = 3
@@ -30,10 +33,51 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     except S2OError:
         raise
     except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
-        cause = " ".join(str(error).split()).rstrip(".")
-        cause = cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]} ..."
+        cause = _cause(error)
         kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
         raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
+
+
+@torch.no_grad()
+def check_reads(model: Any, ids: Tensor) -> None:  # noqa: ANN401 (a transformers model)
+    """Try a model on more tokens than it has positions, which some read all the same.
+
+    Raises:
+        OptionError: It fails on them.
+    """
+    tokens, config = ids.shape[1], getattr(model, "config", None)
+    fields = {} if config is None else vars(config.get_text_config())
+    most = {name: x for name, x in fields.items() if "position" in name and isinstance(x, int) and 1 < x < tokens}
+    if not most:
+        return
+    try:
+        model(ids)
+    except Exception as error:  # whatever a model raises there
+        name = min(most, key=most.__getitem__)
+        raise OptionError(
+            f"--tokens: expected at most {most[name]}, the {name} of {type(model).__name__}, got {tokens}, on which it "
+            f"fails ({type(error).__name__}: {_cause(error)}). Choose fewer."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    cause = " ".join(str(error).split()).rstrip(".")
+    return cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]} ..."
+
+
+def check_causal(source: str, config: object) -> None:
+    """Refuse a model that reads no token ids, or predicts no next one.
+
+    Raises:
+        LoadingError: transformers has no causal language model for this configuration.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise LoadingError(
+            f"{source}: expected a causal language model, got a {type(config).__name__}, for which transformers has "
+            "none. s2o_compile.explain(model, *inputs) takes any model, in Python."
+        )
 
 
 def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401 (a transformers model)

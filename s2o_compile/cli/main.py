@@ -6,7 +6,6 @@ Needs the extra named cli.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from s2o_compile.cli.calibrate import calibrate
 from s2o_compile.cli.demo import QUESTION, DemoResult
 from s2o_compile.cli.demo import run as run_demo
 from s2o_compile.cli.evaluate import evaluate, plot
+from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.options import (
     MODEL_HELP,
     BarColumn,
@@ -89,6 +89,7 @@ def explain(
     config = choose_config(tau, min_seq_len=0)
     loaded, _ = load(model, tokens, device, random_weights=random_weights)
     ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (batch, tokens), device=device)
+    check_reads(loaded, ids)
     with torch.no_grad():
         report = explain_model(loaded, ids, config=config)
     if as_json:
@@ -121,7 +122,7 @@ def tune(
     if tested[0] < 256 or any(dim not in tuned.HEAD_DIMS for dim in dims):
         wanted = f"head dims out of {tuned.HEAD_DIMS} and lengths >= 256"
         raise OptionError(f"tune: expected {wanted}, got {dims} and {tested}.")
-    tuning.read(path)  # a file that is none of ours is refused before hours of measurement
+    tuning.try_target(path)
     console, launches = Console(), {}
     shapes = {
         (dim, name): tuning.Shape(
@@ -155,8 +156,7 @@ def tune(
         table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
     console.print(table)
     found = tuning.crossover(compared)
-    command = shlex.join(["s2o", *sys.argv[1:]])
-    tuning.write(path, shape, crossover=found, launches=launches, command=command)
+    tuning.write(path, shape, crossover=found, launches=launches)
     says = f"S2O runs from {found} tokens on."
     if found is None:
         lost = f"S2O lost at {tested[-1]} tokens"

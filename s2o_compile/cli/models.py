@@ -10,7 +10,6 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from s2o_compile.cli.loading import load_weights, loading
 from s2o_compile.errors import S2OError
+from s2o_compile.kernels.support.files import writing
 
 
 class DemoUnavailableError(S2OError, RuntimeError):
@@ -122,16 +122,11 @@ def _joined(name: str, parts: list[Path], size: int) -> Path:
         if file.is_file() and file.stat().st_size == size:
             return file
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{name}-", delete=False) as whole:
-            try:
-                for part in parts:
-                    with part.open("rb") as opened:
-                        shutil.copyfileobj(opened, whole, 2**24)
-                whole.close()
-                Path(whole.name).replace(file)  # another process may do the same: the last one wins, with equal bytes
-            except BaseException:
-                Path(whole.name).unlink(missing_ok=True)
-                raise
+        # Another process may do the same: the last one wins, with equal bytes.
+        with writing(file) as path, path.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as opened:
+                    shutil.copyfileobj(opened, whole, 2**24)
     except (OSError, RuntimeError) as error:  # no room, no right to write, or a user without a home
         raise DemoUnavailableError(
             f"{name}: expected a cache folder with room for {size / 1e6:.0f} MB, got {type(error).__name__}: {error}. "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from s2o_compile.cli.demo import Step, document
-from s2o_compile.cli.loading import load_weights, loading
+from s2o_compile.cli.loading import check_causal, load_weights, loading
 from s2o_compile.cli.models import KNOWN, NAMES, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels.support import files
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.json_text import decode
 
@@ -51,7 +51,10 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
-    """The configuration of a file, or of these fields if there is none; with this tau if one is given."""
+    """The configuration of a file, or the defaults, with this tau if one is given.
+
+    Further fields take the place of the defaults, and a ``min_seq_len`` also that of "auto" in a file.
+    """
     if file is None:
         config = S2OConfig(**fields)
     else:
@@ -60,6 +63,8 @@ def choose_config(tau: float | None, file: Path | None = None, **fields: Any) ->
             config = S2OConfig.from_json(text)
         except OptionError as error:
             raise OptionError(f"--config {shown(str(file))}: {error}") from error
+        if config.min_seq_len == "auto":
+            config = dataclasses.replace(config, min_seq_len=fields.get("min_seq_len", "auto"))
     return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
 
 
@@ -75,24 +80,53 @@ def read_file(option: str, file: Path) -> str:
 
 def check_out(option: str, file: Path | None) -> None:
     """Refuse a file that cannot be written, before the work whose result it would hold."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    if file is None:
+        return
+    try:
+        in_a_directory = file.absolute().parent.is_dir() and not file.is_dir()
+        if in_a_directory:
+            files.try_writing(file)
+    except (OSError, ValueError) as error:  # or a name that can be no file's
+        raise _not_written(option, file, error) from error
+    if not in_a_directory:
         raise OptionError(
             f"{option}: expected a file in a directory that exists, got {str(file)!r}. Make its directory, or give "
             "another path."
         )
-    if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise OptionError(f"{option}: expected a file that may be written, got {str(file)!r}. Give another path.")
+
+
+def typed(context: typer.Context, names: Collection[str]) -> list[str]:
+    """The options of these parameters that stand on the command line."""
+    given = {name for name in names if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE"}
+    return [parameter.opts[0] for parameter in context.command.params if parameter.name in given]
+
+
+def refuse(beside: str, options: Sequence[str]) -> None:
+    """Refuse options that would be ignored beside something else.
+
+    Raises:
+        OptionError: There are some.
+    """
+    if options:
+        given = " and ".join(options)
+        raise OptionError(f"{beside}: expected it alone, got {given}, which would change nothing. Leave it out.")
 
 
 @contextmanager
-def writing(option: str, file: Path) -> Iterator[None]:
-    """Name the option where its file cannot be written after all."""
+def writing(option: str, file: Path) -> Iterator[Path]:
+    """The file to write to, which becomes the option's once it is whole; names the option where it cannot."""
     try:
-        yield
+        with files.writing(file) as part:
+            yield part
     except OSError as error:
-        raise OptionError(
-            f"{option}: expected a file that may be written, got {str(file)!r} ({error}). Give another path."
-        ) from error
+        raise _not_written(option, file, error) from error
+
+
+def _not_written(option: str, file: Path, error: Exception) -> OptionError:
+    cause = getattr(error, "strerror", None) or error
+    return OptionError(
+        f"{option}: expected a file that may be written, got {shown(str(file))} ({cause}). Give another path."
+    )
 
 
 def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
@@ -103,6 +137,11 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
         DemoUnavailableError: The packages that carry a known model are missing, or it does not read so many tokens.
     """
     if model in KNOWN:
+        if random_weights:
+            raise OptionError(
+                f"--random-weights: expected a directory or a hub name beside it, got {model!r}, whose weights are at "
+                "hand. Leave it out."
+            )
         return load_model(tokens, device, model)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -112,9 +151,12 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
         ) from error
     source = f"model {shown(model)}"
     remedy = f"Give {NAMES}, a directory that save_pretrained wrote, or a hub name."
+    with loading(source, remedy):
+        config = AutoConfig.from_pretrained(model)
+    check_causal(source, config)
     if random_weights:
         with loading(source, remedy):
-            loaded, tokenizer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).eval(), None
+            loaded, tokenizer = AutoModelForCausalLM.from_config(config).eval(), None
     else:
         loaded = load_weights(source, remedy, pretrained_model_name_or_path=model)
         with loading(f"tokenizer of {source}", remedy):

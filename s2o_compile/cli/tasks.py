@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
+
+from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import Console, Table, choose_device, load, read_file, show_steps, writing
 from s2o_compile.config import S2OConfig
@@ -32,13 +35,15 @@ def run_tasks(
     """Let a model solve the tasks, print a table, and write JSON where it is wanted."""
     filler = None if text is None else read_file("--text", text)
     with show_steps(Console(stderr=True)) as step:
-        loaded, tokenizer = load(model, max(lengths), choose_device(device))
+        device = choose_device(device)
+        loaded, tokenizer = load(model, max(lengths), device)
+        check_reads(loaded, torch.zeros(1, max(lengths), dtype=torch.int64, device=device))
         found = evaluate_tasks(loaded, tokenizer, lengths, config, text=filler, progress=step)
     found = dataclasses.replace(found, model=full_name(model))
     _print_scores(Console(), found)
     if json_file is not None:
-        with writing("--json", json_file):
-            json_file.write_text(found.to_json() + "\n", encoding="utf-8")
+        with writing("--json", json_file) as file:
+            file.write_text(found.to_json() + "\n", encoding="utf-8")
 
 
 def _print_scores(console: Console, found: TaskScores) -> None:

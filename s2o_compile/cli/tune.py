@@ -7,14 +7,12 @@ have structure (tokens come in runs of one topic). Every configuration is checke
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2o_compile.cli.about import made_by
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels import dispatch as operator
 from s2o_compile.kernels.core import tuned
@@ -34,6 +33,7 @@ from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.tuned import Launch
 from s2o_compile.kernels.planner import build_plan
+from s2o_compile.kernels.support.files import try_writing, writing
 from s2o_compile.kernels.support.json_text import parse_json
 
 CAUSAL = AttentionMask(causal=True)
@@ -230,8 +230,19 @@ def read(path: Path) -> dict[str, dict[str, dict[str, object]]]:
     return parse_json(text)
 
 
+def try_target(path: Path) -> None:
+    """Read the file and try to write it, before hours of measurement; makes its directory.
+
+    Raises:
+        OptionError: The file is there and is none of ours, or cannot be written.
+    """
+    read(path)
+    with _target(path):
+        try_writing(path)
+
+
 def write(
-    path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing], command: str
+    path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing]
 ) -> dict[str, object]:
     """Add the results to the file and return the device's entry.
 
@@ -247,26 +258,22 @@ def write(
         for (dim, dtype), timing in launches.items()
     ]
     kept = [entry for entry in before if (entry["head_dim"], entry["dtype"]) not in launches]
-    about = {"date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(), "command": command} | _versions()
-    entry: dict[str, object] = {"crossover": crossover, "launches": kept + found, "about": about}
+    entry: dict[str, object] = {"crossover": crossover, "launches": kept + found, "about": made_by()}
     devices = content["devices"] | {name: entry}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{path}: expected a file to write, got {error}. Name another with --output.") from error
+    with _target(path), writing(path) as part:
+        part.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n", encoding="utf-8")
     tuned.forget()
     return entry
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("torch", "triton", "s2o-compile"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+@contextmanager
+def _target(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise OptionError(f"{path}: expected a file to write, got: {cause}. Name another with --output.") from error
 
 
 def launched(launch: Launch) -> AbstractContextManager[object]:

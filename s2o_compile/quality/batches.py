@@ -129,7 +129,11 @@ def check_lengths(caller: str, batches: Sequence[TokenBatch], config: S2OConfig)
     for place, batch in enumerate(batches):
         device, length = batch.ids.device, batch.ids.shape[1]
         shortest = config.min_seq_len if isinstance(config.min_seq_len, int) else crossover(device)
-        shortest = max(shortest, TILE_LEN)
+        if length < TILE_LEN:
+            raise EvaluationError(
+                f"{caller}: expected batches of at least {TILE_LEN} tokens, the queries of one tile, got {length} in "
+                f"batch {place + 1}: shorter attention runs dense. Give longer batches."
+            )
         if length < shortest:
             raise EvaluationError(
                 f"{caller}: expected batches of at least {shortest} tokens, got {length} in batch {place + 1}: all "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from s2o_compile.api import watched
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, check_error, config_or_default
+from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, token_batches
-from s2o_compile.quality.head_curves import HeadCurves
+from s2o_compile.quality.head_curves import DENSE_FROM, Choice, HeadCurves
 from s2o_compile.quality.logits import LogitsReader
 
 TAUS = (0.02, 0.05, 0.12, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)
@@ -51,7 +54,34 @@ class CurveMeter:
         return exact
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        config: The configuration that keeps the budget.
+        choices: By site, what was chosen for it and what that costs on the given batches.
+    """
+
+    config: S2OConfig
+    choices: Mapping[str, Choice]
+
+    @property
+    def sparse(self) -> int:
+        """Attentions of which some head runs sparse."""
+        return sum(choice.density < 1.0 for choice in self.choices.values())
+
+    @property
+    def density(self) -> float:
+        """Mean over attentions; heads that run dense count 1."""
+        return fmean(choice.density for choice in self.choices.values())
+
+    @property
+    def time(self) -> float:
+        """Time of all attentions over that of dense ones, by ``head_curves.RATE``."""
+        return fmean(choice.time for choice in self.choices.values())
+
+
 def calibrate(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
@@ -87,6 +117,19 @@ def calibrate(
         OptionError: No such budget, or the configuration is no S2OConfig.
         EvaluationError: Nothing would run sparse, or the model or a batch cannot be used.
     """
+    return calibration(model, batches, error, config=config, progress=progress).config
+
+
+@torch.no_grad()
+def calibration(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    error: float,
+    *,
+    config: S2OConfig | None,
+    progress: Progress | None,
+) -> Calibration:
+    """`calibrate`, and what its configuration costs."""
     check_error("calibrate: error", error, least=LEAST_ERROR)
     unset = {"tau": OperatorOptions.tau, "error": None, "site_tau": {}, "dense_heads": {}}
     config = dataclasses.replace(config_or_default(config, "calibrate"), **unset)
@@ -102,15 +145,31 @@ def calibrate(
                 reader.run(sparse_model, batch)
         if not meter.sites:
             raise nothing_sparse("calibrate", watch.recording.report)
-    return budgeted(config, meter, error)
+    found = budgeted(config, meter, error)
+    if not found.sparse:
+        raise _all_dense(meter, error)
+    return found
 
 
-def budgeted(config: S2OConfig, meter: CurveMeter, error: float) -> S2OConfig:
+def budgeted(config: S2OConfig, meter: CurveMeter, error: float) -> Calibration:
     """The configuration that keeps a budget at every site of a meter."""
     chosen = {site: curves.choose(AIM * error) for site, curves in meter.sites.items()}
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         error=error,
         site_tau={site: choice.tau for site, choice in chosen.items()},
         dense_heads={site: choice.dense_heads for site, choice in chosen.items()},
+    )
+    return Calibration(config=config, choices=chosen)
+
+
+def _all_dense(meter: CurveMeter, error: float) -> EvaluationError:
+    """The error to raise where every head would run dense: the batches are too short, or the budget is too small."""
+    loosest = [(curves.sums.densities()[-1].mean().item(), curves.sums.errors()[-1]) for curves in meter.sites.values()]
+    density, least_error = (fmean(values) for values in zip(*loosest, strict=True))
+    remedy = "Give a larger error." if density < DENSE_FROM else "Give longer batches."
+    return EvaluationError(
+        f"calibrate: expected some heads to run sparse within an error of {error:.2%}, got none of {len(loosest)} "
+        f"attentions. At the loosest tau, {TAUS[-1]:g}, they still compute {density:.0%} of the pairs and err "
+        f"{least_error:.1%}; from {DENSE_FROM:.0%} on a head is marked dense. {remedy}"
     )

@@ -21,8 +21,11 @@ FLOOR = 1e-4
 HEAD_SHARE = 2.0
 """No head may be off by more than this many budgets, however little it weighs in its layer."""
 
+RATE = 0.8
+"""Pairs that S2O computes in the time in which a dense kernel computes one (H100), its ranking of keys not counted."""
+
 DENSE_FROM = 0.75
-"""Mean density of a group from which it runs dense: S2O computes at 0.8 of the rate of dense kernels, and ranks."""
+"""Mean density of a group from which it runs dense: beyond it nothing is left of RATE once keys are ranked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +37,14 @@ class Choice:
         dense_heads: Key/value heads that run dense.
         error: Relative L2 error of the site's output on the calibration text.
         density: Computed over visible query-key pairs there; heads that run dense count 1.
+        time: Of the site over that of dense attention, by RATE.
     """
 
     tau: tuple[float, ...]
     dense_heads: tuple[int, ...]
     error: float
     density: float
+    time: float
 
 
 class HeadCurves:
@@ -84,6 +89,7 @@ class HeadCurves:
             dense_heads=tuple(sorted(dense)),
             error=error,
             density=cost.mean().item(),
+            time=torch.where(cost < 1.0, cost / RATE, cost).mean().item(),
         )
 
     def _refined(self, power: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from s2o_compile.capture.caches import name_of_cache
+from s2o_compile.capture.generation_masks import name_of_cache
 from s2o_compile.errors import EvaluationError, WholeLogitsWarning
 from s2o_compile.quality.batches import TokenBatch
 
@@ -138,7 +138,7 @@ class LogitsReader:
         output: Any = batch.run(model, use_cache=True, logits_to_keep=1)
         self._kept.clear()
         logits, cache = getattr(output, "logits", None), name_of_cache(getattr(output, "__dict__", {}))
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or cache is None:
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or not cache:
             raise EvaluationError(
                 f"{self._caller}: expected an output with .logits and a cache, as a causal model of transformers "
                 f"returns it, got {type(output).__name__}. Give such a model."

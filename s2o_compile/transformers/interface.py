@@ -25,7 +25,7 @@ from s2o_compile.errors import AttentionImplementationWarning, InputError, Unkno
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.validation import check_whole, sizes_of
-from s2o_compile.kernels.dispatch import is_short
+from s2o_compile.kernels.dispatch import is_short, warn_of_derivatives
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
 from s2o_compile.kernels.support.torch_compile import names_of_modules
@@ -209,9 +209,12 @@ def _sparse(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     learned = mask if isinstance(mask, Tensor) else None
     fits = sizes_of(query, key, value) is not None and isinstance(scale, int | float | None)
-    if not fits or is_differentiated(query, key, value, sinks, learned):
+    if not fits:
         return None
     site = getattr(module, _SITE, None) or _site(_class_and_layer(module), S2OConfig())
+    if is_differentiated(query, key, value, sinks, learned):
+        warn_of_derivatives(query, key, site.min_seq_len)
+        return None
     if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
         if recording():
             record(AttentionCall(query=query, key=key, value=value, scale=1.0, site=site.name), "dense")

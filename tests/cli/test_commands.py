@@ -92,9 +92,62 @@ def test_plot_attention_runs_the_model(s2o, reader_dir, tmp_path):
     done = s2o("plot", "attention", *read, "--site", "model.layers.1.self_attn", "--head", "3", "--out", str(picture))
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    done = s2o("plot", "attention", *read, "--site", "model.layers.2.self_attn", "--out", str(picture))
-    assert done.returncode != 0
+
+
+def test_plot_attention_refuses_a_place_before_the_model_runs(s2o, reader_dir, monkeypatch):
+    from s2o_compile.cli import evaluate as cli_evaluate
+
+    def run(*_):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(cli_evaluate, "optimize", run)
+    read = ["--model", str(reader_dir), "--text", str(reader_dir / "text.txt"), "--tokens", "600"]
+    done = s2o("plot", "attention", *read, "--site", "model.layers.2.self_attn")
+    assert done.returncode == 2
     assert "Did you mean 'model.layers.1.self_attn'?" in done.stderr
+    done = s2o("plot", "attention", *read, "--head", "77")
+    assert done.returncode == 2
+    assert "--head: expected one of 0 to 3, got 77" in done.stderr
+
+
+def test_a_text_shorter_than_a_tile(s2o, reader_dir):
+    """The remedy was the least length, beside the very length that it had refused."""
+    done = s2o("evaluate", "--model", str(reader_dir), "--text", str(reader_dir / "text.txt"), "--tokens", "100")
+    assert done.returncode == 2
+    assert "expected batches of at least 128 tokens, the queries of one tile, got 100" in done.stderr
+    assert "min_seq_len" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def odd_dirs(tmp_path_factory):
+    """Configurations of models that read few tokens, or none at all."""
+    transformers = pytest.importorskip("transformers")
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 97, "decoder_ffn_dim": 64}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    configs = {
+        "whisper": transformers.WhisperConfig(**small, **special, decoder_attention_heads=4),
+        "vit": transformers.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4),
+    }
+    folder = tmp_path_factory.mktemp("odd")
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("whisper", "--tokens: expected at most 448, the max_target_positions of WhisperForCausalLM, got 512"),
+        ("vit", "expected a causal language model, got a ViTConfig, for which transformers has none."),
+    ],
+)
+def test_explain_names_in_one_line_what_a_model_does_not_read(s2o, odd_dirs, name, message):
+    done = s2o("explain", str(odd_dirs / name), "--random-weights", "--tokens", "512", "--device", "cpu")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("s2o: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 5
 
 
 def test_a_text_shorter_than_asked(s2o, reader_dir):

@@ -113,7 +113,7 @@ class TestErrors:
             ("tau", -0.1, ("finite number >= 0", "got -0.1", "tau=0.0")),
             ("tau", math.inf, ("finite number >= 0", "got inf", "tau=0.0")),
             ("tau", math.nan, ("finite number >= 0", "got nan", "tau=0.0")),
-            ("tau", "1", ("finite number >= 0", "got '1'", "tau=0.0")),
+            ("tau", "1", ("finite number >= 0", "got the text '1'", "tau=0.0")),
             ("tau", True, ("finite number >= 0", "got True", "tau=0.0")),
             ("min_seq_len", -1, ('integer >= 0, or "auto"', "got -1", "length in tokens")),
             ("min_seq_len", 1.5, ('integer >= 0, or "auto"', "got 1.5", "length in tokens")),

@@ -222,6 +222,7 @@ def test_written_by_hand_and_compiled(kind, min_seq_len):
         )
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 class TestSinksThatAreNone:
     """A sink of -inf takes no mass: rows hidden by a finite number keep the mean of all values in its head."""
 

@@ -113,6 +113,20 @@ def test_a_budget_holds_in_an_optimized_model():
     assert max(errors["budget"]) <= 0.01 < max(errors["tau"])
 
 
+@pytest.mark.parametrize("kind", ["optimized", "twice", "compiled", "in place", "function"])
+@torch.no_grad()
+def test_explain_of_what_is_optimized_or_compiled_already(kind):
+    model, x = tiny_model(), tiny_input()
+    fast = s2o_compile.optimize(model, EXACT)
+    given = {"optimized": fast, "twice": s2o_compile.optimize(fast, EXACT), "function": lambda y: fast(y)}
+    given |= {"compiled": torch.compile(model, backend="eager"), "in place": tiny_model()}
+    given["in place"].compile(backend="eager")
+    report = s2o_compile.explain(given[kind], x, config=EXACT)
+    assert [(site.name, site.found, site.rewritten) for site in report.sites] == [
+        (f"layers.{at}", True, True) for at in range(2)
+    ]
+
+
 def test_explain_says_when_sites_ran_dense_for_being_short():
     with torch.no_grad():
         report = s2o_compile.explain(tiny_model(), tiny_input())
@@ -170,6 +184,7 @@ def test_attention_function_is_exact_at_tau_zero():
     torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_attention_function_is_differentiable_and_dense():
     q, k, v = (torch.randn(1, 2, 200, 16, requires_grad=True) for _ in range(3))
     with s2o_compile.record() as recording:

@@ -35,6 +35,10 @@ def test_missing_fields_take_defaults():
         ({"tau": float("nan")}, "tau: expected a finite number >= 0, got nan"),
         ({"tau": -1.0}, "tau: expected a finite number >= 0, got -1.0"),
         ({"tau": "high"}, "tau: expected a finite number >= 0, got 'high'"),
+        ({"tau": "0.5"}, "tau: expected a finite number >= 0, got the text '0.5'"),
+        ({"error": "1e-2"}, "error: expected a relative error between 0 and 1, or None, got the text '1e-2'"),
+        ({"min_seq_len": "128"}, "min_seq_len: expected an integer >= 0, or \"auto\", got the text '128'"),
+        ({"read_masks": "False"}, "read_masks: expected True or False, got the text 'False'"),
         ({"min_seq_len": -1}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": 1.5}, "min_seq_len: expected an integer >= 0"),
         ({"min_seq_len": "short"}, "min_seq_len: expected an integer >= 0, or \"auto\", got 'short'"),
@@ -58,6 +62,21 @@ def test_missing_fields_take_defaults():
 def test_bad_values_say_expected_and_got(fields, message):
     with pytest.raises(ValueError, match=message):
         S2OConfig(**fields)
+
+
+def test_an_unknown_inner_backend_lists_none_that_only_torch_tests():
+    """They are accepted, but nobody looks for ``aot_eager_decomp_partition_crossref``."""
+    with pytest.raises(OptionError, match=r"expected one of .*eager.*inductor.*tensorrt") as caught:
+        S2OConfig(inner_backend="foo")
+    assert not any(name in str(caught.value) for name in ("minifier", "debug", "_ts", "TESTING", "aot_"))
+    assert S2OConfig(inner_backend="aot_eager").inner_backend == "aot_eager"
+
+
+def test_a_text_says_where_it_comes_from():
+    config = S2OConfig(tau=0.25)
+    text = config.to_json({"model": "mine", "date": "2026-11-29"})
+    assert json.loads(text)["about"] == {"model": "mine", "date": "2026-11-29"}
+    assert S2OConfig.from_json(text) == config
 
 
 @pytest.mark.parametrize(

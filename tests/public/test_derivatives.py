@@ -16,6 +16,7 @@ import s2o_compile
 from s2o_compile.errors import InputError
 from s2o_compile.kernels.support.errors import NoGradientError
 
+pytestmark = pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 LENGTH = 640
 SPARSE = s2o_compile.S2OConfig(tau=4.0, min_seq_len=0, segment_len=128, inner_backend="eager")
 MASK = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()

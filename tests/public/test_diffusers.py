@@ -115,6 +115,7 @@ def test_what_only_native_has_is_left_to_it(calls):
     assert calls() == []
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_training_keeps_its_gradients():
     model, given, gradients = flux(), inputs(), []
     for config in (None, EXACT):

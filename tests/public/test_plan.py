@@ -150,6 +150,7 @@ def test_the_value_may_come_later():
     assert distance(s2o_compile.attention(query, key, wide, causal=True, config=config(tau=0.0), plan=plan), exact) == 0
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_gradients_leave_it_aside():
     query, key, value = tensors()
     plan = s2o_compile.plan(query, key, value, causal=True, config=config())

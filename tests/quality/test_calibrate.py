@@ -1,7 +1,9 @@
 """Calibration: what is measured is what happens, and the budget is kept at the least density."""
 
 import dataclasses
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -150,11 +152,11 @@ class TestMeasuring:
             s2o_compile.optimize(model, CONFIG)(ids)
         costs = [sum(x.choose(AIM * error).density for x in meter.sites.values()) for error in (0.02, 0.05, 0.1)]
         assert costs == sorted(set(costs), reverse=True)
-        assert budgeted(CONFIG, meter, 0.02).error == 0.02
+        assert budgeted(CONFIG, meter, 0.02).config.error == 0.02
 
     def test_what_is_not_calibrated_is_kept(self):
         given = dataclasses.replace(CONFIG, ranking="mean_query", tau=0.1, dense_heads={"layers.9": (0,)})
-        config = s2o_compile.calibrate(tiny_language_model(), tiny_tokens(), 0.05, config=given)
+        config = s2o_compile.calibrate(sharp_model(), long_tokens(), 0.5, config=given)
         assert (config.ranking, config.segment_len, config.tau) == ("mean_query", 128, S2OConfig().tau)
         assert "layers.9" not in config.dense_heads
 
@@ -200,6 +202,16 @@ class TestRefusals:
         with pytest.raises(EvaluationError, match=r"calibrate: expected batches of at least 5000 tokens, got 700"):
             s2o_compile.calibrate(tiny_language_model(), tiny_tokens(), config=S2OConfig(min_seq_len=5000))
 
+    @pytest.mark.parametrize(
+        ("length", "error", "message"),
+        [(300, 0.05, "% of the pairs and err .*Give longer batches"), (1500, 1e-4, "Give a larger error")],
+        ids=["short", "strict"],
+    )
+    def test_a_budget_that_no_head_keeps_sparsely(self, length, error, message):
+        expected = rf"calibrate: expected some heads to run sparse within an error of .*%, got none of 2 .*{message}"
+        with pytest.raises(EvaluationError, match=expected):
+            s2o_compile.calibrate(sharp_model(), long_tokens(length), error, config=CONFIG)
+
     def test_a_model_in_training_mode(self):
         with pytest.raises(EvaluationError, match=r"calibrate: expected a model in eval mode"):
             s2o_compile.calibrate(tiny_language_model().train(), tiny_tokens(), config=CONFIG)
@@ -230,19 +242,43 @@ class TestBudgetWithoutCalibration:
         assert S2OConfig(error=0.02, site_tau={"a": (1.0,)}).quality == "error 0.02, calibrated"
 
 
-def test_the_command_writes_a_configuration(tmp_path, monkeypatch):
+@pytest.fixture
+def command(monkeypatch):
+    """Run ``s2o calibrate`` on a model that needs no file, at 1500 tokens."""
     from s2o_compile.cli import calibrate as cli_calibrate
     from s2o_compile.cli import main as cli
 
-    text = tmp_path / "text.txt"
-    text.write_text("any")
-    monkeypatch.setattr(cli_calibrate, "load", lambda *_: (tiny_language_model(), None))
+    monkeypatch.setattr(cli_calibrate, "load", lambda *_: (sharp_model(), None))
     monkeypatch.setattr(cli_calibrate, "tokenize", lambda _, __, tokens, ___: tiny_tokens(tokens))
-    out = tmp_path / "s2o.json"
-    arguments = ["calibrate", "--tokens", "700", "--error", "0.05", "--text", str(text), "--out", str(out)]
-    result = CliRunner().invoke(cli.app, [*arguments, "--device", "cpu"])
+    given = ["calibrate", "--tokens", "1500", "--error", "0.1", "--device", "cpu"]
+    return lambda *more: CliRunner().invoke(cli.app, [*given, *map(str, more)])
+
+
+def test_the_command_writes_a_configuration(command, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "s2o.json"
+    text.write_text("any")
+    result = command("--text", text, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "2 attentions calibrated to an error of 5.00%" in result.output
+    assert "2 of 2 attentions will run sparse from 8192 tokens on (min_seq_len 'auto' on cpu)" in result.output
+    assert re.search(
+        r"At 1500 tokens they computed \d\d% of the query-key pairs. That should take \d\d%", result.output
+    )
+    assert "Prompts of 1500 tokens run dense." in result.output
     config = S2OConfig.from_json(out.read_text())
-    assert config.error == 0.05
+    assert (config.error, config.min_seq_len) == (0.1, "auto")
     assert set(config.site_tau) == {"layers.0", "layers.1"}
+    about = json.loads(out.read_text())["about"]
+    assert (about["model"], about["text"]) == ("SmolLM2-135M-Instruct", [str(text)])
+    assert (about["tokens"], about["device"]) == (1500, "cpu")
+    assert {"date", "command", "torch"} <= about.keys()
+
+
+def test_a_given_configuration_keeps_its_own_length(command, tmp_path):
+    given, out = tmp_path / "given.json", tmp_path / "s2o.json"
+    given.write_text('{"min_seq_len": 1000, "segment_len": 128}')
+    result = command("--config", given, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "will run sparse from 1000 tokens on (min_seq_len 1000 on cpu)" in result.output
+    assert "run dense. Calibrate" not in result.output
+    config = S2OConfig.from_json(out.read_text())
+    assert (config.min_seq_len, config.segment_len) == (1000, 128)

@@ -337,11 +337,15 @@ def test_what_cannot_be_evaluated(model, batches, message):
 
 
 @pytest.mark.parametrize(
-    ("config", "length", "shortest"), [(S2OConfig(min_seq_len=701), 700, 701), (CONFIG, 127, 128)], ids=["own", "tile"]
+    ("config", "length", "message"),
+    [
+        (S2OConfig(min_seq_len=701), 700, "701 tokens, got 700 in batch 2: all attention would .*min_seq_len=128"),
+        (CONFIG, 127, "128 tokens, the queries of one tile, got 127 in batch 2: shorter attention runs dense"),
+    ],
+    ids=["own", "tile"],
 )
-def test_batches_that_would_run_dense(config, length, shortest):
-    message = rf"at least {shortest} tokens, got {length} in batch 2: all attention would run dense.*min_seq_len=128"
-    with pytest.raises(EvaluationError, match=message):
+def test_batches_that_would_run_dense(config, length, message):
+    with pytest.raises(EvaluationError, match=f"evaluate: expected batches of at least {message}"):
         s2o_compile.evaluate(TINY, [tiny_tokens(2000), tiny_tokens(length)], config, needles=False)
 
 

@@ -16,6 +16,7 @@ from transformers import GptOssConfig, GptOssModel, LlamaConfig, LlamaModel
 import s2o_compile.transformers
 from s2o_compile import S2OConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 LENGTH = 640
 SIZES = {
     "vocab_size": 8,

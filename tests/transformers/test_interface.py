@@ -182,6 +182,7 @@ def test_a_causal_mask_is_one_whatever_the_module_says(shortest, prefill):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 def test_gradients_are_those_of_dense_attention(name, padding):
     given = inputs(padding)
     gradients = []

@@ -122,14 +122,14 @@ def test_a_byte_order_mark_is_dropped(user_file):
     user_file.write_bytes(b"\xef\xbb\xbf" + device(crossover=4096).encode())
     assert tuned.crossover(CPU) == 4096
     shape = tune.Shape(device=CPU)
-    tune.write(user_file, shape, crossover=2048, launches={}, command="")
+    tune.write(user_file, shape, crossover=2048, launches={})
     assert tuned.crossover(CPU) == 2048
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="expected a file"):
-        tune.write(tmp_path / "file" / "tuned.json", tune.Shape(device=CPU), crossover=1, launches={}, command="")
+        tune.write(tmp_path / "file" / "tuned.json", tune.Shape(device=CPU), crossover=1, launches={})
 
 
 @pytest.mark.parametrize("name", ["key_block", "num_warps", "stages", "maxnreg"])

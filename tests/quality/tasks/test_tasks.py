@@ -272,7 +272,7 @@ WRONG = {
     "no-lengths": ({"lengths": ()}, OptionError, r"expected lengths in tokens, such as \(4096, 8192\), got none"),
     "text-length": ({"lengths": ("4k",)}, OptionError, "expected lengths in tokens.* got '4k'"),
     "zero": ({"lengths": [0]}, OptionError, "expected lengths in tokens.* got 0"),
-    "one-length": ({"lengths": "4"}, OptionError, "got '4'"),
+    "one-length": ({"lengths": "4"}, OptionError, "got the text '4'"),
     "unknown": ({"tasks": ["neddle"]}, OptionError, "unknown task 'neddle'.*Did you mean 'needle'"),
     "no-task": ({"tasks": ()}, OptionError, "unknown task ''.*Choose one of them"),
     "samples": ({"samples": 0}, OptionError, "expected samples, an integer of at least 1, got 0"),
