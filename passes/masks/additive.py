@@ -61,7 +61,7 @@ class AdditiveMask:
     def at(self, indices: Sequence[IndexTensor], value: torch.Tensor) -> AdditiveMask:
         """The mask seen through a view or a cast."""
         terms = tuple(term.at(indices, value.shape) for term in self.terms)
-        return AdditiveMask(terms, _rounded(self.hidden, value.dtype), value.dtype)
+        return AdditiveMask(terms, rounded(self.hidden, value.dtype), value.dtype)
 
 
 class AdditiveEvaluator:
@@ -142,7 +142,7 @@ class AdditiveEvaluator:
             left, right = (self._operand(argument, value) for argument in node.args)
             hidden = left.hidden | right.hidden
             if name == "add" and left.hidden and right.hidden:
-                hidden |= _rounded({a + b for a in left.hidden for b in right.hidden}, value.dtype)
+                hidden |= rounded({a + b for a in left.hidden for b in right.hidden}, value.dtype)
             return AdditiveMask((*left.terms, *right.terms), hidden, value.dtype)
         raise _numbers(node, name)
 
@@ -160,7 +160,7 @@ class AdditiveEvaluator:
         number = self._fill(fill)
         if number is None or isinstance(number, bool):
             return None
-        (number,) = _rounded((number,), dtype)
+        (number,) = rounded((number,), dtype)
         return number if hides(number, dtype) else None
 
     def _choice(self, condition: object, hidden: float | None, value: torch.Tensor, *, negated: bool) -> AdditiveMask:
@@ -194,7 +194,7 @@ class AdditiveEvaluator:
                 raise Refused("%s joins a mask and keys that nobody sees, or that numbers are added to", joined.node)
             mask = self.evaluate(part.source)
             terms += spread(joined, part, mask.terms)
-            hidden |= _rounded(mask.hidden, value.dtype)
+            hidden |= rounded(mask.hidden, value.dtype)
         return AdditiveMask(tuple(terms), hidden, value.dtype)
 
     def _operand(self, argument: object, value: torch.Tensor) -> AdditiveMask:
@@ -230,5 +230,6 @@ def _numbers(node: fx.Node, name: str) -> Refused:
     )
 
 
-def _rounded(numbers: Iterable[float], dtype: torch.dtype) -> frozenset[float]:
+def rounded(numbers: Iterable[float], dtype: torch.dtype) -> frozenset[float]:
+    """Numbers as a tensor of a floating dtype holds them."""
     return frozenset(torch.tensor(number, dtype=torch.float64).to(dtype).item() for number in numbers)

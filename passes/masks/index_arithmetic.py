@@ -116,16 +116,7 @@ class IndexEvaluator:
             return None
         position = {"new_full": 2, "full": 1, "full_like": 1, "fill": 1}.get(name, 0)
         fill = argument.args[position] if len(argument.args) > position else argument.kwargs.get("fill_value")
-        if not isinstance(fill, bool | int | float):
-            return None
-        dtype = value_of(argument).dtype
-        integer = dtype is not torch.bool and not dtype.is_floating_point
-        rounds = integer and (isinstance(fill, float) or not IndexTensor.constant(fill).fits(dtype))
-        underflows = 0 < abs(fill) < 1e-4  # may be zero in half precision
-        if rounds or underflows:
-            return None
-        # As the tensor holds it: 0.3 in bfloat16 is another number.
-        return torch.tensor(fill, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else fill
+        return held(fill, value_of(argument).dtype)
 
     def is_bits(self, argument: object) -> bool:
         """Whether a tensor provably holds nothing but 0 and 1 (False and True).
@@ -168,7 +159,9 @@ class IndexEvaluator:
         if not isinstance(node, fx.Node) or function_name(node) != "sub" or len(node.args) != 2 or node.kwargs:
             return None
         other, one = node.args
-        return other if isinstance(other, fx.Node) and self.fill(one) == 1 and not self.is_written(node) else None
+        if self.fill(one) != 1 or self.is_written(node) or not value_of(node).dtype.is_signed:
+            return None  # 0 - 1 is 255 in uint8
+        return other if isinstance(other, fx.Node) else None
 
     def operands(self, node: fx.Node, shape: Sequence[Size]) -> tuple[IndexTensor, IndexTensor]:
         """The two operands of a node, broadcast to its shape."""
@@ -180,6 +173,18 @@ class IndexEvaluator:
         if dtype is not None and not (left.fits(dtype) and right.fits(dtype)):
             raise _may_wrap(node, dtype)
         return left.broadcast(shape), right.broadcast(shape)
+
+
+def held(number: object, dtype: torch.dtype) -> float | int | bool | None:
+    """A number as a tensor of a dtype holds it: 0.3 in bfloat16 is another one; None if it is not known."""
+    if not isinstance(number, bool | int | float) or dtype.is_complex:
+        return None
+    integer = dtype is not torch.bool and not dtype.is_floating_point
+    rounds = integer and (isinstance(number, float) or not IndexTensor.constant(number).fits(dtype))
+    underflows = 0 < abs(number) < 1e-4  # may be zero in half precision
+    if rounds or underflows:
+        return None
+    return torch.tensor(number, dtype=torch.float64).to(dtype).item() if dtype.is_floating_point else number
 
 
 def promoted(left: object, right: object) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, is_size, known, value_of
+from s2o_compile.passes.masks.index_arithmetic import held
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 
 _DIMS = {"hstack": 1, "vstack": 0}
@@ -75,9 +76,9 @@ def read(node: fx.Node) -> Join | None:
             return None
         if len(pads) != 2 or value.ndim < 2:
             return None  # of several dimensions
-        fill, dim = 0 if fill is None else fill, value.ndim - 1
+        fill, dim = held(0 if fill is None else fill, value.dtype), value.ndim - 1
         sizes = (value_of(pads[0]), value_of(base).shape[dim], value_of(pads[1]))
-        if any(known(size < 0) or not is_size(size) for size in sizes):
+        if fill is None or any(known(size < 0) or not is_size(size) for size in sizes):
             return None
         return Join(node, dim, tuple(_placed((fill, base, fill), sizes)))
     tensors, dim = arguments(node, "tensors", "dim|axis")

@@ -57,6 +57,7 @@ class MaskPart:
         axes: Along which axis of the scores [B, Hq, Nq, Nk] each of its dimensions runs, None for a size of 1, or
             `MERGED`; None if the last ones are the last ones.
         dtype: Of the masked scores; None if it is that of the query.
+        cast: A dtype of a smaller range that they are cast to before the softmax, or None.
     """
 
     node: fx.Node
@@ -64,6 +65,7 @@ class MaskPart:
     negated: bool = False
     axes: tuple[int | None, ...] | None = None
     dtype: torch.dtype | None = None
+    cast: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)

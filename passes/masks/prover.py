@@ -25,7 +25,7 @@ from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
-from s2o_compile.passes.masks.additive import ABSORBING, AdditiveEvaluator, hides
+from s2o_compile.passes.masks.additive import ABSORBING, AdditiveEvaluator, hides, rounded
 from s2o_compile.passes.masks.classify import classify
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import MERGED, MaskPart, MaskProof, MaskReading
@@ -215,6 +215,11 @@ class MaskProver:
                     least,
                     dtype,
                 )
+        held = hidden if part.cast is None else rounded(hidden, part.cast)
+        if -math.inf in held and -math.inf not in hidden:  # float32's lowest number is -inf in bfloat16
+            if factor != 1:
+                raise Refused("it hides scores by %s, which are scaled and cast to %s", max(hidden), part.cast)
+            fully_masked = "zeros" if len(held) == 1 else None
         terms = self._terms.terms(part.node, negated=not part.negated) if additive is None else additive.terms
         if floored and all(number <= torch.finfo(torch.float32).min for number in hidden):
             fully_masked = "lowest"
@@ -279,7 +284,8 @@ class MaskProver:
 
 def _as_it_is(part: MaskPart) -> bool:
     """Whether a mask is added to the scores as fused attention adds its own, in the dtype of both."""
-    return part.hidden is None and part.axes is None and part.dtype in (None, value_of(part.node).dtype)
+    same = part.dtype in (None, value_of(part.node).dtype) and part.cast is None
+    return same and part.hidden is None and part.axes is None
 
 
 def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zeroed: bool) -> str | None:
@@ -287,7 +293,7 @@ def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zero
 
     Fills replace scores, and masks are added to them. Both are the same only if the number absorbs every score.
     """
-    exact = all(part.axes is None and part.dtype in (None, dtype) for part in parts)
+    exact = all(part.axes is None and part.dtype in (None, dtype) and part.cast is None for part in parts)
     fills = [part.hidden for part in parts if part.hidden is not None]
     added = any(part.hidden is None for part in parts)
     low = all(math.isinf(fill) or (fill <= ABSORBS and dtype in ABSORBING) for fill in fills)

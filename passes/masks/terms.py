@@ -22,6 +22,7 @@ from s2o_compile.passes.masks import joins, views
 from s2o_compile.passes.masks.index_arithmetic import (
     INDEX_DTYPES,
     IndexEvaluator,
+    held,
     is_floor_division,
     promoted,
     unknown_values,
@@ -203,7 +204,10 @@ class TermEvaluator:
             raise error
         left, right = node.args
         number = self.indices.fill(right)
-        if number is not None and (self.indices.is_bits(left) or (number == 0 and comparison in ("eq", "ne"))):
+        bits = number is not None and self.indices.is_bits(left)
+        if bits:  # torch rounds the number first: 1 > 0.999 is False in bfloat16
+            number = held(number, torch.result_type(value_of(left), value_of(right)))
+        if number is not None and (bits or (number == 0 and comparison in ("eq", "ne"))):
             if_zero, if_one = (getattr(operator, comparison)(bit, number) for bit in (0, 1))
             if if_zero == if_one:
                 raise Refused("%s is the same everywhere", node)

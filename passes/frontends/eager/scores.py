@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -72,6 +72,13 @@ class ScoreChain:
     nodes: list[fx.Node] = field(default_factory=list)
     met: list[tuple[fx.Node, torch.Size]] = field(default_factory=list)
 
+    def cast(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype of the smallest range that scores are cast to between a node and the softmax; None if its own."""
+        values = [value_of(node), *map(value_of, self.nodes)]
+        dtypes = [value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        least = min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+        return None if least == dtypes[0] else least
+
 
 def _keeps_shape(node: fx.Node, source: object) -> bool:
     before = value_of(source)
@@ -117,8 +124,8 @@ class ScoreReader:
                 raise Refused("%s broadcasts the scores to another shape", node)
             if chain.tail <= 0:
                 raise Refused("the masked scores %s are multiplied by %s", node, chain.tail)
+            chain.masks.append(replace(step[1], cast=chain.cast(node)))
             chain.nodes.append(node)
-            chain.masks.append(step[1])
             chain.met.append((step[1].node, value_of(node).shape))
             node = self._plain(step[0], chain)
         self._scaled_product(node, chain)
@@ -152,7 +159,8 @@ class ScoreReader:
         if matmul.added is not None and self._indices.fill(matmul.added) != 0:
             if softcap is not None or scale != chain.tail or chain.factors or chain.tail <= 0:
                 raise Refused("%s is scaled after a tensor was added to it", matmul.node)
-            chain.masks.append(MaskPart(matmul.added, dtype=value_of(matmul.node).dtype))
+            dtype, cast = value_of(matmul.node).dtype, chain.cast(matmul.node)
+            chain.masks.append(MaskPart(matmul.added, dtype=dtype, cast=cast))
             chain.met.append((matmul.added, value_of(matmul.node).shape))
         # cap * tanh(x * s) is the operator's cap * tanh(x * (s * cap) / cap)
         chain.scale = scale * matmul.alpha * (softcap or 1.0)
@@ -200,7 +208,7 @@ class ScoreReader:
             elif name in ("sub", "isub"):
                 source = self._without_maximum(node, chain)
             elif name in _FLOORS:
-                source = self._floored(node, name)
+                source = None if chain.cast(node) else self._floored(node, name)  # cast, its floor may be -inf
                 chain.floored |= source is not None
             if source is None:
                 return node

@@ -376,6 +376,26 @@ REJECTED = {
         "rows without any key",
     ),
     "visible-minus-inf": (lambda q, k: torch.where(k_index(k) <= q_index(q), INF, 0.0), (), "no keys"),
+    "minus-one-of-uint8": (
+        lambda q, k: ((k_index(k) <= q_index(q)).to(torch.uint8) - 1) * 1e9,
+        (),
+        "adds numbers to the scores",
+    ),
+    "bits-above-a-number-that-rounds-to-one": (
+        lambda q, k: ~((k_index(k) > q_index(q)).bfloat16() > 0.999),
+        (),
+        "is the same everywhere",
+    ),
+    "integer-bits-above-a-number-that-rounds-to-one": (
+        lambda q, k: ~((k_index(k) > q_index(q)).long() > 0.9999999999),
+        (),
+        "is the same everywhere",
+    ),
+    "bits-from-a-number-on-that-rounds-to-zero": (
+        lambda q, k: (k_index(k) <= q_index(q)).half() >= 1e-9,
+        (),
+        "only int64 and int32 count exactly",
+    ),
     "rounded-fill": (lambda q, k: torch.full((q, k), 0.5, dtype=torch.float32).long().bool(), (), "rounds"),
 }
 

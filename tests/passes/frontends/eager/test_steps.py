@@ -385,6 +385,27 @@ def test_a_billion_in_bfloat16_is_less():
     assert [record.reason for record in capture.records] == [""]
 
 
+CAST_DOWN = {
+    "fill": (lambda scores: scores.masked_fill(padded(ALL_PADDING), LOWEST), ""),
+    "mask": (lambda scores: scores + torch.where(padded(ALL_PADDING), LOWEST, 0.0), ""),
+    "scaled": (lambda scores: scores.masked_fill(padded(ALL_PADDING), LOWEST) * 0.5, "scaled and cast to"),
+    "floor": (lambda scores: scores.masked_fill(padded(ALL_PADDING), NINF).clamp(min=LOWEST), "(clamp) stands between"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("hide", "reason"), CAST_DOWN.values(), ids=CAST_DOWN)
+@torch.no_grad()
+def test_a_number_that_a_cast_makes_infinite_gives_fully_masked_rows_what_infinity_gives(hide, reason, dtype):
+    def function(q, k, v):
+        return hide(scores_of(q, k).float()).to(dtype).softmax(-1).nan_to_num() @ v
+
+    capture = rewritten(function, *(heads(dtype=dtype) for _ in range(3)), tolerance=5e-2)
+    (record,) = capture.records
+    assert record.rewritten == (reason == "")
+    assert reason in record.reason
+
+
 def test_the_smallest_float16_hides_no_float32_scores():
     """A product of float16 numbers, computed in float32, may lie far below -65504."""
 
