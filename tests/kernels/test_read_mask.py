@@ -220,6 +220,7 @@ class TestTheOperator:
         output = s2o_compile.attention(query, key, value[..., :6], attn_mask=mask, config=EXACT)
         torch.testing.assert_close(output, dense(query, key, value, mask)[..., :6], atol=3e-6, rtol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
     def test_gradients_flow_through_sdpa(self):
         query, key, value = (x.requires_grad_() for x in tensors())
         bias = torch.randn(LENGTH, LENGTH, requires_grad=True)

@@ -34,6 +34,7 @@ def tensors(heads=2):
     return [torch.randn(1, heads, LENGTH, 16, generator=generator) for _ in range(3)]
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("name", ["causal_offset", "window", "attention_chunk", "scale", "softcap", "dense_heads"])
@@ -112,6 +113,7 @@ FAR = [2**31, 2**61, 2**62, 2**63 - 1]
 TERMS = [(None, None), (50, None), (2**31, None), (2**63 - 1, None), (None, 64), (None, 2**63 - 1)]
 
 
+@pytest.mark.filterwarnings("ignore::s2o_compile.DenseGradientWarning")
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 @pytest.mark.parametrize("least", [0, 10**6], ids=["long", "short"])
 @pytest.mark.parametrize(("window", "chunk"), TERMS)
