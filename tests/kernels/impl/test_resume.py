@@ -21,9 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:Runti
 
 EXECUTORS = {"torch": torch_forward} | ({"triton": triton_forward} if triton_forward else {})
 SMALL = (
-    Case(queries=600, heads=2, dtype="fp16"),
-    Case(queries=400, keys=640, heads=2, softcap=5.0, padding="left"),
-    Case(queries=520, heads=1, value_dim=320),
+    Case(queries=420, heads=2, head_dim=32, dtype="fp16"),
+    Case(queries=200, keys=520, heads=2, head_dim=32, softcap=5.0, padding="left"),
+    Case(queries=400, heads=1, head_dim=32, value_dim=320),
 )
 LARGE = (
     Case(queries=4000, batch=2, heads=4, kv_heads=2, head_dim=128, dtype="bf16"),
