@@ -17,6 +17,7 @@ from s2o_compile.cli.options import (
     ConfigFile,
     Console,
     Device,
+    Error,
     Model,
     Tau,
     Text,
@@ -53,6 +54,7 @@ def evaluate(
     ] = None,
     text: Text = None,
     tau: Tau = None,
+    error: Error = None,
     config_file: ConfigFile = None,
     needles: Annotated[
         bool | None, typer.Option(help="Also hide random strings in the text and ask for them again; the default.")
@@ -76,14 +78,14 @@ def evaluate(
     asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
     if tasks:
         refuse("--tasks", [option for option, value in beside.items() if value is not None])
-        run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2), device, json_file)
+        run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2, error), device, json_file)
         return
     taus = TAUS if curve else ()
     if planted is not None:
         message = "--planted is now called --needles; the old name will go."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         needles = planted
-    config, with_needles = _config(tau, config_file, tokens), needles is not False
+    config, with_needles = _config(tau, config_file, tokens, error), needles is not False
     found = _evaluate(model, tokens, text, config, device, needles=with_needles, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
     if json_file is not None:
@@ -138,9 +140,13 @@ def plot(
         PICTURES[kind](found, picture)
 
 
-def _config(tau: float | None, file: Path | None, tokens: int) -> S2OConfig:
+def _config(tau: float | None, file: Path | None, tokens: int, error: float | None = None) -> S2OConfig:
     """A file's configuration, or the defaults, under which even a short text runs sparse."""
-    return choose_config(tau, file, min_seq_len=min(tokens, 2048))
+    config = choose_config(tau, file, min_seq_len=min(tokens, 2048))
+    if error is None:
+        return config
+    refuse("--error", [] if tau is None else ["--tau"])
+    return dataclasses.replace(config, error=error)
 
 
 def _evaluate(

@@ -33,6 +33,9 @@ except ImportError as error:
 __all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextColumn", "TimeElapsedColumn", "typer"]
 
 Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+Error = Annotated[
+    float | None, typer.Option(help="Budget: the sampled error that no attention may exceed, in the place of a tau.")
+]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]
 MODEL_HELP = f"{NAMES}, or a transformers model: a directory or a hub name."

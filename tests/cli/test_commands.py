@@ -61,6 +61,15 @@ def test_evaluate_writes_what_plot_draws(s2o, reader_dir, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(start)
 
 
+def test_evaluate_under_a_budget(s2o, reader_dir):
+    read = ["--model", str(reader_dir), "--text", str(reader_dir / "text.txt"), "--tokens", "600", "--no-needles"]
+    done = s2o("evaluate", *read, "--error", "0.3")
+    assert done.returncode == 0, done.stderr
+    assert "error budget 30.00%: kept at 2 of 2 sites" in done.stdout
+    done = s2o("evaluate", *read, "--error", "0.3", "--tau", "0.5")
+    assert (done.returncode, "--error: expected no --tau beside it" in done.stderr) == (2, True)
+
+
 def test_evaluate_by_tasks(s2o, reader_dir, tmp_path):
     out, config = tmp_path / "tasks.json", str(reader_dir / "config.s2o")
     asked = ["--model", str(reader_dir), "--tasks", "--lengths", "600", "--lengths", "500", "--config", config]
@@ -192,6 +201,7 @@ def test_explain_json_in_a_process_of_its_own(model_dir):
         (("demo", "--inner-backend", "inductr"), "Did you mean 'inductor'"),
         (("evaluate", "--config", "no-such.json"), "--config: expected a text file in UTF-8, got 'no-such.json'"),
         (("evaluate", "--config", "pyproject.toml"), "S2OConfig.from_json: expected JSON"),
+        (("evaluate", "--error", "-1"), "error: expected"),
         (("evaluate", "--lengths", "4096"), "--lengths: expected --tasks beside it"),
         (("evaluate", "--tasks", "--curve"), "--tasks: expected no --curve beside it"),
         (("evaluate", "--tasks", "--text", "no-such.txt"), "--text: expected a text file in UTF-8, got 'no-such.txt'"),
@@ -208,6 +218,7 @@ def test_explain_json_in_a_process_of_its_own(model_dir):
         "unknown-inner-backend",
         "no-config",
         "bad-config",
+        "negative-error",
         "lengths-without-tasks",
         "tasks-with-a-curve",
         "tasks-without-their-text",
