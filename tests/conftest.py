@@ -454,6 +454,12 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")
 
 
+def pytest_itemcollected(item):
+    """Moves what takes long to the slow tier."""
+    if durations.is_slow(item.nodeid):
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Keeps all workers busy to the end: Makefile hands out whole files in this order."""

@@ -1,4 +1,6 @@
-"""How long tests take: read from junit files, kept in ``tests/durations.json``, and used to start long files first.
+"""How long tests take: read from junit files and kept in ``tests/durations.json``, which decides what is slow.
+
+A test that took LONGEST seconds belongs to the slow tier, as those marked ``slow`` do. Long files start first.
 
 ``pytest --junitxml FILE``, once for each tier, and then ``python -m tests.helpers.durations FILE...`` write it anew.
 """
@@ -7,13 +9,15 @@ import argparse
 import json
 import os
 from collections import Counter
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "durations.json"
-SLOWEST = 60
+LONGEST = 4.0
+"""Seconds on one of two busy cores from which on a test is slow."""
 
 
 def file_and_scope(classname):
@@ -42,8 +46,19 @@ def durations(junits):
         "cases": len(tests),
         "seconds": round(sum(files.values()), 1),
         "files": {path: round(seconds, 1) for path, seconds in files.most_common()},
-        "slowest": {name: round(seconds, 1) for name, seconds in Counter(tests).most_common(SLOWEST)},
+        "slowest": {name: round(seconds, 1) for name, seconds in Counter(tests).most_common() if seconds >= LONGEST},
     }
+
+
+@cache
+def known():
+    """The content of the file."""
+    return json.loads(FILE.read_text())
+
+
+def is_slow(nodeid):
+    """Whether a test took long when it was last measured."""
+    return nodeid in known()["slowest"]
 
 
 def long_files_first(items):
@@ -51,11 +66,8 @@ def long_files_first(items):
 
     New files come first: nobody knows how long they take.
     """
-    if not FILE.exists():
-        return
-    known = json.loads(FILE.read_text())
-    takes, collected = Counter(known["files"]), {item.nodeid for item in items}
-    for name, seconds in known["slowest"].items():
+    takes, collected = Counter(known()["files"]), {item.nodeid for item in items}
+    for name, seconds in known()["slowest"].items():
         if name not in collected:
             takes[name.split("::")[0]] -= seconds
     items.sort(key=lambda item: -takes.get(item.nodeid.split("::")[0], float("inf")))
