@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,9 +56,13 @@ def evaluate(
     error: Error = None,
     config_file: ConfigFile = None,
     needles: Annotated[
-        bool | None, typer.Option(help="Also hide random strings in the text and ask for them again; the default.")
+        bool | None,
+        typer.Option(
+            "--needles/--no-needles",
+            "--planted/--no-planted",  # the old names
+            help="Also hide random strings in the text and ask for them again; the default.",
+        ),
     ] = None,
-    planted: Annotated[bool | None, typer.Option(help="The old name of --needles.", hidden=True)] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
     tasks: Annotated[
         bool, typer.Option("--tasks", help="Solve tasks of long context instead: needles, variables, common words.")
@@ -73,7 +76,7 @@ def evaluate(
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
     check_out("--json", json_file)
-    beside = {"--needles": needles, "--planted": planted, "--tokens": tokens if lengths else None}
+    beside = {"--needles": needles, "--tokens": tokens if lengths else None}
     tokens = tokens or 8192
     asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
     if tasks:
@@ -81,10 +84,6 @@ def evaluate(
         run_tasks(model, asked, text, _config(tau, config_file, asked[0] // 2, error), device, json_file)
         return
     taus = TAUS if curve else ()
-    if planted is not None:
-        message = "--planted is now called --needles; the old name will go."
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        needles = planted
     config, with_needles = _config(tau, config_file, tokens, error), needles is not False
     found = _evaluate(model, tokens, text, config, device, needles=with_needles, taus=taus)
     Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
