@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from s2o_compile.cli.options import (
     Tau,
     Text,
     Tokens,
+    TyperCommand,
     check_out,
     choose_config,
     choose_device,
@@ -45,6 +47,19 @@ from s2o_compile.quality.visit_map import VisitMap, visit_map
 TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 """Where ``--curve`` measures."""
 
+RENAMED = {"--planted": "--needles", "--no-planted": "--no-needles"}
+
+
+class RenamedOptions(TyperCommand):
+    """A command whose old options work and warn."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 (typer has a click of its own)
+        """Put the present options in the place of old ones."""
+        for old, new in RENAMED.items():
+            if old in args:
+                warnings.warn(f"{old} is now called {new}; the old name will go.", DeprecationWarning, stacklevel=2)
+        return super().parse_args(ctx, [RENAMED.get(word, word) for word in args])
+
 
 def evaluate(
     model: Model = "smollm2",
@@ -57,11 +72,7 @@ def evaluate(
     config_file: ConfigFile = None,
     needles: Annotated[
         bool | None,
-        typer.Option(
-            "--needles/--no-needles",
-            "--planted/--no-planted",  # the old names
-            help="Also hide random strings in the text and ask for them again; the default.",
-        ),
+        typer.Option(help="Also hide random strings in the text and ask for them again; the default."),
     ] = None,
     curve: Annotated[bool, typer.Option(help="Also measure every attention at nine other taus.")] = False,
     tasks: Annotated[

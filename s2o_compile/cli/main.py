@@ -22,7 +22,7 @@ from s2o_compile.cli import tune as tuning
 from s2o_compile.cli.calibrate import calibrate
 from s2o_compile.cli.demo import QUESTION, DemoResult
 from s2o_compile.cli.demo import run as run_demo
-from s2o_compile.cli.evaluate import evaluate, plot
+from s2o_compile.cli.evaluate import RenamedOptions, evaluate, plot
 from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.options import (
     MODEL_HELP,
@@ -48,7 +48,7 @@ from s2o_compile.report import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command()(calibrate)
-app.command()(evaluate)
+app.command(cls=RenamedOptions)(evaluate)
 app.command()(plot)
 
 

@@ -25,12 +25,23 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from typer.core import TyperCommand
 except ImportError as error:
     raise SystemExit(
         f"s2o: expected rich and typer, got no {error.name}. Run `pip install 's2o-compile[cli]'`."
     ) from error
 
-__all__ = ["BarColumn", "Console", "Progress", "SpinnerColumn", "Table", "TextColumn", "TimeElapsedColumn", "typer"]
+__all__ = [
+    "BarColumn",
+    "Console",
+    "Progress",
+    "SpinnerColumn",
+    "Table",
+    "TextColumn",
+    "TimeElapsedColumn",
+    "TyperCommand",
+    "typer",
+]
 
 Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
 Error = Annotated[

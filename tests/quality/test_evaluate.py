@@ -222,7 +222,8 @@ class TestOldNames:
 
         monkeypatch.setattr(command, "load", lambda *_: (tiny_language_model(), None))
         monkeypatch.setattr(command, "tokenize", lambda _, __, tokens, ___: tiny_tokens(tokens))
-        done = CliRunner().invoke(cli.app, ["evaluate", "--tokens", "1920", "--no-planted", "--device", "cpu"])
+        with pytest.warns(DeprecationWarning, match="--no-planted is now called --no-needles"):
+            done = CliRunner().invoke(cli.app, ["evaluate", "--tokens", "1920", "--no-planted", "--device", "cpu"])
         assert done.exit_code == 0
         assert "next token" in done.stdout
         assert "needles" not in done.stdout
