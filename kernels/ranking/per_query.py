@@ -1,12 +1,12 @@
 """Ranks keys by every query of the segment, in a few dimensions and with one exponential a slot.
 
-    p[i, j]     = q_i[dims] . k_j[dims] * scale - normaliser_i
+    p[i, j]     = (q_i A) . (k_j B) * scale - normaliser_i
     score[s, j] = log sum over slots t of exp max over the queries i = t mod SLOTS of segment s, and the heads that
                   share the ranking, of p[i, j];  of long segments i are ROWS queries, spread evenly, by head others
 
-``dims`` are the ``few_dims`` dimensions with the largest E[q_d^2] Var[k_d] of the KV head. ``normaliser_i`` estimates
-the log-sum-exp of the query's row from its segment's in-segment keys, the first keys (trained models put much weight
-there) and a sample of the others. So p is a log-probability. A mean query misses the key that one query retrieves;
+A and B keep ``few_dims`` directions of the KV head (``basis.py``). ``normaliser_i`` estimates the log-sum-exp of the
+query's row from its segment's in-segment keys, the first keys (trained models put much weight there) and a sample of
+the others. So p is a log-probability. A mean query misses the key that one query retrieves;
 this ranking finds it, and the sum over slots counts keys that many queries want. The normaliser is one more dimension.
 Products are reduced as they are made, so nothing of size Nq x Nk is kept.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
+from s2o_compile.kernels.ranking.basis import Basis, choose_basis, project
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -34,10 +34,6 @@ FIRST_KEYS = 4
 
 SLOTS = 64
 """Queries of a segment are summed by position modulo SLOTS; 16 slots do as well (SmolLM2, 16K)."""
-
-DIM_STRIDE = 8
-DIM_SAMPLES = 4096
-"""The dimensions are chosen from every 8th query and key, or from about 4096 of more than 32K."""
 
 ROWS = 2048
 """Queries of one ranking at most. On SmolLM2 at 64K half of 3072 cost 5 % more density at 5 % of error, a quarter 11 %.
@@ -73,51 +69,6 @@ def scored_positions(segment_len: int, shared: int, device: torch.device) -> Ten
 def key_stride(n_keys: int) -> int:
     """Distance of the keys that the normaliser samples."""
     return torch.sym_max(KEY_STRIDE, n_keys // KEY_SAMPLES)
-
-
-class Moments(NamedTuple):
-    """By dimension, float32 [B, Hkv, D]: E[q^2] over the group, E[k^2] and Var[k]."""
-
-    query: Tensor
-    key: Tensor
-    key_variance: Tensor
-
-
-def dim_stride(length: int) -> int:
-    """Distance of the queries or keys that the dimensions are chosen from."""
-    return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)
-
-
-def second_moments(query: Tensor, key: Tensor) -> Moments:
-    """Moments of every DIM_STRIDE-th query and key, fewer of long sequences; zero for numbers that are not finite."""
-    return sample_moments(*(x[:, :, :: dim_stride(x.shape[2])] for x in (query, key)))
-
-
-def sample_moments(query: Tensor, key: Tensor) -> Moments:
-    """Moments of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D]."""
-    batch, kv_heads, _, head_dim = key.shape
-    # Norms are summed in float32 without a float32 copy of the tensors.
-    query_power, key_power = (
-        torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2] for x in (query, key)
-    )
-    query_power = query_power.view(batch, kv_heads, -1, head_dim).mean(2)
-    variance = (key_power - key.mean(2, dtype=torch.float32).square()).clamp_min(0.0)
-    return Moments(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (query_power, key_power, variance)))
-
-
-def choose_dims(moments: Moments, count: int) -> Tensor:
-    """The dimensions that carry most of the logits' variance, int64 [B, Hkv, count]."""
-    return (moments.query * moments.key_variance).topk(count, dim=-1).indices
-
-
-def take_dims(x: Tensor, dims: Tensor) -> Tensor:
-    """[B, H, N, D] and [B, Hkv, R] -> [B, H, N, R], every head of a group with its group's dimensions.
-
-    NaN and inf become zero: one bad row must not spoil the whole order.
-    """
-    batch, heads, length, _ = x.shape
-    index = dims.repeat_interleave(heads // dims.shape[1], dim=1)[:, :, None, :].expand(batch, heads, length, -1)
-    return x.gather(3, index).nan_to_num(0.0, 0.0, 0.0)
 
 
 def row_normaliser(
@@ -160,7 +111,7 @@ def row_normaliser(
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
-    """The function that scores slices of a call; dimensions and samples go by the whole call.
+    """The function that scores slices of a call; the basis and the samples go by the whole call.
 
     Args:
         call: The whole call.
@@ -168,22 +119,22 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
         shared: Query heads that share one ranking.
     """
     head_dim = call.query.shape[3]
-    dims = choose_dims(second_moments(call.query, call.key), min(few_dims(head_dim), head_dim))
+    basis = choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, dims[:, heads], stride, segment_len, shared)
+        return _score_keys(part, Basis(*(x[:, heads] for x in basis)), stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int, shared: int) -> Tensor:
+def _score_keys(call: AttentionCall, basis: Basis, stride: int, segment_len: int, shared: int) -> Tensor:
     """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring."""
     (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    few_key = take_dims(key, dims).float()
-    few_query = (take_dims(query, dims).float() * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
+    few_key = project(key, basis.key)
+    few_query = (project(query, basis.query) * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     rankings = heads // kv_heads // shared  # of each key/value head

@@ -22,14 +22,8 @@ from s2o_compile.kernels.core.sizes import symbols
 from s2o_compile.kernels.core.stop_rule import tail_share
 from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment, row_normaliser
 from s2o_compile.kernels.ranking import tail
-from s2o_compile.kernels.ranking.per_query import (
-    choose_dims,
-    dim_stride,
-    few_dims,
-    sample_moments,
-    scored_positions,
-    take_dims,
-)
+from s2o_compile.kernels.ranking.basis import dim_stride, project, solve_basis
+from s2o_compile.kernels.ranking.per_query import few_dims, scored_positions
 from s2o_compile.kernels.support.torch_compat import map_loop, while_loop
 
 STEP = 256
@@ -48,8 +42,8 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, segment_len // TILE_LEN
     segments = (n_queries + segment_len - 1) // segment_len
-    dims = choose_dims(sample_moments(_samples(query), _samples(key)), min(few_dims(head_dim), head_dim))
-    few_query, few_key = take_dims(query, dims) * scale, take_dims(key, dims)
+    basis = solve_basis(_samples(query), _samples(key), min(few_dims(head_dim), head_dim))
+    few_query, few_key = project(query, basis.query) * scale, project(key, basis.key)
     non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)
     rest = _rest(query, key, mask)
@@ -232,7 +226,7 @@ def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
 
 
 def _samples(x: Tensor) -> Tensor:
-    """The rows of [B, H, N, D] that ``second_moments`` takes: several, because the sparse path has a tile or more."""
+    """The rows of [B, H, N, D] that ``choose_basis`` takes: several, because the sparse path has a tile or more."""
     stride = dim_stride(x.shape[2])
     return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
 

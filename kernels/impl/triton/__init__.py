@@ -1,6 +1,6 @@
 """The GPU's kernels. Importing them imports triton.
 
-``few_dims``, ``rank_per_query`` and ``rank_mean_query`` score keys, ``order`` sorts them, ``tail`` and ``unvisited``
+``basis``, ``rank_per_query`` and ``rank_mean_query`` score keys, ``order`` sorts them, ``tail`` and ``unvisited``
 estimate the mass left out. ``forward`` attends to ranked keys, ``exact`` to all in position order, ``tile`` has their
 shared pieces. ``compare_mask`` reads masks.
 

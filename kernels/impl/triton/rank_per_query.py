@@ -2,7 +2,7 @@
 
     score[s, j] = log sum over slots t of exp max over rows r = t mod SLOTS of  few_query[s, r] . few_key[j]
 
-Rows are packed to PACKED numbers: the chosen dimensions, brought to the same size in queries and keys, and two columns
+Rows are packed to PACKED numbers: the chosen directions, brought to the same size in queries and keys, and two columns
 for the row normaliser (its value and its rounding error), -1 in the keys. So the last kernel's product is normalised
 already, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
 them: the rate doubles, and a rank needs no more. few_query [B * Hr, P, G * n, PACKED], n of each segment's queries
@@ -20,8 +20,9 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
-from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
+from s2o_compile.kernels.impl.triton.basis import choose_basis
 from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, launch, seg_bounds
+from s2o_compile.kernels.ranking.basis import Basis
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -39,31 +40,34 @@ def scored_position(slot, member, segment_len, scored, shared):
 
 @triton.jit
 def pack_rows_kernel(
-    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group, shared,
-    segment_len, scored, segments, n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
+    x_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_fb, length, heads, group, shared, segment_len,
+    scored, segments, last, largest, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, DIM_STEP: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
+    """TILE rows [.., D] times their factor [D, PACKED]; ``last`` in the two columns of the normaliser."""
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
     ranking_head = b * (heads // shared) + h // shared
     segment = slot // scored
     row = segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
-    column = tl.arange(0, PACKED)
-    chosen = column < n_dims
-    place = b * stride_db + h // group * n_dims + column
-    dims = tl.load(dims_ptr + place, mask=chosen, other=0)
-    factor = tl.load(factor_ptr + place, mask=chosen, other=0.0)
-    source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n + dims[None, :]
-    x = tl.load(source, mask=(row < length)[:, None] & chosen[None, :], other=0.0).to(tl.float32)
-    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
-    x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
-    x = tl.where((column >= PACKED - 2)[None, :], last, x)
+    source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n
+    factors = factor_ptr + b * stride_fb + h // group * HEAD_DIM * PACKED
+    column, present = tl.arange(0, PACKED), (row < length)[:, None]
+    packed = tl.zeros([TILE, PACKED], tl.float32)
+    for d in range(0, HEAD_DIM, DIM_STEP):
+        dims = d + tl.arange(0, DIM_STEP)
+        x = tl.load(source + dims[None, :], mask=present & (dims < HEAD_DIM)[None, :], other=0.0)
+        factor = tl.load(factors + dims[:, None] * PACKED + column[None, :], mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        packed = tl.dot(x, factor, packed)
+    packed = tl.where(packed == packed, packed, 0.0)  # one bad row must not spoil the whole order
+    packed = tl.minimum(tl.maximum(packed, -largest), largest)
+    packed = tl.where((column >= PACKED - 2)[None, :], last, packed)
     target = (ranking_head * segments + segment) * shared * scored + (h % shared) * scored + slot % scored
-    inside = segment < segments
     tl.store(
-        packed_ptr + target[:, None] * PACKED + column[None, :], x.to(packed_ptr.dtype.element_ty), mask=inside[:, None]
-    )
+        packed_ptr + target[:, None] * PACKED + column[None, :], packed.to(packed_ptr.dtype.element_ty),
+        mask=(segment < segments)[:, None],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -216,15 +220,13 @@ def packed_width(head_dim: int) -> int:
 
 
 def pack_rows(
-    x: Tensor, dims: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, last: float,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    x: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, last: float, dtype: torch.dtype
+) -> Tensor:
     """[B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
 
     Args:
         x: Queries or keys.
-        dims: int32 [B, Hkv, R], the dimensions to keep.
-        factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
+        factor: Of the basis, [B, Hkv, D, PACKED], contiguous but for a slice of heads.
         shared: Neighbouring heads whose rows stand together.
         segment_len: Rows of one segment.
         scored: How many of them are packed (``ranking.per_query.scored_positions``).
@@ -232,13 +234,15 @@ def pack_rows(
         dtype: Of the packed rows, a key of LARGEST.
     """
     batch, heads, length, head_dim = x.shape
-    width = packed_width(head_dim)
+    width = factor.shape[3]
     segments = 1 if same_length(length, segment_len) else n_segments(length, segment_len)
     packed = torch.empty(batch * heads // shared, segments, shared * scored, width, device=x.device, dtype=dtype)
     launch(
         pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
-        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, heads // dims.shape[1], shared,
-        segment_len, scored, segments, dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+        x, factor, packed, *x.stride()[:3], factor.stride(0), length, heads, heads // factor.shape[1], shared,
+        segment_len, scored, segments, last, LARGEST[dtype], HEAD_DIM=head_dim, TILE=128,
+        DIM_STEP=max(16, min(triton.next_power_of_2(head_dim), 64)), PACKED=width,
+        num_warps=8 if width > 32 else 4,
     )  # fmt: skip
     return packed
 
@@ -246,28 +250,28 @@ def pack_rows(
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
     """The function that scores slices of a call; ``shared`` heads share the ranking of ``segment_len`` queries."""
     head_dim = call.query.shape[3]
-    chosen = choose_dims(call.query, call.key, min(packed_width(head_dim) - 2, head_dim), scale=call.scale)
+    width = packed_width(head_dim)
+    basis = choose_basis(call.query, call.key, min(width - 2, head_dim), width, scale=call.scale)
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, FewDims(*(x[:, heads] for x in chosen)), stride, segment_len, shared)
+        return _score_keys(part, Basis(*(x[:, heads] for x in basis)), stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, chosen: FewDims, stride: int, segment_len: int, shared: int) -> Tensor:
+def _score_keys(call: AttentionCall, basis: Basis, stride: int, segment_len: int, shared: int) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
     (query, key, _), mask = call.tensors, call.mask
     batch, kv_heads, n_keys, _ = key.shape
     ranking_heads = query.shape[1] // shared
     rankings = ranking_heads // kv_heads
     n_queries, dtype = query.shape[2], packed_dtype(query.device)
-    dims, query_factor, key_factor = chosen
     scored = scored_rows(segment_len, shared)
     few_query = pack_rows(
-        query, dims, query_factor, shared=shared, segment_len=segment_len, scored=scored, last=0.0, dtype=dtype
+        query, basis.query, shared=shared, segment_len=segment_len, scored=scored, last=0.0, dtype=dtype
     )
-    few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
+    few_key = pack_rows(key, basis.key, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, ranking_heads, segments, n_keys, device=key.device, dtype=torch.float16)
     launch(

@@ -158,7 +158,7 @@ def launch(kernel, grid, *args, **keywords) -> Launched:
     if not tracing.get():
         return Launched(kernel, grid, args, keywords, kernel[grid](*args, **keywords))
     # Torch's launches take maxnreg from a configuration only. A single one leaves nothing to tune.
-    options = {name: keywords.pop(name) for name in ("num_warps", "maxnreg") if name in keywords}
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
     torch.library.wrap_triton(triton.autotune([triton.Config({}, **options)], key=[])(kernel))[grid](*args, **keywords)
     return Launched(kernel, grid, args, keywords, None)
 

@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 from s2o_compile.kernels import planner
 from s2o_compile.kernels.core.options import RANKING_PER
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
+from s2o_compile.kernels.impl.triton import basis as triton_basis
 from s2o_compile.kernels.impl.triton import exact as triton_exact
-from s2o_compile.kernels.impl.triton import few_dims as triton_few_dims
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
+from s2o_compile.kernels.ranking import basis as ranking_basis
 from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from tests.conftest import (
@@ -276,10 +277,10 @@ class TestRanking:
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
-        moments = ranking_per_query.second_moments(inputs.query, inputs.key)
-        dims = ranking_per_query.choose_dims(moments, min(ranking_per_query.few_dims(case.head_dim), case.head_dim))
-        query = ranking_per_query.take_dims(inputs.query, dims).float() * inputs.scale
-        key = ranking_per_query.take_dims(inputs.key, dims).float()
+        count = min(ranking_per_query.few_dims(case.head_dim), case.head_dim)
+        basis = ranking_basis.choose_basis(inputs.query, inputs.key, count)
+        query = ranking_basis.project(inputs.query, basis.query) * inputs.scale
+        key = ranking_basis.project(inputs.key, basis.key)
         largest = query.abs().sum(-1).max() * key.abs().max() + expected[prefix & expected.isfinite()].abs().max()
         packed, summed = torch.finfo(triton_ranking.packed_dtype(query.device)).eps, torch.finfo(torch.float16).eps
         bound = largest.item() * (1.1 * packed + summed * (1 + query.shape[-1] / 2))
@@ -301,16 +302,26 @@ class TestRanking:
         assert (actual[prefix].float() - expected[prefix].float()).abs().max().item() <= 2 * eps * largest.item()
 
     @pytest.mark.parametrize(("device", "case"), SCORED)
-    def test_dimensions_and_factors_equal_the_torch_ranking(self, device, case, poison_empty):
+    def test_basis_equals_the_torch_basis_and_is_balanced(self, device, case, poison_empty):
         inputs = case.inputs(device)
-        inputs.key[0, 0, ::8, 3] = torch.nan  # a dimension that is not finite is the last choice
-        count = min(case.head_dim, 7)
-        actual = triton_few_dims.choose_dims(inputs.query, inputs.key, count, scale=inputs.scale)
-        moments = ranking_per_query.second_moments(inputs.query, inputs.key)
-        assert torch.equal(actual.dims.long(), ranking_per_query.choose_dims(moments, count))
-        query, key = (x.gather(-1, actual.dims.long()).sqrt().clamp_min(1e-6) for x in (moments.query, moments.key))
-        torch.testing.assert_close(actual.key_factor, (query / key * inputs.scale).sqrt())
-        torch.testing.assert_close(actual.query_factor, inputs.scale / actual.key_factor)
+        inputs.key[0, 0, ::8, 3] = torch.nan
+        count, rank = min(case.head_dim, 7), 32
+        actual = triton_basis.choose_basis(inputs.query, inputs.key, count, rank, scale=inputs.scale)
+        expected = ranking_basis.choose_basis(inputs.query, inputs.key, count)
+        assert all(x.dtype == inputs.query.dtype and not x[..., count:].any() for x in actual)
+        products = (x.query.float() @ x.key.float().transpose(-1, -2) for x in (actual, expected))
+        eps = max(torch.finfo(inputs.query.dtype).eps, 2**-10 if device == "cuda" else 0.0)  # of tf32
+        theirs = expected.query.norm(dim=(-2, -1)) * expected.key.norm(dim=(-2, -1)) * inputs.scale
+        ours, wanted = next(products), next(products) * inputs.scale
+        assert ((ours - wanted).norm(dim=(-2, -1)) <= max(4 * eps, 2e-4) * theirs).all()
+        every = ranking_basis.dim_stride(case.queries), ranking_basis.dim_stride(case.n_keys)
+        query, key = (
+            ranking_basis.project(x[:, :, ::step].nan_to_num(0.0), factor[..., :count].float())
+            for x, step, factor in zip((inputs.query, inputs.key), every, actual, strict=True)
+        )
+        batch, kv_heads = key.shape[:2]
+        sizes = (x.reshape(batch, kv_heads, -1, count).square().mean(2).sqrt() for x in (query, key))
+        torch.testing.assert_close(next(sizes), next(sizes), rtol=2e-2, atol=1e-4)
 
     @pytest.mark.parametrize(
         ("device", "case", "ranking_per"),
