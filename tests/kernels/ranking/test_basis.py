@@ -8,7 +8,6 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.impl.torch import forward
 from s2o_compile.kernels.planner import build_plan
-from s2o_compile.kernels.ranking import basis as ranking_basis
 from s2o_compile.kernels.ranking.basis import choose_basis, half_steps, project
 
 HEADS, KV_HEADS, LENGTH, HEAD_DIM = 4, 2, 2048, 64
@@ -37,13 +36,19 @@ def logits_by(query, key, count):
     return logits - logits.mean(-1, keepdim=True)
 
 
-def test_a_rotation_changes_no_logit_of_few_directions(generator, monkeypatch):
-    """Steps enough to converge find the topics' 16 directions in any basis."""
-    monkeypatch.setattr(ranking_basis, "half_steps", lambda *_: 40)
-    query, key, _ = topical(generator)
+def test_logits_of_few_directions_are_found_in_any_basis(generator):
+    """12 directions hold nearly all that q and k have in common; 15 numbers a row give their logits, rotated or not."""
+    shared = torch.randn(12, HEAD_DIM, generator=generator)
+    query, key = (
+        torch.randn(1, h, LENGTH, 12, generator=generator) @ shared
+        + 0.1 * torch.randn(1, h, LENGTH, HEAD_DIM, generator=generator)
+        for h in (HEADS, KV_HEADS)
+    )
     turn = rotation(generator)
-    plain, turned = logits_by(query, key, 16), logits_by(query @ turn, key @ turn, 16)
-    assert (plain - turned).norm() <= 1e-2 * plain.norm()
+    exact = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).transpose(-1, -2)
+    exact = exact - exact.mean(-1, keepdim=True)
+    for actual in (logits_by(query, key, 15), logits_by(query @ turn, key @ turn, 15)):
+        assert (actual - exact).norm() <= 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("seed", range(3))
