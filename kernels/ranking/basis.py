@@ -59,7 +59,7 @@ def solve_basis(query: Tensor, key: Tensor, count: int) -> Basis:
     query_moment, key_covariance = second_moments(query, key)
     salience = query_moment.diagonal(dim1=-2, dim2=-1) * key_covariance.diagonal(dim1=-2, dim2=-1)
     dims = salience.topk(count, dim=-1).indices
-    start = torch.eye(key.shape[3], device=key.device)[dims].transpose(-1, -2)
+    start = torch.eye(key.shape[3], dtype=torch.float32, device=key.device)[dims].transpose(-1, -2)
     basis = Basis(start, start)
     for _ in range(half_steps(key.shape[3], count) // 2):
         by_query = _best_factor(key_covariance, basis.key)
