@@ -126,7 +126,8 @@ def test_each_model_has_its_own_settings():
         paths = [(call.site, call.path) for call in recording.calls]
         assert sorted(paths) == [("layers.0", "s2o"), ("layers.0", "s2o"), ("layers.1", "dense"), ("layers.1", "s2o")]
         assert recording.status.calls == 1
-    assert s2o_compile.status(first).sparse and s2o_compile.status(second).sparse
+    assert s2o_compile.status(first).sparse
+    assert s2o_compile.status(second).sparse
 
 
 def test_gradients_leave_it_dense_and_right():
