@@ -42,9 +42,11 @@ def run_masked(call: AttentionCall, attn_mask: Tensor, options: OperatorOptions,
         return attend_under(call, attn_mask, fill)
     fully_masked = read.fully_masked if attn_mask.dtype is not torch.bool else call.fully_masked
     fully_masked = fully_masked if fill is None else "mean"
-    output, _ = run(call.but(mask=read.mask, fully_masked=fully_masked), options)
-    if read.hidden_rows is not None:
-        rows = read.hidden_rows[..., None]
+    hidden = read.hidden_rows
+    unread = None if hidden is None else hidden[:, 0].expand(call.query.shape[0], call.n_queries).contiguous()
+    output, _ = run(call.but(mask=read.mask, fully_masked=fully_masked, unread_rows=unread), options)
+    if hidden is not None:
+        rows = hidden[..., None]
         output = torch.where(rows, output.new_zeros(()), output)
         output = fill_rows(output, call.value, rows, call.sinks) if fully_masked == "mean" else output
     return output

@@ -130,3 +130,33 @@ def test_a_mask_repeated_for_the_heads(form, mask):
     assert mask is None or mask in site.mask
     compiled = torch.compile(form, backend="s2o", options=OPTIONS)
     torch.testing.assert_close(compiled(*given), form(*given), atol=1e-5, rtol=1e-5)
+
+
+def added_twice(q, k, v, first, second):
+    return (q @ k.mT / 4 + first + second).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("factor", [1, 8, 40])
+@pytest.mark.parametrize("number", [-1e4, -1e9, -1e30, torch.finfo(torch.float32).min])
+@torch.no_grad()
+def test_two_masks_that_are_added_round_once(number, factor):
+    """Eager adds both to the scores, one after the other, and the operator adds their sum.
+
+    That shows in rows which both hide, whose output is then rounding alone: it is no further from the formula.
+    """
+    q, k, v, _ = inputs(torch.float32, factor, fully_masked=False)
+    masks = [torch.zeros(2, 1, LENGTH, LENGTH) for _ in range(2)]
+    masks[0].masked_fill_(above(q), number)
+    for mask in masks:
+        mask[0, :, 40:80] = number  # these rows see no key
+    compiled = torch.compile(added_twice, backend="s2o", options=OPTIONS)
+    with s2o_compile.record() as recording:
+        output = compiled(q, k, v, *masks)
+    assert len(recording.calls) == 1
+    eager, exact = added_twice(q, k, v, *masks), added_twice(*(x.double() for x in (q, k, v, *masks)))
+    for rows in (slice(40, 80), slice(80, None)):
+        error, eager_error = ((x.double() - exact)[:, :, rows].abs().max() for x in (output, eager))
+        if eager_error.isnan():  # their sum is -inf: as ever, zeros instead of NaN
+            assert not output[0, :, rows].any()
+        else:
+            assert error <= 2 * eager_error + 1e-5
