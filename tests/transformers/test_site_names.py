@@ -1,4 +1,4 @@
-"""Under set_attn_implementation("s2o") an attention has the name that explain and optimize give it, from its first call."""
+"""Under set_attn_implementation("s2o") an attention has the name that explain gives it, from its first call on."""
 
 import copy
 
@@ -10,8 +10,8 @@ from s2o_compile import S2OConfig
 
 pytest.importorskip("transformers")
 
-from s2o_compile.transformers import configure, s2o_attention_forward  # noqa: E402
-from tests.transformers.test_interface import LENGTH, inputs, tiny  # noqa: E402
+from s2o_compile.transformers import configure, s2o_attention_forward
+from tests.helpers.tiny_transformers import LENGTH, inputs, tiny
 
 NAMES = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 

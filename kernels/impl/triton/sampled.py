@@ -132,7 +132,8 @@ def error_sums_kernel(
     expected_ptr, expected_lse_ptr, rows_ptr, out_ptr, lse_ptr, key_mask_ptr, unread_ptr, sinks_ptr, sums_ptr,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_mb, stride_ub, stride_sink,
     n_rows, n_keys, heads, offset, value_dim,
-    HAS_PADDING: tl.constexpr, HAS_UNREAD: tl.constexpr, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_UNREAD: tl.constexpr, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The two sums of one head, float32 [2, B, Hq]."""
     row_head = tl.program_id(0).to(tl.int64)
@@ -271,8 +272,8 @@ def _launch_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Ten
         exact.output, exact.lse, exact.rows, output, lse, key_mask, unread, sinks, sums,
         *output.stride()[:3], *lse.stride()[:2], stride_mb, stride_ub, sinks.stride(-1),
         n_rows, call.n_keys, heads, mask.offset, output.shape[3],
-        HAS_PADDING=has_padding, HAS_UNREAD=call.unread_rows is not None, HAS_SINKS=call.sinks is not None, ROWS=ERROR_ROWS,
-        BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
+        HAS_PADDING=has_padding, HAS_UNREAD=call.unread_rows is not None, HAS_SINKS=call.sinks is not None,
+        ROWS=ERROR_ROWS, BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
     )  # fmt: skip
 
 
