@@ -19,7 +19,7 @@ from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compat import interpreter_stack
-from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, skip_frame
+from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, Status, join_calls
 
@@ -233,7 +233,7 @@ def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(x for _, x in seen))
 
 
-@torch.compiler.disable  # somebody else's compilation may run around the call
+@never_captured
 def _longest(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[torch.device, int]:
     """The device and the number of tokens of the longest input, by its shape; masks span caches and say nothing."""
     named = (value for name, value in kwargs.items() if "mask" not in name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import fx, nn
 
 from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing
@@ -87,6 +88,11 @@ def skip_frame(function: Function) -> Function:
     """
     _to_skip.append(function.__code__)
     return function
+
+
+def never_captured(function: Function) -> Function:
+    """A decorator: Dynamo captures neither a function nor what it calls, whoever compiles the code around it."""
+    return cast("Function", torch.compiler.disable(function))
 
 
 def skip_frames() -> None:

@@ -27,6 +27,7 @@ from s2o_compile.kernels.support.torch_compile import (
     graph_breaks,
     lookup_backend,
     names_of_modules,
+    never_captured,
     skip_frame,
     wraps_one_module,
 )
@@ -150,7 +151,7 @@ class CompiledEntry:
             account.add(call, args, kwargs)
         return result
 
-    @torch.compiler.disable  # somebody else's compilation may run around the call
+    @never_captured
     def _compile(self, method: str) -> tuple[Any, dict[str, int]]:
         """The compiled function, made at the first call, and the graph breaks ahead of that."""
         with self.compilation.lock:
@@ -186,7 +187,7 @@ def _ran_uncompiled(module: nn.Module) -> None:
         call.uncompiled = (*call.uncompiled, entry.path)
 
 
-@torch.compiler.disable
+@never_captured
 def _since(breaks: Mapping[str, int]) -> list[str]:
     """Reasons of the graph breaks since these."""
     return [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
