@@ -291,12 +291,10 @@ def _inside(gm: fx.GraphModule, looks_at: Callable[[fx.Node], bool]) -> list[Sit
         if not isinstance(body, fx.GraphModule):
             continue
         users = [user for node in gm.graph.find_nodes(op="get_attr", target=child) for user in node.users]
-        if users and not any(map(looks_at, users)):
-            continue
         holder = getattr(users[0].target, "__name__", str(users[0].target)) if users else child
         reason = f"it is inside {holder}, whose body is left as it is"
-        attentions = {node: found for node in body.graph.nodes if (found := _frontend(node))}
+        attentions = {node: found for node in body.graph.nodes if looks_at(node) and (found := _frontend(node))}
         paths = module_paths(dict.fromkeys(attentions, ""))
         records += [_left(node, frontend, reason, paths[node]) for node, frontend in attentions.items()]
-        records += _inside(body, lambda _: True)
+        records += _inside(body, looks_at)
     return records

@@ -8,7 +8,7 @@ A graph that holds several optimized models counts in the accounts of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -60,7 +60,7 @@ def _optimized_in(gm: fx.GraphModule) -> Mapping[CompiledEntry, list[fx.Node]]:
     called: dict[nn.Module, list[fx.Node]] = {}
     found: dict[CompiledEntry, list[fx.Node]] = {}
     known: dict[str, nn.Module | None] = {}
-    for node in gm.graph.nodes:
+    for node in _nodes(gm):
         entries = list((node.meta.get("nn_module_stack") or {}).items())
         at = next((at for at, (_, (_, kind)) in enumerate(entries) if hasattr(kind, PREPARE)), None)
         if at is None:  # a method that somebody else's code calls
@@ -81,6 +81,14 @@ def _optimized_in(gm: fx.GraphModule) -> Mapping[CompiledEntry, list[fx.Node]]:
         name_modules(nodes, entry.path, module, module)
         found.setdefault(entry, []).extend(nodes)
     return found
+
+
+def _nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of a graph, and those in the bodies of its higher-order operators."""
+    yield from gm.graph.nodes
+    for _, body in gm.named_children():
+        if isinstance(body, fx.GraphModule):
+            yield from _nodes(body)
 
 
 def _compile(

@@ -272,6 +272,23 @@ def test_torchscript_is_refused(wrapped):
             trace()
 
 
+def checkpointed(fast, x):
+    return torch.utils.checkpoint.checkpoint(fast, x, use_reentrant=False)
+
+
+def chosen(fast, x):
+    return torch.cond(x.sum() > 0, lambda x: fast(x), lambda x: fast(x) * 2, (x,))
+
+
+@pytest.mark.parametrize("way", [checkpointed, chosen], ids=lambda way: way.__name__)
+@torch.no_grad()
+def test_bodies_of_operators_are_left_as_they_are_and_said(way):
+    fast, x = optimized(), tiny_input()
+    said = warned(lambda: torch.compile(lambda x: way(fast, x), backend="eager")(x))
+    assert "whose body is left as it is" in said[0]
+    assert set(s2o_compile.status(fast).left_dense) != set()
+
+
 class Layer(nn.Module):
     """Attention in a module that forward calls behind a break of the outer graph."""
 
