@@ -9,6 +9,7 @@ import s2o_compile
 from s2o_compile.kernels import ops
 from s2o_compile.kernels.support.errors import S2OError
 from s2o_compile.onnx import _masked_attention as outside_torch
+from tests.conftest import CUDA
 
 LENGTH = 200
 
@@ -59,13 +60,15 @@ def test_it_equals_the_definition(name, factor, fill):
     assert path == ("s2o" if hides and name in ("causal", "padded") else "masked")
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["causal", "padded"])
 @torch.no_grad()
-def test_in_fewer_bits(name, dtype):
-    q, k, v = operands(dtype, 1)
-    output, path = run(q, k, v, MASKS[name], -1e4)
-    exact = definition(q, k, v, MASKS[name], -1e4)
+def test_in_fewer_bits(name, dtype, device):
+    q, k, v = (x.to(device) for x in operands(dtype, 1))
+    mask = MASKS[name].to(device)
+    output, path = run(q, k, v, mask, -1e4)
+    exact = definition(q, k, v, mask, -1e4)
     bound = 4 * torch.finfo(dtype).eps * exact.abs().max()
     assert path == "s2o"
     assert (output.double() - exact).abs().max() < bound

@@ -5,14 +5,16 @@ import torch
 
 import s2o_compile
 from s2o_compile.kernels.exact.sampled import sample_rows
+from tests.conftest import CUDA
 
 LENGTH = 1500
 
 
-def run(mask, **options):
+def run(mask, device, **options):
     """Output, its recorded error, and the exact output."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, LENGTH, 16, generator=generator).unbind(0)
+    q, k, v = torch.randn(3, 2, 2, LENGTH, 16, generator=generator).to(device).unbind(0)
+    mask = mask.to(device)
     with s2o_compile.record() as recording:
         output, _ = torch.ops.s2o.masked_attention(q, k, v, mask, min_seq_len=0, segment_len=128, **options)
     (call,) = recording.calls
@@ -30,11 +32,11 @@ def hiding(batch):
     return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & shown[:, None, :, None]
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("batch", [1, 2], ids=["shared", "own"])
 @torch.no_grad()
-def test_the_recorded_error_is_that_of_the_rows_that_are_seen(batch):
-    mask = hiding(batch)
-    output, error, exact = run(mask, tau=2.0)
+def test_the_recorded_error_is_that_of_the_rows_that_are_seen(batch, device):
+    output, error, exact = run(hiding(batch), device, tau=2.0)
     rows = sample_rows(LENGTH, output.device)
     difference, power = ((x[:, :, rows] ** 2).sum() for x in (output - exact, exact))  # hidden rows are zeros in both
     assert error > 0.01
