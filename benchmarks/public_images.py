@@ -102,7 +102,7 @@ def labml_ddpm(self, q, k, v, tokens):
     "labmlai/annotated_deep_learning_paper_implementations "
     "labml_nn/diffusion/stable_diffusion/model/unet_attention.py (in place)",
     "each half of the batch is overwritten by its softmax",
-    "not found: softmax attention ran here",
+    "dense: takes a part of the scores for its softmax",
 )
 def labml_halves(self, q, k, v, tokens):
     q, k, v = map(length_first, (q, k, v))

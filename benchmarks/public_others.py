@@ -76,7 +76,7 @@ def relative_keys(self, q, k, v, tokens):
 @form(
     "ming024/FastSpeech2 transformer/Modules.py",
     "`/ np.power(d, 0.5)`, bmm of [H * B, n, D] under a padding mask repeated for the heads",
-    "dense: repeats a dimension of several elements",
+    "bidirectional, key padding",
 )
 def fastspeech(self, q, k, v, tokens):
     q, k, v = (x.permute(1, 0, 2, 3).reshape(HEADS * BATCH, -1, 16) for x in (q, k, v))
@@ -89,7 +89,7 @@ def fastspeech(self, q, k, v, tokens):
 @form(
     "jaywalnut310/vits attentions.py (without relative positions)",
     "`masked_fill(mask == 0, -1e4)`, the mask hides padded queries, too",
-    "dense: hides scores by -10000.0, which large scores outweigh",
+    "read at run time",
 )
 def vits(self, q, k, v, tokens):
     mask = tokens[:, None, :, None] * tokens[:, None, None]
@@ -197,7 +197,7 @@ def alphafold2(self, q, k, v, tokens):
 @form(
     "facebookresearch/esm esm/axial_attention.py (rows)",
     "`einsum(rinhd,rjnhd->hnij)` sums over rows and dimensions",
-    "not found: softmax attention ran here",
+    "dense: summed over several dimensions, as attention that is tied over the rows",
 )
 def esm_rows(self, q, k, v, tokens):
     q, k, v = (torch.stack([x.permute(2, 0, 1, 3)] * 3) for x in (q, k, v))

@@ -199,7 +199,7 @@ def alibi(self, q, k, v, tokens):
 @form(
     "NVIDIA/Megatron-LM megatron/core/transformer/dot_product_attention.py",
     "`baddbmm(empty, q, k, beta=0)`, filled by -10000",
-    "dense: hides scores by -10000.0, which large scores outweigh",
+    "read at run time",
 )
 def megatron(self, q, k, v, tokens):
     empty = torch.empty(BATCH * HEADS, q.shape[2], q.shape[2], dtype=q.dtype)
@@ -276,7 +276,7 @@ def tunz(self, q, k, v, tokens):
 @form(
     "hyunwoongko/transformer models/layers/scale_dot_product_attention.py",
     "`masked_fill(mask == 0, -10000)`",
-    "dense: hides scores by -10000.0, which large scores outweigh",
+    "read at run time",
 )
 def hyunwoongko(self, q, k, v, tokens):
     scores = (q @ k.transpose(2, 3)) / math.sqrt(16)

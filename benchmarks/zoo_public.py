@@ -16,7 +16,8 @@ _TITLE = "## Attention in public files\n"
 _INTRO = """Files that people copy write attention in their own ways. The minimal form of each was written anew and run
 through `explain` (batch of two, four heads, 40 tokens). Outputs are compared in float32 and bfloat16, with and without
 rows that see no key. The forms are in `benchmarks/public_text.py`, `public_images.py` and `public_others.py`; a test
-checks each line. Written by `python -m benchmarks.zoo_public`.
+checks each line, so this table is of the code beside it. The counts above are of the versions and the date that they
+name. Written by `python -m benchmarks.zoo_public`.
 """
 
 

@@ -19,7 +19,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
-from s2o_compile.kernels.core.validation import check_attn_mask, check_no_lse, check_sinks, check_whole
+from s2o_compile.kernels.core.validation import check_attn_mask, check_fill, check_no_lse, check_sinks, check_whole
 from s2o_compile.kernels.dispatch import run, run_short
 from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
@@ -92,6 +92,7 @@ def masked_attention(
     scale: float | None = None,
     softcap: float | None = None,
     fully_masked: str = "zeros",
+    fill: float | None = None,
     tau: float = _DEFAULT.tau,
     min_seq_len: int | None = None,
     segment_len: int | None = _DEFAULT.segment_len,
@@ -106,6 +107,8 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention under a mask that is read when it runs; see ``s2o_compile.attention`` for the arguments.
 
+    ``fill`` is a finite number that takes the place of the scores which a bool mask hides, instead of -inf.
+
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
@@ -115,7 +118,7 @@ def masked_attention(
         query, key, value, None, sinks, scale=scale, softcap=softcap, fully_masked=fully_masked,
         dense_heads=dense_heads or (), site=site,
     )  # fmt: skip
-    output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, options)
+    output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, options, fill)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
@@ -136,13 +139,14 @@ def differentiable_attention(
 
 def differentiable_masked_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
-    layout: str = "auto", **keywords: Any,  # noqa: ANN401 (as `masked_attention`)
+    fill: float | None = None, layout: str = "auto", **keywords: Any,  # noqa: ANN401 (as `masked_attention`)
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`masked_attention` by operators that have every derivative: dense, under the mask as it is."""
     given = {name: keywords[name] for name in _DENSE if keywords.get(name) is not None}
     call = AttentionCall.of(query, key, value, None, sinks, **given)
     check_attn_mask(attn_mask, query, key)
-    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
+    check_fill(fill, attn_mask)
+    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())], fill)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 

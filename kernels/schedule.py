@@ -118,6 +118,8 @@ def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable
 def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     """One slice of a call: its heads and queries, and the keys that these see."""
     query = call.query[:, query_heads(heads, call.group), rows]
+    if call.unread_rows is not None:
+        call = call.but(unread_rows=call.unread_rows[:, rows])
     key, value, mask = call.key[:, heads], call.value[:, heads], call.mask
     if not mask.causal:
         return call.over(query, key, value)

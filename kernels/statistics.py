@@ -66,7 +66,7 @@ class ModelCall:
 
     Attributes:
         path: The name of the module that it entered, empty for the model itself.
-        module: That module.
+        module: That module; None in a graph of somebody else's.
         frame: The innermost module that Python called in it.
         paths: How often the operator took which of its paths.
         uncompiled: Names of modules that Python ran.
@@ -74,8 +74,8 @@ class ModelCall:
     """
 
     path: str
-    module: nn.Module
-    frame: nn.Module
+    module: nn.Module | None = None
+    frame: nn.Module | None = None
     paths: Mapping[str, int] = MappingProxyType({})
     uncompiled: Sequence[str] = ()
     breaks: Sequence[str] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 
 from torch import fx
@@ -40,6 +40,7 @@ class _Run:
 
     Attributes:
         prover_options: How masks are proven, as keyword arguments of `MaskProver`.
+        scope: The captured nodes that are looked at; None for all of them.
         expansions: Opaque nodes, each with the nodes that were inlined for it.
         paths: Of the modules that hold opaque nodes and attentions.
         sites: In graph order, each node that a frontend takes for an attention, its match, and its record if it stays.
@@ -53,11 +54,16 @@ class _Run:
     check_assumptions: bool
     dense_heads: Mapping[str, Sequence[int]]
     site_tau: Mapping[str, Sequence[float]]
+    scope: frozenset[fx.Node] | None
     expansions: list[tuple[fx.Node, decompose.Expansion | Rejected]] = dataclasses.field(default_factory=list)
     paths: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[tuple[fx.Node, AttentionSite | Rejected, SiteRecord]] = dataclasses.field(default_factory=list)
     records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
     inner: list[SiteRecord] = dataclasses.field(default_factory=list)
+
+    def looks_at(self, node: fx.Node) -> bool:
+        """Whether a captured node is one of those that are looked at."""
+        return self.scope is None or node in self.scope
 
 
 def run(
@@ -71,6 +77,7 @@ def run(
     dense_heads: Mapping[str, Sequence[int]] | None = None,
     site_tau: Mapping[str, Sequence[float]] | None = None,
     step_seconds: dict[str, float] | None = None,
+    nodes: Collection[fx.Node] | None = None,
 ) -> tuple[SiteRecord, ...]:
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
@@ -84,6 +91,7 @@ def run(
         dense_heads: By site name, key/value heads that run dense.
         site_tau: By site name, tau of each query head.
         step_seconds: Gets the seconds of each step, by its name.
+        nodes: Where attentions are looked for, if not in the whole graph.
 
     Returns:
         One record per attention found, in graph order; attentions inside sub-graphs last.
@@ -100,6 +108,7 @@ def run(
         check_assumptions=check_assumptions,
         dense_heads=dense_heads or {},
         site_tau=site_tau or {},
+        scope=None if nodes is None else frozenset(nodes),
     )  # fmt: skip
     seconds = {} if step_seconds is None else step_seconds
     dump = dumps.from_environment()
@@ -123,15 +132,17 @@ def run(
 
 
 def _open_all(run: _Run) -> None:
-    run.expansions = [(node, decompose.expand(node)) for node in run.gm.graph.nodes if decompose.is_opaque(node)]
+    opaque = [node for node in run.gm.graph.nodes if run.looks_at(node) and decompose.is_opaque(node)]
+    run.expansions = [(node, decompose.expand(node)) for node in opaque]
 
 
 def _match_all(run: _Run) -> None:
     graph, opaque = run.gm.graph, {node for node, _ in run.expansions}
-    attentions = [(node, found) for node in graph.nodes if node not in opaque and (found := _frontend(node))]
     parts = {
         inner: decompose.attending_part(node) for node, opened in run.expansions for inner in _within(node, opened)
     }
+    looked_at = [node for node in graph.nodes if node not in opaque and (node in parts or run.looks_at(node))]
+    attentions = [(node, found) for node in looked_at if (found := _frontend(node))]
     run.paths = module_paths({node: parts.get(node, "") for node in (*opaque, *(node for node, _ in attentions))})
     names = unique_names([run.paths[node] for node, _ in attentions])
     prover = MaskProver(graph, **run.prover_options)
@@ -180,7 +191,7 @@ def _recompile(run: _Run) -> None:
 
 
 def _report_inner(run: _Run) -> None:
-    run.inner = _inside(run.gm)
+    run.inner = _inside(run.gm, run.looks_at)
 
 
 STEPS: tuple[tuple[str, Callable[[_Run], None]], ...] = (
@@ -273,7 +284,7 @@ def _rewrite(match: AttentionSite | Rejected, left: SiteRecord, rewriter: Rewrit
     return record(name, query, key, mask=mask, unproven=unproven, dense_heads=dense_heads)
 
 
-def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
+def _inside(gm: fx.GraphModule, looks_at: Callable[[fx.Node], bool]) -> list[SiteRecord]:
     """Attentions in the bodies of higher-order operators, which are left as they are."""
     records = []
     for child, body in gm.named_children():
@@ -282,8 +293,8 @@ def _inside(gm: fx.GraphModule) -> list[SiteRecord]:
         users = [user for node in gm.graph.find_nodes(op="get_attr", target=child) for user in node.users]
         holder = getattr(users[0].target, "__name__", str(users[0].target)) if users else child
         reason = f"it is inside {holder}, whose body is left as it is"
-        attentions = {node: found for node in body.graph.nodes if (found := _frontend(node))}
+        attentions = {node: found for node in body.graph.nodes if looks_at(node) and (found := _frontend(node))}
         paths = module_paths(dict.fromkeys(attentions, ""))
         records += [_left(node, frontend, reason, paths[node]) for node, frontend in attentions.items()]
-        records += _inside(body)
+        records += _inside(body, looks_at)
     return records

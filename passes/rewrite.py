@@ -127,12 +127,18 @@ class Rewriter:
             if not all(known(a == 1) or known(a == b) for a, b in zip(leading, query.shape[1::-1], strict=False)):
                 raise Refused("%s (read at run time) is broadcast over more than the query's batch", part.node)
         at, first = site.node, reading.parts[0]
-        memo = query.dtype, *((part.node, part.hidden, part.negated) for part in reading.parts)
+        memo = query.dtype, reading.fill, *((part.node, part.hidden, part.negated) for part in reading.parts)
         if len(reading.parts) == 1 and first.hidden is not None and reading.fully_masked == "mean":
             keyword["fully_masked"] = "mean"
+        if reading.fill is not None:
+            keyword["fill"] = reading.fill
         if memo not in self._masks:
             masked = first.node if len(reading.parts) == 1 else None
-            if masked is None:
+            if masked is None and reading.fill is not None:
+                for part in reading.parts:
+                    seen = part.node if part.negated else self._insert(at, torch.logical_not, part.node)
+                    masked = seen if masked is None else self._insert(at, operator.and_, masked, seen)
+            elif masked is None:
                 for part in reading.parts:
                     masked = self._added(part, masked, query, at)
             elif first.hidden is not None and not first.negated:  # the fill is where the condition holds

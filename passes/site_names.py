@@ -35,6 +35,13 @@ def module_paths(nodes: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
     }
 
 
+def module_at(key: str, source: str) -> nn.Module | None:
+    """The module that an entry of Dynamo's stack of modules is about, by its key and source; None if nobody knows."""
+    _, model = _model(_steps(source), captured_frame())
+    modules = () if model is None else model.modules()
+    return next((module for module in modules if str(id(module)) == key.partition("@")[0]), None)
+
+
 def unique_names(names: Sequence[str]) -> list[str]:
     """Names made unique: a module that attends twice becomes ``attn`` and ``attn#2``."""
     seen: dict[str, int] = {}

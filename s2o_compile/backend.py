@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -86,6 +86,16 @@ class Backend:
         """Compile one captured graph."""
         return s2o(gm, example_inputs, mode=self.mode, options=self.options)
 
+    def compile_part(
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: list[torch.Tensor],
+        nodes: Sequence[torch.fx.Node],
+        backend: Callable[..., Callable[..., Any]],
+    ) -> Callable[..., Any]:
+        """Compile a graph by another backend, the attentions among some nodes made sparse."""
+        return _rewritten(gm, example_inputs, split_options(self.options)[0], backend, nodes)
+
 
 def check_inner(config: S2OConfig, others: Mapping[str, object], mode: object) -> None:
     """Raise OptionError unless the inner backend has this mode, and takes options that are not ours if there are some.
@@ -121,9 +131,23 @@ def s2o(
     """
     config, others = split_options(options)
     check_inner(config, others, mode)
+    return _rewritten(gm, example_inputs, config, partial(_compiled, config=config, mode=mode, others=others))
+
+
+def _rewritten(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[torch.Tensor],
+    config: S2OConfig,
+    compile_graph: Callable[..., Callable[..., Any]],
+    nodes: Sequence[torch.fx.Node] | None = None,
+) -> Callable[..., Any]:
+    """A graph, compiled behind the passes over all of it, or over some nodes."""
     captured = _graph_of(gm)
-    rewrite(gm, config)
-    return _or_as_captured(gm, captured, _compiled(gm, example_inputs, config, mode, others))
+    rewrite(gm, config, nodes)
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
+        compiled = compile_graph(gm, example_inputs)
+    return _or_as_captured(gm, captured, compiled)
 
 
 def _compiled(
@@ -136,9 +160,7 @@ def _compiled(
     """The rewritten graph, compiled by the inner backend with the options that are not ours."""
     if config.inner_backend == "inductor":
         patches = {**(inductor_mode_options(mode) if mode else {}), **others}
-        settings: Any = torch.compiler.config
-        with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
-            return compile_fx(gm, example_inputs, config_patches=patches)
+        return compile_fx(gm, example_inputs, config_patches=patches)
     if config.inner_backend == "tensorrt":
         from s2o_compile.tensorrt import compile_graph
 

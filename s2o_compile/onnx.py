@@ -75,14 +75,14 @@ def _attention(
 
 def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
-    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", layout: str = "auto",
-    **_: object,
+    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", fill: float | None = None,
+    layout: str = "auto", **_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = AttentionCall(
         query=query, key=key, value=value, mask=UNKNOWN_MASK, scale=scale_of(query, scale), softcap=softcap,
         sinks=sinks, fully_masked=fully_masked,
     )  # fmt: skip
-    return attend_outside_torch(call, attn_mask, layout), query.new_empty(0, dtype=torch.float32)
+    return attend_outside_torch(call, attn_mask, layout, fill), query.new_empty(0, dtype=torch.float32)
 
 
 _DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {

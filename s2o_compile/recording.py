@@ -18,7 +18,8 @@ from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.scopes import Scopes
-from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
+from s2o_compile.kernels.support.torch_compat import interpreter_stack
+from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, Status, join_calls
 
@@ -101,6 +102,12 @@ SPARSE = frozenset(("s2o", "window"))
 """Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
 
 
+_TRANSFORMED = (
+    " (torch compiles nothing inside transforms of torch.func such as vmap or grad: call the model outside, with a "
+    "batch dimension for vmap)"
+)
+
+
 class Account:
     """What happened in the calls of one optimized model; it warns once if nothing of a long call ran sparse.
 
@@ -151,12 +158,13 @@ class Account:
                 if any(recording.graphs):
                     account._found.add(path)
 
+    @skip_frame
     def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """A call that has ended, and its inputs; see ``capture.entry``."""
-        self._count(call)
+        self.count(call)
         if _open:
             for recording in _open.held():
-                recording.account._count(call)
+                recording.account.count(call)
         gave_up = call.uncompiled and not call.paths
         if self._warned or (call.path in self._sparse and not gave_up):
             return
@@ -174,7 +182,8 @@ class Account:
                 stacklevel=5,
             )
 
-    def _count(self, call: ModelCall) -> None:
+    def count(self, call: ModelCall) -> None:
+        """Count a call that has ended in this account alone."""
         with self._lock:
             self._calls += 1
             if call.paths or call.uncompiled or call.breaks:
@@ -190,6 +199,7 @@ class Account:
             if not any(frame == module or not module or frame.startswith(f"{module}.") for frame in self._captured)
         )
 
+    @skip_frame
     def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
         """Why a call without sparse attention should have had some; empty if there is nothing to say."""
         path, found = call.path, call.path in self._found
@@ -209,7 +219,8 @@ class Account:
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
         if modules:
             names = ", ".join(name or "the model itself" for name in modules[:5])
-            reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}")
+            remedy = _TRANSFORMED if interpreter_stack() is not None else ""
+            reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}{remedy}")
         found = "" if found else f"none was found in {self._graphs_at(path)}; "
         return found + "; ".join(reasons)
 
@@ -222,6 +233,7 @@ def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(x for _, x in seen))
 
 
+@never_captured
 def _longest(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[torch.device, int]:
     """The device and the number of tokens of the longest input, by its shape; masks span caches and say nothing."""
     named = (value for name, value in kwargs.items() if "mask" not in name)

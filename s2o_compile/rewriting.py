@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 
@@ -13,10 +14,13 @@ from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify
 
 
-def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ...]:
+def rewrite(
+    gm: torch.fx.GraphModule, config: S2OConfig, nodes: Collection[torch.fx.Node] | None = None
+) -> tuple[SiteRecord, ...]:
     """Run the passes over one captured graph, tell open recordings, and warn of what stays dense.
 
-    ``gm``, a Dynamo graph or that of an exported program (inside ``exported.opened``), is rewritten in place.
+    ``gm``, a Dynamo graph or that of an exported program (inside ``exported.opened``), is rewritten in place. Of
+    ``nodes`` alone, if they are given: everything else stays as it is, and nobody hears of it.
     """
     seconds: dict[str, float] = {}
     records = pipeline.run(
@@ -29,6 +33,7 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         dense_heads=config.dense_heads,
         site_tau=config.site_tau,
         step_seconds=seconds,
+        nodes=nodes,
     )
     settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
     notify(records, seconds, [name for sites in settings.values() for name in sites])

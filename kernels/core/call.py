@@ -50,6 +50,7 @@ class AttentionCall:
         return_lse: Whether the caller wants the log-sum-exp.
         dense_heads: Key/value heads whose groups run densely beside the others, ascending.
         site: Module path of the attention, "" for eager calls.
+        unread_rows: Bool [B, Nq], queries whose output nobody reads, so that its error does not count; None for none.
     """
 
     query: Tensor
@@ -63,6 +64,7 @@ class AttentionCall:
     return_lse: bool = False
     dense_heads: Sequence[int] = ()
     site: str = ""
+    unread_rows: Tensor | None = None
 
     @classmethod
     def of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import FunctionType
 from typing import NamedTuple
@@ -294,3 +295,14 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
             remedy="Compare a mask of numbers with 0, or convert it with .to(query.dtype).",
         )
     _check_device("attn_mask", attn_mask, query)
+
+
+def check_fill(fill: float | None, attn_mask: Tensor) -> None:
+    """Raise InputError unless this is None, or a finite number that fills the scores which a bool mask hides."""
+    if fill is not None and (attn_mask.dtype is not torch.bool or not math.isfinite(fill)):
+        raise InputError(
+            "fill",
+            expected="a finite number beside a bool mask",
+            got=f"{fill} beside a mask of {attn_mask.dtype}",
+            remedy="Leave it out: scores are hidden by -inf, or by the numbers of the mask.",
+        )

@@ -28,11 +28,14 @@ def attend_differentiably(call: AttentionCall) -> Tensor:
     return fill_fully_masked_rows(call, output)
 
 
-def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
+def attend_under(call: AttentionCall, attn_mask: Tensor, fill: float | None = None) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] under a mask tensor as it is, in the place of the call's own mask.
 
-    It is bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk].
+    It is bool or additive, of rank 4 and broadcastable to [B, Hq, Nq, Nk]. ``fill`` is a number for the scores that a
+    bool mask hides, if that is not -inf.
     """
+    if fill is not None:
+        return attend_by_formula(call, attn_mask, fill)
     if call.softcap is not None or call.sinks is not None:
         output = attend_by_formula(call, attn_mask)
     else:
@@ -41,16 +44,19 @@ def attend_under(call: AttentionCall, attn_mask: Tensor) -> Tensor:
     return _with_means(call, output, attn_mask)
 
 
-def attend_outside_torch(call: AttentionCall, attn_mask: Tensor | None = None, layout: str = "auto") -> Tensor:
+def attend_outside_torch(
+    call: AttentionCall, attn_mask: Tensor | None = None, layout: str = "auto", fill: float | None = None
+) -> Tensor:
     """Exact attention [B, Hq, Nq, Dv] by the formula alone, for graphs that leave torch.
 
-    A bool or additive ``attn_mask`` of rank 2 to 4 takes the place of the call's own. The output lies as ``layout``
-    says (``core/layout.py``). Fully masked rows get zeros from SDPA in torch, and other values in other formats.
-    Nothing is written in place.
+    A bool or additive ``attn_mask`` of rank 2 to 4 takes the place of the call's own, with a fill as in `attend_under`.
+    The output lies as ``layout`` says (``core/layout.py``). Fully masked rows get zeros from SDPA in torch, and other
+    values in other formats. Nothing is written in place.
     """
     if attn_mask is None:
         attn_mask = call.mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)
-    output = _with_means(call, attend_by_formula(call, attn_mask), attn_mask)
+    output = attend_by_formula(call, attn_mask, fill)
+    output = _with_means(call, output, attn_mask) if fill is None else output
     if memory_order(call.query, call.value.shape[3], layout) == "BHND":
         return output.contiguous()
     return output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -62,11 +68,12 @@ def _with_means(call: AttentionCall, output: Tensor, attn_mask: Tensor) -> Tenso
     return output
 
 
-def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None) -> Tensor:
+def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None, fill: float | None = None) -> Tensor:
     """The formula under a bool or additive mask, logits and softmax in float32; all Nq x Nk logits are held.
 
     Numbers of the mask are added to the logits in float32 as they are. A key under -inf weighs nothing; keys under
-    ``finfo.min`` share a row that has no others. A row without any logit above -inf gets zeros.
+    ``finfo.min`` share a row that has no others. A row without any logit above -inf gets zeros. A ``fill`` takes the
+    place of the logits that a bool mask hides, and nothing else hides them.
     """
     mask = attn_mask
     if mask is None:
@@ -79,7 +86,7 @@ def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None) -> T
     hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
     if mask.dtype is not torch.bool:
         logits = logits + mask
-    logits = logits.masked_fill(hidden, -torch.inf)  # also where the key is NaN
+    logits = logits.masked_fill(hidden, -torch.inf if fill is None else fill)  # also where the key is NaN
     if sinks is not None:
         logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:3], 1)], dim=-1)
     # Softmax of -inf alone is NaN, and so is its gradient: such rows go through it as zeros, and come out as zeros.

@@ -73,14 +73,17 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
 def padding_rows(call: AttentionCall, rows: Tensor) -> Tensor | None:
     """Bool [B, R]: queries at the positions of hidden keys, whose outputs nobody reads; None where there are none.
 
-    Queries have positions among the keys under a causal mask, and where there are as many of them as keys.
+    Queries have positions among the keys under a causal mask, and where there are as many of them as keys. A mask that
+    was read can name more of them (``unread_rows``).
     """
     mask, n_keys = call.mask, call.n_keys
+    unread = None if call.unread_rows is None else call.unread_rows[:, rows]
     if mask.key_mask is None or not (mask.causal or call.n_queries == n_keys):
-        return None
+        return unread
     position = rows + mask.offset
     inside = (position >= 0) & (position < n_keys)
-    return inside & ~mask.key_mask[:, position.clamp(0, n_keys - 1)]
+    padding = inside & ~mask.key_mask[:, position.clamp(0, n_keys - 1)]
+    return padding if unread is None else padding | unread
 
 
 def error_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing
 
@@ -89,10 +90,51 @@ def skip_frame(function: Function) -> Function:
     return function
 
 
+def never_captured(function: Function) -> Function:
+    """A decorator: Dynamo captures neither a function nor what it calls, whoever compiles the code around it."""
+    return cast("Function", torch.compiler.disable(function))
+
+
 def skip_frames() -> None:
     """Tell Dynamo about the functions under `skip_frame`; not at their import, since Dynamo takes long to import."""
     while _to_skip:
         _skip_code(_to_skip.pop())
+
+
+_INLINED = "sparse attention of optimized models in graphs of other backends"
+_OutputGraph = _named("torch._dynamo.output_graph.OutputGraph", _INLINED, _Nothing)
+_call_backend = _named("torch._dynamo.output_graph.OutputGraph.call_user_compiler", _INLINED, None)
+_BACKEND = _attribute("torch._dynamo.output_graph.OutputGraph.compiler_fn", _INLINED)
+
+Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def wrap_backends(change: Callable[[fx.GraphModule, Backend], Backend]) -> None:
+    """Have a function see every graph of this process and its backend, and say which backend gets the graph.
+
+    A later function takes the place of an earlier one.
+    """
+    if _call_backend is None:
+        return
+
+    def call_backend(self: Any, gm: fx.GraphModule, *inputs: object) -> object:  # noqa: ANN401 (Dynamo's)
+        given = getattr(self, _BACKEND, None)
+        if given is None:
+            return _call_backend(self, gm, *inputs)
+        setattr(self, _BACKEND, change(gm, given))
+        try:
+            return _call_backend(self, gm, *inputs)
+        finally:
+            setattr(self, _BACKEND, given)
+
+    _OutputGraph.call_user_compiler = call_backend
+
+
+def innermost_backend(backend: Any) -> Any:  # noqa: ANN401 (any callable)
+    """The backend that a user gave, out of torch's wrappers around it."""
+    while (inner := getattr(backend, _BACKEND, None)) is not None:
+        backend = inner
+    return backend
 
 
 class _NotRaised(Exception):

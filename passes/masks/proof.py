@@ -93,11 +93,13 @@ class MaskReading:
         parts: In the order in which the scores meet them.
         fully_masked: The output of fully masked rows, where a single bool mask leaves that open.
         why: Why nothing is proven.
+        fill: The finite number by which all parts fill scores, if the operator has to ask whether it hides them.
     """
 
     parts: tuple[MaskPart, ...]
     fully_masked: str
     why: Rejected
+    fill: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from s2o_compile.kernels.core.mask_band import ABSORBS
+from s2o_compile.kernels.core.mask_band import ABSORBS, HIDES
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
@@ -114,7 +114,9 @@ class MaskProver:
         try:
             return self._conjunction(parts, shape, dtype, factor, floored=floored, zeroed=zeroed)
         except Refused as error:
-            fully_masked = _fully_masked_if_read(parts, dtype, zeroed=zeroed)
+            fully_masked, fill = _fully_masked_if_read(parts, dtype, zeroed=zeroed), None
+            if fully_masked is None and not zeroed and (fill := _common_fill(parts, dtype)) is not None:
+                fully_masked = "mean"
             scaled = factor != 1 and any(part.hidden != -math.inf for part in parts)
             if scaled or floored or fully_masked is None:
                 raise
@@ -127,7 +129,7 @@ class MaskProver:
             )
             if not alike or not self._may_read(parts):
                 raise
-            return MaskProof(read=MaskReading(tuple(parts), fully_masked, error.why))
+            return MaskProof(read=MaskReading(tuple(parts), fully_masked, error.why, fill))
 
     def _adds_alike(self, part: MaskPart, dtype: torch.dtype) -> bool:
         """Whether adding a mask to scores of a dtype gives the result of fused attention, whatever the mask holds.
@@ -293,7 +295,7 @@ def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zero
 
     Fills replace scores, and masks are added to them. Both are the same only if the number absorbs every score.
     """
-    exact = all(part.axes is None and part.dtype in (None, dtype) and part.cast is None for part in parts)
+    exact = _as_scores(parts, dtype)
     fills = [part.hidden for part in parts if part.hidden is not None]
     added = any(part.hidden is None for part in parts)
     low = all(math.isinf(fill) or (fill <= ABSORBS and dtype in ABSORBING) for fill in fills)
@@ -302,6 +304,18 @@ def _fully_masked_if_read(parts: Sequence[MaskPart], dtype: torch.dtype, *, zero
     if zeroed and (added or len(fills) > 1):
         return None
     return "mean" if fills and not zeroed and not added and not math.isinf(fills[0]) else "zeros"
+
+
+def _common_fill(parts: Sequence[MaskPart], dtype: torch.dtype) -> float | None:
+    """The number by which all parts fill scores, if it may hide them: the operator asks that in every run."""
+    fills = {part.hidden for part in parts}
+    number = fills.pop() if len(fills) == 1 and _as_scores(parts, dtype) else None
+    return number if number is not None and -math.inf < number <= HIDES else None
+
+
+def _as_scores(parts: Sequence[MaskPart], dtype: torch.dtype) -> bool:
+    """Whether masks meet scores of the query's dtype, and along their last dimensions."""
+    return all(part.axes is None and part.dtype in (None, dtype) and part.cast is None for part in parts)
 
 
 def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> bool:

@@ -8,7 +8,7 @@ Whether the reason matters depends on the axes that the look-up varies along, an
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,14 +106,29 @@ class TermEvaluator:
             with self._mutations.before(node):
                 return self._take_apart(node, value, negated)
         except Refused as error:
-            return self._leaf(node, negated, error)
+            return self._leaf(node, negated, error, self._same_along(node))
 
-    def _leaf(self, node: fx.Node, negated: bool, error: Refused) -> Terms:
+    def _leaf(self, node: fx.Node, negated: bool, error: Refused, same_along: Collection[int] = ()) -> Terms:
         # Written to, it would be read in a later state; of numbers, the consumer that makes them bool is the leaf.
         if self.indices.is_written(node) or value_of(node).dtype is not torch.bool:
             raise error
         shape = value_of(node).shape
-        return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, error.why),)
+        axes = tuple(
+            IndexTensor.constant(0, shape) if dim in same_along else IndexTensor.axis(shape, dim)
+            for dim in range(len(shape))
+        )
+        return (LookUp(node, axes, negated, error.why),)
+
+    def _same_along(self, node: fx.Node) -> Collection[int]:
+        """Dimensions along which a repeated tensor is the same: a padding mask that was repeated for the heads."""
+        if function_name(node) not in ("repeat", "tile") or not isinstance(node.args[0], fx.Node):
+            return ()
+        terms = attempt(self.terms, node.args[0])
+        if isinstance(terms, Rejected):
+            return ()
+        rank, lead = value_of(node.args[0]).ndim, value_of(node).ndim - value_of(node.args[0]).ndim
+        varies = {lead + dim for term in terms for index in term.indices for dim in range(rank) if index.steps[dim]}
+        return frozenset(range(lead + rank)) - varies
 
     def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)

@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
+from s2o_compile.capture.attending import attending_methods
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
 from s2o_compile.capture.optimized_class import optimized_class
 from s2o_compile.capture.rebound import rebound
@@ -28,9 +29,9 @@ def compiled_copy(
 ) -> Model:
     """A copy of a module and of all modules with parts in it, each compiled where it is called from outside.
 
-    The tables of parameters, buffers and hooks are the original's, and so are the modules without parts. Everything
-    else stays as it is in the original, and changes of attributes or submodules reach one of the two only. A module
-    that was optimized or compiled in place before is compiled anew.
+    The tables of parameters, buffers and hooks are the original's, and so are the modules without parts that do not
+    attend. Everything else stays as it is in the original, and changes of attributes or submodules reach one of the two
+    only. A module that was optimized or compiled in place before is compiled anew.
 
     Args:
         model: The original; it stays as it is.
@@ -53,8 +54,8 @@ def _copied(
 ) -> nn.Module:
     if id(module) in copies:
         return copies[id(module)]
-    has_parts = any(child is not None for child in module.children())
-    if copies and (not has_parts or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
+    has_ways_in = any(child is not None for child in module.children()) or attending_methods(type(module))
+    if copies and (not has_ways_in or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
         return module
     callable_itself = "forward" in vars(module) or type(module).forward is not nn.Module.forward
     copied = object.__new__(optimized_class(type(module)) if callable_itself else type(module))

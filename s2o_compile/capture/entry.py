@@ -12,9 +12,11 @@ models together, and runs uncompiled after eight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from itertools import count
+from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -25,8 +27,8 @@ from s2o_compile.kernels.support.torch_compile import (
     graph_breaks,
     lookup_backend,
     names_of_modules,
+    never_captured,
     skip_frame,
-    skip_frames,
     wraps_one_module,
 )
 
@@ -45,6 +47,10 @@ class Account(Protocol):
 
     def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """A call that has ended, and its inputs."""
+        ...
+
+    def count(self, call: ModelCall) -> None:
+        """The same, of which recordings and the user have heard."""
         ...
 
 
@@ -68,13 +74,31 @@ class Compilation:
         backend = self._given[0]
         compile_graph: Backend = lookup_backend(backend) if isinstance(backend, str) else backend
         call = running.call
-        if call is None:
+        if call is None or call.module is None or call.frame is None:
             return compile_graph(gm, example_inputs)
-        frame = _name_modules(gm, call)
+        frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
         if self.account is None:
             return compile_graph(gm, example_inputs)
         with self.account.compiling(call.path, frame):
             return compile_graph(gm, example_inputs)
+
+    def compile_part(
+        self,
+        nodes: Sequence[torch.fx.Node],
+        backend: Backend,
+        path: str,
+        gm: torch.fx.GraphModule,
+        example_inputs: list[torch.Tensor],
+    ) -> Callable[..., object]:
+        """Compiles a graph of another backend's by that, with a part of the model in it: the nodes of a module."""
+        compile_part = getattr(self._given[0], "compile_part", None)
+        if compile_part is None or self.account is None:
+            return backend(gm, example_inputs)
+        with self.account.compiling(path, path):
+            return compile_part(gm, example_inputs, nodes, backend)
+
+
+_numbers = count()
 
 
 class CompiledEntry:
@@ -82,19 +106,27 @@ class CompiledEntry:
 
     Attributes:
         path: The module's name in the optimized model, empty for the model itself.
+        number: It stands for this entry in graphs of other backends.
     """
+
+    numbered: ClassVar[WeakValueDictionary[int, CompiledEntry]] = WeakValueDictionary()
 
     def __init__(self, compilation: Compilation, path: str) -> None:
         self.compilation, self.path = compilation, path
         self._function: Any = with_own_code(_call)
-        self._compiled: Any = None
+        self._compiled: dict[str, Any] = {}  # by the name of a method, "" for the module itself
+        self.number = next(_numbers)
+        self.numbered[self.number] = self
 
     def __reduce__(self) -> tuple[object, ...]:
         return CompiledEntry, (self.compilation, self.path)
 
     @skip_frame
-    def run(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Call a module: compiled from outside, as one more frame of the compilation inside of another entry."""
+    def run(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], method: str = "") -> object:
+        """Call a module: compiled from outside, as one more frame of the compilation inside of another entry.
+
+        A method of it, if one is named, from outside only.
+        """
         outer = running.call
         if outer is not None:
             before, outer.frame = outer.frame, module
@@ -102,9 +134,9 @@ class CompiledEntry:
                 return self._function(module, *args, **kwargs)
             finally:
                 outer.frame = before
-        compiled, breaks = self._compiled, None
+        compiled, breaks = self._compiled.get(method), None
         if compiled is None:
-            compiled, breaks = self._compile(), graph_breaks()
+            compiled, breaks = self._compile(method)
         running.call = call = ModelCall()
         call.path = self.path
         call.module = call.frame = module
@@ -115,17 +147,19 @@ class CompiledEntry:
         account = self.compilation.account
         if account is not None:
             if breaks is not None:
-                call.breaks = [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
+                call.breaks = _since(breaks)
             account.add(call, args, kwargs)
         return result
 
-    def _compile(self) -> Any:  # noqa: ANN401 (a callable)
-        """The compiled function, made at the first call."""
-        skip_frames()
+    @never_captured
+    def _compile(self, method: str) -> tuple[Any, dict[str, int]]:
+        """The compiled function, made at the first call, and the graph breaks ahead of that."""
         with self.compilation.lock:
-            if self._compiled is None:
-                self._compiled = torch.compile(self._function, backend=self.compilation, **self.compilation.options)
-            return self._compiled
+            if method not in self._compiled:
+                function = with_own_code(_call_of(method)) if method else self._function
+                compiled = torch.compile(function, backend=self.compilation, **self.compilation.options)
+                self._compiled[method] = compiled
+            return self._compiled[method], graph_breaks()
 
 
 def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401 (an optimized module)
@@ -135,6 +169,17 @@ def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401
     return self._call_impl(*args, **self._s2o_arguments(kwargs))
 
 
+def _call_of(method: str) -> Callable[..., object]:
+    """The same for a method of the module."""
+
+    def call(self: Any, /, *args: object, **kwargs: object) -> object:  # noqa: ANN401 (an optimized module)
+        if not torch.compiler.is_dynamo_compiling():
+            _ran_uncompiled(self)
+        return getattr(self, method)(*args, **kwargs)
+
+    return call
+
+
 @skip_frame
 def _ran_uncompiled(module: nn.Module) -> None:
     call, entry = running.call, vars(module).get(ENTRY)
@@ -142,20 +187,30 @@ def _ran_uncompiled(module: nn.Module) -> None:
         call.uncompiled = (*call.uncompiled, entry.path)
 
 
-def _name_modules(gm: torch.fx.GraphModule, call: ModelCall) -> str:
-    """Gives the modules in a graph the names that they have in the model; returns that of the frame's module."""
+@never_captured
+def _since(breaks: Mapping[str, int]) -> list[str]:
+    """Reasons of the graph breaks since these."""
+    return [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
+
+
+def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, frame: nn.Module) -> str:
+    """Gives the modules of some nodes the names that they have in the model; returns that of the frame's module.
+
+    The path is that of the module which was called from outside. Its frame is that of a module in it.
+    """
     names = {
-        str(id(module)): ".".join(part for part in (call.path, name) if part)
-        for module, name in names_of_modules(call.module).items()
+        str(id(part)): ".".join(name for name in (path, inner) if name)
+        for part, inner in names_of_modules(module).items()
     }
-    frame = names.get(str(id(call.frame)), call.path)
-    for node in gm.graph.nodes:
+    name = names.get(str(id(frame)), path)
+    for node in nodes:
         stack = node.meta.get("nn_module_stack") or {}
         named = {
-            f"module {key}": (names.get(key.partition("@")[0], path), kind)  # keys of ids would be looked up once more
-            for key, (path, kind) in stack.items()
+            # Keys of ids would be looked up once more.
+            f"module {key}": (names.get(key.partition("@")[0], source), kind)
+            for key, (source, kind) in stack.items()
             if not wraps_one_module(kind)  # in no name
         }
-        if named or frame:
-            node.meta["nn_module_stack"] = named or {"module": (frame, type(call.frame))}
-    return frame
+        if named or name:
+            node.meta["nn_module_stack"] = named or {"module": (name, type(frame))}
+    return name

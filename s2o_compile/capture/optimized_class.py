@@ -12,11 +12,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 
+from s2o_compile.capture.attending import attending_methods, entered
 from s2o_compile.capture.entry import ENTRY, CompiledEntry
 from s2o_compile.capture.generation_masks import mask_methods
+from s2o_compile.capture.inlined import refuse_export, watch_graphs
 from s2o_compile.capture.rebound import rebound
 from s2o_compile.kernels.support.torch_compile import skip_frame
 
@@ -24,13 +25,15 @@ from s2o_compile.kernels.support.torch_compile import skip_frame
 class Optimized:
     """What the class of an optimized module adds to that of the original. It comes first among the bases."""
 
+    _s2o_entry: CompiledEntry | None = None
+
     def __init_subclass__(cls, **_: object) -> None:
         """Keeps the original's ``__init_subclass__`` from registering a second class of its name."""
 
     @skip_frame
     def _compiled_call_impl(self: Any, *args: object, **kwargs: object) -> object:
         """Called by ``nn.Module.__call__`` in the place of ``_call_impl``."""
-        _refuse_export()
+        refuse_export()
         # A module that its own class made, such as a slice of an nn.Sequential, has no entry.
         entry = None if is_dynamo_compiling() or is_exporting() else vars(self).get(ENTRY)
         return self._call_impl(*args, **kwargs) if entry is None else entry.run(self, args, kwargs)
@@ -38,6 +41,13 @@ class Optimized:
     def _s2o_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a call, as its compiled frame passes them on."""
         return kwargs
+
+    def __prepare_scriptable__(self) -> object:
+        """Raises TypeError: ``torch.jit.script`` asks here, and its program would be the dense model."""
+        raise TypeError(
+            "torch.jit.script: expected an uncompiled module, got the result of s2o_compile.optimize, whose program "
+            "would be dense. Pass the original module; s2o_compile.export makes a sparse program of it."
+        )
 
     def compile(self, *_: object, **__: object) -> None:
         """Raises TypeError: an optimized module is compiled already."""
@@ -63,21 +73,11 @@ def optimized_class(base: type) -> type:
     for known in type.__subclasses__(base):
         if _base(known) is base:
             return known
+    watch_graphs()
     fields: dict[str, object] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    fields |= {name: entered(name, method) for name, method in attending_methods(base).items()}
     fields |= {name: _copying(getattr(base, name)) for name in ("__copy__", "__deepcopy__") if hasattr(base, name)}
     return type(base.__name__, (Optimized, base), fields | mask_methods(base))
-
-
-def _refuse_export() -> None:
-    """Raises under ``torch.export``, which passes over what is compiled: its program would be the dense model.
-
-    ONNX, which knows no other, gets that.
-    """
-    if is_exporting() and not torch.onnx.is_in_onnx_export():
-        raise TypeError(
-            "torch.export: expected an uncompiled module, got the result of s2o_compile.optimize, whose program would "
-            "be dense. Pass the original module; s2o_compile.export makes a sparse program of it."
-        )
 
 
 def _base(kind: type) -> type | None:

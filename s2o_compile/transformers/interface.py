@@ -10,6 +10,7 @@ from functools import lru_cache
 from itertools import chain
 from types import ModuleType
 from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
+from s2o_compile.transformers.site_names import name_of
 
 logger = logging.get_logger(__name__)
 
@@ -54,10 +56,13 @@ class _Site:
     options: dict[str, Any]
 
 
+_default_sites: WeakKeyDictionary[nn.Module, _Site] = WeakKeyDictionary()
+
+
 def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
     """Says how the attentions of a model are made sparse, and names them as ``explain`` does.
 
-    Without it the defaults hold, and reports name an attention by class and layer, as in ``LlamaAttention.3``. The
+    Without it the defaults hold, and an attention is named by its path in the outermost module of its first call. The
     fields about compiled graphs (``inner_backend``, ``assume_*``, ``check_assumptions``) change nothing here.
 
     Args:
@@ -211,7 +216,7 @@ def _sparse(
     fits = sizes_of(query, key, value) is not None and isinstance(scale, int | float | None)
     if not fits:
         return None
-    site = getattr(module, _SITE, None) or _site(_class_and_layer(module), S2OConfig())
+    site = getattr(module, _SITE, None) or _default_site(module)
     if is_differentiated(query, key, value, sinks, learned):
         warn_of_derivatives(query, key, site.min_seq_len)
         return None
@@ -281,6 +286,13 @@ def _module_of(site: str) -> str:
     return site.partition("#")[0]
 
 
+def _default_site(module: nn.Module) -> _Site:
+    """The settings of a module that nobody configured."""
+    if module not in _default_sites:
+        _default_sites[module] = _site(name_of(module), S2OConfig())
+    return _default_sites[module]
+
+
 def _site(name: str, config: S2OConfig) -> _Site:
     """A module's settings: the strictest of its sites', because calls of one module are not told apart here."""
     marked, taus = (
@@ -291,11 +303,6 @@ def _site(name: str, config: S2OConfig) -> _Site:
         heads, least = chain.from_iterable(marked), map(min, zip(*taus, strict=False))
         config = replace(config, dense_heads={name: tuple(heads)}, site_tau={name: tuple(least)})
     return _Site(name, config.min_seq_len, config.read_masks, config.operator_options(name))
-
-
-def _class_and_layer(module: nn.Module) -> str:
-    layer = getattr(module, "layer_idx", None)
-    return type(module).__name__ if layer is None else f"{type(module).__name__}.{layer}"
 
 
 AttentionInterface.register(NAME, s2o_attention_forward)

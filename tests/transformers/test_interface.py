@@ -11,104 +11,21 @@ from s2o_compile.kernels.observe import observe_attention
 
 transformers = pytest.importorskip("transformers")
 
-from transformers import masking_utils  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
-from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
-from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
+from s2o_compile.transformers import configure, s2o_attention_forward  # noqa: E402
 from tests.helpers.cache_argument import CACHE  # noqa: E402
-
-EXACT = S2OConfig(tau=0.0, min_seq_len=0)
-LENGTH = 200
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-TURNS = {"head_dim": 8, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
-MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
-    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 40}),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**TURNS, "attn_logit_softcapping": 2.0}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", TURNS),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**TURNS, "num_local_experts": 2, "num_experts_per_tok": 1}),
-    "llama4": (
-        "Llama4ForCausalLM",
-        "Llama4TextConfig",
-        {
-            "head_dim": 8,
-            "attention_chunk_size": 150,
-            "layer_types": ["chunked_attention", "full_attention"],
-            "no_rope_layers": [1, 0],
-            "num_local_experts": 2,
-            "intermediate_size_mlp": 48,
-        },
-    ),
-    "bert": ("BertModel", "BertConfig", {}),
-    "modernbert_decoder": (
-        "ModernBertDecoderForCausalLM",
-        "ModernBertDecoderConfig",
-        {
-            "local_attention": 80,
-            "layer_types": TURNS["layer_types"],
-            **{f"{name}_token_id": 1 for name in ("bos", "cls", "sep")},
-        },
-    ),
-}
-MASKS = {
-    "llama": ["causal"] * 2,
-    "mistral": ["causal, window 40"] * 2,
-    "gemma2": ["causal, window 40", "causal"],
-    "gemma3": ["causal, window 40", "causal"],
-    "gpt_oss": ["causal, window 40", "causal"],
-    "llama4": ["causal", "causal", "causal"],  # the first layer attends in two chunks
-    "bert": ["bidirectional"] * 2,
-    "modernbert_decoder": ["causal, window 40", "causal"],
-}
-
-
-def tiny(name, implementation="eager"):
-    torch.manual_seed(0)
-    model, config, sizes = MODELS[name]
-    config = getattr(transformers, config)(**SIZES | sizes, attn_implementation=implementation)
-    model = getattr(transformers, model)(config).eval()
-    for parameter in model.parameters():  # sharper attention than at initialisation
-        parameter.data.mul_(2)
-    return model
-
-
-def inputs(padding="none", length=LENGTH):
-    ids = torch.randint(1, 97, (2, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    if padding == "left":
-        mask[0, :30] = 0
-    elif padding == "right":
-        mask[0, -30:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def output(model, **given):
-    out = model(**given)
-    return getattr(out, "logits", None) if hasattr(out, "logits") else out.last_hidden_state
-
-
-def sparse(model, config=EXACT):
-    model.set_attn_implementation("s2o")
-    configure(model, config)
-    return model
-
-
-@pytest.fixture
-def prefill():
-    """Paths and masks of the calls of a run."""
-    with torch.no_grad(), s2o_compile.record() as recording:
-        yield lambda: [(call.path, call.mask) for call in recording.calls]
+from tests.helpers.tiny_transformers import (  # noqa: E402
+    EXACT,
+    LENGTH,
+    MASKS,
+    MODELS,
+    described,
+    inputs,
+    output,
+    sparse,
+    tiny,
+)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -258,130 +175,6 @@ def test_weights_that_are_not_made_are_not_missed_silently(monkeypatch, prefill)
     configure(attention, EXACT)
     s2o_attention_forward(attention, *tensors, None, output_attentions=True)
     assert "makes no attention weights" in said[0]
-
-
-CAUSAL = masking_utils.causal_mask_function
-
-
-def described(**arguments):
-    given = {"batch_size": 2, "q_length": LENGTH, "kv_length": LENGTH, "mask_function": CAUSAL, "device": "cpu"}
-    given["config"] = transformers.LlamaModel.config_class()
-    return s2o_mask(**given | arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({}, "causal"),
-        ({"q_offset": 60, "kv_length": 260}, "causal"),
-        ({"q_offset": torch.tensor(60), "kv_length": 300}, "causal, offset 60"),
-        ({"q_offset": 60, "kv_offset": 20, "kv_length": 240}, "causal"),
-        ({"mask_function": masking_utils.bidirectional_mask_function, "kv_length": 90}, "bidirectional"),
-        (
-            {"mask_function": masking_utils.sliding_window_bidirectional_mask_function(16)},
-            "sliding window -16..+16",
-        ),
-        ({"mask_function": lambda b, h, q, k: (k <= q + 3) & (q - k < 50)}, "sliding window -49..+3"),
-        ({"mask_function": masking_utils.and_masks(CAUSAL, lambda b, h, q, k: k > q - 9)}, "causal, window 9"),
-        (
-            {"mask_function": masking_utils.chunked_causal_mask_function(150, torch.zeros(2, dtype=torch.long))},
-            "causal, chunk 150",
-        ),
-        ({"attention_mask": torch.ones(2, LENGTH, dtype=torch.bool)}, "causal"),
-        ({"attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, "causal, key padding"),
-        ({"attention_mask": torch.ones(2, 150, dtype=torch.bool)}, "causal, key padding"),
-        ({"attention_mask": torch.arange(240).expand(2, -1) > 30, "kv_offset": 20, "q_offset": 20}, None),
-    ],
-)  # fmt: skip
-def test_what_is_proven_is_the_mask_that_transformers_makes(arguments, text):
-    mask = described(**arguments)
-    proven = mask.proven
-    queries, keys = mask.shape[2:]
-    pairs = proven.visible_pairs(queries, keys, torch.device("cpu")).expand(mask.shape)
-    assert torch.equal(pairs, mask.made)
-    assert text is None or proven.text(queries, keys) == text
-
-
-TABLE = torch.arange(LENGTH) % 7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"mask_function": masking_utils.or_masks(CAUSAL, lambda b, h, q, k: k < 9)}, "union"),
-        ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
-        ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),
-        ({"mask_function": lambda b, h, q, k: k <= q if TABLE.sum() > 3 else k < q}, "cannot be traced"),
-        ({"mask_function": lambda b, h, q, k: (k <= q).any(), "use_vmap": True}, "single positions"),
-        (
-            {"mask_function": masking_utils.chunked_causal_mask_function(50, torch.tensor([0, 3]))},
-            "chunks begin where only the inputs say",
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_not_proven_is_not_guessed(arguments, reason):
-    mask = described(**arguments)
-    assert not mask.proven
-    assert reason in mask.proven.reason
-    assert isinstance(mask.made, torch.Tensor)
-
-
-def test_a_lazy_mask_is_the_mask_to_every_operation():
-    mask, causal = described(), torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, -1, -1)
-    assert isinstance(mask, LazyMask)
-    assert (mask.size(), mask.dim(), mask.ndim) == ((2, 1, LENGTH, LENGTH), 4, 4)
-    assert "made" not in vars(mask), "nobody has looked at it yet"
-    assert repr(mask) == "LazyMask((2, 1, 200, 200), device='cpu')"
-    assert torch.equal(mask[..., :100], causal[..., :100])
-    assert torch.equal(~mask, ~causal)
-    assert torch.equal(mask & causal, causal)
-    assert torch.where(mask, 0.0, -1.0).sum() == -2 * LENGTH * (LENGTH - 1) / 2
-    assert not isinstance(mask.to(torch.float32), LazyMask)
-    assert torch.equal(mask.mT, causal.mT)
-    assert torch.equal(mask.data, causal)
-    by_position = described(mask_function=lambda b, h, q, k: torch.where(k <= q, k >= 0, k < 0), use_vmap=True)
-    assert torch.equal(by_position.float(), causal.float())
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_mask_that_is_written_into_is_no_longer_what_it_was(inference, prefill):
-    """Its description stays that of the mask that was asked for."""
-    module = tiny("llama").model.layers[0].self_attn
-    configure(module, EXACT)
-    tensors = [torch.randn(2, heads, LENGTH, 8, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2)]
-    with torch.inference_mode(inference):
-        mask = described(attention_mask=torch.arange(LENGTH).expand(2, -1) > 3)
-        assert not mask[0, 0, 0, 0]
-        assert mask.holds, "nobody has written yet"
-        mask[:, :, 50:, 5:20] = False
-        assert not mask.holds
-        result, _ = s2o_attention_forward(module, *tensors, mask)
-        expected, _ = sdpa_attention_forward(module, *tensors, mask.made)
-    seen = mask.made.any(-1).squeeze(1)
-    torch.testing.assert_close(result[seen], expected[seen], atol=1e-5, rtol=1e-5)
-    assert [path for path, _ in prefill()] == ["masked"]
-
-
-def test_models_without_sdpa_get_the_masks_of_eager():
-    mask = described(config=transformers.GptOssModel.config_class(), dtype=torch.bfloat16, q_offset=-5)
-    assert isinstance(mask, LazyMask)
-    assert (mask.dtype, mask.fully_masked) == (torch.bfloat16, "mean")
-    assert torch.equal(torch.nn.functional.pad(mask, (0, 1))[..., :-1] == 0, described(q_offset=-5).made)
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_models_without_sdpa_mean_none_if_they_pass_none(is_causal, prefill):
-    attention = tiny("gpt_oss").model.layers[0].self_attn
-    attention.is_causal = is_causal
-    configure(attention, EXACT)
-    tensors = [torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2)]
-    s2o_attention_forward(attention, *tensors, None)
-    assert prefill() == [("s2o", "bidirectional")]
-
-
-def test_decode_gets_the_masks_of_sdpa():
-    assert described(q_length=1, q_offset=LENGTH - 1) is None
-    assert not isinstance(described(q_length=1, q_offset=150, allow_is_causal_skip=False), LazyMask)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "gpt_oss"])

@@ -111,15 +111,15 @@ def attention(
 
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None = None, *,
-    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", layout: str = "auto",
-    **_: object,
+    scale: float | None = None, softcap: float | None = None, fully_masked: str = "zeros", fill: float | None = None,
+    layout: str = "auto", **_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``s2o::masked_attention`` by SDPA under the mask as it is: reading a mask takes decisions in Python."""
     call = AttentionCall(
         query=query, key=key, value=value, scale=scale_of(query, scale), softcap=softcap, sinks=sinks,
         fully_masked=fully_masked,
     )  # fmt: skip
-    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())])
+    output = attend_under(call, attn_mask[(None,) * (4 - attn_mask.dim())], fill)
     if memory_order(query, value.shape[3], layout) == "BNHD":
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
     return output.contiguous() if layout == "BHND" else output, query.new_empty(0, dtype=torch.float32)

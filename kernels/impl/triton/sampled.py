@@ -129,10 +129,11 @@ def sink_share(lse, sink):
 
 @triton.jit
 def error_sums_kernel(
-    expected_ptr, expected_lse_ptr, rows_ptr, out_ptr, lse_ptr, key_mask_ptr, sinks_ptr, sums_ptr,
-    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_mb, stride_sink,
+    expected_ptr, expected_lse_ptr, rows_ptr, out_ptr, lse_ptr, key_mask_ptr, unread_ptr, sinks_ptr, sums_ptr,
+    stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_mb, stride_ub, stride_sink,
     n_rows, n_keys, heads, offset, value_dim,
-    HAS_PADDING: tl.constexpr, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_UNREAD: tl.constexpr, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The two sums of one head, float32 [2, B, Hq]."""
     row_head = tl.program_id(0).to(tl.int64)
@@ -149,6 +150,8 @@ def error_sums_kernel(
             inside = (position >= 0) & (position < n_keys)
             visible = tl.load(key_mask_ptr + b * stride_mb + position, mask=inside, other=1)
             counts = counts & (visible != 0)
+        if HAS_UNREAD:
+            counts = counts & (tl.load(unread_ptr + b * stride_ub + row) == 0)
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + h * stride_sink).to(tl.float32)
             expected_share = sink_share(tl.load(expected_lse_ptr + row_head * n_rows + slot), sink)
@@ -262,14 +265,15 @@ def _launch_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Ten
     (batch, heads, n_rows), mask = exact.lse.shape, call.mask
     has_padding = mask.key_mask is not None and (mask.causal or call.n_queries == call.n_keys)
     key_mask, stride_mb = key_mask_of(mask.key_mask, sums)
+    unread, stride_ub = key_mask_of(call.unread_rows, sums)
     sinks = sums if call.sinks is None else call.sinks
     return launch(
         error_sums_kernel, (batch * heads,),
-        exact.output, exact.lse, exact.rows, output, lse, key_mask, sinks, sums,
-        *output.stride()[:3], *lse.stride()[:2], stride_mb, sinks.stride(-1),
+        exact.output, exact.lse, exact.rows, output, lse, key_mask, unread, sinks, sums,
+        *output.stride()[:3], *lse.stride()[:2], stride_mb, stride_ub, sinks.stride(-1),
         n_rows, call.n_keys, heads, mask.offset, output.shape[3],
-        HAS_PADDING=has_padding, HAS_SINKS=call.sinks is not None, ROWS=ERROR_ROWS,
-        BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
+        HAS_PADDING=has_padding, HAS_UNREAD=call.unread_rows is not None, HAS_SINKS=call.sinks is not None,
+        ROWS=ERROR_ROWS, BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
     )  # fmt: skip
 
 

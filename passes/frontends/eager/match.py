@@ -51,6 +51,8 @@ def operands(node: fx.Node) -> dict[str, Any]:
     matmul = _first_product(_softmax_input(node))
     if matmul is None:
         return {}
+    if matmul.tied:
+        return {"query": matmul.left.value, "key": matmul.right.value}
     return {"query": matmul.left.value, "key": product.transposed(matmul.right).value}
 
 

@@ -47,6 +47,10 @@ class Probabilities:
 def feed_product(node: fx.Node, depth: int = 6) -> bool:
     """Whether some user multiplies these probabilities, or an elementwise function of them, with values."""
     for user in node.users:
+        if function_name(user) == "setitem" and user.args[2] is node:  # into a part of a tensor
+            whole = user.args[0]
+            if depth and isinstance(whole, fx.Node) and any(map(product.read, whole.users)):
+                return True
         matmul = product.read(user)
         if matmul is not None and node in (matmul.left.node, matmul.right.node):
             return True
@@ -85,6 +89,15 @@ def follow(softmax: fx.Node, prover: MaskProver, *, cut: bool | None, order: Ord
         user = users[0]
         node = next(holder for holder in holders if holder in user.all_input_nodes)
         matmul = product.read(user, node, order)
+        if matmul is not None and matmul.tied:
+            raise Refused("%s sums its probabilities over several dimensions", user)
+        if function_name(user) == "setitem" and user.args[2] is node:
+            raise Refused(
+                "its probabilities are written into a part of %s by %s; keep them in a tensor of their own for the "
+                "whole batch",
+                user.args[0],
+                user,
+            )
         if matmul is not None:
             if cut is not None:
                 raise Refused("the probabilities of its sinks are not cut off before %s", user)

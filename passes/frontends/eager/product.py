@@ -39,6 +39,7 @@ class Product:
         restore: Steps from [..., M, N] to the value of ``node``, which an einsum or swapped operands permute.
         alpha: A factor of the product (``baddbmm``).
         added: A tensor added to it (``baddbmm``), or None.
+        tied: Whether it sums over several dimensions; then its operands are not in that form.
     """
 
     node: fx.Node
@@ -47,6 +48,7 @@ class Product:
     restore: tuple[Step, ...] = ()
     alpha: float = 1.0
     added: fx.Node | None = None
+    tied: bool = False
 
 
 def read(node: object, weights: fx.Node | None = None, order: Order = None) -> Product | None:
@@ -151,7 +153,7 @@ def _einsum(node: fx.Node, weights: fx.Node | None, order: Order) -> Product | N
     first, second, output = labels
     inner = [label for label in first if label in second and label not in output]
     summed = [label for label in first + second if label not in output and label not in inner]
-    if len(inner) != 1 or summed or len(output) < 2:
+    if not inner or summed or len(output) < 2:
         return None
     rows, columns = (
         [label for label in output if label in own and label not in other]
@@ -159,6 +161,8 @@ def _einsum(node: fx.Node, weights: fx.Node | None, order: Order) -> Product | N
     )
     if not rows or not columns:
         return None
+    if len(inner) > 1:
+        return Product(node, Operand(tensors[0]), Operand(tensors[1]), tied=True)
     in_order = output.index(rows[-1]) < output.index(columns[-1]) if weights is None else tensors[0] is weights
     if not in_order:  # [..., N, M] is the transposed product of the operands swapped
         tensors, first, second, rows, columns = tensors[::-1], second, first, columns, rows

@@ -154,6 +154,12 @@ class ScoreReader:
             chain.nodes.append(node)
             node = self._plain(source, chain)
         chain.nodes.append(matmul.node)
+        if matmul.tied:
+            raise Refused(
+                "its scores %s are summed over several dimensions, as attention that is tied over the rows of an "
+                "alignment; make one dimension of them (flatten) ahead of the product",
+                matmul.node,
+            )
         if softcap is not None and softcap <= 0:
             raise Refused("its scores are capped at %s, expected a positive number", softcap)
         if matmul.added is not None and self._indices.fill(matmul.added) != 0:
@@ -193,6 +199,8 @@ class ScoreReader:
             )
         if name == "setitem":
             return Refused("%s writes to some of the scores; hide keys by masked_fill(condition, -inf)", node)
+        if name == "getitem":
+            return Refused("%s takes a part of the scores for its softmax; compute that of all scores at once", node)
         return Refused("%s (%s) stands between the scores and the softmax", node, name or node.op)
 
     def _tail(self, node: fx.Node, chain: ScoreChain) -> fx.Node:

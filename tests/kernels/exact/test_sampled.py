@@ -89,6 +89,42 @@ def test_triton_measures_what_torch_measures(name, sinks, device):
     assert found[0, 1, 2].isnan() or name == "padded"
 
 
+def unread(n_queries, device="cpu"):
+    """Every third query of the one batch entry, and the first half of the other."""
+    rows = torch.arange(n_queries, device=device)
+    return torch.stack((rows % 3 == 0, rows < n_queries // 2))
+
+
+@pytest.mark.parametrize("name", ["causal", "padded", "fewer queries"])
+def test_rows_that_nobody_reads_do_not_count(name):
+    call = make_call(**CASES[name])
+    exact = sampled.attend_rows(call, 50)
+    output, hidden = torch.zeros(2, 4, call.n_queries, 32), unread(call.n_queries)
+    output[:, :, exact.rows] = exact.output
+    output.masked_fill_(hidden[:, None, :, None], torch.nan)
+    found = sampled.error_sums(call.but(unread_rows=hidden), exact, output, output[..., 0])
+    assert (found[0] == 0).all()
+    assert (found[1] > 0).all()
+    before = sampled.error_sums(call, exact, output.nan_to_num(), output[..., 0])
+    assert (found[0, 0] < before[0, 0]).all()  # the other entry's are padding
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["causal", "padded", "fewer queries"])
+def test_triton_leaves_out_the_same_rows(name, device):
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    call = make_call(**CASES[name], device=device)
+    call = call.but(unread_rows=unread(call.n_queries, device))
+    exact = sampled.attend_rows(call, 50)
+    output = torch.randn(2, 4, call.n_queries, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = sampled.error_sums(call, exact, output, output[..., 0])
+    torch.testing.assert_close(triton_sampled.error_sums(call, exact, output, output[..., 0]), expected)
+    before = sampled.error_sums(call.but(unread_rows=None), exact, output, output[..., 0])
+    assert (expected[:, 0] < before[:, 0]).all()  # the other entry's are padding
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("largest", [*STEPS])
 def test_triton_lowers_tau_as_torch_does(largest, device):

@@ -55,6 +55,18 @@ def test_private_names_stand_in_three_files(folder):
     assert not found
 
 
+def output_graph():
+    """One of Dynamo's, while a backend has its graph."""
+    found = []
+
+    def backend(gm, _):
+        found.append(torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output)
+        return gm.forward
+
+    torch.compile(torch.neg, backend=backend)(torch.ones(1))
+    return found[0]
+
+
 def exists(path):
     """Whether this torch has a name: an attribute of some objects is asked of one of them."""
     holder, _, name = path.rpartition(".")
@@ -67,6 +79,7 @@ def exists(path):
         "torch.UntypedStorage": lambda: torch.zeros(1).untyped_storage(),
         "torch.fx.Node": lambda: torch.fx.symbolic_trace(torch.nn.Identity()).graph.output_node(),
         "torch._ops.OpOverload": lambda: torch.ops.aten.add.Tensor,
+        "torch._dynamo.output_graph.OutputGraph": output_graph,
         "torch._dynamo.OptimizedModule": lambda: torch.compile(torch.nn.Identity()),
     }
     return hasattr(instances[holder](), name)
