@@ -1,4 +1,4 @@
-"""``s2o::attention``, ``s2o::masked_attention``, ``s2o::packed_attention``: opaque nodes that torch.compile keeps whole.
+"""``s2o::attention``, and beside it ``masked_attention`` and ``packed_attention``: opaque nodes of compiled graphs.
 
 The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
 

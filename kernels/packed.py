@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -160,8 +161,7 @@ def _pieces(
 
 def _are_neighbours(piece: Sequence[_Document]) -> bool:
     """Whether the keys of documents lie side by side, as their queries do."""
-    pairs = zip(piece, piece[1:], strict=False)
-    return all(a.stop == b.start for a, b in pairs) and all(document.lengths[1] for document in piece)
+    return all(a.stop == b.start for a, b in pairwise(piece)) and all(document.lengths[1] for document in piece)
 
 
 def _are_batched(piece: Sequence[_Document], call: AttentionCall, documents: Documents) -> bool:
@@ -172,9 +172,7 @@ def _are_batched(piece: Sequence[_Document], call: AttentionCall, documents: Doc
     return call.query.shape[0] == 1 and one_offset and alike and _are_neighbours(piece)
 
 
-def _piece(
-    call: AttentionCall, documents: Documents, piece: Sequence[_Document], options: OperatorOptions
-) -> _Output:
+def _piece(call: AttentionCall, documents: Documents, piece: Sequence[_Document], options: OperatorOptions) -> _Output:
     """Attention of neighbouring documents, over their own queries and keys."""
     first, count = piece[0], len(piece)
     queries, keys = slice(first.first, piece[-1].last), slice(first.start, piece[-1].stop)
