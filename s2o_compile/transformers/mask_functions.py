@@ -57,6 +57,7 @@ def prove_function(
     (mask,) = graph.graph.output_node().args
     if not isinstance(mask, fx.Node):
         return Rejected("the mask function returns %s, expected a bool tensor", mask)
+    _join_constants(graph.graph)
     _write_constants_out(graph)
     proof = MaskProver(graph.graph, stored=lambda node: _stored(graph, node)).prove(mask, queries[1], keys[1])
     if isinstance(proof, Rejected):
@@ -116,6 +117,15 @@ def _traced(function: MaskFunction, batch: int, queries: tuple[int, int], keys: 
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make_fx(mask, pre_dispatch=True)()
+
+
+def _join_constants(graph: fx.Graph) -> None:
+    """One node for each captured tensor: the prover tells tensors apart by their nodes."""
+    first: dict[object, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):  # in graph order
+        if first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
+            graph.erase_node(node)
 
 
 def _write_constants_out(graph: fx.GraphModule) -> None:
