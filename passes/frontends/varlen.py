@@ -1,6 +1,6 @@
 """The frontend for attention over packed sequences that are given by their bounds.
 
-    flash_attn_varlen_func(q [T, Hq, D], k [Tk, Hkv, D], v, cu_seqlens_q, cu_seqlens_k, ..., causal=..., window_size=...)
+    flash_attn_varlen_func(q [T, Hq, D], k [Tk, Hkv, D], v, cu_seqlens_q, cu_seqlens_k, ..., causal=..., window_size=)
     torch.nn.attention.varlen.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, ..., window_size=...)
 
 Document d holds the tokens ``cu_seqlens[d]`` to ``cu_seqlens[d + 1]``, and its last query is aligned with its last key.
