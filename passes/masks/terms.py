@@ -68,8 +68,23 @@ class TermEvaluator:
         # Written to, it would be read in a later state; of numbers, the consumer that makes them bool is the leaf.
         if self.indices.is_written(node) or value_of(node).dtype is not torch.bool:
             raise error
-        shape = value_of(node).shape
-        return (LookUp(node, tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape))), negated, error.why),)
+        shape, along = value_of(node).shape, self._along(node)
+        positions = (
+            IndexTensor.axis(shape, dim) if dim in along else IndexTensor.constant(0, shape)
+            for dim in range(len(shape))
+        )
+        return (LookUp(node, tuple(positions), negated, error.why),)
+
+    def _along(self, node: fx.Node) -> set[int]:
+        """The dimensions that a tensor may vary along: an expanded one compared with a number varies as its source."""
+        dims, shape = set(range(value_of(node).ndim)), value_of(node).shape
+        if function_name(node) not in COMPARISONS or len(node.args) != 2 or self.indices.fill(node.args[1]) is None:
+            return dims
+        compared = node.args[0]
+        if not isinstance(compared, fx.Node) or not same_sizes(value_of(compared).shape, shape):
+            return dims
+        *_, seen = views.chain(compared, self.indices.evaluate)
+        return {dim for dim in dims if any(index.steps[dim] for index in seen.indices)}
 
     def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)

@@ -229,12 +229,19 @@ def test_a_mask_of_the_users_own_is_read_or_left_to_sdpa(read_masks, prefill):
     assert prefill() == (read if read_masks else [])
 
 
-def test_packed_sequences_stay_apart(prefill):
+@pytest.mark.parametrize("bounds", [False, True], ids=["positions", "bounds-too"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_packed_sequences_are_attended_one_by_one(name, bounds, prefill):
+    """Bounds of varlen kernels change nothing beside positions, as for "sdpa"."""
     given = {"input_ids": inputs()["input_ids"], "use_cache": False}
-    given["position_ids"] = torch.cat([torch.arange(120), torch.arange(80)]).expand(2, -1)
-    expected = output(tiny("llama"), **given)
-    torch.testing.assert_close(output(sparse(tiny("llama")), **given), expected, atol=2e-5, rtol=2e-5)
-    assert [path for path, _ in prefill()] == ["masked"] * 2
+    given["position_ids"] = torch.cat([torch.arange(130), torch.arange(70)]).expand(2, -1)
+    expected = output(tiny(name), **given)
+    if bounds:
+        given |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 130, 200, 330, 400]).int())
+        given |= {"max_length_q": 130, "max_length_k": 130}
+    torch.testing.assert_close(output(sparse(tiny(name)), **given), expected, atol=2e-5, rtol=2e-5)
+    sliding = {"mistral": ["window"] * 2, "gemma2": ["window", "s2o"]}.get(name, ["s2o"] * 2)
+    assert [path for path, _ in prefill()] == [path for first in sliding for path in (first, "dense")]
 
 
 @pytest.mark.parametrize("keys", [LENGTH, 260])
@@ -269,6 +276,25 @@ def described(**arguments):
     return s2o_mask(**given | arguments)
 
 
+POSITIONS = torch.stack([torch.cat([torch.arange(n), torch.arange(5, LENGTH - n + 5)]) for n in (120, 30)])
+IDS = (POSITIONS.diff(prepend=POSITIONS[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+def packed(function, ids=IDS, positions=POSITIONS, *, remapped=False):
+    """The mask function of packed sequences; ``remapped``, as transformers 5.24 makes it, over their own positions."""
+
+    def over_positions(b, h, q, k):
+        return function(b, h, positions[b, q], positions[b, k])
+
+    documents = masking_utils.packed_sequence_mask_function(ids)
+    return masking_utils.and_masks(over_positions if remapped else function, documents)
+
+
+def searched(b, h, q, k):
+    ends = torch.tensor([70, 150])
+    return torch.bucketize(q, ends, right=True) == torch.bucketize(k, ends, right=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -291,15 +317,29 @@ def described(**arguments):
         ({"attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, "causal, key padding"),
         ({"attention_mask": torch.ones(2, 150, dtype=torch.bool)}, "causal, key padding"),
         ({"attention_mask": torch.arange(240).expand(2, -1) > 30, "kv_offset": 20, "q_offset": 20}, None),
+        ({"mask_function": packed(CAUSAL)}, "packed causal"),
+        ({"mask_function": packed(CAUSAL, remapped=True)}, "packed causal"),
+        ({"mask_function": packed(masking_utils.sliding_window_causal_mask_function(9))}, "packed causal, window 9"),
+        (
+            {"mask_function": packed(masking_utils.sliding_window_causal_mask_function(9), remapped=True)},
+            "packed causal, window 9",
+        ),
+        ({"mask_function": packed(masking_utils.bidirectional_mask_function)}, "packed bidirectional"),
+        ({"mask_function": packed(CAUSAL), "attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, None),
+        ({"mask_function": masking_utils.and_masks(CAUSAL, searched)}, "packed causal"),
     ],
 )  # fmt: skip
 def test_what_is_proven_is_the_mask_that_transformers_makes(arguments, text):
     mask = described(**arguments)
     proven = mask.proven
     queries, keys = mask.shape[2:]
-    pairs = proven.visible_pairs(queries, keys, torch.device("cpu")).expand(mask.shape)
-    assert torch.equal(pairs, mask.made)
-    assert text is None or proven.text(queries, keys) == text
+    if proven.documents is None:
+        pairs = proven.mask.visible_pairs(queries, keys, torch.device("cpu"))
+    else:
+        pairs = proven.documents.visible(proven.mask)
+    assert torch.equal(pairs.expand(mask.shape), mask.made)
+    assert (proven.documents is not None) == (text is not None and text.startswith("packed "))
+    assert text is None or proven.mask.text(queries, keys) == text.removeprefix("packed ")
 
 
 TABLE = torch.arange(LENGTH) % 7
@@ -309,6 +349,10 @@ TABLE = torch.arange(LENGTH) % 7
     ("arguments", "reason"),
     [
         ({"mask_function": masking_utils.or_masks(CAUSAL, lambda b, h, q, k: k < 9)}, "union"),
+        ({"mask_function": packed(CAUSAL, positions=POSITIONS.flip(-1), remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS * 0, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS % 2 + (POSITIONS > 60), remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS.double())}, "NaN"),
         ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
         ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),
         ({"mask_function": lambda b, h, q, k: k <= q if TABLE.sum() > 3 else k < q}, "cannot be traced"),
