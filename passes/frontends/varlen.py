@@ -85,7 +85,7 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     call = operands(node)
     for name, argument in call.items():
         free = name in _FREE or name in _READ or name in _WINDOWS
-        if not free and argument != defaults.get(name):
+        if not free and argument not in (None, 0, defaults.get(name)):  # False is 0
             raise Refused("%s=%s is an argument that the sparse operator does not have", name, argument)
     call = {**defaults, **call}
     if not isinstance(call["is_causal"], bool) or isinstance(value_of(call["scale"]), torch.Tensor):
