@@ -208,7 +208,8 @@ def _as_it_is(argument: object, indices: IndexEvaluator) -> fx.Node | None:
     source = _table(argument, value.shape, indices) if isinstance(value, torch.Tensor) else None
     if source is None or len(source.indices) != value.ndim:
         return None
-    return source.node if all(index.is_axis(dim) for dim, index in enumerate(source.indices)) else None
+    sizes = enumerate(zip(source.indices, value.shape, strict=True))
+    return source.node if all(known(size == 1) or index.is_axis(dim) for dim, (index, size) in sizes) else None
 
 
 def _counts_up(positions: torch.Tensor | None, ids: torch.Tensor | None) -> bool:

@@ -5,23 +5,22 @@ import operator
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-LENGTH = 150
-BATCH, HEADS = 2, 2
+LENGTH, HEADS = 150, 2
 
 
-def inputs(rng):
+def inputs(rng, batch):
     """Query, key, value, ids and positions; of ids some come back after another document, positions leap."""
     generator = torch.Generator().manual_seed(rng.randrange(10**6))
 
     def numbers(high, *shape):
         return torch.randint(high, shape, generator=generator)
 
-    q, k, v = (torch.randn(BATCH, HEADS, LENGTH, 8, generator=generator) for _ in range(3))
-    starts = torch.rand(BATCH, LENGTH, generator=generator) < 0.03
-    ids = starts.cumsum(-1) if rng.random() < 0.6 else numbers(3, BATCH, LENGTH)
+    q, k, v = (torch.randn(batch, HEADS, LENGTH, 8, generator=generator) for _ in range(3))
+    starts = torch.rand(batch, LENGTH, generator=generator) < 0.03
+    ids = starts.cumsum(-1) if rng.random() < 0.6 else numbers(3, batch, LENGTH)
     ids = ids * rng.choice((1, 1, 256, 2**32)) - rng.choice((0, 1))
-    steps = torch.where(starts, numbers(9, BATCH, LENGTH) - 4, 1)
-    positions = steps.cumsum(-1) if rng.random() < 0.7 else numbers(5, BATCH, LENGTH)
+    steps = torch.where(starts, numbers(9, batch, LENGTH) - 4, 1)
+    positions = steps.cumsum(-1) if rng.random() < 0.7 else numbers(5, batch, LENGTH)
     return q, k, v, ids, positions
 
 
@@ -51,7 +50,7 @@ def _sides(rng):
         (lambda x: x[:, None, :, None], lambda x: x[:, None, None, :]),
         (lambda x: x.unsqueeze(1).unsqueeze(-1), lambda x: x.unsqueeze(1).unsqueeze(-2)),
         (lambda x: x[:, None, None].expand(-1, 1, LENGTH, -1).mT, lambda x: x[:, None, None].expand(-1, 1, LENGTH, -1)),
-        (lambda x: x.view(BATCH, 1, -1, 1), lambda x: x.reshape(BATCH, 1, 1, -1)),
+        (lambda x: x.view(x.shape[0], 1, -1, 1), lambda x: x.reshape(x.shape[0], 1, 1, -1)),
         (lambda x: x[0][:, None], lambda x: x[0][None]),
     )
     query, key = rng.choice(ways)
