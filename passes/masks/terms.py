@@ -127,7 +127,7 @@ class TermEvaluator:
         raise Refused("%s (%s) is not a mask this pass understands", node, name or node.op)
 
     def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms:
-        if isinstance(argument, bool | int):  # of bits
+        if isinstance(argument, bool | int | float):  # of bits
             if bool(argument) == negated:
                 raise Refused("the mask is False everywhere")
             return ()
