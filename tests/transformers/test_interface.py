@@ -280,6 +280,10 @@ POSITIONS = torch.stack([torch.cat([torch.arange(n), torch.arange(5, LENGTH - n 
 IDS = (POSITIONS.diff(prepend=POSITIONS[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
+THREE = torch.arange(3).repeat_interleave(torch.tensor([60, 60, LENGTH - 120])).expand(2, -1)
+RESTARTS = torch.arange(LENGTH) - 60 * THREE
+
+
 def packed(function, ids=IDS, positions=POSITIONS, *, remapped=False):
     """The mask function of packed sequences; ``remapped``, as transformers 5.24 makes it, over their own positions."""
 
@@ -353,6 +357,7 @@ TABLE = torch.arange(LENGTH) % 7
         ({"mask_function": packed(CAUSAL, positions=POSITIONS.flip(-1), remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS * 0, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS % 2 + (POSITIONS > 60), remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=THREE % 2, positions=RESTARTS, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS.double())}, "NaN"),
         ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
         ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),

@@ -125,6 +125,10 @@ PROVEN = {
         lambda q, k, v, ids: written_out(q, k, v, added(same(ids) & (ids != 0)[:, None, None], LOWEST)),
         ["packed bidirectional, key padding"],
     ),
+    "other documents without a key": (
+        lambda q, k, v, ids: written_out(q, k, v, added(ids[:, None, :, None] == (ids + 1)[:, None, None], LOWEST)),
+        ["packed bidirectional"],
+    ),
     "in place": (in_place, ["packed causal"]),
     "a trainer's": (llama_factory, ["packed causal, key padding"]),
     "two layers": (two_layers, ["packed causal", "packed causal, key padding"]),
@@ -269,6 +273,36 @@ def test_positions_that_prove_nothing_beside_other_ids(name):
         )
     assert not capture.records[0].rewritten
     assert "varies along queries" in capture.records[0].reason
+
+
+def read_elsewhere(q, k, v, positions):
+    """Ids of the tokens before, and positions of the tokens themselves."""
+    own, others = both(positions[:, 1:])
+    return sdpa(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], attn_mask=same(ids_of(positions)[:, :-1]) & (others <= own))
+
+
+def read_elsewhere_by_keys(q, k, v, positions):
+    own, others = positions[:, None, :-1, None], positions[:, None, None, 1:]
+    mask = same(ids_of(positions)[:, :-1]) & (others <= own)
+    return sdpa(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], attn_mask=mask)
+
+
+ASKEW = {
+    "backwards": lambda *given: over_positions(*given, bound=torch.ge),
+    "read elsewhere": read_elsewhere,
+    "read elsewhere by keys": read_elsewhere_by_keys,
+}
+
+
+@pytest.mark.parametrize("name", ASKEW)
+def test_positions_of_other_tokens_prove_nothing(name):
+    capture = Capture({"tau": 0.0, "min_seq_len": 0})
+    compiled = torch.compile(ASKEW[name], backend=capture)
+    with torch.no_grad():
+        for positions in (POSITIONS, POSITIONS.flip(-1)):
+            output, expected = (f(*heads(), positions) for f in (compiled, ASKEW[name]))
+            torch.testing.assert_close(output.nan_to_num(), expected.nan_to_num(), atol=1e-5, rtol=1e-5)
+    assert not capture.records[0].rewritten, capture.records[0].mask
 
 
 def written_between(q, k, v, ids):
