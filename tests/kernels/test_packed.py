@@ -101,13 +101,15 @@ def test_every_feature(case, kind):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize("kind", ["in order", "in pieces"])
+@pytest.mark.parametrize("kind", ["in order", "in pieces", "of one length"])
 def test_documents_of_other_keys(kind, mask):
     """Cross attention, a document without keys, and keys of documents without queries."""
     ids = torch.tensor([5, 1, 3, 8]).repeat_interleave(75)
-    names, lengths = (
-        ([1, 9, 3, 5], [60, 20, 200, 80]) if kind == "in order" else ([1, 3, 1, 9, 5], [60, 100, 90, 30, 80])
-    )
+    names, lengths = {
+        "in order": ([1, 9, 3, 5], [60, 20, 200, 80]),
+        "in pieces": ([1, 3, 1, 9, 5], [60, 100, 90, 30, 80]),
+        "of one length": ([5, 1, 3, 8], [90] * 4),
+    }[kind]
     key_ids = torch.tensor(names).repeat_interleave(torch.tensor(lengths))
     case = Case(batch=BATCH, heads=4, kv_heads=2, queries=300, keys=360, head_dim=16)
     for batch in (1, BATCH):
