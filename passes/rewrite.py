@@ -217,8 +217,9 @@ class Rewriter:
 
     def _tokens(self, table: TokenTable, length: Size, site: AttentionSite) -> fx.Node:
         """The numbers of a row's tokens as a [B or 1, N] tensor, read once for all layers."""
-        batch, at, node = site.query.value.shape[0], site.node, table.node
-        memo = "tokens", *table.place, str(batch), str(length)
+        query, at, node = site.query.value, site.node, table.node
+        batch = query.shape[0]
+        memo = "tokens", *table.place, str(batch), str(length), query.device
         if memo in self._masks:
             return self._masks[memo]
         if not (known(table.start == 0) and known(value_of(node).shape[table.dim] == length)):
@@ -234,6 +235,8 @@ class Rewriter:
             node = self._insert(at, torch.unsqueeze, node, 0)
         elif table.batch_dim > table.dim:
             node = self._insert(at, torch.transpose, node, 0, 1)
+        if value_of(node).device != query.device:  # the mask was made of a copy there
+            node = self._insert(at, torch.Tensor.to, node, query.device)
         self._masks[memo] = node
         return node
 

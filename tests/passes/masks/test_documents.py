@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from s2o_compile.passes import pipeline
+from s2o_compile.passes.graph.nodes import value_of
 from tests.helpers import fuzz_packed
 from tests.helpers.capture import Capture
 
@@ -401,6 +402,23 @@ def test_narrow_ids_are_compared_as_narrow_ones():
         q, k, v, attn_mask=(ids.to(torch.uint8)[:, None, :, None] == ids[:, None, None]) & (index(k) >= 0)
     )
     check(one_side, ids, *heads(), masks=["packed bidirectional"])
+
+
+def test_ids_and_padding_from_another_device():
+    """The device "meta" stands for a GPU: the mask is made of copies of what the host holds."""
+
+    def function(q, k, v, ids):
+        there = ids.to("meta")
+        return sdpa(q, k, v, attn_mask=same(there) & (there != 0)[:, None, None])
+
+    def padded(q, k, v, ids):
+        return sdpa(q, k, v, attn_mask=(ids != 0).to("meta")[:, None, None])
+
+    for attend, operands in ((function, (3, 5)), (padded, (3,))):
+        capture = Capture({"tau": 0.0, "min_seq_len": 0})
+        torch.compile(attend, backend=capture)(*(x.to("meta") for x in heads()), IN_ORDER)
+        (call,) = [node for node in capture.nodes if "s2o." in str(node.target)]
+        assert {value_of(call.args[at]).device.type for at in operands} == {"meta"}
 
 
 def search(seeds):
