@@ -267,7 +267,7 @@ def dalle(self, q, k, v, tokens):
 @form(
     "lucidrains/vit-pytorch vit_pytorch/na_vit.py",
     "images packed into one row: equal ids see one another",
-    "read at run time",
+    "packed bidirectional, key padding",
 )
 def na_vit(self, q, k, v, tokens):
     ids = tokens.long().cumsum(-1) // 20

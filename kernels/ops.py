@@ -1,4 +1,4 @@
-"""``s2o::attention`` and ``s2o::masked_attention``: the operator as one opaque node that torch.compile keeps whole.
+"""``s2o::attention``, and beside it ``masked_attention`` and ``packed_attention``: opaque nodes of compiled graphs.
 
 The functions of these names are what the operators run; ``torch.ops.s2o`` has the operators.
 
@@ -16,14 +16,23 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
-from s2o_compile.kernels.core.validation import check_attn_mask, check_fill, check_no_lse, check_sinks, check_whole
+from s2o_compile.kernels.core.validation import (
+    check_attn_mask,
+    check_documents,
+    check_fill,
+    check_no_lse,
+    check_sinks,
+    check_whole,
+)
 from s2o_compile.kernels.dispatch import run, run_short
 from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
 from s2o_compile.kernels.masked import run_masked
+from s2o_compile.kernels.packed import run_packed
 from s2o_compile.kernels.support.define_op import define_operator
 
 _DEFAULT = OperatorOptions()
@@ -122,6 +131,65 @@ def masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor,
+    key_documents: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = False,
+    causal_offset: int | None = None,
+    window: int | None = None,
+    bottom_right: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    fully_masked: str = "zeros",
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = None,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    ranking_per: str = _DEFAULT.ranking_per,
+    implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
+    error: float | None = None,
+    dense_heads: Sequence[int] | None = None,
+    site: str = "",
+    layout: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed sequences, each to itself alone; see ``s2o_compile.attention`` for the other arguments.
+
+    Query i sees key j only where ``documents[b, i] == key_documents[b, j]``, integers [B or 1, Nq] and [B or 1, Nk];
+    without ``key_documents`` they are those of the queries. With ``bottom_right`` a causal offset counts from the
+    alignment of each document's last query with its last key, and is 0 unless given (`core.documents`).
+
+    Returns:
+        Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
+    """
+    taus = () if head_tau is None else tuple(head_tau)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
+    call, packed = _packed_call(
+        query, key, value, documents, key_documents, key_mask, sinks, bottom_right=bottom_right, causal=causal,
+        causal_offset=causal_offset, window=window, scale=scale, softcap=softcap, fully_masked=fully_masked,
+        dense_heads=dense_heads or (), site=site,
+    )  # fmt: skip
+    output = run_packed(call, packed, options)
+    return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
+
+
+def _packed_call(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor, key_documents: Tensor | None,
+    key_mask: Tensor | None, sinks: Tensor | None, *, bottom_right: bool = False, **given: Any,  # noqa: ANN401
+) -> tuple[AttentionCall, Documents]:  # fmt: skip
+    if bottom_right and given.get("causal_offset") is None:
+        given["causal_offset"] = 0
+    call = AttentionCall.of(query, key, value, key_mask, sinks, **given)
+    check_documents(documents, key_documents, query, key)
+    return call, Documents.of(documents, key_documents, bottom_right=bottom_right)
+
+
 _DENSE = ("causal", "causal_offset", "window", "attention_chunk", "scale", "softcap", "fully_masked", "dense_heads")
 """Arguments that change the result of dense attention, or are checked there, too."""
 
@@ -150,12 +218,26 @@ def differentiable_masked_attention(
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
+def differentiable_packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor, key_documents: Tensor | None = None,
+    key_mask: Tensor | None = None, sinks: Tensor | None = None, *, bottom_right: bool = False, layout: str = "auto",
+    **keywords: Any,  # noqa: ANN401 (as `packed_attention`)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`packed_attention` by operators that have every derivative: dense, under the mask of all pairs."""
+    given = {name: keywords[name] for name in _DENSE if keywords.get(name) is not None}
+    tensors = (query, key, value, documents, key_documents, key_mask, sinks)
+    call, packed = _packed_call(*tensors, bottom_right=bottom_right, **given)
+    return as_sdpa(attend_under(call, packed.visible(call.mask)), query, layout), query.new_empty(0).float()
+
+
 _library = torch.library.Library("s2o", "FRAGMENT")
 _attention = define_operator(_library, attention, differentiable_attention)
-# It waits for the numbers of the mask, and no CUDA graph can record that: with this tag Inductor leaves it out of them.
+# They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
 _masked_attention = define_operator(_library, masked_attention, differentiable_masked_attention, tags=_UNSAFE)
+_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=_UNSAFE)
 
 
+@torch.library.register_fake("s2o::packed_attention", lib=_library)
 @torch.library.register_fake("s2o::masked_attention", lib=_library)
 @torch.library.register_fake("s2o::attention", lib=_library)
 def _(
@@ -198,13 +280,21 @@ def _(
     return (output, lse if wants_lse else lse.new_empty(size, 0)), (0, 0)
 
 
-@torch.library.register_vmap("s2o::masked_attention", lib=_library)
-def _(info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object) -> tuple[Tensor, int]:
-    """One call for each entry: every one has a mask of its own."""
-    size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-    stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
-    outputs = [_masked_attention(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
-    return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def each(
+        info: object, in_dims: tuple[int | None, ...], *tensors: Tensor | None, **keywords: object
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """One call for each entry: every one has a mask of its own."""
+        size = info.batch_size  # pyright: ignore[reportAttributeAccessIssue]
+        stacked = [None if x is None else _stacked(x, dim, size) for x, dim in zip(tensors, in_dims, strict=True)]
+        outputs = [operator(*(None if x is None else x[at] for x in stacked), **keywords) for at in range(size)]
+        return (torch.stack([output for output, _ in outputs]), outputs[0][1].new_empty(size, 0)), (0, 0)
+
+    return each
+
+
+for _operator in (_masked_attention, _packed_attention):
+    torch.library.register_vmap(_operator, _one_by_one(_operator), lib=_library)
 
 
 def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,3 +312,4 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("attention", _autocast(_device_type, _attention), _key)
     _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)
+    _library.impl("packed_attention", _autocast(_device_type, _packed_attention), _key)

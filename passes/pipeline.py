@@ -13,7 +13,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes import decompose
 from s2o_compile.passes import dump as dumps
-from s2o_compile.passes.frontends import sdpa, third_party
+from s2o_compile.passes.frontends import sdpa, third_party, varlen
 from s2o_compile.passes.frontends.checks import check_tangents
 from s2o_compile.passes.frontends.eager import match as eager
 from s2o_compile.passes.frontends.flex import match as flex
@@ -30,6 +30,7 @@ FRONTENDS = (
     sdpa,  # torch's fused call: mask, scale and groups are operands of one node
     flex,  # the higher-order operator, written out for the next one
     eager,  # product, softmax, product
+    varlen,  # packed sequences by their bounds: flash-attn's functions, and torch's
     third_party,  # kernels of other packages: named, never rewritten
 )
 

@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.kernels.core.documents import ids_of
 from s2o_compile.kernels.core.layout import empty_output
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.frontends.checks import check_derivatives
@@ -21,7 +22,7 @@ from s2o_compile.passes.graph.nodes import Size, inherit, known, same_sizes, val
 from s2o_compile.passes.graph.operand import Operand, Step, computed
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
-from s2o_compile.passes.masks.proof import KeyMask, MaskPart
+from s2o_compile.passes.masks.proof import DocumentBounds, KeyMask, MaskPart, PackedDocuments, TokenTable
 from s2o_compile.passes.site import AttentionSite
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,11 @@ class Rewriter:
     def _replace(self, site: AttentionSite) -> None:
         node = site.node
         layout, restore = _restored(site)
-        read = site.mask.read is not None
-        function = torch.ops.s2o.masked_attention.default if read else torch.ops.s2o.attention.default
+        function = torch.ops.s2o.attention.default
+        if site.mask.read is not None:
+            function = torch.ops.s2o.masked_attention.default
+        if site.mask.documents is not None:
+            function = torch.ops.s2o.packed_attention.default
         output = value_of(node)
         check_derivatives(node)
         positional, keyword = self._arguments(site, layout)
@@ -98,9 +102,10 @@ class Rewriter:
         if site.head_tau:
             keyword["head_tau"] = list(site.head_tau)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
+        documents = () if site.mask.documents is None else self._documents(site.mask.documents, site, keyword)
         operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
         sinks = () if site.sinks is None else (site.sinks,)
-        return (*operands, mask, *sinks), keyword
+        return (*operands, *documents, mask, *sinks), keyword
 
     def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | None:
         """The key mask [B, Nk], if there is one; the rest of the mask becomes keyword arguments."""
@@ -117,6 +122,25 @@ class Rewriter:
             operand = self._key_mask(part, site)
             key_mask = operand if key_mask is None else self._insert(site.node, operator.and_, key_mask, operand)
         return key_mask
+
+    def _documents(
+        self, documents: PackedDocuments, site: AttentionSite, keyword: dict[str, Any]
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """The documents of the queries and of the keys, [B or 1, N], one operand where they are the same."""
+        lengths = site.query.value.shape[-2], site.key.value.shape[-2]
+        itself = documents.of_itself and known(lengths[0] == lengths[1])
+        if documents.bottom_right and not itself:
+            keyword["bottom_right"] = True
+        query = self._ids(documents.query, lengths[0], site)
+        return query, None if itself else self._ids(documents.key, lengths[1], site)
+
+    def _ids(self, table: TokenTable | DocumentBounds, length: Size, site: AttentionSite) -> fx.Node:
+        if isinstance(table, TokenTable):
+            return self._tokens(table, length, site)
+        memo = (*table.identity, str(length))
+        if memo not in self._masks:
+            self._masks[memo] = self._insert(site.node, ids_of, table.node, self._size(length, site.node))
+        return self._masks[memo]
 
     def _read_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node:
         """A mask that the operator reads: the only one as it is, several as the scores that they make of zeros."""
@@ -170,7 +194,8 @@ class Rewriter:
         lengths = site.query.value.shape[-2], site.key.value.shape[-2]
         watched = (promised,) if blocks is None else (*blocks[1].partial, *blocks[1].full)
         # The same tables may be promised of two masks: each is compared.
-        memo = watched, str(site.mask), *(part.identity for part in site.mask.key_masks), *map(str, lengths)
+        packed = None if site.mask.documents is None else site.mask.documents.identity
+        memo = watched, str(site.mask), packed, *(part.identity for part in site.mask.key_masks), *map(str, lengths)
         if memo in self._checked:
             return
         query_len, key_len = (self._size(length, site.node) for length in lengths)
@@ -186,25 +211,38 @@ class Rewriter:
         memo = (*mask.identity, str(batch), str(key_len))
         if memo in self._masks:
             return self._masks[memo]
-        node, at = mask.node, site.node
-        if not (known(mask.key_start == 0) and known(value_of(node).shape[mask.key_dim] == key_len)):
-            start, length = self._size(mask.key_start, at), self._size(key_len, at)
-            node = self._insert(at, torch.narrow, node, mask.key_dim, start, length)
-        if mask.batch_dim is not None and not known(value_of(node).shape[mask.batch_dim] == batch):
-            rows = self._size(batch, at)  # it is read row by row, and may hold more of them
-            node = self._insert(at, torch.narrow, node, mask.batch_dim, 0, rows)
-        # Highest dimension first, so that the lower ones keep their numbers.
-        for dim, position in sorted(mask.selected, reverse=True):
-            node = self._insert(at, torch.select, node, dim, position)
-        if mask.batch_dim is None:
-            node = self._insert(at, torch.unsqueeze, node, 0)
-        elif mask.batch_dim > mask.key_dim:
-            node = self._insert(at, torch.transpose, node, 0, 1)
+        at = site.node
+        node = self._tokens(mask, key_len, site)
         if mask.negated:
             node = self._insert(at, torch.logical_not, node)
         if not known(value_of(node).shape[0] == batch):
             rows = self._size(batch, at)
             node = self._insert(at, torch.Tensor.expand, node, rows, -1)
+        self._masks[memo] = node
+        return node
+
+    def _tokens(self, table: TokenTable, length: Size, site: AttentionSite) -> fx.Node:
+        """The numbers of a row's tokens as a [B or 1, N] tensor, read once for all layers."""
+        query, at, node = site.query.value, site.node, table.node
+        batch = query.shape[0]
+        memo = "tokens", *table.place, str(batch), str(length), query.device
+        if memo in self._masks:
+            return self._masks[memo]
+        if not (known(table.start == 0) and known(value_of(node).shape[table.dim] == length)):
+            start, size = self._size(table.start, at), self._size(length, at)
+            node = self._insert(at, torch.narrow, node, table.dim, start, size)
+        if table.batch_dim is not None and not known(value_of(node).shape[table.batch_dim] == batch):
+            rows = self._size(batch, at)  # it is read row by row, and may hold more of them
+            node = self._insert(at, torch.narrow, node, table.batch_dim, 0, rows)
+        # Highest dimension first, so that the lower ones keep their numbers.
+        for dim, position in sorted(table.selected, reverse=True):
+            node = self._insert(at, torch.select, node, dim, position)
+        if table.batch_dim is None:
+            node = self._insert(at, torch.unsqueeze, node, 0)
+        elif table.batch_dim > table.dim:
+            node = self._insert(at, torch.transpose, node, 0, 1)
+        if value_of(node).device != query.device:  # the mask was made of a copy there
+            node = self._insert(at, torch.Tensor.to, node, query.device)
         self._masks[memo] = node
         return node
 

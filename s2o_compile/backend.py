@@ -37,7 +37,8 @@ PREFIX = "s2o."
 @cache
 def _schemas() -> str:
     """A part of Inductor's cache keys, because cached code calls the operators by the schema that they had."""
-    operators = (torch.ops.s2o.attention.default, torch.ops.s2o.masked_attention.default)
+    names = ("attention", "masked_attention", "packed_attention")
+    operators = (getattr(torch.ops.s2o, name).default for name in names)
     return hashlib.sha256("".join(str(schema_of(operator)) for operator in operators).encode()).hexdigest()
 
 

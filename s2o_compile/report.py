@@ -199,11 +199,14 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
     sites = []
     for record in records:
         own = [call for call in calls if record.rewritten and call.site == record.name]
-        density = sum(call.density for call in own) / len(own) if own else None
+        pairs = sum(call.area.sum().item() for call in own)  # packed documents are calls of their own, some short
+        density = sum(call.density * call.area.sum().item() for call in own) / max(pairs, 1.0) if own else None
         errors = [call.error for call in own if call.error is not None]
         error = sum(errors) / len(errors) if errors else None
         fields = asdict(record)
         if record.unproven and own and own[-1].path != "dense":
             fields["mask"] = f"{own[-1].mask or 'another mask'} ({record.mask})"
-        sites.append(Site(**fields, path=own[-1].path if own else "", density=density, error=error))
+        longest = max(reversed(own), key=lambda call: call.n_keys, default=None)
+        path = "" if longest is None else longest.path
+        sites.append(Site(**fields, path=path, density=density, error=error))
     return tuple(sites)

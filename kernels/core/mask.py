@@ -209,11 +209,12 @@ def describe(
     attention_chunk: int | None,
     padded: bool,
     ahead: object,
+    packed: bool = False,
 ) -> str:
     """A mask in words; arguments as in `AttentionMask`.
 
     ``offset`` is None if the last query is aligned with the last key. ``ahead`` is how many keys behind its own
-    position a query sees, if that is a number.
+    position a query sees, if that is a number. ``packed`` says that documents lie side by side.
     """
     if window is not None and isinstance(ahead, int) and ahead > 0:
         behind = window - 1 - ahead
@@ -225,6 +226,8 @@ def describe(
             parts.append(f"offset {offset}")
         if window is not None:
             parts.append(f"window {window}")
+    if packed:
+        parts[0] = f"packed {parts[0]}"
     if attention_chunk is not None:
         parts.append(f"chunk {attention_chunk}")
     if padded:

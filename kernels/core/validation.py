@@ -306,3 +306,27 @@ def check_fill(fill: float | None, attn_mask: Tensor) -> None:
             got=f"{fill} beside a mask of {attn_mask.dtype}",
             remedy="Leave it out: scores are hidden by -inf, or by the numbers of the mask.",
         )
+
+
+def check_documents(documents: Tensor, key_documents: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Raise InputError unless these are the documents of [B, Hq, Nq, D] and [B, Hkv, Nk, D]."""
+    both = (("documents", documents, query), ("key_documents", key_documents, key))
+    for name, ids, of in both:
+        if ids is None:
+            continue
+        batch, length = query.shape[0], of.shape[2]
+        if ids.is_floating_point() or ids.is_complex() or tuple(ids.shape) not in ((batch, length), (1, length)):
+            raise InputError(
+                name,
+                expected=f"integers of shape ({batch}, {length}) or (1, {length}), equal inside of a document",
+                got=f"{ids.dtype} of shape {tuple(ids.shape)}",
+                remedy="Number the documents of each row; cumsum(position_ids == 0) does.",
+            )
+        _check_device(name, ids, query)
+    if key_documents is None and query.shape[2] != key.shape[2]:
+        raise InputError(
+            "key_documents",
+            expected=f"the documents of {key.shape[2]} keys beside {query.shape[2]} queries",
+            got=None,
+            remedy="Leave them out in self-attention alone.",
+        )

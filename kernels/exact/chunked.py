@@ -51,20 +51,20 @@ def attend_chunks(call: AttentionCall, attend: Attend) -> tuple[Tensor, Tensor |
             mask,
             attention_chunk=None,
             offset=rows.start + mask.offset - columns.start,
-            key_mask=None if key_mask is None else _fold(key_mask[:, None, columns], count)[:, 0],
+            key_mask=None if key_mask is None else fold(key_mask[:, None, columns], count)[:, 0],
         )
-        parts = (_fold(x[:, :, part], count) for x, part in ((query, rows), (key, columns), (value, columns)))
+        parts = (fold(x[:, :, part], count) for x, part in ((query, rows), (key, columns), (value, columns)))
         output, mass = attend(call.over(*parts, inside))
-        outputs.append(_unfold(output, batch))
-        masses.append(None if mass is None else _unfold(mass, batch))
+        outputs.append(unfold(output, batch))
+        masses.append(None if mass is None else unfold(mass, batch))
     return torch.cat(outputs, 2), None if any(mass is None for mass in masses) else torch.cat(masses, 2)
 
 
-def _fold(x: Tensor, count: int) -> Tensor:
+def fold(x: Tensor, count: int) -> Tensor:
     """[B, H, count * n, D] -> [B * count, H, n, D]."""
     return x.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _unfold(x: Tensor, batch: int) -> Tensor:
+def unfold(x: Tensor, batch: int) -> Tensor:
     """[B * count, H, n, ...] -> [B, H, count * n, ...]."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)

@@ -170,6 +170,8 @@ flex_attention_operator = getattr(torch.ops.higher_order, "flex_attention", None
 scaled_dot_product_attention = _named(
     "torch._C._nn.scaled_dot_product_attention", _REWRITING, torch.nn.functional.scaled_dot_product_attention
 )
+VARLEN_OPERATOR = "torch_attn::_varlen_attn"
+"""What ``torch.nn.attention.varlen.varlen_attn`` calls; a torch that calls another one keeps such attention dense."""
 nn_functions = _named("torch._C._nn", "knowing torch's own functions", types.SimpleNamespace())
 tensor_methods = _named("torch._tensor", "knowing the methods of tensors", types.SimpleNamespace())
 encoder_layer = _named("torch._transformer_encoder_layer_fwd", "nn.TransformerEncoderLayer's fast path", None)

@@ -11,6 +11,7 @@ import builtins
 import inspect
 import math
 import operator
+import sys
 import types
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from s2o_compile.kernels.support.torch_compat import (
     vmap_functions,
 )
 from s2o_compile.passes.graph.nodes import value_of
+
+VARLEN_FUNCTION = "flash_attn_varlen_func"
+_VARLEN_MODULES = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface")
 
 _C_FUNCTION = types.BuiltinFunctionType
 _SYNONYMS = {
@@ -122,9 +126,11 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
         return _by_schema(node, target._schema)
     if target is flex_attention_operator:
         return []  # Dynamo refuses functions that write to what they capture
+    if is_varlen_function(target):
+        return []  # its results are new
     known = _known(node)
     if known is None and isinstance(target, OpOverloadPacket):
-        known = _Known("", _schemas(target))
+        known = _Known("", schemas_of(target))
     if known is None or known.writes_any:
         return node.all_input_nodes
     if known.writes_first:
@@ -157,7 +163,14 @@ def may_alias(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload | OpOverloadPacket | HigherOrderOperator):
         return "dropout" in str(node.target)
     known = _known(node)
-    return known is None or "dropout" in known.name
+    return (known is None and not is_varlen_function(node.target)) or (known is not None and "dropout" in known.name)
+
+
+def is_varlen_function(target: object) -> bool:
+    """Whether a function is flash-attn's own over packed sequences, which a graph may hold as it is."""
+    if getattr(target, "__name__", "") != VARLEN_FUNCTION:
+        return False
+    return any(getattr(sys.modules.get(module), VARLEN_FUNCTION, None) is target for module in _VARLEN_MODULES)
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -196,7 +209,7 @@ def _known(node: fx.Node) -> _Known | None:
         return _Known(packet.__name__, (target._schema,)) if target.namespace == "aten" else None
     if isinstance(target, OpOverloadPacket):
         name = target.__name__
-        return _Known(name, _schemas(target)) if getattr(torch.ops.aten, name, None) is target else None
+        return _Known(name, schemas_of(target)) if getattr(torch.ops.aten, name, None) is target else None
     return _functions().get(target) if isinstance(target, Hashable) else None
 
 
@@ -259,12 +272,15 @@ def _method_by_object(name: str, function: object) -> _Known | None:
 def _operator(name: str) -> tuple[torch.FunctionSchema, ...]:
     """The schemas of torch's operator of a name, empty if there is none."""
     packet = None if name.startswith("__") else getattr(torch.ops.aten, name, None)
-    return () if packet is None else _schemas(packet)
+    return () if packet is None else schemas_of(packet)
 
 
 @cache
-def _schemas(packet: Any) -> tuple[torch.FunctionSchema, ...]:  # noqa: ANN401 (an OpOverloadPacket)
-    return tuple(getattr(packet, name)._schema for name in packet.overloads())
+def schemas_of(operator: Any) -> tuple[torch.FunctionSchema, ...]:  # noqa: ANN401 (an OpOverload or a packet)
+    """The schemas of an operator's overloads."""
+    if isinstance(operator, OpOverload):
+        return (operator._schema,)
+    return tuple(getattr(operator, name)._schema for name in operator.overloads())
 
 
 @cache

@@ -23,7 +23,8 @@ from s2o_compile.passes.graph.nodes import choice, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
 from s2o_compile.passes.masks import joins, views
 from s2o_compile.passes.masks.index_tensor import IndexTensor, broadcast_indices
-from s2o_compile.passes.masks.terms import Term, TermEvaluator, Terms, is_bool_of, spread, written_in_part
+from s2o_compile.passes.masks.term import Term, Terms
+from s2o_compile.passes.masks.terms import TermEvaluator, is_bool_of, spread, written_in_part
 
 ABSORBING = (torch.float32, torch.bfloat16)
 """In these dtypes a score vanishes beside the smallest number; float16's -65504 plus a score is another number."""

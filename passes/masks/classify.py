@@ -1,14 +1,16 @@
-"""Turns a conjunction of terms into a proof about queries and keys: a band, chunks, and key masks."""
+"""Turns a conjunction of terms into a proof about queries and keys: a band, chunks, documents, and key masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from s2o_compile.passes.graph.nodes import Size, known, simplified
 from s2o_compile.passes.graph.rejected import Refused
 from s2o_compile.passes.masks.index_tensor import IndexTensor
-from s2o_compile.passes.masks.proof import KeyMask, MaskProof
-from s2o_compile.passes.masks.terms import Comparison, LookUp, SameChunk, Terms
+from s2o_compile.passes.masks.proof import KeyMask, MaskProof, PackedDocuments, TokenTable
+from s2o_compile.passes.masks.term import Comparison, LookUp, SameChunk, SameDocument, Terms
 
 BATCH, HEAD, QUERY, KEY = range(4)
 _AXES = ("batch entries", "heads", "queries", "keys")
@@ -22,7 +24,16 @@ def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size
     reaches: list[Size] = []  # j >= i - reach
     chunks: list[SameChunk] = []
     key_masks: list[KeyMask] = []
+    documents: list[tuple[SameDocument, PackedDocuments]] = []
     for term in terms:
+        if isinstance(term, SameDocument):
+            found = _documents(term, singleton)
+            if found is not None:
+                documents.append((term, found))
+                continue
+            if not term.settled:
+                raise Refused.because(term.why)
+            term = term.plain
         if isinstance(term, SameChunk):
             chunks.append(term)
             continue
@@ -47,14 +58,24 @@ def classify(terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size
     if window is not None and not known(window >= 1):
         raise Refused("its sliding window of %s tokens may be empty", window)
     chunk = _chunk(chunks, singleton, offset)
+    packed = None
+    for term, found in documents:
+        if packed is not None and found.identity != packed.identity:
+            raise Refused("%s and %s number documents differently", documents[0][0].node, term.node)
+        packed = found
+    if packed is not None and chunk is not None:
+        raise Refused(
+            "%s cuts documents, and %s chunks that are counted across them", documents[0][0].node, chunks[0].node
+        )
     if offset is None:
-        return MaskProof(key_masks=tuple(key_masks))
+        return MaskProof(documents=packed, key_masks=tuple(key_masks))
     ahead = simplified(offset - (key_len - query_len))
     return MaskProof(
         causal=True,
         offset=None if known(offset == key_len - query_len) else simplified(offset),
         window=window,
         chunk=chunk,
+        documents=packed,
         key_masks=tuple(key_masks),
         ahead=ahead if known(ahead > 0) else 0,
     )
@@ -94,9 +115,7 @@ def _chunk(terms: Sequence[SameChunk], singleton: Sequence[bool], offset: Size |
 
 def _key_mask(term: LookUp, singleton: Sequence[bool]) -> KeyMask:
     """A look-up as a key mask, provided that it varies along nothing but batch and keys."""
-    batch_dim, key_dim, key_start = None, None, 0
-    selected: list[tuple[int, int]] = []
-    for dim, index in enumerate(term.indices):
+    for index in term.indices:
         steps = _steps(index, singleton)
         if steps[QUERY] and term.node.op == "placeholder":
             raise Refused(
@@ -107,21 +126,39 @@ def _key_mask(term: LookUp, singleton: Sequence[bool]) -> KeyMask:
             )
         if steps[QUERY] or steps[HEAD]:
             raise Refused("%s varies along %s, and %s", term.node, _AXES[QUERY if steps[QUERY] else HEAD], term.why)
-        if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0):
-            batch_dim = dim
-        elif steps == (0, 0, 0, 1) and key_dim is None:
-            key_dim, key_start = dim, simplified(index.const)
-        elif not any(steps) and isinstance(simplified(index.const), int):
-            selected.append((dim, int(index.const)))
-        else:
-            raise Refused("%s is read at positions that are no plain batch and key positions", term.node)
-    if key_dim is None:
+    table = _table(term.node, term.indices, KEY, singleton)
+    if table is None and not any(_steps(index, singleton)[KEY] for index in term.indices):
         raise Refused("%s does not vary along the keys, and %s", term.node, term.why)
-    return KeyMask(
-        node=term.node,
-        batch_dim=batch_dim,
-        key_dim=key_dim,
-        key_start=key_start,
-        selected=tuple(selected),
-        negated=term.negated,
-    )
+    if table is None:
+        raise Refused("%s is read at positions that are no plain batch and key positions", term.node)
+    return KeyMask(**vars(table), negated=term.negated)
+
+
+def _documents(term: SameDocument, singleton: Sequence[bool]) -> PackedDocuments | None:
+    """Documents, provided that numbers of queries are compared with numbers of keys."""
+    for query, key in ((0, 1), (1, 0)):
+        queries = _table(term.tables[query], term.sides[query], QUERY, singleton)
+        keys = _table(term.tables[key], term.sides[key], KEY, singleton)
+        if queries is not None and keys is not None:
+            return PackedDocuments(queries, keys)
+    return None
+
+
+def _table(node: fx.Node, indices: Sequence[IndexTensor], axis: int, singleton: Sequence[bool]) -> TokenTable | None:
+    """A tensor read at plain positions of batch entries and of queries, or of keys; None if it is not."""
+    along = tuple(int(other == axis) for other in range(4))
+    batch_dim, dim, start = None, None, 0
+    selected: list[tuple[int, int]] = []
+    for at, index in enumerate(indices):
+        steps = _steps(index, singleton)
+        if steps == (1, 0, 0, 0) and batch_dim is None and known(index.const == 0):
+            batch_dim = at
+        elif steps == along and dim is None:
+            dim, start = at, simplified(index.const)
+        elif not any(steps) and isinstance(simplified(index.const), int):
+            selected.append((at, int(index.const)))
+        else:
+            return None
+    if dim is None:
+        return None
+    return TokenTable(node=node, batch_dim=batch_dim, dim=dim, start=start, selected=tuple(selected))

@@ -15,7 +15,7 @@ from torch import fx
 
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
-from s2o_compile.passes.graph.nodes import Size, arguments, is_size, known, value_of
+from s2o_compile.passes.graph.nodes import Size, arguments, choice, is_size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, compare
@@ -141,6 +141,8 @@ class IndexEvaluator:
             return self.is_bits(complemented)
         if name == "mul" and len(argument.args) == 2:
             return all(map(self.is_bits, argument.args))
+        if name == "where" and (arms := choice(argument)) is not None:
+            return all(map(self.is_bits, arms[1:]))
         if name in ("tril", "triu") and argument.args:
             return self.is_bits(argument.args[0])
         source = attempt(views.source, argument, self.evaluate)

@@ -17,29 +17,85 @@ READ = "read at run time"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeyMask:
-    """A bool tensor of the graph that says which keys may be attended.
+class TokenTable:
+    """A tensor of the graph that holds a number for every token of a row, for its queries or for its keys.
 
     Attributes:
         node: The tensor.
-        batch_dim: Its dimension that runs along the batch, or None: the same keys for every batch entry.
-        key_dim: Its dimension that runs along the keys.
-        key_start: Position of key 0 in that dimension.
+        batch_dim: Its dimension that runs along the batch, or None: the same numbers for every batch entry.
+        dim: Its dimension that runs along the tokens.
+        start: Position of the first token in that dimension.
         selected: For every other dimension the position read.
-        negated: Whether True means *not* to attend.
     """
 
     node: fx.Node
     batch_dim: int | None
-    key_dim: int
-    key_start: Size
+    dim: int
+    start: Size
     selected: tuple[tuple[int, int], ...]
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for tables of the same numbers."""
+        return self.node, self.batch_dim, self.dim, str(self.start), self.selected
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for tables that read the same values."""
+        return self.place
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeyMask(TokenTable):
+    """A bool tensor of the graph that says which keys may be attended.
+
+    Attributes:
+        negated: Whether True means *not* to attend.
+    """
+
     negated: bool
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for masks that read the same values."""
-        return self.node, self.batch_dim, self.key_dim, str(self.key_start), self.selected, self.negated
+        return *self.place, self.negated
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentBounds:
+    """Where the documents of a row begin: integers that ascend from 0, ``cu_seqlens`` of varlen kernels."""
+
+    node: fx.Node
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for the same bounds."""
+        return (self.node,)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDocuments:
+    """Which document each query and each key belongs to; a query sees keys of its own.
+
+    Attributes:
+        query: Of the queries: a table of integers, or bounds.
+        key: Of the keys.
+        bottom_right: Whether the last query of a document is aligned with its last key, as varlen kernels do it.
+    """
+
+    query: TokenTable | DocumentBounds
+    key: TokenTable | DocumentBounds
+    bottom_right: bool = False
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for the same documents."""
+        return self.query.identity, self.key.identity, self.bottom_right
+
+    @property
+    def of_itself(self) -> bool:
+        """Whether queries and keys stand at the same positions of the same documents."""
+        return self.query.identity == self.key.identity
 
 
 MERGED = -1
@@ -111,6 +167,7 @@ class MaskProof:
         offset: The causal offset; None for bottom-right alignment, Nk - Nq.
         window: If given, also ``j > i + offset - window``; needs ``causal``.
         chunk: If given, also ``j // chunk == (i + offset) // chunk``; needs ``causal``.
+        documents: If given, also: the query and the key belong to the same document.
         key_masks: Tensors that must all allow the key.
         fully_masked: The output of fully masked rows: "zeros", or "mean", the mean of all values, padding included.
         ahead: Keys after its own position (bottom-right: i + Nk - Nq) that a query sees; part of ``offset``, for text.
@@ -123,6 +180,7 @@ class MaskProof:
     offset: Size | None = None
     window: Size | None = None
     chunk: int | None = None
+    documents: PackedDocuments | None = None
     key_masks: tuple[KeyMask, ...] = ()
     fully_masked: str = "zeros"
     ahead: Size = 0
@@ -140,5 +198,6 @@ class MaskProof:
             attention_chunk=self.chunk,
             padded=bool(self.key_masks),
             ahead=self.ahead,
+            packed=self.documents is not None,
         )
         return text + (" (promised)" if self.promised is not None or self.blocks is not None else "")

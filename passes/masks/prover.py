@@ -5,6 +5,7 @@ A mask is proven when each of its terms is one of
     j <= i + c                causal, with offset c
     j >= i - c                sliding window; with c' > 0 above, a window around the query
     j // n == (i + c) // n    chunks of n keys, counted from the first; needs the causal term with the same c
+    ids[b, i] == ids[b, j]    documents that are packed into one row; the integer tensor stays an operand
     look-up in [B, Nk]        key padding: constant along heads and queries; the tensor stays an operand
 
 where i counts queries and j keys. All terms must hold at once. Every other mask is refused, or left to the operator,
@@ -24,13 +25,14 @@ from s2o_compile.kernels.core.mask_band import ABSORBS, HIDES
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
-from s2o_compile.passes.masks import views
+from s2o_compile.passes.masks import documents, views
 from s2o_compile.passes.masks.additive import ABSORBING, AdditiveEvaluator, hides, rounded
 from s2o_compile.passes.masks.classify import classify
 from s2o_compile.passes.masks.index_tensor import IndexTensor
 from s2o_compile.passes.masks.proof import MERGED, MaskPart, MaskProof, MaskReading
 from s2o_compile.passes.masks.readable import is_readable
-from s2o_compile.passes.masks.terms import Term, TermEvaluator, Terms
+from s2o_compile.passes.masks.term import Term, Terms
+from s2o_compile.passes.masks.terms import TermEvaluator
 
 
 class MaskProver:
@@ -41,10 +43,17 @@ class MaskProver:
         assume_causal: Whether the user promised that masks which enter the graph are causal.
         assume_block_masks: Whether the user promised that block masks which enter the graph are their mask_mods'.
         read: Whether the operator may read masks that are not proven.
+        stored: The numbers of stored tensors that nobody will change; None where they may change.
     """
 
     def __init__(
-        self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False, read: bool = False
+        self,
+        graph: fx.Graph,
+        *,
+        assume_causal: bool = False,
+        assume_block_masks: bool = False,
+        read: bool = False,
+        stored: documents.Stored | None = None,
     ) -> None:
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
@@ -53,6 +62,7 @@ class MaskProver:
         self.assume_block_masks = assume_block_masks
         self._assume_causal = assume_causal
         self._read = read
+        self._stored = stored
         self._proofs: dict[tuple[fx.Node, str, str], MaskProof | Rejected] = {}
 
     def prove(self, mask: fx.Node, query_len: Size, key_len: Size) -> MaskProof | Rejected:
@@ -179,7 +189,7 @@ class MaskProver:
             terms += [term.at(indices, shape) for term in part_terms]
             conventions.append(convention)
         try:
-            proof = classify(tuple(terms), shape, query_len, key_len)
+            proof = self._classified(tuple(terms), shape, query_len, key_len)
         except Refused as error:
             masks = ", ".join(str(part.node) for part in parts)
             raise Refused("the masks %s are not proven: %s", masks, error.why) from None
@@ -245,7 +255,7 @@ class MaskProver:
             else:
                 additive = self._additive.evaluate(mask)
                 terms, fully_masked = additive.terms, additive.fully_masked
-            proof = classify(terms, value.shape, query_len, key_len)
+            proof = self._classified(terms, value.shape, query_len, key_len)
         except Refused as error:
             raise Refused("the mask %s is not proven: %s", mask, error.why) from None
         if fully_masked == "zeros" or _every_row_sees_a_key(proof, query_len, key_len):
@@ -258,6 +268,9 @@ class MaskProver:
                 value.dtype,
             )
         return dataclasses.replace(proof, fully_masked=fully_masked)
+
+    def _classified(self, terms: Terms, shape: Sequence[Size], query_len: Size, key_len: Size) -> MaskProof:
+        return classify(documents.resolved(terms, shape, self.indices, self._stored), shape, query_len, key_len)
 
     def _fits(self, mask: fx.Node, query_len: Size, key_len: Size) -> bool:
         """Whether a mask broadcasts to [.., Nq, Nk] for every length."""
@@ -322,9 +335,13 @@ def _every_row_sees_a_key(proof: MaskProof, query_len: Size, key_len: Size) -> b
     """Whether the first query's keys begin and the last one's have not ended, with no padding in between."""
     if proof.key_masks:
         return False
+    if proof.documents is not None and not (proof.documents.of_itself and known(query_len <= key_len)):
+        return False
     if not proof.causal:
         return True
     offset = key_len - query_len if proof.offset is None else proof.offset
+    if proof.documents is not None:  # its own key
+        return known(offset >= 0) and (proof.window is None or known(proof.window > offset))
     if proof.chunk is not None and not known(query_len + offset <= key_len):
         return False
     return known(offset >= 0) and (proof.window is None or known(query_len + offset - proof.window < key_len))

@@ -8,8 +8,7 @@ Whether the reason matters depends on the axes that the look-up varies along, an
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -18,7 +17,7 @@ from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
 from s2o_compile.passes.graph.rejected import Refused, Rejected, accepted, attempt
-from s2o_compile.passes.masks import joins, views
+from s2o_compile.passes.masks import documents, joins, views
 from s2o_compile.passes.masks.index_arithmetic import (
     INDEX_DTYPES,
     IndexEvaluator,
@@ -28,51 +27,8 @@ from s2o_compile.passes.masks.index_arithmetic import (
     unknown_values,
 )
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
+from s2o_compile.passes.masks.term import Comparison, LookUp, SameChunk, Term, Terms
 
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """Something that must hold for a key to be visible.
-
-    Attributes:
-        node: The node that asks for it.
-        indices: Everything that it depends on, as index tensors of the mask's shape.
-    """
-
-    node: fx.Node
-    indices: tuple[IndexTensor, ...]
-
-    def at(self, indices: Sequence[IndexTensor], shape: Sequence[Size]) -> Term:
-        """The term seen through a view."""
-        return replace(self, indices=tuple(index.at(indices, shape) for index in self.indices))
-
-
-class Comparison(Term):
-    """True where the one index is >= 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class SameChunk(Term):
-    """True where ``left // size == right // size`` of the two indices."""
-
-    size: int
-
-
-@dataclass(frozen=True, eq=False)
-class LookUp(Term):
-    """True where ``node[indices]`` of a bool tensor is (or, if ``negated``, is not).
-
-    Attributes:
-        negated: Whether the values are inverted.
-        why: Why the tensor was not taken apart further.
-    """
-
-    negated: bool
-    why: Rejected
-
-
-Terms = tuple[Term, ...]
-_DOCUMENT_SEARCHES = {"bucketize", "searchsorted"}  # from a position to the number of its document
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
 
@@ -106,29 +62,42 @@ class TermEvaluator:
             with self._mutations.before(node):
                 return self._take_apart(node, value, negated)
         except Refused as error:
-            return self._leaf(node, negated, error, self._same_along(node))
+            return self._leaf(node, negated, error)
 
-    def _leaf(self, node: fx.Node, negated: bool, error: Refused, same_along: Collection[int] = ()) -> Terms:
+    def _leaf(self, node: fx.Node, negated: bool, error: Refused) -> Terms:
         # Written to, it would be read in a later state; of numbers, the consumer that makes them bool is the leaf.
         if self.indices.is_written(node) or value_of(node).dtype is not torch.bool:
             raise error
-        shape = value_of(node).shape
-        axes = tuple(
-            IndexTensor.constant(0, shape) if dim in same_along else IndexTensor.axis(shape, dim)
+        shape, along = value_of(node).shape, self._along(node)
+        positions = (
+            IndexTensor.axis(shape, dim) if dim in along else IndexTensor.constant(0, shape)
             for dim in range(len(shape))
         )
-        return (LookUp(node, axes, negated, error.why),)
+        return (LookUp(node, tuple(positions), negated, error.why),)
 
-    def _same_along(self, node: fx.Node) -> Collection[int]:
-        """Dimensions along which a repeated tensor is the same: a padding mask that was repeated for the heads."""
-        if function_name(node) not in ("repeat", "tile") or not isinstance(node.args[0], fx.Node):
-            return ()
-        terms = attempt(self.terms, node.args[0])
-        if isinstance(terms, Rejected):
-            return ()
-        rank, lead = value_of(node.args[0]).ndim, value_of(node).ndim - value_of(node.args[0]).ndim
-        varies = {lead + dim for term in terms for index in term.indices for dim in range(rank) if index.steps[dim]}
-        return frozenset(range(lead + rank)) - varies
+    def _along(self, node: fx.Node) -> set[int]:
+        """The dimensions that a tensor may vary along.
+
+        One that was repeated varies as its source (a padding mask that was repeated for the heads), and so does an
+        expanded one that is compared with a number.
+        """
+        name, shape = function_name(node), value_of(node).shape
+        dims = set(range(len(shape)))
+        if name in ("repeat", "tile") and isinstance(node.args[0], fx.Node):
+            terms = attempt(self.terms, node.args[0])
+            if isinstance(terms, Rejected):
+                return dims
+            lead = len(shape) - value_of(node.args[0]).ndim
+            return {
+                dim for dim in dims - set(range(lead)) if any(i.steps[dim - lead] for t in terms for i in t.indices)
+            }
+        if name not in COMPARISONS or len(node.args) != 2 or self.indices.fill(node.args[1]) is None:
+            return dims
+        compared = node.args[0]
+        if not isinstance(compared, fx.Node) or not same_sizes(value_of(compared).shape, shape):
+            return dims
+        *_, seen = views.chain(compared, self.indices.evaluate)
+        return {dim for dim in dims if any(index.steps[dim] for index in seen.indices)}
 
     def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)
@@ -157,7 +126,7 @@ class TermEvaluator:
         joined = joins.read(node)
         if joined is not None:
             return self._joined(joined, negated)
-        if name == "where" and choice(node) is not None and value.dtype is torch.bool:
+        if name == "where" and choice(node) is not None and self.indices.is_bits(node):
             return self._where(node, value.shape, negated)
         if name == "masked_fill" and value.dtype is torch.bool and not node.kwargs:
             base, condition, fill = node.args
@@ -171,8 +140,8 @@ class TermEvaluator:
         raise Refused("%s (%s) is not a mask this pass understands", node, name or node.op)
 
     def _argument(self, argument: object, shape: Sequence[Size], negated: bool) -> Terms:
-        if isinstance(argument, bool):
-            if argument == negated:
+        if isinstance(argument, bool | int | float):  # of bits
+            if bool(argument) == negated:
                 raise Refused("the mask is False everywhere")
             return ()
         if not isinstance(argument, fx.Node) or not isinstance(value_of(argument), torch.Tensor):
@@ -201,7 +170,7 @@ class TermEvaluator:
         try:
             operands = self.indices.operands(node, value.shape)
         except Refused as error:
-            return self._other_comparison(node, comparison, value.shape, error)
+            return self._other_comparison(node, comparison, value.shape, negated, error)
         if comparison == "ne":
             if always_differ(*operands):
                 return ()
@@ -213,7 +182,9 @@ class TermEvaluator:
             raise Refused("%s is False everywhere", node)
         return tuple(Comparison(node, (bound,)) for bound in bounds if not known(bound.minimum >= 0))
 
-    def _other_comparison(self, node: fx.Node, comparison: str, shape: Sequence[Size], error: Refused) -> Terms:
+    def _other_comparison(
+        self, node: fx.Node, comparison: str, shape: Sequence[Size], negated: bool, error: Refused
+    ) -> Terms:
         """A comparison of tensors that are no index tensors, one of which may be a distance or a zero."""
         if len(node.args) != 2:
             raise error
@@ -230,6 +201,7 @@ class TermEvaluator:
                 return self._argument(left, shape, if_zero)  # tril(ones) == 0
             except Refused:
                 raise error from None
+        asked = comparison
         distance, limit = self._distance(left), right
         if distance is None:
             distance, limit, comparison = self._distance(right), left, _MIRRORED[comparison]
@@ -245,17 +217,10 @@ class TermEvaluator:
                     raise Refused("%s compares chunks in %s, where their positions wrap around", node, dtype)
                 return (SameChunk(node, (first.broadcast(shape), second.broadcast(shape)), size),)
         if distance is None:
-            root, other = _viewed(left), _viewed(right)
-            same = isinstance(root, fx.Node) and (root is other or {_call(root), _call(other)} <= _DOCUMENT_SEARCHES)
-            if same and comparison == "eq":
-                raise Refused(
-                    "packed sequences: %s lets queries see only keys of equal %s, a mask that the sparse operator does "
-                    "not have (%s); give every sequence a row of its own, with padding",
-                    node,
-                    root,
-                    error.why,
-                )
-            raise error
+            tokens = documents.comparison(node, asked, shape, self.indices, negated=negated, why=error.why)
+            if tokens is None:
+                raise error
+            return (tokens,)
         bound = self.indices.evaluate(limit)
         if comparison not in ("le", "lt"):
             raise Refused("%s (%s of a distance) is a union of masks", node, comparison)
@@ -365,14 +330,3 @@ def _union(node: fx.Node, name: str) -> Refused:
         node,
         name,
     )
-
-
-def _call(argument: object) -> str:
-    return function_name(argument) if isinstance(argument, fx.Node) else ""
-
-
-def _viewed(argument: object) -> object:
-    """The tensor that a chain of views starts from."""
-    while isinstance(argument, fx.Node) and function_name(argument) in views.VIEWS:
-        argument = argument.args[0]
-    return argument

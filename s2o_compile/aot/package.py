@@ -23,6 +23,7 @@ from s2o_compile.kernels.support.torch_compat import require, schema_of
 
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
+_PACKED = torch.ops.s2o.packed_attention.default
 
 _OWN_OPTIONS = {"joint_custom_pre_pass", "use_joint_graph_passes"}
 
@@ -173,7 +174,7 @@ def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
     """Every call of an s2o operator, in the graph and in its branches."""
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
-            yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED))
+            yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED, _PACKED))
 
 
 def _decompositions() -> dict[Any, Any]:
@@ -184,7 +185,7 @@ def _decompositions() -> dict[Any, Any]:
         shortest = crossover(query.device) if min_seq_len is None else min_seq_len
         return decomposition.attention(query, *given, min_seq_len=shortest, **keywords)
 
-    return {_SPARSE: attention, _MASKED: decomposition.masked_attention}
+    return {_SPARSE: attention, _MASKED: decomposition.masked_attention, _PACKED: decomposition.packed_attention}
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -224,6 +225,8 @@ def _why_dense(node: fx.Node, call: Mapping[str, Any]) -> str:
     """Why an attention runs dense in a package, exactly; empty where it does not."""
     if node.target is _MASKED:
         return "its mask is read at run time, and what it says decides in Python"
+    if node.target is _PACKED:
+        return "its documents are data, and what they are decides in Python"
     if call["attention_chunk"] is not None:
         return "chunked attention cuts lengths that a package does not know"
     if call["scale"] is not None and call["scale"] <= 0:

@@ -50,6 +50,7 @@ _LIBRARIES = (
     "transformer_engine",
     "natten",
     "kernels",
+    "torch_attn",
 )
 """Namespaces whose operators named like attention are counted; ``s2o`` itself belongs into its own report."""
 _FUSED = {

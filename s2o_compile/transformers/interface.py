@@ -31,6 +31,7 @@ from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
+from s2o_compile.transformers.mask_functions import ProvenMask
 from s2o_compile.transformers.site_names import name_of
 
 logger = logging.get_logger(__name__)
@@ -224,28 +225,22 @@ def _sparse(
         if recording():
             record(AttentionCall(query=query, key=key, value=value, scale=1.0, site=site.name), "dense")
         return None
-    fully_masked = "zeros"
+    fully_masked, documents = "zeros", None
     if _describes(mask, query, key):
         proven, fully_masked = mask.proven, mask.fully_masked
-        mask = proven if isinstance(proven, AttentionMask) else mask.or_none
+        mask, documents = (proven.mask, proven.documents) if isinstance(proven, ProvenMask) else (mask.or_none, None)
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
     shared = {"scale": scale, "softcap": softcap, "site": site.name, **site.options}
     if not isinstance(mask, AttentionMask):
         return torch.ops.s2o.masked_attention(query, key, value, mask, sinks, **shared)[0] if site.read_masks else None
-    return torch.ops.s2o.attention(
-        query,
-        key,
-        value,
-        mask.key_mask,
-        sinks,
-        causal=mask.causal,
-        causal_offset=mask.offset,
-        window=mask.window,
-        attention_chunk=mask.attention_chunk,
-        fully_masked=fully_masked,
-        **shared,
-    )[0]
+    shared |= {"causal": mask.causal, "causal_offset": mask.offset, "window": mask.window, "fully_masked": fully_masked}
+    if documents is not None:
+        ids = documents.query_ids, None if documents.of_itself else documents.key_ids
+        ids = (None if x is None else x.to(query.device) for x in ids)
+        return torch.ops.s2o.packed_attention(query, key, value, *ids, mask.key_mask, sinks, **shared)[0]
+    chunk = mask.attention_chunk
+    return torch.ops.s2o.attention(query, key, value, mask.key_mask, sinks, attention_chunk=chunk, **shared)[0]
 
 
 def _describes(mask: object, query: Tensor, key: Tensor) -> TypeGuard[LazyMask]:

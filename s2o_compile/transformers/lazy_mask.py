@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.support.torch_compat import NoTorchFunction, make_wrapper_tensor, tree_map_only, version_of
 from s2o_compile.passes.graph.rejected import Rejected
-from s2o_compile.transformers.mask_functions import prove_function
+from s2o_compile.transformers.mask_functions import ProvenMask, prove_function
 from s2o_compile.transformers.snapshots import snapshot
 
 Value = TypeVar("Value")
@@ -99,7 +98,7 @@ class LazyMask(Tensor):
         return "zeros" if self.dtype is torch.bool else "mean"
 
     @_Once
-    def proven(self) -> AttentionMask | Rejected:
+    def proven(self) -> ProvenMask | Rejected:
         """The mask as the operator knows it, or why it is none of the operator's. May wait for the device."""
         given = self._arguments
         if isinstance(given, Rejected):
@@ -114,7 +113,7 @@ class LazyMask(Tensor):
             return mask
         stop = keys[0] + keys[1]
         shown = pad(padding.bool(), (0, max(stop - padding.shape[1], 0)))[:, keys[0] : stop]
-        return mask if shown.all() else replace(mask, key_mask=shown)
+        return mask if shown.all() else replace(mask, mask=replace(mask.mask, key_mask=shown))
 
     @classmethod
     def __torch_function__(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.support.torch_compat import FakeTensorMode, make_fx
 from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected
+from s2o_compile.passes.masks.proof import TokenTable
 from s2o_compile.passes.masks.prover import MaskProver
 
 logger = logging.getLogger(__name__)
@@ -24,10 +27,20 @@ logger = logging.getLogger(__name__)
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class ProvenMask:
+    """A mask that is proven: the operator's, and the documents that it keeps apart, if any."""
+
+    mask: AttentionMask
+    documents: Documents | None = None
+
+
 def prove_function(
     function: MaskFunction, *, batch: int, queries: tuple[int, int], keys: tuple[int, int]
-) -> AttentionMask | Rejected:
+) -> ProvenMask | Rejected:
     """The mask that a function is over a range of queries and keys, or why it is none of the operator's.
+
+    The tensors that it reads must not change as long as the mask is used: their numbers may be part of the proof.
 
     Args:
         function: Takes positions that broadcast against each other, int64, and returns bool. It must mean the same for
@@ -44,19 +57,55 @@ def prove_function(
     (mask,) = graph.graph.output_node().args
     if not isinstance(mask, fx.Node):
         return Rejected("the mask function returns %s, expected a bool tensor", mask)
+    _join_constants(graph.graph)
     _write_constants_out(graph)
-    proof = MaskProver(graph.graph).prove(mask, queries[1], keys[1])
+    proof = MaskProver(graph.graph, stored=lambda node: _stored(graph, node)).prove(mask, queries[1], keys[1])
     if isinstance(proof, Rejected):
         return proof
     if proof.key_masks or not all(isinstance(size, int | None) for size in (proof.offset, proof.window)):
         return Rejected("the mask function looks keys up in %s", [part.node for part in proof.key_masks])
     offset = keys[1] - queries[1] if proof.offset is None else proof.offset
-    return AttentionMask(
+    documents = None
+    if proof.documents is not None:
+        tables = proof.documents.query, proof.documents.key
+        both = zip(tables, (queries[1], keys[1]), strict=True)
+        query_ids, key_ids = (_tokens(graph, table, length) for table, length in both)  # pyright: ignore
+        documents = Documents.of(query_ids, None if proof.documents.of_itself else key_ids)
+    mask = AttentionMask(
         causal=proof.causal,
         offset=int(offset) if proof.causal else 0,
         window=None if proof.window is None else int(proof.window),
         attention_chunk=proof.chunk,
     )
+    return ProvenMask(mask, documents)
+
+
+def _stored(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    return operator.attrgetter(str(node.target))(graph) if node.op == "get_attr" else None
+
+
+def _tokens(graph: fx.GraphModule, table: TokenTable, length: int) -> Tensor:
+    """The numbers of a row's tokens, [B or 1, N]."""
+    numbers = _stored(graph, table.node)
+    if numbers is None:
+        numbers = _computed(graph, table.node)
+    numbers = numbers.narrow(table.dim, int(table.start), length)
+    for dim, position in sorted(table.selected, reverse=True):
+        numbers = numbers.select(dim, position)
+    if table.batch_dim is None:
+        return numbers[None]
+    return numbers if table.batch_dim < table.dim else numbers.transpose(0, 1)
+
+
+def _computed(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node of a graph without inputs."""
+    part, copies = fx.Graph(), {}
+    for other in graph.graph.nodes:
+        if other.op == "output":
+            break
+        copies[other] = part.node_copy(other, copies.__getitem__)
+    part.output(copies[node])
+    return fx.GraphModule(graph, part)()
 
 
 def _traced(function: MaskFunction, batch: int, queries: tuple[int, int], keys: tuple[int, int]) -> fx.GraphModule:
@@ -68,6 +117,15 @@ def _traced(function: MaskFunction, batch: int, queries: tuple[int, int], keys: 
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make_fx(mask, pre_dispatch=True)()
+
+
+def _join_constants(graph: fx.Graph) -> None:
+    """One node for each captured tensor: the prover tells tensors apart by their nodes."""
+    first: dict[object, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):  # in graph order
+        if first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
+            graph.erase_node(node)
 
 
 def _write_constants_out(graph: fx.GraphModule) -> None:

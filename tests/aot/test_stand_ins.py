@@ -20,7 +20,8 @@ HOW = {
     "dense_heads",
 }
 """How to be sparse: dense attention does not ask."""
-OPERATORS = {"attention": torch.ops.s2o.attention.default, "masked_attention": torch.ops.s2o.masked_attention.default}
+NAMES = ("attention", "masked_attention", "packed_attention")
+OPERATORS = {name: getattr(torch.ops.s2o, name).default for name in NAMES}
 NOT_ASKED = {
     # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes; it warns
     # of a budget.

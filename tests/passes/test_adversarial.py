@@ -131,8 +131,8 @@ def chunked_behind_padding(q, k, v, pad):
     return sdpa(q, k, v, attn_mask=causal(q, k) & own)
 
 
-def packed(q, k, v, pad):
-    segment = pad.long().cumsum(-1)
+def packed_by_floats(q, k, v, pad):
+    segment = pad.float().cumsum(-1)
     return sdpa(q, k, v, attn_mask=causal(q, k) & (segment[:, None, :, None] == segment[:, None, None]))
 
 
@@ -148,7 +148,7 @@ DENSE = {
     written_in_part: "changed in place by setitem",
     dropped: "call model.eval()",
     chunked_behind_padding: "leave attention_mask unset",
-    packed: "packed sequences",
+    packed_by_floats: "number the documents by integers",
 }
 
 

@@ -164,14 +164,16 @@ def test_second_turn_on_a_cache(name, dynamic):
 
 
 @torch.no_grad()
-def test_position_ids_of_packed_sequences_stay_dense():
-    model = built(llama)
-    packed = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None].expand(BATCH, -1)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_position_ids_of_packed_sequences(name):
+    recipe, masks, key_heads = MODELS[name]
+    model = built(recipe)
+    packed = torch.stack([torch.cat([torch.arange(n), torch.arange(LENGTH - n)]) for n in (9, 14)])
     run, capture = compiled(model, dynamic=None)
-    result = run(tokens(), position_ids=packed, use_cache=False)[0]
-    torch.testing.assert_close(result, model(tokens(), position_ids=packed, use_cache=False)[0], atol=1e-5, rtol=1e-5)
-    assert not any(record.rewritten for record in capture.records)
-    assert all("position ids may pack several sequences" in record.reason for record in capture.records)
+    for position_ids in (packed, packed[:1], torch.arange(LENGTH)[None], packed + 3):
+        given = {"position_ids": position_ids, "use_cache": False}
+        torch.testing.assert_close(run(tokens(), **given)[0], model(tokens(), **given)[0], atol=1e-5, rtol=1e-5)
+    check(capture, [f"packed {mask}" for _ in capture.graphs for mask in masks], key_heads)
 
 
 @torch.no_grad()

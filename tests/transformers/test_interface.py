@@ -146,12 +146,19 @@ def test_a_mask_of_the_users_own_is_read_or_left_to_sdpa(read_masks, prefill):
     assert prefill() == (read if read_masks else [])
 
 
-def test_packed_sequences_stay_apart(prefill):
+@pytest.mark.parametrize("bounds", [False, True], ids=["positions", "bounds-too"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_packed_sequences_are_attended_one_by_one(name, bounds, prefill):
+    """Bounds of varlen kernels change nothing beside positions, as for "sdpa"."""
     given = {"input_ids": inputs()["input_ids"], "use_cache": False}
-    given["position_ids"] = torch.cat([torch.arange(120), torch.arange(80)]).expand(2, -1)
-    expected = output(tiny("llama"), **given)
-    torch.testing.assert_close(output(sparse(tiny("llama")), **given), expected, atol=2e-5, rtol=2e-5)
-    assert [path for path, _ in prefill()] == ["masked"] * 2
+    given["position_ids"] = torch.cat([torch.arange(130), torch.arange(70)]).expand(2, -1)
+    expected = output(tiny(name), **given)
+    if bounds:
+        given |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 130, 200, 330, 400]).int())
+        given |= {"max_length_q": 130, "max_length_k": 130}
+    torch.testing.assert_close(output(sparse(tiny(name)), **given), expected, atol=2e-5, rtol=2e-5)
+    sliding = {"mistral": ["window"] * 2, "gemma2": ["window", "s2o"]}.get(name, ["s2o"] * 2)
+    assert [path for path, _ in prefill()] == [path for first in sliding for path in (first, "dense")]
 
 
 @pytest.mark.parametrize("keys", [LENGTH, 260])

@@ -13,6 +13,28 @@ from s2o_compile.transformers import configure, s2o_attention_forward
 from s2o_compile.transformers.lazy_mask import LazyMask
 from tests.helpers.tiny_transformers import CAUSAL, EXACT, LENGTH, described, tiny
 
+POSITIONS = torch.stack([torch.cat([torch.arange(n), torch.arange(5, LENGTH - n + 5)]) for n in (120, 30)])
+IDS = (POSITIONS.diff(prepend=POSITIONS[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+THREE = torch.arange(3).repeat_interleave(torch.tensor([60, 60, LENGTH - 120])).expand(2, -1)
+RESTARTS = torch.arange(LENGTH) - 60 * THREE
+
+
+def packed(function, ids=IDS, positions=POSITIONS, *, remapped=False):
+    """The mask function of packed sequences; ``remapped``, as transformers 5.24 makes it, over their own positions."""
+
+    def over_positions(b, h, q, k):
+        return function(b, h, positions[b, q], positions[b, k])
+
+    documents = masking_utils.packed_sequence_mask_function(ids)
+    return masking_utils.and_masks(over_positions if remapped else function, documents)
+
+
+def searched(b, h, q, k):
+    ends = torch.tensor([70, 150])
+    return torch.bucketize(q, ends, right=True) == torch.bucketize(k, ends, right=True)
+
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
@@ -36,15 +58,30 @@ from tests.helpers.tiny_transformers import CAUSAL, EXACT, LENGTH, described, ti
         ({"attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, "causal, key padding"),
         ({"attention_mask": torch.ones(2, 150, dtype=torch.bool)}, "causal, key padding"),
         ({"attention_mask": torch.arange(240).expand(2, -1) > 30, "kv_offset": 20, "q_offset": 20}, None),
+        ({"mask_function": packed(CAUSAL)}, "packed causal"),
+        ({"mask_function": packed(CAUSAL, remapped=True)}, "packed causal"),
+        ({"mask_function": packed(masking_utils.sliding_window_causal_mask_function(9))}, "packed causal, window 9"),
+        (
+            {"mask_function": packed(masking_utils.sliding_window_causal_mask_function(9), remapped=True)},
+            "packed causal, window 9",
+        ),
+        ({"mask_function": packed(masking_utils.bidirectional_mask_function)}, "packed bidirectional"),
+        ({"mask_function": packed(CAUSAL), "attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, None),
+        ({"mask_function": masking_utils.and_masks(CAUSAL, searched)}, "packed causal"),
     ],
 )  # fmt: skip
 def test_what_is_proven_is_the_mask_that_transformers_makes(arguments, text):
     mask = described(**arguments)
     proven = mask.proven
     queries, keys = mask.shape[2:]
-    pairs = proven.visible_pairs(queries, keys, torch.device("cpu")).expand(mask.shape)
-    assert torch.equal(pairs, mask.made)
-    assert text is None or proven.text(queries, keys) == text
+    if proven.documents is None:
+        pairs = proven.mask.visible_pairs(queries, keys, torch.device("cpu"))
+    else:
+        pairs = proven.documents.visible(proven.mask)
+    assert torch.equal(pairs.expand(mask.shape), mask.made)
+    if text is not None:
+        assert (proven.documents is not None) == text.startswith("packed ")
+        assert proven.mask.text(queries, keys) == text.removeprefix("packed ")
 
 
 TABLE = torch.arange(LENGTH) % 7
@@ -54,6 +91,11 @@ TABLE = torch.arange(LENGTH) % 7
     ("arguments", "reason"),
     [
         ({"mask_function": masking_utils.or_masks(CAUSAL, lambda b, h, q, k: k < 9)}, "union"),
+        ({"mask_function": packed(CAUSAL, positions=POSITIONS.flip(-1), remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS * 0, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS % 2 + (POSITIONS > 60), remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=THREE % 2, positions=RESTARTS, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=IDS.double())}, "NaN"),
         ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
         ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),
         ({"mask_function": lambda b, h, q, k: k <= q if TABLE.sum() > 3 else k < q}, "cannot be traced"),

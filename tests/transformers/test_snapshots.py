@@ -12,9 +12,9 @@ from transformers import masking_utils  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 from s2o_compile import S2OConfig  # noqa: E402
-from s2o_compile.kernels.core.mask import AttentionMask  # noqa: E402
 from s2o_compile.transformers import configure, s2o_attention_forward, s2o_mask  # noqa: E402
 from s2o_compile.transformers.lazy_mask import LazyMask  # noqa: E402
+from s2o_compile.transformers.mask_functions import ProvenMask  # noqa: E402
 from s2o_compile.transformers.snapshots import snapshot  # noqa: E402
 
 QUERIES, KEYS = 40, 60
@@ -55,7 +55,7 @@ def captured_tensor():
 
 
 def captured_table():
-    """Not proven: a packed sequence."""
+    """A packed sequence."""
     parts = (torch.arange(KEYS) // 13).expand(2, -1).contiguous()
     packed = masking_utils.packed_sequence_mask_function(parts)
     return {"mask_function": masking_utils.and_masks(CAUSAL, packed)}, lambda: parts.fill_(0)
@@ -209,9 +209,12 @@ def test_nothing_that_changes_later_changes_the_mask(change):
     assert torch.equal(late.made, meant), "made late"
     assert torch.equal(early.made, meant), "made early"
     assert torch.equal(mask.or_none, meant), "made for SDPA"
-    if isinstance(mask.proven, AttentionMask):  # never made
-        pairs = mask.proven.visible_pairs(QUERIES, KEYS, torch.device("cpu")).expand(mask.shape)
-        assert torch.equal(pairs, meant)
+    if isinstance(mask.proven, ProvenMask):  # never made
+        proven = mask.proven
+        pairs = proven.mask.visible_pairs(QUERIES, KEYS, torch.device("cpu"))
+        if proven.documents is not None:
+            pairs = proven.documents.visible(proven.mask)
+        assert torch.equal(pairs.expand(mask.shape), meant)
 
 
 @pytest.mark.parametrize("shortest", [0, 1000], ids=["sparse", "dense"])

@@ -333,8 +333,8 @@ def check(graph, proof, symbols):
             for dim, position in sorted(key_mask.selected, reverse=True):
                 part = part.select(dim, position)
             part = part[None] if key_mask.batch_dim is None else part
-            assert key_mask.key_start == 0
-            assert key_mask.batch_dim is None or key_mask.batch_dim < key_mask.key_dim
+            assert key_mask.start == 0
+            assert key_mask.batch_dim is None or key_mask.batch_dim < key_mask.dim
             part = ~part if key_mask.negated else part
             keys = part if keys is None else keys & part
         assert torch.equal(visible(proof, symbols, lengths, keys).expand_as(seen), seen), (str(proof), lengths, graph)

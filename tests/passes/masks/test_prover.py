@@ -32,6 +32,12 @@ ACCEPTED = {
     "tril-to-bool": (lambda q, k: torch.tril(torch.ones(q, k)).to(torch.bool), "causal, offset 0"),
     "triu-equals-zero": (lambda q, k: torch.triu(torch.ones(q, k), diagonal=1) == 0, "causal, offset 0"),
     "not-triu": (lambda q, k: ~torch.ones(q, k, dtype=torch.bool).triu(1), "causal, offset 0"),
+    "where-ones": (lambda q, k: torch.where(k_index(k) <= q_index(q), 1, 0) == 1, "causal, offset 0"),
+    "where-zeros": (lambda q, k: torch.where(k_index(k) > q_index(q), 0.0, 1.0) != 0, "causal, offset 0"),
+    "where-complement": (
+        lambda q, k: (1 - torch.where(k_index(k) > q_index(q), 1, 0)).bool(),
+        "causal, offset 0",
+    ),
     "window-gt": (lambda q, k: (k_index(k) <= q_index(q)) & (k_index(k) > q_index(q) - 4), "offset 0, window 4"),
     "window-ge": (lambda q, k: (k_index(k) <= q_index(q)) & (k_index(k) >= q_index(q) - 3), "offset 0, window 4"),
     "window-lt": (lambda q, k: (k_index(k) <= q_index(q)) & (q_index(q) - 4 < k_index(k)), "offset 0, window 4"),

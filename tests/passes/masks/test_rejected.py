@@ -65,16 +65,6 @@ REJECTED = {
     "not-equal": (lambda q, k: k_index(k) != q_index(q), (), "union of masks"),
     "far-keys": (lambda q, k: abs(q_index(q) - k_index(k)) >= 2, (), "union of masks"),
     "distance-of-a-changed-tensor": (changed_distance, (), "changed in place"),
-    "segments": (
-        lambda q, k, segment: (segment[:, None, :5, None] == segment[:, None, None]).expand(2, 1, 5, 9),
-        (torch.zeros(2, 9, dtype=torch.long),),
-        "packed sequences",
-    ),
-    "segments-from-boundaries": (
-        lambda q, k, ends: torch.bucketize(torch.arange(9), ends)[:5, None] == torch.bucketize(torch.arange(9), ends),
-        (torch.tensor([3, 9]),),
-        "packed sequences",
-    ),
     "chunks-left-padded": (
         lambda q, k, pad: (k_index(k) - pad[:, None, None, None]) // 4 == (q_index(q) - pad[:, None, None, None]) // 4,
         (torch.zeros(2, dtype=torch.long),),
@@ -117,11 +107,6 @@ REJECTED = {
         (),
         "varies along queries",
     ),
-    "chunks-trunc": (
-        lambda q, k: torch.div(k_index(k), 4, rounding_mode="trunc") == torch.div(q_index(q), 4, rounding_mode="trunc"),
-        (),
-        "not index arithmetic",
-    ),
     "chunks-before": (
         lambda q, k: (k_index(k) // 4 <= q_index(q) // 4).expand(q, k),
         (),
@@ -160,14 +145,6 @@ REJECTED = {
         (torch.arange(5).expand(2, 5),),
         "values of the graph input",
     ),
-    "packed": (
-        lambda q, k, position_ids: (
-            (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)[:, None, :, None]
-            == (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)[:, None, None, :]
-        ).expand(2, 1, 5, 5),
-        (torch.arange(5).expand(2, 5),),
-        "values of the graph input",
-    ),
     "cache-position": (
         lambda q, k, start: k_index(k) <= q_index(q) + start,
         (torch.tensor(4),),
@@ -196,6 +173,7 @@ REJECTED = {
         (),
         "rows without any key",
     ),
+    "where-twos": (lambda q, k: torch.where(k_index(k) <= q_index(q), 2, 0) == 1, (), "varies along queries"),
     "visible-minus-inf": (lambda q, k: torch.where(k_index(k) <= q_index(q), INF, 0.0), (), "no keys"),
     "minus-one-of-uint8": (
         lambda q, k: ((k_index(k) <= q_index(q)).to(torch.uint8) - 1) * 1e9,
@@ -224,8 +202,7 @@ REJECTED = {
 @pytest.mark.parametrize(("mask_of", "extra", "why"), REJECTED.values(), ids=REJECTED)
 def test_rejected_masks_say_why(mask_of, extra, why):
     dynamic = not any(tensor.ndim for tensor in extra)
-    lengths = (5, 5) if mask_of is REJECTED["packed"][0] else (5, 9)
-    proof, _ = capture(mask_of, *extra, dynamic=dynamic, lengths=lengths)
+    proof, _ = capture(mask_of, *extra, dynamic=dynamic)
     assert isinstance(proof, Rejected), str(proof)
     assert why in proof.reason
 

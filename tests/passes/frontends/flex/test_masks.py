@@ -22,6 +22,7 @@ QUERIES, KEYS = 200, 300
 PAD = torch.arange(KEYS) < torch.tensor([[KEYS], [177]])
 IDS = PAD.long()
 DOCUMENTS = torch.arange(KEYS) // 70
+FLOATS = DOCUMENTS.float()
 VISIBLE = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril()
 SHIFT = torch.tensor(3)
 GATE = torch.arange(QUERIES) > 3
@@ -83,6 +84,12 @@ PROVEN = {
     "causal-padding": (masked(and_masks(bottom_right, padding), 2), "causal, key padding"),
     "every-second-key": (masked(lambda b, h, i, j: (i >= j) & (j % 2 == 0)), "causal, offset 0, key padding"),
     "chunks": (masked(lambda b, h, i, j: (i >= j) & (i // 64 == j // 64)), "causal, offset 0, chunk 64"),
+    "documents": (
+        masked(and_masks(causal, lambda b, h, i, j: DOCUMENTS[i] == DOCUMENTS[j])), "packed causal, offset 0"
+    ),
+    "documents-by-row": (
+        masked(and_masks(bottom_right, lambda b, h, i, j: IDS[b, i] == IDS[b, j]), 2), "packed causal"
+    ),
     "nothing-hidden": (masked(noop_mask), "bidirectional"),
     "every-head": (masked(causal, 2, 4), "causal, offset 0"),
     "small-blocks": (masked(causal, BLOCK_SIZE=64), "causal, offset 0"),
@@ -93,7 +100,16 @@ PROVEN = {
 
 QUICK = (
     *("causal", "window", "around", "causal-padding", "every-second-key", "chunks", "union-of-hidden", "score-mod-too"),
-    *("captured-mask", "or", "documents", "by-head", "another-mask-mod", "factory-of-another-dtype", "tables-swapped"),
+    *(
+        "captured-mask",
+        "or",
+        "documents",
+        "documents-of-floats",
+        "by-head",
+        "another-mask-mod",
+        "factory-of-another-dtype",
+        "tables-swapped",
+    ),
     *("tables-written", "padding-written"),
 )
 """The rest is slow: Dynamo takes a second for each block mask."""
@@ -203,7 +219,8 @@ LEFT = {
     "gated": (masked(lambda b, h, i, j: (i >= j) & GATE[i]), "varies along queries"),
     "or": (masked(or_masks(causal, lambda b, h, i, j: j < 9)), "union of masks"),
     "xor": (masked(lambda b, h, i, j: (i >= j) ^ (j < 9)), "xor"),
-    "documents": (masked(and_masks(causal, lambda b, h, i, j: DOCUMENTS[i] == DOCUMENTS[j])), "packed"),
+    "documents-of-floats": (masked(lambda b, h, i, j: FLOATS[i] == FLOATS[j]), "NaN"),
+    "other-documents": (masked(lambda b, h, i, j: DOCUMENTS[i] != DOCUMENTS[j]), "union of masks"),
     "by-head": (masked(lambda b, h, i, j: (i >= j) | (h > 1), None, 4), "varies along heads"),
     "by-batch": (masked(lambda b, h, i, j: i >= j + b, 2), "varies along batch entries"),
     "modulo": (masked(lambda b, h, i, j: (i - j) % 2 == 0), "varies along"),
@@ -279,8 +296,8 @@ def test_a_kept_promise_passes_the_check(fresh_dynamo):
 
 def test_a_promise_is_none_about_the_mask_mod(fresh_dynamo):
     run = optimize(Outside(), S2OConfig(**CONFIG, assume_block_masks=True))
-    with record() as recording, pytest.warns(UserWarning, match="packed"):
-        run(*sized(), made(lambda b, h, i, j: DOCUMENTS[i] == DOCUMENTS[j]))
+    with record() as recording, pytest.warns(UserWarning, match="NaN"):
+        run(*sized(), made(lambda b, h, i, j: FLOATS[i] == FLOATS[j]))
     assert not any(site.rewritten for site in recording.report.sites)
 
 

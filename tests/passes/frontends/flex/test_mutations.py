@@ -126,7 +126,7 @@ def check(body, proof, symbols):
         pad = torch.rand(2, lengths[1]) < 0.6
         keys = None
         for key_mask in proof.key_masks:
-            assert (key_mask.batch_dim, key_mask.key_dim, key_mask.key_start) == (0, 1, 0)
+            assert (key_mask.batch_dim, key_mask.dim, key_mask.start) == (0, 1, 0)
             part = ~pad if key_mask.negated else pad
             keys = part if keys is None else keys & part
         stated = visible(proof, symbols, lengths, keys).expand(2, 1, *lengths)
