@@ -144,16 +144,21 @@ def run_short(
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
-def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq]."""
+def run(call: AttentionCall, options: OperatorOptions, output: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+
+    ``output``, with a unit last stride, may be used for the output, but need not be.
+    """
     options.check_heads(call.query.shape[1])
+    if call.pages is not None and not reads_pages(call, options):
+        call = call.out_of_pages()
     mask = call.mask.for_batch(call.query.shape[0])
     call = call if mask is call.mask else call.but(mask=mask)
     chunk = mask.attention_chunk
     if chunk is not None and 0 <= mask.offset <= chunk - call.n_queries:  # one chunk holds all queries
         call, chunk = call.but(mask=replace(mask, attention_chunk=None)), None
     if chunk is None:
-        return finish(call, *_attend(call, options))
+        return finish(call, *_attend(call, options, output))
     return finish(call, *attend_chunks(call, lambda part: _attend(part, options)))
 
 
@@ -201,19 +206,31 @@ def _refuse_budget(options: OperatorOptions) -> None:
         )
 
 
-def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
+def reads_pages(call: AttentionCall, options: OperatorOptions) -> bool:
+    """Whether the executor of a call reads pages in place, and no observer wants to look at its keys."""
+    return choose_implementation(options.implementation, call.query) == "triton" and not observing()
+
+
+def settle(call: AttentionCall, options: OperatorOptions) -> tuple[AttentionCall, str]:
+    """A call without a window that hides nothing, and its path."""
+    mask, n_keys = call.mask, call.n_keys
+    if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
+        call = call.but(mask=replace(mask, window=None))
+    path = choose_path(call, options.min_seq_len)
+    return call, "dense" if path == "s2o" and len(call.dense_heads) == call.key.shape[1] else path
+
+
+def _attend(
+    call: AttentionCall, options: OperatorOptions, output: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention without chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp.
 
     Sinks are for observers: `finish` puts them in.
     """
-    mask, n_keys = call.mask, call.n_keys
-    if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
-        call = call.but(mask=replace(mask, window=None))  # the window hides nothing
-    path = choose_path(call, options.min_seq_len)
+    call, path = settle(call, options)
     # A long mask takes more memory pair by pair than keys and values: there our own executor runs.
-    by_sdpa = path == "dense" or not needs_pairs(call.mask, n_keys, call.scale)
-    if path == "s2o" and len(call.dense_heads) == call.key.shape[1]:
-        path = "dense"
+    by_length = choose_path(call, options.min_seq_len) == "dense"
+    by_sdpa = call.pages is None and (by_length or not needs_pairs(call.mask, call.n_keys, call.scale))
     if path == "dense" and by_sdpa and not call.wants_lse and call.softcap is None:
         choose_implementation(options.implementation, call.query)  # or refuse
         record(call, path)
@@ -224,13 +241,13 @@ def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tens
         result = observe(observed)
         replaced = result is not vars(observed).get("result")
     else:
-        result = _execute(call, path, options)
+        result = _execute(call, path, options, output)
     measured = _measure(call, result, options) if path == "s2o" and not replaced else None
     record(call, path, result.computed, measured)
     return result.output, result.lse
 
 
-def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result:
+def _execute(call: AttentionCall, path: str, options: OperatorOptions, output: Tensor | None = None) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else over every visible key."""
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
@@ -240,4 +257,4 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        return schedule.attend(call, options, implementation, EXACT[implementation])
+        return schedule.attend(call, options, implementation, EXACT[implementation], output)

@@ -167,22 +167,34 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
         segment_len: Queries that share one ranking.
         shared: Query heads that share one ranking.
     """
-    head_dim = call.query.shape[3]
-    dims = choose_dims(second_moments(call.query, call.key), min(few_dims(head_dim), head_dim))
+    head_dim, kept, few_keys = call.query.shape[3], call.kept, None
+
+    def chosen() -> Tensor:
+        return choose_dims(second_moments(call.query, call.key), min(few_dims(head_dim), head_dim))
+
+    dims = chosen() if kept is None else kept.once("few dims", chosen)
+    if kept is not None:
+        first = kept.known("few keys", call)
+        few_keys = kept.extend("few keys", call, first, take_dims(call.key[:, :, first:], dims).float())
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, dims[:, heads], stride, segment_len, shared)
+        few = take_dims(part.key, dims[:, heads]).float() if few_keys is None else few_keys[:, heads, : part.n_keys]
+        return _score_keys(part, dims[:, heads], few, stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, dims: Tensor, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring."""
+def _score_keys(
+    call: AttentionCall, dims: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring.
+
+    ``few_key`` is float32 [B, Hkv, Nk, R], the keys in few dimensions.
+    """
     (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    few_key = take_dims(key, dims).float()
     few_query = (take_dims(query, dims).float() * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from s2o_compile.kernels.impl.triton.tile import launch, load_rows, needs_wide
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.impl.triton.tile import key_rows, launch, load_rows, needs_wide, paging
 from s2o_compile.kernels.ranking.per_query import dim_stride
 
 PARTS = 16
@@ -39,15 +40,15 @@ class FewDims(NamedTuple):
 
 @triton.jit
 def sum_samples(
-    base, stride_n, first, stop, step, length, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    base, stride_n, first, stop, step, length, pages, page_rows, last_page, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sums of x and of x^2 over samples [first, stop) of the rows at ``base``, float32 [BLOCK_DIM] each."""
     total = tl.zeros([BLOCK_DIM], tl.float32)
     power = tl.zeros([BLOCK_DIM], tl.float32)
     for j in range(first, stop, ROWS):
         sample = j + tl.arange(0, ROWS)
-        rows = tl.minimum(sample * step, length - 1)
+        rows = key_rows(tl.minimum(sample * step, length - 1), pages, page_rows, last_page, PAGE)
         x = load_rows(base, rows, stride_n, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32)
         x = tl.where((sample < stop)[:, None], x, 0.0)
         total += tl.sum(x, 0)
@@ -58,8 +59,8 @@ def sum_samples(
 @triton.jit
 def sum_moments_kernel(
     query_ptr, key_ptr, sum_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, n_queries, n_keys,
-    query_step, key_step, kv_heads, group, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr,
+    query_step, key_step, kv_heads, group, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sums of q^2 (over the group), k^2 and k over one part of the samples: [B * Hkv, 3, PARTS, BLOCK_DIM]."""
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -70,15 +71,15 @@ def sum_moments_kernel(
     for member in range(group):
         base = query_ptr + b * stride_qb + (h * group + member) * stride_qh
         _, power = sum_samples(
-            base, stride_qn, part * share, tl.minimum(part * share + share, samples), query_step, n_queries, HEAD_DIM,
-            BLOCK_DIM, ROWS, WIDE,
+            base, stride_qn, part * share, tl.minimum(part * share + share, samples), query_step, n_queries, pages,
+            page_rows, last_page, HEAD_DIM, BLOCK_DIM, ROWS, WIDE, 0,
         )  # fmt: skip
         query_power += power
     samples = tl.cdiv(n_keys, key_step)
     share = tl.cdiv(samples, PARTS)
     total, power = sum_samples(
         key_ptr + b * stride_kb + h * stride_kh, stride_kn, part * share, tl.minimum(part * share + share, samples),
-        key_step, n_keys, HEAD_DIM, BLOCK_DIM, ROWS, WIDE,
+        key_step, n_keys, pages, page_rows, last_page, HEAD_DIM, BLOCK_DIM, ROWS, WIDE, PAGE,
     )  # fmt: skip
     target = sum_ptr + (head * 3 * PARTS + part) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     tl.store(target, query_power)
@@ -123,10 +124,11 @@ def choose_dims_kernel(
     tl.store(key_factor_ptr + target, 1.0 / balance, mask=kept)
 
 
-def choose_dims(query: Tensor, key: Tensor, count: int, *, scale: float) -> FewDims:
+def choose_dims(call: AttentionCall, count: int) -> FewDims:
     """The ``count`` dimensions that carry most of the logits' variance, and their factors."""
+    query, key, _ = call.tensors
     batch, heads, n_queries, head_dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
+    kv_heads, n_keys = key.shape[1], call.n_keys
     group, block_dim = heads // kv_heads, max(16, triton.next_power_of_2(head_dim))
     query_step, key_step = (dim_stride(length) for length in (n_queries, n_keys))
     sums = torch.empty(batch * kv_heads, 3, PARTS, block_dim, device=query.device, dtype=torch.float32)
@@ -134,11 +136,12 @@ def choose_dims(query: Tensor, key: Tensor, count: int, *, scale: float) -> FewD
     launch(
         sum_moments_kernel, (PARTS, batch * kv_heads),
         query, key, sums, *query.stride()[:3], *key.stride()[:3], n_queries, n_keys, query_step, key_step, kv_heads,
-        group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, ROWS=32, WIDE=needs_wide(query, key), num_warps=4,
+        group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, ROWS=32,
+        WIDE=needs_wide(query, key), num_warps=4,
     )  # fmt: skip
     launch(
         choose_dims_kernel, (batch * kv_heads,),
-        sums, *chosen, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step), scale, count,
+        sums, *chosen, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step), call.scale, count,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, PARTS=PARTS, num_warps=4,
     )  # fmt: skip
     return chosen

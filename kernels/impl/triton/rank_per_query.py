@@ -6,7 +6,7 @@ Rows are packed to PACKED numbers: the chosen dimensions, brought to the same si
 for the row normaliser (its value and its rounding error), -1 in the keys. So the last kernel's product is normalised
 already, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
 them: the rate doubles, and a rank needs no more. few_query [B * Hr, P, G * n, PACKED], n of each segment's queries
-(``ranking.per_query.scored_positions``), few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hr, P, Nk]. G heads share a
+(``ranking.per_query.scored_positions``), few_key [B, Hkv, Nk, PACKED], score fp16 [B * Hr, P, Nk]. G heads share a
 ranking.
 """
 
@@ -21,7 +21,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.few_dims import FewDims, choose_dims
-from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, launch, seg_bounds
+from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -39,8 +39,9 @@ def scored_position(slot, member, segment_len, scored, shared):
 
 @triton.jit
 def pack_rows_kernel(
-    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, length, heads, group, shared,
-    segment_len, scored, segments, n_dims, last, largest, TILE: tl.constexpr, PACKED: tl.constexpr,
+    x_ptr, dims_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_db, first, length, heads, group,
+    shared, segment_len, scored, segments, n_dims, last, largest, pages, page_rows, last_page,
+    TILE: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Few dimensions of TILE rows [.., D], times their factors; ``last`` in the two columns of the normaliser."""
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -48,14 +49,17 @@ def pack_rows_kernel(
     b, h = head // heads, head % heads
     ranking_head = b * (heads // shared) + h // shared
     segment = slot // scored
-    row = segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
+    row = first + segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
+    present = row < length
+    if PAGE:
+        row = key_rows(tl.minimum(row, length - 1), pages, page_rows, last_page, PAGE)
     column = tl.arange(0, PACKED)
     chosen = column < n_dims
     place = b * stride_db + h // group * n_dims + column
     dims = tl.load(dims_ptr + place, mask=chosen, other=0)
     factor = tl.load(factor_ptr + place, mask=chosen, other=0.0)
     source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n + dims[None, :]
-    x = tl.load(source, mask=(row < length)[:, None] & chosen[None, :], other=0.0).to(tl.float32)
+    x = tl.load(source, mask=present[:, None] & chosen[None, :], other=0.0).to(tl.float32)
     x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # one bad row must not spoil the whole order
     x = tl.minimum(tl.maximum(x * factor[None, :], -largest), largest)
     x = tl.where((column >= PACKED - 2)[None, :], last, x)
@@ -88,7 +92,7 @@ def add_keys(
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, rankings, offset,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_key, stride_mb, n_queries, n_keys, n_segments, rows, heads, rankings, offset,
     seg_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
@@ -101,7 +105,7 @@ def row_normaliser_kernel(
     dims = tl.arange(0, PACKED)
     query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
     query = tl.load(query_ptr + dims[None, :])
-    few_key = few_key_ptr + head // rankings * n_keys * PACKED
+    few_key = few_key_ptr + head // rankings * stride_key
     key_mask = key_mask_ptr + head // heads * stride_mb
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     free_stop, end = seg_stop, n_keys  # all rows of the tile see what lies before free_stop
@@ -160,7 +164,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 
 @triton.jit
 def score_keys_kernel(
-    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, rankings, seg_offset,
+    few_query_ptr, few_key_ptr, score_ptr, stride_key, n_queries, n_keys, n_segments, rows, rankings, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +174,7 @@ def score_keys_kernel(
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
     key = tl.load(
-        few_key_ptr + (head // rankings * n_keys + keys)[:, None] * PACKED + dims[None, :],
+        few_key_ptr + head // rankings * stride_key + keys.to(tl.int64)[:, None] * PACKED + dims[None, :],
         mask=inside[:, None],
         other=0.0,
     )
@@ -219,10 +223,10 @@ def pack_rows(
     x: Tensor, dims: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, last: float,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """[B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
+    """Queries [B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
 
     Args:
-        x: Queries or keys.
+        x: Queries.
         dims: int32 [B, Hkv, R], the dimensions to keep.
         factor: float32 [B, Hkv, R], what each is multiplied by; strides as those of dims.
         shared: Neighbouring heads whose rows stand together.
@@ -237,50 +241,75 @@ def pack_rows(
     packed = torch.empty(batch * heads // shared, segments, shared * scored, width, device=x.device, dtype=dtype)
     launch(
         pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
-        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), length, heads, heads // dims.shape[1], shared,
-        segment_len, scored, segments, dims.shape[2], last, LARGEST[dtype], TILE=128, PACKED=width, num_warps=4,
+        x, dims, factor, packed, *x.stride()[:3], dims.stride(0), 0, length, heads, heads // dims.shape[1], shared,
+        segment_len, scored, segments, dims.shape[2], last, LARGEST[dtype], **paging(None, x), TILE=128, PACKED=width,
+        num_warps=4,
+    )  # fmt: skip
+    return packed
+
+
+def pack_keys(call: AttentionCall, chosen: FewDims, first: int = 0) -> Tensor:
+    """Keys from ``first`` on as `pack_rows` packs them, [B, Hkv, n, PACKED], -1 in the columns of the normaliser."""
+    key, dims, dtype = call.key, chosen.dims, packed_dtype(call.key.device)
+    batch, heads, _, head_dim = key.shape
+    count, width = call.n_keys - first, packed_width(head_dim)
+    packed = torch.empty(batch, heads, count, width, device=key.device, dtype=dtype)
+    launch(
+        pack_rows_kernel, (triton.cdiv(count, 128), batch * heads),
+        key, dims, chosen.key_factor, packed, *key.stride()[:3], dims.stride(0), first, call.n_keys, heads, 1, 1, count,
+        count, 1, dims.shape[2], -1.0, LARGEST[dtype], **paging(call.pages, key), TILE=128, PACKED=width, num_warps=4,
     )  # fmt: skip
     return packed
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
     """The function that scores slices of a call; ``shared`` heads share the ranking of ``segment_len`` queries."""
-    head_dim = call.query.shape[3]
-    chosen = choose_dims(call.query, call.key, min(packed_width(head_dim) - 2, head_dim), scale=call.scale)
+    head_dim, kept, packed = call.query.shape[3], call.kept, None
+    count = min(packed_width(head_dim) - 2, head_dim)
+    chosen = choose_dims(call, count) if kept is None else kept.once("few dims", lambda: choose_dims(call, count))
+    if kept is not None:
+        first = kept.known("few keys", call)
+        packed = kept.extend("few keys", call, first, pack_keys(call, chosen, first))
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, FewDims(*(x[:, heads] for x in chosen)), stride, segment_len, shared)
+        few = FewDims(*(x[:, heads] for x in chosen))
+        few_key = pack_keys(part, few) if packed is None else packed[:, heads]
+        return _score_keys(part, few, few_key, stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, chosen: FewDims, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
-    (query, key, _), mask = call.tensors, call.mask
-    batch, kv_heads, n_keys, _ = key.shape
-    ranking_heads = query.shape[1] // shared
+def _score_keys(
+    call: AttentionCall, chosen: FewDims, few_key: Tensor, stride: int, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix.
+
+    ``few_key`` is of `pack_keys`, for the call's keys at least.
+    """
+    query, mask, n_queries, n_keys = call.query, call.mask, call.n_queries, call.n_keys
+    batch, kv_heads = few_key.shape[:2]
+    ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
-    n_queries, dtype = query.shape[2], packed_dtype(query.device)
-    dims, query_factor, key_factor = chosen
     scored = scored_rows(segment_len, shared)
     few_query = pack_rows(
-        query, dims, query_factor, shared=shared, segment_len=segment_len, scored=scored, last=0.0, dtype=dtype
-    )
-    few_key = pack_rows(key, dims, key_factor, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
+        query, chosen.dims, chosen.query_factor, shared=shared, segment_len=segment_len, scored=scored, last=0.0,
+        dtype=dtype,
+    )  # fmt: skip
     segments, rows, width = few_query.shape[1:]
-    score = torch.empty(batch, ranking_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    score = torch.empty(batch, ranking_heads, segments, n_keys, device=query.device, dtype=torch.float16)
+    key_mask, stride_mb = key_mask_of(mask.key_mask, few_key)
     launch(
         row_normaliser_kernel, (rows // 128, segments, batch * ranking_heads),
-        few_query, few_key, *key_mask_of(mask.key_mask, few_key), n_queries, n_keys, segments, rows, ranking_heads,
+        few_query, few_key, key_mask, few_key.stride(1), stride_mb, n_queries, n_keys, segments, rows, ranking_heads,
         rankings, mask.offset, mask.seg_offset(n_queries, n_keys), stride, LARGEST[dtype],
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, SCORED=scored,
         FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     launch(
         score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * ranking_heads),
-        few_query, few_key, score, n_queries, n_keys, segments, rows, rankings, mask.seg_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
-        PTX=takes_ptx(query.device), num_warps=4,
+        few_query, few_key, score, few_key.stride(1), n_queries, n_keys, segments, rows, rankings,
+        mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS,
+        STAGES=3, PACKED=width, PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip
     return score

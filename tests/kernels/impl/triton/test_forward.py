@@ -305,7 +305,7 @@ class TestRanking:
         inputs = case.inputs(device)
         inputs.key[0, 0, ::8, 3] = torch.nan  # a dimension that is not finite is the last choice
         count = min(case.head_dim, 7)
-        actual = triton_few_dims.choose_dims(inputs.query, inputs.key, count, scale=inputs.scale)
+        actual = triton_few_dims.choose_dims(inputs.call, count)
         moments = ranking_per_query.second_moments(inputs.query, inputs.key)
         assert torch.equal(actual.dims.long(), ranking_per_query.choose_dims(moments, count))
         query, key = (x.gather(-1, actual.dims.long()).sqrt().clamp_min(1e-6) for x in (moments.query, moments.key))
