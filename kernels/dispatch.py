@@ -38,10 +38,11 @@ EXACT: dict[str, Callable[[AttentionCall], Result]] = {
 try:
     from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
+    from s2o_compile.kernels.impl.triton.packed import attend_packed
 
     EXACT["triton"] = triton_exact.attend_exact
 except ImportError:  # no triton here: only the torch implementation can run
-    triton_forward = triton_exact = None
+    triton_forward = triton_exact = attend_packed = None
 
 
 FLEX_DEVICES = ("xpu",)

@@ -44,6 +44,7 @@ from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, 
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site, Status
+from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if TYPE_CHECKING:
     from s2o_compile.aot.export import export
@@ -89,6 +90,7 @@ __all__ = [
     "OptionError",
     "Package",
     "PackageError",
+    "PrefillCache",
     "Recording",
     "Report",
     "S2OConfig",
@@ -104,6 +106,8 @@ __all__ = [
     "UnusedWeightsWarning",
     "WholeLogitsWarning",
     "attention",
+    "attention_paged",
+    "attention_varlen",
     "calibrate",
     "evaluate",
     "evaluate_tasks",

@@ -55,3 +55,36 @@ def flat_view(cache: Tensor) -> tuple[Tensor, int] | None:
     rows = (pages - 1) * page_rows + page_len
     strides = (0, head_stride, slot_stride, cache.stride(3))
     return cache.as_strided((1, heads, rows, dim), strides), page_rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockTable:
+    """The pages of several sequences.
+
+    Attributes:
+        table: int32 [S, most pages], unit last stride: the pages of each sequence in order; entries behind its last key
+            mean nothing.
+        page_len: Tokens of a page.
+        page_rows: Rows of the flat view from one page to the next.
+        last: Number of the cache's last page.
+    """
+
+    table: Tensor
+    page_len: int
+    page_rows: int
+    last: int
+
+    @property
+    def capacity(self) -> int:
+        """Keys of the longest sequence that the table has room for."""
+        return self.table.shape[1] * self.page_len
+
+    def pages(self, sequence: int, length: int) -> Pages:
+        """The pages of one sequence of this many keys."""
+        return Pages(
+            table=self.table[sequence],
+            length=length,
+            page_len=self.page_len,
+            page_rows=self.page_rows,
+            last=self.last,
+        )
