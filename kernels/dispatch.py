@@ -238,7 +238,7 @@ def _attend(
         return attend_by_sdpa(call), None
     replaced = False
     if path == "s2o" and observing():
-        observed = ObservedCall(**vars(call), options=options, execute=_execute)
+        observed = ObservedCall(**vars(call.but(kept=None)), options=options, execute=_execute)
         result = observe(observed)
         replaced = result is not vars(observed).get("result")
     else:

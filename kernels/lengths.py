@@ -36,7 +36,7 @@ class Sequences(NamedTuple):
     n_keys: list[int]
 
     def table(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-        """int32 [5, S] of some of them, as ``attend_packed`` of the Triton kernels takes it, and the number of tiles."""
+        """int32 [5, S] of some of them, as the kernels of packed sequences take it, and the number of tiles."""
         lists = [[field[at] for at in chosen] for field in self]
         stop, stops = 0, []
         for n_queries in lists[1]:
@@ -80,7 +80,9 @@ def check_counts(**counts: int) -> None:
     """Raise InputError unless all arguments are made for one number of sequences."""
     if len(set(counts.values())) > 1:
         got = ", ".join(f"{count} in {name}" for name, count in counts.items())
-        raise InputError("sequences", expected="one number of them", got=got, remedy="Give each sequence in all of them.")
+        raise InputError(
+            "sequences", expected="one number of them", got=got, remedy="Give each sequence in all of them."
+        )
 
 
 def read_starts(name: str, starts: Tensor, total: int) -> list[int]:

@@ -62,8 +62,8 @@ def _kept_flags(call: AttentionCall, find: Callable[..., Tensor]) -> Tensor:
     """Which keys are not finite, bool [B, Hkv, Nk]; of keys of earlier chunks of a prefill that is known."""
     if call.kept is None:
         return find(call.key, call.value, call.pages, 0)
-    first = call.kept.known("non-finite keys", call)
-    return call.kept.extend("non-finite keys", call, first, find(call.key, call.value, call.pages, first))
+    first = call.kept.known("non-finite keys", call.earlier_keys)
+    return call.kept.extend("non-finite keys", call.n_keys, first, find(call.key, call.value, call.pages, first))
 
 
 class Planner:
@@ -80,9 +80,11 @@ class Planner:
             assert triton_order is not None
             prepare, self._order_keys = PREPARE_BY_TRITON, triton_order.order_keys
             non_finite = triton_order.find_non_finite
-        if call.kept is not None:
-            call.kept.check(call, (implementation, self.shared, options.ranking))
         self.shared = call.group if options.ranking_per == "group" else 1  # query heads that share a ranking
+        if call.kept is not None:
+            shapes = call.query.shape[1], *call.key.shape[1::2], call.value.shape[3]
+            how = implementation, self.shared, options.ranking, call.mask.causal, call.scale
+            call.kept.check((*shapes, call.key.dtype, call.key.device, *how))
         self._score_keys = prepare[options.ranking](call, self.segment_len, self.shared)
         self._rankings = call.group // self.shared
         self._non_finite = _kept_flags(call, non_finite)

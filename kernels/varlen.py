@@ -56,6 +56,11 @@ class Packed:
     longest_key: int | None = None
 
     @property
+    def on_host(self) -> bool:
+        """Whether the host knows the lengths without waiting."""
+        return self.query_starts.is_cpu and self.keys.is_cpu
+
+    @property
     def key_room(self) -> int:
         """Keys of all sequences, or of a sequence in pages at most."""
         return self.call.key.shape[2] if self.blocks is None else self.blocks.capacity
@@ -117,8 +122,7 @@ def run_packed(packed: Packed, options: OperatorOptions, output: Tensor | None =
 def _all_exact(packed: Packed, options: OperatorOptions) -> bool:
     """Whether lengths are on the device, and every sequence runs exactly whatever they are."""
     call = packed.call
-    on_host = packed.query_starts.is_cpu and packed.keys.is_cpu
-    if on_host or recording() or choose_implementation(options.implementation, call.query) != "triton":
+    if packed.on_host or recording() or choose_implementation(options.implementation, call.query) != "triton":
         return False
     most_keys = packed.key_room if packed.longest_key is None else packed.longest_key
     most_queries = call.n_queries if packed.longest_query is None else packed.longest_query

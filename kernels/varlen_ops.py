@@ -6,7 +6,7 @@ They are made as the operators of ``ops.py`` are; `packed_of` and `paged_of` che
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def attention_paged(
 ) -> tuple[Tensor, Tensor]:
     """Attention over sequences whose keys lie in pages; see ``s2o_compile.attention_paged`` for the arguments.
 
-    Key and value are caches [pages, page_len, Hkv, D] and [pages, page_len, Hkv, Dv], any strides with unit last stride.
+    Key and value are caches [pages, page_len, Hkv, D] and [pages, page_len, Hkv, Dv], with a unit last stride.
 
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
@@ -227,7 +227,9 @@ _paged = define_operator(_library, attention_paged, differentiable_paged, tags=_
 
 @torch.library.register_fake("s2o::attention_varlen", lib=_library)
 @torch.library.register_fake("s2o::attention_paged", lib=_library)
-def _(query: Tensor, _key: Tensor, value: Tensor, *_: object, return_lse: bool = False, **__: object) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, _key: Tensor, value: Tensor, *_: object, return_lse: bool = False, **__: object
+) -> tuple[Tensor, Tensor]:
     tokens, heads, _dim = query.shape
     lse = query.new_empty((heads, tokens) if return_lse else (0,), dtype=torch.float32)
     return query.new_empty(tokens, heads, value.shape[-1]), lse

@@ -44,7 +44,6 @@ from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, 
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
 from s2o_compile.report import Report, Site, Status
-from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if TYPE_CHECKING:
     from s2o_compile.aot.export import export
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from s2o_compile.quality.evaluation import Evaluation
     from s2o_compile.quality.tasks.evaluate import evaluate_tasks
     from s2o_compile.quality.tasks.scores import TaskScores
+    from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     warnings.warn(
@@ -66,7 +66,10 @@ if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
 _LOADED_ON_FIRST_USE = {
     "Evaluation": "quality.evaluation",
     "Package": "aot.package",
+    "PrefillCache": "varlen",
     "TaskScores": "quality.tasks.scores",
+    "attention_paged": "varlen",
+    "attention_varlen": "varlen",
     "calibrate": "quality.calibrate",
     "evaluate": "quality.evaluate",
     "evaluate_tasks": "quality.tasks.evaluate",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from s2o_compile.by_site import site_heads, site_taus
-from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels.core.budget_rule import tau_for
 from s2o_compile.kernels.core.options import FIELDS, OperatorOptions
 from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError

@@ -146,7 +146,9 @@ def attention_paged(
         _check_out(out, query, value_cache)
     options = _options(config, "attention_paged", site)
     if chunks is not None and not isinstance(chunks, PrefillCache):
-        raise InputError("chunks", expected="a PrefillCache", got=shown(chunks), remedy="Make one a layer and sequence.")
+        raise InputError(
+            "chunks", expected="a PrefillCache", got=shown(chunks), remedy="Make one a layer and sequence."
+        )
     if is_differentiated(query, key_cache, value_cache, sinks):
         output, lse = varlen_ops.differentiable_paged(*tensors, **shared)
     elif chunks is not None or (out is not None and can_skip_dispatcher(*tensors, out)):

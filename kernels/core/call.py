@@ -119,6 +119,11 @@ class AttentionCall:
         return self.key.shape[2] if self.pages is None else self.pages.length
 
     @property
+    def earlier_keys(self) -> int:
+        """Keys before those of the queries themselves, if a sequence's last keys are theirs."""
+        return max(self.n_keys - self.n_queries, 0)
+
+    @property
     def wants_lse(self) -> bool:
         """Whether an executor must return the log-sum-exp: for the caller, or for sinks."""
         return self.return_lse or self.sinks is not None

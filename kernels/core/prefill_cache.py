@@ -11,17 +11,22 @@ every chunk chooses its own. Nothing else differs: over the same dimensions the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.support.errors import InputError
 
-if TYPE_CHECKING:
-    from s2o_compile.kernels.core.call import AttentionCall
-
 Kept = TypeVar("Kept")
+
+
+class _Grown(NamedTuple):
+    """Entries [B, H, room, ..] that are made of ``keys`` keys, by the rule that ``version`` names."""
+
+    version: object
+    keys: int
+    entries: Tensor
 
 
 class PrefillCache:
@@ -35,7 +40,7 @@ class PrefillCache:
     def __init__(self) -> None:
         self._made_for: object = None
         self._once: dict[str, object] = {}
-        self._grown: dict[str, tuple[object, int, Tensor]] = {}
+        self._grown: dict[str, _Grown] = {}
 
     def clear(self) -> None:
         """Forget everything."""
@@ -44,19 +49,16 @@ class PrefillCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that grow with the keys."""
-        return sum(kept.numel() * kept.element_size() for _, _, kept in self._grown.values())
+        return sum(kept.entries.nbytes for kept in self._grown.values())
 
-    def check(self, call: AttentionCall, options: object) -> None:
-        """Raise InputError unless this is a chunk of a prefill like the ones before."""
-        query, key, value = call.tensors
-        shapes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        made_for = (*shapes, call.scale, call.mask.causal, key.dtype, key.device, options)
+    def check(self, made_for: object) -> None:
+        """Raise InputError unless chunks before were made for the same heads, dtype, device and options."""
         if self._made_for is None:
             self._made_for = made_for
         if self._made_for != made_for:
             raise InputError(
                 "chunks",
-                expected="the heads, dtype, device, scale and configuration of the chunks before",
+                expected=f"{self._made_for}, as of the chunks before: sizes, dtype, device and options",
                 got=made_for,
                 remedy="Keep one PrefillCache for each layer and sequence, or clear() it.",
             )
@@ -67,20 +69,23 @@ class PrefillCache:
             self._once[name] = make()
         return self._once[name]  # pyright: ignore[reportReturnType]
 
-    def known(self, name: str, call: AttentionCall, version: object = None) -> int:
-        """How many keys of a call are in what is kept under a name; another version of it is forgotten."""
-        kept = self._grown.get(name)
-        return min(kept[1], call.n_keys - call.n_queries) if kept is not None and kept[0] == version else 0
+    def known(self, name: str, earlier: int, version: object = None) -> int:
+        """How many of the ``earlier`` keys, those before a chunk's own, are in what is kept under a name.
 
-    def extend(self, name: str, call: AttentionCall, first: int, new: Tensor, version: object = None) -> Tensor:
-        """What is kept under a name for all keys of a call [B, H, n, ..]: entries from ``first`` on are new."""
+        Another version of it is forgotten.
+        """
+        kept = self._grown.get(name)
+        return min(kept.keys, earlier) if kept is not None and kept.version == version else 0
+
+    def extend(self, name: str, n_keys: int, first: int, new: Tensor, version: object = None) -> Tensor:
+        """What is kept under a name for all ``n_keys`` keys, [B, H, n, ..]: entries from ``first`` on are new."""
         size = first + new.shape[2]
-        room = self._grown[name][2] if first else new[:, :, :0]
+        room = self._grown[name].entries if first else new[:, :, :0]
         if room.shape[2] < size:  # by half more than needed: a copy for every chunk would cost as much as it spares
             with torch.inference_mode(mode=False):  # later chunks may run outside of that mode
                 more = torch.empty(*new.shape[:2], size + size // 2, *new.shape[3:], dtype=new.dtype, device=new.device)
             more[:, :, :first] = room[:, :, :first]
             room = more
         room[:, :, first:size] = new
-        self._grown[name] = version, call.n_keys, room
+        self._grown[name] = _Grown(version, n_keys, room)
         return room[:, :, :size]

@@ -298,7 +298,9 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
 
 def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise InputError unless these are packed sequences, [T, Hq, D], [Tk, Hkv, D] and [Tk, Hkv, Dv]; T may be 0."""
-    _check_tokens({"query": query, "key": key, "value": value}, {"query": 3, "key": 3, "value": 3}, "[tokens, heads, D]")
+    _check_tokens(
+        {"query": query, "key": key, "value": value}, {"query": 3, "key": 3, "value": 3}, "[tokens, heads, D]"
+    )
     _check_heads(query, key.shape, value.shape, places=1)
 
 

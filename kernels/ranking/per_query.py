@@ -174,8 +174,8 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
 
     dims = chosen() if kept is None else kept.once("few dims", chosen)
     if kept is not None:
-        first = kept.known("few keys", call)
-        few_keys = kept.extend("few keys", call, first, take_dims(call.key[:, :, first:], dims).float())
+        first = kept.known("few keys", call.earlier_keys)
+        few_keys = kept.extend("few keys", call.n_keys, first, take_dims(call.key[:, :, first:], dims).float())
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import s2o_compile
 from s2o_compile.kernels.statistics import record_calls
-from tests.conftest import CUDA, INTERPRETED
+from tests.conftest import INTERPRETED
 from tests.helpers.packings import LAYOUTS, Packing, assert_exact, config, in_pages, sinks_of
 
 # The interpreter computes with NumPy, which warns where kernels count on NaN and inf.
@@ -86,7 +86,9 @@ def test_pages_change_no_bit(packing, layout, device, implementation):
             actual = paged(packing, inputs, layout, 32, implementation=implementation, **options)
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
-        figures = [[(c.path, c.n_queries, c.n_keys, c.mask, c.density, c.error) for c in x] for x in (calls, expected_calls)]
+        figures = [
+            [(c.path, c.n_queries, c.n_keys, c.mask, c.density, c.error) for c in x] for x in (calls, expected_calls)
+        ]
         assert figures[0] == figures[1]
         assert sorted(c.path for c in calls) == ["dense", "s2o", "s2o"]
 

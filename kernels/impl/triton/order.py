@@ -51,8 +51,8 @@ LARGEST = tl.constexpr(65504.0)
 @triton.jit
 def find_non_finite_kernel(
     key_ptr, value_ptr, non_finite_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, first_key,
-    n_keys, kv_heads, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    n_keys, kv_heads, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Mark keys that hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
     head = tl.program_id(1).to(tl.int64)

@@ -1,8 +1,8 @@
 """Exact attention over packed sequences in one launch: short ones, windows, and lengths that only the device knows.
 
 Sequence s has the queries ``query_start[s]`` and on, and keys behind ``key_start[s]`` or in pages of its own. A program
-looks up whose tile it computes. So there are as many programs as tiles at most, a number that lengths do not change, and
-the host need not know them. query [1, Hq, T, D], key and value [1, Hkv, rows, D]; results as ``exact.py``.
+looks up whose tile it computes. There are as many programs as tiles at most, which lengths do not change: the host need
+not know them. query [1, Hq, T, D], key and value [1, Hkv, rows, D]; results as ``exact.py``.
 """
 
 from __future__ import annotations
@@ -122,5 +122,6 @@ def attend_packed(
             0 if mask.window is None else mask.window, *logit_scales(call.scale, softcap), **pages,
             FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
             HAS_SINKS=call.sinks is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-            WIDE=needs_wide(query, key, part), **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
+            WIDE=needs_wide(query, key, part),
+            **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip

@@ -26,8 +26,9 @@ LARGEST = tl.constexpr(60000.0)
 @triton.jit
 def score_means_kernel(
     mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, rankings, seg_offset,
-    pages, page_rows, last_page, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix, SEGMENTS of them at a time."""
     head = tl.program_id(1).to(tl.int64)

@@ -92,8 +92,8 @@ def add_keys(
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_key, stride_mb, n_queries, n_keys, n_segments, rows, heads, rankings, offset,
-    seg_offset, stride, largest,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_key, stride_mb, n_queries, n_keys, n_segments, rows, heads,
+    rankings, offset, seg_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -268,8 +268,8 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
     count = min(packed_width(head_dim) - 2, head_dim)
     chosen = choose_dims(call, count) if kept is None else kept.once("few dims", lambda: choose_dims(call, count))
     if kept is not None:
-        first = kept.known("few keys", call)
-        packed = kept.extend("few keys", call, first, pack_keys(call, chosen, first))
+        first = kept.known("few keys", call.earlier_keys)
+        packed = kept.extend("few keys", call.n_keys, first, pack_keys(call, chosen, first))
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:

@@ -60,8 +60,9 @@ def sampled_fwd_kernel(
     query_ptr, key_ptr, value_ptr, part_ptr, lse_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_part, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
-    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -206,8 +207,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             n_rows, n_queries, n_keys, heads, call.group, mask.offset, *logit_scales(call.scale, call.softcap),
-            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN, TILE=tile,
-            HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
+            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN,
+            TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, query.device),
         )  # fmt: skip
     exact = ExactRows(

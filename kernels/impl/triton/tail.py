@@ -21,8 +21,8 @@ ROWS = 64
 
 @triton.jit
 def block_sums_kernel(
-    value_ptr, key_mask_ptr, sum_ptr, count_ptr, stride_vb, stride_vh, stride_vn, stride_mb, first_block, n_keys, kv_heads,
-    shift, block_len, pages, page_rows, last_page, HAS_KEY_MASK: tl.constexpr, VALUE_DIM: tl.constexpr,
+    value_ptr, key_mask_ptr, sum_ptr, count_ptr, stride_vb, stride_vh, stride_vn, stride_mb, first_block, n_keys,
+    kv_heads, shift, block_len, pages, page_rows, last_page, HAS_KEY_MASK: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sum and number of the values of one block of keys of one head: keys ``j * block_len - shift`` and on.
@@ -53,8 +53,8 @@ def block_sums_kernel(
 
 @triton.jit
 def tail_means_kernel(
-    sum_ptr, count_ptr, mean_ptr, stride_sum, stride_count, blocks, first_own, CAUSAL: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
+    sum_ptr, count_ptr, mean_ptr, stride_sum, stride_count, blocks, first_own, CAUSAL: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The mean of all blocks of one head but a segment's own, which is ``first_own`` + segment, and what is behind it.
 
@@ -96,10 +96,10 @@ def _kept_sums(call: AttentionCall, shift: int, block_len: int) -> tuple[Tensor,
     if call.kept is None:
         return block_sums(call, shift, block_len)
     version = shift, block_len
-    first = (call.kept.known("value sums", call, version) + shift) // block_len
+    first = (call.kept.known("value sums", call.earlier_keys, version) + shift) // block_len
     made = block_sums(call, shift, block_len, first)
     names = "value sums", "value counts"
-    sums, counts = (call.kept.extend(name, call, first, x, version) for name, x in zip(names, made, strict=True))
+    sums, counts = (call.kept.extend(name, call.n_keys, first, x, version) for name, x in zip(names, made, strict=True))
     return sums, counts
 
 
