@@ -73,7 +73,7 @@ class Planner:
     """
 
     def __init__(self, call: AttentionCall, options: OperatorOptions, implementation: str = "torch") -> None:
-        self.segment_len = options.segment_len or default_segment_len(call.n_queries)
+        self.segment_len = options.segment_len or default_segment_len(max(call.n_queries, call.n_keys))
         self._chunk_len = default_chunk_len(call.n_keys)
         prepare, self._order_keys, non_finite = PREPARE, plan.order_keys, _non_finite_keys
         if implementation == "triton":
