@@ -70,10 +70,14 @@ def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, s
 
     A compiled graph says so itself. ``stacklevel`` counts from the caller of this function.
     """
-    if torch.compiler.is_compiling() or is_short(query, query.shape[2], key.shape[2], min_seq_len):
-        return
+    if not torch.compiler.is_compiling() and not is_short(query, query.shape[2], key.shape[2], min_seq_len):
+        warn_of_dense(key.shape[2], stacklevel=1 + stacklevel)
+
+
+def warn_of_dense(n_keys: int, *, stacklevel: int = 1) -> None:
+    """Say that attention over so many keys is dense; ``stacklevel`` as for `warn_of_derivatives`."""
     warnings.warn(
-        f"s2o attention over {key.shape[2]} keys is dense: derivatives of it are wanted, and the sparse operator has "
+        f"s2o attention over {n_keys} keys is dense: derivatives of it are wanted, and the sparse operator has "
         "none. Call it under torch.no_grad(), or detach its inputs.",
         DenseGradientWarning,
         stacklevel=1 + stacklevel,

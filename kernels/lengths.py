@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.pages import BlockTable
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import InputError
 
 INTEGERS = (torch.int32, torch.int64)
@@ -105,6 +105,21 @@ def read_starts(name: str, starts: Tensor, total: int) -> list[int]:
 def lengths_of(starts: list[int]) -> list[int]:
     """The lengths of cumulative lengths."""
     return [stop - start for start, stop in pairwise(starts)]
+
+
+def as_longest(name: str, longest: object) -> int | None:
+    """The most tokens of a sequence as Python's integer, None if the caller does not know.
+
+    Raises:
+        InputError: It is no integer, or below 0.
+    """
+    if longest is None or isinstance(longest, torch.SymInt):
+        return longest
+    number = as_integer(longest, least=0)
+    if number is None:
+        remedy = "Leave it None, or read it out of a tensor with .item()."
+        raise InputError(name, expected="a number of tokens, or None", got=shown(longest), remedy=remedy)
+    return number
 
 
 def check_longest(name: str, longest: int | None, lengths: list[int]) -> None:

@@ -13,7 +13,8 @@ from s2o_compile.kernels import varlen_ops
 from s2o_compile.kernels.core.options import from_op_kwargs
 from s2o_compile.kernels.core.prefill_cache import PrefillCache
 from s2o_compile.kernels.core.validation import check_kinds, check_numbers
-from s2o_compile.kernels.lengths import as_integers
+from s2o_compile.kernels.dispatch import is_short, warn_of_dense
+from s2o_compile.kernels.lengths import as_integers, as_longest
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
@@ -78,11 +79,16 @@ def attention_varlen(
     """
     check_kinds(query=query, key=key, value=value, sinks=sinks)
     lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("cu_seqlens_k", cu_seqlens_k)
-    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    longest = {
+        "max_seqlen_q": as_longest("max_seqlen_q", max_seqlen_q),
+        "max_seqlen_k": as_longest("max_seqlen_k", max_seqlen_k),
+    }
     shared = _shared(causal, window, scale, softcap, return_lse, site)
     tensors = (query, key, value, *lengths, sinks)
     if is_differentiated(query, key, value, sinks):
-        return varlen_ops.differentiable_varlen(*tensors, **longest, **shared)[0]
+        _warn_of_derivatives(query, lengths[0].diff(), lengths[1].diff(), config)
+        output, lse = varlen_ops.differentiable_varlen(*tensors, **longest, **shared)
+        return (output, lse) if return_lse else output
     plain = can_skip_dispatcher(*tensors)
     attend = varlen_ops.attention_varlen if plain else torch.ops.s2o.attention_varlen.default
     output, lse = attend(*tensors, **longest, **shared, **_options(config, "attention_varlen", site))
@@ -150,6 +156,7 @@ def attention_paged(
             "chunks", expected="a PrefillCache", got=shown(chunks), remedy="Make one a layer and sequence."
         )
     if is_differentiated(query, key_cache, value_cache, sinks):
+        _warn_of_derivatives(query, lengths[0].diff(), lengths[1], config)
         output, lse = varlen_ops.differentiable_paged(*tensors, **shared)
     elif chunks is not None or (out is not None and can_skip_dispatcher(*tensors, out)):
         output, lse = _into(out, chunks, tensors, shared, options)
@@ -178,6 +185,17 @@ def _into(
     packed = varlen_ops.paged_of(*tensors, chunks=chunks, dense_heads=marked, **shared)
     head_tau = options.pop("head_tau", None)
     return run_packed(packed, from_op_kwargs(**options, head_tau=tuple(head_tau or ())), out)
+
+
+def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, config: S2OConfig | None) -> None:
+    """Say of a sequence that could be sparse that it is dense, because derivatives of it are wanted."""
+    if torch.compiler.is_compiling():  # a compiled graph says so itself
+        return
+    shortest = config_or_default(config, "attention").min_seq_len
+    for count, keys in zip(n_queries.tolist(), n_keys.tolist(), strict=False):
+        if not is_short(query, count, keys, shortest):
+            warn_of_dense(keys, stacklevel=3)
+            return
 
 
 def _shared(

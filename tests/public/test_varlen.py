@@ -177,6 +177,18 @@ class TestInGraphs:
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
         assert torch.equal(*rooms)
 
+    def test_lists_in_a_compiled_function(self, fresh_dynamo):
+        packing = Packing(lengths=((130, 200), (4, 9)))
+        query, key, value, starts, key_starts = packing.joined(packing.inputs())
+
+        exact = config()
+
+        def attend(query):
+            return s2o_compile.attention_varlen(query, key, value, [0, 130, 134], [0, 200, 209], config=exact)
+
+        expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, config=exact)
+        assert torch.equal(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), expected)
+
     def test_autocast_runs_in_its_dtype(self):
         packing = Packing(lengths=((130, 200),))
         query, key, value, starts, key_starts = packing.joined(packing.inputs())
@@ -193,7 +205,8 @@ def test_derivatives_are_exact():
     packing = Packing(lengths=((130, 200), (4, 9), (3, 0)), heads=2, kv_heads=1, head_dim=4)
     query, key, value, *starts = packing.joined(packing.inputs())
     tensors = [x.requires_grad_() for x in (query, key, value)]
-    output = s2o_compile.attention_varlen(*tensors, *starts, config=config(tau=9.0))
+    with pytest.warns(s2o_compile.DenseGradientWarning, match="200 keys"):
+        output = s2o_compile.attention_varlen(*tensors, *starts, config=config(tau=9.0))
     output.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in tensors)
     with torch.no_grad():
@@ -223,6 +236,7 @@ class TestBadInput:
             ({"cu_seqlens_k": [0, 90]}, "sequences"),
             ({"max_seqlen_q": 5}, "max_seqlen_q"),
             ({"max_seqlen_k": 5}, "max_seqlen_k"),
+            ({"max_seqlen_k": 50.0}, "max_seqlen_k"),
             ({"query": torch.zeros(1, 4, 10, 16)}, "rank of query"),
             ({"key": torch.zeros(90, 3, 16)}, "shape of key and value"),
             ({"query": torch.zeros(10, 5, 16)}, "number of heads"),
