@@ -29,6 +29,7 @@ from s2o_compile.kernels.lengths import (
     read_starts,
     table_on_device,
 )
+from s2o_compile.kernels.schedule import side_by_side
 from s2o_compile.kernels.statistics import count, record, recording
 
 
@@ -150,28 +151,33 @@ def _as_call(output: Tensor, lse: Tensor, rows: slice = slice(None)) -> tuple[Te
 
 
 def _attend_read(packed: Packed, sequences: Sequences, options: OperatorOptions, output: Tensor, lse: Tensor) -> None:
-    """Sequences one by one, except those that run exactly in one launch."""
+    """Sequences one by one, two under way at a time on a GPU, except those that run exactly in one launch."""
     call = packed.call
     by_triton = choose_implementation(options.implementation, call.query) == "triton"
+    apart: list[tuple[AttentionCall, slice]] = []
     together: list[int] = []
     for at, part, rows in _real_sequences(packed, sequences, output, lse):
         settled, path = settle(part, options)
         if by_triton and path != "s2o" and (packed.blocks is None or reads_pages(part, options)):
             together.append(at)
             record(settled, path)
-            continue
-        into, masses = _as_call(output, lse, rows)
-        found, mass = run(part.for_kernels(), options, into)
-        if found.data_ptr() != into.data_ptr():
-            into.copy_(found)
-        if mass is not None:
-            masses.copy_(mass)
+        else:
+            apart.append((part, rows))
     if together and attend_packed is not None:
         table, tiles = sequences.table(together, call.query.device)
         blocks = packed.blocks
         if blocks is not None and len(together) < len(sequences.n_keys):
             blocks = replace(blocks, table=blocks.table[together])
         attend_packed(call, table, tiles, blocks, *_as_call(output, lse))
+    with side_by_side(call.query.device, len(apart)) as turn:
+        for number, (part, rows) in enumerate(apart):
+            into, masses = _as_call(output, lse, rows)
+            with turn(number):
+                found, mass = run(part.for_kernels(), options, into)
+                if found.data_ptr() != into.data_ptr():
+                    into.copy_(found)
+                if mass is not None:
+                    masses.copy_(mass)
 
 
 def _real_sequences(

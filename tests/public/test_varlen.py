@@ -26,7 +26,8 @@ FEATURES = [
     Packing(lengths=LENGTHS, scale=-0.2),
     Packing(lengths=((130, 300), (5, 9)), softcap=5.0, sinks=True, window=1000),
 ]
-IMPLEMENTATIONS = [pytest.param("cpu", "torch"), pytest.param("cpu", "triton", marks=INTERPRETED.marks)]
+TORCH, TRITON = pytest.param("cpu", "torch"), pytest.param("cpu", "triton", marks=INTERPRETED.marks)
+SLOW_TRITON = pytest.param("cpu", "triton", marks=[*INTERPRETED.marks, pytest.mark.slow])
 
 
 def varlen(packing, inputs, device="cpu", lengths=None, **options):
@@ -47,7 +48,7 @@ def paged(packing, inputs, layout="heads_first", page_len=16, device="cpu", **op
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, TRITON])
 @pytest.mark.parametrize("packing", FEATURES, ids=str)
 def test_every_sequence_is_exact_at_tau_0(packing, device, implementation):
     inputs = packing.inputs(device)
@@ -57,7 +58,7 @@ def test_every_sequence_is_exact_at_tau_0(packing, device, implementation):
     assert_exact(packing, inputs, output, lse)
 
 
-@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, SLOW_TRITON])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_packings(seed, device, implementation):
     draw = random.Random(seed)
@@ -73,10 +74,16 @@ PAGED = [packing for packing in FEATURES if all(a <= b or not b for a, b in pack
 PAGED = PAGED[::2]
 
 
-@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("packing", [Packing(lengths=((130, 700), (1, 33), (129, 129)))], ids=str)
-def test_pages_change_no_bit(packing, layout, device, implementation):
+@pytest.mark.parametrize(
+    ("layout", "device", "implementation"),
+    [
+        *[pytest.param(layout, *TORCH.values) for layout in LAYOUTS],
+        pytest.param("heads_first", *TRITON.values, marks=TRITON.marks),
+        *[pytest.param(layout, *TRITON.values, marks=SLOW_TRITON.marks) for layout in LAYOUTS[1:]],
+    ],
+)
+def test_pages_change_no_bit(layout, device, implementation):
+    packing = Packing(lengths=((130, 700), (1, 33), (129, 129)))
     inputs = packing.inputs(device)
     others = [{"tau": 0.0}, {"error": 0.05}, {"tau": 0.5, "ranking": "mean_query"}]
     for options in [{"tau": 0.5}, *(others if layout == "two" else [])]:
@@ -93,7 +100,7 @@ def test_pages_change_no_bit(packing, layout, device, implementation):
         assert sorted(c.path for c in calls) == ["dense", "s2o", "s2o"]
 
 
-@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, SLOW_TRITON])
 @pytest.mark.parametrize("packing", PAGED, ids=str)
 def test_pages_under_every_mask(packing, device, implementation):
     packing = Packing(**{**vars(packing), "lengths": tuple(pair for pair in packing.lengths if pair[1])})
@@ -101,7 +108,7 @@ def test_pages_under_every_mask(packing, device, implementation):
     assert_exact(packing, inputs, *paged(packing, inputs, implementation=implementation, page_len=48))
 
 
-@pytest.mark.parametrize(("device", "implementation"), IMPLEMENTATIONS)
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, TRITON])
 def test_other_sequences_never_leak(device, implementation):
     packing = Packing(lengths=((130, 130), (129, 300), (5, 30), (128, 128)))
     inputs = packing.inputs(device)
@@ -119,17 +126,15 @@ def test_other_sequences_never_leak(device, implementation):
     assert actual[~seen].isnan().all()
 
 
-def test_marked_heads_are_exact_in_pages_as_well():
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, SLOW_TRITON])
+def test_marked_heads_are_exact_in_pages_as_well(device, implementation):
     packing = Packing(lengths=((130, 600),), heads=3, kv_heads=3)
-    inputs = packing.inputs()
-    marked = {"tau": 2.0, "dense_heads": {"a": (0, 2)}}
-    query, key, value, starts, key_starts = packing.joined(inputs)
+    query, key, value, starts, key_starts = packing.joined(packing.inputs(device), device)
     cache, table, lengths = in_pages(key, value, key_starts, 16, "heads_first")
-    for implementation in ("torch", "triton"):
-        options = {"config": config(implementation=implementation, **marked), "site": "a"}
-        expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options)
-        actual = s2o_compile.attention_paged(query, cache, table, starts, lengths, **options)
-        assert torch.equal(actual, expected)
+    options = {"config": config(implementation=implementation, tau=2.0, dense_heads={"a": (0, 2)}), "site": "a"}
+    expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options)
+    actual = s2o_compile.attention_paged(query, cache, table, starts, lengths, **options)
+    assert torch.equal(actual, expected)
 
 
 def test_an_output_that_is_there_is_filled():
