@@ -29,6 +29,7 @@ from s2o_compile.kernels.lengths import (
     read_starts,
     table_on_device,
 )
+from s2o_compile.kernels.observe import observing
 from s2o_compile.kernels.schedule import side_by_side
 from s2o_compile.kernels.statistics import count, record, recording
 
@@ -156,7 +157,14 @@ def _attend_read(packed: Packed, sequences: Sequences, options: OperatorOptions,
     by_triton = choose_implementation(options.implementation, call.query) == "triton"
     apart: list[tuple[AttentionCall, slice]] = []
     together: list[int] = []
-    for at, part, rows in _real_sequences(packed, sequences, output, lse):
+    unseen = by_triton and not recording() and not observing()
+    for at, rows in _real_sequences(packed, sequences, output, lse):
+        # A batch may hold hundreds of short sequences: without a witness no call is made of them.
+        if unseen and is_short(call.query, sequences.n_queries[at], sequences.n_keys[at], options.min_seq_len):
+            together.append(at)
+            count("dense")
+            continue
+        part = packed.sequence(sequences, at)
         settled, path = settle(part, options)
         if by_triton and path != "s2o" and (packed.blocks is None or reads_pages(part, options)):
             together.append(at)
@@ -180,14 +188,12 @@ def _attend_read(packed: Packed, sequences: Sequences, options: OperatorOptions,
                     masses.copy_(mass)
 
 
-def _real_sequences(
-    packed: Packed, sequences: Sequences, output: Tensor, lse: Tensor
-) -> Iterator[tuple[int, AttentionCall, slice]]:
+def _real_sequences(packed: Packed, sequences: Sequences, output: Tensor, lse: Tensor) -> Iterator[tuple[int, slice]]:
     """Sequences with queries and keys, and their rows of the results. Queries without keys get zeros."""
     for at, (first, n_queries) in enumerate(zip(sequences.query_start, sequences.n_queries, strict=True)):
         rows = slice(first, first + n_queries)
         if n_queries and sequences.n_keys[at]:
-            yield at, packed.sequence(sequences, at), rows
+            yield at, rows
         elif n_queries:
             output[rows] = 0
             sinks = packed.call.sinks

@@ -194,6 +194,19 @@ class TestInGraphs:
         expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, config=exact)
         assert torch.equal(torch.compile(attend, backend="aot_eager", fullgraph=True)(query), expected)
 
+    def test_an_exported_program_runs_and_a_package_is_refused(self, tmp_path):
+        packing = Packing(lengths=((130, 200), (4, 9)))
+        tensors = packing.joined(packing.inputs())
+
+        class Attention(torch.nn.Module):
+            def forward(self, query, key, value, starts, key_starts):
+                return s2o_compile.attention_varlen(query, key, value, starts, key_starts)
+
+        program = torch.export.export(Attention(), tensors)
+        assert torch.equal(program.module()(*tensors), Attention()(*tensors))
+        with pytest.raises(s2o_compile.PackageError, match=r"got s2o\.attention_varlen\.default, which has no"):
+            s2o_compile.package(program, tmp_path / "model.pt2")
+
     def test_autocast_runs_in_its_dtype(self):
         packing = Packing(lengths=((130, 200),))
         query, key, value, starts, key_starts = packing.joined(packing.inputs())
