@@ -251,7 +251,9 @@ def write_classes_kernel(
             place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
             before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
             entry = take_step(first, nth) + before
-            key = key_rows(tl.minimum(j + nth * LANES + lane, n_keys - 1), pages, page_rows, last_page, PAGE)
+            key = j + nth * LANES + lane
+            if PAGE:
+                key = key_rows(tl.minimum(key, n_keys - 1), pages, page_rows, last_page, PAGE)
             tl.store(key_index_ptr + row * ranking_len + entry, key, mask=place < CLASSES)
             written += one
 
