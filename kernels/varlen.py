@@ -155,6 +155,10 @@ def _attend_read(packed: Packed, sequences: Sequences, options: OperatorOptions,
     """Sequences one by one, two under way at a time on a GPU, except those that run exactly in one launch."""
     call = packed.call
     by_triton = choose_implementation(options.implementation, call.query) == "triton"
+    if (
+        packed.blocks is None and len(sequences.n_keys) == 1
+    ):  # one sequence is a call, and SDPA is fastest at short ones
+        by_triton = False
     apart: list[tuple[AttentionCall, slice]] = []
     together: list[int] = []
     unseen = by_triton and not recording() and not observing()
