@@ -31,7 +31,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import document
 from s2o_compile.cli.models import load_model
-from s2o_compile.error_budget import tau_for
+from s2o_compile.kernels.core.budget_rule import tau_for
 from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.kernels.schedule import measure_error

@@ -38,10 +38,11 @@ EXACT: dict[str, Callable[[AttentionCall], Result]] = {
 try:
     from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
+    from s2o_compile.kernels.impl.triton.packed import attend_packed
 
     EXACT["triton"] = triton_exact.attend_exact
 except ImportError:  # no triton here: only the torch implementation can run
-    triton_forward = triton_exact = None
+    triton_forward = triton_exact = attend_packed = None
 
 
 FLEX_DEVICES = ("xpu",)
@@ -69,10 +70,14 @@ def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, s
 
     A compiled graph says so itself. ``stacklevel`` counts from the caller of this function.
     """
-    if torch.compiler.is_compiling() or is_short(query, query.shape[2], key.shape[2], min_seq_len):
-        return
+    if not torch.compiler.is_compiling() and not is_short(query, query.shape[2], key.shape[2], min_seq_len):
+        warn_of_dense(key.shape[2], stacklevel=1 + stacklevel)
+
+
+def warn_of_dense(n_keys: int, *, stacklevel: int = 1) -> None:
+    """Say that attention over so many keys is dense; ``stacklevel`` as for `warn_of_derivatives`."""
     warnings.warn(
-        f"s2o attention over {key.shape[2]} keys is dense: derivatives of it are wanted, and the sparse operator has "
+        f"s2o attention over {n_keys} keys is dense: derivatives of it are wanted, and the sparse operator has "
         "none. Call it under torch.no_grad(), or detach its inputs.",
         DenseGradientWarning,
         stacklevel=1 + stacklevel,
@@ -144,16 +149,21 @@ def run_short(
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
-def run(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
-    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq]."""
+def run(call: AttentionCall, options: OperatorOptions, output: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, Hq, Nq, Dv] and, if asked, its log-sum-exp float32 [B, Hq, Nq].
+
+    ``output``, with a unit last stride, may be used for the output, but need not be.
+    """
     options.check_heads(call.query.shape[1])
+    if call.pages is not None and not reads_pages(call, options):
+        call = call.out_of_pages()
     mask = call.mask.for_batch(call.query.shape[0])
     call = call if mask is call.mask else call.but(mask=mask)
     chunk = mask.attention_chunk
     if chunk is not None and 0 <= mask.offset <= chunk - call.n_queries:  # one chunk holds all queries
         call, chunk = call.but(mask=replace(mask, attention_chunk=None)), None
     if chunk is None:
-        return finish(call, *_attend(call, options))
+        return finish(call, *_attend(call, options, output))
     return finish(call, *attend_chunks(call, lambda part: _attend(part, options)))
 
 
@@ -201,36 +211,48 @@ def _refuse_budget(options: OperatorOptions) -> None:
         )
 
 
-def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tensor | None]:
+def reads_pages(call: AttentionCall, options: OperatorOptions) -> bool:
+    """Whether the executor of a call reads pages in place, and no observer wants to look at its keys."""
+    return choose_implementation(options.implementation, call.query) == "triton" and not observing()
+
+
+def settle(call: AttentionCall, options: OperatorOptions) -> tuple[AttentionCall, str]:
+    """A call without a window that hides nothing, and its path."""
+    mask, n_keys = call.mask, call.n_keys
+    if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
+        call = call.but(mask=replace(mask, window=None))
+    path = choose_path(call, options.min_seq_len)
+    return call, "dense" if path == "s2o" and len(call.dense_heads) == call.key.shape[1] else path
+
+
+def _attend(
+    call: AttentionCall, options: OperatorOptions, output: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention without chunks, by the path that the lengths ask for; SDPA returns no log-sum-exp.
 
     Sinks are for observers: `finish` puts them in.
     """
-    mask, n_keys = call.mask, call.n_keys
-    if mask.window is not None and mask.window >= n_keys + max(call.n_queries + mask.offset - n_keys, 0):
-        call = call.but(mask=replace(mask, window=None))  # the window hides nothing
-    path = choose_path(call, options.min_seq_len)
+    call, path = settle(call, options)
     # A long mask takes more memory pair by pair than keys and values: there our own executor runs.
-    by_sdpa = path == "dense" or not needs_pairs(call.mask, n_keys, call.scale)
-    if path == "s2o" and len(call.dense_heads) == call.key.shape[1]:
-        path = "dense"
+    by_length = choose_path(call, options.min_seq_len) == "dense"
+    by_sdpa = call.pages is None and (by_length or not needs_pairs(call.mask, call.n_keys, call.scale))
     if path == "dense" and by_sdpa and not call.wants_lse and call.softcap is None:
         choose_implementation(options.implementation, call.query)  # or refuse
         record(call, path)
         return attend_by_sdpa(call), None
     replaced = False
     if path == "s2o" and observing():
-        observed = ObservedCall(**vars(call), options=options, execute=_execute)
+        observed = ObservedCall(**vars(call.but(kept=None)), options=options, execute=_execute)
         result = observe(observed)
         replaced = result is not vars(observed).get("result")
     else:
-        result = _execute(call, path, options)
+        result = _execute(call, path, options, output)
     measured = _measure(call, result, options) if path == "s2o" and not replaced else None
     record(call, path, result.computed, measured)
     return result.output, result.lse
 
 
-def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result:
+def _execute(call: AttentionCall, path: str, options: OperatorOptions, output: Tensor | None = None) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else over every visible key."""
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
@@ -240,4 +262,4 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        return schedule.attend(call, options, implementation, EXACT[implementation])
+        return schedule.attend(call, options, implementation, EXACT[implementation], output)

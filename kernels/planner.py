@@ -54,6 +54,18 @@ def estimate_unvisited(call: AttentionCall, plan: Plan, implementation: str) -> 
     return (triton_unvisited if by_triton else unvisited).estimate_unvisited(call, plan)  # pyright: ignore
 
 
+def _non_finite_keys(key: Tensor, value: Tensor, _pages: None, first: int) -> Tensor:
+    return plan.non_finite_keys(key[:, :, first:], value[:, :, first:])
+
+
+def _kept_flags(call: AttentionCall, find: Callable[..., Tensor]) -> Tensor:
+    """Which keys are not finite, bool [B, Hkv, Nk]; of keys of earlier chunks of a prefill that is known."""
+    if call.kept is None:
+        return find(call.key, call.value, call.pages, 0)
+    first = call.kept.known("non-finite keys", call.earlier_keys)
+    return call.kept.extend("non-finite keys", call.n_keys, first, find(call.key, call.value, call.pages, first))
+
+
 class Planner:
     """Plans the slices of one call, which has no window, by "triton" or "torch".
 
@@ -61,16 +73,21 @@ class Planner:
     """
 
     def __init__(self, call: AttentionCall, options: OperatorOptions, implementation: str = "torch") -> None:
-        self.segment_len = options.segment_len or default_segment_len(call.n_queries)
+        self.segment_len = options.segment_len or default_segment_len(max(call.n_queries, call.n_keys))
         self._chunk_len = default_chunk_len(call.n_keys)
-        prepare, self._order_keys, non_finite = PREPARE, plan.order_keys, plan.non_finite_keys
+        prepare, self._order_keys, non_finite = PREPARE, plan.order_keys, _non_finite_keys
         if implementation == "triton":
             assert triton_order is not None
             prepare, self._order_keys = PREPARE_BY_TRITON, triton_order.order_keys
             non_finite = triton_order.find_non_finite
         self.shared = call.group if options.ranking_per == "group" else 1  # query heads that share a ranking
+        if call.kept is not None:
+            shapes = call.query.shape[1], *call.key.shape[1::2], call.value.shape[3]
+            how = implementation, self.shared, options.ranking, call.mask.causal, call.scale
+            call.kept.check((*shapes, call.key.dtype, call.key.device, *how))
         self._score_keys = prepare[options.ranking](call, self.segment_len, self.shared)
-        self._non_finite, self._rankings = non_finite(call.key, call.value), call.group // self.shared
+        self._rankings = call.group // self.shared
+        self._non_finite = _kept_flags(call, non_finite)
         self._tail_value = tail_values(call, self.segment_len, implementation)
 
     def plan(self, part: AttentionCall, heads: slice = slice(None), first_query: int = 0) -> Plan:
@@ -82,8 +99,9 @@ class Planner:
         scores = self._score_keys(part, heads)
         non_finite = self._non_finite[:, heads, : part.n_keys]
         non_finite = non_finite.repeat_interleave(self._rankings, 1) if self._rankings > 1 else non_finite
+        pages = {} if part.pages is None else {"pages": part.pages}
         key_index, prefix_count = self._order_keys(
-            scores, non_finite, part.mask, n_queries=part.n_queries, segment_len=self.segment_len
+            scores, non_finite, part.mask, n_queries=part.n_queries, segment_len=self.segment_len, **pages
         )
         return Plan(
             segment_len=self.segment_len,

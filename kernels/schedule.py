@@ -28,7 +28,7 @@ from s2o_compile.kernels.core.plan import (
     n_segments,
     n_tiles,
 )
-from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.core.result import Result, empty_result, empty_state
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.impl.torch import forward as torch_forward
@@ -50,13 +50,18 @@ STREAMS = 2
 
 
 def attend(
-    call: AttentionCall, options: OperatorOptions, implementation: str, exact: Callable[[AttentionCall], Result]
+    call: AttentionCall,
+    options: OperatorOptions,
+    implementation: str,
+    exact: Callable[[AttentionCall], Result],
+    output: Tensor | None = None,
 ) -> Result:
     """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
-    The mask has no window. ``exact`` is the same implementation's executor over every visible key.
+    The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
+    Nq, Dv] with a unit last stride, is where the output goes; None for a new one.
     """
-    result = empty_result(call.query, call.value.shape[3])
+    result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
     if call.dense_heads:
         attend_dense(call, result, exact)
     planner, tau = Planner(call, options, implementation), options.tau_on(call.query.device)
@@ -106,9 +111,10 @@ def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable
     own.
     """
     (_, key, value), n_queries = call.tensors, call.n_queries
-    scratch = max((key.numel() + value.numel()) * key.element_size() // SCRATCH_SHARE, SCRATCH_BYTES)
+    rows = key.shape[0] * call.n_keys  # of each head
+    scratch = rows * key.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
     segments = n_segments(n_queries, segment_len)
-    fits = scratch // STREAMS // (key.shape[0] * rankings * key.shape[2] * BYTES_A_SCORE)  # segments, of any head
+    fits = max(scratch, SCRATCH_BYTES) // STREAMS // (rows * rankings * BYTES_A_SCORE)  # segments, of any head
     length = n_queries if not call.mask.causal else max(min(fits, segments), 1) * segment_len
     for part in runs(heads, max(fits // segments, 1)):
         for first in range(0, n_queries, length):
@@ -120,13 +126,12 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     query = call.query[:, query_heads(heads, call.group), rows]
     if call.unread_rows is not None:
         call = call.but(unread_rows=call.unread_rows[:, rows])
-    key, value, mask = call.key[:, heads], call.value[:, heads], call.mask
+    part, mask = call.over(query, call.key[:, heads], call.value[:, heads]), call.mask
     if not mask.causal:
-        return call.over(query, key, value)
+        return part
     stop = min(max(rows.stop + mask.offset, 1), call.n_keys)
     key_mask = None if mask.key_mask is None else mask.key_mask[:, :stop]
-    mask = replace(mask, offset=mask.offset + rows.start, key_mask=key_mask)
-    return call.over(query, key[:, :, :stop], value[:, :, :stop], mask)
+    return part.first_keys(stop, replace(mask, offset=mask.offset + rows.start, key_mask=key_mask))
 
 
 @cache

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from s2o_compile.quality.evaluation import Evaluation
     from s2o_compile.quality.tasks.evaluate import evaluate_tasks
     from s2o_compile.quality.tasks.scores import TaskScores
+    from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     warnings.warn(
@@ -65,7 +66,10 @@ if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
 _LOADED_ON_FIRST_USE = {
     "Evaluation": "quality.evaluation",
     "Package": "aot.package",
+    "PrefillCache": "varlen",
     "TaskScores": "quality.tasks.scores",
+    "attention_paged": "varlen",
+    "attention_varlen": "varlen",
     "calibrate": "quality.calibrate",
     "evaluate": "quality.evaluate",
     "evaluate_tasks": "quality.tasks.evaluate",
@@ -89,6 +93,7 @@ __all__ = [
     "OptionError",
     "Package",
     "PackageError",
+    "PrefillCache",
     "Recording",
     "Report",
     "S2OConfig",
@@ -104,6 +109,8 @@ __all__ = [
     "UnusedWeightsWarning",
     "WholeLogitsWarning",
     "attention",
+    "attention_paged",
+    "attention_varlen",
     "calibrate",
     "evaluate",
     "evaluate_tasks",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from s2o_compile.by_site import site_heads, site_taus
-from s2o_compile.error_budget import tau_for
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels.core.budget_rule import tau_for
 from s2o_compile.kernels.core.options import FIELDS, OperatorOptions
 from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
@@ -50,7 +50,7 @@ class S2OConfig(OperatorOptions):
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
             16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or the result of ``s2o tune``.
         segment_len: Queries that share one ranking of the keys, a multiple of 128 up to 2**20. None chooses by length:
-            512 up to 32K queries, 1024 beyond.
+            512 up to 32K tokens (keys, if there are more of them than queries), 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive. "mean_query" is the
             paper's and cheapest. It loses keys that only a few queries look for.
         ranking_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query

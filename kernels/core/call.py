@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
+from s2o_compile.kernels.core.pages import Pages
+from s2o_compile.kernels.core.prefill_cache import PrefillCache
 from s2o_compile.kernels.core.validation import check_arguments, check_tensors, check_whole
 
 
@@ -51,6 +53,9 @@ class AttentionCall:
         dense_heads: Key/value heads whose groups run densely beside the others, ascending.
         site: Module path of the attention, "" for eager calls.
         unread_rows: Bool [B, Nq], queries whose output nobody reads, so that its error does not count; None for none.
+        pages: Where the keys of the one sequence of this call lie, if key and value are flat views of a cache, [1, Hkv,
+            rows, D] and [1, Hkv, rows, Dv]; None if row j is key j.
+        kept: What the ranking keeps between the chunks of a prefill, None for a call by itself.
     """
 
     query: Tensor
@@ -65,6 +70,8 @@ class AttentionCall:
     dense_heads: Sequence[int] = ()
     site: str = ""
     unread_rows: Tensor | None = None
+    pages: Pages | None = None
+    kept: PrefillCache | None = None
 
     @classmethod
     def of(
@@ -111,7 +118,12 @@ class AttentionCall:
     @property
     def n_keys(self) -> int:
         """Number of keys Nk."""
-        return self.key.shape[2]
+        return self.key.shape[2] if self.pages is None else self.pages.length
+
+    @property
+    def earlier_keys(self) -> int:
+        """Keys before those of the queries themselves, if a sequence's last keys are theirs."""
+        return max(self.n_keys - self.n_queries, 0)
 
     @property
     def wants_lse(self) -> bool:
@@ -134,6 +146,20 @@ class AttentionCall:
     def over(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None = None) -> AttentionCall:
         """The same call over other tensors, and under another mask if one is given."""
         return self.but(query=query, key=key, value=value, mask=self.mask if mask is None else mask)
+
+    def first_keys(self, stop: int, mask: AttentionMask) -> AttentionCall:
+        """The same queries over the keys before ``stop``, under another mask."""
+        if self.pages is not None:
+            return self.but(pages=replace(self.pages, length=stop), mask=mask)
+        return self.but(key=self.key[:, :, :stop], value=self.value[:, :, :stop], mask=mask)
+
+    def out_of_pages(self) -> AttentionCall:
+        """The call with keys and values copied out of their pages, for functions that read no pages."""
+        if self.pages is None:
+            return self
+        rows = self.pages.rows()
+        key, value = (x.index_select(2, rows) for x in (self.key, self.value))
+        return self.but(key=key, value=value, pages=None)
 
     def for_kernels(self) -> AttentionCall:
         """The call as our executors take it: unit last strides, and an offset beyond which nothing changes."""

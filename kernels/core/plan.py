@@ -70,9 +70,13 @@ def n_tiles(n_queries: int) -> int:
     return -(-n_queries // TILE_LEN)
 
 
-def default_segment_len(n_queries: int) -> int:
-    """512 up to 32K queries, 1024 beyond: small segments rank better until the index work bites."""
-    return 512 if n_queries <= 32768 else 1024
+def default_segment_len(length: int) -> int:
+    """512 up to a length of 32K, 1024 beyond: small segments rank better until the index work bites.
+
+    That work grows with the keys of a segment. So the length is that of the keys where there are fewer queries: chunks
+    of a prefill cost what the whole prefill costs.
+    """
+    return 512 if length <= 32768 else 1024
 
 
 def default_chunk_len(n_keys: int) -> int:

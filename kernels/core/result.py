@@ -28,10 +28,14 @@ class Result(NamedTuple):
 
 def empty_result(query: Tensor, value_dim: int, layout: str = "auto") -> Result:
     """Uninitialised results for a query [B, Hq, Nq, D]; the layout of the output as for `empty_output`."""
+    return empty_state(query, empty_output(query, value_dim, layout))
+
+
+def empty_state(query: Tensor, output: Tensor) -> Result:
+    """Uninitialised results for a query [B, Hq, Nq, D] beside an output that is there."""
     batch, heads, n_queries, _ = query.shape
     lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32)
-    computed = query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32)
-    return Result(empty_output(query, value_dim, layout), lse, computed)
+    return Result(output, lse, query.new_empty(batch, heads, n_tiles(n_queries), dtype=torch.int32))
 
 
 class Progress(NamedTuple):

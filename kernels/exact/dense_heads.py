@@ -44,11 +44,26 @@ def attend_dense(call: AttentionCall, into: Result, exact: Callable[[AttentionCa
     The call's mask has no window, and its scale is positive. If no log-sum-exp is wanted, that of the marked heads may
     stay uninitialised.
     """
+    places = runs(call.dense_heads, call.key.shape[1])
+    if call.pages is None:
+        _attend_places(call, places, into, exact)
+        return
+    for place in places:  # heads of pages are views, and cannot be joined by a copy
+        _attend_places(call, [place], into, exact)
+
+
+def _attend_places(
+    call: AttentionCall, places: Sequence[slice], into: Result, exact: Callable[[AttentionCall], Result]
+) -> None:
     query, key, value = call.tensors
-    places = runs(call.dense_heads, key.shape[1])
     rows = [query_heads(heads, call.group) for heads in places]
     marked = call.over(take(query, rows), take(key, places), take(value, places))
-    if call.wants_lse or call.softcap is not None or needs_pairs(call.mask, call.n_keys, call.scale):
+    if (
+        call.pages is not None
+        or call.wants_lse
+        or call.softcap is not None
+        or needs_pairs(call.mask, call.n_keys, call.scale)
+    ):
         found = exact(marked)
     else:
         heads = marked.query.shape[:3]

@@ -118,23 +118,35 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
         segment_len: Queries that share one ranking.
         shared: Query heads that share one ranking.
     """
-    head_dim = call.query.shape[3]
-    basis = choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
+    head_dim, kept, few_keys = call.query.shape[3], call.kept, None
+
+    def chosen() -> Basis:
+        return choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
+
+    basis = chosen() if kept is None else kept.once("basis", chosen)
+    if kept is not None:
+        first = kept.known("few keys", call.earlier_keys)
+        few_keys = kept.extend("few keys", call.n_keys, first, project(call.key[:, :, first:], basis.key))
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, Basis(*(x[:, heads] for x in basis)), stride, segment_len, shared)
+        few = project(part.key, basis.key[:, heads]) if few_keys is None else few_keys[:, heads, : part.n_keys]
+        return _score_keys(part, basis.query[:, heads], few, stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, basis: Basis, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring."""
+def _score_keys(
+    call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring.
+
+    ``factor`` is the basis of the queries, ``few_key`` float32 [B, Hkv, Nk, R] the keys in theirs.
+    """
     (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    few_key = project(key, basis.key)
-    few_query = (project(query, basis.query) * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
+    few_query = (project(query, factor) * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
     key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     rankings = heads // kv_heads // shared  # of each key/value head

@@ -24,6 +24,7 @@ from s2o_compile.kernels.support.torch_compat import require, schema_of
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
 _PACKED = torch.ops.s2o.packed_attention.default
+_BY_SEQUENCE = ("s2o.attention_varlen.default", "s2o.attention_paged.default")
 
 _OWN_OPTIONS = {"joint_custom_pre_pass", "use_joint_graph_passes"}
 
@@ -83,6 +84,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         raise PackageError(f"package: expected a path that may be written, got {error}. Give another.") from error
     sparse, dense, on_cpu = [], {}, True
     budgets = set()
+    _check_sequences(program)
     for node in _attentions(program):
         name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
         _check(name, call)
@@ -175,6 +177,17 @@ def _attentions(program: ExportedProgram) -> Iterator[fx.Node]:
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from (node for node in module.graph.nodes if node.target in (_SPARSE, _MASKED, _PACKED))
+
+
+def _check_sequences(program: ExportedProgram) -> None:
+    """Raise PackageError for attention over packed sequences or pages: their lengths are data."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if str(node.target) in _BY_SEQUENCE:
+                raise PackageError(
+                    f"package: {node.kwargs.get('site') or node.name}: expected attention over tensors of one length, "
+                    f"got {node.target}, which has no decomposition. Run the exported program instead."
+                )
 
 
 def _decompositions() -> dict[Any, Any]:

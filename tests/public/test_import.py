@@ -24,7 +24,6 @@ EAGER = [
     "capture.optimized_class",
     "capture.rebound",
     "config",
-    "error_budget",
     "errors",
     "functional",
     "planning",
@@ -46,8 +45,13 @@ LATER = (
     "quality",
     "tensorrt",
     "transformers",
+    "varlen",
+    "kernels.varlen",
 )
-LAZY = ("Evaluation", "Package", "TaskScores", "calibrate", "evaluate", "evaluate_tasks", "export", "package")
+LAZY = (
+    *("Evaluation", "Package", "PrefillCache", "TaskScores", "attention_paged", "attention_varlen", "calibrate"),
+    *("evaluate", "evaluate_tasks", "export", "package"),
+)
 
 
 def run(code, *flags):

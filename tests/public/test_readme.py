@@ -107,6 +107,7 @@ def test_the_pages_that_must_have_snippets_have_them():
         "export.md",
         "flex.md",
         "onnx.md",
+        "operator.md",
         "quality.md",
         "tensorrt.md",
         "transformers.md",

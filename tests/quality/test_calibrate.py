@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import s2o_compile
 from s2o_compile import EvaluationError, OptionError, S2OConfig
-from s2o_compile.error_budget import MEASURED, tau_for
 from s2o_compile.kernels import planner as rank
 from s2o_compile.kernels.core import plan
+from s2o_compile.kernels.core.budget_rule import MEASURED, tau_for
 from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.quality.calibrate import AIM, TAUS, CurveMeter, budgeted
 from s2o_compile.quality.head_curves import DENSE_FROM, HEAD_SHARE, HeadCurves

@@ -41,7 +41,7 @@ def attention(
     """
     factor = scale_of(query, scale)
     taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
-    segment_len = segment_len or default_segment_len(longest(query.shape[2]))
+    segment_len = segment_len or default_segment_len(max(longest(query.shape[2]), longest(key.shape[2])))
     order = memory_order(query, value.shape[3], layout)
     tensors = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]
     shapes = [x.shape for x in tensors]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from s2o_compile.kernels.impl.triton.tile import launch, needs_wide
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.impl.triton.tile import key_rows, launch, needs_wide, paging
 from s2o_compile.kernels.ranking.basis import RIDGE, Basis, dim_stride, half_steps
 
 PARTS = 8
@@ -28,13 +28,13 @@ LARGEST_FACTOR = 30000.0
 
 @triton.jit
 def add_samples(
-    moment, total, base, stride_n, first, stop, step, length, row, column, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    moment, total, base, stride_n, first, stop, step, length, row, column, pages, page_rows, last_page,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Add x x' and x of samples [first, stop) of the rows at ``base``; of x the dimensions ``row`` and ``column``."""
     for j in range(first, stop, ROWS):
         sample = j + tl.arange(0, ROWS)
-        rows = tl.minimum(sample * step, length - 1)
+        rows = key_rows(tl.minimum(sample * step, length - 1), pages, page_rows, last_page, PAGE)
         if WIDE:
             rows = rows.to(tl.int64)
         source, present = base + rows[:, None] * stride_n, (sample < stop)[:, None]
@@ -50,8 +50,9 @@ def add_samples(
 @triton.jit
 def sum_moments_kernel(
     query_ptr, key_ptr, sum_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    n_queries, n_keys, query_step, key_step, kv_heads, group, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    n_queries, n_keys, query_step, key_step, kv_heads, group, pages, page_rows, last_page, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sums of q q' (over the group), k k' and k over one part of the samples, zero beyond HEAD_DIM.
 
@@ -69,7 +70,8 @@ def sum_moments_kernel(
     for member in range(group):
         moment, total = add_samples(
             moment, total, query_ptr + b * stride_qb + (h * group + member) * stride_qh, stride_qn, part * share,
-            tl.minimum(part * share + share, samples), query_step, n_queries, row, column, HEAD_DIM, ROWS, WIDE,
+            tl.minimum(part * share + share, samples), query_step, n_queries, row, column, pages,
+            page_rows, last_page, HEAD_DIM, ROWS, WIDE, 0,
         )  # fmt: skip
     tl.store(target, moment)
     samples = tl.cdiv(n_keys, key_step)
@@ -77,7 +79,8 @@ def sum_moments_kernel(
     moment, total = add_samples(
         tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32),
         key_ptr + b * stride_kb + h * stride_kh, stride_kn, part * share,
-        tl.minimum(part * share + share, samples), key_step, n_keys, row, column, HEAD_DIM, ROWS, WIDE,
+        tl.minimum(part * share + share, samples), key_step, n_keys, row, column, pages, page_rows,
+        last_page, HEAD_DIM, ROWS, WIDE, PAGE,
     )  # fmt: skip
     tl.store(target + BLOCK_DIM * BLOCK_DIM, moment)
     tl.store(sums + 2 * BLOCK_DIM * BLOCK_DIM + row, total)  # the same from every block of columns
@@ -252,13 +255,14 @@ def solve_basis_kernel(
         tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=present)
 
 
-def choose_basis(query: Tensor, key: Tensor, count: int, rank: int, *, scale: float) -> Basis:
-    """The balanced basis of ``count`` directions, in the dtype of query and key, [B, Hkv, D, rank].
+def choose_basis(call: AttentionCall, count: int, rank: int) -> Basis:
+    """The balanced basis of ``count`` directions of a call, in the dtype of its query and key, [B, Hkv, D, rank].
 
     Columns from ``count`` on are zero. The query's factor includes the softmax scale.
     """
+    query, key, _ = call.tensors
     batch, heads, n_queries, head_dim = query.shape
-    kv_heads, n_keys = key.shape[1:3]
+    kv_heads, n_keys = key.shape[1], call.n_keys
     group, block_dim = heads // kv_heads, max(32, triton.next_power_of_2(head_dim))
     block = min(block_dim, BLOCK)
     query_step, key_step = (dim_stride(length) for length in (n_queries, n_keys))
@@ -267,8 +271,8 @@ def choose_basis(query: Tensor, key: Tensor, count: int, rank: int, *, scale: fl
     launch(
         sum_moments_kernel, (PARTS, (block_dim // block) ** 2, batch * kv_heads),
         query, key, sums, *query.stride()[:3], *key.stride()[:3], n_queries, n_keys, query_step, key_step, kv_heads,
-        group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block, PARTS=PARTS, ROWS=32, WIDE=needs_wide(query, key),
-        num_warps=4 if block < BLOCK else 8,
+        group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block, PARTS=PARTS, ROWS=32,
+        WIDE=needs_wide(query, key), num_warps=4 if block < BLOCK else 8,
     )  # fmt: skip
     work = sums.new_empty(batch * kv_heads, 2 * block_dim + rank, rank)
     dims = sums.new_empty(batch * kv_heads, block_dim, dtype=torch.int32)
@@ -277,8 +281,8 @@ def choose_basis(query: Tensor, key: Tensor, count: int, rank: int, *, scale: fl
     launch(
         solve_basis_kernel, (batch * kv_heads,),
         sums.sum(1), work, dims, *basis, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step),
-        scale, count, half_steps(head_dim, count), LARGEST_FACTOR, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, RANK=rank,
-        STEP=32 if block_dim > 128 else min(64, block_dim), RIDGE=RIDGE, PREC="ieee" if exact else "tf32",
+        call.scale, count, half_steps(head_dim, count), LARGEST_FACTOR, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
+        RANK=rank, STEP=32 if block_dim > 128 else min(64, block_dim), RIDGE=RIDGE, PREC="ieee" if exact else "tf32",
         num_warps=8 if rank > 64 else 4, num_stages=1,
     )  # fmt: skip
     return basis

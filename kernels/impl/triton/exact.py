@@ -21,12 +21,14 @@ from s2o_compile.kernels.impl.triton.tile import (
     can_fix,
     cap_products,
     key_mask_of,
+    key_rows,
     launch,
     launch_config,
     load_rows,
     logit_scales,
     needs_wide,
     overflowed,
+    paging,
     softmax_update,
     store_tile,
     value_parts,
@@ -36,10 +38,11 @@ from s2o_compile.kernels.impl.triton.tile import (
 @triton.jit
 def attend_range(
     m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window,
-    qk_scale, inner, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    qk_scale, inner, pages, page_rows, last_page, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in position order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -47,7 +50,8 @@ def attend_range(
         present = keys < stop
         if MASKED or HAS_KEY_MASK:
             keys = tl.minimum(keys, n_keys - 1)
-        k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
+        places = key_rows(keys, pages, page_rows, last_page, PAGE)
+        k = load_rows(key, places, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         products = cap_products(products, inner, HAS_SOFTCAP)
         if MASKED or HAS_KEY_MASK:
@@ -59,7 +63,7 @@ def attend_range(
             if HAS_KEY_MASK:
                 seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
             products = tl.where(seen, products, -float("inf"))
-        v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
+        v = load_rows(value, places, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
         m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)
     return m, l, acc
 
@@ -67,10 +71,10 @@ def attend_range(
 @triton.jit
 def attend_parts(
     query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-    qk_scale, inner, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    qk_scale, inner, pages, page_rows, last_page, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """All keys of a tile. Those in [start, head_stop) and [tail_start, stop) need a mask, those between do not.
 
@@ -82,21 +86,55 @@ def attend_parts(
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP,
+        HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-        BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP,
+        HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     if HAS_WINDOW:
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
-            qk_scale, inner, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
     return m, l, acc
+
+
+@triton.jit
+def attend_tile(
+    query, rows, first, last, key, value, key_mask, stride_k, stride_v, n_keys, offset, window,
+    qk_scale, inner, pages, page_rows, last_page, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Softmax state of the queries first..last over all keys that they see, and the number of keys computed."""
+    start, stop = 0, n_keys
+    free_start, free_stop = 0, n_keys  # keys that every row of the tile sees: no mask needed there
+    if CAUSAL:
+        stop = tl.maximum(tl.minimum(last + offset + 1, n_keys), 0)
+        free_stop = tl.minimum(first + offset + 1, stop)
+    if HAS_WINDOW:
+        start = tl.minimum(tl.maximum(first + offset - window + 1, 0), stop)
+        free_start = tl.minimum(tl.maximum(last + offset - window + 1, start), stop)
+    head_stop = tl.minimum(start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK, stop)
+    free_blocks = tl.maximum(free_stop - head_stop - 1, 0) // KEY_BLOCK
+    tail_start = head_stop + free_blocks * KEY_BLOCK
+    m, l, acc = attend_parts(
+        query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset,
+        window, qk_scale, inner, pages, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
+        HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+    )  # fmt: skip
+    if FIXED and overflowed(l, acc):
+        m, l, acc = attend_parts(
+            query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset,
+            window, qk_scale, inner, pages, page_rows, last_page, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
+            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        )  # fmt: skip
+    return m, l, acc, stop - start
 
 
 @triton.jit
@@ -104,11 +142,11 @@ def exact_fwd_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, computed_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
-    n_queries, n_keys, heads, group, offset, window, qk_scale, inner,
+    n_queries, n_keys, heads, group, offset, window, qk_scale, inner, pages, page_rows, last_page,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head; with RESTART only tiles whose ``computed`` is negative (``forward.py``)."""
     # The heads of a group run side by side: they share keys, and so L2. The longest rows come first.
@@ -130,35 +168,15 @@ def exact_fwd_kernel(
     query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + (h // group) * stride_kh
     value = value_ptr + b * stride_vb + (h // group) * stride_vh
-    key_mask = key_mask_ptr + b * stride_mb
-
-    start, stop = 0, n_keys
-    free_start, free_stop = 0, n_keys  # keys that every row of the tile sees: no mask needed there
-    if CAUSAL:
-        stop = tl.maximum(tl.minimum(last + offset + 1, n_keys), 0)
-        free_stop = tl.minimum(first + offset + 1, stop)
-    if HAS_WINDOW:
-        start = tl.minimum(tl.maximum(first + offset - window + 1, 0), stop)
-        free_start = tl.minimum(tl.maximum(last + offset - window + 1, start), stop)
-    head_stop = tl.minimum(start + tl.cdiv(free_start - start, KEY_BLOCK) * KEY_BLOCK, stop)
-    free_blocks = tl.maximum(free_stop - head_stop - 1, 0) // KEY_BLOCK
-    tail_start = head_stop + free_blocks * KEY_BLOCK
-    m, l, acc = attend_parts(
-        query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-        window, qk_scale, inner, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
-        VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+    m, l, acc, seen = attend_tile(
+        query, rows, first, last, key, value, key_mask_ptr + b * stride_mb, stride_kn, stride_vn, n_keys, offset,
+        window, qk_scale, inner, pages, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
+        HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
-    if FIXED and overflowed(l, acc):
-        m, l, acc = attend_parts(
-            query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_kn, stride_vn, n_keys, offset,
-            window, qk_scale, inner, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
-            VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
-        )  # fmt: skip
-
     out = out_ptr + b * stride_ob + h * stride_oh
     lse = lse_ptr + b * stride_lb + h * stride_lh
     store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
-    tl.store(computed, visited + stop - start)
+    tl.store(computed, visited + seen)
 
 
 def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> Launched:
@@ -172,8 +190,8 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
         query, key, value, into.output, into.lse, into.computed, key_mask,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], stride_mb,
-        n_queries, key.shape[2], heads, group, mask.offset, 0 if mask.window is None else mask.window,
-        *logit_scales(call.scale, softcap),
+        n_queries, call.n_keys, heads, group, mask.offset, 0 if mask.window is None else mask.window,
+        *logit_scales(call.scale, softcap), **paging(call.pages, key),
         RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
@@ -184,10 +202,15 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
 
 def attend_exact(call: AttentionCall) -> Result:
     """Exact attention; results as ``reference.attend``, with every visible key computed."""
-    scale = call.scale
-    if scale <= 0:  # the kernel scales hidden products of -inf, so its factor is positive: the query takes the sign
-        call = call.but(query=call.query * ((scale > 0) - (scale < 0)), scale=abs(scale) or 1.0)
+    call = with_positive_scale(call)
     result = empty_result(call.query, call.value.shape[3])
     for part, into in value_parts(call.value, result):
         launch_exact(call, part, into)
     return result
+
+
+def with_positive_scale(call: AttentionCall) -> AttentionCall:
+    """The same attention by a scale above 0: kernels scale hidden products of -inf, so the query takes the sign."""
+    if call.scale > 0:
+        return call
+    return call.but(query=call.query * (-1 if call.scale < 0 else 0), scale=abs(call.scale) or 1.0)

@@ -44,6 +44,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     logit_scales,
     needs_wide,
     overflowed,
+    paging,
     softmax_update,
     store_tile,
     tracing,
@@ -83,12 +84,12 @@ def gathered_fwd_kernel(
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     stride_tb, stride_th, stride_ts, stride_tau,
     n_queries, n_keys, n_segments, ranking_len, heads, group, shared, tail_share, offset, seg_offset, qk_scale, inner,
-    tau, FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    HAS_HEAD_TAU: tl.constexpr, HAS_PROGRESS: tl.constexpr, RESUME: tl.constexpr,
+    tau, pages, page_rows, last_page, FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, HAS_HEAD_TAU: tl.constexpr, HAS_PROGRESS: tl.constexpr, RESUME: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head: pass 1 over its in-segment keys, pass 2 over its segment's ranked keys."""
     # The heads of a group run side by side: they share keys and rankings, and so L2. The longest visits come first.
@@ -140,13 +141,13 @@ def gathered_fwd_kernel(
         tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
-            qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, seg_start, tail_start, stride_kn, stride_vn, n_keys, offset,
-            0, qk_scale, inner, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM,
-            BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            0, qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP,
+            HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
 
     ranking_row = row_head // shared * n_segments + segment
@@ -255,7 +256,7 @@ def _launch_parts(
     """Launch the tiles of each part of the value's columns, and again in position order those that overflowed."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
-    n_keys = key.shape[2]
+    n_keys = call.n_keys
     group = heads // key.shape[1]
     by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
@@ -281,7 +282,7 @@ def _launch_parts(
             *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3], by_batch,
             n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
             heads // plan.key_index.shape[1], TAIL_SHARE, mask.offset, mask.seg_offset(n_queries, n_keys),
-            *logit_scales(call.scale, softcap), 0.0 if by_head else tau,
+            *logit_scales(call.scale, softcap), 0.0 if by_head else tau, **paging(call.pages, key),
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_HEAD_TAU=by_head, HAS_PROGRESS=progress is not None, RESUME=resume, SEGMENT=plan.segment_len,
             CHUNK=plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,

@@ -16,8 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.pages import Pages
 from s2o_compile.kernels.core.plan import longest_prefix
-from s2o_compile.kernels.impl.triton.tile import key_mask_of, launch, load_rows, needs_wide, seg_bounds, tracing
+from s2o_compile.kernels.impl.triton.tile import (
+    key_mask_of,
+    key_rows,
+    launch,
+    load_rows,
+    needs_wide,
+    paging,
+    seg_bounds,
+    tracing,
+)
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""
@@ -40,20 +50,21 @@ LARGEST = tl.constexpr(65504.0)
 
 @triton.jit
 def find_non_finite_kernel(
-    key_ptr, value_ptr, non_finite_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, n_keys,
-    kv_heads, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
-    KEYS: tl.constexpr, WIDE: tl.constexpr,
+    key_ptr, value_ptr, non_finite_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, first_key,
+    n_keys, kv_heads, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Mark keys that hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
     head = tl.program_id(1).to(tl.int64)
-    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    rows = tl.minimum(keys, n_keys - 1)
+    keys = first_key + tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    rows = key_rows(tl.minimum(keys, n_keys - 1), pages, page_rows, last_page, PAGE)
     key = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh
     value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
     total = tl.sum(load_rows(key, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32), 1)
     total += tl.sum(load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32), 1)
     finite = tl.abs(total) < float("inf")
-    tl.store(non_finite_ptr + head * n_keys + keys, finite == 0, mask=keys < n_keys)
+    target = non_finite_ptr + head * (n_keys - first_key) + keys - first_key
+    tl.store(target, finite == 0, mask=keys < n_keys)
 
 
 # Each kernel loads by itself the numbers that the address of a store depends on. Torch finds out what a kernel writes
@@ -206,10 +217,10 @@ def count_classes_kernel(
 def write_classes_kernel(
     score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
     stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples, ranking_len,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
-    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
+    CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys of each lane of a row to their places in the ranking."""
+    """Write the keys of each lane of a row to their places in the ranking: of pages, the rows where keys lie."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
@@ -240,29 +251,34 @@ def write_classes_kernel(
             place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
             before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
             entry = take_step(first, nth) + before
-            tl.store(key_index_ptr + row * ranking_len + entry, j + nth * LANES + lane, mask=place < CLASSES)
+            key = j + nth * LANES + lane
+            if PAGE:
+                key = key_rows(tl.minimum(key, n_keys - 1), pages, page_rows, last_page, PAGE)
+            tl.store(key_index_ptr + row * ranking_len + entry, key, mask=place < CLASSES)
             written += one
 
 
-def find_non_finite(key: Tensor, value: Tensor) -> Tensor:
-    """``plan.non_finite_keys`` in one launch."""
+def find_non_finite(key: Tensor, value: Tensor, pages: Pages | None = None, first: int = 0) -> Tensor:
+    """``plan.non_finite_keys`` of the keys from ``first`` on, in one launch."""
     batch, heads, n_keys, head_dim = key.shape
-    non_finite = torch.empty(batch, heads, n_keys, dtype=torch.bool, device=key.device)
+    n_keys = n_keys if pages is None else pages.length
+    non_finite = torch.empty(batch, heads, n_keys - first, dtype=torch.bool, device=key.device)
     launch(
-        find_non_finite_kernel, (triton.cdiv(n_keys, 64), batch * heads),
-        key, value, non_finite, *key.stride()[:3], *value.stride()[:3], n_keys, heads, HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
+        find_non_finite_kernel, (triton.cdiv(n_keys - first, 64), batch * heads),
+        key, value, non_finite, *key.stride()[:3], *value.stride()[:3], first, n_keys, heads, **paging(pages, key),
+        HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
         BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
     )  # fmt: skip
     return non_finite
 
 
 def order_keys(
-    scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int,
+    pages: Pages | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Turn float16 scores [B, Hr, P, Nk] into key_index int32 [B, Hr, P, L] and prefix_count int32 [B, P].
 
-    ``non_finite`` is bool [B, Hr, Nk], of `find_non_finite`.
+    ``non_finite`` is bool [B, Hr, Nk], of `find_non_finite`. With pages an index is the row where the key lies.
     """
     batch, heads, segments, n_keys = scores.shape
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
@@ -284,5 +300,5 @@ def order_keys(
     grid = programs, segments, batch * heads
     launch(count_classes_kernel, grid, *rows, counts, *sizes, **kind)
     ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and lane by lane inside a class
-    launch(write_classes_kernel, grid, *rows, ends, key_index, *sizes, longest, **kind)
+    launch(write_classes_kernel, grid, *rows, ends, key_index, *sizes, longest, **paging(pages, non_finite), **kind)
     return key_index, ends[:, 0, :, -1].contiguous()

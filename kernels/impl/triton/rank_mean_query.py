@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import n_segments
-from s2o_compile.kernels.impl.triton.tile import load_rows, needs_wide
+from s2o_compile.kernels.impl.triton.tile import key_rows, load_rows, needs_wide, paging
 
 ROWS = 64
 """Mean queries of one product, all heads of whole rankings."""
@@ -26,15 +26,17 @@ LARGEST = tl.constexpr(60000.0)
 @triton.jit
 def score_means_kernel(
     mean_ptr, key_ptr, score_ptr, stride_kb, stride_kh, stride_kn, n_keys, segments, group, heads, rankings, seg_offset,
-    CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    GROUP: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix, SEGMENTS of them at a time."""
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     inside = keys < n_keys
     base = key_ptr + head // heads * stride_kb + head % heads // rankings * stride_kh
-    key = tl.trans(load_rows(base, tl.minimum(keys, n_keys - 1), stride_kn, HEAD_DIM, BLOCK_DIM, WIDE))
+    rows = key_rows(tl.minimum(keys, n_keys - 1), pages, page_rows, last_page, PAGE)
+    key = tl.trans(load_rows(base, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE))
     row = tl.arange(0, SEGMENTS * GROUP)
     member = tl.minimum(row % GROUP, group - 1)  # a group that is no power of two repeats its last head
     first = 0
@@ -76,7 +78,8 @@ def segment_means_kernel(
 def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
     (query, key, _), mask = call.tensors, call.mask
-    batch, kv_heads, n_keys, head_dim = key.shape
+    batch, kv_heads, _, head_dim = key.shape
+    n_keys = call.n_keys
     heads, n_queries = query.shape[1:3]
     segments, ranking_heads = n_segments(n_queries, segment_len), heads // shared
     block_dim = max(16, triton.next_power_of_2(head_dim))
@@ -91,7 +94,7 @@ def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
     key_block = 32 if exact else 128
     score_means_kernel[(triton.cdiv(n_keys, key_block), batch * ranking_heads)](
         means, key, score, *key.stride()[:3], n_keys, segments, shared, ranking_heads, ranking_heads // kv_heads,
-        mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len,
+        mask.seg_offset(n_queries, n_keys), **paging(call.pages, key), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim, PRECISION="ieee" if exact else "tf32",
         WIDE=needs_wide(key), num_warps=4,

@@ -6,7 +6,7 @@ Rows are packed to PACKED numbers: the chosen directions, brought to the same si
 for the row normaliser (its value and its rounding error), -1 in the keys. So the last kernel's product is normalised
 already, and one exponential a slot is all it needs. Where the tensor cores multiply 8-bit floats rows are packed in
 them: the rate doubles, and a rank needs no more. few_query [B * Hr, P, G * n, PACKED], n of each segment's queries
-(``ranking.per_query.scored_positions``), few_key [B * Hkv, Nk, PACKED], score fp16 [B * Hr, P, Nk]. G heads share a
+(``ranking.per_query.scored_positions``), few_key [B, Hkv, Nk, PACKED], score fp16 [B * Hr, P, Nk]. G heads share a
 ranking.
 """
 
@@ -21,7 +21,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
-from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, launch, seg_bounds
+from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
 from s2o_compile.kernels.ranking.basis import Basis
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
@@ -40,9 +40,9 @@ def scored_position(slot, member, segment_len, scored, shared):
 
 @triton.jit
 def pack_rows_kernel(
-    x_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_fb, length, heads, group, shared, segment_len,
-    scored, segments, last, largest, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, DIM_STEP: tl.constexpr,
-    PACKED: tl.constexpr,
+    x_ptr, factor_ptr, packed_ptr, stride_b, stride_h, stride_n, stride_fb, first, length, heads, group, shared,
+    segment_len, scored, segments, last, largest, pages, page_rows, last_page, HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr, DIM_STEP: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """TILE rows [.., D] times their factor [D, PACKED]; ``last`` in the two columns of the normaliser."""
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -50,10 +50,12 @@ def pack_rows_kernel(
     b, h = head // heads, head % heads
     ranking_head = b * (heads // shared) + h // shared
     segment = slot // scored
-    row = segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
+    row = first + segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
+    column, present = tl.arange(0, PACKED), (row < length)[:, None]
+    if PAGE:
+        row = key_rows(tl.minimum(row, length - 1), pages, page_rows, last_page, PAGE)
     source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n
     factors = factor_ptr + b * stride_fb + h // group * HEAD_DIM * PACKED
-    column, present = tl.arange(0, PACKED), (row < length)[:, None]
     packed = tl.zeros([TILE, PACKED], tl.float32)
     for d in range(0, HEAD_DIM, DIM_STEP):
         dims = d + tl.arange(0, DIM_STEP)
@@ -92,8 +94,8 @@ def add_keys(
 
 @triton.jit
 def row_normaliser_kernel(
-    few_query_ptr, few_key_ptr, key_mask_ptr, stride_mb, n_queries, n_keys, n_segments, rows, heads, rankings, offset,
-    seg_offset, stride, largest,
+    few_query_ptr, few_key_ptr, key_mask_ptr, stride_key, stride_mb, n_queries, n_keys, n_segments, rows, heads,
+    rankings, offset, seg_offset, stride, largest,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, SCORED: tl.constexpr, FIRST: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +107,7 @@ def row_normaliser_kernel(
     dims = tl.arange(0, PACKED)
     query_ptr = few_query_ptr + ((head * n_segments + segment) * rows + row)[:, None] * PACKED
     query = tl.load(query_ptr + dims[None, :])
-    few_key = few_key_ptr + head // rankings * n_keys * PACKED
+    few_key = few_key_ptr + head // rankings * stride_key
     key_mask = key_mask_ptr + head // heads * stride_mb
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     free_stop, end = seg_stop, n_keys  # all rows of the tile see what lies before free_stop
@@ -164,7 +166,7 @@ def largest_of_three(a, b, c, PTX: tl.constexpr):
 
 @triton.jit
 def score_keys_kernel(
-    few_query_ptr, few_key_ptr, score_ptr, n_queries, n_keys, n_segments, rows, rankings, seg_offset,
+    few_query_ptr, few_key_ptr, score_ptr, stride_key, n_queries, n_keys, n_segments, rows, rankings, seg_offset,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, KEY_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +176,7 @@ def score_keys_kernel(
     inside = keys < n_keys
     dims = tl.arange(0, PACKED)
     key = tl.load(
-        few_key_ptr + (head // rankings * n_keys + keys)[:, None] * PACKED + dims[None, :],
+        few_key_ptr + head // rankings * stride_key + keys.to(tl.int64)[:, None] * PACKED + dims[None, :],
         mask=inside[:, None],
         other=0.0,
     )
@@ -219,72 +221,98 @@ def packed_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(wanted))
 
 
-def pack_rows(
-    x: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, last: float, dtype: torch.dtype
-) -> Tensor:
-    """[B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
+def pack_rows(x: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, dtype: torch.dtype) -> Tensor:
+    """Queries [B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
 
     Args:
-        x: Queries or keys.
+        x: Queries.
         factor: Of the basis, [B, Hkv, D, PACKED], contiguous but for a slice of heads.
         shared: Neighbouring heads whose rows stand together.
         segment_len: Rows of one segment.
         scored: How many of them are packed (``ranking.per_query.scored_positions``).
-        last: Value of the two columns of the normaliser.
         dtype: Of the packed rows, a key of LARGEST.
     """
-    batch, heads, length, head_dim = x.shape
-    width = factor.shape[3]
+    batch, heads, length, _ = x.shape
     segments = 1 if same_length(length, segment_len) else n_segments(length, segment_len)
-    packed = torch.empty(batch * heads // shared, segments, shared * scored, width, device=x.device, dtype=dtype)
-    launch(
-        pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
-        x, factor, packed, *x.stride()[:3], factor.stride(0), length, heads, heads // factor.shape[1], shared,
-        segment_len, scored, segments, last, LARGEST[dtype], HEAD_DIM=head_dim, TILE=128,
-        DIM_STEP=max(16, min(triton.next_power_of_2(head_dim), 64)), PACKED=width,
-        num_warps=8 if width > 32 else 4,
+    packed = torch.empty(
+        batch * heads // shared, segments, shared * scored, factor.shape[3], device=x.device, dtype=dtype
+    )
+    _launch_packing(
+        x, factor, packed, 0, length, heads // factor.shape[1], shared, segment_len, scored, segments, 0.0,
+        **paging(None, x),
     )  # fmt: skip
     return packed
 
 
+def pack_keys(call: AttentionCall, factor: Tensor, first: int = 0) -> Tensor:
+    """Keys from ``first`` on as `pack_rows` packs them, [B, Hkv, n, PACKED], -1 in the columns of the normaliser."""
+    key, dtype = call.key, packed_dtype(call.key.device)
+    count = call.n_keys - first
+    packed = torch.empty(*key.shape[:2], count, factor.shape[3], device=key.device, dtype=dtype)
+    _launch_packing(key, factor, packed, first, call.n_keys, 1, 1, count, count, 1, -1.0, **paging(call.pages, key))
+    return packed
+
+
+def _launch_packing(x: Tensor, factor: Tensor, packed: Tensor, first: int, length: int, *sizes: float, **pages: object):
+    """`pack_rows_kernel`; ``sizes`` are group, shared, segment_len, scored, segments and last."""
+    (batch, heads, _, head_dim), width = x.shape, factor.shape[3]
+    group, shared, segment_len, scored, segments, last = sizes
+    launch(
+        pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
+        x, factor, packed, *x.stride()[:3], factor.stride(0), first, length, heads, group, shared, segment_len, scored,
+        segments, last, LARGEST[packed.dtype], **pages, HEAD_DIM=head_dim, TILE=128,
+        DIM_STEP=max(16, min(triton.next_power_of_2(head_dim), 64)), PACKED=width, num_warps=8 if width > 32 else 4,
+    )  # fmt: skip
+
+
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
     """The function that scores slices of a call; ``shared`` heads share the ranking of ``segment_len`` queries."""
-    head_dim = call.query.shape[3]
+    kept, packed, head_dim = call.kept, None, call.query.shape[3]
     width = packed_width(head_dim)
-    basis = choose_basis(call.query, call.key, min(width - 2, head_dim), width, scale=call.scale)
+
+    def chosen() -> Basis:
+        return choose_basis(call, min(width - 2, head_dim), width)
+
+    basis = chosen() if kept is None else kept.once("basis", chosen)
+    if kept is not None:
+        first = kept.known("few keys", call.earlier_keys)
+        packed = kept.extend("few keys", call.n_keys, first, pack_keys(call, basis.key, first))
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
-        return _score_keys(part, Basis(*(x[:, heads] for x in basis)), stride, segment_len, shared)
+        few_key = pack_keys(part, basis.key[:, heads]) if packed is None else packed[:, heads]
+        return _score_keys(part, basis.query[:, heads], few_key, stride, segment_len, shared)
 
     return score_keys
 
 
-def _score_keys(call: AttentionCall, basis: Basis, stride: int, segment_len: int, shared: int) -> Tensor:
-    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix."""
-    (query, key, _), mask = call.tensors, call.mask
-    batch, kv_heads, n_keys, _ = key.shape
-    ranking_heads = query.shape[1] // shared
+def _score_keys(
+    call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix.
+
+    ``factor`` is the basis of the queries, ``few_key`` of `pack_keys`, for the call's keys at least.
+    """
+    query, mask, n_queries, n_keys = call.query, call.mask, call.n_queries, call.n_keys
+    batch, kv_heads = few_key.shape[:2]
+    ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
-    n_queries, dtype = query.shape[2], packed_dtype(query.device)
     scored = scored_rows(segment_len, shared)
-    few_query = pack_rows(
-        query, basis.query, shared=shared, segment_len=segment_len, scored=scored, last=0.0, dtype=dtype
-    )
-    few_key = pack_rows(key, basis.key, shared=1, segment_len=n_keys, scored=n_keys, last=-1.0, dtype=dtype)
+    few_query = pack_rows(query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
-    score = torch.empty(batch, ranking_heads, segments, n_keys, device=key.device, dtype=torch.float16)
+    score = torch.empty(batch, ranking_heads, segments, n_keys, device=query.device, dtype=torch.float16)
+    key_mask, stride_mb = key_mask_of(mask.key_mask, few_key)
     launch(
         row_normaliser_kernel, (rows // 128, segments, batch * ranking_heads),
-        few_query, few_key, *key_mask_of(mask.key_mask, few_key), n_queries, n_keys, segments, rows, ranking_heads,
+        few_query, few_key, key_mask, few_key.stride(1), stride_mb, n_queries, n_keys, segments, rows, ranking_heads,
         rankings, mask.offset, mask.seg_offset(n_queries, n_keys), stride, LARGEST[dtype],
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, SCORED=scored,
         FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     launch(
         score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * ranking_heads),
-        few_query, few_key, score, n_queries, n_keys, segments, rows, rankings, mask.seg_offset(n_queries, n_keys),
-        CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS, STAGES=3, PACKED=width,
-        PTX=takes_ptx(query.device), num_warps=4,
+        few_query, few_key, score, few_key.stride(1), n_queries, n_keys, segments, rows, rankings,
+        mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS,
+        STAGES=3, PACKED=width, PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip
     return score

@@ -32,6 +32,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     load_rows,
     logit_scales,
     needs_wide,
+    paging,
 )
 
 SPLIT_LEN = 4096
@@ -59,10 +60,11 @@ def sampled_fwd_kernel(
     query_ptr, key_ptr, value_ptr, part_ptr, lse_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_part, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's rows over one split of the keys: output and natural log-sum-exp [.., splits, slots]."""
     split, row_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -80,8 +82,8 @@ def sampled_fwd_kernel(
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask_ptr + b * stride_mb, start, stop, stride_kn, stride_vn, n_keys,
-        offset, 0, qk_scale, inner, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
-        VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+        offset, 0, qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP,
+        HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     part = (row_head * tl.num_programs(0) + split) * (tl.num_programs(2) * TILE) + slot
     dims = tl.arange(0, BLOCK_VALUE)
@@ -196,7 +198,7 @@ def lower_tau_kernel(
 def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     """Exact attention of sampled queries; arguments and results as ``exact.sampled.attend_rows``."""
     (query, key, _), mask = call.tensors, call.mask
-    (batch, heads, n_queries, head_dim), n_keys, value_dim = query.shape, key.shape[2], call.value.shape[3]
+    (batch, heads, n_queries, head_dim), n_keys, value_dim = query.shape, call.n_keys, call.value.shape[3]
     n_rows = min(count, n_queries)
     tile, splits = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN), triton.cdiv(n_keys, SPLIT_LEN)
     blocks = triton.cdiv(n_rows, tile)
@@ -208,8 +210,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             n_rows, n_queries, n_keys, heads, call.group, mask.offset, *logit_scales(call.scale, call.softcap),
-            CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN, TILE=tile,
-            HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
+            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN,
+            TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, query.device),
         )  # fmt: skip
     exact = ExactRows(

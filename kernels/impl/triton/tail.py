@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import n_segments
-from s2o_compile.kernels.impl.triton.tile import key_mask_of, launch, load_rows, needs_wide
+from s2o_compile.kernels.impl.triton.tile import key_mask_of, key_rows, launch, load_rows, needs_wide, paging
 from s2o_compile.kernels.ranking.tail import block_shift
 
 ROWS = 64
@@ -21,15 +21,18 @@ ROWS = 64
 
 @triton.jit
 def block_sums_kernel(
-    value_ptr, key_mask_ptr, sum_ptr, count_ptr, stride_vb, stride_vh, stride_vn, stride_mb, n_keys, kv_heads, shift,
-    block_len, HAS_KEY_MASK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
+    value_ptr, key_mask_ptr, sum_ptr, count_ptr, stride_vb, stride_vh, stride_vn, stride_mb, first_block, n_keys,
+    kv_heads, shift, block_len, pages, page_rows, last_page, HAS_KEY_MASK: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Sum and number of the values of one block of keys of one head: keys ``j * block_len - shift`` and on."""
+    """Sum and number of the values of one block of keys of one head: keys ``j * block_len - shift`` and on.
+
+    The first program takes block ``first_block``.
+    """
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
     key_mask = key_mask_ptr + head // kv_heads * stride_mb
-    start = block * block_len - shift
+    start = (first_block + block) * block_len - shift
     stop = tl.minimum(start + block_len, n_keys)
     total = tl.zeros([BLOCK_VALUE], tl.float32)
     count = tl.zeros([ROWS], tl.float32)
@@ -38,7 +41,7 @@ def block_sums_kernel(
         present = (keys >= 0) & (keys < stop)
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask + keys, mask=present, other=0) != 0)
-        rows = tl.minimum(tl.maximum(keys, 0), n_keys - 1)
+        rows = key_rows(tl.minimum(tl.maximum(keys, 0), n_keys - 1), pages, page_rows, last_page, PAGE)
         x = load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32)
         total += tl.sum(tl.where(present[:, None], x, 0.0), 0)
         count += present.to(tl.float32)
@@ -50,8 +53,8 @@ def block_sums_kernel(
 
 @triton.jit
 def tail_means_kernel(
-    sum_ptr, count_ptr, mean_ptr, blocks, first_own, CAUSAL: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
+    sum_ptr, count_ptr, mean_ptr, stride_sum, stride_count, blocks, first_own, CAUSAL: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The mean of all blocks of one head but a segment's own, which is ``first_own`` + segment, and what is behind it.
 
@@ -66,32 +69,56 @@ def tail_means_kernel(
     total = tl.zeros([BLOCK_VALUE], tl.float32)
     count = 0.0
     for block in range(0, stop):
-        row = head * blocks + block
-        x = tl.load(sum_ptr + row * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
+        x = tl.load(sum_ptr + head * stride_sum + block * VALUE_DIM + dims, mask=dims < VALUE_DIM, other=0.0)
         total += tl.where(block == own, 0.0, x)
-        count += tl.where(block == own, 0.0, tl.load(count_ptr + row))
+        count += tl.where(block == own, 0.0, tl.load(count_ptr + head * stride_count + block))
     mean = total / tl.maximum(count, 1.0)
     tl.store(mean_ptr + (head * tl.num_programs(0) + segment) * VALUE_DIM + dims, mean, mask=dims < VALUE_DIM)
 
 
 def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     """Mean value of the prefix keys of every segment; arguments and results as ``ranking.tail.tail_values``."""
-    value, mask, n_queries = call.value, call.mask, call.n_queries
-    batch, heads, n_keys, value_dim = value.shape
+    n_queries, n_keys, (batch, heads, _, value_dim) = call.n_queries, call.n_keys, call.value.shape
     shift = block_shift(call, segment_len)
-    blocks, segments = n_segments(n_keys + shift, segment_len), n_segments(n_queries, segment_len)
-    sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
-    counts, means = sums.new_empty(batch, heads, blocks), sums.new_empty(batch, heads, segments, value_dim)
-    key_mask, stride_mb = key_mask_of(mask.key_mask, sums)
-    dims = {"VALUE_DIM": value_dim, "BLOCK_VALUE": max(16, triton.next_power_of_2(value_dim))}
+    sums, counts = _kept_sums(call, shift, segment_len)
+    means = sums.new_empty(batch, heads, n_segments(n_queries, segment_len), value_dim)
     launch(
-        block_sums_kernel, (blocks, batch * heads),
-        value, key_mask, sums, counts, *value.stride()[:3], stride_mb, n_keys, heads, shift, segment_len,
-        HAS_KEY_MASK=mask.key_mask is not None, **dims, ROWS=ROWS, WIDE=needs_wide(value), num_warps=4,
-    )  # fmt: skip
-    first_own = (mask.seg_offset(n_queries, n_keys) + shift) // segment_len
-    launch(
-        tail_means_kernel, (segments, batch * heads),
-        sums, counts, means, blocks, first_own, CAUSAL=mask.causal, **dims, num_warps=1,
+        tail_means_kernel, (means.shape[2], batch * heads),
+        sums, counts, means, sums.stride(1), counts.stride(1), sums.shape[2],
+        (call.mask.seg_offset(n_queries, n_keys) + shift) // segment_len,
+        CAUSAL=call.mask.causal, **_dims(value_dim), num_warps=1,
     )  # fmt: skip
     return means
+
+
+def _kept_sums(call: AttentionCall, shift: int, block_len: int) -> tuple[Tensor, Tensor]:
+    """The sums and counts of all blocks; those that earlier chunks of a prefill have filled are not made again."""
+    if call.kept is None:
+        return block_sums(call, shift, block_len)
+    version = shift, block_len
+    first = (call.kept.known("value sums", call.earlier_keys, version) + shift) // block_len
+    made = block_sums(call, shift, block_len, first)
+    names = "value sums", "value counts"
+    sums, counts = (call.kept.extend(name, call.n_keys, first, x, version) for name, x in zip(names, made, strict=True))
+    return sums, counts
+
+
+def block_sums(call: AttentionCall, shift: int, block_len: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Sums float32 [B, Hkv, blocks, Dv] and numbers float32 [B, Hkv, blocks] of the values of blocks from one on."""
+    value, key_mask, n_keys = call.value, call.mask.key_mask, call.n_keys
+    batch, heads, _, value_dim = value.shape
+    blocks = n_segments(n_keys + shift, block_len) - first
+    sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
+    counts = sums.new_empty(batch, heads, blocks)
+    mask, stride_mb = key_mask_of(key_mask, sums)
+    launch(
+        block_sums_kernel, (blocks, batch * heads),
+        value, mask, sums, counts, *value.stride()[:3], stride_mb, first, n_keys, heads, shift, block_len,
+        **paging(call.pages, value), HAS_KEY_MASK=key_mask is not None, **_dims(value_dim), ROWS=ROWS,
+        WIDE=needs_wide(value), num_warps=4,
+    )  # fmt: skip
+    return sums, counts
+
+
+def _dims(value_dim: int) -> dict[str, int]:
+    return {"VALUE_DIM": value_dim, "BLOCK_VALUE": max(16, triton.next_power_of_2(value_dim))}

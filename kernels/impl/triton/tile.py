@@ -12,6 +12,7 @@ import triton.language as tl
 
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.mask import AttentionMask, upper_bound
+from s2o_compile.kernels.core.pages import Pages
 from s2o_compile.kernels.core.result import Result
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -20,6 +21,15 @@ NOTHING_SEEN = tl.constexpr(-3.4e38)
 """Maximum of no logits. Not -inf: the difference to it stays a number, so no step needs a guard."""
 
 WIDEST_VALUE = 256
+
+
+@triton.jit
+def key_rows(keys, pages, page_rows, last_page, PAGE: tl.constexpr):
+    """The rows of keys: themselves, or their slots in pages of PAGE tokens (``core/pages.py``)."""
+    if PAGE:
+        page = tl.minimum(tl.maximum(tl.load(pages + keys // PAGE), 0), last_page)
+        keys = page * page_rows + keys % PAGE
+    return keys
 
 
 @triton.jit
@@ -106,6 +116,13 @@ def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
 def key_mask_of(key_mask: torch.Tensor | None, unused: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A key mask [B, Nk] and its stride as kernels take them; without one any tensor, which no kernel reads."""
     return (unused, 0) if key_mask is None else (key_mask, key_mask.stride(0))
+
+
+def paging(pages: Pages | None, unused: torch.Tensor) -> dict[str, object]:
+    """The arguments of kernels that look for keys by ``key_rows``; without pages any tensor, which no kernel reads."""
+    if pages is None:
+        return {"pages": unused, "page_rows": 0, "last_page": 0, "PAGE": 0}
+    return {"pages": pages.table, "page_rows": pages.page_rows, "last_page": pages.last, "PAGE": pages.page_len}
 
 
 def value_parts(value: torch.Tensor, into: Result) -> Iterator[tuple[torch.Tensor, Result]]:

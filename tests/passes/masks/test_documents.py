@@ -227,7 +227,7 @@ def over_positions(q, k, v, positions, *, ids=ids_of, bound=torch.le, shift=0, w
         ({"shift": -2}, "packed causal, offset -2"),
         ({"window": 15}, "packed causal, window 15"),
     ],
-    ids=str,
+    ids=["plain", "less-than", "ahead", "behind", "window"],
 )
 def test_positions_inside_of_documents(options, mask):
     """transformers 5.24 compares positions that restart, which count up inside of each of its documents."""

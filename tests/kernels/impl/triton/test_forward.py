@@ -306,7 +306,7 @@ class TestRanking:
         inputs = case.inputs(device)
         inputs.key[0, 0, ::8, 3] = torch.nan
         count, rank = min(case.head_dim, 7), 32
-        actual = triton_basis.choose_basis(inputs.query, inputs.key, count, rank, scale=inputs.scale)
+        actual = triton_basis.choose_basis(inputs.call, count, rank)
         expected = ranking_basis.choose_basis(inputs.query, inputs.key, count)
         assert all(x.dtype == inputs.query.dtype and not x[..., count:].any() for x in actual)
         products = (x.query.float() @ x.key.float().transpose(-1, -2) for x in (actual, expected))

@@ -1,0 +1,259 @@
+"""``s2o::attention_varlen`` and ``s2o::attention_paged``: attention over packed sequences as opaque nodes.
+
+They are made as the operators of ``ops.py`` are; `packed_of` and `paged_of` check arguments and complete a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.call import AttentionCall, scale_of
+from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
+from s2o_compile.kernels.core.pages import BlockTable, flat_view
+from s2o_compile.kernels.core.prefill_cache import PrefillCache
+from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_packed, check_paged, check_whole
+from s2o_compile.kernels.lengths import as_integers, check_counts, check_starts
+from s2o_compile.kernels.support.define_op import define_operator
+from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
+
+_DEFAULT = OperatorOptions()
+_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+
+
+class Shared(TypedDict, total=False):
+    """Arguments that all sequences of a call share."""
+
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    return_lse: bool
+    dense_heads: Sequence[int] | None
+    site: str
+
+
+def _call_of(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, causal: bool = True, window: int | None = None,
+    scale: float | None = None, softcap: float | None = None, return_lse: bool = False,
+    dense_heads: Sequence[int] | None = None, site: str = "",
+) -> AttentionCall:  # fmt: skip
+    """The call that sequences are cut from, of query [T, Hq, D] and key and value [1, Hkv, rows, D]."""
+    check_whole()
+    packed = query.transpose(0, 1)[None]
+    dense = tuple(dense_heads or ())
+    check_arguments(
+        packed, key, None, sinks, causal=causal, window=window, attention_chunk=None, softcap=softcap,
+        fully_masked="zeros", dense_heads=dense,
+    )  # fmt: skip
+    return AttentionCall(
+        query=packed, key=key, value=value, mask=packed_mask(causal=causal, window=window), sinks=sinks,
+        scale=scale_of(query, scale), softcap=softcap, return_lse=return_lse, dense_heads=sorted({*dense}), site=site,
+    )  # fmt: skip
+
+
+def packed_of(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None = None,
+    *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **shared: Unpack[Shared],
+) -> Packed:  # fmt: skip
+    """Packed sequences of the arguments of `attention_varlen`.
+
+    Raises:
+        InputError: Arguments that the operator cannot take, as far as the host sees them without waiting.
+    """
+    check_packed(query, key, value)
+    starts = as_integers("cu_seqlens_q", cu_seqlens_q)
+    keys = as_integers("cu_seqlens_k", cu_seqlens_k)
+    check_starts("cu_seqlens_q", starts)
+    check_starts("cu_seqlens_k", keys)
+    check_counts(cu_seqlens_q=len(starts) - 1, cu_seqlens_k=len(keys) - 1)
+    call = _call_of(query, key.transpose(0, 1)[None], value.transpose(0, 1)[None], sinks, **shared)
+    return Packed(call=call, query_starts=starts, keys=keys, longest_query=max_seqlen_q, longest_key=max_seqlen_k)
+
+
+def paged_of(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
+    sinks: Tensor | None = None, *, chunks: PrefillCache | None = None, **shared: Unpack[Shared],
+) -> Packed:  # fmt: skip
+    """Packed sequences of the arguments of `attention_paged`.
+
+    Raises:
+        InputError: Arguments that the operator cannot take, as far as the host sees them without waiting.
+    """
+    check_paged(query, key_cache, value_cache)
+    starts, keys = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("seq_lens", seq_lens)
+    table = as_integers("block_table", block_table, 2)
+    check_starts("cu_seqlens_q", starts)
+    check_counts(cu_seqlens_q=len(starts) - 1, seq_lens=len(keys), block_table=len(table))
+    views = [flat_view(cache) for cache in (key_cache, value_cache)]
+    if None in views or views[0][1] != views[1][1]:  # pyright: ignore[reportOptionalSubscript]
+        strides = [tuple(cache.stride()) for cache in (key_cache, value_cache)]
+        raise InputError(
+            "strides of kv_cache",
+            expected="pages at a whole number of slots from each other, as many for keys as for values",
+            got=strides,
+            remedy="Give the cache as it was allocated, or permuted views of it.",
+        )
+    (key, page_rows), (value, _) = views  # pyright: ignore
+    if key.shape[2] >= 2**31:
+        raise InputError(
+            "rows of kv_cache", expected="less than 2**31 slots", got=key.shape[2], remedy="Split the cache."
+        )
+    if chunks is not None and len(keys) != 1:
+        raise InputError("chunks", expected="one sequence", got=len(keys), remedy="Call once for each sequence.")
+    on_device = table.to(query.device, torch.int32, non_blocking=True)
+    on_device = on_device if on_device.stride(1) == 1 else on_device.contiguous()
+    pages, page_len = key_cache.shape[:2]
+    blocks = BlockTable(table=on_device, page_len=page_len, page_rows=page_rows, last=pages - 1)
+    call = _call_of(query, key, value, sinks, **shared).but(kept=chunks)
+    return Packed(call=call, query_starts=starts, keys=keys, blocks=blocks, host_table=table if table.is_cpu else None)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = None,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    ranking_per: str = _DEFAULT.ranking_per,
+    implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
+    error: float | None = None,
+    dense_heads: Sequence[int] | None = None,
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Attention over packed sequences; see ``s2o_compile.attention_varlen`` for the arguments.
+
+    Returns:
+        Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
+    """
+    taus = () if head_tau is None else tuple(head_tau)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
+    packed = packed_of(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads,
+        site=site,
+    )  # fmt: skip
+    output, lse = run_packed(packed, options)
+    return output, lse if return_lse else lse.new_empty(0)
+
+
+def attention_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    tau: float = _DEFAULT.tau,
+    min_seq_len: int | None = None,
+    segment_len: int | None = _DEFAULT.segment_len,
+    ranking: str = _DEFAULT.ranking,
+    ranking_per: str = _DEFAULT.ranking_per,
+    implementation: str = _DEFAULT.implementation,
+    head_tau: Sequence[float] | None = None,
+    error: float | None = None,
+    dense_heads: Sequence[int] | None = None,
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Attention over sequences whose keys lie in pages; see ``s2o_compile.attention_paged`` for the arguments.
+
+    Key and value are caches [pages, page_len, Hkv, D] and [pages, page_len, Hkv, Dv], with a unit last stride.
+
+    Returns:
+        Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
+    """
+    taus = () if head_tau is None else tuple(head_tau)
+    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
+    packed = paged_of(
+        query, key_cache, value_cache, block_table, cu_seqlens_q, seq_lens, sinks, causal=causal, window=window,
+        scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads, site=site,
+    )  # fmt: skip
+    output, lse = run_packed(packed, options)
+    return output, lse if return_lse else lse.new_empty(0)
+
+
+_EXACT = ("max_seqlen_q", "max_seqlen_k", "causal", "window", "scale", "softcap", "dense_heads")
+"""Arguments that change the result of exact attention, or are checked there, too."""
+
+
+def _exact_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in _EXACT if name in keywords}
+
+
+def differentiable_varlen(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_varlen`)
+    """`attention_varlen` by operators that have every derivative: exact, and without a log-sum-exp."""
+    check_no_lse(return_lse)
+    packed = packed_of(*tensors, **_exact_arguments(keywords))
+    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+
+
+def differentiable_paged(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_paged`)
+    """`attention_paged` by operators that have every derivative: exact, and without a log-sum-exp."""
+    check_no_lse(return_lse)
+    packed = paged_of(*tensors, **_exact_arguments(keywords))
+    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+# They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
+_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=_UNSAFE)
+_paged = define_operator(_library, attention_paged, differentiable_paged, tags=_UNSAFE)
+
+
+@torch.library.register_fake("s2o::attention_varlen", lib=_library)
+@torch.library.register_fake("s2o::attention_paged", lib=_library)
+def _(
+    query: Tensor, _key: Tensor, value: Tensor, *_: object, return_lse: bool = False, **__: object
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _dim = query.shape
+    lse = query.new_empty((heads, tokens) if return_lse else (0,), dtype=torch.float32)
+    return query.new_empty(tokens, heads, value.shape[-1]), lse
+
+
+def _varlen_autocast(device_type: str) -> Any:  # noqa: ANN401
+    def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
+        """Under autocast the operator runs in the autocast dtype, as SDPA does."""
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _varlen(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
+
+    return in_its_dtype
+
+
+def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401
+    def in_its_dtype(query: Tensor, key_cache: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
+        """A cache is not converted: the operator runs in its dtype."""
+        with torch.autocast(device_type, enabled=False):
+            return _paged(query.to(key_cache.dtype), key_cache, *rest, **keywords)
+
+    return in_its_dtype
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("attention_varlen", _varlen_autocast(_device_type), _key)
+    _library.impl("attention_paged", _paged_autocast(_device_type), _key)

@@ -1,0 +1,40 @@
+"""Compile the kernels that read pages for an H100, without a GPU: run by ``impl/triton/test_compile.py``."""
+
+import torch
+
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.pages import BlockTable, flat_view
+from s2o_compile.kernels.core.result import empty_progress, empty_result
+from s2o_compile.kernels.impl.triton import exact, forward, packed, sampled
+from s2o_compile.kernels.planner import Planner
+from tests.helpers.compile_order import compile_only
+
+
+def main():
+    compiled = compile_only()
+    for dim, page_len, length, dtype in ((128, 16, 1024, torch.bfloat16), (64, 1, 128, torch.float16)):
+        cache = torch.zeros(2, 1 + length // page_len, page_len, 2, dim, dtype=dtype)
+        (key, page_rows), (value, _) = flat_view(cache[0]), flat_view(cache[1])
+        table = torch.zeros(1, length // page_len, dtype=torch.int32)
+        blocks = BlockTable(table=table, page_len=page_len, page_rows=page_rows, last=cache.shape[1] - 1)
+        query = torch.zeros(1, 4, length, dim, dtype=dtype)
+        mask = AttentionMask(causal=True)
+        call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=0.1, pages=blocks.pages(0, length))
+        for ranking in ("per_query", "mean_query"):
+            plan = Planner(call, OperatorOptions(ranking=ranking, segment_len=128), "triton").plan(call)
+        forward.attend(call, plan, 0.5, None, empty_progress(query))
+        forward.going_on(call, plan, torch.zeros(1, 4), empty_result(query, dim), empty_progress(query))()
+        exact.attend_exact(call)
+        sampled.attend_rows(call)
+        sequences, lse = torch.zeros(5, 1, dtype=torch.int32), torch.zeros(1, 4, length)
+        for part, pages in ((call.but(pages=None), blocks), (call.but(pages=None, sinks=torch.zeros(4)), None)):
+            for window in (None, 100):
+                part = part.but(mask=AttentionMask(causal=True, window=window))
+                packed.attend_packed(part, sequences, 3, pages, torch.zeros_like(query), lse)
+    print(*compiled)
+
+
+if __name__ == "__main__":
+    main()
