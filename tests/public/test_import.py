@@ -42,8 +42,10 @@ LATER = (
     "kernels.support.torch_inductor",
     "onnx",
     "quality",
+    "serving",
     "tensorrt",
     "transformers",
+    "vllm",
 )
 LAZY = ("Evaluation", "Package", "TaskScores", "calibrate", "evaluate", "evaluate_tasks", "export", "package")
 
@@ -75,6 +77,7 @@ def test_the_rest_is_loaded_on_first_use(loaded, name):
 def test_the_import_needs_no_other_package(loaded):
     tops = {name.partition(".")[0] for name in loaded}
     assert not tops & {"transformers", "diffusers", "onnx", "matplotlib", "rich", "typer", "torch_tensorrt"}
+    assert not tops & {"vllm", "sglang"}
     assert not [name for name in loaded if name.startswith("torch._inductor.codegen.cpp_wrapper")]
 
 
