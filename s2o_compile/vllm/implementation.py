@@ -71,10 +71,9 @@ class SparsePrefill:
         sliding_window: int | None, kv_cache_dtype: str, logits_soft_cap: float | None = None,
         attn_type: str = "decoder", kv_sharing_target_layer_name: str | None = None, **others: Any,  # noqa: ANN401
     ) -> None:  # fmt: skip
-        super().__init__(  # pyright: ignore[reportCallIssue]
-            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
-            attn_type, kv_sharing_target_layer_name, **others,
-        )  # fmt: skip
+        given = (num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype)
+        rest = (logits_soft_cap, attn_type, kv_sharing_target_layer_name)
+        super().__init__(*given, *rest, **others)  # pyright: ignore[reportCallIssue]
         self._scale, self._softcap = float(scale), logits_soft_cap or None
         self._sinks = others.get("sinks")
         self.s2o_site: Site | None = None
