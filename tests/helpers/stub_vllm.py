@@ -250,7 +250,8 @@ def install(monkeypatch, *, rank=0, ranks=1, wanted=None):
         if parent:
             setattr(sys.modules[parent], own, module)
     for name in ("cuda", "cpu"):
-        monkeypatch.delitem(sys.modules, f"s2o_compile.vllm.{name}", raising=False)
+        monkeypatch.setitem(sys.modules, f"s2o_compile.vllm.{name}", None)  # so that its end forgets the module
+        del sys.modules[f"s2o_compile.vllm.{name}"]
     return SimpleNamespace(log=log, registry=registry, config=config)
 
 

@@ -142,7 +142,7 @@ def test_the_log_says_what_ran_sparse(start, caplog):
     runner, batch = runner_and_batch(served, page_size=1)
     extend(start(runner), served, batch)
     assert "S2O: prefills of 256 keys or more run sparse (tau 0); all else runs by triton" in caplog.messages
-    assert caplog.messages[-1].startswith("S2O: 1 sparse calls over 300 queries, 1 queries beside them dense; of 1 ")
+    assert caplog.messages[-1].startswith("S2O: 1 sparse calls, one a layer, of 300 queries beside 1 dense ones; of 1 ")
 
 
 def test_registering_twice_is_registering_once(monkeypatch):

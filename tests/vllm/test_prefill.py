@@ -270,6 +270,6 @@ def test_the_log_says_what_is_sparse_and_then_what_it_brought(serve):
     server.builder.build(0, common_of(served))
     line = server.log.lines[-1]
     assert line.startswith(
-        "S2O: 1 sparse calls over 300 queries, 1 queries beside them dense; of 1 measured calls: density "
+        "S2O: 1 sparse calls, one a layer, of 300 queries beside 1 dense ones; of 1 measured calls: density "
     )
     assert ", error 0." in line
