@@ -59,6 +59,7 @@ CASES = {
     "bidirectional": Case(queries=300, heads=4, kv_heads=4, head_dim=32, causal=False),
     "grouped": Case(queries=300, heads=4, kv_heads=2, head_dim=32, causal=False),
     "causal": Case(queries=300, heads=2, kv_heads=2, head_dim=32, causal=True),
+    "causal-longer-keys": Case(queries=300, keys=400, heads=2, kv_heads=2, head_dim=32, causal=True, offset=0),
     "batch-of-two": Case(batch=2, queries=260, heads=2, kv_heads=2, head_dim=16, causal=False),
 }
 
