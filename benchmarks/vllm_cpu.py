@@ -3,8 +3,8 @@
 make vllm       # once: the environment and the model
 .venv-vllm/bin/python benchmarks/vllm_cpu.py build/smollm2 --json benchmarks/results/vllm-cpu.json
 
-Queries, keys and values are those of SmolLM2 on the demo's text. Seconds are CPU time of one thread, so other programs on
-the machine count little.
+Queries, keys and values are those of SmolLM2 on the demo's text. Seconds are CPU time of one thread, so that other
+programs on the machine count little.
 """
 
 from __future__ import annotations
