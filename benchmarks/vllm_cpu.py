@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import results_file
 import torch
+from results_file import Rows
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -59,8 +60,8 @@ def seconds(call: Callable[[], object]) -> float:
     return min(times)
 
 
-def bench_layer(layer: int, tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
-    """One row: both kernels on one layer."""
+def bench_layer(tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
+    """Both kernels on one layer."""
     query, key, value = (x.to(dtype) for x in tensors)
     tokens, heads, dim = query.shape
     kv_heads = key.shape[1]
@@ -88,14 +89,14 @@ def bench_layer(layer: int, tensors: list[Tensor], dtype: torch.dtype) -> dict[s
         config = S2OConfig(tau=tau, min_seq_len=0)
         attention_paged(query, pages, table, [0, tokens], [tokens], config=config, out=output)
 
-    row: dict[str, object] = {"layer": layer, "dtype": str(dtype).removeprefix("torch."), "kernel": isa}
-    row["vllm"] = round(seconds(vllm), 3)
-    for name, tau, output in (("s2o", 0.5, outputs[1]), ("s2o_exact", 0.0, outputs[2])):
-        row[name] = round(seconds(lambda tau=tau, output=output: s2o(tau, output)), 3)
-        row[f"{name}_error"] = round(((output - outputs[0]).float().norm() / outputs[0].float().norm()).item(), 5)
+    row: dict[str, object] = {"isa": isa, "vllm_s": round(seconds(vllm), 3)}
+    for name, tau, output in (("s2o", 0.5, outputs[1]), ("s2o at tau 0", 0.0, outputs[2])):
+        row[f"{name}_s"] = round(seconds(lambda tau=tau, output=output: s2o(tau, output)), 3)
+        error = (output - outputs[0]).float().norm() / outputs[0].float().norm()
+        row[f"{name}, difference"] = round(error.item(), 5)
     with record_calls() as calls:
         s2o(0.5, outputs[1])
-    return row | {"density": round(calls[0].density, 3)}
+    return row | {"s2o, density": round(calls[0].density, 3)}
 
 
 def main() -> None:
@@ -106,13 +107,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows = Rows(args.json, model="SmolLM2-135M-Instruct", tokens=args.tokens)
     for layer, tensors in layer_inputs(args.model, args.tokens).items():
         for dtype in (torch.float32, torch.bfloat16):
-            rows.append(bench_layer(layer, tensors, dtype))
-            print(rows[-1], flush=True)
-    if args.json:
-        results_file.write(args.json, rows, model="SmolLM2-135M-Instruct", tokens=args.tokens, threads=1)
+            what = {"layer": layer, "dtype": str(dtype).removeprefix("torch.")}
+            rows.measure("One layer on a CPU", what, partial(bench_layer, tensors, dtype))
 
 
 if __name__ == "__main__":

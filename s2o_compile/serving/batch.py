@@ -37,10 +37,11 @@ class Batch:
         sparse = [at for at, (first, end, keys) in enumerate(lengths) if end - first >= TILE_LEN and keys >= shortest]
         return cls(starts=starts, seq_lens=seq_lens, sparse=sparse)
 
-    @property
+    @cached_property
     def others(self) -> list[int]:
         """Indices of the other requests that have queries, ascending."""
-        return [at for at in range(len(self.seq_lens)) if at not in set(self.sparse) and self.n_queries(at)]
+        sparse = set(self.sparse)
+        return [at for at in range(len(self.seq_lens)) if at not in sparse and self.n_queries(at)]
 
     def n_queries(self, request: int) -> int:
         """Queries of a request."""

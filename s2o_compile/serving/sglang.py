@@ -85,7 +85,6 @@ class SparseExtend:
     def s2o_prepare(self, runner: Any, dense: str) -> None:  # noqa: ANN401 (SGLang's)
         """Keep what the runner knows, and say once what runs sparse."""
         self._config, self._runner, self._dense = config_from_environment(), runner, dense
-        self._rank = Rank(runner.tp_rank, runner.tp_size) if has_heads(self._config) else Rank()
         self._sites: dict[int, S2OConfig] = {}
         self._reasons: Counter[str] = Counter()
         logger.info(
@@ -170,9 +169,12 @@ class SparseExtend:
         if not has_heads(self._config):
             return self._config
         if layer.layer_id not in self._sites:
-            heads = self._runner.model_config.get_total_num_kv_heads()
+            model, heads = self._runner.model_config, layer.tp_q_head_num
+            ranks = model.num_attention_heads // heads  # fewer than tp_size where ranks hold data of their own
+            rank = Rank(self._runner.tp_rank % ranks, ranks)
+            kv_heads = model.get_total_num_kv_heads()
             self._sites[layer.layer_id] = for_rank(
-                self._config, site_of(layer), layer.tp_q_head_num, layer.tp_k_head_num, heads, self._rank
+                self._config, site_of(layer), heads, layer.tp_k_head_num, kv_heads, rank
             )
         return self._sites[layer.layer_id]
 

@@ -129,7 +129,7 @@ def runner_and_batch(served, *, page_size, mode=ForwardMode.EXTEND):
     runner = SimpleNamespace(
         token_to_kv_pool=Pool(*rows),
         req_to_token_pool=SimpleNamespace(req_to_token=table),
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: KV_HEADS),
+        model_config=SimpleNamespace(num_attention_heads=HEADS, get_total_num_kv_heads=lambda: KV_HEADS),
         page_size=page_size,
         use_mla_backend=False,
         attn_cp_size=1,

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from s2o_compile import ImplementationUnavailableError, OptionError
+from s2o_compile import ImplementationUnavailableError, OptionError, S2OConfig
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.serving import sglang as plugin
 from tests.helpers import stub_sglang
@@ -135,6 +135,22 @@ def test_all_else_is_the_dense_backends_own(start):
     batch.forward_mode = ForwardMode.DECODE
     extend(backend, served, batch)
     assert backend.calls == ["decode"]
+
+
+@pytest.mark.parametrize(("ranks", "attention_ranks"), [(2, 2), (4, 2)], ids=["tp", "with-data-parallel-attention"])
+def test_a_rank_takes_the_settings_of_its_own_heads(start, monkeypatch, tmp_path, ranks, attention_ranks):
+    config = S2OConfig(site_tau={"model.layers.0.self_attn": (0.1, 0.2, 0.3, 0.4)}, min_seq_len=256)
+    (tmp_path / "s2o.json").write_text(config.to_json())
+    monkeypatch.delenv("S2O_TAU")
+    monkeypatch.setenv("S2O_CONFIG", str(tmp_path / "s2o.json"))
+    served = Served([(300, 300)])
+    found = []
+    for number in range(ranks):
+        runner, _ = runner_and_batch(served, page_size=1)
+        runner.tp_rank, runner.tp_size = number, ranks
+        layer = layer_of(served, tp_q_head_num=4 // attention_ranks, tp_k_head_num=2 // attention_ranks)
+        found.append(start(runner)._config_of(layer).site_tau["model.layers.0.self_attn"])
+    assert found == [((0.1, 0.2), (0.3, 0.4))[number % attention_ranks] for number in range(ranks)]
 
 
 def test_the_log_says_what_ran_sparse(start, caplog):
