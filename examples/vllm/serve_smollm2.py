@@ -3,8 +3,9 @@
 make vllm       # makes the environment, saves the model, and runs this
 
 Three servers run one after the other: vLLM's own attention, S2O at tau 0, which is exact, and S2O at its default tau.
-They get a long prompt, the same again (the prefix cache), its beginning with another end, and eight prompts at once. At
-tau 0 every answer must be equal token for token. float32 makes that a fair test: rounding decides no token there.
+They get a long prompt, which they read in two chunks, the same again (the prefix cache), its beginning with another end,
+and eight prompts at once. At tau 0 every answer must be equal token for token. float32 makes that a fair test: rounding
+decides no token there.
 
 `vllm serve` runs the module that is started here. The command itself does not start from the wheel for CPUs.
 """
@@ -31,7 +32,7 @@ ANSWER_TOKENS = 8
 SHORTEST = 2048
 """Keys from which prefills are sparse here: the default for a CPU, 8192, is all that SmolLM2 was trained to read."""
 
-LIMITS = ["--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--enforce-eager"]
+LIMITS = ["--max-model-len", "8192", "--max-num-batched-tokens", "4096", "--enforce-eager"]
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 S2O = {"S2O_MIN_SEQ_LEN": str(SHORTEST)}
 LONG = "a prompt of 8100 tokens"
