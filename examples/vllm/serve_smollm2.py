@@ -3,7 +3,7 @@
 make vllm       # makes the environment, saves the model, and runs this
 
 Three servers run one after the other: vLLM's own attention, S2O at tau 0, which is exact, and S2O at its default tau.
-They get a long prompt, which they read in two chunks, the same again (the prefix cache), its beginning with another end,
+They get a long prompt, which is read in two chunks, the same again (the prefix cache), its beginning with another end,
 and eight prompts at once. At tau 0 every answer must be equal token for token. float32 makes that a fair test: rounding
 decides no token there.
 
