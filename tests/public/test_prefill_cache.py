@@ -33,7 +33,7 @@ class Prefill:
         return [self.chunk(a, b, chunks, **options) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def with_dims_of(other):
+def with_basis_of(other):
     """A new cache that ranks by the dimensions of another one, and knows nothing else of it."""
     made = PrefillCache()
     made._once = dict(other._once)
@@ -51,7 +51,7 @@ def test_every_chunk_has_the_bits_of_a_chunk_by_itself(ends, implementation):
     with record_calls() as calls:
         for start, stop in zip((0, *ends[:-1]), ends, strict=True):
             actual = prefill.chunk(start, stop, kept)
-            assert same(actual, prefill.chunk(start, stop, with_dims_of(kept)))
+            assert same(actual, prefill.chunk(start, stop, with_basis_of(kept)))
     assert {call.path for call in calls} == {"s2o"}
     assert kept.nbytes > 0
 
@@ -89,14 +89,14 @@ def test_chunks_that_ran_elsewhere_and_chunks_that_run_again(implementation):
     prefill, kept = Prefill(implementation=implementation), PrefillCache()
     for start, stop in ((0, 130), (200, 330), (130, 280), (280, LENGTH)):
         actual = prefill.chunk(start, stop, kept)
-        assert same(actual, prefill.chunk(start, stop, with_dims_of(kept))), (start, stop)
+        assert same(actual, prefill.chunk(start, stop, with_basis_of(kept))), (start, stop)
 
 
 def test_new_keys_of_a_chunk_that_runs_again_are_read():
     prefill, kept = Prefill(), PrefillCache()
     prefill.all((256, LENGTH), kept)
     prefill.cache[prefill.table[0, 20]] *= 4.0
-    assert same(prefill.chunk(256, LENGTH, kept), prefill.chunk(256, LENGTH, with_dims_of(kept)))
+    assert same(prefill.chunk(256, LENGTH, kept), prefill.chunk(256, LENGTH, with_basis_of(kept)))
 
 
 def test_a_cleared_one_serves_another_sequence():
@@ -113,7 +113,7 @@ def test_chunks_inside_and_outside_of_inference_mode():
     with torch.inference_mode():
         prefill.chunk(0, 256, kept)
     actual = prefill.chunk(256, LENGTH, kept)
-    assert same(actual, prefill.chunk(256, LENGTH, with_dims_of(kept)))
+    assert same(actual, prefill.chunk(256, LENGTH, with_basis_of(kept)))
 
 
 def test_another_layer_is_refused():
