@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -28,6 +27,7 @@ from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import count, record, recording
 from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError
+from s2o_compile.kernels.support.job import warn
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
     "torch": torch_exact.attend_exact,
@@ -71,7 +71,7 @@ def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, s
     """
     if torch.compiler.is_compiling() or is_short(query, query.shape[2], key.shape[2], min_seq_len):
         return
-    warnings.warn(
+    warn(
         f"s2o attention over {key.shape[2]} keys is dense: derivatives of it are wanted, and the sparse operator has "
         "none. Call it under torch.no_grad(), or detach its inputs.",
         DenseGradientWarning,
@@ -176,12 +176,12 @@ def run_planned(
             plan = replace(plan, tail_value=planner.tail_values(ready, plan.segment_len, implementation))
             result = empty_result(ready.query, ready.value.shape[3])
             schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
-        measured = _measure(ready, result, options)
+        measured = measure(ready, result, options)
     record(call, "s2o", result.computed, measured)
     return finish(call, result.output, result.lse)
 
 
-def _measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Tensor | None:
+def measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Tensor | None:
     """The sums of a call's sampled error, if anybody records; beside FlexAttention the device's own way measures."""
     if not recording():
         return None
@@ -220,18 +220,27 @@ def _attend(call: AttentionCall, options: OperatorOptions) -> tuple[Tensor, Tens
         return attend_by_sdpa(call), None
     replaced = False
     if path == "s2o" and observing():
-        observed = ObservedCall(**vars(call), options=options, execute=_execute)
+        observed = ObservedCall(**vars(call), options=options, execute=execute)
         result = observe(observed)
         replaced = result is not vars(observed).get("result")
     else:
-        result = _execute(call, path, options)
-    measured = _measure(call, result, options) if path == "s2o" and not replaced else None
+        result = execute(call, path, options)
+    measured = measure(call, result, options) if path == "s2o" and not replaced else None
     record(call, path, result.computed, measured)
     return result.output, result.lse
 
 
-def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result:
-    """Attention by our own executors: over a plan on the path "s2o", else over every visible key."""
+def execute(
+    call: AttentionCall,
+    path: str,
+    options: OperatorOptions,
+    whole: planner.Planner | None = None,
+    first_query: int = 0,
+) -> Result:
+    """Attention by our own executors: over a plan on the path "s2o", else over every visible key.
+
+    The queries may be those from ``first_query`` on of a longer call, and ``whole`` the planner of that one.
+    """
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
     with call.on_device():
@@ -240,4 +249,4 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions) -> Result
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        return schedule.attend(call, options, implementation, EXACT[implementation])
+        return schedule.attend(call, options, implementation, EXACT[implementation], whole, first_query)

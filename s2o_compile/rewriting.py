@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.kernels.support.job import warn
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.recording import notify
@@ -34,7 +33,7 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
     notify(records, seconds, [name for sites in settings.values() for name in sites])
     reasons = [record.reason for record in records if not record.rewritten]
     if reasons and len(reasons) == len(records) and not all("decode" in reason for reason in reasons):
-        warnings.warn(
+        warn(
             f"none of {len(reasons)} attentions could be rewritten to S2O, they stay dense: "
             f"{'; '.join(sorted(set(reasons)))}. s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
@@ -43,7 +42,7 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
     names = [record.name for record in records]
     unknown = [(field, name) for field, sites in settings.items() for name in sites if name not in names]
     for field, name in unknown if names else ():  # a graph without attention knows no name
-        warnings.warn(
+        warn(
             f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
             "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
             UnknownSiteWarning,

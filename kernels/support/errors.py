@@ -1,8 +1,18 @@
 """Errors of the operator: expected, got, remedy."""
 
+from s2o_compile.kernels.support.job import this_rank
+
 
 class S2OError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose. Among several ranks its text names the one that it is of."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)
+        self._rank = this_rank()
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self._rank is None else f"[rank {self._rank[0]} of {self._rank[1]}] {text}"
 
 
 class InputError(S2OError, ValueError):
@@ -15,6 +25,10 @@ class InputError(S2OError, ValueError):
     def __init__(self, what: str, *, expected: str, got: object, remedy: str) -> None:
         self.reason = f"{what}: expected {expected}, got {got}. {remedy}"
         super().__init__(f"s2o attention: {self.reason}")
+
+
+class RankError(S2OError, RuntimeError):
+    """Ranks of a process group that differ in what they must agree on, or one that has ended."""
 
 
 class ImplementationUnavailableError(S2OError, RuntimeError):
