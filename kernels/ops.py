@@ -9,6 +9,7 @@ gradients to dense attention. So do the operators themselves where a derivative 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels import dtensors
 from s2o_compile.kernels.context_parallel import run as run_sharded
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
@@ -153,9 +155,15 @@ def differentiable_masked_attention(
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
-_attention = define_operator(_library, attention, differentiable_attention)
+_attention = define_operator(_library, attention, differentiable_attention, on_dtensors=dtensors.attention)
 # It waits for the numbers of the mask, and no CUDA graph can record that: with this tag Inductor leaves it out of them.
-_masked_attention = define_operator(_library, masked_attention, differentiable_masked_attention, tags=_UNSAFE)
+_masked_attention = define_operator(
+    _library, masked_attention, differentiable_masked_attention, _UNSAFE, on_dtensors=dtensors.masked_attention
+)
+
+
+if "torch.distributed.tensor" in sys.modules:  # who imports it later calls the operators from `s2o_compile.attention`
+    dtensors.register()
 
 
 @torch.library.register_fake("s2o::masked_attention", lib=_library)

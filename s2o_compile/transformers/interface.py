@@ -31,6 +31,7 @@ from s2o_compile.kernels.support.derivatives import every_derivative, is_differe
 from s2o_compile.kernels.support.job import warn
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
+from s2o_compile.transformers.tensor_parallel import of_rank
 
 logger = logging.get_logger(__name__)
 
@@ -228,7 +229,8 @@ def _sparse(
         mask = proven if isinstance(proven, AttentionMask) else mask.or_none
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
-    shared = {"scale": scale, "softcap": softcap, "site": site.name, **site.options}
+    options = of_rank(site.options, module, query.shape[1], key.shape[1])
+    shared = {"scale": scale, "softcap": softcap, "site": site.name, **options}
     if not isinstance(mask, AttentionMask):
         return torch.ops.s2o.masked_attention(query, key, value, mask, sinks, **shared)[0] if site.read_masks else None
     return torch.ops.s2o.attention(
