@@ -36,7 +36,7 @@ def head_shard(site: AttentionSite) -> HeadShard:
     if len(found) > 1:
         raise Refused(_UNKNOWN, "query and key have shards of other sizes")
     (shard,) = found
-    exchanges = [node for node in site.node.graph.nodes if getattr(node.target, "namespace", "") in _EXCHANGES]
+    exchanges = [node for node in site.node.graph.nodes if str(node.target).partition(".")[0] in _EXCHANGES]
     if shard == WHOLE and exchanges:
         raise Refused(_UNKNOWN, f"the graph exchanges tensors by {exchanges[0]}, and its weights are plain tensors")
     return shard

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
-from s2o_compile.errors import NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteWarning
 from s2o_compile.kernels.support.job import warn
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import SiteRecord
+from s2o_compile.passes.site import SHARED, SiteRecord
 from s2o_compile.recording import notify
 
 
@@ -18,6 +18,15 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
     ``gm``, a Dynamo graph or that of an exported program (inside ``exported.opened``), is rewritten in place.
     """
     seconds: dict[str, float] = {}
+    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
+    shared = gm.meta.get(SHARED)
+    if shared and any(settings.values()):
+        raise InputError(
+            "settings by site (dense_heads, site_tau)",
+            expected="a model that is captured whole, so that each site is known",
+            got=f"a graph break around a {shared}, whose graph other modules of its class share",
+            remedy="Remove the break (a hook, such as FSDP's, makes one), or leave the settings out.",
+        )
     records = pipeline.run(
         gm,
         config.operator_options(),
@@ -29,7 +38,6 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         site_tau=config.site_tau,
         step_seconds=seconds,
     )
-    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
     notify(records, seconds, [name for sites in settings.values() for name in sites])
     reasons = [record.reason for record in records if not record.rewritten]
     if reasons and len(reasons) == len(records) and not all("decode" in reason for reason in reasons):

@@ -22,6 +22,7 @@ from torch import nn
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
 from s2o_compile.kernels.support.torch_compile import (
+    captured_code,
     graph_breaks,
     lookup_backend,
     names_of_modules,
@@ -29,6 +30,7 @@ from s2o_compile.kernels.support.torch_compile import (
     skip_frames,
     wraps_one_module,
 )
+from s2o_compile.passes.site import SHARED
 
 ENTRY = "_s2o_entry"
 """The attribute of an optimized module that holds its entry."""
@@ -71,6 +73,7 @@ class Compilation:
         if call is None:
             return compile_graph(gm, example_inputs)
         frame = _name_modules(gm, call)
+        gm.meta[SHARED] = _may_be_shared(call)
         if self.account is None:
             return compile_graph(gm, example_inputs)
         with self.account.compiling(call.path, frame):
@@ -140,6 +143,19 @@ def _ran_uncompiled(module: nn.Module) -> None:
     call, entry = running.call, vars(module).get(ENTRY)
     if call is not None and entry is not None:
         call.uncompiled = (*call.uncompiled, entry.path)
+
+
+def _may_be_shared(call: ModelCall) -> str:
+    """The class of the module whose frame is captured, if Dynamo may run the graph for others of it; else empty.
+
+    Behind a graph break, such as a hook of FSDP, Dynamo captures the forward of a class, not the code of an entry.
+    """
+    code = captured_code()
+    if code is None or _call.__name__ in code.co_name:  # an entry's own code, or what resumes it
+        return ""
+    kind = type(call.frame)
+    several = sum(type(module) is kind for module in call.module.modules()) > 1
+    return kind.__name__ if several else ""
 
 
 def _name_modules(gm: torch.fx.GraphModule, call: ModelCall) -> str:

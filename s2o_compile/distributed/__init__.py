@@ -8,8 +8,9 @@
 """
 
 from s2o_compile.distributed.model import context_parallel
+from s2o_compile.distributed.report import gather_report
 from s2o_compile.distributed.sequences import shard_sequence
 from s2o_compile.kernels.sequence.layout import Layout
 from s2o_compile.kernels.sequence.sharded import ShardedSequence
 
-__all__ = ["Layout", "ShardedSequence", "context_parallel", "shard_sequence"]
+__all__ = ["Layout", "ShardedSequence", "context_parallel", "gather_report", "shard_sequence"]
