@@ -16,8 +16,9 @@ from torch import Tensor
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.errors import InputError
 
-ROUNDS = 4
-"""Turns of the zigzag at most, where the sequence is long enough: ``docs/several-gpus.md`` has the balance of each."""
+ROUNDS = 2
+"""Turns of the zigzag at most, where the sequence is long enough. On SmolLM2 (8K in 64 segments) two give ranks pairs
+of 1.01 (2 ranks) to 1.06 (8) times the mean in the mean layer; one gives 1.02 to 1.07, and more give nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,12 @@ class Layout:
             )
         parts = -(-length // fitting[0])
         most = max(min(rounds, parts // (2 * ranks)), 1)
-        candidates = [cls._turns(length, ranks, fitting[0], turns) for turns in range(most, 0, -1)]
+        candidates = [cls.turns(length, ranks, fitting[0], turns) for turns in range(most, 0, -1)]
         return min(candidates, key=lambda layout: round(layout.causal_imbalance, 2))  # of equals the most turns
 
     @classmethod
-    def _turns(cls, length: int, ranks: int, unit: int, turns: int) -> Layout:
+    def turns(cls, length: int, ranks: int, unit: int, turns: int) -> Layout:
+        """Pieces of whole units in so many turns of the zigzag; the sequence has at least two units a rank and turn."""
         parts, count = -(-length // unit), 2 * ranks * turns
         ends = [min(parts * number // count * unit, length) for number in range(count + 1)]
         pieces: list[list[slice]] = [[] for _ in range(ranks)]

@@ -122,14 +122,18 @@ class ShardedSequence:
 
         return finish
 
+    def head_pieces(self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None) -> list[slice]:
+        """The key/value heads that are gathered at a time."""
+        heads = key.shape[1]
+        one = key.shape[0] * self.layout.length * (key.shape[3] + value.shape[3]) * key.element_size()
+        step = heads_at_a_time or max(PIECE_BYTES // one, 1)
+        return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
     def gathered(
         self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Whole keys and values [B, h, N, D] of all heads, a few at a time, while the next ones are on their way."""
-        heads, length = key.shape[1], self.layout.length
-        one = key.shape[0] * length * (key.shape[3] + value.shape[3]) * key.element_size()
-        step = heads_at_a_time or max(PIECE_BYTES // one, 1)
-        parts = [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+        length, parts = self.layout.length, self.head_pieces(key, value, heads_at_a_time)
         begun = self.start_gather([key[:, parts[0]], value[:, parts[0]]], [2, 2])
         for number, part in enumerate(parts):
             whole = [x.new_empty(x.shape[0], part.stop - part.start, length, x.shape[3]) for x in (key, value)]
