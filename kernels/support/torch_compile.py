@@ -74,7 +74,7 @@ def captured_frame() -> dict[str, Mapping[str, Any]]:
     return {"L": getattr(translator, "f_locals", {}), "G": getattr(translator, "f_globals", {})}
 
 
-_CODE = _attribute("torch._dynamo.symbolic_convert.InstructionTranslatorBase.f_code", "frames that modules share")
+_CODE = _attribute("torch._dynamo.symbolic_convert.InstructionTranslator.f_code", "frames that modules share")
 
 
 def captured_code() -> types.CodeType | None:
