@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.support.job import warn
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SHARED, SiteRecord
@@ -39,6 +42,8 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
         step_seconds=seconds,
     )
     notify(records, seconds, [name for sites in settings.values() for name in sites])
+    if held_sequence() is not None:
+        _refuse_shards(records)
     reasons = [record.reason for record in records if not record.rewritten]
     if reasons and len(reasons) == len(records) and not all("decode" in reason for reason in reasons):
         warn(
@@ -57,3 +62,16 @@ def rewrite(gm: torch.fx.GraphModule, config: S2OConfig) -> tuple[SiteRecord, ..
             stacklevel=2,
         )
     return records
+
+
+def _refuse_shards(records: Sequence[SiteRecord]) -> None:
+    """Raise InputError if a graph of shards holds an attention that stays as it is: it would see its shard alone."""
+    left = [record for record in records if not record.rewritten or record.unproven]
+    if left:
+        why = (f"{record.name}: {record.reason or f'mask read at run time ({record.unproven})'}" for record in left)
+        raise InputError(
+            "context parallel",
+            expected="attentions whose masks are proven, which are rewritten",
+            got="; ".join(why),
+            remedy="See docs/troubleshooting.md, or run this model on one rank.",
+        )

@@ -112,7 +112,8 @@ def check_whole() -> None:
             remedy="Use s2o_compile.distributed.context_parallel, which gathers them, or attend outside of the block, "
             'or by SDPA (in transformers attn_implementation="sdpa"), which torch runs densely in a ring.',
         )
-    if held_sequence() is not None:
+    # Dynamo cannot trace the state of a context; `rewriting.rewrite` sees to the graphs that are captured here.
+    if not torch.compiler.is_compiling() and held_sequence() is not None:
         raise InputError(
             "context parallel",
             expected="a proven mask, no gradients and no plan: a call of s2o::attention",

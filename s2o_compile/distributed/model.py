@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s2o_compile.backend import PREFIX, Backend
@@ -25,8 +24,7 @@ from s2o_compile.kernels.sequence.sharded import ShardedSequence, check_method
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.torch_compile import uncompiled
-from s2o_compile.passes.site import SiteRecord
-from s2o_compile.recording import Account, record
+from s2o_compile.recording import Account
 
 _PARALLEL = "_s2o_parallel"
 CACHES = ("cache", "past_key_values")
@@ -102,7 +100,7 @@ def context_parallel(
     if not _is_eager(model):
         merged = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
         backend = Backend(None, merged)
-        twin = compiled_copy(model, _Strict(backend), dynamic=dynamic, fullgraph=True)
+        twin = compiled_copy(model, backend, dynamic=dynamic, fullgraph=True)
         model = compiled_copy(model, backend, account=Account(config), dynamic=dynamic)
     copied: Any = object.__new__(_class_of(type(model)))
     vars(copied).update({name: rebound(value, {id(model): copied}) for name, value in vars(model).items()})
@@ -148,31 +146,6 @@ def _check_model(model: nn.Module, positions: str | None) -> None:
             got=str(inspect.signature(model.forward)),
             remedy="Name the argument that holds positions, or pass positions=None if the model needs none.",
         )
-
-
-class _Strict:
-    """A backend for graphs of shards: an attention that stayed dense would see its shard alone."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:  # noqa: ANN401 (as the backend)
-        """Compile one graph, or raise InputError."""
-        with record() as recording:
-            compiled = self._backend(gm, example_inputs)
-        left = [entry for graph in recording.graphs for entry in graph if not entry.rewritten or entry.unproven]
-        if left:
-            raise InputError(
-                "context parallel",
-                expected="attentions whose masks are proven, which are rewritten",
-                got="; ".join(f"{entry.name}: {_why(entry)}" for entry in left),
-                remedy="See docs/troubleshooting.md, or run this model on one rank.",
-            )
-        return compiled
-
-
-def _why(entry: SiteRecord) -> str:
-    return entry.reason or f"mask read at run time ({entry.unproven})"
 
 
 class _Parallel:
