@@ -26,8 +26,7 @@ from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import count, record, recording
-from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError
-from s2o_compile.kernels.support.job import warn
+from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError, warn
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
     "torch": torch_exact.attend_exact,

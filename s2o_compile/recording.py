@@ -16,7 +16,7 @@ from s2o_compile.errors import NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
-from s2o_compile.kernels.support.job import warn
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks
 from s2o_compile.passes.site import SiteRecord

@@ -9,7 +9,7 @@ import torch
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteWarning
 from s2o_compile.kernels.core.shards import held_sequence
-from s2o_compile.kernels.support.job import warn
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import SHARED, SiteRecord
 from s2o_compile.recording import notify

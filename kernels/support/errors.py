@@ -1,6 +1,27 @@
-"""Errors of the operator: expected, got, remedy."""
+"""Errors of the operator: expected, got, remedy; among several ranks they name their own, and one rank warns."""
 
-from s2o_compile.kernels.support.job import this_rank
+from __future__ import annotations
+
+import warnings
+
+import torch.distributed as dist
+
+
+def this_rank() -> tuple[int, int] | None:
+    """This process's rank and the number of ranks, if there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def warn(message: str, category: type[Warning], *, stacklevel: int = 1) -> None:
+    """Warn once a job: of several ranks, which run the same program, the first one warns.
+
+    ``stacklevel`` counts from the caller of this function.
+    """
+    rank = this_rank()
+    if rank is None or rank[0] == 0:
+        warnings.warn(message, category, stacklevel=1 + stacklevel)
 
 
 class S2OError(Exception):

@@ -28,7 +28,7 @@ from s2o_compile.kernels.core.validation import check_whole, sizes_of
 from s2o_compile.kernels.dispatch import is_short, warn_of_derivatives
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
-from s2o_compile.kernels.support.job import warn
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
 from s2o_compile.transformers.tensor_parallel import of_rank
