@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,7 +26,7 @@ from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import count, record, recording
-from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError
+from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError, warn
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
     "torch": torch_exact.attend_exact,
@@ -76,7 +75,7 @@ def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, s
 
 def warn_of_dense(n_keys: int, *, stacklevel: int = 1) -> None:
     """Say that attention over so many keys is dense; ``stacklevel`` as for `warn_of_derivatives`."""
-    warnings.warn(
+    warn(
         f"s2o attention over {n_keys} keys is dense: derivatives of it are wanted, and the sparse operator has "
         "none. Call it under torch.no_grad(), or detach its inputs.",
         DenseGradientWarning,
@@ -186,12 +185,12 @@ def run_planned(
             plan = replace(plan, tail_value=planner.tail_values(ready, plan.segment_len, implementation))
             result = empty_result(ready.query, ready.value.shape[3])
             schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
-        measured = _measure(ready, result, options)
+        measured = measure(ready, result, options)
     record(call, "s2o", result.computed, measured)
     return finish(call, result.output, result.lse)
 
 
-def _measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Tensor | None:
+def measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Tensor | None:
     """The sums of a call's sampled error, if anybody records; beside FlexAttention the device's own way measures."""
     if not recording():
         return None
@@ -242,18 +241,29 @@ def _attend(
         return attend_by_sdpa(call), None
     replaced = False
     if path == "s2o" and observing():
-        observed = ObservedCall(**vars(call.but(kept=None)), options=options, execute=_execute)
+        observed = ObservedCall(**vars(call.but(kept=None)), options=options, execute=execute)
         result = observe(observed)
         replaced = result is not vars(observed).get("result")
     else:
-        result = _execute(call, path, options, output)
-    measured = _measure(call, result, options) if path == "s2o" and not replaced else None
+        result = execute(call, path, options, output)
+    measured = measure(call, result, options) if path == "s2o" and not replaced else None
     record(call, path, result.computed, measured)
     return result.output, result.lse
 
 
-def _execute(call: AttentionCall, path: str, options: OperatorOptions, output: Tensor | None = None) -> Result:
-    """Attention by our own executors: over a plan on the path "s2o", else over every visible key."""
+def execute(
+    call: AttentionCall,
+    path: str,
+    options: OperatorOptions,
+    output: Tensor | None = None,
+    whole: planner.Planner | None = None,
+    first_query: int = 0,
+) -> Result:
+    """Attention by our own executors: over a plan on the path "s2o", else over every visible key.
+
+    Sparse output goes to ``output``, if it is given. The queries may be those from ``first_query`` on of a longer call,
+    and ``whole`` the planner of that one.
+    """
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
     with call.on_device():
@@ -262,4 +272,5 @@ def _execute(call: AttentionCall, path: str, options: OperatorOptions, output: T
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        return schedule.attend(call, options, implementation, EXACT[implementation], output)
+        exact = EXACT[implementation]
+        return schedule.attend(call, options, implementation, exact, output, whole, first_query)

@@ -9,17 +9,22 @@ gradients to dense attention. So do the operators themselves where a derivative 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels import dtensors
+from s2o_compile.kernels.context_parallel import run as run_sharded
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
+from s2o_compile.kernels.core.shards import held_sequence, sharded
 from s2o_compile.kernels.core.validation import (
     check_attn_mask,
     check_documents,
@@ -74,19 +79,22 @@ def attention(
     taus = () if head_tau is None else tuple(head_tau)
     options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     output = lse = None
-    check_whole()
+    sequence = held_sequence()
+    if sequence is None:
+        check_whole()
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
-    if usual and fully_masked in FULLY_MASKED:
+    if usual and sequence is None and fully_masked in FULLY_MASKED:
         output = run_short(
             query, key, value, causal=causal, causal_offset=causal_offset, scale=scale, options=options, site=site
         )
     if output is None:
-        call = AttentionCall.of(
-            query, key, value, key_mask, sinks, causal=causal, causal_offset=causal_offset, window=window,
-            attention_chunk=attention_chunk, scale=scale, softcap=softcap, fully_masked=fully_masked,
-            return_lse=return_lse, dense_heads=dense_heads or (), site=site,
-        )  # fmt: skip
-        output, lse = run(call, options)
+        with nullcontext() if sequence is None else sharded(None):
+            call = AttentionCall.of(
+                query, key, value, key_mask, sinks, causal=causal, causal_offset=causal_offset, window=window,
+                attention_chunk=attention_chunk, scale=scale, softcap=softcap, fully_masked=fully_masked,
+                return_lse=return_lse, dense_heads=dense_heads or (), site=site,
+            )  # fmt: skip
+        output, lse = run(call, options) if sequence is None else run_sharded(call, options, sequence)
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -231,10 +239,16 @@ def differentiable_packed_attention(
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
-_attention = define_operator(_library, attention, differentiable_attention)
+_attention = define_operator(_library, attention, differentiable_attention, on_dtensors=dtensors.attention)
 # They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
-_masked_attention = define_operator(_library, masked_attention, differentiable_masked_attention, tags=_UNSAFE)
+_masked_attention = define_operator(
+    _library, masked_attention, differentiable_masked_attention, _UNSAFE, on_dtensors=dtensors.masked_attention
+)
 _packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=_UNSAFE)
+
+
+if "torch.distributed.tensor" in sys.modules:  # who imports it later calls the operators from `s2o_compile.attention`
+    dtensors.register()
 
 
 @torch.library.register_fake("s2o::packed_attention", lib=_library)

@@ -55,16 +55,20 @@ def attend(
     implementation: str,
     exact: Callable[[AttentionCall], Result],
     output: Tensor | None = None,
+    planner: Planner | None = None,
+    first_query: int = 0,
 ) -> Result:
     """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
-    Nq, Dv] with a unit last stride, is where the output goes; None for a new one.
+    Nq, Dv] with a unit last stride, is where the output goes; None for a new one. ``planner`` is that of a longer call
+    over the same keys, whose queries from ``first_query`` on these are; None for this call's own.
     """
     result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
     if call.dense_heads:
         attend_dense(call, result, exact)
-    planner, tau = Planner(call, options, implementation), options.tau_on(call.query.device)
+    planner = planner or Planner(call, options, implementation)
+    tau = options.tau_on(call.query.device)
     sparse = (head for head in range(call.key.shape[1]) if head not in call.dense_heads)
     parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
@@ -72,7 +76,7 @@ def attend(
         for number, (heads, rows) in enumerate(parts):
             with turn(number):
                 part = cut(call, heads, rows)
-                plan = planner.plan(part, heads, rows.start)
+                plan = planner.plan(part, heads, first_query + rows.start)
                 members, tiles = query_heads(heads, call.group), slice(rows.start // TILE_LEN, n_tiles(rows.stop))
                 into = Result(
                     result.output[:, members, rows], result.lse[:, members, rows], result.computed[:, members, tiles]

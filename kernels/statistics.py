@@ -30,6 +30,7 @@ class Call:
         area: Query-key pairs a dense kernel computes per head, float64 [B].
         mask: The mask as text; empty where it is not known.
         error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None if it was not measured.
+        tile_rows: Queries of each tile, where they are not those of one run of queries; None where they are.
     """
 
     site: str
@@ -40,6 +41,7 @@ class Call:
     area: Tensor
     mask: str = ""
     error_sums: Tensor | None = None
+    tile_rows: Sequence[int] | None = None
 
     @property
     def error(self) -> float | None:
@@ -51,13 +53,18 @@ class Call:
         """Computed pairs over the pairs a dense kernel computes, all passes counted. Waits for the device."""
         if self.computed is None:
             return 1.0
-        pairs = pairs_by_head(self.computed, self.n_queries).mean(-1).sum().item()
+        pairs = pairs_by_head(self.computed, self.n_queries, self.tile_rows).mean(-1).sum().item()
         return pairs / max(self.area.sum().item(), 1.0)
 
+    @property
+    def pairs(self) -> float:
+        """Computed query-key pairs, mean over heads. Waits for the device."""
+        return self.density * self.area.sum().item()
 
-def pairs_by_head(computed: Tensor, n_queries: int) -> Tensor:
+
+def pairs_by_head(computed: Tensor, n_queries: int, tile_rows: Sequence[int] | None = None) -> Tensor:
     """Query-key pairs float64 [B, Hq] from the keys that each tile computed, int32 [B, Hq, tiles]."""
-    tile_rows = [min(TILE_LEN, n_queries - first) for first in range(0, n_queries, TILE_LEN)]
+    tile_rows = tile_rows or [min(TILE_LEN, n_queries - first) for first in range(0, n_queries, TILE_LEN)]
     return (computed.double() * computed.new_tensor(tile_rows).double()).sum(-1)
 
 
@@ -118,20 +125,25 @@ def recording() -> bool:
     return bool(_recordings)
 
 
-def record(call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None) -> None:
+def record(
+    call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None, *,
+    area: Tensor | None = None, tile_rows: Sequence[int] | None = None, n_keys: int | None = None,
+) -> None:  # fmt: skip
     """Count a call, and tell this thread's recordings about it as `Call` describes it; costs nothing without any.
 
-    The path is "masked" if the call's own mask is not the one that it ran under.
+    The path is "masked" if the call's own mask is not the one that it ran under. ``area``, ``tile_rows`` and ``n_keys``
+    are given for queries that are a shard, not one run; the mask is then that of the whole sequence.
     """
     count(path)
     if not _recordings:
         return
-    n_queries, n_keys = call.n_queries, call.n_keys
-    area = call.mask.area(call.query.shape[0], n_queries, n_keys)
-    text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_queries, n_keys)
+    n_queries, of_shard = call.n_queries, n_keys is not None
+    n_keys = n_keys if n_keys is not None else call.n_keys
+    area = call.mask.area(call.query.shape[0], n_queries, n_keys) if area is None else area
+    text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_keys if of_shard else n_queries, n_keys)
     recorded = Call(
         site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text,
-        error_sums=error_sums,
+        error_sums=error_sums, tile_rows=tile_rows,
     )  # fmt: skip
     for calls in _recordings.held():
         calls.append(recorded)

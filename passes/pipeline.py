@@ -276,7 +276,8 @@ def _rewrite(match: AttentionSite | Rejected, left: SiteRecord, rewriter: Rewrit
         return left
     query, key, mask, read = match.query.value, match.key.value, str(match.mask), match.mask.read
     dense_heads, head_tau = tuple(run.dense_heads.get(name, ())), tuple(run.site_tau.get(name, ()))
-    refused = rewriter.rewrite(dataclasses.replace(match, name=name, dense_heads=dense_heads, head_tau=head_tau))
+    named = dataclasses.replace(match, name=name, dense_heads=dense_heads, head_tau=head_tau)
+    refused = rewriter.rewrite(named)
     if refused is not None:
         logger.debug("%s stays dense: %s", name, refused)
         return record(name, query, key, mask=mask, reason=refused.reason)

@@ -12,8 +12,12 @@ from torch import fx
 from torch.fx.node import Argument
 
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
+from s2o_compile.kernels import dtensors
 from s2o_compile.kernels.core.documents import ids_of
+from s2o_compile.kernels.core.head_shards import WHOLE
 from s2o_compile.kernels.core.layout import empty_output
+from s2o_compile.kernels.support.dtensors import is_dtensor
+from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.torch_compat import is_erased
 from s2o_compile.passes.frontends.checks import check_derivatives
 from s2o_compile.passes.graph import sizes
@@ -21,11 +25,16 @@ from s2o_compile.passes.graph.dead_code import remove_dead
 from s2o_compile.passes.graph.nodes import Size, inherit, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand, Step, computed
 from s2o_compile.passes.graph.rejected import Refused, Rejected, attempt
+from s2o_compile.passes.head_shards import head_shard
 from s2o_compile.passes.masks.assumptions import check_blocks, check_causal
 from s2o_compile.passes.masks.proof import DocumentBounds, KeyMask, MaskPart, PackedDocuments, TokenTable
 from s2o_compile.passes.site import AttentionSite
 
 logger = logging.getLogger(__name__)
+
+_OPERATORS = {False: torch.ops.s2o.attention.default, True: torch.ops.s2o.masked_attention.default}
+"""By whether the mask is read at run time."""
+_ON_DTENSORS = {False: dtensors.attention, True: dtensors.masked_attention}
 
 
 class Rewriter:
@@ -64,10 +73,12 @@ class Rewriter:
     def _replace(self, site: AttentionSite) -> None:
         node = site.node
         layout, restore = _restored(site)
-        function = torch.ops.s2o.attention.default
-        if site.mask.read is not None:
-            function = torch.ops.s2o.masked_attention.default
+        read = site.mask.read is not None
+        on_shards = is_dtensor(site.query.value)
+        function = _ON_DTENSORS[read] if on_shards else _OPERATORS[read]
         if site.mask.documents is not None:
+            if on_shards:
+                raise Refused("its sequences are packed, and the operator for them takes no DTensors")
             function = torch.ops.s2o.packed_attention.default
         output = value_of(node)
         check_derivatives(node)
@@ -97,15 +108,28 @@ class Rewriter:
         keyword: dict[str, Any] = {**self._options, "scale": site.scale, "site": site.name, "layout": layout}
         if site.softcap is not None:
             keyword["softcap"] = site.softcap
-        if site.dense_heads:
-            keyword["dense_heads"] = list(site.dense_heads)
-        if site.head_tau:
-            keyword["head_tau"] = list(site.head_tau)
+        keyword |= self._by_head(site)
         mask = self._read_mask(site, keyword) if site.mask.read is not None else self._proven_mask(site, keyword)
         documents = () if site.mask.documents is None else self._documents(site.mask.documents, site, keyword)
         operands = [self._operand(operand, site.node) for operand in (site.query, site.key, site.value)]
         sinks = () if site.sinks is None else (site.sinks,)
         return (*operands, *documents, mask, *sinks), keyword
+
+    def _by_head(self, site: AttentionSite) -> dict[str, Any]:
+        """The arguments that speak of heads: of those that this rank has."""
+        marked, taus = site.dense_heads, site.head_tau or self._options.get("head_tau")
+        if not marked and not taus:
+            return {}
+        shard, heads = head_shard(site), (site.query.value.shape[1], site.key.value.shape[1])
+        if shard == WHOLE:
+            return {name: list(x) for name, x in (("dense_heads", marked), ("head_tau", taus)) if x}
+        if not all(isinstance(size, int) for size in heads):
+            raise Refused("its settings by head need numbers of heads that are known")
+        try:
+            own = shard.dense_heads(marked, heads[1]), shard.head_tau(taus or (), heads[0])
+        except InputError as error:
+            raise Refused("%s", error.reason) from error
+        return {name: x for name, x in zip(("dense_heads", "head_tau"), own, strict=True) if x}
 
     def _proven_mask(self, site: AttentionSite, keyword: dict[str, Any]) -> fx.Node | None:
         """The key mask [B, Nk], if there is one; the rest of the mask becomes keyword arguments."""

@@ -11,6 +11,9 @@ from torch import fx
 from s2o_compile.passes.graph.operand import Operand, Step
 from s2o_compile.passes.masks.proof import MaskProof
 
+SHARED = "s2o_shared"
+"""In the metadata of a captured graph: the class of its module, if other modules of that class may run it, too."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionSite:

@@ -3,6 +3,7 @@
 from s2o_compile.kernels.support.errors import DenseGradientWarning as DenseGradientWarning
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError as ImplementationUnavailableError
 from s2o_compile.kernels.support.errors import InputError as InputError
+from s2o_compile.kernels.support.errors import RankError as RankError
 from s2o_compile.kernels.support.errors import S2OError as S2OError
 from s2o_compile.kernels.support.errors import TunedFileWarning as TunedFileWarning
 from s2o_compile.kernels.support.torch_compat import MissingTorchNameError as MissingTorchNameError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig, config_or_default, refuse_keywords
 from s2o_compile.errors import DenseExportWarning
-from s2o_compile.kernels import ops
+from s2o_compile.kernels import dtensors, ops
 from s2o_compile.kernels.core.call import AttentionCall, MaskTerms
 from s2o_compile.kernels.core.layout import as_sdpa
 from s2o_compile.kernels.core.validation import check_attn_mask, check_kinds, check_no_lse, check_numbers
@@ -20,6 +20,7 @@ from s2o_compile.kernels.exact.formula import attend_outside_torch
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.planning import S2OPlan
 
@@ -161,8 +162,9 @@ def attention(
         return (output, lse) if return_lse and lse is not None else output
     if config is not None:
         given |= config.operator_options()
-    plain = can_skip_dispatcher(query, key, value, key_mask, sinks)
-    attend = ops.attention if plain else torch.ops.s2o.attention.default
+    attend = ops.attention
+    if not can_skip_dispatcher(query, key, value, key_mask, sinks):
+        attend = dtensors.attention if is_dtensor(query) else torch.ops.s2o.attention.default
     output, lse = attend(
         query, key, value, key_mask, sinks, return_lse=return_lse, dense_heads=list(dense_heads), **given
     )
@@ -219,5 +221,7 @@ def _masked(
         warn_of_derivatives(query, key, (config or S2OConfig()).min_seq_len, stacklevel=3)
         return output
     options = {} if config is None else config.operator_options()
-    attend = ops.masked_attention if can_skip_dispatcher(*tensors) else torch.ops.s2o.masked_attention.default
+    attend = ops.masked_attention
+    if not can_skip_dispatcher(*tensors):
+        attend = dtensors.masked_attention if is_dtensor(query) else torch.ops.s2o.masked_attention.default
     return attend(*tensors, **arguments, dense_heads=list(dense_heads), **options)[0]

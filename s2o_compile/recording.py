@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from s2o_compile.errors import NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compat import interpreter_stack
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
@@ -131,6 +131,11 @@ class Account:
         return Account, (self._config,)
 
     @property
+    def config(self) -> S2OConfig:
+        """The configuration of the model."""
+        return self._config
+
+    @property
     def status(self) -> Status:
         """The account so far."""
         with self._lock:
@@ -174,7 +179,7 @@ class Account:
         reason = self._why_dense(call, args, kwargs)
         if reason:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"an optimized model was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
                 "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
                 "docs/troubleshooting.md says what to do.",

@@ -48,6 +48,8 @@ class Report:
             compiled behind them, as in ``explain``.
         unknown_sites: Names in ``dense_heads`` or ``site_tau`` that none of the captured attentions has.
         audit_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
+        rank_pairs: Computed query-key pairs of each rank, mean over heads, of ``distributed.gather_report``; empty
+            for the report of one process.
     """
 
     sites: tuple[Site, ...]
@@ -57,6 +59,13 @@ class Report:
     compile_seconds: float | None = None
     unknown_sites: tuple[str, ...] = ()
     audit_error: str = ""
+    rank_pairs: tuple[float, ...] = ()
+
+    @property
+    def imbalance(self) -> float | None:
+        """Computed pairs of the rank that has the most, over the mean of all ranks; None for one process."""
+        total = sum(self.rank_pairs)
+        return max(self.rank_pairs) * len(self.rank_pairs) / total if total else None
 
     @property
     def census_error(self) -> str:
@@ -112,6 +121,9 @@ class Report:
             lines += [f"  - {name}" for name in self.unknown_sites]
         if self.audit_error:
             lines.append(f"not checked for attentions that were not found: {self.audit_error}")
+        if self.imbalance is not None:
+            each = ", ".join(f"{pairs:.3g}" for pairs in self.rank_pairs)
+            lines.append(f"computed pairs by rank: {each}; max over mean {self.imbalance:.3f}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
         if unproven:
             lines.append("masks read at run time, because they could not be proven:")

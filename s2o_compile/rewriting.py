@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
-from s2o_compile.errors import NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.kernels.core.shards import held_sequence
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import SiteRecord
+from s2o_compile.passes.site import SHARED, SiteRecord
 from s2o_compile.recording import notify
 
 
@@ -23,6 +24,15 @@ def rewrite(
     ``nodes`` alone, if they are given: everything else stays as it is, and nobody hears of it.
     """
     seconds: dict[str, float] = {}
+    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
+    shared = gm.meta.get(SHARED)
+    if shared and any(settings.values()):
+        raise InputError(
+            "settings by site (dense_heads, site_tau)",
+            expected="a model that is captured whole, so that each site is known",
+            got=f"a graph break around a {shared}, whose graph other modules of its class share",
+            remedy="Remove the break (a hook, such as FSDP's, makes one), or leave the settings out.",
+        )
     records = pipeline.run(
         gm,
         config.operator_options(),
@@ -35,11 +45,12 @@ def rewrite(
         step_seconds=seconds,
         nodes=nodes,
     )
-    settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
     notify(records, seconds, [name for sites in settings.values() for name in sites])
+    if held_sequence() is not None:
+        _refuse_shards(records)
     reasons = [record.reason for record in records if not record.rewritten]
     if reasons and len(reasons) == len(records) and not all("decode" in reason for reason in reasons):
-        warnings.warn(
+        warn(
             f"none of {len(reasons)} attentions could be rewritten to S2O, they stay dense: "
             f"{'; '.join(sorted(set(reasons)))}. s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
@@ -48,10 +59,23 @@ def rewrite(
     names = [record.name for record in records]
     unknown = [(field, name) for field, sites in settings.items() for name in sites if name not in names]
     for field, name in unknown if names else ():  # a graph without attention knows no name
-        warnings.warn(
+        warn(
             f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
             "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
             UnknownSiteWarning,
             stacklevel=2,
         )
     return records
+
+
+def _refuse_shards(records: Sequence[SiteRecord]) -> None:
+    """Raise InputError if a graph of shards holds an attention that stays as it is: it would see its shard alone."""
+    left = [record for record in records if not record.rewritten or record.unproven]
+    if left:
+        why = (f"{record.name}: {record.reason or f'mask read at run time ({record.unproven})'}" for record in left)
+        raise InputError(
+            "context parallel",
+            expected="attentions whose masks are proven, which are rewritten",
+            got="; ".join(why),
+            remedy="See docs/troubleshooting.md, or run this model on one rank.",
+        )

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "kernels/impl/triton": METHOD,
     "kernels/impl/flex": (*METHOD, "kernels/impl/triton"),
     "kernels/impl/aot": (*METHOD, "kernels/impl/triton"),
-    "kernels": (*METHOD, *EXECUTORS),
+    "kernels/sequence": ("kernels/support", "kernels/core"),
+    "kernels": (*METHOD, *EXECUTORS, "kernels/sequence"),
     "passes/graph": ("kernels/support",),
     "passes/masks": ("kernels/support", "kernels/core", "passes/graph"),
     "passes: site": GRAPHS,
@@ -51,6 +52,8 @@ MAY_IMPORT = {
     "s2o_compile/quality": (*SURFACE, "kernels/exact", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile/quality/tasks": (*SURFACE, "s2o_compile/capture", "s2o_compile", "s2o_compile/quality"),
     "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality", "s2o_compile/quality/tasks"),
+    # What several ranks do together: it shares sequences out, and reads the reports of all ranks.
+    "s2o_compile/distributed": (*SURFACE, "kernels/sequence", "passes: site", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile: face": (
         "kernels/support",
         "s2o_compile: ground",
@@ -118,7 +121,7 @@ def test_no_init_file_at_the_top(name):
 
 def test_every_other_room_is_a_package_that_only_describes_itself():
     """A room that imported its files would import triton at once, and bring the circles back."""
-    own = {"s2o_compile", "s2o_compile/transformers"}  # they are the names that users import
+    own = {"s2o_compile", "s2o_compile/distributed", "s2o_compile/transformers"}  # they are the names that users import
     rooms = {parent for path in product() for parent in path.parents if parent.is_relative_to(ROOT) and parent != ROOT}
     for room in sorted({*map(short, rooms)} - {*LAYERS} - own):
         body = tree(ROOT / room / "__init__.py").body

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import FULLY_MASKED
+from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
@@ -100,18 +101,32 @@ def check_kinds(**values: object) -> None:
 
 
 def check_whole() -> None:
-    """Raise InputError inside torch's ``context_parallel``: a rank holds a shard of the keys, and needs all of them.
+    """Raise InputError where a rank holds a shard of the keys, and a call needs all of them.
 
-    torch exchanges keys where a model calls ``F.scaled_dot_product_attention``, by another function in its place.
+    That is so inside torch's ``context_parallel``, and inside ours for every call but one of ``s2o::attention``.
     """
-    replaced = torch.nn.functional.scaled_dot_product_attention
-    if isinstance(replaced, FunctionType) and replaced.__module__.startswith("torch.distributed."):
+    if in_torch_context_parallel():
         raise InputError(
             "context_parallel",
             expected="all keys of the sequence on this rank",
             got="a call inside torch's context_parallel, where each rank holds a shard of them",
-            remedy='Attend outside of the block, or by SDPA (in transformers attn_implementation="sdpa").',
+            remedy="Use s2o_compile.distributed.context_parallel, which gathers them, or attend outside of the block, "
+            'or by SDPA (in transformers attn_implementation="sdpa"), which torch runs densely in a ring.',
         )
+    # Dynamo cannot trace the state of a context; `rewriting.rewrite` sees to the graphs that are captured here.
+    if not torch.compiler.is_compiling() and held_sequence() is not None:
+        raise InputError(
+            "context parallel",
+            expected="a proven mask, no gradients and no plan: a call of s2o::attention",
+            got="another call on a shard of the sequence, which needs all keys",
+            remedy="Attend outside of the block, or on one rank.",
+        )
+
+
+def in_torch_context_parallel() -> bool:
+    """Whether torch's ``context_parallel`` is open: it puts another function in the place of SDPA."""
+    replaced = torch.nn.functional.scaled_dot_product_attention
+    return isinstance(replaced, FunctionType) and replaced.__module__.startswith("torch.distributed.")
 
 
 def check_arguments(

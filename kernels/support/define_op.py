@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.support import derivatives, torch_compat
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import NoGradientError
 
 _OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
@@ -47,12 +48,14 @@ def define_operator(
     function: Callable[..., Any],
     differentiable: Callable[..., Any] | None = None,
     tags: tuple[torch.Tag, ...] = (),
+    on_dtensors: Callable[..., Any] | None = None,
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
     ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
     results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
-    forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. A call costs less than half of what
+    forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. ``on_dtensors`` takes the arguments
+    instead where one of them is a DTensor. A call costs less than half of what
     it costs with ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
@@ -73,9 +76,12 @@ def define_operator(
         if differentiable is not None and derivatives.is_taken(*arguments):
             with derivatives.every_derivative(forward=derivatives.has_tangent(*arguments)):
                 return differentiable(*arguments, **keywords)
+        plain = _is_plain(keys.raw_repr())
+        if not plain and on_dtensors is not None and any(map(is_dtensor, arguments)):
+            return on_dtensors(*arguments, **keywords)
         if torch.is_grad_enabled() and torch_compat.any_requires_grad(*arguments):
             return _WithoutGradient.apply(redispatch, keywords, keys, *arguments)
-        if _is_plain(keys.raw_repr()):
+        if plain:
             return function(*arguments, **keywords)
         return redispatch(keys, *arguments, **keywords)
 

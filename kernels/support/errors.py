@@ -1,8 +1,39 @@
-"""Errors of the operator: expected, got, remedy."""
+"""Errors of the operator: expected, got, remedy; among several ranks they name their own, and one rank warns."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch.distributed as dist
+
+
+def this_rank() -> tuple[int, int] | None:
+    """This process's rank and the number of ranks, if there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def warn(message: str, category: type[Warning], *, stacklevel: int = 1) -> None:
+    """Warn once a job: of several ranks, which run the same program, the first one warns.
+
+    ``stacklevel`` counts from the caller of this function.
+    """
+    rank = this_rank()
+    if rank is None or rank[0] == 0:
+        warnings.warn(message, category, stacklevel=1 + stacklevel)
 
 
 class S2OError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose. Among several ranks its text names the one that it is of."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)
+        self._rank = this_rank()
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self._rank is None else f"[rank {self._rank[0]} of {self._rank[1]}] {text}"
 
 
 class InputError(S2OError, ValueError):
@@ -15,6 +46,10 @@ class InputError(S2OError, ValueError):
     def __init__(self, what: str, *, expected: str, got: object, remedy: str) -> None:
         self.reason = f"{what}: expected {expected}, got {got}. {remedy}"
         super().__init__(f"s2o attention: {self.reason}")
+
+
+class RankError(S2OError, RuntimeError):
+    """Ranks of a process group that differ in what they must agree on, or one that has ended."""
 
 
 class ImplementationUnavailableError(S2OError, RuntimeError):

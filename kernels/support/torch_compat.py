@@ -223,13 +223,19 @@ is_transformed: Callable[[Tensor], bool] = _named(
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
 
 
+def tensors_within(x: Any) -> list[Tensor]:  # noqa: ANN401 (a tensor made of others)
+    """The tensors that a wrapper is made of; a DTensor names its mesh beside them."""
+    parts = (getattr(x, name) for name in x.__tensor_flatten__()[0])
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def storages(x: Tensor) -> Iterator[int | None]:
     """Numbers of the storages that a tensor lies in; None for one that cannot be told."""
     while _unwrapped is not None and is_transformed(x):
         x = _unwrapped(x)
     if is_wrapper(x):
-        for name in x.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
-            yield from storages(getattr(x, name))
+        for part in tensors_within(x):
+            yield from storages(part)
         return
     yield _storage_of(x)
 

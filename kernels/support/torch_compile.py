@@ -75,6 +75,17 @@ def captured_frame() -> dict[str, Mapping[str, Any]]:
     return {"L": getattr(translator, "f_locals", {}), "G": getattr(translator, "f_globals", {})}
 
 
+_CODE = _attribute("torch._dynamo.symbolic_convert.InstructionTranslator.f_code", "frames that modules share")
+
+
+def captured_code() -> types.CodeType | None:
+    """The code object that Dynamo captures in this thread, which other modules may run, too; None where it has none."""
+    try:
+        return getattr(_translator(), _CODE, None)
+    except AttributeError:
+        return None
+
+
 _skip_code = _later(
     "torch._dynamo.eval_frame.skip_code", "frames of optimized modules that Dynamo passes over", lambda _: None
 )

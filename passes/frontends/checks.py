@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM
+from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM, in_torch_context_parallel
+from s2o_compile.kernels.support.dtensors import is_dtensor, is_sharded_inside
 from s2o_compile.kernels.support.torch_compat import (
     free_unbacked_symbols,
     is_transformed,
@@ -32,6 +33,15 @@ def check_tangents(node: fx.Node) -> None:
         raise Refused("its graph takes derivatives in forward mode, which the sparse operator does not have")
 
 
+def check_sequence(*tensors: object) -> None:
+    """Raises `Refused` if ranks hold shards of the sequence, as inside of torch's ``context_parallel``."""
+    if in_torch_context_parallel() or (tensors and all(map(is_dtensor, tensors)) and is_sharded_inside(*tensors)):
+        raise Refused(
+            "its sequence is in shards, as in torch's context_parallel, which runs its own dense attention in a ring: "
+            "s2o_compile.distributed.context_parallel is sparse"
+        )
+
+
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
     """Raises `Refused` if the operator cannot compute an attention, the value of a node, over these operands.
 
@@ -49,7 +59,12 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     tensors = (query, key, value)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise Refused("the shapes of query, key and value are not recorded in the graph")
-    if any(is_wrapper(tensor) for tensor in tensors):
+    if in_torch_context_parallel() or (all(map(is_dtensor, tensors)) and is_sharded_inside(*tensors)):
+        raise Refused(
+            "its sequence is in shards, as in torch's context_parallel, which runs its own dense attention in a ring: "
+            "s2o_compile.distributed.context_parallel is sparse"
+        )
+    if not all(map(is_dtensor, tensors)) and any(is_wrapper(tensor) for tensor in tensors):
         raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
     if any(is_transformed(tensor) for tensor in tensors):
         raise Refused("it is under a transform such as torch.vmap or torch.func.jvp, where attention stays dense")

@@ -9,7 +9,7 @@ from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import scaled_dot_product_attention
 from s2o_compile.passes.frontends import repeat_kv
-from s2o_compile.passes.frontends.checks import check_tensors
+from s2o_compile.passes.frontends.checks import check_sequence, check_tensors
 from s2o_compile.passes.frontends.head_layout import broadcast, to_heads
 from s2o_compile.passes.graph.nodes import Size, known, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
@@ -73,9 +73,8 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
 
 def _check_call(call: dict[str, Any]) -> None:
     if torch.nn.functional.scaled_dot_product_attention is not scaled_dot_product_attention:
-        raise Refused(
-            "scaled_dot_product_attention is replaced, as context parallelism does; it keeps its own attention"
-        )
+        check_sequence()
+        raise Refused("scaled_dot_product_attention is replaced by another function, which keeps its own attention")
     dropout = call["dropout_p"]
     if not isinstance(dropout, int | float) or dropout != 0:
         raise Refused("dropout_p is %s, expected 0: call model.eval()", dropout)

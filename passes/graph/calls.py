@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.torch_compat import (
     HigherOrderOperator,
     OpOverload,
@@ -73,6 +74,8 @@ _PLAIN_METHODS = (
     *("__bool__", "__int__", "__float__", "__index__", "__len__", "__contains__"),
     *("split", "unflatten", "norm", "unique", "unique_consecutive", "stft", "istft"),
 )
+_OF_SHARDS = ("from_local", "redistribute", "to_local", "full_tensor")
+"""Methods of DTensors that write nothing."""
 _SWITCHES = ("inplace", "max_norm", "out")
 """Parameters of torch's Python functions that make them write: embedding renormalises its table under ``max_norm``."""
 _EFFECTS = ("assert", "check", "print", "item", "tolist", "nonzero")
@@ -196,6 +199,8 @@ def _reshapes(known: _Known) -> bool:
 
 
 def _known(node: fx.Node) -> _Known | None:
+    if moves_shards(node):
+        return _Known("redistribute")
     if node.op == "call_method":
         value, name = value_of(node.args[0]) if node.args else None, str(node.target)
         # A subclass may have a method of its own by that name.
@@ -211,6 +216,20 @@ def _known(node: fx.Node) -> _Known | None:
         name = target.__name__
         return _Known(name, schemas_of(target)) if getattr(torch.ops.aten, name, None) is target else None
     return _functions().get(target) if isinstance(target, Hashable) else None
+
+
+def moves_shards(node: fx.Node) -> bool:
+    """Whether a node makes a DTensor of a local tensor, or the other way round, or places its shards anew."""
+    if node.op == "call_method":
+        return is_dtensor(value_of(node.args[0]) if node.args else None) and str(node.target) in _OF_SHARDS
+    if node.op != "call_function":
+        return False
+    name, module = (str(getattr(node.target, x, "")) for x in ("__name__", "__module__"))
+    # Some versions of torch wrap each of them in a function of Dynamo's.
+    return module.startswith("torch.") and (
+        name in [f"prim_{method}" for method in _OF_SHARDS]
+        or (name == "from_local" and module.startswith("torch.distributed.tensor"))
+    )
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from s2o_compile.kernels.support.torch_compat import FakeTensor
+from s2o_compile.kernels.support.torch_compat import FakeTensor, is_wrapper, tensors_within
 from s2o_compile.passes.graph.nodes import value_of
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -40,15 +40,23 @@ class Operand:
         return value
 
 
+def _fake_mode(value: Any) -> Any:  # noqa: ANN401 (a FakeTensorMode)
+    """The mode of a captured value; None if it is no fake tensor, nor made of one, as a DTensor is."""
+    if isinstance(value, FakeTensor):
+        return value.fake_mode
+    return _fake_mode(tensors_within(value)[0]) if is_wrapper(value) else None
+
+
 def computed(
     like: object, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> Any:  # noqa: ANN401 (whatever the function returns)
     """The fake value of a call, in the fake mode of a captured value; None if that is no fake tensor."""
     # Not torch._guards.detect_fake_mode: Dynamo gives its backends a fresh mode, which refuses the captured values.
-    if not isinstance(like, FakeTensor):
+    mode = _fake_mode(like)
+    if mode is None:
         return None
-    environment = like.fake_mode.shape_env
+    environment = mode.shape_env
     unguarded = nullcontext() if environment is None else environment.suppress_guards()
     # Checks inside compare sizes (does a slice end within a buffer?). They must not add guards.
-    with like.fake_mode, torch.no_grad(), unguarded:
+    with mode, torch.no_grad(), unguarded:
         return function(*fx.map_arg(args, value_of), **fx.map_arg(kwargs or {}, value_of))

@@ -24,6 +24,7 @@ from torch import nn
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
 from s2o_compile.kernels.support.torch_compile import (
+    captured_code,
     graph_breaks,
     lookup_backend,
     names_of_modules,
@@ -31,6 +32,7 @@ from s2o_compile.kernels.support.torch_compile import (
     skip_frame,
     wraps_one_module,
 )
+from s2o_compile.passes.site import SHARED
 
 ENTRY = "_s2o_entry"
 """The attribute of an optimized module that holds its entry."""
@@ -77,6 +79,7 @@ class Compilation:
         if call is None or call.module is None or call.frame is None:
             return compile_graph(gm, example_inputs)
         frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
+        gm.meta[SHARED] = _may_be_shared(call.module, call.frame)
         if self.account is None:
             return compile_graph(gm, example_inputs)
         with self.account.compiling(call.path, frame):
@@ -191,6 +194,18 @@ def _ran_uncompiled(module: nn.Module) -> None:
 def _since(breaks: Mapping[str, int]) -> list[str]:
     """Reasons of the graph breaks since these."""
     return [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
+
+
+def _may_be_shared(whole: nn.Module, frame: nn.Module) -> str:
+    """The class of the module whose frame is captured, if Dynamo may run the graph for others of it; else empty.
+
+    Behind a graph break, such as a hook of FSDP, Dynamo captures the forward of a class, not the code of an entry.
+    """
+    code = captured_code()
+    if code is None or code.co_name == "call" or "_call" in code.co_name:  # an entry's own code, or what resumes it
+        return ""
+    kind = type(frame)
+    return kind.__name__ if sum(type(module) is kind for module in whole.modules()) > 1 else ""
 
 
 def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, frame: nn.Module) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -25,14 +24,17 @@ from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import AttentionImplementationWarning, InputError, UnknownSiteWarning
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.core.validation import check_whole, sizes_of
 from s2o_compile.kernels.dispatch import is_short, warn_of_derivatives
 from s2o_compile.kernels.statistics import record, recording
 from s2o_compile.kernels.support.derivatives import every_derivative, is_differentiated
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.transformers.lazy_mask import LazyMask
 from s2o_compile.transformers.mask_functions import ProvenMask
 from s2o_compile.transformers.site_names import name_of
+from s2o_compile.transformers.tensor_parallel import of_rank
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +80,7 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
     names = names_of_modules(model)
     chosen = {name for module in names for name in _implementations(module)}
     if chosen and NAME not in chosen:
-        warnings.warn(
+        warn(
             f'configure: expected a model with the attention implementation "{NAME}", got '
             f"{' and '.join(sorted(map(repr, chosen)))}, so nothing of it runs through S2O. Call "
             f'model.set_attn_implementation("{NAME}").',
@@ -89,7 +91,7 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
         for site in getattr(config, field):
             if _module_of(site) not in names.values():
                 near = [name for name in names.values() if name.endswith(("attn", "attention"))]
-                warnings.warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning, stacklevel=2)
+                warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning, stacklevel=2)
     for module, name in names.items():
         object.__setattr__(module, _SITE, _site(name, config))
 
@@ -164,6 +166,8 @@ def s2o_attention_forward(
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
+    if not is_tracing(query) and held_sequence() is not None:
+        check_whole()  # a shard of the keys is no operand of SDPA
     mask = attention_mask.or_none if _describes(attention_mask, query, key) else attention_mask
     if softcap is None and s_aux is None:
         with every_derivative():
@@ -221,7 +225,7 @@ def _sparse(
     if is_differentiated(query, key, value, sinks, learned):
         warn_of_derivatives(query, key, site.min_seq_len)
         return None
-    if is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
+    if held_sequence() is None and is_short(query, query.shape[2], key.shape[2], site.min_seq_len):
         if recording():
             record(AttentionCall(query=query, key=key, value=value, scale=1.0, site=site.name), "dense")
         return None
@@ -231,7 +235,8 @@ def _sparse(
         mask, documents = (proven.mask, proven.documents) if isinstance(proven, ProvenMask) else (mask.or_none, None)
     if mask is None:  # aligned to the top left, as SDPA's is_causal
         mask = AttentionMask(causal=is_causal)
-    shared = {"scale": scale, "softcap": softcap, "site": site.name, **site.options}
+    options = of_rank(site.options, module, query.shape[1], key.shape[1])
+    shared = {"scale": scale, "softcap": softcap, "site": site.name, **options}
     if not isinstance(mask, AttentionMask):
         return torch.ops.s2o.masked_attention(query, key, value, mask, sinks, **shared)[0] if site.read_masks else None
     shared |= {"causal": mask.causal, "causal_offset": mask.offset, "window": mask.window, "fully_masked": fully_masked}

@@ -1,11 +1,14 @@
 """Inside torch's ``context_parallel`` a rank holds a shard of the keys: attention to it alone is refused."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import s2o_compile
 from s2o_compile import InputError, S2OConfig
+from tests.helpers.tiny import tiny_input, tiny_model
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -33,7 +36,7 @@ def refused_inside(rank, store, ranks):
         with context_parallel(init_device_mesh("cpu", (ranks,)), buffers=[x], buffer_seq_dims=[2]):
             assert x.shape[2] == LENGTH // ranks
             for call in CALLS.values():
-                with pytest.raises(InputError, match=r"context_parallel: expected all keys .* Attend outside"):
+                with pytest.raises(InputError, match=r"context_parallel: expected all keys .* s2o_compile.distributed"):
                     call(x, x, x)
         for call in CALLS.values():
             call(x, x, x)
@@ -43,6 +46,31 @@ def refused_inside(rank, store, ranks):
 
 def test_one_rank():
     refused_inside(0, None, 1)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_model_says_that_it_ran_the_ring_of_torch():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = tiny_model(), tiny_input(LENGTH)
+        fast = s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend="eager"))
+        mesh = init_device_mesh("cpu", (1,))
+        with torch.no_grad(), s2o_compile.record() as recording, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with context_parallel(mesh, buffers=[x], buffer_seq_dims=[1]):
+                fast(x)
+            torch.compiler.reset()
+            fast(x)  # sparse outside
+            with context_parallel(mesh, buffers=[x], buffer_seq_dims=[1]), pytest.raises(InputError, match="all keys"):
+                fast(x)  # that graph, whose shapes fit here, too
+    finally:
+        dist.destroy_process_group()
+    reasons = [site.reason for site in recording.report.sites]
+    assert all("torch's context_parallel, which runs its own dense attention in a ring" in x for x in reasons[:2])
+    assert reasons[2:] == ["", ""]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ EXAMPLES = {
     "backend_one_liner": (["--tokens", "700", *EAGER], r"S2O: .* s\n"),
     "calibrated_config": (["--tokens", "2048"], r"error budget 20\.00%: kept at (\d) of \1 sites"),
     "flex_score_mod": (["--tokens", "512"], r"1 attention sites found, 1 rewritten, 0 left dense"),
+    "several_gpus": (["--tokens", "1024", *EAGER], r"2 rewritten, 0 left dense(.|\n)*max over mean 1\.000"),
     "transformers_generate": (["--tokens", "700", *EAGER], r"6 attention sites found, 2 rewritten(.|\n)*8 of 8 new"),
     "vision_transformer": (["--image", "208", *EAGER], r"2 attention sites found, 2 rewritten, 0 left dense"),
     "wrap_a_model": (["--tokens", "700", *EAGER], r"2 attention sites found, 2 rewritten, 0 left dense"),
@@ -59,3 +60,15 @@ def test_an_example_is_a_program():
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(FOLDER.parent)})
     assert done.returncode == 0, done.stderr
     assert "relative difference to dense" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_several_ranks_under_torchrun():
+    started = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*started, str(FOLDER / "several_gpus.py"), "--tokens", "1100", *EAGER]
+    variables = {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert "2 rewritten, 0 left dense" in done.stdout
+    (difference,) = re.findall(r"2 ranks, relative difference to dense: (.*)", done.stdout)
+    assert float(difference) < 1e-5

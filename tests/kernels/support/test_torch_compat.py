@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2o_compile.kernels.support import torch_compat, torch_inductor
+from s2o_compile.kernels.support import torch_compat, torch_compile, torch_inductor
 from s2o_compile.kernels.support.torch_compat import ATTRIBUTES, NAMES, Missing, MissingTorchNameError
 
 ROOT = Path(__file__).parents[3]
@@ -67,6 +67,18 @@ def output_graph():
     return found[0]
 
 
+def a_translator():
+    """Dynamo's state while it captures a frame."""
+    found = []
+
+    def backend(gm, _):
+        found.append(torch_compile._translator())
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(1))
+    return found[0]
+
+
 def exists(path):
     """Whether this torch has a name: an attribute of some objects is asked of one of them."""
     holder, _, name = path.rpartition(".")
@@ -81,6 +93,7 @@ def exists(path):
         "torch._ops.OpOverload": lambda: torch.ops.aten.add.Tensor,
         "torch._dynamo.output_graph.OutputGraph": output_graph,
         "torch._dynamo.OptimizedModule": lambda: torch.compile(torch.nn.Identity()),
+        "torch._dynamo.symbolic_convert.InstructionTranslator": a_translator,
     }
     return hasattr(instances[holder](), name)
 

@@ -1,0 +1,230 @@
+"""One call of the operator on shards of a sequence: the mask's terms speak of positions in the whole sequence.
+
+By ``all_gather`` each piece of this rank's queries attends to the whole keys, under a causal offset of its own. What a
+plan needs of the whole call (segments, chunks, sampled queries and keys, mean values) is the whole sequence's, so tiles
+are those of one device, bit for bit. It is not so where pieces begin inside of a segment, without a causal mask, under
+``attention_chunk``, and under an error budget, which a rank holds for its own queries: results are right there, by
+tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels import dispatch
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.shards import sharded
+from s2o_compile.kernels.exact.epilogue import finish
+from s2o_compile.kernels.observe import observing
+from s2o_compile.kernels.planner import Planner
+from s2o_compile.kernels.ranking.basis import dim_stride
+from s2o_compile.kernels.sequence.sharded import ShardedSequence
+from s2o_compile.kernels.statistics import record
+from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError
+from s2o_compile.kernels.support.torch_compat import version_of
+
+
+class _Part(NamedTuple):
+    """Results of some heads of this rank's queries; a path that computes every pair leaves some of them out."""
+
+    output: Tensor
+    lse: Tensor | None
+    computed: Tensor | None
+    error_sums: Tensor | None
+
+
+def run(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> tuple[Tensor, Tensor | None]:
+    """Attention output [B, Hq, n, Dv] of this rank's queries and, if asked, its log-sum-exp float32 [B, Hq, n].
+
+    The call holds this rank's shards, and its mask is that of a sequence of their length.
+
+    Raises:
+        InputError: The call is none of a shard of the sequence, or what it asks for is not possible on shards.
+        RankError: Ranks make different calls, or one has ended.
+    """
+    what = "attention over a sharded sequence"
+    with sequence.ranks.checking(what):
+        whole_mask = _check(call, options, sequence)
+    sequence.agree(what, _facts(call, options))
+    with sharded(None):
+        if sequence.method == "ulysses":
+            return _by_heads(call, options, sequence, whole_mask)
+        return _by_gathering(call, options, sequence, whole_mask)
+
+
+def _check(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> AttentionMask:
+    """The mask over the whole sequence; raises InputError where the call cannot run on shards."""
+    options.check_heads(call.query.shape[1])
+    sequence.ranks.check_device(call.query, "query")
+    mask, count = call.mask, sequence.count
+    if (call.n_queries, call.n_keys) != (count, count) or (mask.causal and mask.offset != 0):
+        offset = f", causal_offset {mask.offset}" if mask.causal else ""
+        raise InputError(
+            "context parallel",
+            expected=f"queries and keys of this rank's {count} of {sequence.layout.length} tokens",
+            got=f"{call.n_queries} queries, {call.n_keys} keys{offset}",
+            remedy="Attend to other tensors, such as a filled cache, outside of the block.",
+        )
+    if observing():
+        raise InputError(
+            "context parallel",
+            expected="nobody who looks at calls",
+            got="evaluate, calibrate or a picture around it",
+            remedy="Run them on one rank, with shorter inputs.",
+        )
+    sequence.check_padding(mask.key_mask, None if mask.key_mask is None else version_of(mask.key_mask))
+    size, heads = sequence.ranks.size, call.key.shape[1]
+    if sequence.method == "ulysses" and heads % size:
+        raise InputError(
+            "ulysses",
+            expected=f"key/value heads that {size} ranks can share out evenly",
+            got=heads,
+            remedy='Choose method="all_gather".',
+        )
+    key_mask = sequence.key_mask
+    if key_mask is not None:
+        key_mask = key_mask.to(call.query.device)
+        if key_mask.shape[0] not in (1, call.query.shape[0]):
+            raise InputError(
+                "padding of the sequence",
+                expected=f"of {call.query.shape[0]} entries, as the batch, or of one",
+                got=key_mask.shape[0],
+                remedy="Give one row for each entry of the batch.",
+            )
+    length = sequence.layout.length
+    window, chunk = (None if x is None or x >= length else x for x in (mask.window, mask.attention_chunk))
+    mask = replace(mask, key_mask=key_mask, window=window, attention_chunk=chunk)  # longer ones hide nothing
+    return mask.for_batch(call.query.shape[0])
+
+
+def _facts(call: AttentionCall, options: OperatorOptions) -> dict[str, object]:
+    query, _, value = call.tensors
+    return {
+        "batch": query.shape[0], "query heads": query.shape[1], "key/value heads": call.key.shape[1],
+        "head dims": (query.shape[3], value.shape[3]), "dtype": query.dtype, "scale": call.scale,
+        "softcap": call.softcap, "sinks": call.sinks is not None, "fully_masked": call.fully_masked,
+        "return_lse": call.return_lse, "mask": replace(call.mask, key_mask=None).text(1, 1),
+        "dense_heads": tuple(call.dense_heads), **{x.name: getattr(options, x.name) for x in fields(options)},
+    }  # fmt: skip
+
+
+def _of_heads(
+    call: AttentionCall, options: OperatorOptions, heads: slice
+) -> tuple[AttentionCall, OperatorOptions, slice]:
+    """What a call and its options say of some key/value heads, with the whole tensors still; and their query heads."""
+    members = slice(heads.start * call.group, heads.stop * call.group)
+    marked = [head - heads.start for head in call.dense_heads if heads.start <= head < heads.stop]
+    tau = options.tau[members] if isinstance(options.tau, tuple) else options.tau
+    part = call.but(dense_heads=marked, sinks=None if call.sinks is None else call.sinks[members])
+    return part, replace(options, tau=tau), members
+
+
+def _by_heads(
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
+) -> tuple[Tensor, Tensor | None]:
+    size, rank = sequence.ranks.size, sequence.ranks.rank
+    share = call.key.shape[1] // size
+    mine, mine_options, _ = _of_heads(call, options, slice(rank * share, (rank + 1) * share))
+    query, key, value = (sequence.to_heads(x) for x in call.tensors)
+    output, lse = dispatch.run(mine.over(query, key, value, mask), mine_options)
+    return sequence.to_shards(output), None if lse is None else sequence.to_shards(lse)
+
+
+def _by_gathering(
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
+) -> tuple[Tensor, Tensor | None]:
+    length, query = sequence.layout.length, call.query
+    path = _path(call.but(mask=mask), options, length)
+    spread = sequence.sampled(query, dim_stride(length)) if path == "s2o" else None
+    parts: list[_Part] = []
+    for heads, key, value in sequence.gathered(call.key, call.value):
+        part, part_options, members = _of_heads(call, options, heads)
+        whole = part.over(query[:, members], key, value, mask)
+        planner = None
+        if spread is not None:
+            planner = _planner(whole.but(query=spread(members)), part_options, sequence)
+        parts.append(_attend(whole, part_options, sequence, path, planner))
+    output, lse, computed, errors = (
+        None if any(x is None for x in column) else torch.cat(column, dim)  # pyright: ignore[reportArgumentType]
+        for column, dim in zip(zip(*parts, strict=True), (1, 1, 1, 2), strict=True)
+    )
+    assert output is not None
+    if path != "chunks":
+        rank = sequence.ranks.rank
+        area = sum(
+            replace(mask, offset=mask.offset + piece.start if mask.causal else 0)
+            .area(query.shape[0], piece.stop - piece.start, length)
+            for piece in sequence.layout.pieces[rank]
+        )  # fmt: skip
+        rows = sequence.layout.tile_rows(rank)
+        record(call.but(mask=mask), path, computed, errors, area=area, tile_rows=rows, n_keys=length)  # pyright: ignore
+    return output, lse
+
+
+def _path(call: AttentionCall, options: OperatorOptions, length: int) -> str:
+    """The path of the whole sequence, or "chunks", each of which chooses its own."""
+    if call.mask.attention_chunk is not None:
+        return "chunks"
+    if call.scale <= 0 or dispatch.is_short(call.query, length, length, options.min_seq_len):
+        return "dense"
+    if call.mask.window is not None:
+        return "window"
+    return "dense" if len(call.dense_heads) == call.key.shape[1] else "s2o"
+
+
+def _planner(whole: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> Planner | None:
+    """What is decided by the whole sequence; None where pieces cannot have the tiles of one device."""
+    implementation = dispatch.choose_implementation(options.implementation, whole.query)
+    if implementation == "flex":
+        raise ImplementationUnavailableError(
+            'implementation="flex": expected whole sequences, got shards: it plans whole calls. Use "auto".'
+        )
+    if not whole.mask.causal:
+        return None
+    whole = whole.for_kernels()
+    with whole.on_device():
+        planner = Planner(whole, options, implementation)
+    return planner if sequence.layout.starts_segments(planner.segment_len) else None
+
+
+def _attend(
+    whole: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, path: str, planner: Planner | None
+) -> _Part:
+    """Attention of this rank's queries, [B, h, n, D] in ``whole``, to all keys, piece by piece."""
+    found = [
+        _attend_piece(piece, options, path, planner, 0 if planner is None else first)
+        for piece, first in _pieces(whole, sequence)
+    ]  # fmt: skip
+    columns = list(zip(*found, strict=True))
+    output, lse, computed = (None if any(x is None for x in column) else torch.cat(column, 2) for column in columns[:3])
+    assert output is not None
+    errors = None if any(x is None for x in columns[3]) else torch.stack(columns[3]).sum(0)
+    return _Part(output, lse, computed, errors)
+
+
+def _pieces(whole: AttentionCall, sequence: ShardedSequence) -> Iterator[tuple[AttentionCall, int]]:
+    """Each piece of this rank's queries as a call with its first position."""
+    for positions, rows in sequence.layout.runs(sequence.ranks.rank):
+        mask = whole.mask
+        if mask.causal:
+            mask = replace(mask, offset=mask.offset + positions.start)
+        yield whole.over(whole.query[:, :, rows], whole.key, whole.value, mask), positions.start
+
+
+def _attend_piece(
+    call: AttentionCall, options: OperatorOptions, path: str, planner: Planner | None, first_query: int
+) -> _Part:
+    if path == "chunks":
+        output, lse = dispatch.run(call, options)
+        return _Part(output, lse, None, None)
+    result = dispatch.execute(call, path, options, whole=planner, first_query=first_query)
+    errors = dispatch.measure(call, result, options) if path == "s2o" else None
+    output, lse = finish(call, result.output, result.lse)
+    return _Part(output, lse, None if path == "dense" else result.computed, errors)

@@ -1,0 +1,202 @@
+"""A sequence that ranks hold in shards, and what they exchange of it: keys and values, or heads for positions.
+
+``all_gather``: every rank gets all keys and values, a few heads at a time, while it attends by the heads before.
+``ulysses``: every rank gets all positions of its share of the heads. A ring is no way for ranked keys: a ranking needs
+the whole prefix, and tau, a share of a row's mass, has no meaning for the keys of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.shards import sharded
+from s2o_compile.kernels.sequence.layout import Layout
+from s2o_compile.kernels.sequence.ranks import Ranks
+from s2o_compile.kernels.support.arguments import is_one_of, shown
+from s2o_compile.kernels.support.errors import InputError
+
+METHODS = ("all_gather", "ulysses")
+PIECE_BYTES = 256 * 2**20
+"""Keys and values that are gathered at a time take about as many bytes, but for a single head that takes more. Two such
+pieces are held: one is attended to while the next one comes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardedSequence:
+    """One sequence, and the shards of it that the ranks of a group hold.
+
+    Legend: N positions of the whole sequence, n of this rank's shard.
+
+    Attributes:
+        ranks: The group.
+        layout: Which positions are whose.
+        method: How ranks exchange what attention needs, one of METHODS.
+        key_mask: bool [B or 1, N], True where a key may be attended; None for all.
+    """
+
+    ranks: Ranks
+    layout: Layout
+    method: str = "all_gather"
+    key_mask: Tensor | None = None
+    _agreed: set[str] = field(default_factory=set, init=False, repr=False)
+    _compared: list[tuple[Tensor, int | None]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+
+    @property
+    def count(self) -> int:
+        """Positions n of this rank's shard."""
+        return self.layout.counts[self.ranks.rank]
+
+    def attending(self) -> AbstractContextManager[None]:
+        """A block whose calls of the operator hold this rank's shard of the sequence."""
+        return sharded(self)
+
+    def positions(self, device: torch.device | None = None) -> Tensor:
+        """Positions of this rank's shard in the sequence, int64 [n], ascending."""
+        return self.layout.positions(self.ranks.rank, device)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's shard of a tensor that holds the whole sequence in a dimension: [.., N, ..] -> [.., n, ..]."""
+        return self.layout.take(x, self.ranks.rank, dim)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The whole sequence from everybody's shard, in its order: [.., n, ..] -> [.., N, ..]. Every rank calls it."""
+        dim = dim % x.dim()
+        whole = x.new_empty(*x.shape[:dim], self.layout.length, *x.shape[dim + 1 :])
+        self.start_gather([x], [dim])([whole])
+        return whole
+
+    def agree(self, what: str, facts: dict[str, object]) -> None:
+        """Raise RankError on every rank unless all state these facts; facts that were agreed on cost nothing."""
+        key = repr((what, sorted((name, str(fact)) for name, fact in facts.items())))
+        if key not in self._agreed:
+            self.ranks.agree(what, facts)
+            self._agreed.add(key)
+
+    def check_padding(self, key_mask: Tensor | None, version: int | None) -> None:
+        """Raise InputError unless a call's key mask, bool [B or 1, n], is this shard of the sequence's. May wait.
+
+        A mask that layers share is compared once, as long as nobody writes into it.
+        """
+        if key_mask is None or any(x is key_mask and at == version is not None for x, at in self._compared):
+            return
+        expected = None if self.key_mask is None else self.shard(self.key_mask, 1)
+        same = key_mask.all() if expected is None else (key_mask == expected).all()
+        if not same:
+            raise InputError(
+                "key_mask",
+                expected="this rank's shard of the padding of the sequence",
+                got="another mask",
+                remedy="Pass the padding of the whole sequence as attention_mask or key_mask of the context parallel "
+                "block, and none, or its shard, inside.",
+            )
+        self._compared.append((key_mask, version))
+
+    def start_gather(self, shards: Sequence[Tensor], dims: Sequence[int]) -> Callable[[Sequence[Tensor]], None]:
+        """Begin to gather shards [.., n, ..]; the function that is returned writes whole tensors [.., N, ..].
+
+        Shards differ in length by rank, so each is padded to the longest on its way.
+        """
+        layout = self.layout
+        shards = [x.movedim(dim, 0) for x, dim in zip(shards, dims, strict=True)]
+        sizes = [x[0].numel() for x in shards]
+        sends = shards[0].new_empty(max(layout.counts) * sum(sizes))
+        ends = [max(layout.counts) * sum(sizes[:at]) for at in range(len(sizes) + 1)]
+        for x, start, size in zip(shards, ends, sizes, strict=False):
+            sends[start : start + len(x) * size].view(x.shape).copy_(x)
+        received, wait = self.ranks.gather(sends)
+
+        def finish(into: Sequence[Tensor]) -> None:
+            wait()
+            for rank, count in enumerate(layout.counts):
+                for x, whole, dim, start in zip(shards, into, dims, ends, strict=False):
+                    part = received[rank, start : start + count * x[0].numel()].view(count, *x.shape[1:])
+                    layout.put(part, rank, whole.movedim(dim, 0), 0)
+
+        return finish
+
+    def head_pieces(self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None) -> list[slice]:
+        """The key/value heads that are gathered at a time."""
+        heads = key.shape[1]
+        one = key.shape[0] * self.layout.length * (key.shape[3] + value.shape[3]) * key.element_size()
+        step = heads_at_a_time or max(PIECE_BYTES // one, 1)
+        return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+    def gathered(
+        self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Whole keys and values [B, h, N, D] of all heads, a few at a time, while the next ones are on their way."""
+        length, parts = self.layout.length, self.head_pieces(key, value, heads_at_a_time)
+        begun = self.start_gather([key[:, parts[0]], value[:, parts[0]]], [2, 2])
+        for number, part in enumerate(parts):
+            whole = [x.new_empty(x.shape[0], part.stop - part.start, length, x.shape[3]) for x in (key, value)]
+            begun(whole)
+            if number + 1 < len(parts):
+                begun = self.start_gather([x[:, parts[number + 1]] for x in (key, value)], [2, 2])
+            yield part, whole[0], whole[1]
+
+    def sampled(self, x: Tensor, stride: int) -> Callable[[slice], Tensor]:
+        """From a shard [B, H, n, D] a function: heads -> the whole [B, h, N, D] with every stride-th row, else zeros.
+
+        Rankings look at so many queries of the whole sequence to choose what they compare keys by.
+        """
+        layout, wanted = self.layout, torch.arange(0, self.layout.length, stride, device=x.device)
+        places = [layout.positions(rank, x.device) for rank in range(layout.ranks)]
+        drawn = [(place % stride == 0).nonzero()[:, 0] for place in places]
+        mine, most = drawn[self.ranks.rank], max(map(len, drawn))
+        sends = x.new_zeros(x.shape[0], x.shape[1], most, x.shape[3])
+        sends[:, :, : len(mine)] = x[:, :, mine]
+        received, wait = self.ranks.gather(sends)
+        wait()
+        rows = torch.cat([received[rank, :, :, : len(those)] for rank, those in enumerate(drawn)], 2)
+        order = torch.cat([place[those] for place, those in zip(places, drawn, strict=True)])
+        assert len(order) == len(wanted)
+
+        def spread(heads: slice) -> Tensor:
+            whole = x.new_zeros(x.shape[0], heads.stop - heads.start, layout.length, x.shape[3])
+            whole[:, :, order] = rows[:, heads]
+            return whole
+
+        return spread
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """All heads of a shard [B, H, n, D] -> this rank's share of the heads of the sequence [B, H / W, N, D]."""
+        layout, size = self.layout, self.ranks.size
+        shares = x.chunk(size, 1)
+        sizes = [count * shares[0][:, :, 0].numel() for count in layout.counts]
+        parts = self.ranks.all_to_all([share.reshape(-1) for share in shares], sizes)
+        whole = x.new_empty(*shares[0].shape[:2], layout.length, *x.shape[3:])
+        for rank, (part, count) in enumerate(zip(parts, layout.counts, strict=True)):
+            layout.put(part.view(*whole.shape[:2], count, *x.shape[3:]), rank, whole, 2)
+        return whole
+
+    def to_shards(self, x: Tensor) -> Tensor:
+        """The inverse of `to_heads`: [B, h, N, ...] -> [B, h * W, n, ...]."""
+        layout, size = self.layout, self.ranks.size
+        sends = [layout.take(x, rank, 2).reshape(-1) for rank in range(size)]
+        shape = (*x.shape[:2], self.count, *x.shape[3:])
+        each = x[:, :, 0].numel() * self.count
+        return torch.cat([part.view(shape) for part in self.ranks.all_to_all(sends, [each] * size)], 1)
+
+
+def check_method(method: object) -> None:
+    """Raise InputError unless this is one of METHODS."""
+    if is_one_of(method, METHODS):
+        return
+    ring = is_one_of(method, ("ring",))
+    raise InputError(
+        "method",
+        expected=f"one of {', '.join(map(repr, METHODS))}",
+        got=shown(method),
+        remedy="A ranking needs the whole prefix, and tau has no meaning for the keys of one rank: a ring cannot have "
+        "either. Gather keys and values."
+        if ring
+        else "Choose one of these names.",
+    )
