@@ -43,7 +43,7 @@ from torch import Tensor
 import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.distributed import context_parallel, gather_report, shard_sequence
-from s2o_compile.kernels import context_parallel as sharded_calls
+from s2o_compile.kernels.calls import context_parallel as sharded_calls
 from s2o_compile.kernels.sequence.layout import Layout
 from s2o_compile.kernels.sequence.sharded import ShardedSequence
 from s2o_compile.kernels.statistics import record_calls

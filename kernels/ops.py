@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels import dtensors
-from s2o_compile.kernels.context_parallel import run as run_sharded
+from s2o_compile.kernels.calls.context_parallel import run as run_sharded
+from s2o_compile.kernels.calls.masked import run_masked
+from s2o_compile.kernels.calls.packed import run_packed
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
@@ -36,8 +38,6 @@ from s2o_compile.kernels.core.validation import (
 from s2o_compile.kernels.dispatch import run, run_short
 from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
-from s2o_compile.kernels.masked import run_masked
-from s2o_compile.kernels.packed import run_packed
 from s2o_compile.kernels.support.define_op import define_operator
 
 _DEFAULT = OperatorOptions()

@@ -11,15 +11,16 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.calls.checks import check_packed, check_paged
+from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts
+from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
-from s2o_compile.kernels.core.pages import BlockTable, flat_view
-from s2o_compile.kernels.core.prefill_cache import PrefillCache
-from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_packed, check_paged, check_whole
-from s2o_compile.kernels.lengths import as_integers, check_counts, check_starts
+from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
+from s2o_compile.kernels.pages.prefill_cache import PrefillCache
+from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.errors import InputError
-from s2o_compile.kernels.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
 
 _DEFAULT = OperatorOptions()
 _UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.kernels import varlen_ops
+from s2o_compile.kernels.calls.lengths import as_integers, as_longest
+from s2o_compile.kernels.calls.varlen import run_packed
 from s2o_compile.kernels.core.options import from_op_kwargs
-from s2o_compile.kernels.core.prefill_cache import PrefillCache
 from s2o_compile.kernels.core.validation import check_kinds, check_numbers
 from s2o_compile.kernels.dispatch import is_short, warn_of_dense
-from s2o_compile.kernels.lengths import as_integers, as_longest
+from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.errors import InputError
-from s2o_compile.kernels.varlen import run_packed
 
 Lengths = Tensor | Sequence[int]
 

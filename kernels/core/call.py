@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
-from s2o_compile.kernels.core.pages import Pages
-from s2o_compile.kernels.core.prefill_cache import PrefillCache
 from s2o_compile.kernels.core.validation import check_arguments, check_tensors, check_whole
+from s2o_compile.kernels.pages.prefill_cache import PrefillCache
+from s2o_compile.kernels.pages.table import Pages
 
 
 class MaskTerms(TypedDict, total=False):

@@ -151,7 +151,7 @@ def check_arguments(
                 got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
                 remedy="Pass the padding mask as [batch, keys]; causal and window terms have arguments of their own.",
             )
-        _check_device("key_mask", key_mask, query)
+        check_device("key_mask", key_mask, query)
     if sinks is not None:
         check_sinks(sinks, query)
     if softcap is not None and as_number(softcap, least=LEAST_SOFTCAP) is None:
@@ -177,7 +177,8 @@ def check_arguments(
         )
 
 
-def _check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it with .to(device).") -> None:
+def check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it with .to(device).") -> None:
+    """Raise InputError unless a tensor is where the query is."""
     if x.device != query.device:
         expected = f"{query.device}, as the query"
         raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)
@@ -238,7 +239,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 got=f"{x.dtype} beside a {query.dtype} query",
                 remedy="Convert the inputs with .to(dtype).",
             )
-        _check_device(name, x, query, "Move all inputs to one device with .to(device).")
+        check_device(name, x, query, "Move all inputs to one device with .to(device).")
     batch, heads, _, head_dim = query.shape
     if key.shape[:3] != value.shape[:3]:
         raise InputError(
@@ -288,7 +289,7 @@ def check_sinks(sinks: Tensor, query: Tensor) -> None:
             got=f"{sinks.dtype} of shape {tuple(sinks.shape)}",
             remedy="Flatten them, or drop the dimensions of batch and length.",
         )
-    _check_device("sinks", sinks, query, "Move them with .to(device).")
+    check_device("sinks", sinks, query, "Move them with .to(device).")
 
 
 def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
@@ -309,7 +310,7 @@ def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
             got=attn_mask.dtype,
             remedy="Compare a mask of numbers with 0, or convert it with .to(query.dtype).",
         )
-    _check_device("attn_mask", attn_mask, query)
+    check_device("attn_mask", attn_mask, query)
 
 
 def check_fill(fill: float | None, attn_mask: Tensor) -> None:
@@ -337,7 +338,7 @@ def check_documents(documents: Tensor, key_documents: Tensor | None, query: Tens
                 got=f"{ids.dtype} of shape {tuple(ids.shape)}",
                 remedy="Number the documents of each row; cumsum(position_ids == 0) does.",
             )
-        _check_device(name, ids, query)
+        check_device(name, ids, query)
     if key_documents is None and query.shape[2] != key.shape[2]:
         raise InputError(
             "key_documents",
@@ -345,68 +346,3 @@ def check_documents(documents: Tensor, key_documents: Tensor | None, query: Tens
             got=None,
             remedy="Leave them out in self-attention alone.",
         )
-
-
-def check_packed(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise InputError unless these are packed sequences, [T, Hq, D], [Tk, Hkv, D] and [Tk, Hkv, Dv]; T may be 0."""
-    _check_tokens(
-        {"query": query, "key": key, "value": value}, {"query": 3, "key": 3, "value": 3}, "[tokens, heads, D]"
-    )
-    _check_heads(query, key.shape, value.shape, places=1)
-
-
-def check_paged(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    """Raise InputError unless these are packed queries [T, Hq, D] and caches [pages, page_len, Hkv, D or Dv]."""
-    caches = {"query": query, "key cache": key_cache, "value cache": value_cache}
-    ranks = {"query": 3, "key cache": 4, "value cache": 4}
-    _check_tokens(caches, ranks, "[tokens, heads, D] of the query, [pages, page_len, kv_heads, D] of a cache")
-    _check_heads(query, key_cache.shape, value_cache.shape, places=2)
-    for name, cache in (("key cache", key_cache), ("value cache", value_cache)):
-        if cache.stride(-1) != 1 or not cache.numel():
-            raise InputError(
-                name,
-                expected="pages, with the numbers of a head side by side",
-                got=f"shape {tuple(cache.shape)}, strides {cache.stride()}",
-                remedy="Give the cache as it was allocated: it is read in place.",
-            )
-
-
-def _check_tokens(tensors: dict[str, Tensor], ranks: dict[str, int], form: str) -> None:
-    query = tensors["query"]
-    for name, x in tensors.items():
-        if x.dim() != ranks[name]:
-            expected, got = f"{ranks[name]} dimensions: {form}", f"{x.dim()} of shape {tuple(x.shape)}"
-            remedy = "Join the sequences, without a dimension for the batch."
-            raise InputError(f"rank of {name}", expected=expected, got=got, remedy=remedy)
-        if x.dtype != query.dtype or x.dtype not in DTYPES:
-            raise InputError(
-                f"dtype of {name}",
-                expected="one of float16, bfloat16, float32, the same for query, key and value",
-                got=f"{x.dtype} beside a {query.dtype} query",
-                remedy="Convert the query to the dtype of the cache. Caches of 8 bits are not read.",
-            )
-        _check_device(name, x, query, "Move all inputs to one device with .to(device).")
-
-
-def _check_heads(query: Tensor, key_shape: Sequence[int], value_shape: Sequence[int], places: int) -> None:
-    """Heads and head dims behind one dimension of tokens, or two of places in pages."""
-    _, heads, head_dim = query.shape
-    kv_heads, key_dim = key_shape[places:]
-    if key_shape[: places + 1] != value_shape[: places + 1] or key_dim != head_dim:
-        raise InputError(
-            "shape of key and value",
-            expected=f"one value for each key, and keys of {head_dim} numbers, as the queries",
-            got=f"{tuple(key_shape)} and {tuple(value_shape)}",
-            remedy="Only the head_dim of values may differ.",
-        )
-    if not heads or not kv_heads or heads % kv_heads:
-        raise InputError(
-            "number of heads",
-            expected=f"query heads divisible by the {kv_heads} key/value heads",
-            got=heads,
-            remedy="Give groups of query heads of one size, each sharing one key/value head.",
-        )
-    for name, dim in (("query", head_dim), ("value", value_shape[-1])):
-        if not 0 < dim <= MAX_HEAD_DIM:
-            expected = f"1 to {MAX_HEAD_DIM}"
-            raise InputError(f"head_dim of {name}", expected=expected, got=dim, remedy="Call dense attention.")

@@ -5,9 +5,9 @@ import torch
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.pages import BlockTable, flat_view
 from s2o_compile.kernels.core.result import empty_progress, empty_result
 from s2o_compile.kernels.impl.triton import exact, forward, packed, sampled
+from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.planner import Planner
 from tests.helpers.compile_order import compile_only
 

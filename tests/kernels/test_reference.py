@@ -199,8 +199,10 @@ class TestPlan:
     def test_per_query_ranking_finds_what_a_single_query_looks_for(self, build_plan):
         inputs = Case(queries=1024).inputs(heavy=1e9)
         needle, seeker = 300, 900
-        dim = inputs.query.square().mean((0, 1, 2)).argmax()  # sure to be among the few it looks at
-        away = -12.0 * inputs.query[..., dim].mean().sign()
+        dim = inputs.query.square().mean((0, 1, 2)).argmax()
+        inputs.query[..., dim] *= 3  # sure to be a direction that it looks at
+        inputs.key[..., dim] *= 3
+        away = -36.0 * inputs.query[..., dim].mean().sign()
         inputs.key[0, 0, needle] = 0.0
         inputs.key[0, 0, needle, dim] = away
         inputs.query[0, 1, seeker] = 0.0

@@ -19,11 +19,11 @@ from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
-from s2o_compile.kernels.core.sizes import Size, longest, symbols
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs, take
 from s2o_compile.kernels.exact.epilogue import fill_rows, fully_masked_rows, sink_share
 from s2o_compile.kernels.exact.formula import attend_under
 from s2o_compile.kernels.exact.sdpa import sdpa
+from s2o_compile.kernels.impl.aot.sizes import Size, longest, symbols
 from s2o_compile.kernels.support.torch_compat import cond, statically_known_true
 
 

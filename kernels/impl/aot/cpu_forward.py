@@ -18,9 +18,9 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, default_chunk_len, in_segment_keys, n_segments, non_finite_keys
-from s2o_compile.kernels.core.sizes import symbols
 from s2o_compile.kernels.core.stop_rule import tail_share
 from s2o_compile.kernels.impl.aot.cpu_ranking import Segment, rank_segment, row_normaliser
+from s2o_compile.kernels.impl.aot.sizes import symbols
 from s2o_compile.kernels.ranking import tail
 from s2o_compile.kernels.ranking.basis import dim_stride, project, solve_basis
 from s2o_compile.kernels.ranking.per_query import few_dims, scored_positions

@@ -22,8 +22,8 @@ from s2o_compile.kernels.core.plan import (
     n_segments,
 )
 from s2o_compile.kernels.core.result import empty_result
-from s2o_compile.kernels.core.sizes import longest
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs
+from s2o_compile.kernels.impl.aot.sizes import longest
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import order as triton_order
 from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.pages import Pages
 from s2o_compile.kernels.core.plan import longest_prefix
 from s2o_compile.kernels.impl.triton.tile import (
     key_mask_of,
@@ -28,6 +27,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     seg_bounds,
     tracing,
 )
+from s2o_compile.kernels.pages.table import Pages
 
 CLASSES = 32
 """Their sizes grow with the square of their number: the first chunks decide where most tiles stop."""

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.core.pages import BlockTable
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.impl.triton.exact import attend_tile, with_positive_scale
@@ -29,6 +28,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     store_tile,
     value_parts,
 )
+from s2o_compile.kernels.pages.table import BlockTable
 
 
 @triton.jit

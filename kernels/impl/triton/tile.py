@@ -12,8 +12,8 @@ import triton.language as tl
 
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.mask import AttentionMask, upper_bound
-from s2o_compile.kernels.core.pages import Pages
 from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.pages.table import Pages
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,7 +25,7 @@ WIDEST_VALUE = 256
 
 @triton.jit
 def key_rows(keys, pages, page_rows, last_page, PAGE: tl.constexpr):
-    """The rows of keys: themselves, or their slots in pages of PAGE tokens (``core/pages.py``)."""
+    """The rows of keys: themselves, or their slots in pages of PAGE tokens (``pages/table.py``)."""
     if PAGE:
         page = tl.minimum(tl.maximum(tl.load(pages + keys // PAGE), 0), last_page)
         keys = page * page_rows + keys % PAGE

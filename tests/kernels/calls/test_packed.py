@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from s2o_compile.kernels import packed
+from s2o_compile.kernels.calls import packed
 from s2o_compile.kernels.core.documents import Documents, ids_of, packed_pairs
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError, NoGradientError

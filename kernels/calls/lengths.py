@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.pages import BlockTable
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.pages.table import BlockTable
 from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import InputError
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.calls.read_mask import VANISHES, ReadMask, outweighs, read_mask
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.validation import check_attn_mask, check_fill
 from s2o_compile.kernels.dispatch import choose_path, run
 from s2o_compile.kernels.exact.epilogue import fill_rows
 from s2o_compile.kernels.exact.formula import attend_under
-from s2o_compile.kernels.read_mask import VANISHES, ReadMask, outweighs, read_mask
 from s2o_compile.kernels.statistics import record
 
 

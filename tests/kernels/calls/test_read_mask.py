@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels import read_mask as reading
-from s2o_compile.kernels.read_mask import read_mask
+from s2o_compile.kernels.calls import read_mask as reading
+from s2o_compile.kernels.calls.read_mask import read_mask
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError
 from tests.conftest import CUDA, DTYPES, INTERPRETED, on

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import s2o_compile
-from s2o_compile.kernels import varlen
+from s2o_compile.kernels.calls import varlen
 from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import CUDA, INTERPRETED
 from tests.helpers.packings import Packing, assert_exact, config, in_pages, sinks_of

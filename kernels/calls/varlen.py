@@ -13,14 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.pages import BlockTable
-from s2o_compile.kernels.core.plan import n_tiles
-from s2o_compile.kernels.dispatch import attend_packed, choose_implementation, is_short, reads_pages, run, settle
-from s2o_compile.kernels.exact.formula import attend_differentiably
-from s2o_compile.kernels.lengths import (
+from s2o_compile.kernels.calls.lengths import (
     Sequences,
     check_longest,
     check_numbers_of_pages,
@@ -29,7 +22,14 @@ from s2o_compile.kernels.lengths import (
     read_starts,
     table_on_device,
 )
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import n_tiles
+from s2o_compile.kernels.dispatch import attend_packed, choose_implementation, is_short, reads_pages, run, settle
+from s2o_compile.kernels.exact.formula import attend_differentiably
 from s2o_compile.kernels.observe import observing
+from s2o_compile.kernels.pages.table import BlockTable
 from s2o_compile.kernels.schedule import side_by_side
 from s2o_compile.kernels.statistics import count, record, recording
 
