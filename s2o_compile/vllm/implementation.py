@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -148,4 +148,4 @@ class SparsePrefill:
             site=site.name,
         )  # fmt: skip
         if isinstance(rows, Tensor):
-            output[rows] = attended
+            output[rows] = cast(Tensor, attended)

@@ -10,6 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import device_mesh
 
 import s2o_compile
 from s2o_compile import S2OConfig
@@ -63,6 +65,21 @@ def without_packaging(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._inductor, "aoti_load_package", written.__getitem__)
 
 
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A process group of this process alone, on a CPU."""
+    start, mesh = dist.init_process_group, device_mesh.init_device_mesh
+
+    def alone(_backend):
+        start("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(dist, "init_process_group", alone)
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda _device, *sizes, **named: mesh("cpu", *sizes, **named))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def names():
     """What pages take for granted."""
     transformers = pytest.importorskip("transformers")
@@ -75,7 +92,7 @@ def names():
     given = {"model": model, "ids": texts[0], "batches": [texts[0]], "other_batches": [texts[1]]}
     given |= dict(zip("qkv", torch.randn(3, 1, 4, 1200, 16), strict=True))
     given |= {"fast": s2o_compile.optimize(model, S2OConfig(inner_backend="eager"))}
-    given |= {"config": S2OConfig(tau=0.25), "tokenizer": Characters()}
+    given |= {"length": 1200, "config": S2OConfig(tau=0.25), "tokenizer": Characters()}
     return given | {"torch": torch, "s2o_compile": s2o_compile, "S2OConfig": S2OConfig}
 
 
@@ -87,7 +104,7 @@ def diffusion():
 
 
 @pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
-@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging")
+@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging", "one_rank")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):
         pytest.importorskip(needed)
