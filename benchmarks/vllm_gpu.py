@@ -1,6 +1,6 @@
 """Time a prompt's prefill in chunks by the implementation for vLLM, over FLASH_ATTN's cache, beside FlashAttention-3.
 
-PYTHONPATH=. python benchmarks/vllm_gpu.py --json benchmarks/results/vllm-gpu.json
+PYTHONPATH=. python benchmarks/vllm_gpu.py --json benchmarks/results/vllm-gpu-h200.json
 
 No server runs and no vLLM is needed: pages and metadata are made by hand. Shapes B=1, Hq=32, Hkv=8, D=128, bf16, and
 synthetic input with topics, as in ``benchmarks/attention.py``. A chunk's row is one call of one layer. FlashAttention-3

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class SparseExtend:
                 config=self._config_of(layer), site=site_of(layer),
             )  # fmt: skip
         counters().flush()
-        return output.reshape(q.shape[0], -1)
+        return cast(Tensor, output).reshape(q.shape[0], -1)
 
     def _divide(self, forward_batch: Any, q: Tensor) -> Batch | None:  # noqa: ANN401 (SGLang's)
         """The batch, if any of its requests runs sparse."""
