@@ -99,7 +99,7 @@ TABLE = torch.arange(LENGTH) % 7
         ({"mask_function": packed(CAUSAL, ids=IDS * 0, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS % 2 + (POSITIONS > 60), remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=THREE % 2, positions=RESTARTS, remapped=True)}, "varies along queries"),
-        ({"mask_function": packed(CAUSAL, ids=THREE % 2 == 0, positions=RESTARTS, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=THREE != 1, positions=RESTARTS, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=BYTES, positions=RESTARTS, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS.double())}, "NaN"),
         ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
