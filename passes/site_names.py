@@ -8,7 +8,7 @@ the model, which knows the paths of its modules. So a site has one name, however
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -37,8 +37,8 @@ def module_paths(nodes: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
 
 def module_at(key: str, source: str) -> nn.Module | None:
     """The module that an entry of Dynamo's stack of modules is about, by its key and source; None if nobody knows."""
-    _, model = _model(_steps(source), captured_frame())
-    modules = () if model is None else model.modules()
+    models = _models(_steps(source), captured_frame())  # one may hold another in a plain list, unregistered
+    modules = (module for _, model in models for module in model.modules())
     return next((module for module in modules if str(id(module)) == key.partition("@")[0]), None)
 
 
@@ -74,16 +74,20 @@ def _path(node: fx.Node, frame: Mapping[str, Any], known: dict[nn.Module, dict[s
 
 def _model(steps: Sequence[str], frame: Mapping[str, Any]) -> tuple[int, nn.Module | None]:
     """The number of steps to the first module, and that module; the variable and None if nobody knows its value."""
+    return next(_models(steps, frame), (min(2, len(steps)), None))
+
+
+def _models(steps: Sequence[str], frame: Mapping[str, Any]) -> Iterator[tuple[int, nn.Module]]:
+    """The modules that the steps lead through, outermost first, each with the number of steps to it."""
     found: Any = frame
     for count, step in enumerate(steps, 1):
         try:
             is_table = isinstance(found, Mapping | Sequence)
             found = found[int(step) if step.isdigit() else step] if is_table else getattr(found, step)
         except Exception:  # whatever objects of users raise: a name is no reason to fail
-            break
+            return
         if isinstance(found, nn.Module):
-            return count, found
-    return min(2, len(steps)), None
+            yield count, found
 
 
 def _title(model: Sequence[str]) -> str:

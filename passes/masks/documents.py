@@ -160,6 +160,10 @@ def _bound(
         dim, read = -1, ids.sides
     else:
         return None
+    along = dim % len(ids.sides[0])
+    rest = [[index for at, index in enumerate(side) if at != along] for side in ids.sides]
+    if not _equal(rest[0], rest[1], singleton):
+        return None  # the numbers of one row say nothing about those of another
     for first, second in ((0, 1), (1, 0)):
         if _equal(bound.sides[0], read[first], singleton) and _equal(bound.sides[1], read[second], singleton):
             difference = ids.sides[first][dim].plus(ids.sides[second][dim], -1)
@@ -216,5 +220,5 @@ def _counts_up(positions: torch.Tensor | None, ids: torch.Tensor | None) -> bool
     """Whether numbers go on by one between any two equal ids of a row."""
     if positions is None or ids is None or positions.shape != ids.shape or positions.dtype not in INDEX_DTYPES:
         return False
-    steps, within = positions.diff(dim=-1) == 1, ids.diff(dim=-1)
-    return bool(((within > 0) | ((within == 0) & steps)).all())
+    steps, before, after = positions.diff(dim=-1) == 1, ids[..., :-1], ids[..., 1:]
+    return bool(((after > before) | ((after == before) & steps)).all())  # a difference of bytes or bits has no sign

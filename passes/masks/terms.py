@@ -96,8 +96,12 @@ class TermEvaluator:
         compared = node.args[0]
         if not isinstance(compared, fx.Node) or not same_sizes(value_of(compared).shape, shape):
             return dims
-        *_, seen = views.chain(compared, self.indices.evaluate)
-        return {dim for dim in dims if any(index.steps[dim] for index in seen.indices)}
+        seen = None
+        for source in views.chain(compared, self.indices.evaluate):
+            if self.indices.is_written(source.node):  # in a part of it, maybe: a copy varies as it was written
+                break
+            seen = source
+        return dims if seen is None else {dim for dim in dims if any(index.steps[dim] for index in seen.indices)}
 
     def _take_apart(self, node: fx.Node, value: torch.Tensor, negated: bool) -> Terms:
         name = function_name(node)

@@ -79,5 +79,7 @@ def _names(function: Callable[..., Any], seen: set[types.CodeType]) -> Iterator[
         yield from ("@" for step in dis.get_instructions(part) if "@" in step.argrepr or "MATRIX" in step.opname)
         for name in part.co_names:
             called = function.__globals__.get(name)
+            if callable(called):
+                yield getattr(called, "__name__", name)  # imported under another name
             if isinstance(called, types.FunctionType) and not called.__module__.startswith("torch"):
                 yield from _names(inspect.unwrap(called), seen)

@@ -69,8 +69,9 @@ def prove_function(
     if proof.documents is not None:
         tables = proof.documents.query, proof.documents.key
         both = zip(tables, (queries[1], keys[1]), strict=True)
-        query_ids, key_ids = (_tokens(graph, table, length) for table, length in both)  # pyright: ignore
-        documents = Documents.of(query_ids, None if proof.documents.of_itself else key_ids)
+        query_ids, key_ids = (_tokens(graph, table, length, batch) for table, length in both)  # pyright: ignore
+        itself = proof.documents.of_itself and queries[1] == keys[1]
+        documents = Documents.of(query_ids, None if itself else key_ids)
     mask = AttentionMask(
         causal=proof.causal,
         offset=int(offset) if proof.causal else 0,
@@ -84,12 +85,14 @@ def _stored(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return operator.attrgetter(str(node.target))(graph) if node.op == "get_attr" else None
 
 
-def _tokens(graph: fx.GraphModule, table: TokenTable, length: int) -> Tensor:
+def _tokens(graph: fx.GraphModule, table: TokenTable, length: int, batch: int) -> Tensor:
     """The numbers of a row's tokens, [B or 1, N]."""
     numbers = _stored(graph, table.node)
     if numbers is None:
         numbers = _computed(graph, table.node)
     numbers = numbers.narrow(table.dim, int(table.start), length)
+    if table.batch_dim is not None:  # it is read row by row, and may hold more of them
+        numbers = numbers.narrow(table.batch_dim, 0, batch)
     for dim, position in sorted(table.selected, reverse=True):
         numbers = numbers.select(dim, position)
     if table.batch_dim is None:

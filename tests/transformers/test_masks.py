@@ -19,6 +19,7 @@ IDS = (POSITIONS.diff(prepend=POSITIONS[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 THREE = torch.arange(3).repeat_interleave(torch.tensor([60, 60, LENGTH - 120])).expand(2, -1)
 RESTARTS = torch.arange(LENGTH) - 60 * THREE
+BYTES = (7 - THREE % 2).to(torch.uint8)
 
 
 def packed(function, ids=IDS, positions=POSITIONS, *, remapped=False):
@@ -68,6 +69,9 @@ def searched(b, h, q, k):
         ({"mask_function": packed(masking_utils.bidirectional_mask_function)}, "packed bidirectional"),
         ({"mask_function": packed(CAUSAL), "attention_mask": torch.arange(LENGTH).expand(2, -1) > 3}, None),
         ({"mask_function": masking_utils.and_masks(CAUSAL, searched)}, "packed causal"),
+        ({"mask_function": packed(CAUSAL), "q_length": 120}, "packed causal, offset 0"),
+        ({"mask_function": packed(CAUSAL), "q_length": 120, "q_offset": 20, "kv_offset": 20, "kv_length": 160}, None),
+        ({"mask_function": packed(CAUSAL, ids=IDS.repeat(2, 1))}, "packed causal"),
     ],
 )  # fmt: skip
 def test_what_is_proven_is_the_mask_that_transformers_makes(arguments, text):
@@ -95,6 +99,8 @@ TABLE = torch.arange(LENGTH) % 7
         ({"mask_function": packed(CAUSAL, ids=IDS * 0, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS % 2 + (POSITIONS > 60), remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=THREE % 2, positions=RESTARTS, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=THREE != 1, positions=RESTARTS, remapped=True)}, "varies along queries"),
+        ({"mask_function": packed(CAUSAL, ids=BYTES, positions=RESTARTS, remapped=True)}, "varies along queries"),
         ({"mask_function": packed(CAUSAL, ids=IDS.double())}, "NaN"),
         ({"mask_function": lambda b, h, q, k: TABLE[q] >= TABLE[k]}, "not"),
         ({"mask_function": lambda b, h, q, k: (k <= q) & (k != 5)}, "looks keys up"),

@@ -288,10 +288,17 @@ def read_elsewhere_by_keys(q, k, v, positions):
     return sdpa(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], attn_mask=mask)
 
 
+def read_in_another_row(q, k, v, positions):
+    """Queries of every row see keys of the first row's documents, where positions count from elsewhere."""
+    ids, (own, _), (_, others) = ids_of(positions), both(positions), both(positions[:1])
+    return sdpa(q, k, v, attn_mask=(ids[:, None, :, None] == ids[:1, None, None]) & (others <= own))
+
+
 ASKEW = {
     "backwards": lambda *given: over_positions(*given, bound=torch.ge),
     "read elsewhere": read_elsewhere,
     "read elsewhere by keys": read_elsewhere_by_keys,
+    "read in another row": read_in_another_row,
 }
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import s2o_compile
 from s2o_compile import S2OConfig
@@ -128,6 +129,32 @@ def test_a_mask_repeated_for_the_heads(form, mask):
     (site,) = s2o_compile.explain(form, *given, config=EXACT).sites
     assert site.rewritten is (mask is not None)
     assert mask is None or mask in site.mask
+    compiled = torch.compile(form, backend="s2o", options=OPTIONS)
+    torch.testing.assert_close(compiled(*given), form(*given), atol=1e-5, rtol=1e-5)
+
+
+def copied_and_written(q, k, v, tokens):
+    copy = tokens.float()[:, None, None].expand(-1, 1, q.shape[2], -1).clone()
+    copy[:, :, 30:, :20] = 0
+    return sdpa(q, k, v, attn_mask=copy > 0.5)
+
+
+def copied_and_cut(q, k, v, tokens):
+    copy = tokens.float()[:, None, None].expand(-1, 1, q.shape[2], -1).clone()
+    copy.tril_()
+    return sdpa(q, k, v, attn_mask=copy > 0.5)
+
+
+def written_by_a_view(q, k, v, tokens):
+    copy = tokens.float()[:, None, None].expand(-1, 1, q.shape[2], -1).contiguous()
+    copy.flatten(0, 1)[:, 30:, :20] = 0
+    return sdpa(q, k, v, attn_mask=copy > 0.5)
+
+
+@pytest.mark.parametrize("form", [copied_and_written, copied_and_cut, written_by_a_view])
+@torch.no_grad()
+def test_a_copy_of_an_expanded_mask_that_is_written_to_varies_along_queries(form):
+    given = inputs(torch.float32, 1, fully_masked=False)
     compiled = torch.compile(form, backend="s2o", options=OPTIONS)
     torch.testing.assert_close(compiled(*given), form(*given), atol=1e-5, rtol=1e-5)
 
