@@ -209,8 +209,9 @@ def plan(
             got=f"both: {', '.join(fields)}",
             remedy="Use dataclasses.replace(config, ...).",
         )
+    value = key if value is None else value
     check_kinds(query=query, key=key, value=value, key_mask=key_mask)
-    query, key, value = (x.detach() for x in (query, key, key if value is None else value))  # tangents end here
+    query, key, value = (x.detach() for x in (query, key, value))  # tangents end here
     key_mask = None if key_mask is None else key_mask.clone()
     numbers = check_numbers(causal=causal, causal_offset=causal_offset, scale=scale, softcap=softcap)
     call = AttentionCall.of(query, key, value, key_mask, causal=causal, **numbers._asdict())

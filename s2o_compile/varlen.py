@@ -157,6 +157,8 @@ def attention_paged(
         )
     if is_differentiated(query, key_cache, value_cache, sinks):
         _warn_of_derivatives(query, lengths[0].diff(), lengths[1], config)
+        if chunks is not None:
+            chunks.begin(0)
         output, lse = varlen_ops.differentiable_paged(*tensors, **shared)
     elif chunks is not None or (out is not None and can_skip_dispatcher(*tensors, out)):
         output, lse = _into(out, chunks, tensors, shared, options)

@@ -115,9 +115,14 @@ def run_packed(packed: Packed, options: OperatorOptions, output: Tensor | None =
     # As the operator does: a product of float32 must not become one of bfloat16 on the way.
     with call.on_device(), torch.autocast(call.query.device.type, enabled=False):
         if _all_exact(packed, options):
+            if call.kept is not None:
+                call.kept.begin(0)  # nobody knows where the chunk begins
             _attend_unread(packed, output, lse)
         else:
-            _attend_read(packed, packed.read(), options, output, lse)
+            sequences = packed.read()
+            if call.kept is not None:  # of one sequence
+                call.kept.begin(max(sequences.n_keys[0] - sequences.n_queries[0], 0))
+            _attend_read(packed, sequences, options, output, lse)
     return output, lse
 
 

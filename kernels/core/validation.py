@@ -87,10 +87,14 @@ def _heads(value: Sequence[int]) -> list[int]:
     return heads
 
 
+OPTIONAL = ("key_mask", "attn_mask", "sinks", "out")
+"""Tensors that a caller may leave out."""
+
+
 def check_kinds(**values: object) -> None:
-    """Raise InputError unless these are tensors of one shape each; None is one that was not given."""
+    """Raise InputError unless these are tensors of one shape each; one of OPTIONAL may be None."""
     for name, x in values.items():
-        if x is None:
+        if x is None and name in OPTIONAL:
             continue
         if not isinstance(x, Tensor):
             got = f"{type(x).__module__}.{type(x).__qualname__}"

@@ -63,6 +63,11 @@ class PrefillCache:
                 remedy="Keep one PrefillCache for each layer and sequence, or clear() it.",
             )
 
+    def begin(self, earlier: int) -> None:
+        """Keep what is known of the ``earlier`` keys alone: those behind them are a chunk's own, however it runs."""
+        for name, kept in self._grown.items():
+            self._grown[name] = kept._replace(keys=min(kept.keys, earlier))
+
     def once(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What ``make`` made when this name was asked for first."""
         if name not in self._once:

@@ -48,10 +48,10 @@ def attn_fn(
             got="spans of full attention",
             remedy="Choose another backend for this model.",
         )
-    given = {name: params[name] for name in FIELDS if params.get(name) is not None}
+    given = tuple((name, params[name]) for name in FIELDS if params.get(name) is not None)
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
     mask = _mask(params.get("attn_mask"), key, is_causal)
-    output = attention(*heads_first, **mask, scale=softmax_scale, config=_config(tuple(given.items())))
+    output = attention(*heads_first, **mask, scale=softmax_scale, config=_config_of(given))
     assert isinstance(output, Tensor)
     return output.transpose(1, 2)
 
@@ -74,6 +74,16 @@ def _mask(attn_mask: Tensor | None, key: Tensor, is_causal: bool) -> dict[str, A
             remedy="Write the causal mask into it, as SDPA wants it, too.",
         )
     return {"attn_mask": attn_mask}
+
+
+def _config_of(given: tuple[tuple[str, Any], ...]) -> S2OConfig:
+    """The configuration of these fields; a list of a JSON file is a tuple."""
+    given = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given)
+    try:
+        hash(given)
+    except TypeError:  # no field takes such a value: its error is not kept
+        return _config.__wrapped__(given)
+    return _config(given)
 
 
 @cache

@@ -25,6 +25,20 @@ def test_what_is_no_tensor(name, array):
         ARRAYS[name](array)
 
 
+def test_tensors_that_are_no_option_are_no_none():
+    pages, table = (torch.zeros(1, 140, 2, 16), None), torch.zeros(1, 1, dtype=torch.int32)
+    packed = X[0].transpose(0, 1)
+    calls = {
+        "query": [lambda: s2o_compile.attention(None, X, X), lambda: s2o_compile.plan(None, X)],
+        "key": [lambda: s2o_compile.attention_varlen(packed, None, packed, [0, 140], [0, 140])],
+        "value_cache": [lambda: s2o_compile.attention_paged(packed, pages, table, [0, 140], [140])],
+    }
+    for name, those in calls.items():
+        for call in those:
+            with pytest.raises(InputError, match=f"{name}: expected a torch.Tensor, got builtins.NoneType"):
+                call()
+
+
 def test_a_plan_is_made_of_tensors_and_is_a_plan():
     with pytest.raises(InputError, match=r"query: expected a torch\.Tensor, got numpy\.ndarray"):
         s2o_compile.plan(X.numpy(), X)

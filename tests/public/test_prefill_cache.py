@@ -99,6 +99,21 @@ def test_new_keys_of_a_chunk_that_runs_again_are_read():
     assert same(prefill.chunk(256, LENGTH, kept), prefill.chunk(256, LENGTH, with_basis_of(kept)))
 
 
+@pytest.mark.parametrize("way", ["few_queries", "short_keys", "derivatives"])
+def test_new_keys_of_a_chunk_that_runs_densely_are_read_by_later_ones(way):
+    prefill, kept = Prefill(), PrefillCache()
+    prefill.all((128, 280), kept)
+    start, stop = (100, 150) if way == "few_queries" else (20, 150)
+    prefill.cache[prefill.table[0, 8]] = torch.randn(prefill.cache.shape[1:]) * 4.0  # keys 128 to 144
+    if way == "derivatives":
+        query = prefill.query[start:stop].clone().requires_grad_()
+        s2o_compile.attention_paged(query, prefill.cache, prefill.table, [0, len(query)], [stop], chunks=kept)
+    else:
+        prefill.chunk(start, stop, kept, min_seq_len=1000)
+    actual = prefill.chunk(stop, LENGTH, kept)
+    assert same(actual, prefill.chunk(stop, LENGTH, with_basis_of(kept)))
+
+
 def test_a_cleared_one_serves_another_sequence():
     prefill, kept = Prefill(), PrefillCache()
     prefill.all((256, LENGTH), kept)

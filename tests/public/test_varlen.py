@@ -137,6 +137,20 @@ def test_marked_heads_are_exact_in_pages_as_well(device, implementation):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("lengths", [((3, 40), (7, 30)), ((3, 40), (130, 200))], ids=["short", "mixed"])
+@pytest.mark.parametrize(("device", "implementation"), [TORCH, TRITON])
+def test_numbers_of_a_row_need_not_lie_side_by_side(lengths, device, implementation):
+    packing = Packing(lengths=lengths)
+    inputs = packing.inputs(device)
+    *tensors, starts, key_starts = packing.joined(inputs, device)
+    query, key, value = (torch.stack([x, torch.full_like(x, 9.0)], -1)[..., 0] for x in tensors)
+    assert {x.stride(-1) for x in (query, key, value)} == {2}
+    options = {"config": config(implementation=implementation), "return_lse": True}
+    assert_exact(packing, inputs, *s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options))
+    cache, table, lengths = in_pages(key, value, key_starts, 16, "two")
+    assert_exact(packing, inputs, *s2o_compile.attention_paged(query, cache, table, starts, lengths, **options))
+
+
 def test_an_output_that_is_there_is_filled():
     packing = Packing(lengths=((200, 300), (4, 9)))
     inputs = packing.inputs()

@@ -111,3 +111,12 @@ def test_params_win_over_the_environment(monkeypatch):
     assert vllm_omni._config((("error", 0.02), ("min_seq_len", 9))) == S2OConfig(error=0.02, min_seq_len=9)
     with pytest.raises(OptionError, match="tau: expected a finite number"):
         served(CASES["causal"].inputs(), {"tau": "much"})
+
+
+def test_params_of_a_json_file():
+    case = Case(heads=2, kv_heads=2, queries=300, head_dim=16)
+    query, key, value = (x.transpose(1, 2) for x in case.inputs().tensors)
+    for taus in ([0.0, 0.5], (0.0, 0.5)):
+        vllm_omni.attn_fn(query, key, value, {"tau": taus, "min_seq_len": 0}, False, 0.25)
+    with pytest.raises(OptionError, match="tau: expected a finite number"):
+        vllm_omni.attn_fn(query, key, value, {"tau": {"0": 0.5}}, False, 0.25)

@@ -106,7 +106,8 @@ def attend_packed(
         lse: float32 [1, Hq, T].
     """
     call = with_positive_scale(call)
-    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in call.tensors)
+    mask, softcap = call.mask, call.softcap
     if not tiles:
         return
     computed = torch.empty(0, dtype=torch.int32, device=query.device)
