@@ -18,9 +18,9 @@ import torch
 
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, did_you_mean, unknown_name
 from s2o_compile.errors import OptionError
+from s2o_compile.kernels import ops
 from s2o_compile.kernels.support.arguments import is_one_of, shown
 from s2o_compile.kernels.support.derivatives import every_derivative, in_forward_mode, may_run_again
-from s2o_compile.kernels.support.torch_compat import schema_of
 from s2o_compile.kernels.support.torch_compile import (
     compile_fx,
     inductor_mode_options,
@@ -37,9 +37,9 @@ PREFIX = "s2o."
 @cache
 def _schemas() -> str:
     """A part of Inductor's cache keys, because cached code calls the operators by the schema that they had."""
-    names = ("attention", "masked_attention", "packed_attention")
-    operators = (getattr(torch.ops.s2o, name).default for name in names)
-    return hashlib.sha256("".join(str(schema_of(operator)) for operator in operators).encode()).hexdigest()
+    operators = (ops.attention, ops.masked_attention, ops.packed_attention)
+    schemas = (torch.library.infer_schema(operator, mutates_args=()) for operator in operators)
+    return hashlib.sha256("".join(schemas).encode()).hexdigest()
 
 
 def split_options(options: Mapping[str, object] | None) -> tuple[S2OConfig, dict[str, object]]:

@@ -220,7 +220,7 @@ LEFT = {
     "or": (masked(or_masks(causal, lambda b, h, i, j: j < 9)), "union of masks"),
     "xor": (masked(lambda b, h, i, j: (i >= j) ^ (j < 9)), "xor"),
     "documents-of-floats": (masked(lambda b, h, i, j: FLOATS[i] == FLOATS[j]), "NaN"),
-    "other-documents": (masked(lambda b, h, i, j: DOCUMENTS[i] != DOCUMENTS[j]), "union of masks"),
+    "other-documents": (masked(lambda b, h, i, j: DOCUMENTS[i] != DOCUMENTS[j]), "varies along queries"),
     "by-head": (masked(lambda b, h, i, j: (i >= j) | (h > 1), None, 4), "varies along heads"),
     "by-batch": (masked(lambda b, h, i, j: i >= j + b, 2), "varies along batch entries"),
     "modulo": (masked(lambda b, h, i, j: (i - j) % 2 == 0), "varies along"),
