@@ -64,7 +64,9 @@ def test_every_module_imports_from_an_installed_wheel(distributions, tmp_path):
     where = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(where), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
-    names = [module_name(path) for path in product() if path.name != "__main__.py"]
+    # Those of the plugin import vllm; `make vllm` imports them.
+    paths = [path for path in product() if path.name != "__main__.py" and path.parent.name != "vllm"]
+    names = [module_name(path) for path in paths]
     command = [sys.executable, "-W", "ignore", "-I", "-c", IMPORT_ALL, str(where), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

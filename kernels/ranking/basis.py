@@ -101,4 +101,4 @@ def project(x: Tensor, factor: Tensor) -> Tensor:
     Numbers that are not finite become zero: one bad row must not spoil the whole order.
     """
     factor = factor.repeat_interleave(x.shape[1] // factor.shape[1], dim=1)
-    return (x.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)
+    return (x.float() @ factor).nan_to_num(0.0, 0.0, 0.0)

@@ -27,7 +27,7 @@ from s2o_compile.passes.masks.index_arithmetic import (
     unknown_values,
 )
 from s2o_compile.passes.masks.index_tensor import COMPARISONS, IndexTensor, always_differ, broadcast_indices, compare
-from s2o_compile.passes.masks.term import Comparison, LookUp, SameChunk, Term, Terms
+from s2o_compile.passes.masks.term import Comparison, LookUp, SameChunk, SameDocument, Term, Terms
 
 _MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq", "ne": "ne"}  # a < b is b > a
 
@@ -213,6 +213,10 @@ class TermEvaluator:
             # Both first: where one side is no quotient, the other's reason does not matter.
             first, second = attempt(self._chunk, left), attempt(self._chunk, right)
             if first is not None and second is not None:
+                if isinstance(first, Rejected) and isinstance(second, Rejected):  # ids that a quotient numbers
+                    tokens = documents.comparison(node, asked, shape, self.indices, negated=negated, why=error.why)
+                    if isinstance(tokens, SameDocument) and tokens.tables[0] is tokens.tables[1]:
+                        return (tokens,)
                 (first, size), (second, other) = accepted(first), accepted(second)
                 if size != other:
                     raise Refused("%s compares chunks of %s keys with chunks of %s", node, size, other)
