@@ -8,7 +8,7 @@ from torch import nn
 
 from s2o_compile.kernels.core.head_shards import WHOLE, HeadShard
 from s2o_compile.kernels.support.dtensors import is_dtensor, place_among
-from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.errors import InputError, this_rank
 
 
 def of_rank(options: dict[str, Any], module: nn.Module, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def _shard_of(module: nn.Module, heads: int) -> HeadShard:
         shards.add(HeadShard(*place_among(weight.device_mesh, dims)))
     shards -= {WHOLE}
     shard = shards.pop() if len(shards) == 1 else WHOLE
-    wanted = _heads_of_model(getattr(module, "config", None))
+    wanted = _heads_of_model(getattr(module, "config", None)) if this_rank() else None  # a decoder may have others
     if shards or (wanted is not None and wanted != heads * shard.count):
         raise InputError(
             "settings by head",

@@ -4,6 +4,7 @@ Settings by head differ so much that another head's would be seen in the output.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from s2o_compile.transformers.tensor_parallel import of_rank
 from tests.helpers.ranks import check_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -262,3 +264,11 @@ def test_settings_by_head():
         second.dense_heads([4], kv_heads=2)
     with pytest.raises(s2o_compile.InputError, match="one number, or 4, one for each query head of all 2 ranks"):
         second.head_tau([0.1] * 3, heads=2)
+
+
+def test_one_device_has_the_heads_that_it_has():
+    """A decoder may have other heads than its configuration's first number, which is the encoder's."""
+    module = nn.Linear(2, 2)
+    module.config = SimpleNamespace(num_attention_heads=8)
+    options = of_rank({"dense_heads": [1], "head_tau": [0.1, 0.2, 0.3, 0.4]}, module, 4, 2)
+    assert options == {"dense_heads": [1], "head_tau": [0.1, 0.2, 0.3, 0.4]}
