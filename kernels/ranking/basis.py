@@ -92,7 +92,8 @@ def _best_factor(moment: Tensor, other: Tensor) -> Tensor:
     gram = other.transpose(-1, -2) @ product
     power = gram.diagonal(dim1=-2, dim2=-1)
     ridge = RIDGE * (power + power.mean(-1, keepdim=True)) + torch.finfo(gram.dtype).tiny
-    return torch.linalg.solve(gram + torch.diag_embed(ridge), product, left=False)
+    # Not by `solve`: traced into a package, it leaves a constant behind that is no input of the call.
+    return product @ torch.linalg.inv_ex(gram + torch.diag_embed(ridge)).inverse
 
 
 def project(x: Tensor, factor: Tensor) -> Tensor:
