@@ -34,7 +34,9 @@ def durations(junits):
     """What junit files say, as written to ``durations.json``."""
     suites = [ElementTree.parse(junit).getroot().find("testsuite") for junit in junits]
     files, tests = Counter(), {}
-    for case in (case for suite in suites for case in suite.iter("testcase")):
+    for case in (
+        case for suite in suites for case in suite.iter("testcase") if case.get("classname")
+    ):  # no skipped file
         path, scope = file_and_scope(case.get("classname"))
         seconds = float(case.get("time"))
         files[path] += seconds
