@@ -41,7 +41,7 @@ def half_steps(head_dim: int, count: int) -> int:
     """How often a factor is solved for: not if nearly the whole head is kept, and the oftener the less of it is.
 
     Density at 5 % of error after a rotation, over that before it: 62 of 64 dimensions 0.98 to 1.00 without a step
-    (SmolLM2), 126 of 256 1.01 to 1.02 after two (Gemma-3), 30 of 64 1.03 to 1.06 after two and 1.01 to 1.02 after four,
+    (SmolLM2), 126 of 256 1.01 to 1.02 after two (Gemma-3), 30 of 64 1.01 to 1.06 after two and 1.01 to 1.02 after four,
     15 of 64 1.03 to 1.04 after four (SmolLM2; all at 8K).
     """
     if count + 2 >= head_dim:

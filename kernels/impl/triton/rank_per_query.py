@@ -22,6 +22,7 @@ from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
 from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
+from s2o_compile.kernels.pages.table import Pages
 from s2o_compile.kernels.ranking.basis import Basis
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
@@ -211,9 +212,9 @@ def takes_ptx(device: torch.device) -> bool:
 def packed_width(head_dim: int) -> int:
     """Numbers of a packed row, a power of two from 32 to 128: ``few_dims`` and the normaliser, or more where that pays.
 
-    In heads of 64 dimensions 62 instead of 30 save 10 to 20 % of the density (SmolLM2, 16K and 64K). In heads of 256,
-    126 instead of 62 save 11 % at 5 % of error: keys take 1.03 times the density of their exact order instead of 1.16
-    (Gemma-3, layer 5, 8K). Heads of 128 were judged by made-up inputs alone, where 62 instead of 30 saved 1 %.
+    In heads of 64 dimensions 62 instead of 30 save 10 to 20 % of the density (SmolLM2, 16K and 64K, by coordinates). In
+    heads of 256, 126 instead of 62 save 4 to 14 % at 5 % of error (the global layers of Gemma-3, 8K). Heads of 128 were
+    judged by made-up inputs alone, where 62 instead of 30 saved 1 %.
     """
     wanted = head_dim if head_dim <= 64 else few_dims(head_dim) + 1
     if head_dim > 128:
@@ -238,8 +239,8 @@ def pack_rows(x: Tensor, factor: Tensor, *, shared: int, segment_len: int, score
         batch * heads // shared, segments, shared * scored, factor.shape[3], device=x.device, dtype=dtype
     )
     _launch_packing(
-        x, factor, packed, 0, length, heads // factor.shape[1], shared, segment_len, scored, segments, 0.0,
-        **paging(None, x),
+        x, factor, packed, first=0, length=length, group=heads // factor.shape[1], shared=shared,
+        segment_len=segment_len, scored=scored, segments=segments, last=0.0, pages=None,
     )  # fmt: skip
     return packed
 
@@ -249,18 +250,23 @@ def pack_keys(call: AttentionCall, factor: Tensor, first: int = 0) -> Tensor:
     key, dtype = call.key, packed_dtype(call.key.device)
     count = call.n_keys - first
     packed = torch.empty(*key.shape[:2], count, factor.shape[3], device=key.device, dtype=dtype)
-    _launch_packing(key, factor, packed, first, call.n_keys, 1, 1, count, count, 1, -1.0, **paging(call.pages, key))
+    _launch_packing(
+        key, factor, packed, first=first, length=call.n_keys, group=1, shared=1, segment_len=count, scored=count,
+        segments=1, last=-1.0, pages=call.pages,
+    )  # fmt: skip
     return packed
 
 
-def _launch_packing(x: Tensor, factor: Tensor, packed: Tensor, first: int, length: int, *sizes: float, **pages: object):
-    """`pack_rows_kernel`; ``sizes`` are group, shared, segment_len, scored, segments and last."""
+def _launch_packing(
+    x: Tensor, factor: Tensor, packed: Tensor, *, first: int, length: int, group: int, shared: int, segment_len: int,
+    scored: int, segments: int, last: float, pages: Pages | None,
+) -> None:  # fmt: skip
+    """`pack_rows_kernel` over rows [first, length) of x; ``last`` goes to the two columns of the normaliser."""
     (batch, heads, _, head_dim), width = x.shape, factor.shape[3]
-    group, shared, segment_len, scored, segments, last = sizes
     launch(
         pack_rows_kernel, (triton.cdiv(segments * scored, 128), batch * heads),
         x, factor, packed, *x.stride()[:3], factor.stride(0), first, length, heads, group, shared, segment_len, scored,
-        segments, last, LARGEST[packed.dtype], **pages, HEAD_DIM=head_dim, TILE=128,
+        segments, last, LARGEST[packed.dtype], **paging(pages, x), HEAD_DIM=head_dim, TILE=128,
         DIM_STEP=max(16, min(triton.next_power_of_2(head_dim), 64)), PACKED=width, num_warps=8 if width > 32 else 4,
     )  # fmt: skip
 
