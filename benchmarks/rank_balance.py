@@ -2,7 +2,7 @@
 
 Tiles of a context parallel call are those of one device, so one device's tiles say what every layout gives each rank.
 
-python benchmarks/rank_balance.py --tokens 16384 [--segment-len 128] [--json benchmarks/results/rank-balance.json]
+python benchmarks/rank_balance.py --tokens 16384 [--segment-len 128] [--text FILE] [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import MODEL, build_prompt, load_model
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.sequence.layout import Layout
+from s2o_compile.kernels.sequence.layout import SWEEPS, Layout
 
-RANKS, TURNS = (2, 4, 8), (1, 2, 4, 8)
+RANKS = (2, 4, 8)
 
 
 @torch.no_grad()
-def tiles(tokens: int, segment_len: int, tau: float, device: str) -> Tensor:
-    """Computed pairs of each tile by layer, float64 [layers, tiles], summed over heads."""
+def tiles(tokens: int, segment_len: int, tau: float, device: str, text: Path | None = None) -> Tensor:
+    """Computed pairs of each tile by layer, float64 [layers, tiles], summed over heads; without a text of the demo's."""
     model, tokenizer = load_model(tokens, device)
-    ids = build_prompt(tokenizer, tokens).to(device)
+    if text is None:
+        ids = build_prompt(tokenizer, tokens).to(device)
+    else:
+        ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :tokens].to(device)
+        if ids.shape[1] < tokens:
+            raise SystemExit(f"--text: expected {tokens} tokens, got {ids.shape[1]}. Give a longer file.")
     config = S2OConfig(tau=tau, min_seq_len=2048, segment_len=segment_len, inner_backend="eager")
     with s2o_compile.record() as recording:
         s2o_compile.optimize(model.model, config)(ids, use_cache=False)
@@ -53,13 +58,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--segment-len", type=int, default=128)
     parser.add_argument("--tau", type=float, default=0.5)
+    parser.add_argument("--text", type=Path, help="a file of text; without, the demo's prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    pairs = tiles(args.tokens, args.segment_len, args.tau, args.device)
+    pairs = tiles(args.tokens, args.segment_len, args.tau, args.device, args.text)
     rows: list[dict[str, object]] = []
     for ranks in RANKS:
-        for turns in TURNS:
+        for turns in SWEEPS:
             if args.tokens < 2 * ranks * turns * args.segment_len:
                 continue
             layout = Layout.turns(args.tokens, ranks, args.segment_len, turns)
@@ -76,6 +82,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     if args.json:
         about = {"model": MODEL, "tokens": args.tokens, "segment_len": args.segment_len, "tau": args.tau}
+        about |= {} if args.text is None else {"text": args.text.name}
         results_file.write(args.json, rows, **about)
 
 

@@ -256,13 +256,10 @@ def execute(
     path: str,
     options: OperatorOptions,
     output: Tensor | None = None,
-    whole: planner.Planner | None = None,
-    first_query: int = 0,
 ) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else over every visible key.
 
-    Sparse output goes to ``output``, if it is given. The queries may be those from ``first_query`` on of a longer call,
-    and ``whole`` the planner of that one.
+    Sparse output goes to ``output``, if it is given.
     """
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
@@ -272,5 +269,4 @@ def execute(
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        exact = EXACT[implementation]
-        return schedule.attend(call, options, implementation, exact, output, whole, first_query)
+        return schedule.attend(call, options, implementation, EXACT[implementation], output)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
 from s2o_compile.kernels.ranking import mean_query, per_query, tail, unvisited
+from s2o_compile.kernels.ranking.basis import Basis, FewKeys
 
 try:
     from s2o_compile.kernels.impl.triton import order as triton_order
@@ -26,13 +29,13 @@ except ImportError:  # no triton here: Planner is then never asked for it
 def _slice_by_slice(score_keys: Callable[[AttentionCall, int, int], Tensor]) -> Callable[..., ScoreKeys]:
     """``prepare`` of a ranking that has nothing to prepare."""
 
-    def prepare(_call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
+    def prepare(_call: AttentionCall, segment_len: int, shared: int, _made: FewKeys | None = None) -> ScoreKeys:
         return lambda part, _heads: score_keys(part, segment_len, shared)
 
     return prepare
 
 
-PREPARE: dict[str, Callable[[AttentionCall, int, int], ScoreKeys]] = {
+PREPARE: dict[str, Callable[[AttentionCall, int, int, FewKeys | None], ScoreKeys]] = {
     "per_query": per_query.prepare,
     "mean_query": _slice_by_slice(mean_query.score_keys),
 }
@@ -66,13 +69,73 @@ def _kept_flags(call: AttentionCall, find: Callable[..., Tensor]) -> Tensor:
     return call.kept.extend("non-finite keys", call.n_keys, first, find(call.key, call.value, call.pages, first))
 
 
+class KnownKeys(NamedTuple):
+    """What a `Planner` finds out about all keys of a call, each key by itself, if that was done before.
+
+    Attributes:
+        few: What "per_query" compares; None for other rankings.
+        non_finite: bool [B, Hkv, Nk], keys that are not finite.
+        tail_value: float32 [B, Hkv, P, Dv], mean values of prefixes.
+    """
+
+    few: FewKeys | None
+    non_finite: Tensor
+    tail_value: Tensor
+
+    def of_heads(self, heads: slice) -> KnownKeys:
+        """Of some key/value heads."""
+        few = None if self.few is None else self.few.of_heads(heads)
+        return KnownKeys(few, self.non_finite[:, heads], self.tail_value[:, heads])
+
+
+class KeyShard:
+    """What `KnownKeys` are made of, for some keys of a call, by "triton" or "torch".
+
+    Every number is made of one key, or of one block of keys, so shards of keys give those of the whole call.
+    """
+
+    def __init__(self, options: OperatorOptions, implementation: str) -> None:
+        by_triton = implementation == "triton"
+        self.compares_few = options.ranking == "per_query"
+        self._ranking: ModuleType = triton_per_query if by_triton else per_query  # pyright: ignore
+        self._tail: ModuleType = triton_tail if by_triton else tail  # pyright: ignore
+        self._non_finite = triton_order.find_non_finite if by_triton else plan.non_finite_keys  # pyright: ignore
+
+    def basis(self, samples: AttentionCall) -> Basis:
+        """The basis of a call whose every few queries and keys these are (``ranking.basis.dim_stride``)."""
+        return self._ranking.basis_of_samples(samples)
+
+    def few_keys(self, shard: AttentionCall, basis: Basis) -> Tensor:
+        """The keys in few dimensions, [B, Hkv, n, R]."""
+        return self._ranking.few_keys_of(shard, basis)
+
+    def non_finite(self, shard: AttentionCall) -> Tensor:
+        """Which keys are not finite, bool [B, Hkv, n]."""
+        return self._non_finite(shard.key, shard.value)
+
+    def value_sums(self, shard: AttentionCall, block_len: int) -> tuple[Tensor, ...]:
+        """Sums over blocks of keys, float32 [B, Hkv, blocks, ..]; the shard holds whole blocks."""
+        return self._tail.sums_of(shard, block_len)
+
+    def tail_values(self, whole: AttentionCall, segment_len: int, sums: tuple[Tensor, ...]) -> Tensor:
+        """Mean values of prefixes from the sums of all blocks; of the call's tensors only sizes are looked at."""
+        return self._tail.means_of(whole, segment_len, *sums)
+
+
 class Planner:
     """Plans the slices of one call, which has no window, by "triton" or "torch".
 
-    The decisions of the whole call are made once: no result depends on how a call is cut.
+    The decisions of the whole call are made once: no result depends on how a call is cut. With ``known`` keys only the
+    sizes of the call's tensors are looked at.
     """
 
-    def __init__(self, call: AttentionCall, options: OperatorOptions, implementation: str = "torch") -> None:
+    def __init__(
+        self,
+        call: AttentionCall,
+        options: OperatorOptions,
+        implementation: str = "torch",
+        known: KnownKeys | None = None,
+    ) -> None:
         self.segment_len = options.segment_len or default_segment_len(max(call.n_queries, call.n_keys))
         self._chunk_len = default_chunk_len(call.n_keys)
         prepare, self._order_keys, non_finite = PREPARE, plan.order_keys, _non_finite_keys
@@ -85,10 +148,12 @@ class Planner:
             shapes = call.query.shape[1], *call.key.shape[1::2], call.value.shape[3]
             how = implementation, self.shared, options.ranking, call.mask.causal, call.scale
             call.kept.check((*shapes, call.key.dtype, call.key.device, *how))
-        self._score_keys = prepare[options.ranking](call, self.segment_len, self.shared)
+        self._score_keys = prepare[options.ranking](
+            call, self.segment_len, self.shared, None if known is None else known.few
+        )
         self._rankings = call.group // self.shared
-        self._non_finite = _kept_flags(call, non_finite)
-        self._tail_value = tail_values(call, self.segment_len, implementation)
+        self._non_finite = _kept_flags(call, non_finite) if known is None else known.non_finite
+        self._tail_value = tail_values(call, self.segment_len, implementation) if known is None else known.tail_value
 
     def plan(self, part: AttentionCall, heads: slice = slice(None), first_query: int = 0) -> Plan:
         """Plan of some key/value heads, some queries and the keys that these see (``schedule.cut``).

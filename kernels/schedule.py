@@ -8,7 +8,7 @@ are under way at a time on a GPU: the last, longest tiles of one run beside the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -55,37 +55,54 @@ def attend(
     implementation: str,
     exact: Callable[[AttentionCall], Result],
     output: Tensor | None = None,
-    planner: Planner | None = None,
-    first_query: int = 0,
 ) -> Result:
     """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
-    Nq, Dv] with a unit last stride, is where the output goes; None for a new one. ``planner`` is that of a longer call
-    over the same keys, whose queries from ``first_query`` on these are; None for this call's own.
+    Nq, Dv] with a unit last stride, is where the output goes; None for a new one.
     """
     result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
     if call.dense_heads:
         attend_dense(call, result, exact)
-    planner = planner or Planner(call, options, implementation)
+    planner = Planner(call, options, implementation)
     tau = options.tau_on(call.query.device)
-    sparse = (head for head in range(call.key.shape[1]) if head not in call.dense_heads)
-    parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse))
+    parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse_heads(call)))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
     with side_by_side(call.query.device, len(parts)) as turn:
         for number, (heads, rows) in enumerate(parts):
             with turn(number):
-                part = cut(call, heads, rows)
-                plan = planner.plan(part, heads, first_query + rows.start)
-                members, tiles = query_heads(heads, call.group), slice(rows.start // TILE_LEN, n_tiles(rows.stop))
-                into = Result(
-                    result.output[:, members, rows], result.lse[:, members, rows], result.computed[:, members, tiles]
-                )
-                part = part if part.sinks is None else part.but(sinks=part.sinks[members])
-                limit = tau[members] if isinstance(tau, Tensor) else tau
-                attend_planned(part, plan, limit, options.error, implementation, into)
-                del plan  # before the next is made
+                attend_slice(call, heads, rows, planner, tau, options.error, implementation, result)
     return result
+
+
+def attend_slice(
+    call: AttentionCall, heads: slice, rows: slice, planner: Planner, tau: float | Tensor, error: float | None,
+    implementation: str, result: Result, *, first_query: int = 0, before_attending: Callable[[], None] | None = None,
+) -> tuple[AttentionCall, Result]:  # fmt: skip
+    """Plan some heads and queries of a call, and attend into their part of its ``result``; return both parts.
+
+    ``tau`` is of all heads. The call's queries are those from ``first_query`` on of the planner's. What is done
+    ``before_attending`` may be a wait for the keys and values, if the planner knows the keys.
+    """
+    part, members = cut(call, heads, rows), query_heads(heads, call.group)
+    plan = planner.plan(part, heads, first_query + rows.start)
+    part = part if part.sinks is None else part.but(sinks=part.sinks[members])
+    into = part_of(result, members, rows)
+    if before_attending is not None:
+        before_attending()
+    attend_planned(part, plan, tau[members] if isinstance(tau, Tensor) else tau, error, implementation, into)
+    return part, into
+
+
+def part_of(result: Result, members: slice, rows: slice) -> Result:
+    """The results of some query heads and queries, which begin where a tile does."""
+    tiles = slice(rows.start // TILE_LEN, n_tiles(rows.stop))
+    return Result(result.output[:, members, rows], result.lse[:, members, rows], result.computed[:, members, tiles])
+
+
+def sparse_heads(call: AttentionCall) -> list[int]:
+    """The key/value heads that are not marked dense."""
+    return [head for head in range(call.key.shape[1]) if head not in call.dense_heads]
 
 
 def attend_planned(
@@ -107,22 +124,35 @@ def measure_error(call: AttentionCall, result: Result, implementation: str) -> T
         return sampler.error_sums(call, sampler.attend_rows(call, sampled.SAMPLED), result.output, result.lse)
 
 
-def slices(call: AttentionCall, segment_len: int, rankings: int, heads: Iterable[int]) -> Iterator[tuple[slice, slice]]:
+def slices(
+    call: AttentionCall, segment_len: int, rankings: int, heads: Sequence[int], scratch: int | None = None
+) -> Iterator[tuple[slice, slice]]:
     """Key/value heads and queries of each slice, so that scores and indices stay small beside key and value.
 
     Queries are cut between segments, and only under a causal mask. Under other masks in-segment keys depend on the
     whole call's length, so one head's indices are the smallest slice. The heads ascend; each has ``rankings`` of its
-    own.
+    own. ``scratch`` is what all slices under way may take, in bytes; None for that of this call (`scratch_bytes`).
     """
-    (_, key, value), n_queries = call.tensors, call.n_queries
-    rows = key.shape[0] * call.n_keys  # of each head
-    scratch = rows * key.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size() // SCRATCH_SHARE
-    segments = n_segments(n_queries, segment_len)
-    fits = max(scratch, SCRATCH_BYTES) // STREAMS // (rows * rankings * BYTES_A_SCORE)  # segments, of any head
-    length = n_queries if not call.mask.causal else max(min(fits, segments), 1) * segment_len
-    for part in runs(heads, max(fits // segments, 1)):
+    n_queries, segments = call.n_queries, n_segments(call.n_queries, segment_len)
+    seen = min(n_queries + call.mask.offset, call.n_keys) if call.mask.causal else call.n_keys
+    row_bytes = max(call.key.shape[0] * seen, 1) * rankings * BYTES_A_SCORE  # of a segment of a head
+    fits = (scratch_bytes(call) if scratch is None else scratch) // STREAMS // row_bytes  # segments, of any head
+    length = n_queries if not call.mask.causal else evenly(segments, fits) * segment_len
+    for part in runs(heads, evenly(len(heads), fits // segments)):
         for first in range(0, n_queries, length):
             yield part, slice(first, min(first + length, n_queries))
+
+
+def scratch_bytes(call: AttentionCall) -> int:
+    """Bytes that the scores and indices of all slices under way take at most."""
+    _, key, value = call.tensors
+    held = key.shape[0] * call.n_keys * key.shape[1] * (key.shape[3] + value.shape[3]) * key.element_size()
+    return max(held // SCRATCH_SHARE, SCRATCH_BYTES)
+
+
+def evenly(count: int, most: int) -> int:
+    """The length of equal parts of ``count`` things, as few parts as have ``most`` at most, or one, each."""
+    return -(-count // -(-count // max(most, 1))) if count else 1
 
 
 def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
@@ -144,21 +174,37 @@ def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, 
     return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
 
 
+class Turns:
+    """Streams that take turns beside the current one; without any, everything goes to the current one."""
+
+    def __init__(self, current: torch.cuda.Stream | None = None, streams: Sequence[torch.cuda.Stream] = ()) -> None:
+        self._current, self._streams = current, streams
+
+    def __call__(self, number: int) -> AbstractContextManager[object]:
+        """A block whose kernels go to the stream whose turn it is."""
+        return torch.cuda.stream(self._streams[number % STREAMS]) if self._streams else nullcontext()
+
+    def join(self) -> None:
+        """Let the current stream wait for all that was given to the others so far; these do not wait."""
+        for stream in self._streams:
+            self._current.wait_stream(stream)  # pyright: ignore[reportOptionalMemberAccess]
+
+
 @contextmanager
-def side_by_side(device: torch.device, pieces: int) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
+def side_by_side(device: torch.device, pieces: int) -> Iterator[Turns]:
     """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
 
     The streams start behind all work of the current one. At the end the current one waits for them, whatever happens
     inside; the host does not wait. One piece, and a CPU, need no other stream. A CUDA graph is captured on one.
     """
     if device.type != "cuda" or pieces < 2 or torch.cuda.is_current_stream_capturing():
-        yield lambda _: nullcontext()
+        yield Turns()
         return
     current, streams = torch.cuda.current_stream(device), _streams_of(device, threading.get_ident())
     for stream in streams:
         stream.wait_stream(current)
+    turns = Turns(current, streams)
     try:
-        yield lambda number: torch.cuda.stream(streams[number % STREAMS])
+        yield turns
     finally:
-        for stream in streams:
-            current.wait_stream(stream)
+        turns.join()

@@ -9,7 +9,7 @@ tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels import dispatch
+from s2o_compile.kernels.calls import gathered
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.plan import default_segment_len
 from s2o_compile.kernels.core.shards import sharded
 from s2o_compile.kernels.exact.epilogue import finish
 from s2o_compile.kernels.observe import observing
-from s2o_compile.kernels.planner import Planner
-from s2o_compile.kernels.ranking.basis import dim_stride
 from s2o_compile.kernels.sequence.sharded import ShardedSequence
 from s2o_compile.kernels.statistics import record
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError, InputError
@@ -115,23 +115,12 @@ def _facts(call: AttentionCall, options: OperatorOptions) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _of_heads(
-    call: AttentionCall, options: OperatorOptions, heads: slice
-) -> tuple[AttentionCall, OperatorOptions, slice]:
-    """What a call and its options say of some key/value heads, with the whole tensors still; and their query heads."""
-    members = slice(heads.start * call.group, heads.stop * call.group)
-    marked = [head - heads.start for head in call.dense_heads if heads.start <= head < heads.stop]
-    tau = options.tau[members] if isinstance(options.tau, tuple) else options.tau
-    part = call.but(dense_heads=marked, sinks=None if call.sinks is None else call.sinks[members])
-    return part, replace(options, tau=tau), members
-
-
 def _by_heads(
     call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
 ) -> tuple[Tensor, Tensor | None]:
     size, rank = sequence.ranks.size, sequence.ranks.rank
     share = call.key.shape[1] // size
-    mine, mine_options, _ = _of_heads(call, options, slice(rank * share, (rank + 1) * share))
+    mine, mine_options, _ = gathered.of_heads(call, options, slice(rank * share, (rank + 1) * share))
     query, key, value = (sequence.to_heads(x) for x in call.tensors)
     output, lse = dispatch.run(mine.over(query, key, value, mask), mine_options)
     return sequence.to_shards(output), None if lse is None else sequence.to_shards(lse)
@@ -140,31 +129,24 @@ def _by_heads(
 def _by_gathering(
     call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
 ) -> tuple[Tensor, Tensor | None]:
-    length, query = sequence.layout.length, call.query
-    path = _path(call.but(mask=mask), options, length)
-    spread = sequence.sampled(query, dim_stride(length)) if path == "s2o" else None
-    parts: list[_Part] = []
-    for heads, key, value in sequence.gathered(call.key, call.value):
-        part, part_options, members = _of_heads(call, options, heads)
-        whole = part.over(query[:, members], key, value, mask)
-        planner = None
-        if spread is not None:
-            planner = _planner(whole.but(query=spread(members)), part_options, sequence)
-        parts.append(_attend(whole, part_options, sequence, path, planner))
-    output, lse, computed, errors = (
-        None if any(x is None for x in column) else torch.cat(column, dim)  # pyright: ignore[reportArgumentType]
-        for column, dim in zip(zip(*parts, strict=True), (1, 1, 1, 2), strict=True)
-    )
-    assert output is not None
+    length, call = sequence.layout.length, call.but(mask=mask)
+    path = _path(call, options, length)
+    segment_len = _segment_len(call, options, sequence) if path == "s2o" else None
+    if segment_len is None:
+        output, lse, computed, errors = _by_pieces(call, options, sequence, path)
+    else:
+        implementation = dispatch.choose_implementation(options.implementation, call.query)
+        (output, lse, computed), errors = gathered.attend(call, options, sequence, implementation, segment_len)
+        lse = lse if call.return_lse else None
     if path != "chunks":
         rank = sequence.ranks.rank
         area = sum(
             replace(mask, offset=mask.offset + piece.start if mask.causal else 0)
-            .area(query.shape[0], piece.stop - piece.start, length)
+            .area(call.query.shape[0], piece.stop - piece.start, length)
             for piece in sequence.layout.pieces[rank]
         )  # fmt: skip
         rows = sequence.layout.tile_rows(rank)
-        record(call.but(mask=mask), path, computed, errors, area=area, tile_rows=rows, n_keys=length)  # pyright: ignore
+        record(call, path, computed, errors, area=area, tile_rows=rows, n_keys=length)  # pyright: ignore
     return output, lse
 
 
@@ -179,52 +161,48 @@ def _path(call: AttentionCall, options: OperatorOptions, length: int) -> str:
     return "dense" if len(call.dense_heads) == call.key.shape[1] else "s2o"
 
 
-def _planner(whole: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> Planner | None:
-    """What is decided by the whole sequence; None where pieces cannot have the tiles of one device."""
-    implementation = dispatch.choose_implementation(options.implementation, whole.query)
-    if implementation == "flex":
+def _segment_len(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> int | None:
+    """The segments of the whole sequence; None where pieces cannot have the tiles of one device."""
+    if dispatch.choose_implementation(options.implementation, call.query) == "flex":
         raise ImplementationUnavailableError(
             'implementation="flex": expected whole sequences, got shards: it plans whole calls. Use "auto".'
         )
-    if not whole.mask.causal:
-        return None
-    whole = whole.for_kernels()
-    with whole.on_device():
-        planner = Planner(whole, options, implementation)
-    return planner if sequence.layout.starts_segments(planner.segment_len) else None
+    segment_len = options.segment_len or default_segment_len(sequence.layout.length)
+    return segment_len if call.mask.causal and sequence.layout.starts_segments(segment_len) else None
 
 
-def _attend(
-    whole: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, path: str, planner: Planner | None
-) -> _Part:
-    """Attention of this rank's queries, [B, h, n, D] in ``whole``, to all keys, piece by piece."""
-    found = [
-        _attend_piece(piece, options, path, planner, 0 if planner is None else first)
-        for piece, first in _pieces(whole, sequence)
-    ]  # fmt: skip
-    columns = list(zip(*found, strict=True))
-    output, lse, computed = (None if any(x is None for x in column) else torch.cat(column, 2) for column in columns[:3])
+def _by_pieces(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, path: str) -> _Part:
+    """Attention of this rank's queries to all keys, some heads and one piece of the shard at a time."""
+    parts: list[_Part] = []
+    for heads, key, value, wait in sequence.gathered(call.key, call.value):
+        part, part_options, members = gathered.of_heads(call, options, heads)
+        wait()
+        found = []
+        for positions, rows in sequence.layout.runs(sequence.ranks.rank):
+            mask = call.mask
+            if mask.causal:
+                mask = replace(mask, offset=mask.offset + positions.start)
+            found.append(_attend_piece(part.over(call.query[:, members, rows], key, value, mask), part_options, path))
+        parts.append(_joined(found, 2, lambda sums: torch.stack(sums).sum(0)))
+    return _joined(parts, 1, lambda sums: torch.cat(sums, 2))
+
+
+def _joined(parts: Sequence[_Part], dim: int, join_errors: Callable[[list[Tensor]], Tensor]) -> _Part:
+    """Parts side by side: of heads (dim 1) or of queries (dim 2)."""
+    output, lse, computed = (
+        None if any(x is None for x in column) else torch.cat(column, dim)  # pyright: ignore[reportArgumentType]
+        for column in list(zip(*parts, strict=True))[:3]
+    )
     assert output is not None
-    errors = None if any(x is None for x in columns[3]) else torch.stack(columns[3]).sum(0)
-    return _Part(output, lse, computed, errors)
+    errors = [part.error_sums for part in parts if part.error_sums is not None]
+    return _Part(output, lse, computed, join_errors(errors) if len(errors) == len(parts) else None)
 
 
-def _pieces(whole: AttentionCall, sequence: ShardedSequence) -> Iterator[tuple[AttentionCall, int]]:
-    """Each piece of this rank's queries as a call with its first position."""
-    for positions, rows in sequence.layout.runs(sequence.ranks.rank):
-        mask = whole.mask
-        if mask.causal:
-            mask = replace(mask, offset=mask.offset + positions.start)
-        yield whole.over(whole.query[:, :, rows], whole.key, whole.value, mask), positions.start
-
-
-def _attend_piece(
-    call: AttentionCall, options: OperatorOptions, path: str, planner: Planner | None, first_query: int
-) -> _Part:
+def _attend_piece(call: AttentionCall, options: OperatorOptions, path: str) -> _Part:
     if path == "chunks":
         output, lse = dispatch.run(call, options)
         return _Part(output, lse, None, None)
-    result = dispatch.execute(call, path, options, whole=planner, first_query=first_query)
+    result = dispatch.execute(call, path, options)
     errors = dispatch.measure(call, result, options) if path == "s2o" else None
     output, lse = finish(call, result.output, result.lse)
     return _Part(output, lse, None if path == "dense" else result.computed, errors)

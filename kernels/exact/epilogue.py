@@ -75,8 +75,17 @@ def fill_rows(output: Tensor, value: Tensor, fully_masked: Tensor, sinks: Tensor
     Output [B, Hq, Nq, Dv], value [B, Hkv, Nk, Dv], sinks floating [Hq]; ``fully_masked`` is bool, broadcastable to
     [B, Hq, Nq, 1].
     """
+    return fill_rows_with(output, mean_of(value), fully_masked, sinks)
+
+
+def mean_of(value: Tensor) -> Tensor:
+    """The mean of all values of a head, float32 [B, Hkv, 1, Dv]."""
+    return value.mean(2, keepdim=True, dtype=torch.float32)
+
+
+def fill_rows_with(output: Tensor, mean: Tensor, fully_masked: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """`fill_rows` by the `mean_of` the values."""
     if sinks is not None:
         fully_masked = fully_masked & (sinks == -torch.inf)[:, None, None]
-    mean = value.mean(2, keepdim=True, dtype=torch.float32).to(output.dtype)
-    mean = mean.repeat_interleave(output.shape[1] // value.shape[1], dim=1)  # [B, Hq, 1, Dv]
+    mean = mean.to(output.dtype).repeat_interleave(output.shape[1] // mean.shape[1], dim=1)  # [B, Hq, 1, Dv]
     return torch.where(fully_masked, mean, output)

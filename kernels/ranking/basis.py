@@ -32,6 +32,22 @@ class Basis(NamedTuple):
     key: Tensor
 
 
+class FewKeys(NamedTuple):
+    """The basis of a call, and its keys in few dimensions.
+
+    Attributes:
+        basis: Of all key/value heads.
+        keys: [B, Hkv, Nk, R], as the ranking of an implementation compares them.
+    """
+
+    basis: Basis
+    keys: Tensor
+
+    def of_heads(self, heads: slice) -> FewKeys:
+        """Those of some key/value heads."""
+        return FewKeys(Basis(*(x[:, heads] for x in self.basis)), self.keys[:, heads])
+
+
 def dim_stride(length: int) -> int:
     """Distance of the queries or keys that the basis is solved for."""
     return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)

@@ -22,7 +22,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
-from s2o_compile.kernels.ranking.basis import Basis, choose_basis, project
+from s2o_compile.kernels.ranking.basis import Basis, FewKeys, choose_basis, project, solve_basis
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -110,18 +110,30 @@ def row_normaliser(
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
-def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
+def basis_of_samples(samples: AttentionCall) -> Basis:
+    """The basis of a call whose every few queries and keys these are (``basis.dim_stride``)."""
+    head_dim = samples.query.shape[3]
+    return solve_basis(samples.query, samples.key, min(few_dims(head_dim), head_dim))
+
+
+def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
+    """The keys of a call, without pages, in few dimensions: float32 [B, Hkv, Nk, R]."""
+    return project(call.key, basis.key)
+
+
+def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None) -> ScoreKeys:
     """The function that scores slices of a call; the basis and the samples go by the whole call.
 
     Args:
         call: The whole call.
         segment_len: Queries that share one ranking.
         shared: Query heads that share one ranking.
+        made: The basis and the keys in it, if they were made before.
     """
-    head_dim, kept, few_keys = call.query.shape[3], call.kept, None
+    head_dim, kept, few_keys = call.query.shape[3], call.kept, None if made is None else made.keys
 
     def chosen() -> Basis:
-        return choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
+        return made.basis if made is not None else choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
 
     basis = chosen() if kept is None else kept.once("basis", chosen)
     if kept is not None:

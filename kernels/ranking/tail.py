@@ -18,11 +18,20 @@ def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
 
     ``segment_len`` is the number of queries of a segment. The call's mask has no window.
     """
-    value, mask, n_queries, n_keys = call.value, call.mask, call.n_queries, call.n_keys
-    offset = mask.seg_offset(n_queries, n_keys)
     shift = block_shift(call, segment_len)
-    sums = block_sums(value, mask.key_mask, shift, segment_len)
-    first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
+    return means_of(call, segment_len, block_sums(call.value, call.mask.key_mask, shift, segment_len))
+
+
+def sums_of(call: AttentionCall, block_len: int) -> tuple[Tensor, ...]:
+    """What `means_of` takes, of keys that begin where a block does: every block's is made of its own keys alone."""
+    return (block_sums(call.value, call.mask.key_mask, 0, block_len),)
+
+
+def means_of(call: AttentionCall, segment_len: int, sums: Tensor) -> Tensor:
+    """`tail_values` from the sums of all blocks; of the call's tensors only the sizes are looked at."""
+    mask, n_queries, n_keys = call.mask, call.n_queries, call.n_keys
+    offset, shift = mask.seg_offset(n_queries, n_keys), block_shift(call, segment_len)
+    first = torch.arange(n_segments(n_queries, segment_len), device=sums.device) * segment_len
     start, stop = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
     block = (first + (offset + shift)) // segment_len
     total = running_sums(sums)[:, :, block.clamp(0, sums.shape[2])]

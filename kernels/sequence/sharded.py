@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.shards import sharded
+from s2o_compile.kernels.sequence.gather import Shard, start_gather
 from s2o_compile.kernels.sequence.layout import Layout
 from s2o_compile.kernels.sequence.ranks import Ranks
 from s2o_compile.kernels.support.arguments import is_one_of, shown
@@ -22,8 +23,8 @@ from s2o_compile.kernels.support.errors import InputError
 
 METHODS = ("all_gather", "ulysses")
 PIECE_BYTES = 256 * 2**20
-"""Keys and values that are gathered at a time take about as many bytes, but for a single head that takes more. Two such
-pieces are held: one is attended to while the next one comes."""
+"""Keys and values that are gathered at a time take about as many bytes, but for a single head that takes more. Three
+such pieces are held at most: one is attended to while the next two come."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,9 +69,8 @@ class ShardedSequence:
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """The whole sequence from everybody's shard, in its order: [.., n, ..] -> [.., N, ..]. Every rank calls it."""
-        dim = dim % x.dim()
-        whole = x.new_empty(*x.shape[:dim], self.layout.length, *x.shape[dim + 1 :])
-        self.start_gather([x], [dim])([whole])
+        (whole,), wait = self.start_gather([x], dim % x.dim())
+        wait()
         return whole
 
     def agree(self, what: str, facts: dict[str, object]) -> None:
@@ -99,29 +99,6 @@ class ShardedSequence:
             )
         self._compared.append((key_mask, version))
 
-    def start_gather(self, shards: Sequence[Tensor], dims: Sequence[int]) -> Callable[[Sequence[Tensor]], None]:
-        """Begin to gather shards [.., n, ..]; the function that is returned writes whole tensors [.., N, ..].
-
-        Shards differ in length by rank, so each is padded to the longest on its way.
-        """
-        layout = self.layout
-        shards = [x.movedim(dim, 0) for x, dim in zip(shards, dims, strict=True)]
-        sizes = [x[0].numel() for x in shards]
-        sends = shards[0].new_empty(max(layout.counts) * sum(sizes))
-        ends = [max(layout.counts) * sum(sizes[:at]) for at in range(len(sizes) + 1)]
-        for x, start, size in zip(shards, ends, sizes, strict=False):
-            sends[start : start + len(x) * size].view(x.shape).copy_(x)
-        received, wait = self.ranks.gather(sends)
-
-        def finish(into: Sequence[Tensor]) -> None:
-            wait()
-            for rank, count in enumerate(layout.counts):
-                for x, whole, dim, start in zip(shards, into, dims, ends, strict=False):
-                    part = received[rank, start : start + count * x[0].numel()].view(count, *x.shape[1:])
-                    layout.put(part, rank, whole.movedim(dim, 0), 0)
-
-        return finish
-
     def head_pieces(self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None) -> list[slice]:
         """The key/value heads that are gathered at a time."""
         heads = key.shape[1]
@@ -129,42 +106,29 @@ class ShardedSequence:
         step = heads_at_a_time or max(PIECE_BYTES // one, 1)
         return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
+    def start_gather(
+        self, shards: Sequence[Tensor], dim: int = 2, step: int = 1
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Begin to gather shards [.., n, ..] of every step-th position, as `gather.start_gather` does."""
+        layout = self.layout if step == 1 else self.layout.every(step)
+        return start_gather(self.ranks, [Shard(x, dim, layout) for x in shards])
+
     def gathered(
         self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Whole keys and values [B, h, N, D] of all heads, a few at a time, while the next ones are on their way."""
-        length, parts = self.layout.length, self.head_pieces(key, value, heads_at_a_time)
-        begun = self.start_gather([key[:, parts[0]], value[:, parts[0]]], [2, 2])
-        for number, part in enumerate(parts):
-            whole = [x.new_empty(x.shape[0], part.stop - part.start, length, x.shape[3]) for x in (key, value)]
-            begun(whole)
-            if number + 1 < len(parts):
-                begun = self.start_gather([x[:, parts[number + 1]] for x in (key, value)], [2, 2])
-            yield part, whole[0], whole[1]
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Callable[[], None]]]:
+        """Whole keys and values [B, h, N, D] of all heads, a few at a time, while the next ones are on their way.
 
-    def sampled(self, x: Tensor, stride: int) -> Callable[[slice], Tensor]:
-        """From a shard [B, H, n, D] a function: heads -> the whole [B, h, N, D] with every stride-th row, else zeros.
-
-        Rankings look at so many queries of the whole sequence to choose what they compare keys by.
+        They are there once the function that comes with them has waited. When the next ones are asked for, the current
+        stream must have waited for all that reads these.
         """
-        layout, wanted = self.layout, torch.arange(0, self.layout.length, stride, device=x.device)
-        places = [layout.positions(rank, x.device) for rank in range(layout.ranks)]
-        drawn = [(place % stride == 0).nonzero()[:, 0] for place in places]
-        mine, most = drawn[self.ranks.rank], max(map(len, drawn))
-        sends = x.new_zeros(x.shape[0], x.shape[1], most, x.shape[3])
-        sends[:, :, : len(mine)] = x[:, :, mine]
-        received, wait = self.ranks.gather(sends)
-        wait()
-        rows = torch.cat([received[rank, :, :, : len(those)] for rank, those in enumerate(drawn)], 2)
-        order = torch.cat([place[those] for place, those in zip(places, drawn, strict=True)])
-        assert len(order) == len(wanted)
-
-        def spread(heads: slice) -> Tensor:
-            whole = x.new_zeros(x.shape[0], heads.stop - heads.start, layout.length, x.shape[3])
-            whole[:, :, order] = rows[:, heads]
-            return whole
-
-        return spread
+        parts = self.head_pieces(key, value, heads_at_a_time)
+        begun = [self.start_gather([key[:, part], value[:, part]]) for part in parts[:2]]
+        for number, part in enumerate(parts):
+            (whole_key, whole_value), wait = begun.pop(0)
+            yield part, whole_key, whole_value, wait
+            del whole_key, whole_value, wait
+            if number + 2 < len(parts):
+                begun.append(self.start_gather([x[:, parts[number + 2]] for x in (key, value)]))
 
     def to_heads(self, x: Tensor) -> Tensor:
         """All heads of a shard [B, H, n, D] -> this rank's share of the heads of the sequence [B, H / W, N, D]."""

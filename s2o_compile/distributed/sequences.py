@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
-from s2o_compile.kernels.sequence.layout import ROUNDS, Layout
+from s2o_compile.kernels.sequence.layout import Layout
 from s2o_compile.kernels.sequence.ranks import Ranks
 from s2o_compile.kernels.sequence.sharded import ShardedSequence, check_method
 from s2o_compile.kernels.support.arguments import is_one_of, shown
@@ -58,7 +58,7 @@ def shard_sequence(
         _check(order, length, key_mask)
         segment = segment_len or default_segment_len(length)
         units = (segment, TILE_LEN, 1) if order == "zigzag" else (1,)
-        layout = Layout.zigzag(length, ranks.size, units=units, rounds=ROUNDS if order == "zigzag" else 1)
+        layout = Layout.zigzag(length, ranks.size, units=units, turns=None if order == "zigzag" else 1)
     if key_mask is not None and bool(key_mask.all()):
         key_mask = None
     facts = {"length": length, "method": method, "pieces": layout.pieces, "padding": checksum(key_mask)}

@@ -30,8 +30,25 @@ def test_shards_and_back():
 
 
 def test_head_tail_as_torch_cuts_its_buffers():
-    layout = Layout.zigzag(64, 2, units=(1,), rounds=1)
+    layout = Layout.zigzag(64, 2, units=(1,), turns=1)
     assert layout.pieces == ((slice(0, 16), slice(48, 64)), (slice(16, 32), slice(32, 48)))
+
+
+def test_many_ranks_get_eight_pieces_each():
+    assert [len(pieces) for pieces in Layout.zigzag(131072, 8, units=(1024, 128, 1)).pieces] == [8] * 8
+    assert [len(pieces) for pieces in Layout.zigzag(131072, 4, units=(1024, 128, 1)).pieces] == [4] * 4
+    assert [len(pieces) for pieces in Layout.zigzag(16 * 1024, 8, units=(1024, 128, 1)).pieces] == [2] * 8
+
+
+@pytest.mark.parametrize(("length", "step"), [(64, 4), (70, 3), (37, 16)])
+def test_samples_of_all_ranks_are_those_of_the_sequence(length, step):
+    layout = Layout.zigzag(length, 2, units=(4, 1))
+    x = torch.arange(float(length)).view(1, 1, length, 1)
+    every = layout.every(step)
+    found = torch.zeros(1, 1, every.length, 1)
+    for rank in range(2):
+        every.put(layout.samples(layout.take(x, rank, 2), rank, step), rank, found, 2)
+    assert torch.equal(found, x[:, :, ::step])
 
 
 def test_a_sequence_that_is_too_short():

@@ -255,17 +255,18 @@ def solve_basis_kernel(
         tl.store(key_ptr + target, key.to(key_ptr.dtype.element_ty), mask=present)
 
 
-def choose_basis(call: AttentionCall, count: int, rank: int) -> Basis:
+def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool = False) -> Basis:
     """The balanced basis of ``count`` directions of a call, in the dtype of its query and key, [B, Hkv, D, rank].
 
-    Columns from ``count`` on are zero. The query's factor includes the softmax scale.
+    Columns from ``count`` on are zero. The query's factor includes the softmax scale. The queries and keys of the call
+    may be ``of_samples``: only those that the whole call's basis is solved for.
     """
     query, key, _ = call.tensors
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], call.n_keys
     group, block_dim = heads // kv_heads, max(32, triton.next_power_of_2(head_dim))
     block = min(block_dim, BLOCK)
-    query_step, key_step = (dim_stride(length) for length in (n_queries, n_keys))
+    query_step, key_step = (1 if of_samples else dim_stride(length) for length in (n_queries, n_keys))
     shape = batch * kv_heads, PARTS, 2 * block_dim + 1, block_dim
     sums = torch.empty(shape, device=query.device, dtype=torch.float32)
     launch(

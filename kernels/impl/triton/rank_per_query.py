@@ -23,7 +23,7 @@ from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
 from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
 from s2o_compile.kernels.pages.table import Pages
-from s2o_compile.kernels.ranking.basis import Basis
+from s2o_compile.kernels.ranking.basis import Basis, FewKeys
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
@@ -271,13 +271,28 @@ def _launch_packing(
     )  # fmt: skip
 
 
-def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
-    """The function that scores slices of a call; ``shared`` heads share the ranking of ``segment_len`` queries."""
-    kept, packed, head_dim = call.kept, None, call.query.shape[3]
+def basis_of_samples(samples: AttentionCall) -> Basis:
+    """The basis of a call whose every few queries and keys these are (``ranking.basis.dim_stride``)."""
+    return _choose_basis(samples, of_samples=True)
+
+
+def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
+    """The keys of a call as its ranking compares them."""
+    return pack_keys(call, basis.key)
+
+
+def _choose_basis(call: AttentionCall, *, of_samples: bool = False) -> Basis:
+    head_dim = call.query.shape[3]
     width = packed_width(head_dim)
+    return choose_basis(call, min(width - 2, head_dim), width, of_samples=of_samples)
+
+
+def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None) -> ScoreKeys:
+    """The function that scores slices of a call; arguments as of ``ranking.per_query.prepare``."""
+    kept, packed = call.kept, None if made is None else made.keys
 
     def chosen() -> Basis:
-        return choose_basis(call, min(width - 2, head_dim), width)
+        return made.basis if made is not None else _choose_basis(call)
 
     basis = chosen() if kept is None else kept.once("basis", chosen)
     if kept is not None:
@@ -287,6 +302,7 @@ def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
         few_key = pack_keys(part, basis.key[:, heads]) if packed is None else packed[:, heads]
+        few_key = few_key if len(few_key) == 1 else few_key.contiguous()  # kernels count heads of all entries through
         return _score_keys(part, basis.query[:, heads], few_key, stride, segment_len, shared)
 
     return score_keys

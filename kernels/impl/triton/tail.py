@@ -78,9 +78,18 @@ def tail_means_kernel(
 
 def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     """Mean value of the prefix keys of every segment; arguments and results as ``ranking.tail.tail_values``."""
+    return means_of(call, segment_len, *_kept_sums(call, block_shift(call, segment_len), segment_len))
+
+
+def sums_of(call: AttentionCall, block_len: int) -> tuple[Tensor, ...]:
+    """What `means_of` takes, of keys that begin where a block does: every block's is made of its own keys alone."""
+    return block_sums(call, 0, block_len)
+
+
+def means_of(call: AttentionCall, segment_len: int, sums: Tensor, counts: Tensor) -> Tensor:
+    """`tail_values` from the `block_sums` of all blocks; of the call's tensors only the sizes are looked at."""
     n_queries, n_keys, (batch, heads, _, value_dim) = call.n_queries, call.n_keys, call.value.shape
     shift = block_shift(call, segment_len)
-    sums, counts = _kept_sums(call, shift, segment_len)
     means = sums.new_empty(batch, heads, n_segments(n_queries, segment_len), value_dim)
     launch(
         tail_means_kernel, (means.shape[2], batch * heads),
