@@ -25,7 +25,7 @@ RANKS = (2, 4, 8)
 
 @torch.no_grad()
 def tiles(tokens: int, segment_len: int, tau: float, device: str, text: Path | None = None) -> Tensor:
-    """Computed pairs of each tile by layer, float64 [layers, tiles], summed over heads; without a text of the demo's."""
+    """Computed pairs of each tile by layer, float64 [layers, tiles], summed over heads; of a text, or of the demo."""
     model, tokenizer = load_model(tokens, device)
     if text is None:
         ids = build_prompt(tokenizer, tokens).to(device)

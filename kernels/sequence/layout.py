@@ -70,7 +70,7 @@ class Layout:
 
     @classmethod
     def turns(cls, length: int, ranks: int, unit: int, turns: int) -> Layout:
-        """Pieces of whole units in 1, 2 or 4 turns of the zigzag; the sequence has two units a rank and turn or more."""
+        """Pieces of whole units in 1, 2 or 4 turns of the zigzag; there are two or more a rank and turn."""
         parts, count = -(-length // unit), 2 * ranks * turns
         ends = [min(parts * number // count * unit, length) for number in range(count + 1)]
         pieces: list[list[slice]] = [[] for _ in range(ranks)]

@@ -99,13 +99,6 @@ class ShardedSequence:
             )
         self._compared.append((key_mask, version))
 
-    def head_pieces(self, key: Tensor, value: Tensor, heads_at_a_time: int | None = None) -> list[slice]:
-        """The key/value heads that are gathered at a time."""
-        heads = key.shape[1]
-        one = key.shape[0] * self.layout.length * (key.shape[3] + value.shape[3]) * key.element_size()
-        step = heads_at_a_time or max(PIECE_BYTES // one, 1)
-        return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
-
     def start_gather(
         self, shards: Sequence[Tensor], dim: int = 2, step: int = 1
     ) -> tuple[list[Tensor], Callable[[], None]]:
@@ -121,7 +114,7 @@ class ShardedSequence:
         They are there once the function that comes with them has waited. When the next ones are asked for, the current
         stream must have waited for all that reads these.
         """
-        parts = self.head_pieces(key, value, heads_at_a_time)
+        parts = head_pieces(key, value, self.layout.length, heads_at_a_time)
         begun = [self.start_gather([key[:, part], value[:, part]]) for part in parts[:2]]
         for number, part in enumerate(parts):
             (whole_key, whole_value), wait = begun.pop(0)
@@ -148,6 +141,14 @@ class ShardedSequence:
         shape = (*x.shape[:2], self.count, *x.shape[3:])
         each = x[:, :, 0].numel() * self.count
         return torch.cat([part.view(shape) for part in self.ranks.all_to_all(sends, [each] * size)], 1)
+
+
+def head_pieces(key: Tensor, value: Tensor, length: int, heads_at_a_time: int | None = None) -> list[slice]:
+    """The key/value heads of a sequence of this length that are gathered at a time."""
+    heads = key.shape[1]
+    one = key.shape[0] * length * (key.shape[3] + value.shape[3]) * key.element_size()
+    step = heads_at_a_time or max(PIECE_BYTES // one, 1)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
 def check_method(method: object) -> None:
