@@ -29,7 +29,7 @@ from s2o_compile.kernels.statistics import record_calls
 
 WAYS = ("S2O", "dense, torch's ring", "dense, keys gathered")
 WARM_UP = 2**17
-"""Tokens of a prefill that compiles the kernels of all longer ones."""
+"""Tokens of the prefill ahead of a dense one."""
 
 
 def llama(args: argparse.Namespace, length: int) -> Any:  # noqa: ANN401 (a transformers model)
@@ -53,18 +53,18 @@ def llama(args: argparse.Namespace, length: int) -> Any:  # noqa: ANN401 (a tran
 
 
 def bench(model: Any, length: int, way: str, args: argparse.Namespace) -> dict[str, object]:  # noqa: ANN401
-    """Seconds of one prefill over all ranks, after a short one; from some length on, those of one dense layer."""
+    """Seconds of one prefill over all ranks, after one layer; from some length on, those of one dense layer."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     layers, few = model.model.layers, way != "S2O" and length >= args.extrapolate_dense
-    if few:
-        model.model.layers = layers[:1]
     try:
         with record_calls() as recorded, prefill(model, way, args, length) as run:
-            run(min(WARM_UP, length))
+            model.model.layers = layers[:1]  # of S2O at full length: some kernels are compiled for it
+            run(length if way == "S2O" else min(WARM_UP, length))
             recorded.clear()
+            model.model.layers = layers[:1] if few else layers
             seconds = timed(partial(run, length))
     finally:
         model.model.layers = layers
