@@ -14,6 +14,9 @@ from s2o_compile.passes.masks.proof import MaskProof
 SHARED = "s2o_shared"
 """In the metadata of a captured graph: the class of its module, if other modules of that class may run it, too."""
 
+ELSEWHERE = "s2o_elsewhere"
+"""In the metadata of a captured graph: the names of the model's modules that other graphs may hold."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionSite:

@@ -11,7 +11,7 @@ from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteW
 from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.support.errors import warn
 from s2o_compile.passes import pipeline
-from s2o_compile.passes.site import SHARED, SiteRecord
+from s2o_compile.passes.site import ELSEWHERE, SHARED, SiteRecord
 from s2o_compile.recording import notify
 
 
@@ -31,7 +31,7 @@ def rewrite(
             "settings by site (dense_heads, site_tau)",
             expected="a model that is captured whole, so that each site is known",
             got=f"a graph break around a {shared}, whose graph other modules of its class share",
-            remedy="Remove the break (a hook, such as FSDP's, makes one), or leave the settings out.",
+            remedy="Remove the break, which a hook may make, or leave the settings out.",
         )
     records = pipeline.run(
         gm,
@@ -57,7 +57,8 @@ def rewrite(
             stacklevel=2,
         )
     names = [record.name for record in records]
-    unknown = [(field, name) for field, sites in settings.items() for name in sites if name not in names]
+    known = {*names, *gm.meta.get(ELSEWHERE, ())}
+    unknown = [(field, name) for field, sites in settings.items() for name in sites if name not in known]
     for field, name in unknown if names else ():  # a graph without attention knows no name
         warn(
             f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "

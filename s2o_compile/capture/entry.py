@@ -12,9 +12,10 @@ models together, and runs uncompiled after eight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
@@ -32,7 +33,7 @@ from s2o_compile.kernels.support.torch_compile import (
     skip_frame,
     wraps_one_module,
 )
-from s2o_compile.passes.site import SHARED
+from s2o_compile.passes.site import ELSEWHERE, SHARED
 
 ENTRY = "_s2o_entry"
 """The attribute of an optimized module that holds its entry."""
@@ -80,6 +81,8 @@ class Compilation:
             return compile_graph(gm, example_inputs)
         frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
         gm.meta[SHARED] = _may_be_shared(call.module, call.frame)
+        if call.frame is not call.module:  # behind a graph break
+            gm.meta[ELSEWHERE] = frozenset(_names_in(call.path, call.module).values())
         if self.account is None:
             return compile_graph(gm, example_inputs)
         with self.account.compiling(call.path, frame):
@@ -117,6 +120,7 @@ class CompiledEntry:
     def __init__(self, compilation: Compilation, path: str) -> None:
         self.compilation, self.path = compilation, path
         self._function: Any = with_own_code(_call)
+        self._forward: Any = with_own_code(_call_forward)
         self._compiled: dict[str, Any] = {}  # by the name of a method, "" for the module itself
         self.number = next(_numbers)
         self.numbered[self.number] = self
@@ -134,7 +138,8 @@ class CompiledEntry:
         if outer is not None:
             before, outer.frame = outer.frame, module
             try:
-                return self._function(module, *args, **kwargs)
+                with self._behind_hooks(module):
+                    return self._function(module, *args, **kwargs)
             finally:
                 outer.frame = before
         compiled, breaks = self._compiled.get(method), None
@@ -154,6 +159,23 @@ class CompiledEntry:
             account.add(call, args, kwargs)
         return result
 
+    @contextmanager
+    def _behind_hooks(self, module: Any) -> Iterator[None]:  # noqa: ANN401 (an optimized module)
+        """A block in which the module's forward has a code object of its own: a hook, such as FSDP's, breaks the graph.
+
+        Python then calls the forward, whose code all modules of the class share. Dynamo would run the graph of the
+        first of them for all, with its settings. Nothing stays in the module that a copy could take along.
+        """
+        fields, hooked = vars(module), bool(module._forward_pre_hooks or module._forward_hooks)
+        if not hooked or "forward" in fields:
+            yield
+            return
+        fields["forward"] = MethodType(self._forward, module)
+        try:
+            yield
+        finally:
+            fields.pop("forward", None)
+
     @never_captured
     def _compile(self, method: str) -> tuple[Any, dict[str, int]]:
         """The compiled function, made at the first call, and the graph breaks ahead of that."""
@@ -170,6 +192,11 @@ def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401
     if not torch.compiler.is_dynamo_compiling():
         _ran_uncompiled(self)
     return self._call_impl(*args, **self._s2o_arguments(kwargs))
+
+
+def _call_forward(self: Any, /, *args: object, **kwargs: object) -> object:  # noqa: ANN401 (an optimized module)
+    """What stands for the forward of a module with hooks."""
+    return type(self).forward(self, *args, **kwargs)
 
 
 def _call_of(method: str) -> Callable[..., object]:
@@ -208,15 +235,20 @@ def _may_be_shared(whole: nn.Module, frame: nn.Module) -> str:
     return kind.__name__ if sum(type(module) is kind for module in whole.modules()) > 1 else ""
 
 
+def _names_in(path: str, module: nn.Module) -> dict[str, str]:
+    """The names in the model of a module at a path and of those in it, by their ids."""
+    return {
+        str(id(part)): ".".join(name for name in (path, inner) if name)
+        for part, inner in names_of_modules(module).items()
+    }
+
+
 def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, frame: nn.Module) -> str:
     """Gives the modules of some nodes the names that they have in the model; returns that of the frame's module.
 
     The path is that of the module which was called from outside. Its frame is that of a module in it.
     """
-    names = {
-        str(id(part)): ".".join(name for name in (path, inner) if name)
-        for part, inner in names_of_modules(module).items()
-    }
+    names = _names_in(path, module)
     name = names.get(str(id(frame)), path)
     for node in nodes:
         stack = node.meta.get("nn_module_stack") or {}

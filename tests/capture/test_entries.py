@@ -263,3 +263,35 @@ class TestOtherProjects:
         torch.testing.assert_close(latent, model.encode(image).latent_dist.mean, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(fast.decode(latent).sample, model.decode(latent).sample, atol=1e-5, rtol=1e-5)
         assert s2o_compile.status(fast).sparse == 2
+
+
+def hooked(model):
+    """The same model with hooks that break the graph around each layer, as FSDP's do."""
+    for layer in model.layers:
+        layer.register_forward_pre_hook(torch._dynamo.disable(lambda *_: None))
+    return model
+
+
+def test_layers_behind_hooks_have_settings_of_their_own(recwarn):
+    config = S2OConfig(tau=3.0, min_seq_len=0, segment_len=128, inner_backend="eager", dense_heads={"layers.1": (0,)})
+    x = tiny_input(700)
+    with torch.no_grad():
+        expected = s2o_compile.optimize(tiny_model(), config)(x)
+        plain = s2o_compile.optimize(tiny_model(), S2OConfig(tau=3.0, min_seq_len=0, inner_backend="eager"))(x)
+        model = s2o_compile.optimize(hooked(tiny_model()), config)
+        with s2o_compile.record() as recording:
+            output = model(x)
+    assert [site.name for site in recording.report.sites] == ["layers.0", "layers.1"]
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    assert not torch.equal(plain, expected)
+    assert not [str(warning.message) for warning in recwarn if "unknown site" in str(warning.message)]
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_a_forward_that_layers_share_behind_hooks_is_refused():
+    model = hooked(tiny_model())
+    for layer in model.layers:
+        layer.forward = functools.partial(TinyAttention.forward, layer)
+    config = S2OConfig(min_seq_len=0, inner_backend="eager", dense_heads={"layers.1": (0,)})
+    with pytest.raises(Exception, match="expected a model that is captured whole"), torch.no_grad():
+        s2o_compile.optimize(model, config)(tiny_input(LENGTH))
