@@ -195,7 +195,7 @@ def count_slices(length: int, ranks: int, args: argparse.Namespace) -> int:
 
     whole = call_of(length, args.kv_heads, 0).but(mask=mask)
     scratch = schedule.scratch_bytes(whole)
-    parts = head_pieces(whole.key, whole.value, length)
+    parts = head_pieces(whole.key, whole.value, layout)
     found = []
     for pieces in layout.pieces:
         cuts = 0

@@ -22,9 +22,12 @@ from s2o_compile.kernels.support.arguments import is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
 METHODS = ("all_gather", "ulysses")
-PIECE_BYTES = 256 * 2**20
+PIECE_BYTES = 2**30
 """Keys and values that are gathered at a time take about as many bytes, but for a single head that takes more. Three
 such pieces are held at most: one is attended to while the next two come."""
+
+FIRST_BYTES = 128 * 2**20
+"""The first piece takes so many bytes for each rank: attention waits for it, but with many ranks more for launches."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +117,7 @@ class ShardedSequence:
         They are there once the function that comes with them has waited. When the next ones are asked for, the current
         stream must have waited for all that reads these.
         """
-        parts = head_pieces(key, value, self.layout.length, heads_at_a_time)
+        parts = head_pieces(key, value, self.layout, heads_at_a_time)
         begun = [self.start_gather([key[:, part], value[:, part]]) for part in parts[:2]]
         for number, part in enumerate(parts):
             (whole_key, whole_value), wait = begun.pop(0)
@@ -143,12 +146,13 @@ class ShardedSequence:
         return torch.cat([part.view(shape) for part in self.ranks.all_to_all(sends, [each] * size)], 1)
 
 
-def head_pieces(key: Tensor, value: Tensor, length: int, heads_at_a_time: int | None = None) -> list[slice]:
-    """The key/value heads of a sequence of this length that are gathered at a time."""
+def head_pieces(key: Tensor, value: Tensor, layout: Layout, heads_at_a_time: int | None = None) -> list[slice]:
+    """The key/value heads [B, H, n, D] of a sequence that are gathered at a time."""
     heads = key.shape[1]
-    one = key.shape[0] * length * (key.shape[3] + value.shape[3]) * key.element_size()
-    step = heads_at_a_time or max(PIECE_BYTES // one, 1)
-    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+    one = key.shape[0] * layout.length * (key.shape[3] + value.shape[3]) * key.element_size()
+    sizes = (min(FIRST_BYTES * layout.ranks, PIECE_BYTES), PIECE_BYTES)
+    first, step = (heads_at_a_time or max(size // one, 1) for size in sizes)
+    return [slice(0, min(first, heads)), *(slice(at, min(at + step, heads)) for at in range(first, heads, step))]
 
 
 def check_method(method: object) -> None:
