@@ -50,7 +50,8 @@ def attend(
         implementation: "triton" or "torch".
         segment_len: Queries of a segment.
     """
-    call = call.over(*(x if x.stride(-1) == 1 else x.contiguous() for x in call.tensors))
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in call.tensors)
+    call = call.over(query, key, value)
     with call.on_device():
         return _Attending(call, options, sequence, implementation, segment_len).run()
 
@@ -71,14 +72,15 @@ class _Attending:
         self._pieces = sequence.layout.runs(sequence.ranks.rank)
         self._tau = options.tau_on(call.query.device)  # on the current stream, ahead of the others
         # A call of the whole sequence's sizes, whose numbers nobody looks at.
-        self._sizes = call.over(*(x[:, :, :1].expand(-1, -1, sequence.layout.length, -1) for x in call.tensors))
+        query, key, value = (x[:, :, :1].expand(-1, -1, sequence.layout.length, -1) for x in call.tensors)
+        self._sizes = call.over(query, key, value)
         self._result = empty_result(call.query, call.value.shape[3])
         self._errors: list[tuple[slice, Tensor]] = []
         self._turns_taken = 0
 
     def run(self) -> tuple[Result, Tensor | None]:
-        call, means = self._call, list[Tensor]()
-        fills = call.fully_masked == "mean" and not all_rows_see(call.mask, *(self._sequence.layout.length,) * 2)
+        call, length, means = self._call, self._sequence.layout.length, list[Tensor]()
+        fills = call.fully_masked == "mean" and not all_rows_see(call.mask, length, length)
         known, scratch = self._know_keys(), schedule.scratch_bytes(self._sizes)
         with schedule.side_by_side(call.query.device, len(self._pieces)) as turns:
             for heads, key, value, wait in self._sequence.gathered(call.key, call.value):
@@ -100,25 +102,32 @@ class _Attending:
         """What rankings need of all keys, from what every rank finds out about its own."""
         call, sequence, mask = self._call, self._sequence, self._call.mask
         made = KeyShard(self._options, self._implementation)
-        basis = self._basis(made) if made.compares_few else None
+        basis_of_all = self._start_basis(made) if made.compares_few else None
         key_mask = None if mask.key_mask is None else sequence.shard(mask.key_mask, 1)
         shard = call.but(mask=replace(mask, key_mask=key_mask))
-        own = [made.few_keys(shard, basis)] if basis is not None else []
-        (*few, non_finite), wait = sequence.start_gather([*own, made.non_finite(shard)])
         sums, wait_for_sums = sequence.start_gather(made.value_sums(shard, self._segment_len), step=self._segment_len)
-        wait()
+        own, basis = [made.non_finite(shard)], None
+        if basis_of_all is not None:
+            basis = basis_of_all()
+            own.append(made.few_keys(shard, basis))
+        (non_finite, *few), wait = sequence.start_gather(own)
         wait_for_sums()
         tail_value = made.tail_values(self._sizes, self._segment_len, tuple(sums))
+        wait()
         return KnownKeys(None if basis is None else FewKeys(basis, *few), non_finite, tail_value)
 
-    def _basis(self, made: KeyShard) -> Basis:
-        """The basis of the whole call, solved for on every rank from the same samples."""
+    def _start_basis(self, made: KeyShard) -> Callable[[], Basis]:
+        """The basis of the whole call, solved for on every rank from the same samples, once these have come."""
         call, sequence = self._call, self._sequence
         step, rank = dim_stride(sequence.layout.length), sequence.ranks.rank
         own = [sequence.layout.samples(x, rank, step) for x in (call.query, call.key)]
         (query, key), wait = sequence.start_gather(own, step=step)
-        wait()
-        return made.basis(call.over(query, key, call.value))
+
+        def solve() -> Basis:
+            wait()
+            return made.basis(call.over(query, key, call.value))
+
+        return solve
 
     def _attend_heads(
         self, heads: slice, key: Tensor, value: Tensor, wait: Callable[[], None], known: KnownKeys, scratch: int,
