@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 @cache
 def _stream_of(device: torch.device, _thread: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # copies wait for few blocks, not for the rest of a grid
 
 
 def start_gather(ranks: Ranks, shards: Sequence[Shard]) -> tuple[list[Tensor], Callable[[], None]]:
