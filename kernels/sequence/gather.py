@@ -50,34 +50,36 @@ def start_gather(ranks: Ranks, shards: Sequence[Shard]) -> tuple[list[Tensor], C
     """
     device = shards[0].x.device
     wholes = [x.new_empty(*x.shape[:dim], layout.length, *x.shape[dim + 1 :]) for x, dim, layout in shards]
-    shapes = [(*x.shape[:dim], max(layout.counts), *x.shape[dim + 1 :]) for x, dim, layout in shards]
+    sources = [_as_integers(x, dim) for x, dim, _ in shards]
+    shapes = [
+        (*x.shape[:dim], max(layout.counts), *x.shape[dim + 1 :])
+        for x, (_, dim, layout) in zip(sources, shards, strict=True)
+    ]
     ends = [0]
-    for (x, _, _), shape in zip(shards, shapes, strict=True):
+    for x, shape in zip(sources, shapes, strict=True):
         ends.append(ends[-1] + -(-_numel(shape) * x.element_size() // ALIGNED) * ALIGNED)
 
     def views(buffer: Tensor) -> list[Tensor]:
         return [
             buffer[start : start + _numel(shape) * x.element_size()].view(x.dtype).view(shape)
-            for (x, _, _), shape, start in zip(shards, shapes, ends, strict=False)
+            for x, shape, start in zip(sources, shapes, ends, strict=False)
         ]
 
     def lay_out(received: Tensor) -> None:
         by_rank = [views(row) for row in received]
         for number, (whole, (_, dim, layout)) in enumerate(zip(wholes, shards, strict=True)):
             pieces = [by_rank[rank][number].narrow(dim, at.start, at.stop - at.start) for rank, at in layout.in_order]
-            *pieces, target = _as_integers(dim, *pieces, whole)
-            torch.cat(pieces, dim, out=target)
+            torch.cat(pieces, dim, out=whole.view(pieces[0].dtype))
 
     side = _stream_of(device, threading.get_ident()) if device.type == "cuda" else None
     if side is not None:
         side.wait_stream(torch.cuda.current_stream(device))
-        for x in (*wholes, *(shard.x for shard in shards)):  # they may be freed while the stream is at work
+        for x in (*wholes, *sources):  # they may be freed while the stream is at work
             x.record_stream(side)
     with nullcontext() if side is None else torch.cuda.stream(side):
         sends = torch.empty(ends[-1], dtype=torch.uint8, device=device)
-        for target, (x, dim, _) in zip(views(sends), shards, strict=True):
-            target, source = _as_integers(dim, target.narrow(dim, 0, x.shape[dim]), x)
-            target.copy_(source)
+        for target, x, (_, dim, _) in zip(views(sends), sources, shards, strict=True):
+            target.narrow(dim, 0, x.shape[dim]).copy_(x)
         received, wait = ranks.gather(sends)
         if side is not None:
             wait()
@@ -95,21 +97,18 @@ def start_gather(ranks: Ranks, shards: Sequence[Shard]) -> tuple[list[Tensor], C
     return wholes, finish
 
 
-def _as_integers(dim: int, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of one dtype as the widest integers that their rows consist of: a copy moves that much at a time.
+def _as_integers(x: Tensor, dim: int) -> Tensor:
+    """A tensor as the widest integers that its rows consist of: a copy moves that much at a time.
 
     No integer holds several positions of ``dim``.
     """
-    size, whole_rows = tensors[0].element_size(), dim < tensors[0].dim() - 1
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if dtype.itemsize == size or (whole_rows and all(_consists_of(x, dtype.itemsize) for x in tensors)):
-            return [x.view(dtype) for x in tensors]
-    return list(tensors)
-
-
-def _consists_of(x: Tensor, size: int) -> bool:
-    numbers = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
-    return x.stride(-1) == 1 and all(number * x.element_size() % size == 0 for number in numbers)
+    size = x.element_size()
+    numbers = [x.shape[-1], x.storage_offset(), *x.stride()[:-1]]
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        in_rows = dim < x.dim() - 1 and x.stride(-1) == 1 and all(n * size % dtype.itemsize == 0 for n in numbers)
+        if dtype.itemsize == size or (dtype.itemsize > size and in_rows):
+            return x.view(dtype)
+    return x.view(torch.uint8) if size == 1 else x
 
 
 def _numel(shape: Sequence[int]) -> int:
