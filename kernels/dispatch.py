@@ -256,13 +256,14 @@ def execute(
     path: str,
     options: OperatorOptions,
     output: Tensor | None = None,
+    lse: Tensor | None = None,
     whole: planner.Planner | None = None,
     first_query: int = 0,
 ) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else over every visible key.
 
-    Sparse output goes to ``output``, if it is given. The queries may be those from ``first_query`` on of a longer call,
-    and ``whole`` the planner of that one.
+    Sparse results go to ``output`` and ``lse``, if they are given. The queries may be those from ``first_query`` on of
+    a longer call, and ``whole`` the planner of that one.
     """
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
@@ -273,4 +274,4 @@ def execute(
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
         exact = EXACT[implementation]
-        return schedule.attend(call, options, implementation, exact, output, whole, first_query)
+        return schedule.attend(call, options, implementation, exact, output, lse, whole, first_query)

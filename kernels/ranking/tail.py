@@ -11,6 +11,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_keys, n_segments
+from s2o_compile.kernels.pages.sizes import Size
 
 
 def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
@@ -21,6 +22,7 @@ def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     value, mask, n_queries, n_keys = call.value, call.mask, call.n_queries, call.n_keys
     offset = mask.seg_offset(n_queries, n_keys)
     shift = block_shift(call, segment_len)
+    assert not isinstance(shift, Tensor)  # kernels alone take sizes of the device
     sums = block_sums(value, mask.key_mask, shift, segment_len)
     first = torch.arange(n_segments(n_queries, segment_len), device=value.device) * segment_len
     start, stop = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
@@ -35,9 +37,9 @@ def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     return total / count.clamp(min=1.0)[:, None, :, None]
 
 
-def block_shift(call: AttentionCall, segment_len: int) -> int:
+def block_shift(call: AttentionCall, segment_len: int) -> Size:
     """What blocks of keys lie ahead of key 0 by, so that they begin where segments' in-segment keys do."""
-    return -call.mask.offset % segment_len if call.mask.causal else 0
+    return -call.sizes.offset % segment_len if call.mask.causal else 0
 
 
 def _counts(key_mask: Tensor | None, stop: Tensor) -> Tensor:
