@@ -19,6 +19,7 @@ LENGTHS = ((3, 40), (200, 260), (0, 20), (2, 0), (130, 300))
 """The second and the last are sparse from 250 keys on."""
 
 CASES = {
+    "one sparse": ({"lengths": ((3, 40), (0, 20), (130, 250), (2, 0))}, {"tau": 2.0}),
     "tau": ({}, {"tau": 2.0}),
     "budget": ({}, {"error": 0.05}),
     "sinks": ({"sinks": True, "softcap": 5.0, "heads": 4, "kv_heads": 2}, {"tau": 2.0}),
@@ -59,10 +60,10 @@ def assert_same(packing, actual, expected):
 
 
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
-@pytest.mark.parametrize("name", quick_rows(CASES, ["tau"]))
+@pytest.mark.parametrize("name", quick_rows(CASES, ["one sparse"]))
 def test_the_bits_of_lengths_that_the_host_knows(name, device, unread):
     fields, options = CASES[name]
-    packing = Packing(lengths=LENGTHS, **fields)
+    packing = Packing(**{"lengths": LENGTHS, **fields})
     inputs = packing.inputs(device)
     query, key, value, starts, key_starts = packing.joined(inputs, device)
     shared = options_of(packing, inputs, **options)
@@ -91,7 +92,7 @@ def test_pages_as_well(device, unread):
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
 def test_sequences_longer_than_the_bounds_run_exactly(device, unread):
     unread()
-    packing = Packing(lengths=((140, 160), (150, 150)))
+    packing = Packing(lengths=((140, 160), (150, 150)), heads=1)
     inputs = packing.inputs(device)
     query, key, value, *starts = packing.joined(inputs, device)
     starts = [x.to(device) for x in starts]
@@ -105,7 +106,8 @@ def test_sequences_longer_than_the_bounds_run_exactly(device, unread):
     [
         pytest.param([0, 128, 90, 400], marks=pytest.mark.slow),
         pytest.param([-3, 140, 140, 10**6], marks=pytest.mark.slow),
-        [150, 20, 150, 0],
+        pytest.param([150, 20, 150, 0], marks=pytest.mark.slow),
+        [140, 140, -7, 10**6],
     ],
 )
 def test_lengths_that_are_none_touch_nothing_outside(starts, device, unread):
