@@ -192,7 +192,7 @@ class UnreadSequences(NamedTuple):
         sparse &= sparse.cumsum(0) <= slots
         count = len(n_queries)
         numbers = torch.arange(count, device=sparse.device)
-        number = torch.where(sparse, numbers, count).sort().values[:slots]
+        number = numbers.masked_fill(~sparse, count).sort().values[:slots]
         present = number < count
         number = number.clamp(max=count - 1)
         query_start, n_queries, key_start, n_keys = ((x[number] * present).to(torch.int32) for x in self)
@@ -218,8 +218,8 @@ class Slots(NamedTuple):
     def lengths(self, slot: int, *, causal: bool) -> DeviceLengths:
         """The sizes of one sequence, bottom-right causal or not causal at all."""
         n_queries, n_keys, offset = self.n_queries[slot, :2], self.n_keys[slot, :2], self.offset[slot, 0]
-        same = offset if causal else torch.where(n_queries[0] == n_keys[0], 0, -n_queries[0])
-        return DeviceLengths(sizes=Sizes(n_queries, n_keys, offset, same))
+        seg_offset = offset if causal else (-n_queries[0]).masked_fill(n_queries[0] == n_keys[0], 0)
+        return DeviceLengths(sizes=Sizes(n_queries, n_keys, offset, seg_offset))
 
 
 def _boxes(*columns: tuple[Tensor, ...]) -> list[Tensor]:

@@ -213,21 +213,21 @@ def _attend_slots(
 ) -> None:
     """The sequences in slots, sparse and without sinks. Slots without a sequence do nothing."""
     (queries, n_keys), blocks = bounds.longest, packed.blocks
-    tables = None if blocks is None else blocks.table[slots.number]
-    call, causal = packed.call, packed.call.mask.causal
-    # The offset is one that hides no key from the host.
+    # Whole rows before they are cut: a copy of some would end with them. The offset hides no key from the host.
+    call, causal = packed.call.for_kernels(), packed.call.mask.causal
     call = call.over(
         call.query[:, :, :queries], call.key, call.value, replace(call.mask, window=None, offset=n_keys * causal)
     )
     if blocks is None:
         call = call.over(call.query, call.key[:, :, :n_keys], call.value[:, :, :n_keys])
+    else:
+        blocks = replace(blocks, table=blocks.table[slots.number])
     into = _as_call(output, lse, slice(queries))
     with side_by_side(call.query.device, bounds.slots) as turn:
         for slot in range(bounds.slots):
             with turn(slot):
                 part = call.but(lengths=slots.lengths(slot, causal=causal))
-                if blocks is not None and tables is not None:
-                    part = part.but(pages=replace(blocks, table=tables).pages(slot, n_keys))
+                part = part if blocks is None else part.but(pages=blocks.pages(slot, n_keys))
                 execute(part, "s2o", options, *into)
 
 

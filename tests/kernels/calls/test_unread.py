@@ -75,6 +75,20 @@ def test_the_bits_of_lengths_that_the_host_knows(name, device, unread):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+def test_rows_whose_numbers_lie_apart(device, unread):
+    packing = Packing(lengths=((3, 40), (130, 260)))
+    inputs = packing.inputs(device)
+    *tensors, starts, key_starts = packing.joined(inputs, device)
+    shared = options_of(packing, inputs, tau=2.0)
+    expected = s2o_compile.attention_varlen(*tensors, starts, key_starts, **shared)
+    unread()
+    apart = [x.mT.contiguous().mT for x in tensors]
+    lengths = starts.to(device), key_starts.to(device)
+    assert_same(packing, s2o_compile.attention_varlen(*apart, *lengths, 130, 260, **shared), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [INTERPRETED, CUDA])
 def test_pages_as_well(device, unread):
     packing = Packing(lengths=tuple(pair for pair in LENGTHS if pair[1]))
     inputs = packing.inputs(device)
