@@ -29,7 +29,7 @@ def main():
         Planner(call, OperatorOptions(ranking="mean_query", segment_len=128), "triton").plan(call)
         size = torch.zeros(2, dtype=torch.int32)
         unread = DeviceLengths(sizes=Sizes(size, size, size[0], size[0]))
-        for one in (call, call.but(lengths=unread), call.but(lengths=unread, pages=None)):
+        for one in (call, call.but(lengths=unread, pages=None)):
             plan = Planner(one, OperatorOptions(segment_len=128), "triton").plan(one)
             forward.attend(one, plan, 0.5, None, empty_progress(query))
             forward.going_on(one, plan, torch.zeros(1, 4), empty_result(query, dim), empty_progress(query))()

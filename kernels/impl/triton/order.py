@@ -310,9 +310,9 @@ def order_keys(
     key_mask, stride_mb = key_mask_of(mask.key_mask, non_finite)
     rows = scores, non_finite, key_mask
     samples = torch.sym_min(SAMPLES, n_keys)
-    counts_of = sizes or Sizes(n_queries, n_keys, mask.offset, mask.seg_offset(n_queries, n_keys))
+    lengths = sizes or Sizes(n_queries, n_keys, mask.offset, mask.seg_offset(n_queries, n_keys))
     sizes = (
-        *non_finite.stride()[:2], stride_mb, *counts_of[:2], segments, heads, counts_of.seg_offset, samples,
+        *non_finite.stride()[:2], stride_mb, *lengths[:2], segments, heads, lengths.seg_offset, samples,
     )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     sample = scores.new_empty(batch, heads, segments, samples)
