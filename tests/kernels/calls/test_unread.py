@@ -75,7 +75,8 @@ def test_the_bits_of_lengths_that_the_host_knows(name, device, unread):
     expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, **shared)
     unread()
     lengths = starts.to(device), key_starts.to(device)
-    assert_same(packing, s2o_compile.attention_varlen(query, key, value, *lengths, **shared), expected)
+    bounds = (200, 300) if packing.window == 300 else ()  # without bounds it might hide keys
+    assert_same(packing, s2o_compile.attention_varlen(query, key, value, *lengths, *bounds, **shared), expected)
 
 
 @pytest.mark.slow
