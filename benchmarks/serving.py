@@ -1,6 +1,6 @@
 """Time packed sequences, keys in pages and prefill in chunks: as servers call attention, on CUDA.
 
-    python benchmarks/serving.py [--json benchmarks/results/serving-h200.json]
+    python benchmarks/serving.py [--only unread shared] [--json benchmarks/results/serving-h200.json]
 
 Hq=32, Hkv=8, D=128, bfloat16, causal, topical inputs (``attention.py``), tau 0.5. At tau=0 each way is compared with
 SDPA first, and no time is reported if it is further from float64 than twice what SDPA is. The rows:
@@ -8,6 +8,10 @@ SDPA first, and no time is reported if it is further from float64 than twice wha
     packed     8 sequences of 16K tokens, 64 of 2K, and 1 of 128K, beside FlashAttention-3's varlen function where its
                wheel is installed (``fa3_fwd``), and torch's ``varlen_attn``
     paged      the 128K in pages of 16 and 256 tokens beside the same call without pages
+    unread     the packed sequences with lengths on the device, as a CUDA graph records them: with bounds that fit, and
+               without any
+    shared     ``s2o::packed_attention`` of 64 x 2K, 256 x 512, 1 x 16K and 100 x 300 tokens, and of 256 and 64 unequal
+               short documents, by the most tokens of neighbours that share a dense call (``packed.TOGETHER``)
     chunked    the 128K in chunks of 8192 and 16384 queries, in pages of 16, with a PrefillCache and without one; and
                FlashAttention-3 in the same chunks
 
@@ -22,6 +26,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import results_file
 import torch
@@ -30,9 +35,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile import PrefillCache, S2OConfig, attention_paged, attention_varlen
+from s2o_compile.kernels.calls import packed
 from s2o_compile.kernels.statistics import record_calls
 
 SHAPE = (32, 8, 128)
+SECTIONS = ("packed", "paged", "unread", "shared", "chunked")
+LIMITS = (1, 512, 2048, 8192)
+"""Tokens of neighbouring documents that share a call; with 1 each is alone, but for neighbours of one length."""
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -138,9 +147,9 @@ def sparse_row(call: Callable[[], Tensor], exact: Tensor | None = None) -> Mappi
     return {"ms": round(milliseconds(call), 3), **row}
 
 
-def dense_row(call: Callable[[], object]) -> Mapping[str, object]:
-    """Time of a dense call."""
-    return {"ms": round(milliseconds(call), 3), "density": 1.0}
+def timed_row(call: Callable[[], object]) -> Mapping[str, object]:
+    """Time of a call alone."""
+    return {"ms": round(milliseconds(call), 3)}
 
 
 def main() -> None:
@@ -149,6 +158,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--tau", type=float, default=S2OConfig().tau)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -164,24 +174,71 @@ def measure(args: argparse.Namespace) -> None:
     config, length = S2OConfig(tau=args.tau), args.length
     query, key, value = packed_inputs(length)
     exact = by_sdpa(query, key, value)
-    for count in (length // 2048, 8, 1):
+    if "unread" in args.only:
+        measure_unread(rows, (query, key, value), config)
+    if "shared" in args.only:
+        measure_shared(rows, config)
+    for count in (length // 2048, 8, 1) if "packed" in args.only else ():
         starts = starts_of([length // count] * count)
         what = {"sequences": count, "tokens": length // count}
         for name, call in rivals(query, key, value, starts).items():
-            rows.measure("packed", {"what": name, **what}, partial(dense_row, call))
+            rows.measure("packed", {"what": name, **what}, partial(timed_row, call))
         ours = partial(attention_varlen, query, key, value, starts, starts, config=config)
         rows.measure("packed", {"what": "S2O", **what}, partial(sparse_row, ours, exact if count == 1 else None))
-    for page_len in (16, 256):
+    for page_len in (16, 256) if "paged" in args.only else ():
         cache, table = in_pages(key, value, page_len)
         whole = partial(attention_paged, query, cache, table, [0, length], [length], config=config)
         rows.measure("paged", {"what": f"S2O, pages of {page_len}"}, partial(sparse_row, whole, exact))
     cache, table = in_pages(key, value, 16)
-    for chunk in args.chunks:
+    for chunk in args.chunks if "chunked" in args.only else ():
         for name, kept in (("S2O", None), ("S2O with a PrefillCache", PrefillCache())):
             call = partial(prefill, query, cache, table, chunk, config, kept)
             rows.measure("chunked", {"what": name, "queries": chunk}, partial(sparse_row, call, exact))
         for name, call in chunked_rivals(query, key, value, chunk).items():
-            rows.measure("chunked", {"what": name, "queries": chunk}, partial(dense_row, call))
+            rows.measure("chunked", {"what": name, "queries": chunk}, partial(timed_row, call))
+
+
+def measure_unread(rows: results_file.Rows, tensors: Packed, config: S2OConfig) -> None:
+    """Lengths on the device, replayed as a graph, beside lengths on the host."""
+    length = len(tensors[0])
+    for count in (length // 2048, 8, 1):
+        starts, longest = starts_of([length // count] * count), length // count
+        on_device, what = starts.to(DEVICE), {"sequences": count, "tokens": longest}
+        host = partial(attention_varlen, *tensors, starts, starts, config=config)
+        rows.measure("unread", {"what": "lengths of the host", **what}, partial(timed_row, host))
+        for name, bounds in (("lengths of the device", (longest, longest)), ("the same without bounds", ())):
+            call = partial(attention_varlen, *tensors, on_device, on_device, *bounds, config=config)
+            rows.measure("unread", {"what": name, **what}, partial(graph_row, call))
+
+
+def graph_row(call: Callable[[], Tensor]) -> Mapping[str, object]:
+    """Time of a call as a CUDA graph replays it."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return {"ms": round(milliseconds(graph.replay), 3)}
+
+
+def measure_shared(rows: results_file.Rows, config: S2OConfig) -> None:
+    """Documents of a graph, by the limit of neighbours that share a dense call."""
+    unequal = [300 + 7 * (i * 37 % 61) for i in range(256)]
+    packings = {
+        "64 x 2048": [2048] * 64,
+        "256 x 512": [512] * 256,
+        "1 x 16384 and 100 x 300": [16384, *[300] * 100],
+        "256 of 300 to 720": unequal,
+        "64 of 1500 to 2760": [1500 + 3 * n for n in unequal[:64]],
+        "1 x 16384 and 100 of 100 to 240": [16384, *[n // 3 for n in unequal[:100]]],
+    }
+    for name, lengths in packings.items():
+        query, key, value = make_inputs("topical", sum(lengths), *SHAPE)
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(DEVICE)
+        options = config.operator_options("")
+        for limit in LIMITS:
+            call = partial(torch.ops.s2o.packed_attention, query, key, value, ids, causal=True, **options)
+            with patch.object(packed, "TOGETHER", limit):
+                rows.measure("shared", {"documents": name, "together": limit}, partial(timed_row, call))
 
 
 def chunked_rivals(query: Tensor, key: Tensor, value: Tensor, chunk: int) -> dict[str, Callable[[], object]]:

@@ -256,10 +256,11 @@ def execute(
     path: str,
     options: OperatorOptions,
     output: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Result:
     """Attention by our own executors: over a plan on the path "s2o", else over every visible key.
 
-    Sparse output goes to ``output``, if it is given.
+    Sparse results go to ``output`` and ``lse``, if they are given.
     """
     implementation = choose_implementation(options.implementation, call.query)
     call = call.for_kernels()
@@ -269,4 +270,4 @@ def execute(
         if implementation == "flex":
             _refuse_budget(options)
             return flex_forward.attend(call, *planner.plan_visits(call, options))
-        return schedule.attend(call, options, implementation, EXACT[implementation], output)
+        return schedule.attend(call, options, implementation, EXACT[implementation], output, lse)

@@ -63,6 +63,8 @@ def _non_finite_keys(key: Tensor, value: Tensor, _pages: None, first: int) -> Te
 
 def _kept_flags(call: AttentionCall, find: Callable[..., Tensor]) -> Tensor:
     """Which keys are not finite, bool [B, Hkv, Nk]; of keys of earlier chunks of a prefill that is known."""
+    if call.lengths is not None:
+        return find(call.key, call.value, call.pages, 0, call.sizes.n_keys)
     if call.kept is None:
         return find(call.key, call.value, call.pages, 0)
     first = call.kept.known("non-finite keys", call.earlier_keys)
@@ -164,9 +166,11 @@ class Planner:
         scores = self._score_keys(part, heads)
         non_finite = self._non_finite[:, heads, : part.n_keys]
         non_finite = non_finite.repeat_interleave(self._rankings, 1) if self._rankings > 1 else non_finite
-        pages = {} if part.pages is None else {"pages": part.pages}
+        more = {} if part.pages is None else {"pages": part.pages}
+        if part.lengths is not None:
+            more["sizes"] = part.sizes
         key_index, prefix_count = self._order_keys(
-            scores, non_finite, part.mask, n_queries=part.n_queries, segment_len=self.segment_len, **pages
+            scores, non_finite, part.mask, n_queries=part.n_queries, segment_len=self.segment_len, **more
         )
         return Plan(
             segment_len=self.segment_len,

@@ -55,13 +55,16 @@ def attend(
     implementation: str,
     exact: Callable[[AttentionCall], Result],
     output: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Result:
     """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
-    Nq, Dv] with a unit last stride, is where the output goes; None for a new one.
+    Nq, Dv] with a unit last stride, is where the output goes, and ``lse``, [B, Hq, Nq], where the log-sum-exp goes; None
+    for new ones.
     """
     result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
+    result = result if lse is None else result._replace(lse=lse)
     if call.dense_heads:
         attend_dense(call, result, exact)
     planner = Planner(call, options, implementation)
@@ -161,6 +164,8 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     if call.unread_rows is not None:
         call = call.but(unread_rows=call.unread_rows[:, rows])
     part, mask = call.over(query, call.key[:, heads], call.value[:, heads]), call.mask
+    if call.lengths is not None and query.shape[2] < call.n_queries:
+        part = part.but(lengths=call.lengths.cut(rows.start, query.shape[2]))
     if not mask.causal:
         return part
     stop = min(max(rows.stop + mask.offset, 1), call.n_keys)

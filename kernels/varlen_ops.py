@@ -78,7 +78,8 @@ def packed_of(
 
 def paged_of(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
-    sinks: Tensor | None = None, *, chunks: PrefillCache | None = None, **shared: Unpack[Shared],
+    sinks: Tensor | None = None, *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    chunks: PrefillCache | None = None, **shared: Unpack[Shared],
 ) -> Packed:  # fmt: skip
     """Packed sequences of the arguments of `attention_paged`.
 
@@ -111,7 +112,10 @@ def paged_of(
     pages, page_len = key_cache.shape[:2]
     blocks = BlockTable(table=on_device, page_len=page_len, page_rows=page_rows, last=pages - 1)
     call = _call_of(query, key, value, sinks, **shared).but(kept=chunks)
-    return Packed(call=call, query_starts=starts, keys=keys, blocks=blocks, host_table=table if table.is_cpu else None)
+    return Packed(
+        call=call, query_starts=starts, keys=keys, blocks=blocks, host_table=table if table.is_cpu else None,
+        longest_query=max_seqlen_q, longest_key=max_seqlen_k,
+    )  # fmt: skip
 
 
 def attention_varlen(
@@ -165,6 +169,8 @@ def attention_paged(
     seq_lens: Tensor,
     sinks: Tensor | None = None,
     *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -191,8 +197,9 @@ def attention_paged(
     taus = () if head_tau is None else tuple(head_tau)
     options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     packed = paged_of(
-        query, key_cache, value_cache, block_table, cu_seqlens_q, seq_lens, sinks, causal=causal, window=window,
-        scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads, site=site,
+        query, key_cache, value_cache, block_table, cu_seqlens_q, seq_lens, sinks, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, causal=causal, window=window, scale=scale, softcap=softcap,
+        return_lse=return_lse, dense_heads=dense_heads, site=site,
     )  # fmt: skip
     output, lse = run_packed(packed, options)
     return output, lse if return_lse else lse.new_empty(0)

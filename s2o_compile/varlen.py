@@ -72,17 +72,16 @@ def attention_varlen(
     Raises:
         InputError: Shapes, dtypes, devices or lengths that do not fit; the message says what to do.
 
-    Lengths on the host, as CPU tensors or lists, cost no wait. Lengths on a GPU are read, which waits, unless
-    ``max_seqlen_q`` and ``max_seqlen_k`` (or the number of tokens) show that every sequence runs exactly. Then a CUDA
-    graph can record the call, and lengths that are no lengths are cut to the tokens that exist: nothing is read or
-    written outside, and queries of no sequence get zeros. Inputs that require grad are attended exactly.
+    Lengths on the host, as CPU tensors or lists, cost no wait. Lengths on a GPU stay there: nothing waits, a CUDA graph
+    can record the call, and the device says which sequences are sparse. The host plans for ``max_seqlen_q`` and
+    ``max_seqlen_k``, or else for all tokens: the closer they are, the less memory and time. A longer sequence runs
+    exactly. Lengths that are no lengths are cut to the tokens that exist: nothing is read or written outside, and
+    queries of no sequence get zeros. A recording, an observer, ``dense_heads`` and ``ranking="mean_query"`` read
+    lengths. Inputs that require grad are attended exactly.
     """
     check_kinds(query=query, key=key, value=value, sinks=sinks)
     lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("cu_seqlens_k", cu_seqlens_k)
-    longest = {
-        "max_seqlen_q": as_longest("max_seqlen_q", max_seqlen_q),
-        "max_seqlen_k": as_longest("max_seqlen_k", max_seqlen_k),
-    }
+    longest = _longest(max_seqlen_q, max_seqlen_k)
     shared = _shared(causal, window, scale, softcap, return_lse, site)
     tensors = (query, key, value, *lengths, sinks)
     if is_differentiated(query, key, value, sinks):
@@ -101,6 +100,8 @@ def attention_paged(
     block_table: Tensor,
     cu_seqlens_q: Lengths,
     seq_lens: Lengths,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -123,6 +124,8 @@ def attention_paged(
             may be any. Sequences may share pages.
         cu_seqlens_q: int32 or int64 [S + 1], or a list: cumulative numbers of queries.
         seq_lens: int32 or int64 [S], or a list: keys of each sequence, those of its queries included.
+        max_seqlen_q: As for `attention_varlen`.
+        max_seqlen_k: As for `attention_varlen`; None for the room of ``block_table``.
         causal: As for `attention_varlen`, and the arguments up to ``config``.
         window: Sliding window in tokens.
         scale: Softmax scale.
@@ -141,12 +144,13 @@ def attention_paged(
         InputError: Shapes, dtypes, devices, lengths or pages that do not fit; the message says what to do.
 
     On a CPU, under FlexAttention and for observers the keys of one sequence at a time are copied out of their pages.
-    Pages of a table on a GPU are not checked: a number that no page has stands for the nearest that exists.
+    Pages of a table on a GPU are not checked: a number that no page has stands for the nearest that exists. Lengths on
+    a GPU stay there as for `attention_varlen`, but not beside ``chunks``.
     """
     key_cache, value_cache = _caches(kv_cache, query)
     check_kinds(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks, out=out)
     lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("seq_lens", seq_lens)
-    shared = _shared(causal, window, scale, softcap, return_lse, site)
+    shared = _longest(max_seqlen_q, max_seqlen_k) | _shared(causal, window, scale, softcap, return_lse, site)
     tensors = (query, key_cache, value_cache, as_integers("block_table", block_table, 2), *lengths, sinks)
     if out is not None:
         _check_out(out, query, value_cache)
@@ -198,6 +202,14 @@ def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, confi
         if not is_short(query, count, keys, shortest):
             warn_of_dense(keys, stacklevel=3)
             return
+
+
+def _longest(max_seqlen_q: int | None, max_seqlen_k: int | None) -> dict[str, Any]:
+    """The lengths of the longest sequence, checked."""
+    return {
+        "max_seqlen_q": as_longest("max_seqlen_q", max_seqlen_q),
+        "max_seqlen_k": as_longest("max_seqlen_k", max_seqlen_k),
+    }
 
 
 def _shared(

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "kernels/support": (),
     "kernels/pages": ("kernels/support",),
     "kernels/core": ("kernels/support", "kernels/pages"),
-    "kernels/ranking": ("kernels/support", "kernels/core"),
+    "kernels/ranking": ("kernels/support", "kernels/pages", "kernels/core"),  # sizes may be the device's
     "kernels/exact": ("kernels/support", "kernels/core"),
     "kernels/impl/torch": METHOD,
     "kernels/impl/triton": METHOD,

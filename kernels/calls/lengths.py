@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
 from s2o_compile.kernels.pages.table import BlockTable
 from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import InputError
@@ -165,8 +166,71 @@ def check_numbers_of_pages(table: Tensor, lengths: list[int], page_len: int, pag
             )  # fmt: skip
 
 
-def table_on_device(starts: Tensor, keys: Tensor, n_queries: int, n_keys: int, *, cumulative: bool) -> Tensor:
-    """int32 [5, S] as of `Sequences.table`, made on the device: the host does not wait.
+class UnreadSequences(NamedTuple):
+    """`Sequences` of lengths that only the device knows: int32 [S] each, and nothing lies outside of the tensors."""
+
+    query_start: Tensor
+    n_queries: Tensor
+    key_start: Tensor
+    n_keys: Tensor
+
+    def table(self) -> Tensor:
+        """int32 [5, S] as of `Sequences.table`."""
+        tiles = ((self.n_queries + TILE_LEN - 1) // TILE_LEN).cumsum(0, dtype=torch.int32)
+        return torch.stack([*self, tiles])
+
+    def divide(self, slots: int, longest: tuple[int, int], shortest: int) -> tuple[UnreadSequences, Slots]:
+        """Those that run exactly, without queries of the others, and the others.
+
+        Args:
+            slots: Sequences that may be sparse, at most. More of them run exactly.
+            longest: Queries and keys of a sequence at most. A longer one runs exactly.
+            shortest: Keys of a sparse sequence at least.
+        """
+        _, n_queries, _, n_keys = self
+        sparse = (n_queries >= TILE_LEN) & (n_queries <= longest[0]) & (n_keys >= shortest) & (n_keys <= longest[1])
+        sparse &= sparse.cumsum(0) <= slots
+        count = len(n_queries)
+        numbers = torch.arange(count, device=sparse.device)
+        number = numbers.masked_fill(~sparse, count).sort().values[:slots]
+        present = number < count
+        number = number.clamp(max=count - 1)
+        query_start, n_queries, key_start, n_keys = ((x[number] * present).to(torch.int32) for x in self)
+        exact = self._replace(n_queries=self.n_queries.masked_fill(sparse, 0))
+        return exact, Slots(number, *_boxes((n_queries, query_start), (n_keys, key_start), (n_keys - n_queries,)))
+
+
+class Slots(NamedTuple):
+    """Places for the sequences of a call that are sparse; some may be empty.
+
+    Attributes:
+        number: int64 [slots], the number of each sequence.
+        n_queries: int32 [slots, 4]: its number of queries, and its first one among those of all sequences.
+        n_keys: int32 [slots, 4]: its number of keys, and its first one; 0 for keys in pages.
+        offset: int32 [slots, 4]: its causal offset.
+    """
+
+    number: Tensor
+    n_queries: Tensor
+    n_keys: Tensor
+    offset: Tensor
+
+    def lengths(self, slot: int, *, causal: bool) -> DeviceLengths:
+        """The sizes of one sequence, bottom-right causal or not causal at all."""
+        n_queries, n_keys, offset = self.n_queries[slot, :2], self.n_keys[slot, :2], self.offset[slot, 0]
+        seg_offset = offset if causal else (-n_queries[0]).masked_fill(n_queries[0] == n_keys[0], 0)
+        return DeviceLengths(sizes=Sizes(n_queries, n_keys, offset, seg_offset))
+
+
+def _boxes(*columns: tuple[Tensor, ...]) -> list[Tensor]:
+    """int32 [S, 4] with these columns [S]: every row lies on a boundary of 16 bytes."""
+    return [torch.stack([*some, *[torch.zeros_like(some[0])] * (4 - len(some))], 1) for some in columns]
+
+
+def sequences_on_device(
+    starts: Tensor, keys: Tensor, n_queries: int, n_keys: int, *, cumulative: bool
+) -> UnreadSequences:
+    """Where sequences begin, and their lengths, without a wait of the host.
 
     Args:
         starts: int [S + 1], cumulative numbers of queries.
@@ -182,6 +246,5 @@ def table_on_device(starts: Tensor, keys: Tensor, n_queries: int, n_keys: int, *
         key_start, key_counts = keys[:-1], keys.diff().clamp(min=0)
     else:
         key_start, key_counts = torch.zeros_like(keys), keys
-    tiles = ((counts + TILE_LEN - 1) // TILE_LEN).cumsum(0)
-    rows = starts[:-1], counts, key_start.to(starts.device), key_counts.to(starts.device), tiles
-    return torch.stack([row.to(torch.int32) for row in rows])
+    rows = starts[:-1], counts, key_start, key_counts
+    return UnreadSequences(*(row.to(torch.int32) for row in rows))

@@ -1,37 +1,53 @@
 """Attention over packed sequences: each is a call of its own, over views of the packed tensors or over pages.
 
 Sequences that are long enough are ranked and stop by themselves. All others, and those under a window, run exactly in
-one launch where the executor has one for packed sequences. Where lengths alone show that all of them do, lengths may
-stay on the device: the host does not wait, and a CUDA graph can record the call. Else they are read.
+one launch where the executor has one for packed sequences.
+
+Lengths on a GPU stay there: the host does not wait, and a CUDA graph can record the call. The device then says which
+sequences are sparse, and puts them into slots. There are as many as sequences can be long enough. The host launches
+the work of every slot by bounds, and kernels read the lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.calls.lengths import (
     Sequences,
+    Slots,
     check_longest,
     check_numbers_of_pages,
     check_pages,
     lengths_of,
     read_starts,
-    table_on_device,
+    sequences_on_device,
 )
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.plan import n_tiles
-from s2o_compile.kernels.dispatch import attend_packed, choose_implementation, is_short, reads_pages, run, settle
+from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
+from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.dispatch import (
+    attend_packed,
+    choose_implementation,
+    execute,
+    is_short,
+    reads_pages,
+    run,
+    settle,
+)
+from s2o_compile.kernels.exact.epilogue import add_sinks
 from s2o_compile.kernels.exact.formula import attend_differentiably
 from s2o_compile.kernels.observe import observing
 from s2o_compile.kernels.pages.table import BlockTable
 from s2o_compile.kernels.schedule import side_by_side
 from s2o_compile.kernels.statistics import count, record, recording
+from s2o_compile.kernels.support.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,6 +95,7 @@ class Packed:
             check_longest("max_seqlen_k", self.longest_key, n_keys)
             return Sequences(query_start[:-1], n_queries, key_start[:-1], n_keys)
         n_keys = self.keys.tolist()
+        check_longest("max_seqlen_k", self.longest_key, n_keys)
         check_pages(self.blocks, n_keys, n_queries, causal=self.call.mask.causal)
         if self.host_table is not None:
             check_numbers_of_pages(self.host_table, n_keys, self.blocks.page_len, self.blocks.last + 1)
@@ -114,11 +131,13 @@ def run_packed(packed: Packed, options: OperatorOptions, output: Tensor | None =
     lse = output.new_empty(heads, tokens, dtype=torch.float32)
     # As the operator does: a product of float32 must not become one of bfloat16 on the way.
     with call.on_device(), torch.autocast(call.query.device.type, enabled=False):
-        if _all_exact(packed, options):
+        unread = _unread(packed, options)
+        if unread is not None:
             if call.kept is not None:
                 call.kept.begin(0)  # nobody knows where the chunk begins
-            _attend_unread(packed, output, lse)
+            _attend_unread(packed, unread, options, output, lse)
         else:
+            _check_readable(packed)
             sequences = packed.read()
             if call.kept is not None:  # of one sequence
                 call.kept.begin(max(sequences.n_keys[0] - sequences.n_queries[0], 0))
@@ -126,29 +145,90 @@ def run_packed(packed: Packed, options: OperatorOptions, output: Tensor | None =
     return output, lse
 
 
-def _all_exact(packed: Packed, options: OperatorOptions) -> bool:
-    """Whether lengths are on the device, and every sequence runs exactly whatever they are."""
-    call = packed.call
+class _Bounds(NamedTuple):
+    """What the host knows of lengths that it does not read.
+
+    Attributes:
+        longest: Queries and keys of a sparse sequence at most.
+        shortest: Keys of a sparse sequence at least.
+        slots: Sparse sequences at most; 0 if all run exactly.
+    """
+
+    longest: tuple[int, int]
+    shortest: int
+    slots: int
+
+
+def _unread(packed: Packed, options: OperatorOptions) -> _Bounds | None:
+    """The bounds of a call whose lengths stay on the device; None if the host reads them."""
+    call, count = packed.call, len(packed.query_starts) - 1
     if packed.on_host or recording() or choose_implementation(options.implementation, call.query) != "triton":
-        return False
-    most_keys = packed.key_room if packed.longest_key is None else packed.longest_key
-    most_queries = call.n_queries if packed.longest_query is None else packed.longest_query
+        return None
+    queries, keys = call.n_queries, packed.key_room
+    most_queries = queries if packed.longest_query is None else min(packed.longest_query, queries)
+    most_keys = keys if packed.longest_key is None else min(packed.longest_key, keys)
+    shortest = options.min_seq_len if isinstance(options.min_seq_len, int) else crossover(call.query.device)
     window = call.mask.window
+    slots = min(count, queries // TILE_LEN, count if packed.blocks is not None else keys // max(shortest, 1))
     slides = window is not None and window < most_keys
-    return slides or call.scale <= 0 or is_short(call.query, most_queries, most_keys, options.min_seq_len)
+    if slides or call.scale <= 0 or most_queries < TILE_LEN or most_keys < shortest:
+        slots = 0
+    if slots and (observing() or call.dense_heads or call.kept is not None or options.ranking != "per_query"):
+        return None
+    return _Bounds((most_queries, most_keys), shortest, slots)
 
 
-def _attend_unread(packed: Packed, output: Tensor, lse: Tensor) -> None:
-    """All sequences exactly, by lengths that the host does not know. Queries of no sequence get zeros."""
+def _check_readable(packed: Packed) -> None:
+    """Raise InputError if lengths must be read while a CUDA graph is captured, which cannot wait for them."""
+    if not packed.on_host and packed.call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "lengths",
+            expected="lengths that stay on the device while a CUDA graph is captured",
+            got="a call that reads them: a recording, an observer, dense heads, a PrefillCache, a ranking other than "
+            '"per_query" or an implementation other than "triton"',
+            remedy="Leave these out of the graph, or give lengths on the host.",
+        )
+
+
+def _attend_unread(packed: Packed, bounds: _Bounds, options: OperatorOptions, output: Tensor, lse: Tensor) -> None:
+    """All sequences by lengths that the host does not know. Queries of no sequence get zeros."""
     call, blocks = packed.call, packed.blocks
     output.zero_()
     lse.fill_(-torch.inf)
     device, count_of = call.query.device, len(packed.query_starts) - 1
     assert attend_packed is not None
     starts, keys = (x.to(device, non_blocking=True) for x in (packed.query_starts, packed.keys))
-    table = table_on_device(starts, keys, call.n_queries, packed.key_room, cumulative=blocks is None)
-    attend_packed(call, table, n_tiles(call.n_queries) + count_of, blocks, *_as_call(output, lse))
-    count("dense" if call.mask.window is None else "window")
+    sequences = sequences_on_device(starts, keys, call.n_queries, packed.key_room, cumulative=blocks is None)
+    if bounds.slots:
+        sequences, slots = sequences.divide(bounds.slots, bounds.longest, bounds.shortest)
+        _attend_slots(packed, bounds, slots, options, output, lse)
+        if call.sinks is not None:  # of exact sequences they are put in below
+            lse.copy_(add_sinks(output.transpose(0, 1), lse, call.sinks)[1])
+    attend_packed(call, sequences.table(), n_tiles(call.n_queries) + count_of, blocks, *_as_call(output, lse))
+    count("s2o" if bounds.slots else "dense" if call.mask.window is None else "window")
+
+
+def _attend_slots(
+    packed: Packed, bounds: _Bounds, slots: Slots, options: OperatorOptions, output: Tensor, lse: Tensor
+) -> None:
+    """The sequences in slots, sparse and without sinks. Slots without a sequence do nothing."""
+    (queries, n_keys), blocks = bounds.longest, packed.blocks
+    # Whole rows before they are cut: a copy of some would end with them. The offset hides no key from the host.
+    call, causal = packed.call.for_kernels(), packed.call.mask.causal
+    call = call.over(
+        call.query[:, :, :queries], call.key, call.value, replace(call.mask, window=None, offset=n_keys * causal)
+    )
+    if blocks is None:
+        call = call.over(call.query, call.key[:, :, :n_keys], call.value[:, :, :n_keys])
+    else:
+        blocks = replace(blocks, table=blocks.table[slots.number])
+    into = _as_call(output, lse, slice(queries))
+    with side_by_side(call.query.device, bounds.slots) as turn:
+        for slot in range(bounds.slots):
+            with turn(slot):
+                part = call.but(lengths=slots.lengths(slot, causal=causal))
+                part = part if blocks is None else part.but(pages=blocks.pages(slot, n_keys))
+                execute(part, "s2o", options, *into)
 
 
 def _as_call(output: Tensor, lse: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
 from s2o_compile.kernels.core.validation import check_arguments, check_tensors, check_whole
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
+from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
 from s2o_compile.kernels.pages.table import Pages
 
 
@@ -56,6 +57,8 @@ class AttentionCall:
         pages: Where the keys of the one sequence of this call lie, if key and value are flat views of a cache, [1, Hkv,
             rows, D] and [1, Hkv, rows, Dv]; None if row j is key j.
         kept: What the ranking keeps between the chunks of a prefill, None for a call by itself.
+        lengths: The sizes of the one sequence of this call, if only the device knows them; None if the tensors have
+            them. Then lengths of tensors and pages are bounds, and the rows of all sequences lie behind their first.
     """
 
     query: Tensor
@@ -72,6 +75,7 @@ class AttentionCall:
     unread_rows: Tensor | None = None
     pages: Pages | None = None
     kept: PrefillCache | None = None
+    lengths: DeviceLengths | None = None
 
     @classmethod
     def of(
@@ -119,6 +123,14 @@ class AttentionCall:
     def n_keys(self) -> int:
         """Number of keys Nk."""
         return self.key.shape[2] if self.pages is None else self.pages.length
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes as kernels take them."""
+        if self.lengths is not None:
+            return self.lengths.sizes
+        n_queries, n_keys = self.n_queries, self.n_keys
+        return Sizes(n_queries, n_keys, self.mask.offset, self.mask.seg_offset(n_queries, n_keys))
 
     @property
     def earlier_keys(self) -> int:

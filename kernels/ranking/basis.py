@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.pages.sizes import Size, at_least
+
 DIM_STRIDE = 8
 DIM_SAMPLES = 4096
 """The basis is solved for from every 8th query and key, or from about 4096 of more than 32K."""
@@ -48,9 +50,9 @@ class FewKeys(NamedTuple):
         return FewKeys(Basis(*(x[:, heads] for x in self.basis)), self.keys[:, heads])
 
 
-def dim_stride(length: int) -> int:
+def dim_stride(length: Size) -> Size:
     """Distance of the queries or keys that the basis is solved for."""
-    return torch.sym_max(DIM_STRIDE, length // DIM_SAMPLES)
+    return at_least(DIM_STRIDE, length // DIM_SAMPLES)
 
 
 def half_steps(head_dim: int, count: int) -> int:

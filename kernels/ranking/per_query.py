@@ -22,6 +22,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
+from s2o_compile.kernels.pages.sizes import Size, at_least
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys, choose_basis, project, solve_basis
 from s2o_compile.kernels.support.parallel import for_each
 
@@ -66,9 +67,9 @@ def scored_positions(segment_len: int, shared: int, device: torch.device) -> Ten
     return slot + (slot * (segment_len - rows) + shift[:, None]) // rows
 
 
-def key_stride(n_keys: int) -> int:
+def key_stride(n_keys: Size) -> Size:
     """Distance of the keys that the normaliser samples."""
-    return torch.sym_max(KEY_STRIDE, n_keys // KEY_SAMPLES)
+    return at_least(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
 def row_normaliser(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_keys, n_segments
+from s2o_compile.kernels.pages.sizes import Size
 
 
 def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
@@ -19,6 +20,7 @@ def tail_values(call: AttentionCall, segment_len: int) -> Tensor:
     ``segment_len`` is the number of queries of a segment. The call's mask has no window.
     """
     shift = block_shift(call, segment_len)
+    assert not isinstance(shift, Tensor)  # kernels alone take sizes of the device
     return means_of(call, segment_len, block_sums(call.value, call.mask.key_mask, shift, segment_len))
 
 
@@ -31,6 +33,7 @@ def means_of(call: AttentionCall, segment_len: int, sums: Tensor) -> Tensor:
     """`tail_values` from the sums of all blocks; of the call's tensors only the sizes are looked at."""
     mask, n_queries, n_keys = call.mask, call.n_queries, call.n_keys
     offset, shift = mask.seg_offset(n_queries, n_keys), block_shift(call, segment_len)
+    assert not isinstance(shift, Tensor)
     first = torch.arange(n_segments(n_queries, segment_len), device=sums.device) * segment_len
     start, stop = in_segment_keys(mask, first, n_queries, n_keys, segment_len)
     block = (first + (offset + shift)) // segment_len
@@ -44,9 +47,9 @@ def means_of(call: AttentionCall, segment_len: int, sums: Tensor) -> Tensor:
     return total / count.clamp(min=1.0)[:, None, :, None]
 
 
-def block_shift(call: AttentionCall, segment_len: int) -> int:
+def block_shift(call: AttentionCall, segment_len: int) -> Size:
     """What blocks of keys lie ahead of key 0 by, so that they begin where segments' in-segment keys do."""
-    return -call.mask.offset % segment_len if call.mask.causal else 0
+    return -call.sizes.offset % segment_len if call.mask.causal else 0
 
 
 def _counts(key_mask: Tensor | None, stop: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Compile the kernels that read pages for an H100, without a GPU: run by ``impl/triton/test_compile.py``."""
+"""Compile the kernels that read pages, and lengths of the device, for an H100, without a GPU.
+
+Run by ``impl/triton/test_compile.py``.
+"""
 
 import torch
 
@@ -7,6 +10,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.result import empty_progress, empty_result
 from s2o_compile.kernels.impl.triton import exact, forward, packed, sampled
+from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.planner import Planner
 from tests.helpers.compile_order import compile_only
@@ -22,12 +26,16 @@ def main():
         query = torch.zeros(1, 4, length, dim, dtype=dtype)
         mask = AttentionMask(causal=True)
         call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=0.1, pages=blocks.pages(0, length))
-        for ranking in ("per_query", "mean_query"):
-            plan = Planner(call, OperatorOptions(ranking=ranking, segment_len=128), "triton").plan(call)
-        forward.attend(call, plan, 0.5, None, empty_progress(query))
-        forward.going_on(call, plan, torch.zeros(1, 4), empty_result(query, dim), empty_progress(query))()
-        exact.attend_exact(call)
-        sampled.attend_rows(call)
+        Planner(call, OperatorOptions(ranking="mean_query", segment_len=128), "triton").plan(call)
+        size = torch.zeros(2, dtype=torch.int32)
+        unread = DeviceLengths(sizes=Sizes(size, size, size[0], size[0]))
+        for one in (call, call.but(lengths=unread, pages=None)):
+            plan = Planner(one, OperatorOptions(segment_len=128), "triton").plan(one)
+            forward.attend(one, plan, 0.5, None, empty_progress(query))
+            forward.going_on(one, plan, torch.zeros(1, 4), empty_result(query, dim), empty_progress(query))()
+            exact.attend_exact(one)
+            rows, result = sampled.attend_rows(one), empty_result(query, dim)
+            sampled.lowering(one, rows, result, torch.zeros(1, 4), torch.zeros(1, 4), 0.1)(0.5)
         sequences, lse = torch.zeros(5, 1, dtype=torch.int32), torch.zeros(1, 4, length)
         for part, pages in ((call.but(pages=None), blocks), (call.but(pages=None, sinks=torch.zeros(4)), None)):
             for window in (None, 100):

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.impl.triton.tile import key_rows, launch, needs_wide, paging
+from s2o_compile.kernels.impl.triton.tile import first_row, key_rows, launch, needs_wide, number, paging
+from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.ranking.basis import RIDGE, Basis, dim_stride, half_steps
 
 PARTS = 8
@@ -60,6 +61,10 @@ def sum_moments_kernel(
     """
     part, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, h = head // kv_heads, head % kv_heads
+    query = query_ptr + b * stride_qb + first_row(n_queries) * stride_qn
+    key = key_ptr + b * stride_kb + first_row(n_keys) * stride_kn
+    n_queries, n_keys = number(n_queries), number(n_keys)
+    query_step, key_step = number(query_step), number(key_step)
     row = tl.program_id(1) // (BLOCK_DIM // BLOCK) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) % (BLOCK_DIM // BLOCK) * BLOCK + tl.arange(0, BLOCK)
     sums = sum_ptr + (head * PARTS + part) * (2 * BLOCK_DIM + 1) * BLOCK_DIM
@@ -69,7 +74,7 @@ def sum_moments_kernel(
     moment, total = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for member in range(group):
         moment, total = add_samples(
-            moment, total, query_ptr + b * stride_qb + (h * group + member) * stride_qh, stride_qn, part * share,
+            moment, total, query + (h * group + member) * stride_qh, stride_qn, part * share,
             tl.minimum(part * share + share, samples), query_step, n_queries, row, column, pages,
             page_rows, last_page, HEAD_DIM, ROWS, WIDE, 0,
         )  # fmt: skip
@@ -78,7 +83,7 @@ def sum_moments_kernel(
     share = tl.cdiv(samples, PARTS)
     moment, total = add_samples(
         tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32),
-        key_ptr + b * stride_kb + h * stride_kh, stride_kn, part * share,
+        key + h * stride_kh, stride_kn, part * share,
         tl.minimum(part * share + share, samples), key_step, n_keys, row, column, pages, page_rows,
         last_page, HEAD_DIM, ROWS, WIDE, PAGE,
     )  # fmt: skip
@@ -191,6 +196,9 @@ def solve_basis_kernel(
     of 1. ``work`` float32 [B * Hkv, 2 * BLOCK_DIM + RANK, RANK] holds the factors before they are balanced.
     """
     head = tl.program_id(0).to(tl.int64)
+    query_samples, key_samples = number(query_samples), number(key_samples)
+    if query_samples == 0:
+        return
     area, every, rank = BLOCK_DIM * BLOCK_DIM, tl.arange(0, BLOCK_DIM), tl.arange(0, RANK)
     query_moment = sum_ptr + head * (2 * BLOCK_DIM + 1) * BLOCK_DIM
     key_moment, totals = query_moment + area, query_moment + 2 * area
@@ -262,16 +270,20 @@ def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool
     may be ``of_samples``: only those that the whole call's basis is solved for.
     """
     query, key, _ = call.tensors
-    batch, heads, n_queries, head_dim = query.shape
-    kv_heads, n_keys = key.shape[1], call.n_keys
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
     group, block_dim = heads // kv_heads, max(32, triton.next_power_of_2(head_dim))
     block = min(block_dim, BLOCK)
-    query_step, key_step = (1 if of_samples else dim_stride(length) for length in (n_queries, n_keys))
+    lengths = number_of(call.sizes.n_queries), number_of(call.sizes.n_keys)
+    query_step, key_step = (1 if of_samples else dim_stride(length) for length in lengths)
+    query_samples, key_samples = (
+        -(-length // step) for length, step in zip(lengths, (query_step, key_step), strict=True)
+    )
     shape = batch * kv_heads, PARTS, 2 * block_dim + 1, block_dim
     sums = torch.empty(shape, device=query.device, dtype=torch.float32)
     launch(
         sum_moments_kernel, (PARTS, (block_dim // block) ** 2, batch * kv_heads),
-        query, key, sums, *query.stride()[:3], *key.stride()[:3], n_queries, n_keys, query_step, key_step, kv_heads,
+        query, key, sums, *query.stride()[:3], *key.stride()[:3], *call.sizes[:2], query_step, key_step, kv_heads,
         group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block, PARTS=PARTS, ROWS=32,
         WIDE=needs_wide(query, key), num_warps=4 if block < BLOCK else 8,
     )  # fmt: skip
@@ -281,7 +293,7 @@ def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool
     exact = query.device.type != "cuda" or torch.version.hip
     launch(
         solve_basis_kernel, (batch * kv_heads,),
-        sums.sum(1), work, dims, *basis, triton.cdiv(n_queries, query_step) * group, triton.cdiv(n_keys, key_step),
+        sums.sum(1), work, dims, *basis, query_samples * group, key_samples,
         call.scale, count, half_steps(head_dim, count), LARGEST_FACTOR, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         RANK=rank, STEP=32 if block_dim > 128 else min(64, block_dim), RIDGE=RIDGE, PREC="ieee" if exact else "tf32",
         num_warps=8 if rank > 64 else 4, num_stages=1,

@@ -20,6 +20,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     Launched,
     can_fix,
     cap_products,
+    first_row,
     key_mask_of,
     key_rows,
     launch,
@@ -27,6 +28,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     load_rows,
     logit_scales,
     needs_wide,
+    number,
     overflowed,
     paging,
     softmax_update,
@@ -154,6 +156,10 @@ def exact_fwd_kernel(
     tile = tiles - 1 - tl.program_id(0) // group
     row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
+    first_query, first_key = first_row(n_queries), first_row(n_keys)
+    n_queries, n_keys, offset = number(n_queries), number(n_keys), number(offset)
+    if tile * TILE >= n_queries:
+        return
     computed = computed_ptr + b * stride_cb + h * stride_ch + tile
     visited = 0
     if RESTART:
@@ -165,16 +171,17 @@ def exact_fwd_kernel(
     present = rows < n_queries
     rows = tl.minimum(rows, n_queries - 1)
     first, last = tile * TILE, tl.minimum(tile * TILE + TILE, n_queries) - 1
-    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
-    key = key_ptr + b * stride_kb + (h // group) * stride_kh
-    value = value_ptr + b * stride_vb + (h // group) * stride_vh
+    query = query_ptr + b * stride_qb + h * stride_qh + first_query * stride_qn
+    query = load_rows(query, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
+    key = key_ptr + b * stride_kb + (h // group) * stride_kh + first_key * stride_kn
+    value = value_ptr + b * stride_vb + (h // group) * stride_vh + first_key * stride_vn
     m, l, acc, seen = attend_tile(
         query, rows, first, last, key, value, key_mask_ptr + b * stride_mb, stride_kn, stride_vn, n_keys, offset,
         window, qk_scale, inner, pages, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
         HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
-    out = out_ptr + b * stride_ob + h * stride_oh
-    lse = lse_ptr + b * stride_lb + h * stride_lh
+    out = out_ptr + b * stride_ob + h * stride_oh + first_query * stride_on
+    lse = lse_ptr + b * stride_lb + h * stride_lh + first_query
     store_tile(out, lse, m, l, acc, rows, present, stride_on, VALUE_DIM, BLOCK_VALUE)
     tl.store(computed, visited + seen)
 
@@ -190,7 +197,7 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
         query, key, value, into.output, into.lse, into.computed, key_mask,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], stride_mb,
-        n_queries, call.n_keys, heads, group, mask.offset, 0 if mask.window is None else mask.window,
+        *call.sizes[:2], heads, group, call.sizes.offset, 0 if mask.window is None else mask.window,
         *logit_scales(call.scale, softcap), **paging(call.pages, key),
         RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,

@@ -37,12 +37,14 @@ from s2o_compile.kernels.impl.triton.tile import (
     Launched,
     can_fix,
     cap_products,
+    first_row,
     key_mask_of,
     launch,
     launch_config,
     load_rows,
     logit_scales,
     needs_wide,
+    number,
     overflowed,
     paging,
     softmax_update,
@@ -98,6 +100,10 @@ def gathered_fwd_kernel(
     row_head = tl.program_id(1).to(tl.int64) * group + tl.program_id(0) % group
     b, h = row_head // heads, row_head % heads
     kv = h // group
+    first_query, first_key = first_row(n_queries), first_row(n_keys)
+    n_queries, n_keys, offset, seg_offset = number(n_queries), number(n_keys), number(offset), number(seg_offset)
+    if tile * TILE >= n_queries:
+        return
     if HAS_HEAD_TAU:
         tau = tl.load(tau_ptr + b * stride_tau + h)
     progress = row_head * tiles + tile
@@ -109,12 +115,13 @@ def gathered_fwd_kernel(
     rows = tl.minimum(rows, n_queries - 1)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, n_queries) - 1
-    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
-    key = key_ptr + b * stride_kb + kv * stride_kh
-    value = value_ptr + b * stride_vb + kv * stride_vh
+    query = query_ptr + b * stride_qb + h * stride_qh + first_query * stride_qn
+    query = load_rows(query, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
+    key = key_ptr + b * stride_kb + kv * stride_kh + first_key * stride_kn
+    value = value_ptr + b * stride_vb + kv * stride_vh + first_key * stride_vn
     key_mask = key_mask_ptr + b * stride_mb
-    out = out_ptr + b * stride_ob + h * stride_oh
-    lse = lse_ptr + b * stride_lb + h * stride_lh
+    out = out_ptr + b * stride_ob + h * stride_oh + first_query * stride_on
+    lse = lse_ptr + b * stride_lb + h * stride_lh + first_query
     dims = tl.arange(0, BLOCK_VALUE)
     mean = tail_value_ptr + b * stride_tb + kv * stride_th + segment * stride_ts + dims
 
@@ -256,13 +263,13 @@ def _launch_parts(
     """Launch the tiles of each part of the value's columns, and again in position order those that overflowed."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
-    n_keys = call.n_keys
+    n_keys, sizes = call.n_keys, call.sizes
     group = heads // key.shape[1]
     by_head = isinstance(tau, Tensor)
     fixed = can_fix(query.dtype, mask)
     last_segment = (plan.n_segments - 1) * plan.segment_len
-    # Beyond the keys a tile may have no in-segment key; lengths may be symbolic.
-    beyond = tracing.get() or last_segment + mask.offset >= n_keys
+    # Beyond the keys a tile may have no in-segment key; lengths may be symbolic, and those of the device end together.
+    beyond = call.lengths is None and (tracing.get() or last_segment + mask.offset >= n_keys)
     may_see_none = mask.key_mask is not None or not mask.causal or beyond
     key_mask, stride_mb = key_mask_of(mask.key_mask, plan.key_index)
     assert plan.tail_value is not None
@@ -280,8 +287,8 @@ def _launch_parts(
             tau if by_head else plan.key_index, mean, *state,
             *query.stride()[:3], *key.stride()[:3], *part.stride()[:3], *piece.output.stride()[:3],
             *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3], by_batch,
-            n_queries, n_keys, plan.n_segments, plan.key_index.shape[3], heads, group,
-            heads // plan.key_index.shape[1], TAIL_SHARE, mask.offset, mask.seg_offset(n_queries, n_keys),
+            *sizes[:2], plan.n_segments, plan.key_index.shape[3], heads, group,
+            heads // plan.key_index.shape[1], TAIL_SHARE, *sizes[2:],
             *logit_scales(call.scale, softcap), 0.0 if by_head else tau, **paging(call.pages, key),
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_HEAD_TAU=by_head, HAS_PROGRESS=progress is not None, RESUME=resume, SEGMENT=plan.segment_len,

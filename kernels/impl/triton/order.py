@@ -18,15 +18,18 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import longest_prefix
 from s2o_compile.kernels.impl.triton.tile import (
+    first_row,
     key_mask_of,
     key_rows,
     launch,
     load_rows,
     needs_wide,
+    number,
     paging,
     seg_bounds,
     tracing,
 )
+from s2o_compile.kernels.pages.sizes import Size, Sizes
 from s2o_compile.kernels.pages.table import Pages
 
 CLASSES = 32
@@ -51,19 +54,22 @@ LARGEST = tl.constexpr(65504.0)
 @triton.jit
 def find_non_finite_kernel(
     key_ptr, value_ptr, non_finite_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, first_key,
-    n_keys, kv_heads, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    n_keys, length, kv_heads, pages, page_rows, last_page, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Mark keys that hold NaN or inf, or whose value does: ``plan.non_finite_keys``."""
+    start, n_keys = first_row(n_keys), number(n_keys)
+    if first_key + tl.program_id(0) * KEYS >= n_keys:
+        return
     head = tl.program_id(1).to(tl.int64)
     keys = first_key + tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     rows = key_rows(tl.minimum(keys, n_keys - 1), pages, page_rows, last_page, PAGE)
-    key = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh
-    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
+    key = key_ptr + head // kv_heads * stride_kb + head % kv_heads * stride_kh + start * stride_kn
+    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh + start * stride_vn
     total = tl.sum(load_rows(key, rows, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE).to(tl.float32), 1)
     total += tl.sum(load_rows(value, rows, stride_vn, VALUE_DIM, BLOCK_VALUE, WIDE).to(tl.float32), 1)
     finite = tl.abs(total) < float("inf")
-    target = non_finite_ptr + head * (n_keys - first_key) + keys - first_key
+    target = non_finite_ptr + head * length + keys - first_key
     tl.store(target, finite == 0, mask=keys < n_keys)
 
 
@@ -107,6 +113,9 @@ def sample_scores_kernel(
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
+    n_queries, n_keys, seg_offset = number(n_queries), number(n_keys), number(seg_offset)
+    if segment * SEGMENT >= n_queries:
+        return
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     stop = seg_start if CAUSAL else n_keys
     step = sample_step(stop, samples)
@@ -188,6 +197,9 @@ def count_classes_kernel(
     """Count the keys of each lane of a row by class."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
+    n_queries, n_keys, seg_offset = number(n_queries), number(n_keys), number(seg_offset)
+    if segment * SEGMENT >= n_queries:
+        return
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
     ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
@@ -223,6 +235,9 @@ def write_classes_kernel(
     """Write the keys of each lane of a row to their places in the ranking: of pages, the rows where keys lie."""
     program, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = head * segments + segment
+    n_queries, n_keys, seg_offset = number(n_queries), number(n_keys), number(seg_offset)
+    if segment * SEGMENT >= n_queries:
+        return
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
     ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
@@ -258,14 +273,20 @@ def write_classes_kernel(
             written += one
 
 
-def find_non_finite(key: Tensor, value: Tensor, pages: Pages | None = None, first: int = 0) -> Tensor:
-    """``plan.non_finite_keys`` of the keys from ``first`` on, in one launch."""
+def find_non_finite(
+    key: Tensor, value: Tensor, pages: Pages | None = None, first: int = 0, size: Size | None = None
+) -> Tensor:
+    """``plan.non_finite_keys`` of the keys from ``first`` on, in one launch.
+
+    ``size`` is the number of keys on the device, if the tensors' is a bound (``pages/sizes.py``).
+    """
     batch, heads, n_keys, head_dim = key.shape
     n_keys = n_keys if pages is None else pages.length
     non_finite = torch.empty(batch, heads, n_keys - first, dtype=torch.bool, device=key.device)
     launch(
         find_non_finite_kernel, (triton.cdiv(n_keys - first, 64), batch * heads),
-        key, value, non_finite, *key.stride()[:3], *value.stride()[:3], first, n_keys, heads, **paging(pages, key),
+        key, value, non_finite, *key.stride()[:3], *value.stride()[:3], first, n_keys if size is None else size,
+        n_keys - first, heads, **paging(pages, key),
         HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), VALUE_DIM=value.shape[3],
         BLOCK_VALUE=triton.next_power_of_2(value.shape[3]), KEYS=64, WIDE=needs_wide(key, value), num_warps=4,
     )  # fmt: skip
@@ -274,11 +295,12 @@ def find_non_finite(key: Tensor, value: Tensor, pages: Pages | None = None, firs
 
 def order_keys(
     scores: Tensor, non_finite: Tensor, mask: AttentionMask, *, n_queries: int, segment_len: int,
-    pages: Pages | None = None,
+    pages: Pages | None = None, sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Turn float16 scores [B, Hr, P, Nk] into key_index int32 [B, Hr, P, L] and prefix_count int32 [B, P].
 
     ``non_finite`` is bool [B, Hr, Nk], of `find_non_finite`. With pages an index is the row where the key lies.
+    ``sizes`` are those of the device, if lengths are bounds.
     """
     batch, heads, segments, n_keys = scores.shape
     programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
@@ -288,9 +310,9 @@ def order_keys(
     key_mask, stride_mb = key_mask_of(mask.key_mask, non_finite)
     rows = scores, non_finite, key_mask
     samples = torch.sym_min(SAMPLES, n_keys)
+    lengths = sizes or Sizes(n_queries, n_keys, mask.offset, mask.seg_offset(n_queries, n_keys))
     sizes = (
-        *non_finite.stride()[:2], stride_mb, n_queries, n_keys, segments, heads, mask.seg_offset(n_queries, n_keys),
-        samples,
+        *non_finite.stride()[:2], stride_mb, *lengths[:2], segments, heads, lengths.seg_offset, samples,
     )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
     sample = scores.new_empty(batch, heads, segments, samples)

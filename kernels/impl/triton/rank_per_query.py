@@ -21,7 +21,19 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
-from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
+from s2o_compile.kernels.impl.triton.tile import (
+    LN2,
+    LOG2E,
+    first_row,
+    key_mask_of,
+    key_rows,
+    launch,
+    number,
+    paging,
+    seg_bounds,
+)
+from s2o_compile.kernels.pages.sizes import Size
+from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.pages.table import Pages
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys
 from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
@@ -46,6 +58,7 @@ def pack_rows_kernel(
     TILE: tl.constexpr, DIM_STEP: tl.constexpr, PACKED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """TILE rows [.., D] times their factor [D, PACKED]; ``last`` in the two columns of the normaliser."""
+    start, length = first_row(length) * stride_n, number(length)
     slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1).to(tl.int64)
     b, h = head // heads, head % heads
@@ -54,8 +67,8 @@ def pack_rows_kernel(
     row = first + segment * segment_len + scored_position(slot % scored, h % shared, segment_len, scored, shared)
     column, present = tl.arange(0, PACKED), (row < length)[:, None]
     if PAGE:
-        row = key_rows(tl.minimum(row, length - 1), pages, page_rows, last_page, PAGE)
-    source = x_ptr + b * stride_b + h * stride_h + row.to(tl.int64)[:, None] * stride_n
+        row = key_rows(tl.maximum(tl.minimum(row, length - 1), 0), pages, page_rows, last_page, PAGE)
+    source = x_ptr + b * stride_b + h * stride_h + start + row.to(tl.int64)[:, None] * stride_n
     factors = factor_ptr + b * stride_fb + h // group * HEAD_DIM * PACKED
     packed = tl.zeros([TILE, PACKED], tl.float32)
     for d in range(0, HEAD_DIM, DIM_STEP):
@@ -101,7 +114,11 @@ def row_normaliser_kernel(
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of TILE rows over in-segment keys, the FIRST keys and a sample, to the rows' last two columns."""
+    n_queries, n_keys, offset, seg_offset = number(n_queries), number(n_keys), number(offset), number(seg_offset)
+    stride = number(stride)
     segment = tl.program_id(1)
+    if segment * SEGMENT >= n_queries:
+        return
     head = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     position = segment * SEGMENT + scored_position(row % SCORED, row // SCORED, SEGMENT, SCORED, rows // SCORED)
@@ -172,6 +189,9 @@ def score_keys_kernel(
     PACKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Scores of KEY_BLOCK keys for every segment that has them in its prefix: one program keeps its keys on chip."""
+    n_queries, n_keys, seg_offset = number(n_queries), number(n_keys), number(seg_offset)
+    if tl.program_id(0) * KEY_BLOCK >= n_keys:
+        return
     head = tl.program_id(1).to(tl.int64)
     keys = tl.program_id(0) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     inside = keys < n_keys
@@ -184,7 +204,7 @@ def score_keys_kernel(
     first = 0
     if CAUSAL:  # the first segment whose in-segment keys start behind the first key of this block
         first = tl.maximum(tl.program_id(0) * KEY_BLOCK - seg_offset, 0) // SEGMENT
-    for segment in range(first, n_segments):
+    for segment in range(first, tl.minimum(n_segments, tl.cdiv(n_queries, SEGMENT))):
         base = few_query_ptr + (head * n_segments + segment) * rows * PACKED
         best = tl.full([KEY_BLOCK, SLOTS], -60000.0, tl.float16)  # a key's numbers lie side by side in few threads
         for row in tl.range(0, rows, 2 * SLOTS, num_stages=STAGES):
@@ -222,7 +242,10 @@ def packed_width(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(wanted))
 
 
-def pack_rows(x: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, dtype: torch.dtype) -> Tensor:
+def pack_rows(
+    x: Tensor, factor: Tensor, *, shared: int, segment_len: int, scored: int, dtype: torch.dtype,
+    size: Size | None = None,
+) -> Tensor:  # fmt: skip
     """Queries [B, H, N, D] -> [B * H / shared, P, shared * scored, PACKED], rows (head, slot); zeros beyond N.
 
     Args:
@@ -232,6 +255,7 @@ def pack_rows(x: Tensor, factor: Tensor, *, shared: int, segment_len: int, score
         segment_len: Rows of one segment.
         scored: How many of them are packed (``ranking.per_query.scored_positions``).
         dtype: Of the packed rows, a key of LARGEST.
+        size: Queries on the device, if N is a bound (``pages/sizes.py``).
     """
     batch, heads, length, _ = x.shape
     segments = 1 if same_length(length, segment_len) else n_segments(length, segment_len)
@@ -239,7 +263,8 @@ def pack_rows(x: Tensor, factor: Tensor, *, shared: int, segment_len: int, score
         batch * heads // shared, segments, shared * scored, factor.shape[3], device=x.device, dtype=dtype
     )
     _launch_packing(
-        x, factor, packed, first=0, length=length, group=heads // factor.shape[1], shared=shared,
+        x, factor, packed, first=0, length=length if size is None else size, group=heads // factor.shape[1],
+        shared=shared,
         segment_len=segment_len, scored=scored, segments=segments, last=0.0, pages=None,
     )  # fmt: skip
     return packed
@@ -251,14 +276,14 @@ def pack_keys(call: AttentionCall, factor: Tensor, first: int = 0) -> Tensor:
     count = call.n_keys - first
     packed = torch.empty(*key.shape[:2], count, factor.shape[3], device=key.device, dtype=dtype)
     _launch_packing(
-        key, factor, packed, first=first, length=call.n_keys, group=1, shared=1, segment_len=count, scored=count,
+        key, factor, packed, first=first, length=call.sizes.n_keys, group=1, shared=1, segment_len=count, scored=count,
         segments=1, last=-1.0, pages=call.pages,
     )  # fmt: skip
     return packed
 
 
 def _launch_packing(
-    x: Tensor, factor: Tensor, packed: Tensor, *, first: int, length: int, group: int, shared: int, segment_len: int,
+    x: Tensor, factor: Tensor, packed: Tensor, *, first: int, length: Size, group: int, shared: int, segment_len: int,
     scored: int, segments: int, last: float, pages: Pages | None,
 ) -> None:  # fmt: skip
     """`pack_rows_kernel` over rows [first, length) of x; ``last`` goes to the two columns of the normaliser."""
@@ -298,7 +323,7 @@ def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | 
     if kept is not None:
         first = kept.known("few keys", call.earlier_keys)
         packed = kept.extend("few keys", call.n_keys, first, pack_keys(call, basis.key, first))
-    stride = key_stride(call.n_keys)
+    stride = key_stride(number_of(call.sizes.n_keys))
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
         few_key = pack_keys(part, basis.key[:, heads]) if packed is None else packed[:, heads]
@@ -309,32 +334,34 @@ def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | 
 
 
 def _score_keys(
-    call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
+    call: AttentionCall, factor: Tensor, few_key: Tensor, stride: Size, segment_len: int, shared: int
 ) -> Tensor:
     """Importance of every key for every segment, fp16 [B, Hr, P, Nk]; undefined for keys outside the prefix.
 
     ``factor`` is the basis of the queries, ``few_key`` of `pack_keys`, for the call's keys at least.
     """
-    query, mask, n_queries, n_keys = call.query, call.mask, call.n_queries, call.n_keys
+    query, mask, n_keys, sizes = call.query, call.mask, call.n_keys, call.sizes
     batch, kv_heads = few_key.shape[:2]
     ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
     scored = scored_rows(segment_len, shared)
-    few_query = pack_rows(query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype)
+    few_query = pack_rows(
+        query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype, size=sizes.n_queries
+    )
     segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, ranking_heads, segments, n_keys, device=query.device, dtype=torch.float16)
     key_mask, stride_mb = key_mask_of(mask.key_mask, few_key)
     launch(
         row_normaliser_kernel, (rows // 128, segments, batch * ranking_heads),
-        few_query, few_key, key_mask, few_key.stride(1), stride_mb, n_queries, n_keys, segments, rows, ranking_heads,
-        rankings, mask.offset, mask.seg_offset(n_queries, n_keys), stride, LARGEST[dtype],
+        few_query, few_key, key_mask, few_key.stride(1), stride_mb, *sizes[:2], segments, rows, ranking_heads,
+        rankings, sizes.offset, sizes.seg_offset, stride, LARGEST[dtype],
         CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=segment_len, SCORED=scored,
         FIRST=FIRST_KEYS, TILE=128, KEY_BLOCK=64, PACKED=width, num_warps=4,
     )  # fmt: skip
     launch(
         score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * ranking_heads),
-        few_query, few_key, score, few_key.stride(1), n_queries, n_keys, segments, rows, rankings,
-        mask.seg_offset(n_queries, n_keys), CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS,
+        few_query, few_key, score, few_key.stride(1), *sizes[:2], segments, rows, rankings,
+        sizes.seg_offset, CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS,
         STAGES=3, PACKED=width, PTX=takes_ptx(query.device), num_warps=4,
     )  # fmt: skip
     return score

@@ -26,12 +26,14 @@ from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     WIDEST_VALUE,
     Launched,
+    first_row,
     key_mask_of,
     launch,
     launch_config,
     load_rows,
     logit_scales,
     needs_wide,
+    number,
     paging,
 )
 
@@ -69,14 +71,19 @@ def sampled_fwd_kernel(
     """A block of one head's rows over one split of the keys: output and natural log-sum-exp [.., splits, slots]."""
     split, row_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = row_head // heads, row_head % heads
+    first_query, first_key = first_row(n_queries), first_row(n_keys)
+    n_queries, n_keys, offset = number(n_queries), number(n_keys), number(offset)
+    if n_queries == 0:
+        return
     slot = tl.program_id(2) * TILE + tl.arange(0, TILE)
     rows = sampled_row(slot, n_rows, n_queries).to(tl.int32)
     start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_keys)
     if CAUSAL:
         stop = tl.minimum(stop, tl.maximum(tl.max(rows, 0) + offset + 1, start))
-    query = load_rows(query_ptr + b * stride_qb + h * stride_qh, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
-    key = key_ptr + b * stride_kb + h // group * stride_kh
-    value = value_ptr + b * stride_vb + h // group * stride_vh
+    query = query_ptr + b * stride_qb + h * stride_qh + first_query * stride_qn
+    query = load_rows(query, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
+    key = key_ptr + b * stride_kb + h // group * stride_kh + first_key * stride_kn
+    value = value_ptr + b * stride_vb + h // group * stride_vh + first_key * stride_vn
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
@@ -119,7 +126,7 @@ def merge_splits_kernel(
     target = row_head * n_rows + slot
     tl.store(out_ptr + target[:, None] * value_dim + dims[None, :], result, mask=present[:, None] & inside)
     tl.store(lse_ptr + target, m + tl.log(l), mask=present)
-    tl.store(rows_ptr + slot, sampled_row(slot, n_rows, n_queries), mask=present)
+    tl.store(rows_ptr + slot, sampled_row(slot, n_rows, number(n_queries)), mask=present)
 
 
 @triton.jit
@@ -133,13 +140,18 @@ def sink_share(lse, sink):
 def error_sums_kernel(
     expected_ptr, expected_lse_ptr, rows_ptr, out_ptr, lse_ptr, key_mask_ptr, unread_ptr, sinks_ptr, sums_ptr,
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_mb, stride_ub, stride_sink,
-    n_rows, n_keys, heads, offset, value_dim,
+    n_rows, n_queries, n_keys, heads, offset, value_dim,
     HAS_PADDING: tl.constexpr, HAS_UNREAD: tl.constexpr, HAS_SINKS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """The two sums of one head, float32 [2, B, Hq]."""
     row_head = tl.program_id(0).to(tl.int64)
     b, h = row_head // heads, row_head % heads
+    start, n_queries, n_keys, offset = first_row(n_queries), number(n_queries), number(n_keys), number(offset)
+    if n_queries == 0:
+        return
+    out_ptr += start * stride_on
+    lse_ptr += start
     off, size = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, n_rows, ROWS):
         slot = first + tl.arange(0, ROWS)
@@ -209,7 +221,7 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
         sampled_fwd_kernel[splits, batch * heads, blocks](
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
-            n_rows, n_queries, n_keys, heads, call.group, mask.offset, *logit_scales(call.scale, call.softcap),
+            n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset, *logit_scales(call.scale, call.softcap),
             **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN,
             TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, query.device),
@@ -221,7 +233,7 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     )
     block_value = _value_block(value_dim)
     merge_splits_kernel[batch * heads, triton.cdiv(n_rows, MERGED_ROWS), triton.cdiv(value_dim, block_value)](
-        part, part_lse, *exact, n_rows, n_queries, blocks * tile, splits, value_dim,
+        part, part_lse, *exact, n_rows, call.sizes.n_queries, blocks * tile, splits, value_dim,
         ROWS=MERGED_ROWS, BLOCK_VALUE=block_value,
     )  # fmt: skip
     return exact
@@ -273,7 +285,7 @@ def _launch_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Ten
         error_sums_kernel, (batch * heads,),
         exact.output, exact.lse, exact.rows, output, lse, key_mask, unread, sinks, sums,
         *output.stride()[:3], *lse.stride()[:2], stride_mb, stride_ub, sinks.stride(-1),
-        n_rows, call.n_keys, heads, mask.offset, output.shape[3],
+        n_rows, *call.sizes[:2], heads, call.sizes.offset, output.shape[3],
         HAS_PADDING=has_padding, HAS_UNREAD=call.unread_rows is not None, HAS_SINKS=call.sinks is not None,
         ROWS=ERROR_ROWS, BLOCK_VALUE=_value_block(output.shape[3]), num_warps=8,
     )  # fmt: skip

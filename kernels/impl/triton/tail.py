@@ -12,7 +12,17 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import n_segments
-from s2o_compile.kernels.impl.triton.tile import key_mask_of, key_rows, launch, load_rows, needs_wide, paging
+from s2o_compile.kernels.impl.triton.tile import (
+    first_row,
+    key_mask_of,
+    key_rows,
+    launch,
+    load_rows,
+    needs_wide,
+    number,
+    paging,
+)
+from s2o_compile.kernels.pages.sizes import Size
 from s2o_compile.kernels.ranking.tail import block_shift
 
 ROWS = 64
@@ -30,7 +40,10 @@ def block_sums_kernel(
     The first program takes block ``first_block``.
     """
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh
+    first, n_keys, shift = first_row(n_keys), number(n_keys), number(shift)
+    if n_keys == 0:
+        return
+    value = value_ptr + head // kv_heads * stride_vb + head % kv_heads * stride_vh + first * stride_vn
     key_mask = key_mask_ptr + head // kv_heads * stride_mb
     start = (first_block + block) * block_len - shift
     stop = tl.minimum(start + block_len, n_keys)
@@ -61,7 +74,7 @@ def tail_means_kernel(
     Own blocks are left out, not taken away again: that would leave their rounding.
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    own = first_own + segment
+    own = number(first_own) + segment
     stop = blocks
     if CAUSAL:
         stop = tl.minimum(tl.maximum(own, 0), blocks)
@@ -88,21 +101,21 @@ def sums_of(call: AttentionCall, block_len: int) -> tuple[Tensor, ...]:
 
 def means_of(call: AttentionCall, segment_len: int, sums: Tensor, counts: Tensor) -> Tensor:
     """`tail_values` from the `block_sums` of all blocks; of the call's tensors only the sizes are looked at."""
-    n_queries, n_keys, (batch, heads, _, value_dim) = call.n_queries, call.n_keys, call.value.shape
+    n_queries, (batch, heads, _, value_dim) = call.n_queries, call.value.shape
     shift = block_shift(call, segment_len)
     means = sums.new_empty(batch, heads, n_segments(n_queries, segment_len), value_dim)
     launch(
         tail_means_kernel, (means.shape[2], batch * heads),
         sums, counts, means, sums.stride(1), counts.stride(1), sums.shape[2],
-        (call.mask.seg_offset(n_queries, n_keys) + shift) // segment_len,
+        (call.sizes.seg_offset + shift) // segment_len,
         CAUSAL=call.mask.causal, **_dims(value_dim), num_warps=1,
     )  # fmt: skip
     return means
 
 
-def _kept_sums(call: AttentionCall, shift: int, block_len: int) -> tuple[Tensor, Tensor]:
+def _kept_sums(call: AttentionCall, shift: Size, block_len: int) -> tuple[Tensor, Tensor]:
     """The sums and counts of all blocks; those that earlier chunks of a prefill have filled are not made again."""
-    if call.kept is None:
+    if call.kept is None or isinstance(shift, Tensor):
         return block_sums(call, shift, block_len)
     version = shift, block_len
     first = (call.kept.known("value sums", call.earlier_keys, version) + shift) // block_len
@@ -112,17 +125,18 @@ def _kept_sums(call: AttentionCall, shift: int, block_len: int) -> tuple[Tensor,
     return sums, counts
 
 
-def block_sums(call: AttentionCall, shift: int, block_len: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def block_sums(call: AttentionCall, shift: Size, block_len: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Sums float32 [B, Hkv, blocks, Dv] and numbers float32 [B, Hkv, blocks] of the values of blocks from one on."""
     value, key_mask, n_keys = call.value, call.mask.key_mask, call.n_keys
     batch, heads, _, value_dim = value.shape
-    blocks = n_segments(n_keys + shift, block_len) - first
+    most = block_len - 1 if isinstance(shift, Tensor) else shift
+    blocks = n_segments(n_keys + most, block_len) - first
     sums = torch.empty(batch, heads, blocks, value_dim, device=value.device, dtype=torch.float32)
     counts = sums.new_empty(batch, heads, blocks)
     mask, stride_mb = key_mask_of(key_mask, sums)
     launch(
         block_sums_kernel, (blocks, batch * heads),
-        value, mask, sums, counts, *value.stride()[:3], stride_mb, first, n_keys, heads, shift, block_len,
+        value, mask, sums, counts, *value.stride()[:3], stride_mb, first, call.sizes.n_keys, heads, shift, block_len,
         **paging(call.pages, value), HAS_KEY_MASK=key_mask is not None, **_dims(value_dim), ROWS=ROWS,
         WIDE=needs_wide(value), num_warps=4,
     )  # fmt: skip

@@ -24,6 +24,25 @@ WIDEST_VALUE = 256
 
 
 @triton.jit
+def number(size):
+    """A size of a call: a number of the host, or where it lies on the device (``pages/sizes.py``)."""
+    if isinstance(size, tl.tensor):  # noqa: SIM102 (a 1 of the host is a constant, and has no dtype)
+        if size.dtype.is_ptr():
+            size = tl.load(size)
+    return size
+
+
+@triton.jit
+def first_row(size):
+    """The row of the first query or key: behind their number where that lies on the device, else 0."""
+    first = 0
+    if isinstance(size, tl.tensor):  # noqa: SIM102 (as above)
+        if size.dtype.is_ptr():
+            first = tl.load(size + 1).to(tl.int64)
+    return first
+
+
+@triton.jit
 def key_rows(keys, pages, page_rows, last_page, PAGE: tl.constexpr):
     """The rows of keys: themselves, or their slots in pages of PAGE tokens (``pages/table.py``)."""
     if PAGE:
