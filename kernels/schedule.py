@@ -83,7 +83,7 @@ def attend(
                 )
                 part = part if part.sinks is None else part.but(sinks=part.sinks[members])
                 limit = tau[members] if isinstance(tau, Tensor) else tau
-                attend_planned(part, plan, limit, options.error, implementation, into)
+                attend_planned(part, plan, limit, options.ceiling, implementation, into)
                 del plan  # before the next is made
     return result
 
@@ -91,7 +91,7 @@ def attend(
 def attend_planned(
     call: AttentionCall, plan: Plan, tau: float | Tensor, error: float | None, implementation: str, into: Result
 ) -> None:
-    """Attention over a plan by "torch" or "triton", within an error budget if there is one."""
+    """Attention over a plan by "torch" or "triton", below an error if there is one to hold."""
     executor = triton_forward if implementation == "triton" else torch_forward
     assert executor is not None
     if error:
