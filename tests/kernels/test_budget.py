@@ -166,10 +166,11 @@ def test_a_batch_holds_it_entry_by_entry():
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_holds_it():
+@pytest.mark.parametrize("quality", [{"error": 0.05}, {}], ids=["budget", "default"])
+def test_a_cuda_graph_holds_it(quality):
     first, second = ([x.cuda().bfloat16() for x in make()] for make in (topical, noise))
     held = [x.clone() for x in first]
-    config = S2OConfig(error=0.05, min_seq_len=1, segment_len=128)
+    config = S2OConfig(min_seq_len=1, segment_len=128, **quality)
 
     def call():
         return s2o_compile.attention(*held, causal=True, config=config)
@@ -186,7 +187,7 @@ def test_a_cuda_graph_holds_it():
             into.copy_(x)
         graph.replay()
         assert torch.equal(output, call())
-        assert distance(output, exact(inputs)) <= 1.15 * 0.05
+        assert distance(output, exact(inputs)) <= 1.15 * config.error
 
 
 def test_a_plan_holds_it():
