@@ -214,8 +214,9 @@ def _refuse_budget(options: OperatorOptions) -> None:
 
 
 def _unheld(options: OperatorOptions, query: Tensor) -> float | None:
-    """The ceiling of a sparse call whose executor measures nothing; None where it is held, or there is none."""
-    return options.ceiling if choose_implementation(options.implementation, query) == "flex" else None
+    """The ceiling of a sparse call whose executor measures nothing, if anybody records; None where it is held."""
+    by_flex = recording() and choose_implementation(options.implementation, query) == "flex"
+    return options.ceiling if by_flex else None
 
 
 def reads_pages(call: AttentionCall, options: OperatorOptions) -> bool:
