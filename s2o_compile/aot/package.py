@@ -90,7 +90,8 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     except OSError as error:
         raise PackageError(f"package: expected a path that may be written, got {error}. Give another.") from error
     sparse, dense, on_cpu = [], {}, True
-    unheld, asked = set(), set()
+    unheld: list[float] = []
+    asked: list[float] = []
     _check_sequences(program)
     for node in _attentions(program):
         name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
@@ -102,8 +103,9 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
             dense[name] = reason
         else:
             sparse.append(name)
-            unheld |= {quality.ceiling} - {None}
-            asked |= set() if quality.has_default_ceiling else {quality.ceiling} - {None}
+            if quality.ceiling is not None:
+                unheld.append(quality.ceiling)
+                asked += [] if quality.has_default_ceiling else [quality.ceiling]
     if asked:
         warnings.warn(
             f"package: an error budget of {max(asked):g} is not measured in a package, which attends at the tau of "
