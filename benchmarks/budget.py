@@ -140,7 +140,7 @@ def bench_length(tokens: int, base: S2OConfig, rows: Rows, budgets: tuple[float,
         what = {"tokens": tokens, **lists, "text": name, "error": error}
         rows.measure("budget kept", what, measure)
     prose = unknown["prose"]
-    chosen = {f"tau {tau:g}": dataclasses.replace(base, tau=tau) for tau in taus}
+    chosen = {f"tau {tau:g}": dataclasses.replace(base, tau=tau, error=None) for tau in taus}
     chosen |= {f"error {error:g}, calibrated": config for error, config in configs.items()}
     for name, config in chosen.items():
         measure = functools.partial(evaluated, model, prose, config)

@@ -1,21 +1,24 @@
 """Whether a budget that is measured while it runs holds, what it costs, and how well samples tell the error.
 
     python benchmarks/enforced.py [--only model quality time] [--json benchmarks/results/enforced-h200.json]
+    python benchmarks/enforced.py --only quality time --configs default tau-0.5    # what the default's ceiling costs
 
 Every layer attends over the inputs that it has in the dense model; of Gemma-3 the global layers. Texts: Python's
 language reference (prose), the sources of its standard library and of torch.nn, and prose with needles.
 
-    layer    density and true error (relative L2, all heads) at the default; the error of its samples over the true one
+    layer    density and true error (relative L2, all heads) at tau 0.5; the error of its samples over the true one
+    default  the same at the default, which holds an error of 10 % from tau 0.5 on
     budget   the same under error=0.02 and 0.05: true error over the budget, and density over that of the one tau that
              would just meet it, which nobody knows before
-    quality  loss, best next token and needles of whole models, dense against sparse, at the default and at budgets
-    time     milliseconds of a call on inputs with topics and on noise, which no tau makes sparse, against SDPA;
-             "recorded" measures the error, too
+    quality  loss, best next token and needles of whole models, dense against sparse, under CONFIGS
+    time     milliseconds of a call under CONFIGS on inputs with topics and on noise, which no tau makes sparse, against
+             SDPA; "recorded" measures the error, too
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -31,7 +34,6 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import document
 from s2o_compile.cli.models import load_model
-from s2o_compile.kernels.core.budget_rule import tau_for
 from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.kernels.schedule import measure_error
@@ -40,6 +42,14 @@ from s2o_compile.quality.needles import hide_needles
 
 SECTIONS = ("model", "quality", "time")
 BUDGETS = (0.02, 0.05)
+CONFIGS = {
+    "default": S2OConfig(),
+    "tau-0.5": S2OConfig(tau=0.5),
+    "tau-0.25": S2OConfig(tau=0.25),
+    **{f"error-{error:g}": S2OConfig(error=error) for error in (0.1, 0.05, 0.03, 0.02)},
+}
+"""Quality of whole models and of timed calls."""
+
 TAUS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 LENGTHS = {"gemma3": (8192, 16384, 32768), "smollm2": (8192, 16384, 65536)}
 EVERY = {"gemma3": 1, "smollm2": 5}
@@ -87,9 +97,10 @@ def measure_layer(rows: Rows, what: dict[str, object], call: ObservedCall) -> Te
     exact = call.exact()
     curve = [measured(call, exact, tau=tau) for tau in reversed(TAUS)]
     rows.measure("layer", what, lambda: measured(call, exact, tau=0.5))
+    rows.measure("default", what, lambda: measured(call, exact, tau=S2OConfig().tau, error=S2OConfig().error))
 
     def budgeted(error: float) -> dict[str, float]:
-        found = measured(call, exact, tau=tau_for(error), error=error)
+        found = measured(call, exact, tau=None, error=error)
         least = least_density(curve, error)
         over = {"true_over_budget": round(found["true"] / error, 3), "least_density": round(least, 4)}
         return found | over | {"density_over_least": round(found["density"] / least, 3)}
@@ -120,16 +131,16 @@ def measure_models(rows: Rows, models: list[str], lengths: list[int] | None) -> 
                     sparse(ids, use_cache=False, logits_to_keep=1)
 
 
-def measure_quality(rows: Rows, models: list[str], lengths: list[int] | None) -> None:
+def measure_quality(rows: Rows, models: list[str], lengths: list[int] | None, configs: list[str]) -> None:
     """Whole models on Python's language reference."""
-    configs = ({}, {"tau": 0.25}, {"error": 0.05}, {"error": 0.03}, {"error": 0.02})
-    for model_name, config in itertools.product(models, configs):
-        for tokens in lengths or LENGTHS[model_name][1:]:
+    for model_name in models:
+        for tokens, name in itertools.product(lengths or LENGTHS[model_name][1:], configs):
             model, tokenizer = load_model(tokens, DEVICE, model_name)
             ids = texts(tokenizer, tokens)["prose"]
+            config = dataclasses.replace(CONFIGS[name], min_seq_len=2048)
 
-            def judged(model: object = model, ids: Tensor = ids, config: dict[str, float] = config) -> dict[str, float]:
-                found = s2o_compile.evaluate(model, ids, S2OConfig(min_seq_len=2048, **config))  # pyright: ignore
+            def judged(model: object = model, ids: Tensor = ids, config: S2OConfig = config) -> dict[str, float]:
+                found = s2o_compile.evaluate(model, ids, config)  # pyright: ignore
                 needles = found.needles
                 figures = {
                     "density": found.density,
@@ -142,20 +153,19 @@ def measure_quality(rows: Rows, models: list[str], lengths: list[int] | None) ->
                 }
                 return {name: round(x, 4) for name, x in figures.items()}
 
-            named = {"budget" if name == "error" else name: x for name, x in config.items()}
-            rows.measure("quality", {"model": model_name, "tokens": tokens, **named}, judged)
+            rows.measure("quality", {"model": model_name, "tokens": tokens, "config": name}, judged)
 
 
 @torch.no_grad()
-def measure_times(rows: Rows, scale: int) -> None:
+def measure_times(rows: Rows, lengths: list[int], scale: int, configs: list[str]) -> None:
     """Calls of 32 heads over 8 of 128 dimensions."""
     for kind in ("topical", "random"):
-        for tokens in (16384, 131072):
+        for tokens in lengths:
             inputs = make_inputs(kind, tokens // scale, 32, 8, 128)
             dense = calls.fastest(calls.sdpa_calls(*inputs))[1]
 
-            def timed(error: float | None, inputs: calls.Inputs = inputs, dense: float = dense) -> dict[str, float]:
-                config = S2OConfig(error=error, min_seq_len=1)
+            def timed(name: str, inputs: calls.Inputs = inputs, dense: float = dense) -> dict[str, float]:
+                config = dataclasses.replace(CONFIGS[name], min_seq_len=1)
 
                 def call() -> object:
                     return s2o_compile.attention(*inputs, causal=True, config=config)
@@ -168,9 +178,9 @@ def measure_times(rows: Rows, scale: int) -> None:
                 found = {"ms": milliseconds(call), "recorded_ms": milliseconds(recorded), "dense_ms": dense}
                 return {name: round(x, 3) for name, x in {**found, "density": recorded().density}.items()}
 
-            for error in (None, *BUDGETS, 0.1):
-                what = {"input": kind, "tokens": tokens // scale, "error": error}
-                rows.measure("time", what, lambda error=error, timed=timed: timed(error))
+            for name in configs:
+                what = {"input": kind, "tokens": tokens // scale, "config": name}
+                rows.measure("time", what, lambda name=name, timed=timed: timed(name))
 
 
 def main() -> None:
@@ -179,6 +189,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--models", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--configs", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--call-tokens", type=int, nargs="+", default=[8192, 16384, 32768, 131072])
     parser.add_argument("--scale", type=int, default=1, help="divides the lengths of the timed calls")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -186,9 +198,9 @@ def main() -> None:
     if "model" in args.only:
         measure_models(rows, args.models, args.tokens)
     if "quality" in args.only:
-        measure_quality(rows, args.models, args.tokens)
+        measure_quality(rows, args.models, args.tokens, args.configs)
     if "time" in args.only:
-        measure_times(rows, args.scale)
+        measure_times(rows, args.call_tokens, args.scale, args.configs)
     budgets = [row for row in rows if row["section"] == "budget" and "failed" not in row]
     if budgets:
         worst, mean = (

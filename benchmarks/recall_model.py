@@ -133,7 +133,7 @@ def main() -> None:
     source = Source(settings.vocabulary, unknown, seed=args.seed + 2)
     # Short lengths are forced; nothing is compiled behind the passes, so that only attention differs.
     base = S2OConfig(min_seq_len=1, inner_backend="eager")
-    configs = {"default": base} | {f"tau {tau:g}": dataclasses.replace(base, tau=tau) for tau in args.taus}
+    configs = {"default": base} | {f"tau {tau:g}": dataclasses.replace(base, tau=tau, error=None) for tau in args.taus}
     for length in lengths:
         judge(model, source, length, args.sequences, configs, rows)
 

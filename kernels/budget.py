@@ -1,9 +1,11 @@
-"""Keeps a call within an error budget while it runs: measure, go on where it fails, measure again.
+"""Keeps the error of a call below a ceiling while it runs: measure, go on where it fails, measure again.
 
 Sampled queries, attended exactly, say how far the output of each head is off. ``core/budget_rule.py`` says which heads
 go on, and with what tau. All of it stays on the device: the host does not wait, a CUDA graph can hold it, and the same
 call gives the same bits. Work is bounded: a tile that goes on visits only keys that it has not visited, so no head
 costs more than all its keys. A call that runs in slices (``schedule``) holds its budget in each of them.
+
+A GPU gets every round, needed or not. On a CPU the host looks, and ends with the round that finds the budget held.
 """
 
 from __future__ import annotations
@@ -14,20 +16,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.budget_rule import lower_tau
+from s2o_compile.kernels.core.budget_rule import LARGEST_TAU, lower_tau, tau_for
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import Plan
 from s2o_compile.kernels.core.result import Result, empty_progress
 from s2o_compile.kernels.exact.sampled import ExactRows, error_sums
 
-STEPS = (0.8, 0.6, 0.4, 0.15, 0.0)
-"""Largest factor of tau in each round: a head that hardly reacts takes larger steps, the last one to all its keys."""
 
-SAMPLES = 256
-"""Sampled queries of each head. Errors have long tails: by 64 queries, one at 64K tokens seemed half as large."""
+class Rounds(NamedTuple):
+    """How a budget is held.
 
-BEGIN, LARGEST_TAU = 1.5, 3.0
-"""The first tau: over the one that the budget stands for, and none that could not change much."""
+    Attributes:
+        samples: Sampled queries of each head.
+        steps: Largest factor of tau in each round; the last one leaves no key out.
+    """
+
+    samples: int
+    steps: tuple[float, ...]
+
+
+ROUNDS = Rounds(256, (0.8, 0.6, 0.4, 0.15, 0.0))
+"""Where the budget decides. Errors have long tails: by 64 queries, one at 64K tokens seemed half as large. A head that
+hardly reacts takes larger steps."""
+
+FEW_ROUNDS = Rounds(128, (0.5, 0.0))
+"""Where the first tau nearly always holds: each round costs a GPU four launches, also where nothing goes on."""
+
+CAUTIOUS = 0.25
+"""Share of the tau that a budget stands for, up to which the first tau nearly always holds it."""
+
+
+def rounds_for(tau: float | Tensor, error: float) -> Rounds:
+    """The rounds of a call that begins at this tau."""
+    cautious = not isinstance(tau, Tensor) and tau <= CAUTIOUS * tau_for(error)
+    return FEW_ROUNDS if cautious else ROUNDS
 
 
 class Sampler(NamedTuple):
@@ -74,16 +96,19 @@ def attend_within(
         sampler: What measures, in the executor's language.
         into: Where the results go.
     """
-    exact = sampler.attend_rows(call, SAMPLES)
+    rounds = rounds_for(tau, error)
+    exact = sampler.attend_rows(call, rounds.samples)
     shape, device = call.query.shape[:2], call.query.device
     if isinstance(tau, Tensor):
         tau = tau.expand(shape).clone(memory_format=torch.contiguous_format)
     else:
-        tau = torch.full(shape, min(tau * BEGIN, LARGEST_TAU), device=device)
+        tau = torch.full(shape, min(tau, LARGEST_TAU), device=device)
     limit, progress = torch.empty_like(tau), empty_progress(call.query)
     executor.attend(call, plan, tau, into, progress)
     lower = sampler.lowering(call, exact, into, tau, limit, error)
     go_on = executor.going_on(call, plan, limit, into, progress)
-    for largest in STEPS:
+    for largest in rounds.steps:
         lower(largest)
+        if device.type == "cpu" and limit.isinf().all():  # the host of a GPU must not wait to look
+            break
         go_on()

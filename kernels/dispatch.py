@@ -186,7 +186,7 @@ def run_planned(
             result = empty_result(ready.query, ready.value.shape[3])
             schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
         measured = measure(ready, result, options)
-    record(call, "s2o", result.computed, measured)
+    record(call, "s2o", result.computed, measured, unheld_error=_unheld(options, call.query))
     return finish(call, result.output, result.lse)
 
 
@@ -201,13 +201,22 @@ def measure(call: AttentionCall, result: Result, options: OperatorOptions) -> Te
 
 
 def _refuse_budget(options: OperatorOptions) -> None:
-    """FlexAttention decides before it starts how many keys a tile visits, and cannot go on."""
-    if options.error:
+    """FlexAttention decides before it starts how many keys a tile visits, and cannot go on.
+
+    It leaves out the default's ceiling, which nobody asked for; records say so (`_unheld`).
+    """
+    if options.ceiling and not options.has_default_ceiling:
         raise ImplementationUnavailableError(
-            f'implementation="flex": expected a tau, got error={options.error:g}, which it cannot measure. '
-            "Give a tau, drop the budget of a calibrated configuration by dataclasses.replace(config, error=None), or "
-            'use "auto" on a CPU or a CUDA device.'
+            f'implementation="flex": expected a tau alone, got error={options.error:g}, which it cannot measure. Give '
+            "a tau, drop the budget of a calibrated configuration by dataclasses.replace(config, tau=0.5, error=None), "
+            'or use "auto" on a CPU or a CUDA device.'
         )
+
+
+def _unheld(options: OperatorOptions, query: Tensor) -> float | None:
+    """The ceiling of a sparse call whose executor measures nothing, if anybody records; None where it is held."""
+    by_flex = recording() and choose_implementation(options.implementation, query) == "flex"
+    return options.ceiling if by_flex else None
 
 
 def reads_pages(call: AttentionCall, options: OperatorOptions) -> bool:
@@ -246,8 +255,9 @@ def _attend(
         replaced = result is not vars(observed).get("result")
     else:
         result = execute(call, path, options, output)
-    measured = measure(call, result, options) if path == "s2o" and not replaced else None
-    record(call, path, result.computed, measured)
+    by_s2o = path == "s2o" and not replaced
+    measured = measure(call, result, options) if by_s2o else None
+    record(call, path, result.computed, measured, unheld_error=_unheld(options, call.query) if by_s2o else None)
     return result.output, result.lse
 
 

@@ -74,7 +74,7 @@ def attend(
     with side_by_side(call.query.device, len(parts)) as turn:
         for number, (heads, rows) in enumerate(parts):
             with turn(number):
-                attend_slice(call, heads, rows, planner, tau, options.error, implementation, result)
+                attend_slice(call, heads, rows, planner, tau, options.ceiling, implementation, result)
     return result
 
 
@@ -111,7 +111,7 @@ def sparse_heads(call: AttentionCall) -> list[int]:
 def attend_planned(
     call: AttentionCall, plan: Plan, tau: float | Tensor, error: float | None, implementation: str, into: Result
 ) -> None:
-    """Attention over a plan by "torch" or "triton", within an error budget if there is one."""
+    """Attention over a plan by "torch" or "triton", below an error if there is one to hold."""
     executor = triton_forward if implementation == "triton" else torch_forward
     assert executor is not None
     if error:

@@ -30,6 +30,7 @@ class Call:
         area: Query-key pairs a dense kernel computes per head, float64 [B].
         mask: The mask as text; empty where it is not known.
         error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None if it was not measured.
+        unheld_error: The ceiling that the call was given, if its executor measures nothing; None where it was held.
         tile_rows: Queries of each tile, where they are not those of one run of queries; None where they are.
     """
 
@@ -41,6 +42,7 @@ class Call:
     area: Tensor
     mask: str = ""
     error_sums: Tensor | None = None
+    unheld_error: float | None = None
     tile_rows: Sequence[int] | None = None
 
     @property
@@ -128,6 +130,7 @@ def recording() -> bool:
 def record(
     call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None, *,
     area: Tensor | None = None, tile_rows: Sequence[int] | None = None, n_keys: int | None = None,
+    unheld_error: float | None = None,
 ) -> None:  # fmt: skip
     """Count a call, and tell this thread's recordings about it as `Call` describes it; costs nothing without any.
 
@@ -143,7 +146,7 @@ def record(
     text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_keys if of_shard else n_queries, n_keys)
     recorded = Call(
         site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text,
-        error_sums=error_sums, tile_rows=tile_rows,
+        error_sums=error_sums, tile_rows=tile_rows, unheld_error=unheld_error,
     )  # fmt: skip
     for calls in _recordings.held():
         calls.append(recorded)

@@ -262,7 +262,12 @@ def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Ru
         refused = _pass_failed(node, error)
     if refused is None:
         run.records[recorded] = dataclasses.replace(
-            left, rewritten=True, reason="", mask=flex_sparse.MASK, dense_heads=tuple(dense_heads)
+            left,
+            rewritten=True,
+            reason="",
+            mask=flex_sparse.MASK,
+            dense_heads=tuple(dense_heads),
+            unheld_error=flex_sparse.quality_of(run.options, head_tau).ceiling,
         )
     else:
         logger.debug("%s keeps its functions and stays dense: %s", left.name, refused)

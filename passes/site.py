@@ -67,6 +67,8 @@ class SiteRecord:
         key_shape: [B, Hkv, Nk, D] as the operator sees it.
         dtype: Of the query, such as ``bfloat16``.
         dense_heads: Key/value heads that run dense because the user marked them.
+        unheld_error: The error ceiling that it was given and that nothing holds, because FlexAttention measures nothing
+            while it runs: it goes by its tau. None where there is none, or it is held.
     """
 
     name: str
@@ -78,6 +80,7 @@ class SiteRecord:
     key_shape: tuple[str, ...] = ()
     dtype: str = ""
     dense_heads: tuple[int, ...] = ()
+    unheld_error: float | None = None
 
 
 def shape_text(value: object) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import torch
 
 from s2o_compile.by_site import site_heads, site_taus
 from s2o_compile.errors import OptionError
-from s2o_compile.kernels.core.budget_rule import tau_for
 from s2o_compile.kernels.core.options import FIELDS, OperatorOptions
 from s2o_compile.kernels.support.arguments import as_number, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
@@ -35,17 +34,23 @@ REMOVED = {
 class S2OConfig(OperatorOptions):
     """How attention is made sparse. Frozen, keyword-only, checked on creation.
 
+    Say ``tau``, ``error``, both, or neither. ``S2OConfig()`` is ``S2OConfig(tau=0.5, error=0.1)``: a call begins at tau
+    0.5, and no attention errs more than 10 %, measured on sampled queries while it runs. ``S2OConfig(tau=0.5)``
+    measures nothing and promises nothing. ``S2OConfig(error=0.05)`` begins where an error of 5 % is likely. Packages
+    and FlexAttention cannot measure. They leave the default's error out, and say so; packages warn of another one, and
+    FlexAttention refuses it.
+
     Attributes:
         tau: Quality against speed, a number >= 0. A tile of 128 queries stops once the estimated unvisited softmax
             mass, relative to the mass visited, falls below it in every row. The worst row decides, so values near 1
             leave far less unvisited on average; ``tau=0.0`` never stops and is exact. Or a tuple with one for each
-            query head of every attention.
-        error: Quality as a budget instead of a tau: the relative L2 error of an attention's output, a number from 0
-            (exact) to 1. It is measured on 256 queries of each head while a call runs, and heads go on where it is too
-            large (``kernels/budget.py``). None goes by tau and measures nothing. `s2o_compile.calibrate` finds the taus
-            to begin with on your own text.
+            query head of every attention. None beside an error: the error says where a call begins.
+        error: A ceiling of the relative L2 error of an attention's output, all heads together, from 0 (exact) to 1. It
+            is measured on sampled queries of each head while a call runs. Heads go on where it is too large
+            (``kernels/budget.py``). None beside a tau measures nothing. `s2o_compile.calibrate` finds the taus to begin
+            with on your own text.
         site_tau: By site name, as ``explain`` lists it, tau of each of its query heads, as ``calibrate`` finds them;
-            other sites go by ``error`` or ``tau``. They belong to the ``error`` that they were calibrated for: for
+            other sites go by ``error`` and ``tau``. They belong to the ``error`` that they were calibrated for: for
             another, calibrate again.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
             16384 on an H100 and on GPUs that were not measured, 8192 on a CPU, or the result of ``s2o tune``.
@@ -105,18 +110,11 @@ class S2OConfig(OperatorOptions):
             raise OptionError(error.reason) from error
         object.__setattr__(self, "dense_heads", site_heads(self.dense_heads))
         object.__setattr__(self, "site_tau", site_taus(self.site_tau))
-        if self.error is not None:
-            object.__setattr__(self, "error", check_error("error", self.error))
-            if self.tau != OperatorOptions.tau:
-                raise OptionError(
-                    f"error={self.error!r}: expected no tau beside it, got tau={shown(self.tau)}. Give one of them: "
-                    "the budget chooses a tau."
-                )
-            if self.error == 0.0 and self.site_tau:
-                raise OptionError(
-                    f"error={self.error!r}, which is exact: expected no site_tau beside it, got "
-                    f"{shown(dict(self.site_tau))}. Leave out one of them: site_tau wins at its sites."
-                )
+        if self.error == 0.0 and self.site_tau:
+            raise OptionError(
+                f"error={self.error!r}, which is exact: expected no site_tau beside it, got "
+                f"{shown(dict(self.site_tau))}. Leave out one of them."
+            )
         for name in ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks"):
             given = getattr(self, name)
             if not isinstance(given, bool):
@@ -129,16 +127,17 @@ class S2OConfig(OperatorOptions):
 
     @property
     def quality(self) -> str:
-        """How the quality was chosen, in words: "tau 0.5", "error 0.02", "error 0.02, calibrated"."""
+        """How the quality was chosen, in words: "tau 0.5", "error 0.1 from tau 0.5", "error 0.02, calibrated"."""
         if self.site_tau:
             return ("tau" if self.error is None else f"error {self.error:g},") + " calibrated"
-        if self.error is not None:
-            return f"error {self.error:g}"
-        return "tau by head" if isinstance(self.tau, tuple) else f"tau {self.tau:g}"
+        tau = "tau by head" if isinstance(self.tau, tuple) else "" if self.tau is None else f"tau {self.tau:g}"
+        if self.error is None:
+            return tau
+        return f"error {self.error:g}" + (f" from {tau}" if tau else "")
 
     @property
     def options(self) -> OperatorOptions:
-        """The operator's fields, with the tau that ``error`` stands for."""
+        """The operator's fields."""
         return self._options("")
 
     def operator_options(self, site: str = "") -> dict[str, Any]:
@@ -152,7 +151,7 @@ class S2OConfig(OperatorOptions):
 
     def _options(self, site: str) -> OperatorOptions:
         fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
-        fields["tau"] = self.site_tau.get(site, self.tau if self.error is None else tau_for(self.error))
+        fields["tau"] = self.site_tau.get(site, self.tau)
         return OperatorOptions(**fields)
 
     def to_json(self, about: Mapping[str, object] | None = None) -> str:

@@ -242,5 +242,5 @@ def plan(
         causal=call.mask.causal,
         causal_offset=call.mask.offset,
         key_mask=call.mask.key_mask,
-        tau=options.tau,
+        tau=options.fixed_tau,
     )

@@ -31,8 +31,9 @@ class Site(SiteRecord):
 
     @property
     def marks(self) -> str:
-        """Which heads were marked dense, to be put behind "rewritten"."""
-        return f", kv heads {' '.join(map(str, self.dense_heads))} dense" if self.dense_heads else ""
+        """Which heads were marked dense, and a ceiling that is not held, to be put behind "rewritten"."""
+        marks = f", kv heads {' '.join(map(str, self.dense_heads))} dense" if self.dense_heads else ""
+        return marks + ("" if self.unheld_error is None else f", error {self.unheld_error:g} not held (FlexAttention)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,5 +221,7 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
             fields["mask"] = f"{own[-1].mask or 'another mask'} ({record.mask})"
         longest = max(reversed(own), key=lambda call: call.n_keys, default=None)
         path = "" if longest is None else longest.path
+        unheld = [call.unheld_error for call in own if call.unheld_error is not None]
+        fields["unheld_error"] = record.unheld_error if not unheld else unheld[-1]
         sites.append(Site(**fields, path=path, density=density, error=error))
     return tuple(sites)

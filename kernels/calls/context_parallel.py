@@ -3,8 +3,8 @@
 By ``all_gather`` each piece of this rank's queries attends to the whole keys, under a causal offset of its own. What a
 plan needs of the whole call (segments, chunks, sampled queries and keys, mean values) is the whole sequence's, so tiles
 are those of one device, bit for bit. It is not so where pieces begin inside of a segment, without a causal mask, under
-``attention_chunk``, and under an error budget, which a rank holds for its own queries: results are right there, by
-tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
+``attention_chunk``, and where heads go on to hold an error, which a rank measures on its own queries: results are right
+there, by tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
 """
 
 from __future__ import annotations

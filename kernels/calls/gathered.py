@@ -159,7 +159,7 @@ class _Attending:
                     if known.few is None:
                         wait()  # such rankings look at whole keys
                     attended, found = schedule.attend_slice(
-                        piece, some, queries, planner, tau, options.error, self._implementation, into,
+                        piece, some, queries, planner, tau, options.ceiling, self._implementation, into,
                         first_query=positions.start, before_attending=wait,
                     )  # fmt: skip
                     self._measure(attended, found, members.start, some)

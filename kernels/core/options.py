@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.budget_rule import first_tau, tau_for
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.arguments import as_integer, as_number, as_numbers, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
@@ -18,6 +20,9 @@ RANKING_PER = ("head", "group")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
 
 
+DEFAULT_TAU, DEFAULT_ERROR = 0.5, 0.1
+"""The quality where neither a tau nor an error is given: tau 0.5 errs less than that on what was measured."""
+
 LONGEST_SEGMENT = 2**20
 """Queries of a segment at most: shorter inputs are padded to one, so a typing error could fill the memory."""
 
@@ -26,12 +31,15 @@ LONGEST_SEGMENT = 2**20
 class OperatorOptions:
     """The operator's options; every field is a keyword of ``s2o::attention``.
 
+    Without ``tau`` and ``error`` they are `DEFAULT_TAU` and `DEFAULT_ERROR`.
+
     Attributes:
         tau: Stop a query tile once its estimated unvisited softmax mass, relative to the mass visited, is below this in
             every row; 0 never stops and is exact. The worst row decides, so values near 1 leave far less unvisited. One
-            number, or a tuple with one for each query head.
-        error: Budget of a call, the relative L2 error of its output on sampled queries. Where it does not hold, heads
-            visit more keys, up to all of them. ``tau`` is where it begins. 0 stands for tau 0. None measures nothing.
+            number, or a tuple with one for each query head. None beside an error: the error says where to begin.
+        error: Ceiling of a call, the relative L2 error of its output on sampled queries. Where it does not hold, heads
+            visit more keys, up to all of them. ``tau`` is where it begins. 0 stands for tau 0. None beside a tau
+            measures nothing.
         min_seq_len: Shorter key lengths run dense, in tokens; "auto" takes the device's measured crossover.
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query" or "mean_query".
@@ -39,7 +47,7 @@ class OperatorOptions:
         implementation: "auto", "triton", "torch" or "flex" (FlexAttention). A named one never falls back to another.
     """
 
-    tau: float | tuple[float, ...] = 0.5
+    tau: float | tuple[float, ...] | None = None
     error: float | None = None
     min_seq_len: int | str = "auto"
     segment_len: int | None = None
@@ -48,9 +56,12 @@ class OperatorOptions:
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.tau is None and self.error is None:
+            object.__setattr__(self, "tau", DEFAULT_TAU)
+            object.__setattr__(self, "error", DEFAULT_ERROR)
         several = isinstance(self.tau, (list, tuple))  # JSON knows no tuples
         tau = as_numbers(self.tau) if several else as_number(self.tau)
-        if tau is None:
+        if self.tau is not None and tau is None:
             raise InputError(
                 "tau",
                 expected="finite numbers >= 0, one for each query head" if several else "a finite number >= 0",
@@ -104,10 +115,34 @@ class OperatorOptions:
                 remedy="Give one number for all heads, or calibrate the model again if its heads have changed.",
             )
 
-    def tau_on(self, device: torch.device) -> float | Tensor:
-        """Tau as executors take it: one number, or float32 [Hq] on the device."""
+    @property
+    def has_default_ceiling(self) -> bool:
+        """Whether the error is the default's, beside a tau: where it cannot be measured, the tau alone decides."""
+        return self.error == DEFAULT_ERROR and self.tau is not None
+
+    @property
+    def ceiling(self) -> float | None:
+        """The error that has to be measured; None where there is none to hold, or nothing is left out."""
+        exact = not any(self.tau) if isinstance(self.tau, tuple) else self.tau == 0.0
+        return None if exact else self.error or None
+
+    @property
+    def fixed_tau(self) -> float | tuple[float, ...]:
+        """Tau of an executor that cannot go on: the one that was given, else that of the error."""
         if self.error == 0.0:
             return 0.0
+        if self.tau is not None:
+            return self.tau
+        assert self.error is not None
+        return tau_for(self.error)
+
+    def tau_on(self, device: torch.device) -> float | Tensor:
+        """Where a call begins, as executors take it: one number, or float32 [Hq] on the device."""
+        if self.error == 0.0:
+            return 0.0
+        if self.tau is None:
+            assert self.error is not None
+            return first_tau(self.error)
         if not isinstance(self.tau, tuple):
             return self.tau
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -123,7 +158,7 @@ class OperatorOptions:
         """
         options: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
         if isinstance(self.tau, tuple):
-            options |= {"tau": OperatorOptions.tau, "head_tau": list(self.tau)}
+            options |= {"tau": None, "head_tau": list(self.tau)}
         return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}
 
 
@@ -132,8 +167,8 @@ FIELDS = tuple(field.name for field in fields(OperatorOptions))
 
 @lru_cache(maxsize=1024, typed=True)
 def from_op_kwargs(
-    tau: float, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str, implementation: str,
-    head_tau: tuple[float, ...] = (), error: float | None = None,
+    tau: float | None, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str,
+    implementation: str, head_tau: tuple[float, ...] = (), error: float | None = None,
 ) -> OperatorOptions:  # fmt: skip
     """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
 
@@ -148,6 +183,14 @@ def from_op_kwargs(
         ranking_per=ranking_per,
         implementation=implementation,
     )
+
+
+def taus_by_head(
+    heads: int, tau: float | None = None, head_tau: Sequence[float] | None = None, error: float | None = None
+) -> Sequence[float]:
+    """`OperatorOptions.fixed_tau` for each query head, from arguments of ``torch.ops.s2o.attention``."""
+    fixed = OperatorOptions(tau=tuple(head_tau or ()) or tau, error=error).fixed_tau
+    return fixed if isinstance(fixed, tuple) else (fixed,) * heads
 
 
 @lru_cache(maxsize=1024)

@@ -12,6 +12,7 @@ Shapes: B batch, Hq query heads, Nq queries, Dv head dim of the value, R sampled
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,12 @@ from s2o_compile.kernels.core.call import AttentionCall
 SAMPLED = 64
 """Queries that are sampled in each head: 0.1 % of dense attention at 128K tokens."""
 
+ROW_BLOCK = 16
+"""Sampled queries that attend together: under a causal mask the first blocks see few keys."""
+
 TURN, TURNS = 40503, 65536
-"""A turn by the golden ratio has no period. In whole numbers the GPU draws the same queries."""
+"""A turn by the golden ratio has no period. In whole numbers the GPU draws the same queries. The first draw is half a
+turn: the first row of all, whose output is often the largest, must not stand for its whole part."""
 
 
 class ExactRows(NamedTuple):
@@ -45,29 +50,44 @@ def sample_rows(n_queries: int, device: torch.device, count: int = SAMPLED) -> T
     count = min(count, n_queries)
     part = torch.arange(count, device=device)
     first, behind = part * n_queries // count, (part + 1) * n_queries // count
-    return first + part * TURN % TURNS * (behind - first) // TURNS
+    return first + (part * TURN + TURNS // 2) % TURNS * (behind - first) // TURNS
 
 
 def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
-    """Exact attention of sampled queries, in float32. Holds Hq / Hkv * R * Nk numbers."""
+    """Exact attention of sampled queries, in float32. Holds Hq / Hkv * ROW_BLOCK * Nk numbers."""
     rows = sample_rows(call.n_queries, call.query.device, count)
     (query, key, value), mask, group = call.tensors, call.mask, call.group
     output = query.new_empty(*query.shape[:2], len(rows), value.shape[3], dtype=torch.float32)
     lse = output.new_empty(output.shape[:3])
-    visible = mask.visible(rows, torch.arange(key.shape[2], device=rows.device))
-    for b, h in itertools.product(range(key.shape[0]), range(key.shape[1])):
-        heads = slice(h * group, (h + 1) * group)
-        seen = visible if mask.key_mask is None else visible & mask.key_mask[b]
-        logits = query[b, heads, rows].float() * call.scale @ key[b, h].float().mT
-        if call.softcap is not None:
-            logits = call.softcap * torch.tanh(logits / call.softcap)
-        logits.masked_fill_(~seen, -torch.inf)
-        lse[b, heads] = logits.logsumexp(-1)
-        shift = lse[b, heads].masked_fill(lse[b, heads] == -torch.inf, 0.0)
-        weight = (logits - shift[..., None]).exp_()
-        # The value of a key that nobody sees must not turn 0 into NaN.
-        output[b, heads] = weight @ value[b, h].float().masked_fill(~seen.any(0)[:, None], 0.0)
+    may_hide = mask.key_mask is not None or mask.window is not None or (mask.causal and mask.offset < 0)
+    for part, stop in _row_blocks(call, count):
+        visible = mask.visible(rows[part], torch.arange(stop, device=rows.device))
+        for b, h in itertools.product(range(key.shape[0]), range(key.shape[1])):
+            heads = slice(h * group, (h + 1) * group)
+            seen = visible if mask.key_mask is None else visible & mask.key_mask[b, :stop]
+            logits = query[b, heads, rows[part]].float() * call.scale @ key[b, h, :stop].float().mT
+            if call.softcap is not None:
+                logits = call.softcap * torch.tanh(logits / call.softcap)
+            logits.masked_fill_(~seen, -torch.inf)
+            highest = logits.amax(-1, keepdim=True)
+            highest.masked_fill_(highest == -torch.inf, 0.0)
+            weight = logits.sub_(highest).exp_()
+            total = weight.sum(-1, keepdim=True)
+            values = value[b, h, :stop].float()
+            if may_hide:  # the value of a key that nobody sees must not turn 0 into NaN
+                values = values.masked_fill(~seen.any(0)[:, None], 0.0)
+            output[b, heads, part] = weight @ values / total.masked_fill(total == 0.0, 1.0)
+            lse[b, heads, part] = (highest + total.log())[..., 0]
     return ExactRows(rows, output, lse)
+
+
+def _row_blocks(call: AttentionCall, count: int) -> Iterator[tuple[slice, int]]:
+    """Blocks of sampled queries, and how many keys the last one of each may see; without a wait for the device."""
+    numbers = sample_rows(call.n_queries, torch.device("cpu"), count).tolist()
+    for first in range(0, len(numbers), ROW_BLOCK):
+        part = slice(first, min(first + ROW_BLOCK, len(numbers)))
+        sees = numbers[part.stop - 1] + call.mask.offset + 1 if call.mask.causal else call.n_keys
+        yield part, min(max(sees, 1), call.n_keys)
 
 
 def padding_rows(call: AttentionCall, rows: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from s2o_compile.errors import PackageError
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.options import taus_by_head
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
 from s2o_compile.kernels.support.torch_inductor import (
     CustomGraphPass,
@@ -69,12 +69,12 @@ def _give_taus(node: fx.Node) -> None:
     """Makes the taus of a call an input, because calibrated attentions differ in nothing else."""
     keywords: dict[str, Any] = dict(node.kwargs)
     query = node.all_input_nodes[0].meta["val"]
-    taus = keywords.get("head_tau") or [keywords.get("tau", OperatorOptions.tau)] * query.shape[1]
+    taus = taus_by_head(query.shape[1], *(keywords.pop(name, None) for name in ("tau", "head_tau", "error")))
     with node.graph.inserting_before(node), query.fake_mode:
         made = {"dtype": torch.float32, "device": query.device}
         each = [_call(node.graph, torch.ops.aten.full.default, ([1], float(tau)), **made) for tau in taus]
         together = _call(node.graph, torch.ops.aten.cat.default, (each,))
-    keywords |= {"tau": 0.0, "head_tau": together}
+    keywords["head_tau"] = together
     node.kwargs = dict(sorted(keywords.items()))  # in whatever order they were written
 
 

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import PackageError
+from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
 from s2o_compile.kernels.support.files import try_writing
@@ -37,15 +38,21 @@ class Package:
         path: The file, for ``torch._inductor.aoti_load_package`` and ``torch::inductor::AOTIModelPackageLoader``.
         sparse: Names of the attentions that run sparse in it, from their ``min_seq_len`` on.
         dense: By name, why others that are sparse in the program run dense in the package.
+        unheld_error: The largest error ceiling of the sparse ones, which a package does not measure: they go by their
+            tau. None where there is none.
     """
 
     path: Path
     sparse: tuple[str, ...]
     dense: Mapping[str, str]
+    unheld_error: float | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.sparse)} attentions sparse, {len(self.dense)} dense"]
-        return "\n".join([*lines, *(f"  - {name}: {reason}" for name, reason in self.dense.items())])
+        lines += [f"  - {name}: {reason}" for name, reason in self.dense.items()]
+        if self.unheld_error is not None:
+            lines.append(f"error {self.unheld_error:g} not held: a package measures nothing and goes by tau")
+        return "\n".join(lines)
 
 
 def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str, Any] | None = None) -> Package:
@@ -83,23 +90,27 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     except OSError as error:
         raise PackageError(f"package: expected a path that may be written, got {error}. Give another.") from error
     sparse, dense, on_cpu = [], {}, True
-    budgets = set()
+    unheld: list[float] = []
+    asked: list[float] = []
     _check_sequences(program)
     for node in _attentions(program):
         name, call = str(node.kwargs.get("site") or node.name), _arguments(node)
         _check(name, call)
-        budgets |= {call["error"]} if call.get("error") else set()
+        quality = OperatorOptions(tau=tuple(call["head_tau"] or ()) or call["tau"], error=call["error"])
         on_cpu = on_cpu and call["query"].device.type == "cpu"
         reason = _why_dense(node, call)
         if reason:
             dense[name] = reason
         else:
             sparse.append(name)
-    if budgets:
+            if quality.ceiling is not None:
+                unheld.append(quality.ceiling)
+                asked += [] if quality.has_default_ceiling else [quality.ceiling]
+    if asked:
         warnings.warn(
-            f"package: an error budget of {max(budgets):g} is not measured in a package, which attends at the tau of "
+            f"package: an error budget of {max(asked):g} is not measured in a package, which attends at the tau of "
             "the budget, or at calibrated ones, and never goes on. Calibrate, and check the taus alone: "
-            "s2o_compile.evaluate(model, batches, dataclasses.replace(config, error=None)).",
+            "s2o_compile.evaluate(model, batches, dataclasses.replace(config, tau=0.5, error=None)).",
             stacklevel=2,
         )
     taken = sorted(_OWN_OPTIONS & set(options or {}))
@@ -138,7 +149,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
             "without. Leave Inductor's passes on (torch._inductor.config, TORCHINDUCTOR_... variables)."
         )
     _check_library(Path(written))
-    return Package(path=Path(written), sparse=tuple(sparse), dense=dense)
+    return Package(path=Path(written), sparse=tuple(sparse), dense=dense, unheld_error=max(unheld, default=None))
 
 
 def _check_library(written: Path) -> None:

@@ -153,10 +153,7 @@ def plot(
 def _config(tau: float | None, file: Path | None, tokens: int, error: float | None = None) -> S2OConfig:
     """A file's configuration, or the defaults, under which even a short text runs sparse."""
     config = choose_config(tau, file, min_seq_len=min(tokens, 2048))
-    if error is None:
-        return config
-    refuse("--error", [] if tau is None else ["--tau"])
-    return dataclasses.replace(config, error=error)
+    return config if error is None else dataclasses.replace(config, tau=tau, error=error)
 
 
 def _evaluate(

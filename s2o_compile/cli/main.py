@@ -207,7 +207,7 @@ def _print_report(console: Console, report: Report) -> None:
     table = Table()
     for name in ("sites", "count", "query", "key", "mask", "result", "density", "error (sampled)"):
         table.add_column(name, overflow="fold")
-    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads")
+    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "unheld_error")
     for _, run in groupby(report.sites, same):
         site, *others = run
         label = f"{site.name} … {others[-1].name}" if others else site.name

@@ -43,9 +43,11 @@ __all__ = [
     "typer",
 ]
 
-Tau = Annotated[float | None, typer.Option(help="Quality against speed; 0 is exact. Default: the library's.")]
+Tau = Annotated[
+    float | None, typer.Option(help="Quality against speed; 0 is exact. Alone it measures no error. Default: 0.5.")
+]
 Error = Annotated[
-    float | None, typer.Option(help="Budget: the sampled error that no attention may exceed, in the place of a tau.")
+    float | None, typer.Option(help="Sampled error that no attention may exceed; --tau beside it says where to begin.")
 ]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda where there is one.')]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]

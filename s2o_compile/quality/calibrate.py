@@ -15,7 +15,6 @@ from s2o_compile.api import watched
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, check_error, config_or_default
 from s2o_compile.errors import EvaluationError
-from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, token_batches
 from s2o_compile.quality.head_curves import DENSE_FROM, Choice, HeadCurves
@@ -131,7 +130,7 @@ def calibration(
 ) -> Calibration:
     """`calibrate`, and what its configuration costs."""
     check_error("calibrate: error", error, least=LEAST_ERROR)
-    unset = {"tau": OperatorOptions.tau, "error": None, "site_tau": {}, "dense_heads": {}}
+    unset = {"tau": None, "error": None, "site_tau": {}, "dense_heads": {}}
     config = dataclasses.replace(config_or_default(config, "calibrate"), **unset)
     progress = progress or nullcontext
     check_model("calibrate", model)
@@ -156,6 +155,7 @@ def budgeted(config: S2OConfig, meter: CurveMeter, error: float) -> Calibration:
     chosen = {site: curves.choose(AIM * error) for site, curves in meter.sites.items()}
     config = dataclasses.replace(
         config,
+        tau=None,
         error=error,
         site_tau={site: choice.tau for site, choice in chosen.items()},
         dense_heads={site: choice.dense_heads for site, choice in chosen.items()},

@@ -13,7 +13,7 @@ from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import shown
 
 QUALITY = {"S2O_ERROR": "error", "S2O_TAU": "tau"}
-"""Variables that say the quality, and their fields; at most one of them and S2O_CONFIG is set."""
+"""Variables that say the quality, and their fields; none of them is set beside S2O_CONFIG."""
 
 MIN_SEQ_LEN = "S2O_MIN_SEQ_LEN"
 CONFIG = "S2O_CONFIG"
@@ -22,22 +22,23 @@ CONFIG = "S2O_CONFIG"
 def config_from_environment(environment: Mapping[str, str] | None = None) -> S2OConfig:
     """The configuration that the environment describes; the defaults where it says nothing.
 
-    ``S2O_ERROR=0.05`` and ``S2O_TAU=0.25`` are the fields `S2OConfig.error` and ``tau``, ``S2O_MIN_SEQ_LEN=8192`` (or
-    ``auto``) is ``min_seq_len``. ``S2O_CONFIG=file`` reads JSON, as ``s2o calibrate`` writes it. An empty variable
-    counts as unset.
+    ``S2O_ERROR=0.05`` and ``S2O_TAU=0.25`` are the fields `S2OConfig.error` and ``tau``, and may stand together.
+    ``S2O_MIN_SEQ_LEN=8192`` (or ``auto``) is ``min_seq_len``. ``S2O_CONFIG=file`` reads JSON, as ``s2o calibrate``
+    writes it. An empty variable counts as unset.
 
     Args:
         environment: Variables by name; None for those of this process.
 
     Raises:
-        OptionError: A value that its field cannot take, a file that cannot be read, or two variables that say the
-            quality.
+        OptionError: A value that its field cannot take, a file that cannot be read, or one beside variables that say
+            the quality.
     """
     given = os.environ if environment is None else environment
     said = [name for name in (*QUALITY, CONFIG) if given.get(name)]
-    if len(said) > 1:
+    if len(said) > 1 and CONFIG in said:
         raise OptionError(
-            f"{' and '.join(said)}: expected one variable that says the quality, got {len(said)}. Unset all but one."
+            f"{' and '.join(said)}: expected the quality from a file or from variables, got both. Unset {CONFIG}, or "
+            "the others."
         )
     fields: dict[str, Any] = {field: _number(name, given[name]) for name, field in QUALITY.items() if given.get(name)}
     if given.get(MIN_SEQ_LEN):

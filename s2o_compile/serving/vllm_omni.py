@@ -90,5 +90,5 @@ def _config_of(given: tuple[tuple[str, Any], ...]) -> S2OConfig:
 def _config(given: tuple[tuple[str, Any], ...]) -> S2OConfig:
     config, fields = config_from_environment(), dict(given)
     if {"tau", "error"} & fields.keys():  # either one takes the place of whatever the environment says
-        fields = {"tau": S2OConfig.tau, "error": None, "site_tau": {}, **fields}
+        fields = {"tau": None, "error": None, "site_tau": {}, **fields}
     return dataclasses.replace(config, **fields)

@@ -179,6 +179,22 @@ def test_a_budget_that_is_not_measured_is_warned_of(monkeypatch, tmp_path):
         s2o_compile.package(program, tmp_path / "model.pt2")
 
 
+def test_the_ceiling_of_the_default_is_left_out_and_said(monkeypatch, tmp_path):
+    def write(*_, package_path, inductor_configs, **__):
+        inductor_configs["joint_custom_pre_pass"].ran = True
+        zipfile.ZipFile(package_path, "w").close()
+        return package_path
+
+    monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", write)
+    said = {}
+    for name, quality in {"default": {}, "tau": {"tau": 0.5}}.items():
+        program = s2o_compile.export(tiny_model(), (tiny_input(),), config=S2OConfig(**quality))
+        said[name] = s2o_compile.package(program, tmp_path / f"{name}.pt2")  # a warning would be an error
+    assert (said["default"].unheld_error, said["tau"].unheld_error) == (0.1, None)
+    assert "error 0.1 not held: a package measures nothing and goes by tau" in str(said["default"])
+    assert "not held" not in str(said["tau"])
+
+
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(TypeError, match=r"expected a torch\.export\.ExportedProgram, got TinyModel"):
         s2o_compile.package(tiny_model(), tmp_path / "model.pt2")

@@ -23,9 +23,8 @@ HOW = {
 NAMES = ("attention", "masked_attention", "packed_attention")
 OPERATORS = {name: getattr(torch.ops.s2o, name).default for name in NAMES}
 NOT_ASKED = {
-    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes; it warns
-    # of a budget.
-    aot.attention: {"error", "ranking", "ranking_per", "implementation", "return_lse", "site"},
+    # A package refuses other rankings and implementations, and a log-sum-exp, before it decomposes.
+    aot.attention: {"ranking", "ranking_per", "implementation", "return_lse", "site"},
     aot.masked_attention: HOW | {"site"},
     onnx._attention: HOW | {"return_lse", "site"},
     onnx._masked_attention: HOW | {"site"},

@@ -125,7 +125,7 @@ def test_the_budget_decides_and_not_tau():
 
 def test_without_the_rounds_the_budget_does_not_hold(monkeypatch):
     """The inputs above are hard enough: the first tau alone misses the budget on one of them."""
-    monkeypatch.setattr(budget, "STEPS", ())
+    monkeypatch.setattr(budget, "ROUNDS", budget.Rounds(256, ()))
     assert max(attend(INPUTS[name](), 0.05)[1].error for name in INPUTS) > 0.05
 
 
@@ -166,10 +166,11 @@ def test_a_batch_holds_it_entry_by_entry():
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_holds_it():
+@pytest.mark.parametrize("quality", [{"error": 0.05}, {}], ids=["budget", "default"])
+def test_a_cuda_graph_holds_it(quality):
     first, second = ([x.cuda().bfloat16() for x in make()] for make in (topical, noise))
     held = [x.clone() for x in first]
-    config = S2OConfig(error=0.05, min_seq_len=1, segment_len=128)
+    config = S2OConfig(min_seq_len=1, segment_len=128, **quality)
 
     def call():
         return s2o_compile.attention(*held, causal=True, config=config)
@@ -186,7 +187,7 @@ def test_a_cuda_graph_holds_it():
             into.copy_(x)
         graph.replay()
         assert torch.equal(output, call())
-        assert distance(output, exact(inputs)) <= 1.15 * 0.05
+        assert distance(output, exact(inputs)) <= 1.15 * config.error
 
 
 def test_a_plan_holds_it():
@@ -199,7 +200,7 @@ def test_a_plan_holds_it():
     assert distance(output, exact((query, key, value))) <= 1.15 * 0.05
     loose = s2o_compile.attention(query, key, value, causal=True, plan=plan, config=S2OConfig(tau=3.0))
     assert distance(loose, exact((query, key, value))) > 0.05
-    with pytest.raises(ImplementationUnavailableError, match="expected a tau"):
+    with pytest.raises(ImplementationUnavailableError, match="expected a tau alone"):
         s2o_compile.attention(
             query, key, value, causal=True, plan=plan, config=S2OConfig(error=0.05, implementation="flex")
         )

@@ -30,6 +30,37 @@ def test_missing_fields_take_defaults():
 
 
 @pytest.mark.parametrize(
+    ("said", "tau", "error"),
+    [
+        ({}, 0.5, 0.1),
+        ({"tau": 0.25}, 0.25, None),
+        ({"tau": 0.5}, 0.5, None),
+        ({"tau": (0.1, 0.2)}, (0.1, 0.2), None),
+        ({"error": 0.1}, None, 0.1),
+        ({"tau": 2.5, "error": 0.05}, 2.5, 0.05),
+        ({"tau": 0.5, "error": 0.0}, 0.5, 0.0),
+        ({"site_tau": {"a": (0.3,)}}, 0.5, 0.1),
+    ],
+    ids=str,
+)
+def test_tau_and_error_alone_together_and_unsaid(said, tau, error):
+    config = S2OConfig(**said)
+    assert (config.tau, config.error) == (tau, error)
+    assert S2OConfig.from_json(config.to_json()) == config
+    assert dataclasses.replace(config, tau=0.25, error=None) == S2OConfig(**{**said, "tau": 0.25, "error": None})
+
+
+def test_a_ceiling_stays_with_another_tau():
+    config = dataclasses.replace(S2OConfig(), tau=0.25)
+    assert (config.tau, config.error) == (0.25, 0.1)
+    assert dataclasses.replace(S2OConfig(), error=None) == S2OConfig(tau=0.5)
+
+
+def test_files_from_before_the_ceiling_measure_nothing():
+    assert S2OConfig.from_json('{"tau": 0.5, "error": null, "min_seq_len": "auto"}') == S2OConfig(tau=0.5)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"tau": float("nan")}, "tau: expected a finite number >= 0, got nan"),

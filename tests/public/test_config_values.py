@@ -59,7 +59,7 @@ BAD = {
     "hostile": Hostile(),
 }
 FLAGS = ("assume_causal_mask", "assume_block_masks", "check_assumptions", "read_masks")
-TAKEN = {("error", "none"), ("min_seq_len", "none"), ("segment_len", "none"), ("tau", "huge-int")}
+TAKEN = {("error", "none"), ("tau", "none"), ("min_seq_len", "none"), ("segment_len", "none"), ("tau", "huge-int")}
 TAKEN |= {(name, "bool") for name in FLAGS}
 
 

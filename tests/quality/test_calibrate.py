@@ -121,7 +121,8 @@ class TestMeasuring:
         with torch.no_grad(), observe_attention(meter):
             s2o_compile.optimize(model, CONFIG)(ids)
         for place, tau in enumerate((0.5, 4.0)):
-            for site, (error, density) in measured(model, ids, dataclasses.replace(CONFIG, tau=tau)).items():
+            alone = dataclasses.replace(CONFIG, tau=tau, error=None)
+            for site, (error, density) in measured(model, ids, alone).items():
                 found = meter.sites[site]
                 assert found.sums.errors()[place] == pytest.approx(error, rel=1e-4)
                 assert found.sums.densities()[place].mean().item() == pytest.approx(density)
@@ -139,7 +140,9 @@ class TestMeasuring:
         for ids, share in ((long_tokens(), 1.25), (long_tokens(1400).flip(1), 1.5)):  # the second was never measured
             for site, (found, _) in measured(model, ids, config).items():
                 assert found <= share * error, site
-        alone = dataclasses.replace(config, error=None)  # the taus, without the budget that holds while they run
+        alone = dataclasses.replace(
+            config, tau=0.5, error=None
+        )  # the taus, without the budget that holds while they run
         for ids, share in ((long_tokens(), 1.25), (long_tokens(1400).flip(1), 1.5)):
             for site, (found, _) in measured(model, ids, alone).items():
                 assert found <= share * error, site
@@ -157,7 +160,7 @@ class TestMeasuring:
     def test_what_is_not_calibrated_is_kept(self):
         given = dataclasses.replace(CONFIG, ranking="mean_query", tau=0.1, dense_heads={"layers.9": (0,)})
         config = s2o_compile.calibrate(sharp_model(), long_tokens(), 0.5, config=given)
-        assert (config.ranking, config.segment_len, config.tau) == ("mean_query", 128, S2OConfig().tau)
+        assert (config.ranking, config.segment_len, config.tau) == ("mean_query", 128, None)
         assert "layers.9" not in config.dense_heads
 
     def test_calls_without_a_site_run_as_they_are(self):
@@ -228,16 +231,15 @@ class TestBudgetWithoutCalibration:
         taus = [tau_for(error) for error in (0.001, 0.005, 0.02, 0.05, 0.1, 0.5)]
         assert taus == sorted(set(taus))
         assert [tau_for(error) for error, _ in MEASURED] == pytest.approx([tau for _, tau in MEASURED])
-        assert S2OConfig(error=0.0236).operator_options()["tau"] == pytest.approx(0.25)
-
-    @pytest.mark.parametrize("fields", [{"tau": 0.1}, {"tau": (0.1, 0.2)}])
-    def test_a_tau_beside_it_is_refused(self, fields):
-        with pytest.raises(OptionError, match=r"error=0.02: expected no tau beside it"):
-            S2OConfig(error=0.02, **fields)
+        assert S2OConfig(error=0.0236).fixed_tau == pytest.approx(0.25)
+        assert S2OConfig(error=0.0236).tau_on(torch.device("cpu")) == pytest.approx(1.5 * 0.25)
+        assert S2OConfig(error=1.0).tau_on(torch.device("cpu")) == 3.0
 
     def test_the_quality_in_words(self):
-        assert S2OConfig().quality == "tau 0.5"
+        assert S2OConfig().quality == "error 0.1 from tau 0.5"
+        assert S2OConfig(tau=0.5).quality == "tau 0.5"
         assert S2OConfig(tau=(0.1, 0.2)).quality == "tau by head"
+        assert S2OConfig(tau=(0.1, 0.2), error=0.02).quality == "error 0.02 from tau by head"
         assert S2OConfig(error=0.02).quality == "error 0.02"
         assert S2OConfig(error=0.02, site_tau={"a": (1.0,)}).quality == "error 0.02, calibrated"
 

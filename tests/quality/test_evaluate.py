@@ -116,7 +116,7 @@ def test_other_taus_are_measured_on_the_same_inputs():
         assert (exact.tau, middle.tau, same.tau) == (0.0, 0.3, 4.0)
         assert exact.error < 1e-5 < middle.error < same.error == site.error
         assert exact.density > middle.density > same.density == site.density
-    other = s2o_compile.evaluate(model, ids, dataclasses.replace(CONFIG, tau=0.3), needles=False)
+    other = s2o_compile.evaluate(model, ids, dataclasses.replace(CONFIG, tau=0.3, error=None), needles=False)
     assert other.sites[0].error == found.sites[0].curve[1].error  # the first layer has the same inputs
     assert other.sites[1].error != found.sites[1].curve[1].error
 
@@ -264,7 +264,7 @@ class TestNeedles:
 
     def test_what_sparse_attention_does_not_reach_is_lost(self):
         model, ids = Recall().eval(), tiny_tokens(2048, vocabulary=4096)
-        lost = dataclasses.replace(CONFIG, tau=1e6, ranking="mean_query")
+        lost = dataclasses.replace(CONFIG, tau=1e6, error=None, ranking="mean_query")
         exact, sparse = (s2o_compile.evaluate(model, ids, config).needles for config in (EXACT, lost))
         assert (exact.count, exact.length) == (24, 40)
         assert exact.loss_s2o == pytest.approx(exact.loss_dense, rel=1e-4)

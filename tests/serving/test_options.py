@@ -41,8 +41,8 @@ def test_a_file_and_a_length_beside_it(tmp_path):
         ({"S2O_ERROR": "2"}, r"^S2O_ERROR: error: expected a relative error between 0 and 1"),
         ({"S2O_MIN_SEQ_LEN": "8k"}, r"^S2O_MIN_SEQ_LEN: expected a number of tokens.*got '8k'\. Write"),
         ({"S2O_MIN_SEQ_LEN": "-5"}, r"^S2O_MIN_SEQ_LEN: expected a number of tokens"),
-        ({"S2O_TAU": "0.5", "S2O_ERROR": "0.1"}, r"^S2O_ERROR and S2O_TAU: expected one .* Unset all but one"),
-        ({"S2O_TAU": "0.5", "S2O_CONFIG": "x"}, r"^S2O_TAU and S2O_CONFIG: expected one variable"),
+        ({"S2O_TAU": "0.5", "S2O_CONFIG": "x"}, r"^S2O_TAU and S2O_CONFIG: expected .* from a file or from variables"),
+        ({"S2O_ERROR": "0.5", "S2O_CONFIG": "x"}, r"^S2O_ERROR and S2O_CONFIG: expected .* Unset S2O_CONFIG, or"),
         ({"S2O_CONFIG": "/nowhere.json"}, r"^S2O_CONFIG: expected a file that can be read, got '/nowhere\.json'"),
     ],
     ids=str,
@@ -50,6 +50,13 @@ def test_a_file_and_a_length_beside_it(tmp_path):
 def test_bad_values_say_what_to_do(variables, said):
     with pytest.raises(OptionError, match=said):
         config_from_environment(variables)
+
+
+def test_a_tau_and_an_error_may_stand_together():
+    assert config_from_environment({"S2O_TAU": "0.5", "S2O_ERROR": "0.05"}) == S2OConfig(tau=0.5, error=0.05)
+    assert config_from_environment({"S2O_TAU": "0.5"}) == S2OConfig(tau=0.5)
+    assert config_from_environment({"S2O_ERROR": "0.05"}) == S2OConfig(error=0.05)
+    assert config_from_environment({}) == S2OConfig(tau=0.5, error=0.1)
 
 
 def test_a_file_that_is_no_configuration(tmp_path):

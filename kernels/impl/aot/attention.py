@@ -17,7 +17,7 @@ from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.documents import packed_pairs
 from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.options import taus_by_head
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs, take
 from s2o_compile.kernels.exact.epilogue import fill_rows, fully_masked_rows, sink_share
@@ -31,16 +31,17 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None = None, sinks: Tensor | None = None, *,
     min_seq_len: int, causal: bool = False, causal_offset: Size | None = None, window: Size | None = None,
     attention_chunk: int | None = None, scale: float | None = None, softcap: float | None = None,
-    fully_masked: str = "zeros", tau: float = OperatorOptions.tau, segment_len: int | None = None,
-    head_tau: Sequence[float] | Tensor | None = None, dense_heads: Sequence[int] | None = None, layout: str = "auto",
-    **_: object,
+    fully_masked: str = "zeros", tau: float | None = None, segment_len: int | None = None,
+    head_tau: Sequence[float] | Tensor | None = None, error: float | None = None,
+    dense_heads: Sequence[int] | None = None, layout: str = "auto", **_: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The results of ``s2o::attention`` from the same arguments; its others change nothing here.
 
     ``min_seq_len`` is a number because the program's device is known by now. On a CPU ``head_tau`` may be a tensor.
+    Nothing measures the error here: it only says a tau where none is given.
     """
     factor = scale_of(query, scale)
-    taus = [tau] * query.shape[1] if head_tau is None or len(head_tau) == 0 else head_tau
+    taus = head_tau if isinstance(head_tau, Tensor) else taus_by_head(query.shape[1], tau, head_tau, error)
     segment_len = segment_len or default_segment_len(max(longest(query.shape[2]), longest(key.shape[2])))
     order = memory_order(query, value.shape[3], layout)
     tensors = [x for x in (query, key, value, key_mask, sinks, head_tau) if isinstance(x, Tensor)]

@@ -54,7 +54,7 @@ def sampled_row(slot, n_rows, n_queries):
     """``sampled.sample_rows``; slots behind the last one repeat it."""
     part = tl.minimum(slot, n_rows - 1).to(tl.int64)
     first, behind = part * n_queries // n_rows, (part + 1) * n_queries // n_rows
-    return first + part * TURN % TURNS * (behind - first) // TURNS
+    return first + (part * TURN + TURNS // 2) % TURNS * (behind - first) // TURNS
 
 
 @triton.jit

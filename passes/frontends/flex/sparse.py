@@ -47,9 +47,9 @@ def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[in
     The options are keyword arguments of the operator. Without ``head_tau``, their tau is that of all query heads.
     """
     call = flex.operands(node)
-    _check(node, call, options)
-    tau = tuple(head_tau) or tuple(options.get("head_tau") or ()) or options.get("tau", OperatorOptions.tau)
-    heads = value_of(call["query"]).shape[1]
+    quality = quality_of(options, head_tau)
+    _check(node, call, options, quality)
+    tau, heads = quality.fixed_tau, value_of(call["query"]).shape[1]
     if isinstance(tau, tuple) and len(tau) != heads:
         raise Refused("it has %s query heads, and a tau is given for each of %s", heads, len(tau))
     keywords: dict[str, Any] = {
@@ -62,14 +62,20 @@ def lower(node: fx.Node, options: Mapping[str, Any], *, dense_heads: Sequence[in
     node.target, node.kwargs = sparse_flex_attention, {**node.kwargs, **keywords}
 
 
-def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any]) -> None:
+def quality_of(options: Mapping[str, Any], head_tau: Sequence[float]) -> OperatorOptions:
+    """Tau and error of a call; arguments as of `lower`."""
+    taus = tuple(head_tau) or tuple(options.get("head_tau") or ())
+    return OperatorOptions(tau=taus or options.get("tau"), error=options.get("error"))
+
+
+def _check(node: fx.Node, call: dict[str, Any], options: Mapping[str, Any], quality: OperatorOptions) -> None:
     if options.get("implementation", "auto") not in ("auto", "flex"):
         raise Refused(
             'implementation=%r knows no functions of its own, "auto" and "flex" do', options["implementation"]
         )
-    if options.get("error"):
-        raise Refused("FlexAttention cannot measure the error that error=%g allows: give a tau", options["error"])
-    if options.get("tau", OperatorOptions.tau) == 0 and not options.get("head_tau"):
+    if quality.ceiling and not quality.has_default_ceiling:
+        raise Refused("FlexAttention cannot measure the error that error=%g allows: give a tau alone", quality.error)
+    if quality.fixed_tau == 0:
         raise Refused("tau=0 leaves nothing out")
     flex.output_of(node)
     query, key, value = (value_of(call[name]) for name in ("query", "key", "value"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2o_compile.kernels.budget import STEPS
+from s2o_compile.kernels.budget import ROUNDS
 from s2o_compile.kernels.core.budget_rule import lower_tau
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.exact import sampled
@@ -126,7 +126,7 @@ def test_triton_leaves_out_the_same_rows(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("largest", [*STEPS])
+@pytest.mark.parametrize("largest", [*ROUNDS.steps])
 def test_triton_lowers_tau_as_torch_does(largest, device):
     pytest.importorskip("triton")
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled

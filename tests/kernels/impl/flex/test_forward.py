@@ -268,5 +268,5 @@ def test_a_budget_is_refused():
     """It could not be held: how far to go is decided before the launch."""
     query = torch.randn(1, 2, 300, 32)
     config = S2OConfig(implementation="flex", error=0.05, min_seq_len=1)
-    with pytest.raises(ImplementationUnavailableError, match=r"expected a tau, got error=0\.05, which it"):
+    with pytest.raises(ImplementationUnavailableError, match=r"expected a tau alone, got error=0\.05, which it"):
         s2o_compile.attention(query, query, query, causal=True, config=config)

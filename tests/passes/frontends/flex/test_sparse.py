@@ -3,6 +3,8 @@
 Compiling one kernel takes seconds, so that every case here stands for several.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -13,6 +15,7 @@ from s2o_compile.kernels.impl.flex import sample as flex_sample
 from s2o_compile.kernels.impl.flex import user_mods as flex_site
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
+from s2o_compile.report import Report, Site
 from tests.conftest import distance
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -124,16 +127,27 @@ def test_a_bias_and_documents(sparse_calls):
     [
         ({"tau": 0.0}, "tau=0 leaves nothing out"),
         ({"error": 0.05}, "cannot measure the error that error=0.05 allows"),
+        ({"tau": None, "error": 0.1}, "cannot measure the error that error=0.1 allows"),
         ({"implementation": "torch"}, "knows no functions of its own"),
         ({"min_seq_len": 901}, "are short"),
     ],
-    ids=["exact", "budget", "torch", "short"],
+    ids=["exact", "budget", "budget-alone", "torch", "short"],
 )
 def test_what_keeps_it_dense_is_said(options, said):
     records = captured(lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True), **options)
     assert not records[0].rewritten
     assert "adds a bias" in records[0].reason
     assert said in records[0].reason
+
+
+def test_the_ceiling_of_the_default_is_left_out_and_said():
+    attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, enable_gqa=True)  # noqa: E731
+    (record,) = captured(attend, tau=None)
+    assert record.rewritten
+    assert record.unheld_error == 0.1
+    site = Site(**dataclasses.asdict(record))
+    assert "rewritten, error 0.1 not held (FlexAttention)" in str(Report(sites=(site,), graphs=1))
+    assert captured(attend)[0].unheld_error is None
 
 
 def test_a_device_has_a_crossover_of_its_own(monkeypatch):
