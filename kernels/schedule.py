@@ -7,16 +7,13 @@ are under way at a time on a GPU: the last, longest tiles of one run beside the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 
-import torch
 from torch import Tensor
 
-from s2o_compile.kernels.budget import Sampler, attend_within, lowering
+from s2o_compile.kernels import prepared
+from s2o_compile.kernels.budget import Sampler, attend_within, first_tau, lowering
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import (
@@ -33,20 +30,20 @@ from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
+from s2o_compile.kernels.streams import STREAMS, side_by_side
 
-SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, lowering)}
+SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, first_tau, lowering)}
 """What measures an error, by implementation."""
 
 try:
     from s2o_compile.kernels.impl.triton import forward as triton_forward
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 
-    SAMPLERS["triton"] = Sampler(triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.lowering)
+    SAMPLERS["triton"] = Sampler(
+        triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.first_tau, triton_sampled.lowering
+    )
 except ImportError:  # no triton here: it is then never asked for
     triton_forward = None
-
-STREAMS = 2
-"""Slices under way at a time on a GPU."""
 
 
 def attend(
@@ -67,8 +64,18 @@ def attend(
     result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
     if call.dense_heads:
         attend_dense(call, result, exact)
-    planner = planner or Planner(call, options, implementation)
     tau = options.tau_on(call.query.device)
+    if planner is not None or implementation != "triton" or not prepared.attend(call, options, tau, result, _attend):
+        planner = planner or Planner(call, options, implementation)
+        _attend(call, options, implementation, tau, result, planner, first_query)
+    return result
+
+
+def _attend(
+    call: AttentionCall, options: OperatorOptions, implementation: str, tau: float | Tensor, result: Result,
+    planner: Planner, first_query: int = 0,
+) -> None:  # fmt: skip
+    """Attention of the heads that are not marked dense, slice by slice."""
     sparse = (head for head in range(call.key.shape[1]) if head not in call.dense_heads)
     parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
@@ -85,7 +92,6 @@ def attend(
                 limit = tau[members] if isinstance(tau, Tensor) else tau
                 attend_planned(part, plan, limit, options.error, implementation, into)
                 del plan  # before the next is made
-    return result
 
 
 def attend_planned(
@@ -136,29 +142,3 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     stop = min(max(rows.stop + mask.offset, 1), call.n_keys)
     key_mask = None if mask.key_mask is None else mask.key_mask[:, :stop]
     return part.first_keys(stop, replace(mask, offset=mask.offset + rows.start, key_mask=key_mask))
-
-
-@cache
-def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, ...]:
-    """The streams of a thread: another thread's may be capturing a CUDA graph."""
-    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
-
-
-@contextmanager
-def side_by_side(device: torch.device, pieces: int) -> Iterator[Callable[[int], AbstractContextManager[object]]]:
-    """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
-
-    The streams start behind all work of the current one. At the end the current one waits for them, whatever happens
-    inside; the host does not wait. One piece, and a CPU, need no other stream. A CUDA graph is captured on one.
-    """
-    if device.type != "cuda" or pieces < 2 or torch.cuda.is_current_stream_capturing():
-        yield lambda _: nullcontext()
-        return
-    current, streams = torch.cuda.current_stream(device), _streams_of(device, threading.get_ident())
-    for stream in streams:
-        stream.wait_stream(current)
-    try:
-        yield lambda number: torch.cuda.stream(streams[number % STREAMS])
-    finally:
-        for stream in streams:
-            current.wait_stream(stream)
