@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,15 +24,13 @@ from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.planner import Planner
 from s2o_compile.kernels.streams import in_turn, other_stream
 
-try:
-    from s2o_compile.kernels.impl.triton.listing import Launches, Listing, UnlistableError
-except ImportError:  # no triton here: nothing is asked for
-    Launches = Listing = UnlistableError = None
+if TYPE_CHECKING:
+    from s2o_compile.kernels.impl.triton.listing import Launches
 
 KEPT, SEEN = 64, 1024
-"""Lists that are kept, and keys that are remembered, at most: the last that were used. 0 lists prepare nothing."""
+"""Lists that are kept, and keys that are remembered, at most: those used last. 0 lists prepare nothing."""
 
-_lists: OrderedDict[object, Launches | None] = OrderedDict()
+_lists: OrderedDict[object, Any] = OrderedDict()
 _seen: OrderedDict[object, None] = OrderedDict()
 _lock = threading.Lock()
 
@@ -48,17 +47,12 @@ def attend(
     tensors = _tensors(call, tau, into)
     key = _key(call, options, tensors)
     with _lock:
-        if key not in _lists:
-            known = key in _seen
-            _seen[key] = None
-            if len(_seen) > SEEN:
-                _seen.popitem(last=False)
-            if not known:
-                return False
-        else:
-            _lists.move_to_end(key)
-        launches = _lists.get(key, False)
-    if launches is False:
+        launches = _lists.pop(key, missing := object())  # and put back as the newest
+        if launches is not missing:
+            _lists[key] = launches
+        elif not _remembered(key):
+            return False
+    if launches is missing:
         launches = _written(call, options, tensors, run)
         with _lock:
             _lists[key] = launches
@@ -68,6 +62,16 @@ def attend(
         return False
     _make(launches, list(tensors.values()))
     return True
+
+
+def _remembered(key: object) -> bool:
+    """Whether a key was seen before; it is remembered from now on."""
+    if key in _seen:
+        return True
+    _seen[key] = None
+    if len(_seen) > SEEN:
+        _seen.popitem(last=False)
+    return False
 
 
 def newest() -> Launches | None:
@@ -107,6 +111,8 @@ def _written(
     call: AttentionCall, options: OperatorOptions, tensors: dict[str, Tensor], run: Callable[..., None]
 ) -> Launches | None:
     """The launches of a call, written down by its functions on stand-ins; None if launches are not all they do."""
+    from s2o_compile.kernels.impl.triton.listing import Listing, UnlistableError  # triton may be missing
+
     listing = Listing(list(tensors.values()))
     given = dict(zip(tensors, listing.tensors, strict=True))
     mask = replace(call.mask, key_mask=given.get("key_mask"))

@@ -42,5 +42,5 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
 
 def hooked() -> bool:
     """Whether somebody wants to hear of launches, as a profiler of triton's does."""
-    hooks = (getattr(triton.knobs.runtime, f"launch_{moment}_hook", None) for moment in ("enter", "exit"))
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = (getattr(triton.knobs.runtime, name, None) for name in ("launch_enter_hook", "launch_exit_hook"))
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ class Step:
         options: Options of the launch, as ``num_warps``.
         turn: Number of the slice of the call that it belongs to; None for what all slices need.
         launch: What launches the compiled kernel, once it is known.
+        is_beside: Whether it belongs to one of every second slices, which may run beside the others.
     """
 
     kernel: Any
@@ -73,11 +74,10 @@ class Step:
     options: dict[str, object]
     turn: int | None
     launch: direct.Launcher | None = None
+    is_beside: bool = field(init=False)
 
-    @property
-    def is_beside(self) -> bool:
-        """Whether it belongs to one of every second slices."""
-        return self.turn is not None and self.turn % TURNS > 0
+    def __post_init__(self) -> None:
+        self.is_beside = self.turn is not None and self.turn % TURNS > 0
 
 
 @dataclass
@@ -255,6 +255,7 @@ class Launches:
     slices: list[Step]
     size: int
     turns: int
+    ready: bool = field(default=False, init=False)
 
     @property
     def count(self) -> int:
@@ -269,8 +270,9 @@ class Launches:
         self, steps: Sequence[Step], tensors: Sequence[Tensor], workspace: Tensor, other: torch.cuda.Stream | None
     ) -> None:
         """Make some of the launches: every second slice's on another stream, if there is one."""
-        if direct.hooked() or any(step.launch is None for step in steps):
+        if not self.ready or direct.hooked():
             self._make_first(steps, tensors, workspace, other)
+            self.ready = all(step.launch is not None for step in (*self.common, *self.slices))
             return
         bases = [x.data_ptr() for x in tensors]
         bases.append(workspace.data_ptr())
