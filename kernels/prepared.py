@@ -4,7 +4,7 @@ The key of a call is everything that its launches depend on: shapes, strides, dt
 the mask's terms, scale, softcap and options. A call whose key was not seen before runs as ever. The second writes its
 launches down (``impl/triton/listing.py``) and makes them from the list, as every later one does: the same kernels in
 the same order on the same numbers, so the same bits. Only launches can be written down. Heads that are marked dense run
-before them; a call that needs more than launches otherwise is never prepared.
+before them; a call that needs more than launches otherwise is never prepared, nor is one of many slices.
 """
 
 from __future__ import annotations

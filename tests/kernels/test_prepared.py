@@ -84,6 +84,7 @@ def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypa
     if scratch is not None:
         monkeypatch.setattr(schedule, "SCRATCH_BYTES", scratch)
         monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
+        monkeypatch.setattr(listing, "MOST_TURNS", 10)
     given, options = CASES[case]
     call, options = call_of(**given), options_of(**options)
     if case == "wide values":
@@ -111,6 +112,16 @@ def test_other_work_than_launches_is_never_left_out(case, launches):
         run(call_of(kept=None if own else PrefillCache()), options_of(ranking_per="head" if own else "group"))
         assert len(launches) == 16
     assert list(prepared._lists.values()) == ([None] if own else [])
+
+
+def test_a_call_of_many_slices_is_not_prepared(launches, monkeypatch):
+    monkeypatch.setattr(schedule, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
+    for _ in range(3):
+        launches.clear()
+        run(call_of(), options_of())
+        assert len(launches) == 6 + 10 * 10
+    assert list(prepared._lists.values()) == [None]
 
 
 def pages(length=64):

@@ -28,12 +28,15 @@ ALIGNED = 256
 TURNS = 2
 """Streams that slices of a call take turns on."""
 
+MOST_TURNS = 8
+"""Slices of a call that is written down, at most: more keep the card busy for longer than the host takes."""
+
 FACTORIES = ("aten::empty.", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
 """Operators that ask for memory and leave it as it is."""
 
 
 class UnlistableError(Exception):
-    """A function did other work on the device than launches, which a list would leave out."""
+    """A function did other work on the device than launches, which a list would leave out; or a list is too long."""
 
 
 class Place(NamedTuple):
@@ -121,6 +124,8 @@ class Listing:
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
         """A block whose launches belong to a slice of the call, behind those before all slices."""
+        if number >= MOST_TURNS:
+            raise UnlistableError(f"more than {MOST_TURNS} slices")
         self._turn = number
         try:
             yield
@@ -132,7 +137,7 @@ class Listing:
         """A block in which launches are written down here.
 
         Raises:
-            UnlistableError: Something else than launches was asked for.
+            UnlistableError: Something else than launches was asked for, or too many of them.
         """
         held = listing.set(self)
         try:
