@@ -85,6 +85,10 @@ def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypa
         monkeypatch.setattr(schedule, "SCRATCH_BYTES", scratch)
         monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
         monkeypatch.setattr(listing, "MOST_TURNS", 10)
+    laid_out, lay_out = [], listing._lay_out
+    monkeypatch.setattr(
+        listing, "_lay_out", lambda *given, **more: laid_out.append((x := lay_out(*given, **more))[1]) or x
+    )
     given, options = CASES[case]
     call, options = call_of(**given), options_of(**options)
     if case == "wide values":
@@ -102,6 +106,11 @@ def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypa
     (kept,) = prepared._lists.values()
     assert kept.count + (case == "marked head") == len(sides[0])
     assert (kept.turns > 1) == (scratch is not None)
+    if scratch is not None:  # memory that all slices share comes first, then that of each stream
+        workspace = len(prepared._tensors(call, options.tau_on(call.query.device), result))
+        places = [(step.is_beside, x) for step in kept.slices for x in step.places if x.slot == workspace]
+        own, beside = ([x.offset for on, x in places if on == turn and x.offset >= laid_out[0]] for turn in (0, 1))
+        assert max(own) < min(beside) <= max(beside) < kept.size
 
 
 @pytest.mark.parametrize("case", ["own rankings", "chunks of a prefill"])

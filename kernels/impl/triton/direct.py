@@ -33,11 +33,28 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
     if run is None or function is None or metadata is None:
         return None
     x, y, z = (*grid, 1, 1)[:3]
+    bare = _without_scratch(run)
+    if bare is not None:
+        return lambda stream, arguments: bare[0](
+            x, y, z, stream, function, *bare[1:], None, None, metadata, None, None, None, *arguments
+        )
 
     def launch(stream: int, arguments: Sequence[object]) -> None:
         run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
     return launch
+
+
+def _without_scratch(run: Any) -> tuple[Any, bool, bool] | None:
+    """The C function behind triton 3.6's launch of a kernel that needs no scratch memory, and its first two flags.
+
+    The Python around it takes as long as the launch itself. Other versions call it in other ways.
+    """
+    names = ("launch", "launch_cooperative_grid", "launch_pdl")
+    sizes = [getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
+    if not triton.__version__.startswith("3.6.") or sizes != [0, 0] or not all(hasattr(run, name) for name in names):
+        return None
+    return run.launch, run.launch_cooperative_grid, run.launch_pdl
 
 
 def hooked() -> bool:

@@ -42,6 +42,31 @@ def test_all_arguments_are_handed_over():
     assert made == [(3, 2, 1, 99, 7, "m", None, None, None, 1, 2.0, True)]
 
 
+@pytest.mark.parametrize("scratch", [0, 8])
+def test_a_kernel_of_triton_3_6_without_scratch_is_launched_by_its_c_function(scratch, monkeypatch):
+    made = []
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+
+    class Run(SimpleNamespace):
+        def __call__(self, *given):
+            made.append(("python", *given))
+
+    run = Run(global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True)
+    run.launch = lambda *given: made.append(given)
+    direct.launcher(SimpleNamespace(run=run, function=7, packed_metadata="m"), (3,))(99, [1, 2.0])
+    bare = (3, 1, 1, 99, 7, False, True, None, None, "m", None, None, None, 1, 2.0)
+    assert made == [bare if scratch == 0 else ("python", 3, 1, 1, 99, 7, "m", None, None, None, 1, 2.0)]
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="of triton 3.6")
+def test_the_c_function_of_triton_3_6_takes_these_arguments():
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    source = " ".join(inspect.getsource(CudaLauncher.__call__).split())
+    ours = "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,"
+    assert f"{ours} global_scratch, profile_scratch, *args)" in source
+
+
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0"])
 def test_a_triton_that_is_not_known_launches_by_itself(version, monkeypatch):
     monkeypatch.setattr(triton, "__version__", version)
