@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.cli.tune import add_topics, cut_to_density
 from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels import prepared
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
@@ -119,6 +120,7 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
         return lambda call, plan, _tau, into=None: attend(call, plan, 0.0, into)
 
     with (
+        patch.object(prepared, "KEPT", 0),
         patch.object(Planner, "plan", cut_plan),
         patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
         patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),

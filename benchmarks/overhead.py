@@ -4,6 +4,7 @@
 
     short         default configuration, N up to the dispatch length: GPU time by CUDA graphs, host time by issuing
                   calls without waiting; against SDPA's own choice and against its fastest backend
+    host          sparse calls with their launches prepared and without: host time, GPU time, the same bits
     compiled      host and GPU time of one attention in a compiled graph of 32, dense and through backend="s2o"
     graphs        the same with mode="reduce-overhead", where the host does nothing
     same bits     the same input twice gives the same bits
@@ -37,6 +38,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.backend import s2o
 from s2o_compile.kernels import dispatch as operator
+from s2o_compile.kernels import prepared
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.statistics import record_calls
@@ -46,6 +48,9 @@ CHAIN = 32
 
 ISSUED = 50
 """Calls issued without waiting: few enough for the queue of launches to take them all."""
+
+SPARSE_ISSUED = 8
+"""The same for sparse calls, which make up to 100 launches each."""
 
 HEADS = (32, 8, 128)
 """Hq, Hkv, D."""
@@ -68,9 +73,9 @@ def sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output
 
 
-def host_microseconds(call: Callable[[], object], calls_in_one: int = 1) -> float:
+def host_microseconds(call: Callable[[], object], calls_in_one: int = 1, issued: int = ISSUED) -> float:
     """Time the host spends on a call, the device's work left to run by itself."""
-    issued = max(ISSUED // calls_in_one, 5)
+    issued = max(issued // calls_in_one, 5)
     times = []
     call()
     for _ in range(9):
@@ -107,6 +112,29 @@ def short_row(length: int) -> dict[str, object]:
         "gpu_S2O": round(gpu["S2O"], 1),
         "over_SDPA": round(gpu["S2O"] / gpu["SDPA"], 3),
         "over_fastest": round(gpu["S2O"] / fastest, 3),
+    }
+
+
+def host_row(length: int, error: float | None) -> dict[str, object]:
+    """A sparse call whose launches are prepared, and the same call as its first of a kind runs."""
+    inputs = make_inputs("topical", length, *HEADS)
+    config = S2OConfig(min_seq_len=1, error=error)
+    call = partial(s2o_compile.attention, *inputs, causal=True, config=config)
+    kept, prepared.KEPT = prepared.KEPT, 0
+    first, plain = call(), host_microseconds(call, issued=SPARSE_ISSUED)
+    prepared.KEPT = kept
+    for _ in range(3):
+        same = torch.equal(first.view(torch.uint8), call().view(torch.uint8))  # pyright: ignore
+    host = host_microseconds(call, issued=SPARSE_ISSUED)
+    launches = prepared.newest()
+    counts = {} if launches is None else {"launches": launches.count, "workspace_MiB": round(launches.size / 2**20, 1)}
+    return {
+        "host_plain": round(plain, 1),
+        "host_prepared": round(host, 1),
+        "gpu": round(gpu_microseconds(call), 1),
+        "whole": round(milliseconds(call) * 1e3, 1),
+        "same_bits": same,
+        **counts,
     }
 
 
@@ -200,7 +228,7 @@ def worst_row(length: int, ranking: str) -> dict[str, object]:
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("short", "compiled", "graphs", "same bits", "dense heads", "worst case")
+    names = ("short", "host", "compiled", "graphs", "same bits", "dense heads", "worst case")
     dispatch = crossover(torch.device("cuda" if ON_GPU else "cpu"))
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
     parser.add_argument(
@@ -210,6 +238,8 @@ def main() -> None:
         default=[16, 100, 128, 512, 1024, 2048, 4096, 8192, dispatch - 128],
         help="lengths below the dispatch length",
     )
+    host_lengths = [2048, 8192, 16384, 32768]
+    parser.add_argument("--host", type=int, nargs="+", default=host_lengths, help="lengths of prepared calls")
     parser.add_argument("--compiled", type=int, nargs="+", default=[16, 2048], help="lengths in a compiled graph")
     parser.add_argument("--scale", type=int, default=1, help="divisor of the lengths in the last three sections")
     parser.add_argument("--json", type=Path)
@@ -219,6 +249,9 @@ def main() -> None:
     if "short" in args.only:
         for length in args.short:
             rows.measure("short", {"N": length}, partial(short_row, length))
+    for length in args.host if "host" in args.only else ():
+        for error in (None, 0.05):
+            rows.measure("host", {"N": length, "error": error}, partial(host_row, length, error))
     for section, mode in (("compiled", None), ("graphs", "reduce-overhead")):
         for length in args.compiled if section in args.only else ():
             rows.measure(section, {"N": length}, partial(compiled_row, length, mode))

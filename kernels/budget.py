@@ -58,12 +58,22 @@ class Sampler(NamedTuple):
     Attributes:
         attend_rows: As ``exact.sampled.attend_rows``.
         error_sums: As ``exact.sampled.error_sums``.
+        first_tau: `first_tau` below, or the same on a GPU.
         lowering: Gives what measures, then lowers tau: `lowering` below, or the same on a GPU.
     """
 
     attend_rows: Callable[[AttentionCall, int], ExactRows]
     error_sums: Callable[[AttentionCall, ExactRows, Tensor, Tensor], Tensor]
+    first_tau: Callable[[AttentionCall, float | Tensor], Tensor]
     lowering: Callable[[AttentionCall, ExactRows, Result, Tensor, Tensor, float], Callable[[float], None]]
+
+
+def first_tau(call: AttentionCall, tau: float | Tensor) -> Tensor:
+    """One tau, or float32 [Hq] or [B, Hq], as new float32 [B, Hq]; by torch."""
+    shape = call.query.shape[:2]
+    if isinstance(tau, Tensor):
+        return tau.expand(shape).clone(memory_format=torch.contiguous_format)
+    return torch.full(shape, tau, device=call.query.device)
 
 
 def lowering(
@@ -98,11 +108,7 @@ def attend_within(
     """
     rounds = rounds_for(tau, error)
     exact = sampler.attend_rows(call, rounds.samples)
-    shape, device = call.query.shape[:2], call.query.device
-    if isinstance(tau, Tensor):
-        tau = tau.expand(shape).clone(memory_format=torch.contiguous_format)
-    else:
-        tau = torch.full(shape, min(tau, LARGEST_TAU), device=device)
+    tau = sampler.first_tau(call, tau if isinstance(tau, Tensor) else min(tau, LARGEST_TAU))
     limit, progress = torch.empty_like(tau), empty_progress(call.query)
     executor.attend(call, plan, tau, into, progress)
     lower = sampler.lowering(call, exact, into, tau, limit, error)

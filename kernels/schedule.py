@@ -7,16 +7,13 @@ are under way at a time on a GPU: the last, longest tiles of one run beside the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 
-import torch
 from torch import Tensor
 
-from s2o_compile.kernels.budget import Sampler, attend_within, lowering
+from s2o_compile.kernels import prepared
+from s2o_compile.kernels.budget import Sampler, attend_within, first_tau, lowering
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import (
@@ -33,20 +30,20 @@ from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
+from s2o_compile.kernels.streams import STREAMS, side_by_side
 
-SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, lowering)}
+SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, first_tau, lowering)}
 """What measures an error, by implementation."""
 
 try:
     from s2o_compile.kernels.impl.triton import forward as triton_forward
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 
-    SAMPLERS["triton"] = Sampler(triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.lowering)
+    SAMPLERS["triton"] = Sampler(
+        triton_sampled.attend_rows, triton_sampled.error_sums, triton_sampled.first_tau, triton_sampled.lowering
+    )
 except ImportError:  # no triton here: it is then never asked for
     triton_forward = None
-
-STREAMS = 2
-"""Slices under way at a time on a GPU."""
 
 
 def attend(
@@ -67,15 +64,23 @@ def attend(
     result = result if lse is None else result._replace(lse=lse)
     if call.dense_heads:
         attend_dense(call, result, exact)
-    planner = Planner(call, options, implementation)
     tau = options.tau_on(call.query.device)
+    if implementation != "triton" or not prepared.attend(call, options, tau, result, _attend):
+        _attend(call, options, implementation, tau, result, Planner(call, options, implementation))
+    return result
+
+
+def _attend(
+    call: AttentionCall, options: OperatorOptions, implementation: str, tau: float | Tensor, result: Result,
+    planner: Planner,
+) -> None:  # fmt: skip
+    """Attention of the heads that are not marked dense, slice by slice."""
     parts = list(slices(call, planner.segment_len, call.group // planner.shared, sparse_heads(call)))
     # Tiles that never stop take as long as hundreds that do: the next slice fills the card beside them.
     with side_by_side(call.query.device, len(parts)) as turn:
         for number, (heads, rows) in enumerate(parts):
             with turn(number):
                 attend_slice(call, heads, rows, planner, tau, options.ceiling, implementation, result)
-    return result
 
 
 def attend_slice(
@@ -171,45 +176,3 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     stop = min(max(rows.stop + mask.offset, 1), call.n_keys)
     key_mask = None if mask.key_mask is None else mask.key_mask[:, :stop]
     return part.first_keys(stop, replace(mask, offset=mask.offset + rows.start, key_mask=key_mask))
-
-
-@cache
-def _streams_of(device: torch.device, _thread: int) -> tuple[torch.cuda.Stream, ...]:
-    """The streams of a thread: another thread's may be capturing a CUDA graph."""
-    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
-
-
-class Turns:
-    """Streams that take turns beside the current one; without any, everything goes to the current one."""
-
-    def __init__(self, current: torch.cuda.Stream | None = None, streams: Sequence[torch.cuda.Stream] = ()) -> None:
-        self._current, self._streams = current, streams
-
-    def __call__(self, number: int) -> AbstractContextManager[object]:
-        """A block whose kernels go to the stream whose turn it is."""
-        return torch.cuda.stream(self._streams[number % STREAMS]) if self._streams else nullcontext()
-
-    def join(self) -> None:
-        """Let the current stream wait for all that was given to the others so far; these do not wait."""
-        for stream in self._streams:
-            self._current.wait_stream(stream)  # pyright: ignore[reportOptionalMemberAccess]
-
-
-@contextmanager
-def side_by_side(device: torch.device, pieces: int) -> Iterator[Turns]:
-    """A block in which ``turn(number)`` is a block whose kernels go to the stream whose turn it is.
-
-    The streams start behind all work of the current one. At the end the current one waits for them, whatever happens
-    inside; the host does not wait. One piece, and a CPU, need no other stream. A CUDA graph is captured on one.
-    """
-    if device.type != "cuda" or pieces < 2 or torch.cuda.is_current_stream_capturing():
-        yield Turns()
-        return
-    current, streams = torch.cuda.current_stream(device), _streams_of(device, threading.get_ident())
-    for stream in streams:
-        stream.wait_stream(current)
-    turns = Turns(current, streams)
-    try:
-        yield turns
-    finally:
-        turns.join()

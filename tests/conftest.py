@@ -18,6 +18,7 @@ if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Trit
 
 os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the tests
 
+from s2o_compile.kernels import prepared
 from s2o_compile.kernels.core import plan as plan_module
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
@@ -62,6 +63,12 @@ def quick_rows(table, quick):
         pytest.param(*(key if isinstance(key, tuple) else (key,)), marks=[] if key in quick else [pytest.mark.slow])
         for key in table
     ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_prepared():
+    """Calls are planned anew: a test may change what plans depend on."""
+    prepared.forget()
 
 
 @dataclass(frozen=True)

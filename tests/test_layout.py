@@ -82,6 +82,7 @@ FLOORS = {
 CHOOSERS = ("kernels/dispatch.py", "kernels/planner.py", "kernels/schedule.py")
 """The only files that choose an executor, and so import any."""
 OTHER_CHOOSERS = {
+    "kernels/prepared.py": "keeps the launches of the Triton kernels, which schedule chose",
     "kernels/calls/read_mask.py": "compares masks on CUDA by a kernel; to be chosen by dispatch",
     "passes/frontends/flex/sparse.py": "inserts the operator of flex calls with functions of their own",
     "s2o_compile/aot/package.py": "a package holds the decomposition of kernels/impl/aot, and no other",

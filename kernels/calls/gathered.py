@@ -25,6 +25,7 @@ from s2o_compile.kernels.planner import KeyShard, KnownKeys, Planner
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys, dim_stride
 from s2o_compile.kernels.sequence.sharded import ShardedSequence
 from s2o_compile.kernels.statistics import recording
+from s2o_compile.kernels.streams import Turns, side_by_side
 
 
 def of_heads(
@@ -82,7 +83,7 @@ class _Attending:
         call, length, means = self._call, self._sequence.layout.length, list[Tensor]()
         fills = call.fully_masked == "mean" and not all_rows_see(call.mask, length, length)
         known, scratch = self._know_keys(), schedule.scratch_bytes(self._sizes)
-        with schedule.side_by_side(call.query.device, len(self._pieces)) as turns:
+        with side_by_side(call.query.device, len(self._pieces)) as turns:
             for heads, key, value, wait in self._sequence.gathered(call.key, call.value):
                 if fills:
                     with turns(self._turns_taken):
@@ -131,7 +132,7 @@ class _Attending:
 
     def _attend_heads(
         self, heads: slice, key: Tensor, value: Tensor, wait: Callable[[], None], known: KnownKeys, scratch: int,
-        turns: schedule.Turns,
+        turns: Turns,
     ) -> None:  # fmt: skip
         """Attention of some key/value heads' queries, the longest piece first: short tiles end beside each other."""
         part, options, members = of_heads(self._call, self._options, heads)
@@ -164,7 +165,7 @@ class _Attending:
                     )  # fmt: skip
                     self._measure(attended, found, members.start, some)
 
-    def _turn(self, turns: schedule.Turns) -> AbstractContextManager[object]:
+    def _turn(self, turns: Turns) -> AbstractContextManager[object]:
         self._turns_taken += 1
         return turns(self._turns_taken)
 

@@ -45,8 +45,8 @@ from s2o_compile.kernels.exact.epilogue import add_sinks
 from s2o_compile.kernels.exact.formula import attend_differentiably
 from s2o_compile.kernels.observe import observing
 from s2o_compile.kernels.pages.table import BlockTable
-from s2o_compile.kernels.schedule import side_by_side
 from s2o_compile.kernels.statistics import count, record, recording
+from s2o_compile.kernels.streams import side_by_side
 from s2o_compile.kernels.support.errors import InputError
 
 

@@ -170,8 +170,18 @@ def user_entries() -> dict[str, Entry]:
         return {}
 
 
+_forgotten = 0
+
+
+def generation() -> int:
+    """A number that changes when the entries may have changed."""
+    return _forgotten
+
+
 def forget() -> None:
     """Read the user's file again at the next call, because it was written or another one was named."""
+    global _forgotten
+    _forgotten += 1
     for function in (user_entries, crossover, launch):
         function.cache_clear()
 

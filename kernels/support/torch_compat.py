@@ -302,6 +302,12 @@ def schema_of(operator: Any) -> Any:  # noqa: ANN401 (an operator and its Functi
     return schema
 
 
+def returns_views(operator: Any) -> bool:  # noqa: ANN401 (an operator)
+    """Whether an operator only looks at its arguments' memory in another shape."""
+    aliases = [returned.alias_info for returned in schema_of(operator).returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
 # FlexAttention and packages.
 _PACKAGES = "packages"
 cond = _later("torch._higher_order_ops.cond.cond_op", _PACKAGES)

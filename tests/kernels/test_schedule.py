@@ -1,6 +1,4 @@
-"""A call cut into slices of heads and queries: the same attention, in bounded memory, on streams that always join."""
-
-import contextlib
+"""A call cut into slices of heads and queries: the same attention, in bounded memory."""
 
 import pytest
 import torch
@@ -119,42 +117,6 @@ def test_a_key_that_holds_nan_is_visited_in_the_slice_of_its_head(monkeypatch):
     output, _ = operator.run(inputs.call, options)
     assert output[:, 2:].isnan().all()
     assert not output[:, :2].isnan().any()
-
-
-class Stream:
-    """What a stream waits for, and nothing else."""
-
-    def __init__(self):
-        self.waited = []
-
-    def wait_stream(self, other):
-        self.waited.append(other)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_streams_start_behind_the_current_one_and_join_it(fails, monkeypatch):
-    current, sides = Stream(), (Stream(), Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(slices, "_streams_of", lambda *_: sides)
-    with (
-        pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(),
-        slices.side_by_side(torch.device("cuda"), 3) as turn,
-    ):
-        assert [turn(number) for number in range(3)] == [sides[0], sides[1], sides[0]]
-        assert all(side.waited == [current] for side in sides)
-        assert not current.waited
-        1 / (not fails)
-    assert current.waited == list(sides)
-
-
-@pytest.mark.parametrize(("device", "pieces"), [("cpu", 3), ("cuda", 1), ("cuda", 3)])
-def test_one_piece_and_a_cpu_and_a_capture_need_no_stream(device, pieces, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(slices, "_streams_of", None)
-    with slices.side_by_side(torch.device(device), pieces) as turn, turn(0):
-        pass
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)

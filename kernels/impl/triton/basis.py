@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.impl.triton.listing import device_of
 from s2o_compile.kernels.impl.triton.tile import first_row, key_rows, launch, needs_wide, number, paging
 from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.ranking.basis import RIDGE, Basis, dim_stride, half_steps
@@ -22,6 +23,9 @@ PARTS = 8
 
 BLOCK = 128
 """Rows and columns of such a block at most: it must stay in registers."""
+
+ADDED = 1024
+"""Numbers of one program that adds up the parts of a head."""
 
 LARGEST_FACTOR = 30000.0
 """Clamp of factors, which float16 inputs are multiplied by."""
@@ -89,6 +93,16 @@ def sum_moments_kernel(
     )  # fmt: skip
     tl.store(target + BLOCK_DIM * BLOCK_DIM, moment)
     tl.store(sums + 2 * BLOCK_DIM * BLOCK_DIM + row, total)  # the same from every block of columns
+
+
+@triton.jit
+def add_parts_kernel(part_ptr, sum_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of one head over all parts."""
+    at, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(part_ptr + (head * PARTS + part) * size + at, mask=at < size, other=0.0)
+    tl.store(sum_ptr + head * size + at, total, mask=at < size)
 
 
 @triton.jit
@@ -279,21 +293,26 @@ def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool
     query_samples, key_samples = (
         -(-length // step) for length, step in zip(lengths, (query_step, key_step), strict=True)
     )
-    shape = batch * kv_heads, PARTS, 2 * block_dim + 1, block_dim
-    sums = torch.empty(shape, device=query.device, dtype=torch.float32)
+    shape = PARTS, 2 * block_dim + 1, block_dim
+    parts = torch.empty(batch * kv_heads, *shape, device=query.device, dtype=torch.float32)
     launch(
         sum_moments_kernel, (PARTS, (block_dim // block) ** 2, batch * kv_heads),
-        query, key, sums, *query.stride()[:3], *key.stride()[:3], *call.sizes[:2], query_step, key_step, kv_heads,
+        query, key, parts, *query.stride()[:3], *key.stride()[:3], *call.sizes[:2], query_step, key_step, kv_heads,
         group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block, PARTS=PARTS, ROWS=32,
         WIDE=needs_wide(query, key), num_warps=4 if block < BLOCK else 8,
+    )  # fmt: skip
+    size, sums = shape[1] * block_dim, parts.new_empty(batch * kv_heads, *shape[1:])
+    launch(
+        add_parts_kernel, (triton.cdiv(size, ADDED), batch * kv_heads), parts, sums, size, PARTS=PARTS, BLOCK=ADDED,
+        num_warps=4,
     )  # fmt: skip
     work = sums.new_empty(batch * kv_heads, 2 * block_dim + rank, rank)
     dims = sums.new_empty(batch * kv_heads, block_dim, dtype=torch.int32)
     basis = Basis(*(query.new_empty(batch, kv_heads, head_dim, rank) for _ in range(2)))
-    exact = query.device.type != "cuda" or torch.version.hip
+    exact = device_of(query).type != "cuda" or torch.version.hip
     launch(
         solve_basis_kernel, (batch * kv_heads,),
-        sums.sum(1), work, dims, *basis, query_samples * group, key_samples,
+        sums, work, dims, *basis, query_samples * group, key_samples,
         call.scale, count, half_steps(head_dim, count), LARGEST_FACTOR, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         RANK=rank, STEP=32 if block_dim > 128 else min(64, block_dim), RIDGE=RIDGE, PREC="ieee" if exact else "tf32",
         num_warps=8 if rank > 64 else 4, num_stages=1,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask_band import HIDES, Band, Comparison
+from s2o_compile.kernels.impl.triton.tile import launch
 
 ROWS, COLUMNS = 8, 512
 """Elements of a block."""
@@ -69,7 +70,8 @@ def compare_with(mask: Tensor, band: Band) -> Comparison:
     is_bool = mask.dtype is torch.bool
     keys = band.keys.expand(b, -1).contiguous().view(torch.uint8)
     with torch.cuda.device_of(mask):  # Triton launches on the current device
-        compare_kernel[(blocks, b * h)](
+        launch(
+            compare_kernel, (blocks, b * h),
             mask.view(torch.uint8) if is_bool else mask, keys, band.late, band.early, state, extremes,
             *mask.stride(), h, n_rows, n_keys, HIDES, BOOL=is_bool, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.impl.triton.listing import device_of
 from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     Launched,
@@ -203,7 +204,7 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
         HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
         HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
         WIDE=needs_wide(query, key, value),
-        **launch_config(query.shape[3], value.shape[3], query.dtype, query.device),
+        **launch_config(query.shape[3], value.shape[3], query.dtype, device_of(query)),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Progress, Result, empty_result
 from s2o_compile.kernels.core.stop_rule import TAIL_SHARE
 from s2o_compile.kernels.impl.triton.exact import attend_range, launch_exact
+from s2o_compile.kernels.impl.triton.listing import device_of
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     LOG2E,
@@ -294,7 +295,7 @@ def _launch_parts(
             HAS_HEAD_TAU=by_head, HAS_PROGRESS=progress is not None, RESUME=resume, SEGMENT=plan.segment_len,
             CHUNK=plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
             WIDE=needs_wide(query, key, part),
-            **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
+            **launch_config(query.shape[3], part.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip
         launched.append(made)
         if fixed:

@@ -45,7 +45,10 @@ STEPS = 4
 """Keys of a lane that are loaded together: the loop waits for memory."""
 
 SAMPLES = 4096
-"""Scores of a row that the bounds are taken from, at most."""
+"""Scores of a row that the bounds are taken from, at most; a power of two."""
+
+SUMMED = 2048
+"""Counts of a row that are added up at a time."""
 
 LARGEST = tl.constexpr(65504.0)
 """Clamp of scores, float16's largest number: inf is for keys that hold NaN or inf."""
@@ -101,15 +104,40 @@ def sample_step(stop, samples):
 
 
 @triton.jit
-def sample_scores_kernel(
-    score_ptr, non_finite_ptr, key_mask_ptr, sample_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scores of one of every few keys of a row's prefix, the lowest for other keys.
+def bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL: tl.constexpr, CLASSES: tl.constexpr):
+    """For each class the place, from the best on, of the sample of a row that bounds it."""
+    whole, step = seg_start, sample_step(seg_start, samples)
+    if not CAUSAL:
+        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
+    share = (tl.arange(0, CLASSES) + 1).to(tl.float32) / CLASSES
+    return tl.minimum((whole.to(tl.float32) / step * share * share).to(tl.int32), samples - 1)
 
-    Their distance varies: a fixed one would see a single phase of inputs that repeat, such as the rows of an image.
+
+@triton.jit
+def order_bits(number):
+    """Float16 as integers from 0 to 65535 in the same order."""
+    bits = number.to(tl.int16, bitcast=True).to(tl.int32)
+    return (bits ^ (bits >> 15 & 0x7FFF)) + 0x8000
+
+
+@triton.jit
+def float_of_bits(bits):
+    """The inverse of ``order_bits``."""
+    bits = bits - 0x8000
+    return (bits ^ (bits >> 15 & 0x7FFF)).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def bound_classes_kernel(
+    score_ptr, non_finite_ptr, key_mask_ptr, bound_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr, CLASSES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Lower bounds of a row's classes: scores of one of every few keys of its prefix, the lowest for other keys.
+
+    The distance of the sampled keys varies: a fixed one would see a single phase of inputs that repeat, such as the
+    rows of an image. All bounds are found together, bit by bit, where a sort would order what nobody reads.
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = head * segments + segment
@@ -122,25 +150,21 @@ def sample_scores_kernel(
     score_ptr += row * n_keys
     non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
-    for j in range(0, samples, BLOCK):
-        sample = j + tl.arange(0, BLOCK)
-        keys = sample * step + sample * 7919 % step
-        present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL)
-        if HAS_KEY_MASK:
-            present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
-        score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
-        score = rate(score, tl.load(non_finite_ptr + keys, mask=present, other=0))
-        tl.store(sample_ptr + row * samples + sample, score.to(tl.float16), mask=sample < samples)
-
-
-@triton.jit
-def bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL: tl.constexpr, CLASSES: tl.constexpr):
-    """For each class the sorted sample of a row that bounds it."""
-    whole, step = seg_start, sample_step(seg_start, samples)
-    if not CAUSAL:
-        whole, step = n_keys - (seg_stop - seg_start), sample_step(n_keys, samples)
-    share = (tl.arange(0, CLASSES) + 1).to(tl.float32) / CLASSES
-    return tl.minimum((whole.to(tl.float32) / step * share * share).to(tl.int32), samples - 1)
+    sample = tl.arange(0, SAMPLES)
+    keys = sample * step + sample * 7919 % step
+    present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL) & (sample < samples)
+    if HAS_KEY_MASK:
+        present = present & (tl.load(key_mask_ptr + keys, mask=present, other=0) != 0)
+    score = tl.load(score_ptr + keys, mask=present, other=-float("inf"))
+    score = rate(score, tl.load(non_finite_ptr + keys, mask=present, other=0)).to(tl.float16)
+    place = tl.where(sample < samples, order_bits(score), -1)
+    ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
+    bound = ranks * 0
+    for bit in range(16):
+        trial = bound | (0x8000 >> bit)
+        above = tl.sum((place[None, :] >= trial[:, None]).to(tl.int32), 1)
+        bound = tl.where(above > ranks, trial, bound)
+    tl.store(bound_ptr + row * CLASSES + tl.arange(0, CLASSES), float_of_bits(bound))
 
 
 @triton.jit
@@ -156,14 +180,14 @@ def program_keys(
 
 
 @triton.jit
-def class_bounds(sample, CLASSES: tl.constexpr):
-    """Descending lower bounds of the classes, -inf last.
+def class_bounds(bound, CLASSES: tl.constexpr):
+    """Descending lower bounds of the classes, -inf last, from those of ``bound_classes_kernel``.
 
     A key lies above its class's bound: where many scores are equal, the better ones still come first. The first class
     holds keys of NaN or inf only.
     """
     number = tl.arange(0, CLASSES)
-    bound = tl.where(number == 0, LARGEST, tl.minimum(sample.to(tl.float32), LARGEST))
+    bound = tl.where(number == 0, LARGEST, tl.minimum(bound.to(tl.float32), LARGEST))
     return tl.where(number == CLASSES - 1, -float("inf"), bound)
 
 
@@ -189,8 +213,8 @@ def one_in_class(places, step, CLASSES: tl.constexpr):
 
 @triton.jit
 def count_classes_kernel(
-    score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, count_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples,
+    score_ptr, non_finite_ptr, key_mask_ptr, bound_ptr, count_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -202,8 +226,7 @@ def count_classes_kernel(
         return
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
-    ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
-    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    bound = class_bounds(tl.load(bound_ptr + row * CLASSES + tl.arange(0, CLASSES)), CLASSES)
     score_ptr += row * n_keys
     non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
@@ -226,9 +249,27 @@ def count_classes_kernel(
 
 
 @triton.jit
+def add_counts_kernel(count_ptr, total_ptr, segments, kv_heads, cells, BLOCK: tl.constexpr):
+    """Replace the counts of a row by how many keys stand before each, class by class, and lane by lane inside a class.
+
+    ``total``, [B, P], gets the keys of a segment's rankings, which are as many in every head.
+    """
+    segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    count_ptr += (head * segments + segment) * cells
+    before = segment * 0
+    for j in range(0, cells, BLOCK):
+        cell = j + tl.arange(0, BLOCK)
+        count = tl.load(count_ptr + cell, mask=cell < cells, other=0)
+        tl.store(count_ptr + cell, before + tl.cumsum(count, 0) - count, mask=cell < cells)
+        before += tl.sum(count, 0)
+    if head % kv_heads == 0:
+        tl.store(total_ptr + head // kv_heads * segments + segment, before)
+
+
+@triton.jit
 def write_classes_kernel(
-    score_ptr, non_finite_ptr, key_mask_ptr, sorted_ptr, end_ptr, key_index_ptr,
-    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, samples, ranking_len,
+    score_ptr, non_finite_ptr, key_mask_ptr, bound_ptr, start_ptr, key_index_ptr,
+    stride_pb, stride_ph, stride_mb, n_queries, n_keys, segments, kv_heads, seg_offset, ranking_len,
     pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SEGMENT: tl.constexpr,
     CLASSES: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr, STEPS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -240,14 +281,13 @@ def write_classes_kernel(
         return
     seg_start, seg_stop = seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT)
     start, stop, lane, steps = program_keys(program, seg_start, n_keys, CAUSAL, LANES, LANE_KEYS, STEPS)
-    ranks = bound_ranks(seg_start, seg_stop, n_keys, samples, CAUSAL, CLASSES)
-    bound = class_bounds(tl.load(sorted_ptr + row * samples + ranks), CLASSES)
+    bound = class_bounds(tl.load(bound_ptr + row * CLASSES + tl.arange(0, CLASSES)), CLASSES)
     score_ptr += row * n_keys
     non_finite_ptr += head // kv_heads * stride_pb + head % kv_heads * stride_ph
     key_mask_ptr += head // kv_heads * stride_mb
     written = tl.zeros([CLASSES // 4, LANES], tl.int32)
     lanes = tl.num_programs(0) * LANES
-    end_ptr += row * CLASSES * lanes
+    start_ptr += row * CLASSES * lanes
     for j in range(start, stop, STEPS * LANES):
         keys = j + steps
         present = in_prefix(keys, stop, seg_start, seg_stop, CAUSAL)
@@ -260,8 +300,8 @@ def write_classes_kernel(
         for nth in tl.static_range(STEPS):  # all loads before the first store, which they would wait for
             place = take_step(places, nth)
             cell = place * lanes + program * LANES + lane
-            end = tl.load(end_ptr + cell - 1, mask=(place < CLASSES) & (cell > 0), other=0)  # of the cell before
-            first += tl.where(tl.arange(0, STEPS)[:, None] == nth, end[None, :], 0)
+            begin = tl.load(start_ptr + cell, mask=place < CLASSES, other=0)
+            first += tl.where(tl.arange(0, STEPS)[:, None] == nth, begin[None, :], 0)
         for nth in tl.static_range(STEPS):
             place, one = take_step(places, nth), one_in_class(places, nth, CLASSES)
             before = tl.sum(tl.where(one != 0, written, 0), 0) >> place % 4 * 8 & 255
@@ -309,18 +349,24 @@ def order_keys(
     key_index = counts.new_empty(batch, heads, segments, longest)
     key_mask, stride_mb = key_mask_of(mask.key_mask, non_finite)
     rows = scores, non_finite, key_mask
-    samples = torch.sym_min(SAMPLES, n_keys)
     lengths = sizes or Sizes(n_queries, n_keys, mask.offset, mask.seg_offset(n_queries, n_keys))
     sizes = (
-        *non_finite.stride()[:2], stride_mb, *lengths[:2], segments, heads, lengths.seg_offset, samples,
+        *non_finite.stride()[:2], stride_mb, *lengths[:2], segments, heads, lengths.seg_offset,
     )  # fmt: skip
     kind = {"CAUSAL": mask.causal, "HAS_KEY_MASK": mask.key_mask is not None, "SEGMENT": segment_len}
-    sample = scores.new_empty(batch, heads, segments, samples)
-    launch(sample_scores_kernel, (segments, batch * heads), *rows, sample, *sizes, **kind, BLOCK=1024)
-    rows = *rows, sample.sort(-1, descending=True).values
-    kind |= {"CLASSES": CLASSES, "LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
-    grid = programs, segments, batch * heads
+    kind |= {"CLASSES": CLASSES}
+    bounds = scores.new_empty(batch, heads, segments, CLASSES)
+    launch(
+        bound_classes_kernel, (segments, batch * heads), *rows, bounds, *sizes, torch.sym_min(SAMPLES, n_keys), **kind,
+        SAMPLES=SAMPLES, num_warps=8,
+    )  # fmt: skip
+    kind |= {"LANES": LANES, "LANE_KEYS": LANE_KEYS, "STEPS": STEPS, "num_warps": LANES // 32}
+    grid, rows = (programs, segments, batch * heads), (*rows, bounds)
     launch(count_classes_kernel, grid, *rows, counts, *sizes, **kind)
-    ends = counts.cumsum(-1, dtype=torch.int32)  # class by class, and lane by lane inside a class
-    launch(write_classes_kernel, grid, *rows, ends, key_index, *sizes, longest, **paging(pages, non_finite), **kind)
-    return key_index, ends[:, 0, :, -1].contiguous()
+    prefix_count = counts.new_empty(batch, segments)
+    launch(
+        add_counts_kernel, (segments, batch * heads), counts, prefix_count, segments, heads, counts.shape[3],
+        BLOCK=SUMMED, num_warps=4,
+    )  # fmt: skip
+    launch(write_classes_kernel, grid, *rows, counts, key_index, *sizes, longest, **paging(pages, non_finite), **kind)
+    return key_index, prefix_count

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import n_segments
-from s2o_compile.kernels.impl.triton.tile import key_rows, load_rows, needs_wide, paging
+from s2o_compile.kernels.impl.triton.tile import key_rows, launch, load_rows, needs_wide, paging
 
 ROWS = 64
 """Mean queries of one product, all heads of whole rankings."""
@@ -84,7 +84,8 @@ def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
     segments, ranking_heads = n_segments(n_queries, segment_len), heads // shared
     block_dim = max(16, triton.next_power_of_2(head_dim))
     means = key.new_empty(batch * ranking_heads, segments, shared, head_dim)
-    segment_means_kernel[(segments, batch * heads)](
+    launch(
+        segment_means_kernel, (segments, batch * heads),
         query, means, *query.stride()[:3], n_queries, heads, shared, call.scale, SEGMENT=segment_len, ROWS=64,
         HEAD_DIM=head_dim, BLOCK_DIM=block_dim, WIDE=needs_wide(query), num_warps=4,
     )  # fmt: skip
@@ -92,7 +93,8 @@ def score_keys(call: AttentionCall, segment_len: int, shared: int) -> Tensor:
     members = triton.next_power_of_2(shared)
     exact = key.dtype == torch.float32
     key_block = 32 if exact else 128
-    score_means_kernel[(triton.cdiv(n_keys, key_block), batch * ranking_heads)](
+    launch(
+        score_means_kernel, (triton.cdiv(n_keys, key_block), batch * ranking_heads),
         means, key, score, *key.stride()[:3], n_keys, segments, shared, ranking_heads, ranking_heads // kv_heads,
         mask.seg_offset(n_queries, n_keys), **paging(call.pages, key), CAUSAL=mask.causal, SEGMENT=segment_len,
         SEGMENTS=max(ROWS // members, 1), GROUP=members, KEY_BLOCK=key_block, HEAD_DIM=head_dim,

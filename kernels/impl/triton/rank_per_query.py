@@ -21,6 +21,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
+from s2o_compile.kernels.impl.triton.listing import device_of
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     LOG2E,
@@ -272,7 +273,7 @@ def pack_rows(
 
 def pack_keys(call: AttentionCall, factor: Tensor, first: int = 0) -> Tensor:
     """Keys from ``first`` on as `pack_rows` packs them, [B, Hkv, n, PACKED], -1 in the columns of the normaliser."""
-    key, dtype = call.key, packed_dtype(call.key.device)
+    key, dtype = call.key, packed_dtype(device_of(call.key))
     count = call.n_keys - first
     packed = torch.empty(*key.shape[:2], count, factor.shape[3], device=key.device, dtype=dtype)
     _launch_packing(
@@ -362,6 +363,6 @@ def _score_keys(
         score_keys_kernel, (triton.cdiv(n_keys, KEY_BLOCK), batch * ranking_heads),
         few_query, few_key, score, few_key.stride(1), *sizes[:2], segments, rows, rankings,
         sizes.seg_offset, CAUSAL=mask.causal, SEGMENT=segment_len, KEY_BLOCK=KEY_BLOCK, SLOTS=SLOTS,
-        STAGES=3, PACKED=width, PTX=takes_ptx(query.device), num_warps=4,
+        STAGES=3, PACKED=width, PTX=takes_ptx(device_of(query)), num_warps=4,
     )  # fmt: skip
     return score

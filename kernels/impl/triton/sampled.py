@@ -21,6 +21,7 @@ from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.sampled import SAMPLED, ExactRows
 from s2o_compile.kernels.impl.triton.exact import attend_range
+from s2o_compile.kernels.impl.triton.listing import device_of
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     NOTHING_SEEN,
@@ -207,6 +208,16 @@ def lower_tau_kernel(
     tl.store(limit_ptr + at, tl.where(held, float("inf"), tau), mask=inside)
 
 
+@triton.jit
+def first_tau_kernel(tau_ptr, given_ptr, given, stride, heads, HAS_HEAD_TAU: tl.constexpr, BLOCK: tl.constexpr):
+    """The heads of one batch entry: ``budget.first_tau``."""
+    b, h = tl.program_id(0), tl.arange(0, BLOCK)
+    tau = tl.zeros([BLOCK], tl.float32) + given
+    if HAS_HEAD_TAU:
+        tau = tl.load(given_ptr + b * stride + h, mask=h < heads, other=0.0)
+    tl.store(tau_ptr + b * heads + h, tau, mask=h < heads)
+
+
 def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     """Exact attention of sampled queries; arguments and results as ``exact.sampled.attend_rows``."""
     (query, key, _), mask = call.tensors, call.mask
@@ -218,13 +229,14 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     part_lse = part.new_empty(part.shape[:4])
     key_mask, stride_mb = key_mask_of(mask.key_mask, part_lse)
     for value, columns in zip(call.value.split(WIDEST_VALUE, 3), part.split(WIDEST_VALUE, 4), strict=True):
-        sampled_fwd_kernel[splits, batch * heads, blocks](
+        launch(
+            sampled_fwd_kernel, (splits, batch * heads, blocks),
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset, *logit_scales(call.scale, call.softcap),
             **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN,
             TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
-            **launch_config(head_dim, value.shape[3], query.dtype, query.device),
+            **launch_config(head_dim, value.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip
     exact = ExactRows(
         torch.empty(n_rows, dtype=torch.int64, device=query.device),
@@ -232,7 +244,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
         part.new_empty(batch, heads, n_rows),
     )
     block_value = _value_block(value_dim)
-    merge_splits_kernel[batch * heads, triton.cdiv(n_rows, MERGED_ROWS), triton.cdiv(value_dim, block_value)](
+    launch(
+        merge_splits_kernel, (batch * heads, triton.cdiv(n_rows, MERGED_ROWS), triton.cdiv(value_dim, block_value)),
         part, part_lse, *exact, n_rows, call.sizes.n_queries, blocks * tile, splits, value_dim,
         ROWS=MERGED_ROWS, BLOCK_VALUE=block_value,
     )  # fmt: skip
@@ -244,6 +257,18 @@ def error_sums(call: AttentionCall, exact: ExactRows, output: Tensor, lse: Tenso
     sums = torch.empty(2, *exact.lse.shape[:2], dtype=torch.float32, device=output.device)
     _launch_sums(call, exact, output, lse, sums)
     return sums
+
+
+def first_tau(call: AttentionCall, tau: float | Tensor) -> Tensor:
+    """As ``budget.first_tau``."""
+    batch, heads, by_head = *call.query.shape[:2], isinstance(tau, Tensor)
+    first = call.query.new_empty(batch, heads, dtype=torch.float32)
+    launch(
+        first_tau_kernel, (batch,), first, tau if by_head else first, 0.0 if by_head else tau,
+        tau.stride(0) if by_head and tau.dim() == 2 else 0, heads, HAS_HEAD_TAU=by_head,
+        BLOCK=triton.next_power_of_2(heads), num_warps=1,
+    )  # fmt: skip
+    return first
 
 
 def lowering(

@@ -13,6 +13,7 @@ import triton.language as tl
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.mask import AttentionMask, upper_bound
 from s2o_compile.kernels.core.result import Result
+from s2o_compile.kernels.impl.triton.listing import listing
 from s2o_compile.kernels.pages.table import Pages
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -182,15 +183,19 @@ class Launched(NamedTuple):
     def again(self, **changes: float) -> None:
         """Launch it on the same tensors, on the present stream; floats among the keywords may change."""
         keywords = self.keywords | changes
-        if self.compiled is None:  # interpreted
-            self.kernel[self.grid](*self.args, **keywords)
+        if self.compiled is None:  # interpreted, or written down
+            launch(self.kernel, self.grid, *self.args, **keywords)
             return
         others = (keywords[name] for name in self.kernel.arg_names[len(self.args) :])
         self.compiled[(*self.grid, 1, 1)[:3]](*self.args, *others)
 
 
 def launch(kernel, grid, *args, **keywords) -> Launched:
-    """Launch a kernel, or record the launch where a program is traced."""
+    """Launch a kernel, or write the launch down where a list is made (``listing.py``) or a program is traced."""
+    held = listing.get()
+    if held is not None:
+        held.add(kernel, grid, args, keywords)
+        return Launched(kernel, grid, args, keywords, None)
     if not tracing.get():
         return Launched(kernel, grid, args, keywords, kernel[grid](*args, **keywords))
     # Torch's launches take maxnreg from a configuration only. A single one leaves nothing to tune.

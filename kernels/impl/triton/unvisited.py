@@ -24,6 +24,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     cap_products,
     key_mask_of,
+    launch,
     load_rows,
     logit_scales,
     needs_wide,
@@ -158,7 +159,8 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
     sizes = {"SAMPLES": SAMPLES, "OWN_BLOCKS": seg_blocks, "KEY_BLOCK": key_block}
     key_mask, stride_mb = key_mask_of(mask.key_mask, rows)
     grid = triton.cdiv(columns, PROGRAM_BLOCKS), segments * triton.cdiv(shared, tile_heads), batch * rankings
-    block_masses_kernel[grid](
+    launch(
+        block_masses_kernel, grid,
         query, key, plan.key_index, plan.prefix_count, rows, find_non_finite(key, value), key_mask, mass, bad,
         *query.stride()[:3], *key.stride()[:3], stride_mb, n_queries, n_keys, segments, longest, columns, rankings,
         shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(call.scale, softcap),
@@ -167,7 +169,8 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
         BLOCK_DIM=block_dim, STAGES=STAGES, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         WIDE=needs_wide(key), num_warps=4, **sizes,
     )  # fmt: skip
-    mass_behind_kernel[segments, batch * heads](
+    launch(
+        mass_behind_kernel, (segments, batch * heads),
         mass, bad, plan.prefix_count, unvisited, segments, columns, width, heads, rankings, shared, BLOCK_LEN=BLOCK_LEN,
         STEP=256, num_warps=4, **sizes,
     )  # fmt: skip

@@ -10,7 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = ("find_non_finite_kernel", "sample_scores_kernel", "count_classes_kernel", "write_classes_kernel")
+KERNELS = (
+    *("find_non_finite_kernel", "bound_classes_kernel", "count_classes_kernel", "add_counts_kernel"),
+    "write_classes_kernel",
+)
 READERS = (
     *("sum_moments_kernel", "pack_rows_kernel", "block_sums_kernel", "score_means_kernel", "gathered_fwd_kernel"),
     *("exact_fwd_kernel", "sampled_fwd_kernel", "packed_fwd_kernel"),

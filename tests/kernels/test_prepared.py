@@ -1,0 +1,326 @@
+"""Prepared calls: the launches of a call planned anew, on its own memory, and none that was compiled for another."""
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from s2o_compile.kernels import dispatch, prepared, schedule
+from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core.call import FIELDS, AttentionCall
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.result import empty_result
+from s2o_compile.kernels.impl.triton import listing
+from s2o_compile.kernels.impl.triton.forward import gathered_fwd_kernel
+from s2o_compile.kernels.pages.prefill_cache import PrefillCache
+from s2o_compile.kernels.pages.table import Pages
+from tests.conftest import CUDA, INTERPRETED
+
+LENGTH = 640
+
+
+def call_of(length=LENGTH, *, heads=4, kv_heads=2, dim=16, device="cpu", dtype=torch.float32, mask=None, **given):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, h, length, dim) for h in (heads, kv_heads, kv_heads)]
+    query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    mask = AttentionMask(causal=True) if mask is None else mask
+    return AttentionCall(query=query, key=key, value=value, mask=mask, scale=0.25, **given)
+
+
+def options_of(**given):
+    return OperatorOptions(**{"min_seq_len": 0, "segment_len": 128, "implementation": "triton", **given})
+
+
+def run(call, options):
+    return dispatch.execute(call, "s2o", options)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched, instead of launching it: the kernel, its grid, its arguments in their order, and options."""
+    made = []
+
+    def record(self, *args, grid, warmup, **keywords):
+        arguments = [*args, *(keywords.pop(name) for name in self.arg_names[len(args) :])]
+        made.append((self.__name__, tuple(grid), arguments, keywords))
+
+    monkeypatch.setattr(type(gathered_fwd_kernel), "run", record)
+    return made
+
+
+def comparable(launch, own):
+    """A launch with addresses for the call's own tensors, and dtypes for those of a workspace."""
+    name, grid, arguments, options = launch
+    ends = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in own]
+    shown = []
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            inside = any(begin <= x.data_ptr() < begin + size for begin, size in ends)
+            x = (x.dtype, x.data_ptr() if inside else None)
+        shown.append(x)
+    return name, grid, shown, options
+
+
+PADDED = torch.arange(LENGTH).expand(2, -1) % 7 > 0
+CASES = {
+    "default": ({}, {}),
+    "cross": ({"mask": AttentionMask()}, {}),
+    "padded": ({"mask": AttentionMask(causal=True, key_mask=PADDED)}, {"error": 0.05}),
+    "budget": ({"unread_rows": ~PADDED, "sinks": torch.zeros(4)}, {"error": 0.05}),
+    "taus by head": ({}, {"tau": (0.1, 0.2, 0.3, 0.4), "error": 0.02}),
+    "softcap": ({"softcap": 30.0}, {"tau": (0.1, 0.2, 0.3, 0.4)}),
+    "wide values": ({}, {}),
+    "mean query": ({}, {"ranking": "mean_query"}),
+    "marked head": ({"dense_heads": [1], "return_lse": True}, {}),
+}
+
+
+@pytest.mark.parametrize("scratch", [None, 1], ids=["whole", "slices"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypatch):
+    if scratch is not None:
+        monkeypatch.setattr(schedule, "SCRATCH_BYTES", scratch)
+        monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
+        monkeypatch.setattr(listing, "MOST_TURNS", 10)
+    laid_out, lay_out = [], listing._lay_out
+    monkeypatch.setattr(
+        listing, "_lay_out", lambda *given, **more: laid_out.append((x := lay_out(*given, **more))[1]) or x
+    )
+    given, options = CASES[case]
+    call, options = call_of(**given), options_of(**options)
+    if case == "wide values":
+        call = call.but(value=torch.randn(2, 2, LENGTH, 300))
+    own = [x for x in (*call.tensors, call.mask.key_mask, call.sinks, call.unread_rows) if x is not None]
+    result = empty_result(call.query, call.value.shape[3])
+    monkeypatch.setattr(schedule, "empty_result", lambda *_: result)
+    sides = []
+    for _ in range(3):
+        launches.clear()
+        run(call, options)
+        sides.append([comparable(launch, [*own, *result]) for launch in launches])
+    assert sides[0]
+    assert sides[0] == sides[1] == sides[2]
+    (kept,) = prepared._lists.values()
+    assert kept.count + (case == "marked head") == len(sides[0])
+    assert (kept.turns > 1) == (scratch is not None)
+    if scratch is not None:  # memory that all slices share comes first, then that of each stream
+        workspace = len(prepared._tensors(call, options.tau_on(call.query.device), result))
+        places = [(step.is_beside, x) for step in kept.slices for x in step.places if x.slot == workspace]
+        own, beside = ([x.offset for on, x in places if on == turn and x.offset >= laid_out[0]] for turn in (0, 1))
+        assert max(own) < min(beside) <= max(beside) < kept.size
+
+
+@pytest.mark.parametrize("case", ["own rankings", "chunks of a prefill"])
+def test_other_work_than_launches_is_never_left_out(case, launches):
+    own = case == "own rankings"
+    for _ in range(3):
+        launches.clear()
+        run(call_of(kept=None if own else PrefillCache()), options_of(ranking_per="head" if own else "group"))
+        assert len(launches) == 16
+    assert list(prepared._lists.values()) == ([None] if own else [])
+
+
+def test_a_call_of_many_slices_is_not_prepared(launches, monkeypatch):
+    monkeypatch.setattr(schedule, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
+    for _ in range(3):
+        launches.clear()
+        run(call_of(), options_of())
+        assert len(launches) == 6 + 10 * 10
+    assert list(prepared._lists.values()) == [None]
+
+
+def pages(length=64):
+    return Pages(table=torch.zeros(8, dtype=torch.int32), length=length, page_len=16, page_rows=16, last=7)
+
+
+CHANGES = {
+    "query": [lambda call: call.query[:, :, 1:], lambda call: call.query.half()],
+    "key": [lambda call: call.key[:, :, :-1], lambda call: call.key.transpose(1, 2).contiguous().transpose(1, 2)],
+    "value": [lambda call: call.value[..., :-1], lambda call: moved(call.value)],
+    "mask": [
+        lambda call: AttentionMask(), lambda call: AttentionMask(causal=True, offset=1),
+        lambda call: AttentionMask(causal=True, key_mask=PADDED),
+        lambda call: AttentionMask(causal=True, window=5), lambda call: AttentionMask(causal=True, attention_chunk=5),
+    ],
+    "scale": [lambda call: 0.5],
+    "softcap": [lambda call: 2.0],
+    "sinks": [lambda call: torch.zeros(4)],
+    "dense_heads": [lambda call: [1]],
+    "unread_rows": [lambda call: ~PADDED],
+    "pages": [lambda call: pages(), lambda call: pages(63)],
+}  # fmt: skip
+"""Changes of every field that launches depend on."""
+NOT_THEIRS = {"site", "return_lse", "fully_masked", "kept"}
+"""Fields that they do not depend on; beside a cache of a prefill nothing is prepared."""
+
+
+def moved(x):
+    """The same numbers at an address that is no multiple of 16."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def key_of(call, options=None, tau=0.5):
+    return prepared._key(call, options or options_of(), prepared._tensors(call, tau, empty_result(call.query, 16)))
+
+
+def test_a_key_holds_all_that_launches_depend_on():
+    assert {*CHANGES} | NOT_THEIRS == FIELDS
+    call = call_of()
+    calls = [call, *(call.but(**{name: change(call)}) for name, changes in CHANGES.items() for change in changes)]
+    keys = [key_of(changed) for changed in calls]
+    assert key_of(call_of()) == keys[0]
+    others = [options_of(**{name: value}) for name, value in (("tau", 0.1), ("error", 0.1), ("segment_len", 256))]
+    keys += [key_of(call, options) for options in others]
+    keys += [key_of(call, tau=torch.zeros(4)), key_of(call, tau=moved(torch.zeros(4)))]
+    tuned.forget()
+    keys.append(key_of(call))
+    assert len({*keys}) == len(keys)
+
+
+def test_a_key_holds_the_device():
+    on = [torch.empty(2, 4, LENGTH, 16, device=device) for device in ("cpu", "meta")]
+    keys = {key_of(call_of().but(query=query, key=query, value=query)) for query in on}
+    assert len(keys) == 2
+
+
+def test_lists_and_keys_are_kept_in_bounded_number(launches, monkeypatch):
+    monkeypatch.setattr(prepared, "KEPT", 2)
+    monkeypatch.setattr(prepared, "SEEN", 3)
+    for length in (256, 300, 400, 500, 256, 256):
+        for _ in range(2):
+            run(call_of(length), options_of())
+    assert len(prepared._lists) == 2
+    assert len(prepared._seen) <= 3
+    monkeypatch.setattr(prepared, "KEPT", 0)
+    prepared.forget()
+    run(call_of(), options_of())
+    assert not prepared._seen
+
+
+def test_memory_in_use_at_the_same_time_never_overlaps():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        numbers = torch.randint(0, 12, (12, 3), generator=generator).tolist()
+        pieces = {
+            slot: listing.Piece(1 + 100 * size, None, min(one, other), max(one, other))
+            for slot, (size, one, other) in enumerate(sorted(numbers, key=lambda x: min(x[1:])))
+        }
+        for last in (None, 8):
+            offsets, size = listing._lay_out(pieces, last)
+            assert size >= max(offsets[slot] + piece.size for slot, piece in pieces.items())
+            for slot, piece in pieces.items():
+                assert offsets[slot] % listing.ALIGNED == 0
+                for other, beside in pieces.items():
+                    ends = [(x.last if last is None or x.last < last else 99) for x in (piece, beside)]
+                    if other < slot and piece.first <= ends[1] and beside.first <= ends[0]:
+                        begins = sorted([(offsets[slot], piece.size), (offsets[other], beside.size)])
+                        assert begins[0][0] + begins[0][1] <= begins[1][0]
+
+
+DEVICES = [INTERPRETED, CUDA]
+
+
+def same(one, other):
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("error", [None, 0.02])
+def test_the_bits_are_those_of_the_call_planned_anew(device, error, monkeypatch):
+    on_cpu = device == "cpu"
+    call = call_of(256 if on_cpu else 4096, heads=2, kv_heads=1 if on_cpu else 2, device=device)
+    call = call if not on_cpu else call.over(*(x[:1] for x in call.tensors))
+    options = options_of(error=error)
+    expected = run(call, options)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    assert all(same(expected, run(call, options)) for _ in range(1 if on_cpu else 3))
+    assert prepared.newest() is not None
+
+
+def poisoned(empty):
+    """Memory that holds what nobody would write."""
+    return lambda *args, **keywords: x.fill_(111) if (x := empty(*args, **keywords)).dtype == torch.uint8 else x
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnCuda:
+    @pytest.fixture(autouse=True)
+    def _prepared(self, monkeypatch):
+        monkeypatch.setattr(schedule, "SCRATCH_BYTES", 2**21)
+        monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**20)
+
+    @staticmethod
+    def call(length=4096, dtype=torch.bfloat16):
+        return call_of(length, heads=8, kv_heads=4, dim=64, device="cuda", dtype=dtype)
+
+    def test_other_tensors_get_their_own_results(self):
+        options = options_of(segment_len=None, error=0.05)
+        run(self.call(), options)
+        for seed in range(3):
+            call = self.call()
+            call = call.over(*(x + 0.1 * seed * torch.randn_like(x) for x in call.tensors))
+            result = run(call, options)
+            prepared.forget()
+            assert same(run(call, options), result)
+            run(call, options)
+
+    def test_the_launch_that_looks_at_no_argument_is_used(self, monkeypatch):
+        call, options = self.call(), options_of()
+        expected = [run(call, options) for _ in range(2)]
+        monkeypatch.setattr(type(gathered_fwd_kernel), "run", None)
+        assert same(expected[0], run(call, options))
+
+    def test_tensors_at_odd_addresses_run_kernels_of_their_own(self):
+        call, options = self.call(), options_of()
+        expected = [run(call, options) for _ in range(3)][-1]
+        for name in ("query", "key", "value"):
+            for _ in range(3):
+                odd = call.but(**{name: moved(getattr(call, name))})
+                assert odd.tensors != call.tensors
+                for x, y in zip(expected[:2], run(odd, options)[:2], strict=True):
+                    torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+    def test_a_cuda_graph_holds_it(self):
+        call, options = self.call(), options_of(error=0.05)
+        expected = [run(call, options) for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run(call, options)
+        for _ in range(3):
+            result.output.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert same(expected, result)
+
+    def test_streams_and_threads_have_memory_of_their_own(self):
+        options, failed = options_of(error=0.05), []
+        calls = [self.call(4096 - 128 * (n % 2)) for n in range(4)]
+        calls = [call.over(*(x * (1 + n) for x in call.tensors)) for n, call in enumerate(calls)]
+        expected = [[run(call, options) for _ in range(3)][-1] for call in calls]
+        torch.cuda.synchronize()
+
+        def attend(number):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(10):
+                    result = run(calls[number], options)
+                    torch.cuda.current_stream().synchronize()
+                    failed.extend([number] * (not same(expected[number], result)))
+
+        threads = [threading.Thread(target=attend, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_every_device_has_kernels_of_its_own(self):
+        call, options = self.call(), options_of()
+        there = call.over(*(x.to("cuda:1") for x in call.tensors))
+        results = [[run(each, options) for _ in range(3)] for each in (call, there)]
+        assert same(results[0][2], [x.to("cuda:0") for x in results[1][2]])
