@@ -115,6 +115,6 @@ def attend_within(
     go_on = executor.going_on(call, plan, limit, into, progress)
     for largest in rounds.steps:
         lower(largest)
-        if device.type == "cpu" and limit.isinf().all():  # the host of a GPU must not wait to look
+        if limit.is_cpu and limit.isinf().all():  # the host of a GPU must not wait to look
             break
         go_on()

@@ -57,8 +57,7 @@ def attend(
     """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
-    Nq, Dv] with a unit last stride, is where the output goes, and ``lse``, [B, Hq, Nq], where the log-sum-exp goes; None
-    for new ones.
+    Nq, Dv] with a unit last stride, is where the output goes, and ``lse``, [B, Hq, Nq], where the log-sum-exp goes.
     """
     result = empty_result(call.query, call.value.shape[3]) if output is None else empty_state(call.query, output)
     result = result if lse is None else result._replace(lse=lse)
