@@ -4,8 +4,8 @@
 
 Every tile of 128 queries visits a list of keys of its segment, as the forward kernel's pass 2 does, with its stop test
 after each chunk. In-segment keys, masks and the tail are left out. So this is what a whole kernel could reach, not a
-kernel. benchmarks/notes say what became of two whole ones. A program has three groups of four warps. The producer
-gathers keys and values by ``cp.async``. Two consumers take 64 queries each, and take turns with the tensor cores.
+kernel; benchmarks/notes/kernels.md says what became of whole ones. A program has three groups of four warps. The
+producer gathers keys and values by ``cp.async``. Two consumers take 64 queries each, in turns with the tensor cores.
 
 Rows: ``stages`` blocks of ``key_block`` keys in shared memory, ``ms`` and ``tflops`` at 128K tokens (32 heads on 8 of
 128, 13,312 keys of every list, bfloat16), beside the forward kernel on the same lists. Each is checked first, against
