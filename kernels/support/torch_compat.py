@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import sympy
@@ -351,3 +352,11 @@ any_autocast = _named("torch._C._is_any_autocast_enabled", _SHORT_CUTS, None)
 profiler_enabled = _named("torch.autograd._profiler_enabled", _SHORT_CUTS, None)
 included_keys = _named("torch._C._dispatch_tls_local_include_set", _SHORT_CUTS, None)
 keys_of = _named("torch._C._dispatch_keys", _SHORT_CUTS, None)
+
+_HAS_AMX = _named("torch.cpu._is_amx_tile_supported", "bfloat16 in tiles on a CPU", lambda: False)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), several times as fast as float32."""
+    return bool(_HAS_AMX())

@@ -24,7 +24,8 @@ from s2o_compile.kernels.impl.triton.basis import choose_basis
 from s2o_compile.kernels.impl.triton.tile import LN2, LOG2E, key_mask_of, key_rows, launch, paging, seg_bounds
 from s2o_compile.kernels.pages.table import Pages
 from s2o_compile.kernels.ranking.basis import Basis
-from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
+from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, few_dims, key_stride, scored_rows
+from s2o_compile.kernels.ranking.slots import SLOTS
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
 """Clamp of packed numbers: the normaliser of an ignored row, the sum of two of them, still fits in a float16 score."""
@@ -303,7 +304,7 @@ def _score_keys(
     batch, kv_heads = few_key.shape[:2]
     ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
-    scored = scored_rows(segment_len, shared)
+    scored = scored_rows(segment_len, shared, query.device)
     few_query = pack_rows(query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype)
     segments, rows, width = few_query.shape[1:]
     score = torch.empty(batch, ranking_heads, segments, n_keys, device=query.device, dtype=torch.float16)

@@ -181,14 +181,14 @@ class TestBlockAttention:
             hidden
         ]
         inputs = as_inputs(*tensors, mask)
-        output, lse = block_attention.block_attention(*tensors, mask)
+        output, lse = block_attention.block_attention(*tensors, mask, scale=1.0)
         assert_close((output[None, None], lse[None, None]), exact_attention(inputs), inputs)
 
     def test_rows_may_hide_different_keys(self, path):
         query, key, value = block(64, 96, 32)
         hidden = torch.rand(64, 96, generator=torch.Generator().manual_seed(1)) < 0.5
         hidden[7] = True
-        output, lse = block_attention.block_attention(query, key, value, hidden)
+        output, lse = block_attention.block_attention(query, key, value, hidden, scale=1.0)
         for row in (0, 7, 63):
             inputs = as_inputs(query[row : row + 1], key, value, hidden[row])
             assert_close(
@@ -199,14 +199,14 @@ class TestBlockAttention:
     def test_causal_block(self, path, group, rows, keys):
         _, key, value = block(1, keys, 64)
         query = torch.randn(group, rows, 64, generator=torch.Generator().manual_seed(1))
-        output, lse = block_attention.causal_block(query, key, value)
+        output, lse = block_attention.causal_block(query, key, value, scale=1.0)
         inputs = Inputs(query[None], key[None, None], value[None, None], AttentionMask(causal=True), 1.0)
         assert_close((output[None], lse[None]), exact_attention(inputs), inputs)
 
     def test_nan_reaches_every_row_that_sees_it(self, path):
         query, key, value = block(32, 48, 16)
         key[5, 2] = float("nan")
-        output, lse = block_attention.block_attention(query, key, value)
+        output, lse = block_attention.block_attention(query, key, value, scale=1.0)
         assert output.isnan().all()
         assert lse.isnan().all()
 
@@ -215,10 +215,10 @@ class TestMerge:
     def test_two_halves_make_the_whole(self):
         query, key, value = block(64, 200, 32)
         halves = [
-            block_attention.plain_block(query, key[part], value[part], None) for part in (slice(70), slice(70, None))
+            block_attention.plain_block(query, key[part], value[part], None, scale=1.0) for part in (slice(70), slice(70, None))
         ]
         inputs = as_inputs(query, key, value)
-        output, lse = block_attention.merge(*halves[0], *halves[1])
+        output, lse, _ = block_attention.merge(*halves[0], *halves[1])
         assert_close((output[None, None], lse[None, None]), exact_attention(inputs), inputs)
 
     def test_a_part_that_saw_nothing_changes_nothing(self):
@@ -226,13 +226,13 @@ class TestMerge:
         output, lse = output[0, 0], lse[0, 0]
         nothing = torch.zeros_like(output), torch.full_like(lse, float("-inf"))
         for first, second in (((output, lse), nothing), (nothing, (output, lse))):
-            merged, joint = block_attention.merge(first[0].clone(), first[1], second[0].clone(), second[1])
+            merged, joint, _ = block_attention.merge(first[0].clone(), first[1], second[0].clone(), second[1])
             assert torch.equal(merged, output)
             assert torch.equal(joint, lse)
 
     def test_two_empty_parts_stay_empty(self):
         empty = torch.zeros(4, 8), torch.full((4,), float("-inf"))
-        output, lse = block_attention.merge(empty[0].clone(), empty[1], empty[0].clone(), empty[1])
+        output, lse, _ = block_attention.merge(empty[0].clone(), empty[1], empty[0].clone(), empty[1])
         assert (output == 0).all()
         assert (lse == float("-inf")).all()
 
