@@ -22,12 +22,14 @@ class Site(SiteRecord):
         error: Relative L2 error of the output, before the layer's projection, measured on 64 sampled queries of each
             head while it ran; mean over calls, None where it did not run sparse.
         found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
+        never: Why it ran dense although it is long, if dense attention is faster at any length; else empty.
     """
 
     path: str = ""
     density: float | None = None
     error: float | None = None
     found: bool = True
+    never: str = ""
 
     @property
     def marks(self) -> str:
@@ -151,6 +153,7 @@ class Status:
         paths: How often the operator took a path: "s2o" and "window" are sparse, "dense" is for short lengths and heads
             marked dense, "masked" is dense under a mask that was read and is no other. CUDA graphs replay without the
             operator, so their calls are counted while they are recorded.
+        never: How often attention over 8192 keys or more was dense, because dense is faster at any length, by reason.
         graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
             that compiled meanwhile may have caused some.
         uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless
@@ -162,6 +165,7 @@ class Status:
     rewritten: int
     left_dense: dict[str, int]
     paths: dict[str, int]
+    never: dict[str, int]
     graph_breaks: tuple[str, ...]
     uncompiled: tuple[str, ...]
 
@@ -178,6 +182,7 @@ class Status:
             f"rewritten attentions ran: {self.sparse} sparse, {self.paths.get('dense', 0)} dense (short, or marked), "
             f"{self.paths.get('masked', 0)} dense (their masks)",
         ]
+        lines += _listed("dense at any length:", [f"{count} x {reason}" for reason, count in self.never.items()])
         lines += _listed("left dense:", [f"{count} x {reason}" for reason, count in self.left_dense.items()])
         lines += _listed("graph breaks:", self.graph_breaks)
         lines += _listed("ran uncompiled, in no graph:", [name or "the model itself" for name in self.uncompiled])
@@ -199,7 +204,7 @@ def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]
 def _row(site: Site) -> tuple[str, ...]:
     result = f"dense: {site.reason}" if site.found else site.reason
     if site.rewritten:
-        ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(site.path, "")
+        ran = {"dense": f", ran dense ({site.never or 'short'})", "masked": ", ran dense (its mask)"}.get(site.path, "")
         result = f"rewritten{ran}{site.marks}"
     density = "-" if site.density is None else f"{site.density:.3f}"
     error = "-" if site.error is None else f"{site.error:.1%}"
@@ -220,5 +225,6 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
             fields["mask"] = f"{own[-1].mask or 'another mask'} ({record.mask})"
         longest = max(reversed(own), key=lambda call: call.n_keys, default=None)
         path = "" if longest is None else longest.path
-        sites.append(Site(**fields, path=path, density=density, error=error))
+        never = "" if longest is None else longest.never
+        sites.append(Site(**fields, path=path, density=density, error=error, never=never))
     return tuple(sites)

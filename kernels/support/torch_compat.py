@@ -224,6 +224,12 @@ is_transformed: Callable[[Tensor], bool] = _named(
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
 
 
+def dtype_of(module: nn.Module | None) -> torch.dtype:
+    """The dtype of a module's first floating parameter; float32 if there is none."""
+    parameters = () if module is None else module.parameters()
+    return next((x.dtype for x in parameters if x.is_floating_point()), torch.float32)
+
+
 def tensors_within(x: Any) -> list[Tensor]:  # noqa: ANN401 (a tensor made of others)
     """The tensors that a wrapper is made of; a DTensor names its mesh beside them."""
     parts = (getattr(x, name) for name in x.__tensor_flatten__()[0])

@@ -215,7 +215,8 @@ class TestMerge:
     def test_two_halves_make_the_whole(self):
         query, key, value = block(64, 200, 32)
         halves = [
-            block_attention.plain_block(query, key[part], value[part], None, scale=1.0) for part in (slice(70), slice(70, None))
+            block_attention.plain_block(query, key[part], value[part], None, scale=1.0)
+            for part in (slice(70), slice(70, None))
         ]
         inputs = as_inputs(query, key, value)
         output, lse, _ = block_attention.merge(*halves[0], *halves[1])
