@@ -97,29 +97,29 @@ def row_normaliser(
     columns = key[:, :, keys].float().transpose(-1, -2).contiguous()  # twice as fast in products
     weight = torch.zeros(len(keys), device=device)
     weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log2(stride), 0.0)
-    visible = mask.visible(positions.flatten(), keys).unflatten(0, positions.shape)
     normaliser = query.new_empty(query.shape[:4])
     members = torch.arange(query.shape[2], device=device) % len(positions)
-    for b in range(len(query)):
-        seen = visible if mask.key_mask is None else visible & mask.key_mask[b, keys]
-        hidden = torch.where(seen, weight, float("-inf"))
-        for first_row in range(0, query.shape[3], NORMALISED):  # logits stay in cache, and few of them are hidden
-            rows, stop = slice(first_row, first_row + NORMALISED), len(keys)
-            if mask.causal:
-                last = int(positions[:, rows].max())
-                stop -= max(own[1] - max(last + 1 + mask.offset, own[0]), 0)
-            if not stop:
-                normaliser[b, :, :, rows] = float("inf")
-                continue
-            bias = hidden[members, rows, :stop].flatten(0, 1)
-            for h in range(query.shape[1]):
-                logits = torch.addmm(bias, query[b, h, :, rows].flatten(0, 1), columns[b, h, :, :stop])
-                normaliser[b, h, :, rows] = _log2_sum(logits).view(len(members), -1)
+    # Logits stay in cache, and few of them are hidden, because rows take only the keys that one of them sees.
+    for first_row in range(0, query.shape[3], NORMALISED):
+        rows, clear, stop = slice(first_row, first_row + NORMALISED), len(keys), len(keys)
+        if mask.causal:
+            place = positions[:, rows]
+            ends = torch.stack([place.min(), place.max()]) + (1 + mask.offset)
+            clear, stop = (len(outside) + (ends.clamp(*own) - own[0])).tolist()
+            later = ~mask.visible(place.flatten(), keys[clear:stop]).unflatten(0, place.shape)[members]
+        for b, h in itertools.product(range(query.shape[0]), range(query.shape[1])):
+            bias = weight if mask.key_mask is None else torch.where(mask.key_mask[b, keys], weight, float("-inf"))
+            logits = torch.addmm(bias[:stop], query[b, h, :, rows].flatten(0, 1), columns[b, h, :, :stop])
+            if clear < stop:
+                logits.unflatten(0, later.shape[:2])[..., clear:].masked_fill_(later, float("-inf"))
+            normaliser[b, h, :, rows] = _log2_sum(logits).unflatten(0, (len(members), -1))
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
 def _log2_sum(logits: Tensor) -> Tensor:
-    """log2(sum(2^logits)) over the last dimension, whose memory is reused; -inf where all are."""
+    """log2(sum(2^logits)) of rows [n, m], whose memory is reused; -inf where all are."""
+    if not logits.shape[1]:
+        return logits.new_full(logits.shape[:1], float("-inf"))
     largest = logits.amax(-1, keepdim=True)
     finite = largest.masked_fill(largest == float("-inf"), 0.0)
     return logits.sub_(finite).exp2_().sum(-1).log2_().add_(finite[:, 0])

@@ -211,7 +211,7 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
 def crossover(lengths: Sequence[Length]) -> int | None:
     """The length from which S2O won at every longer one, too.
 
-    If it lost at the longest, nothing is known: None. If that one is `LONGEST_LOST` or more, no length is to run sparse.
+    If it lost at the longest, nothing is known: None. If that one is `LONGEST_LOST` or more, no length runs sparse.
     """
     won = None
     for entry in sorted(lengths, key=lambda entry: -entry.length):

@@ -77,7 +77,7 @@ def _each_segment(
 
 @dataclass
 class _Tiles:
-    """Some tiles of a segment: their numbers in it, queries, output so far and log-sum-exp so far, [tiles, TILE_LEN, ..]."""
+    """Some tiles of a segment: numbers in it, queries, output so far and log-sum-exp so far, [tiles, TILE_LEN, ..]."""
 
     numbers: Tensor
     query: Tensor
@@ -85,7 +85,7 @@ class _Tiles:
     lse: Tensor
 
     def update(self, output: Tensor, lse: Tensor) -> Tensor:
-        """Merge a block's rows; returns each row's gain [tiles, TILE_LEN], the share of the mass that the block brought."""
+        """Merge a block; returns each row's gain [tiles, TILE_LEN], the share of the mass that the block brought."""
         merged, joint, gain = merge(self.output.flatten(0, 1), self.lse.flatten(), output, lse)
         self.output, self.lse = merged.view(self.output.shape), joint.view(self.lse.shape)
         return gain.nan_to_num_(0.0).view(self.lse.shape)
