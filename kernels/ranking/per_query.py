@@ -23,7 +23,15 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
 from s2o_compile.kernels.ranking.basis import Basis, choose_basis, project
-from s2o_compile.kernels.ranking.slots import TILE_DIMS, memory_for, pack_keys, pack_rows, products_dtype, score_slots
+from s2o_compile.kernels.ranking.slots import (
+    TILE_DIMS,
+    log2_sum,
+    memory_for,
+    pack_keys,
+    pack_rows,
+    products_dtype,
+    score_slots,
+)
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -107,22 +115,16 @@ def row_normaliser(
             ends = torch.stack([place.min(), place.max()]) + (1 + mask.offset)
             clear, stop = (len(outside) + (ends.clamp(*own) - own[0])).tolist()
             later = ~mask.visible(place.flatten(), keys[clear:stop]).unflatten(0, place.shape)[members]
+        if not stop:
+            normaliser[:, :, :, rows] = float("-inf")
+            continue
         for b, h in itertools.product(range(query.shape[0]), range(query.shape[1])):
             bias = weight if mask.key_mask is None else torch.where(mask.key_mask[b, keys], weight, float("-inf"))
             logits = torch.addmm(bias[:stop], query[b, h, :, rows].flatten(0, 1), columns[b, h, :, :stop])
             if clear < stop:
                 logits.unflatten(0, later.shape[:2])[..., clear:].masked_fill_(later, float("-inf"))
-            normaliser[b, h, :, rows] = _log2_sum(logits).unflatten(0, (len(members), -1))
+            normaliser[b, h, :, rows] = log2_sum(logits, 1).unflatten(0, (len(members), -1))
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
-
-
-def _log2_sum(logits: Tensor) -> Tensor:
-    """log2(sum(2^logits)) of rows [n, m], whose memory is reused; -inf where all are."""
-    if not logits.shape[1]:
-        return logits.new_full(logits.shape[:1], float("-inf"))
-    largest = logits.amax(-1, keepdim=True)
-    finite = largest.masked_fill(largest == float("-inf"), 0.0)
-    return logits.sub_(finite).exp2_().sum(-1).log2_().add_(finite[:, 0])
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int) -> ScoreKeys:

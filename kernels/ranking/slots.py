@@ -1,15 +1,17 @@
 """Sums over slots of the largest products of a slot: what a ranking by every query spends its time on.
 
-    score[j] = sum over slots t of 2^( max over the queries i = t mod SLOTS of  rows_i . columns_j ),
+    score[j] = log sum over slots t of 2^( max over the queries i = t mod SLOTS of  rows_i . columns_j ),
     the last columns of a row being its normaliser, so that a product is the logarithm of a probability
 
-Logarithms are binary: torch's ``exp`` takes up to a hundred times as long where its result is not a normal number.
+Products are binary logarithms: torch's ``exp`` takes up to a hundred times as long where its result is not normal.
 Products are float32, or bfloat16 where a CPU multiplies it in tiles (AMX). There they are shifted by SHIFT, because
 positive numbers of bfloat16 have the order of their bits, and a maximum of int16 takes a fifth of the time. A key that
 no query gives 2^-SHIFT of its mass counts as if one did.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -28,8 +30,8 @@ SHIFT = 24.0
 TILE_DIMS = 62
 """Directions of a product in bfloat16: with two columns for the normaliser they fill a step of 64."""
 
-LARGEST = 100.0, 1e30
-"""The largest product whose power is taken, and the normaliser of queries that do not count."""
+LARGEST = 1e30
+"""The normaliser of queries that do not count, in bfloat16."""
 
 
 def products_dtype(device: torch.device) -> torch.dtype:
@@ -43,10 +45,10 @@ def pack_rows(few: Tensor, normaliser: Tensor, dtype: torch.dtype) -> Tensor:
     A normaliser of +inf is that of a query that does not count.
     """
     if dtype == torch.bfloat16:
-        normaliser = (normaliser - SHIFT).nan_to_num_(LARGEST[1], LARGEST[1], -LARGEST[1])[..., None]
+        normaliser = (normaliser - SHIFT).nan_to_num_(LARGEST, LARGEST, -LARGEST)[..., None]
         rounded = normaliser.to(dtype)
         few = torch.cat([few.to(dtype), rounded, (normaliser - rounded.float()).to(dtype)], dim=-1)
-        ignored = LARGEST[1]
+        ignored = LARGEST
     else:
         few, ignored = torch.cat([few, normaliser[..., None]], dim=-1), float("inf")
     missing = -few.shape[-2] % SLOTS
@@ -72,7 +74,7 @@ def memory_for(rows: Tensor) -> Tensor:
 
 
 def score_slots(rows: Tensor, columns: Tensor, scores: Tensor, memory: Tensor) -> None:
-    """Fill ``scores``, float32 [n], on a monotone scale, from rows [m * SLOTS, R] and columns [R, n]."""
+    """Fill ``scores``, float32 [n], natural logarithms, from rows [m * SLOTS, R] and columns [R, n]."""
     n_rows, n_keys = len(rows), columns.shape[1]
     halves = rows.dtype == torch.bfloat16
     for first in range(0, n_keys, KEY_STEP):
@@ -83,5 +85,13 @@ def score_slots(rows: Tensor, columns: Tensor, scores: Tensor, memory: Tensor) -
             products = products.view(torch.int16)
         largest = products.view(-1, SLOTS, step.stop - first).amax(0)
         if halves:
-            largest = largest.view(rows.dtype).float()
-        torch.sum(largest.clamp_(0.0 if halves else -LARGEST[0], LARGEST[0]).exp2_(), 0, out=scores[step])
+            largest = largest.view(rows.dtype).float().clamp_(min=0.0)
+        torch.sub(log2_sum(largest, 0), SHIFT if halves else 0.0, out=scores[step])
+    scores.mul_(math.log(2))
+
+
+def log2_sum(logits: Tensor, dim: int) -> Tensor:
+    """log2(sum(2^logits)) over a dimension that is not empty, whose memory is reused; -inf where all are."""
+    largest = logits.amax(dim, keepdim=True)
+    largest.masked_fill_(largest == float("-inf"), 0.0)
+    return logits.sub_(largest).exp2_().sum(dim).log2_().add_(largest.squeeze(dim))

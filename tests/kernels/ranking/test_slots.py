@@ -1,5 +1,7 @@
 """Scores by slot, in float32 and in bfloat16 with shifted products, against their definition in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -25,7 +27,9 @@ def exact(few, normaliser, keys, dtype):
     products = (few.double() @ keys.double().T - normaliser.double()[:, None]).clamp(min=-2000)
     missing = torch.full((-len(few) % SLOTS, len(keys)), -2000.0, dtype=torch.float64)
     largest = torch.cat([products, missing]).view(-1, SLOTS, len(keys)).amax(0)
-    return (largest + SHIFT).clamp(min=0).exp2().sum(0) if dtype == torch.bfloat16 else largest.exp2().sum(0)
+    if dtype == torch.bfloat16:
+        largest = largest.clamp(min=-SHIFT)
+    return (largest * math.log(2)).logsumexp(0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,7 +40,7 @@ def test_scores_are_those_of_the_definition(generator, rows, dtype):
     actual, expected = scores_of(few, normaliser, keys, dtype), exact(few, normaliser, keys, dtype)
     # Factors are rounded, their errors add up at worst; then the shifted product is.
     rounding = torch.finfo(dtype).eps * (few.norm(dim=1).max() * keys.norm(dim=1).max() + 2 * SHIFT)
-    assert (actual.double().log2() - expected.log2()).abs().max() < rounding
+    assert (actual - expected).abs().max() < rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +50,7 @@ def test_a_large_normaliser_is_not_rounded_to_eight_bits(generator, dtype):
     few[:, 0], keys[:, 0] = 16.0, 18.75  # all products are 300
     normaliser = 303 + torch.rand(SLOTS, generator=generator)
     actual, expected = scores_of(few, normaliser, keys, dtype), exact(few, normaliser, keys, dtype)
-    assert (actual.double().log2() - expected.log2()).abs().max() < 0.1
+    assert (actual - expected).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,8 +66,9 @@ def test_keys_that_nobody_wants_share_the_least_score(generator):
     few[:, 0], keys[:, 0] = 1.0, torch.linspace(-50, 50, KEYS)
     scores = scores_of(few, torch.zeros(SLOTS), keys, torch.bfloat16)
     unwanted = keys[:, 0] < -SHIFT - 1
-    assert (scores[unwanted] == SLOTS).all()
-    assert (scores[~unwanted & (keys[:, 0] > 1 - SHIFT)] > SLOTS).all()
+    least = scores[unwanted].unique()
+    assert len(least) == 1
+    assert (scores[keys[:, 0] > 1 - SHIFT] > least).all()
     assert (scores.diff() >= 0).all()
 
 
