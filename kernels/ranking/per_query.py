@@ -186,9 +186,8 @@ def _score_keys(
         rows = (rows.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)
         normaliser = row_normaliser(rows, few_key, mask, positions=positions, own=own, stride=stride)
         normaliser.masked_fill_(~real, float("inf"))
-        rows = pack_rows(
-            rows.flatten(2, 3).unflatten(2, (rankings, -1)), normaliser.view(batch, kv_heads, rankings, -1), dtype
-        )
+        rows = pack_rows(rows, normaliser, dtype)  # [B, Hkv, G, whole slots, ..]
+        rows = rows.flatten(2, 3).unflatten(2, (rankings, -1))
         memory = memory_for(rows)
         for b, h, ranking in itertools.product(*map(range, rows.shape[:3])):
             found = scores[b, h * rankings + ranking, s, :end]
