@@ -258,7 +258,7 @@ class _Segment:
         visiting = tiles if whole else tiles.select(visited[:0])  # no copies until the first one stops
         limits, left = taus if whole else taus[:0], []
         for start in range(int(visited.min()), self.count, step):
-            joining = () if whole else (visited == start).nonzero()[:, 0]
+            joining = visited[:0] if whole else (visited == start).nonzero()[:, 0]
             if len(joining):
                 visiting = visiting.join(tiles.select(joining))
                 limits = taus[visiting.numbers]
