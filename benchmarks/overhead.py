@@ -229,7 +229,7 @@ def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("short", "host", "compiled", "graphs", "same bits", "dense heads", "worst case")
-    dispatch = crossover(torch.device("cuda" if ON_GPU else "cpu"))
+    dispatch = crossover(torch.device("cuda" if ON_GPU else "cpu"), torch.bfloat16)
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="sections to run")
     parser.add_argument(
         "--short",

@@ -16,7 +16,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.result import Result, empty_result
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse, why_never
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.exact.chunked import attend_chunks
 from s2o_compile.kernels.exact.epilogue import finish
@@ -59,9 +59,8 @@ def choose_path(call: AttentionCall, min_seq_len: int | str) -> str:
 
 
 def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str) -> bool:
-    """Whether dense attention is the faster one at these lengths on the query's device."""
-    shortest = min_seq_len if isinstance(min_seq_len, int) else crossover(query.device)
-    return n_queries < TILE_LEN or n_keys < shortest
+    """Whether dense attention is the faster one at these lengths, on the query's device and in its dtype."""
+    return n_queries < TILE_LEN or n_keys < shortest_sparse(min_seq_len, query.device, query.dtype)
 
 
 def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, stacklevel: int = 1) -> None:
@@ -139,11 +138,13 @@ def run_short(
     is_causal = sdpa_causal(causal, offset, n_keys, scale)
     if is_causal is None:
         return None
+    never = _why_never(query, n_queries, n_keys, options)
     if recording():
         mask = AttentionMask(causal=causal, offset=offset if causal else 0)
-        record(AttentionCall(query=query, key=key, value=value, mask=mask, scale=scale or 0.0, site=site), "dense")
+        call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=scale or 0.0, site=site)
+        record(call, "dense", never=never)
     else:
-        count("dense")
+        count("dense", never)
     grouped = heads != kv_heads
     return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
@@ -241,12 +242,13 @@ def _attend(
     Sinks are for observers: `finish` puts them in.
     """
     call, path = settle(call, options)
+    never = _why_never(call.query, call.n_queries, call.n_keys, options) if path == "dense" else ""
     # A long mask takes more memory pair by pair than keys and values: there our own executor runs.
     by_length = choose_path(call, options.min_seq_len) == "dense"
     by_sdpa = call.pages is None and (by_length or not needs_pairs(call.mask, call.n_keys, call.scale))
     if path == "dense" and by_sdpa and not call.wants_lse and call.softcap is None:
         choose_implementation(options.implementation, call.query)  # or refuse
-        record(call, path)
+        record(call, path, never=never)
         return attend_by_sdpa(call), None
     replaced = False
     if path == "s2o" and observing():
@@ -257,8 +259,14 @@ def _attend(
         result = execute(call, path, options, output)
     by_s2o = path == "s2o" and not replaced
     measured = measure(call, result, options) if by_s2o else None
-    record(call, path, result.computed, measured, unheld_error=_unheld(options, call.query) if by_s2o else None)
+    unheld = _unheld(options, call.query) if by_s2o else None
+    record(call, path, result.computed, measured, unheld_error=unheld, never=never)
     return result.output, result.lse
+
+
+def _why_never(query: Tensor, n_queries: int, n_keys: int, options: OperatorOptions) -> str:
+    """`why_never` of a call, empty if its queries alone make it dense."""
+    return "" if n_queries < TILE_LEN else why_never(n_keys, options.min_seq_len, query.device, query.dtype)
 
 
 def execute(

@@ -32,6 +32,7 @@ class Call:
         error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None if it was not measured.
         unheld_error: The ceiling that the call was given, if its executor measures nothing; None where it was held.
         tile_rows: Queries of each tile, where they are not those of one run of queries; None where they are.
+        never: Why a long call was dense, if dense attention is faster at any length (``tuned.why_never``); else empty.
     """
 
     site: str
@@ -44,6 +45,7 @@ class Call:
     error_sums: Tensor | None = None
     unheld_error: float | None = None
     tile_rows: Sequence[int] | None = None
+    never: str = ""
 
     @property
     def error(self) -> float | None:
@@ -78,6 +80,7 @@ class ModelCall:
         module: That module; None in a graph of somebody else's.
         frame: The innermost module that Python called in it.
         paths: How often the operator took which of its paths.
+        never: How often it was dense because no length is faster sparse, by reason.
         uncompiled: Names of modules that Python ran.
         breaks: Reasons of the graph breaks in it, if it was the first one.
     """
@@ -86,6 +89,7 @@ class ModelCall:
     module: nn.Module | None = None
     frame: nn.Module | None = None
     paths: Mapping[str, int] = MappingProxyType({})
+    never: Mapping[str, int] = MappingProxyType({})
     uncompiled: Sequence[str] = ()
     breaks: Sequence[str] = ()
 
@@ -98,11 +102,13 @@ running = _Running()
 """The call of an optimized model that this thread is in."""
 
 
-def count(path: str) -> None:
-    """Count a call of the operator in that of the model around it, if this thread is in one."""
+def count(path: str, never: str = "") -> None:
+    """Count a call of the operator in that of the model around it, if this thread is in one; ``never`` as of `Call`."""
     call = running.call
     if call is not None:
         call.paths = {**call.paths, path: call.paths.get(path, 0) + 1}
+        if never:
+            call.never = {**call.never, never: call.never.get(never, 0) + 1}
 
 
 _recordings: Scopes[list[Call]] = Scopes("s2o_recordings")
@@ -130,14 +136,15 @@ def recording() -> bool:
 def record(
     call: AttentionCall, path: str, computed: Tensor | None = None, error_sums: Tensor | None = None, *,
     area: Tensor | None = None, tile_rows: Sequence[int] | None = None, n_keys: int | None = None,
-    unheld_error: float | None = None,
+    unheld_error: float | None = None, never: str = "",
 ) -> None:  # fmt: skip
     """Count a call, and tell this thread's recordings about it as `Call` describes it; costs nothing without any.
 
     The path is "masked" if the call's own mask is not the one that it ran under. ``area``, ``tile_rows`` and ``n_keys``
-    are given for queries that are a shard, not one run; the mask is then that of the whole sequence.
+    are given for queries that are a shard, not one run; the mask is then that of the whole sequence. ``never`` is as of
+    `Call`.
     """
-    count(path)
+    count(path, never)
     if not _recordings:
         return
     n_queries, of_shard = call.n_queries, n_keys is not None
@@ -146,7 +153,7 @@ def record(
     text = "" if call.mask is UNKNOWN_MASK else call.mask.text(n_keys if of_shard else n_queries, n_keys)
     recorded = Call(
         site=call.site, path=path, n_queries=n_queries, n_keys=n_keys, computed=computed, area=area, mask=text,
-        error_sums=error_sums, tile_rows=tile_rows, unheld_error=unheld_error,
+        error_sums=error_sums, tile_rows=tile_rows, unheld_error=unheld_error, never=never,
     )  # fmt: skip
     for calls in _recordings.held():
         calls.append(recorded)

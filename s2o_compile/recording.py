@@ -14,11 +14,11 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.scopes import Scopes
-from s2o_compile.kernels.support.torch_compat import interpreter_stack
+from s2o_compile.kernels.support.torch_compat import dtype_of, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, Status, join_calls
@@ -123,6 +123,7 @@ class Account:
         self._graphs: list[tuple[str, tuple[SiteRecord, ...]]] = []
         self._calls = 0
         self._paths: Counter[str] = Counter()
+        self._never: Counter[str] = Counter()
         self._captured: set[str] = set()  # paths of modules in whose frames a graph was captured
         self._uncompiled: dict[tuple[str, str], None] = {}  # path of the call, path of the module
         self._breaks: dict[tuple[str, str], None] = {}  # path of the call, reason
@@ -146,6 +147,7 @@ class Account:
                 rewritten=sum(record.rewritten for record in records),
                 left_dense=dict(Counter(record.reason for record in records if not record.rewritten)),
                 paths=dict(self._paths),
+                never=dict(self._never),
                 graph_breaks=_distinct(self._breaks),
                 uncompiled=self._never_captured(_distinct(self._uncompiled)),
             )
@@ -193,6 +195,7 @@ class Account:
             self._calls += 1
             if call.paths or call.uncompiled or call.breaks:
                 self._paths.update(call.paths)
+                self._never.update(call.never)
                 self._uncompiled |= {(call.path, module): None for module in call.uncompiled}
                 self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
 
@@ -210,6 +213,8 @@ class Account:
         path, found = call.path, call.path in self._found
         if "masked" in call.paths:
             return "the masks that were read are no causal, sliding or padding masks"
+        if call.never:
+            return next(iter(call.never))
         if found and not self._uncompiled:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
             return ""
         breaks, modules = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
@@ -218,8 +223,7 @@ class Account:
             # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
             return "" if path or found else f"none was found in {self._graphs_at(path)}"
         device, tokens = _longest(args, kwargs)
-        shortest = self._config.min_seq_len
-        if tokens < max(TILE_LEN, shortest if isinstance(shortest, int) else crossover(device)):
+        if tokens < max(TILE_LEN, shortest_sparse(self._config.min_seq_len, device, dtype_of(call.module))):
             return ""
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
         if modules:

@@ -22,12 +22,14 @@ class Site(SiteRecord):
         error: Relative L2 error of the output, before the layer's projection, measured on 64 sampled queries of each
             head while it ran; mean over calls, None where it did not run sparse.
         found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
+        never: Why it ran dense although it is long, if dense attention is faster at any length; else empty.
     """
 
     path: str = ""
     density: float | None = None
     error: float | None = None
     found: bool = True
+    never: str = ""
 
     @property
     def marks(self) -> str:
@@ -152,6 +154,7 @@ class Status:
         paths: How often the operator took a path: "s2o" and "window" are sparse, "dense" is for short lengths and heads
             marked dense, "masked" is dense under a mask that was read and is no other. CUDA graphs replay without the
             operator, so their calls are counted while they are recorded.
+        never: How often attention over 8192 keys or more was dense, because dense is faster at any length, by reason.
         graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
             that compiled meanwhile may have caused some.
         uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless
@@ -163,6 +166,7 @@ class Status:
     rewritten: int
     left_dense: dict[str, int]
     paths: dict[str, int]
+    never: dict[str, int]
     graph_breaks: tuple[str, ...]
     uncompiled: tuple[str, ...]
 
@@ -179,6 +183,7 @@ class Status:
             f"rewritten attentions ran: {self.sparse} sparse, {self.paths.get('dense', 0)} dense (short, or marked), "
             f"{self.paths.get('masked', 0)} dense (their masks)",
         ]
+        lines += _listed("dense at any length:", [f"{count} x {reason}" for reason, count in self.never.items()])
         lines += _listed("left dense:", [f"{count} x {reason}" for reason, count in self.left_dense.items()])
         lines += _listed("graph breaks:", self.graph_breaks)
         lines += _listed("ran uncompiled, in no graph:", [name or "the model itself" for name in self.uncompiled])
@@ -200,7 +205,7 @@ def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]
 def _row(site: Site) -> tuple[str, ...]:
     result = f"dense: {site.reason}" if site.found else site.reason
     if site.rewritten:
-        ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(site.path, "")
+        ran = {"dense": f", ran dense ({site.never or 'short'})", "masked": ", ran dense (its mask)"}.get(site.path, "")
         result = f"rewritten{ran}{site.marks}"
     density = "-" if site.density is None else f"{site.density:.3f}"
     error = "-" if site.error is None else f"{site.error:.1%}"
@@ -223,5 +228,6 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
         path = "" if longest is None else longest.path
         unheld = [call.unheld_error for call in own if call.unheld_error is not None]
         fields["unheld_error"] = record.unheld_error if not unheld else unheld[-1]
-        sites.append(Site(**fields, path=path, density=density, error=error))
+        never = "" if longest is None else longest.never
+        sites.append(Site(**fields, path=path, density=density, error=error, never=never))
     return tuple(sites)

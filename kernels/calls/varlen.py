@@ -31,7 +31,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse
 from s2o_compile.kernels.dispatch import (
     attend_packed,
     choose_implementation,
@@ -167,7 +167,7 @@ def _unread(packed: Packed, options: OperatorOptions) -> _Bounds | None:
     queries, keys = call.n_queries, packed.key_room
     most_queries = queries if packed.longest_query is None else min(packed.longest_query, queries)
     most_keys = keys if packed.longest_key is None else min(packed.longest_key, keys)
-    shortest = options.min_seq_len if isinstance(options.min_seq_len, int) else crossover(call.query.device)
+    shortest = shortest_sparse(options.min_seq_len, call.query.device, call.query.dtype)
     window = call.mask.window
     slots = min(count, queries // TILE_LEN, count if packed.blocks is not None else keys // max(shortest, 1))
     slides = window is not None and window < most_keys

@@ -20,11 +20,15 @@ from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import TunedFileWarning
 from s2o_compile.kernels.support.json_text import parse_json
+from s2o_compile.kernels.support.torch_compat import has_amx
 
 FILE_VARIABLE = "S2O_TUNED"
 """Environment variable with the path of the user's file; empty, none is read."""
 
 FORMAT = 1
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Dtypes by their names in the file."""
 
 HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 """Head dims of kernels; those between run as the next."""
@@ -62,16 +66,21 @@ class Entry:
 
     Attributes:
         crossover: Key length in tokens from which S2O beats dense attention; None if it was not measured.
+        crossovers: The same by dtype, which goes before it; NEVER where dense attention won at every length.
         launches: By head dim (a power of two) and dtype.
     """
 
     crossover: int | None = None
+    crossovers: dict[torch.dtype, int] = field(default_factory=dict)
     launches: dict[tuple[int, torch.dtype], Launch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shortest = self.crossover
         if shortest is not None and as_integer(shortest, least=0) is None:
             raise ValueError(f"crossover: expected an integer >= 0 or null, got {shown(shortest)}")
+        for length in self.crossovers.values():
+            if as_integer(length, least=0) is None:
+                raise ValueError(f'crossovers: expected integers >= 0 or "never", got {shown(length)}')
         for dim, _ in self.launches:
             if as_integer(dim) not in HEAD_DIMS:
                 raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shown(dim)}")
@@ -86,8 +95,15 @@ _HOPPER = {
     for dtype in (torch.float16, torch.bfloat16)
 }
 
+NEVER = 1 << 40
+"""The crossover where dense attention is faster at any length: longer than every sequence."""
+
+LONG = 8192
+"""Keys that anybody would take for a long sequence: from here on a dense call owes a reason."""
+
 BUILT_IN = {
     "cpu": Entry(crossover=8192),  # the torch implementation, with real text
+    "cpu with AMX": Entry(crossovers={torch.bfloat16: NEVER}),  # benchmarks/results/cpu.json
     "NVIDIA H100": Entry(crossover=16384, launches=_HOPPER),  # synthetic input (benchmarks/README.md)
     "NVIDIA H200": Entry(launches=_HOPPER),  # the same multiprocessors
     "NVIDIA GH200": Entry(launches=_HOPPER),
@@ -103,10 +119,33 @@ def device_name(device: torch.device) -> str:
 
 
 @cache
-def crossover(device: torch.device) -> int:
-    """Key length in tokens from which S2O runs if ``min_seq_len`` is "auto"."""
-    known = [entry.crossover for entry in _entries(device_name(device)) if entry.crossover is not None]
+def crossover(device: torch.device, dtype: torch.dtype) -> int:
+    """Key length in tokens from which S2O runs if ``min_seq_len`` is "auto", NEVER if dense attention always wins.
+
+    Of the user's measurements and ours those of the dtype come first: SDPA's rate differs by dtype more than by device.
+    """
+    entries = _entries(device_name(device))
+    if device.type == "cpu" and has_amx():
+        entries.append(BUILT_IN["cpu with AMX"])
+    known = [entry.crossovers[dtype] for entry in entries if dtype in entry.crossovers]
+    known += [entry.crossover for entry in entries if entry.crossover is not None]
     return known[0] if known else UNKNOWN_CROSSOVER
+
+
+def shortest_sparse(min_seq_len: int | str, device: torch.device, dtype: torch.dtype) -> int:
+    """Key length in tokens from which S2O runs, whether ``min_seq_len`` is a number or "auto"."""
+    return min_seq_len if isinstance(min_seq_len, int) else crossover(device, dtype)
+
+
+def why_never(n_keys: int, min_seq_len: int | str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why attention over so many keys is dense at any length, and what to do; empty where it is short, or could pay."""
+    if n_keys < LONG or shortest_sparse(min_seq_len, device, dtype) < NEVER:
+        return ""
+    kind = "CPU" if device.type == "cpu" else device.type
+    return (
+        f"{str(dtype).removeprefix('torch.')} on this {kind}: SDPA is faster at any length; "
+        f"S2OConfig(min_seq_len={LONG}) runs it sparse all the same"
+    )
 
 
 @cache
@@ -202,10 +241,14 @@ def _entry(name: str, fields: Any) -> Entry:  # noqa: ANN401 (whatever the file 
     try:
         launches = {}
         for stored in fields.get("launches", ()):
-            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[stored["dtype"]]
+            dtype = DTYPES[stored["dtype"]]
             chosen = {key: stored[key] for key in ("key_block", "num_warps", "stages", "maxnreg")}
             launches[stored["head_dim"], dtype] = Launch(**chosen)
-        return Entry(crossover=fields.get("crossover"), launches=launches)
+        crossovers = {
+            DTYPES[name]: NEVER if length == "never" else length
+            for name, length in fields.get("crossovers", {}).items()
+        }
+        return Entry(crossover=fields.get("crossover"), crossovers=crossovers, launches=launches)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"an entry of {shown(name)} that is not understood ({shown(error)})") from error
     except ValueError as error:

@@ -24,6 +24,15 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
 from s2o_compile.kernels.pages.sizes import Size, at_least
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys, choose_basis, project, solve_basis
+from s2o_compile.kernels.ranking.slots import (
+    TILE_DIMS,
+    log2_sum,
+    memory_for,
+    pack_keys,
+    pack_rows,
+    products_dtype,
+    score_slots,
+)
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -33,15 +42,15 @@ KEY_SAMPLES = 1024
 FIRST_KEYS = 4
 """Keys that count once in the normaliser: as samples they would stand for their neighbours."""
 
-SLOTS = 64
-"""Queries of a segment are summed by position modulo SLOTS; 16 slots do as well (SmolLM2, 16K)."""
-
 ROWS = 2048
 """Queries of one ranking at most. On SmolLM2 at 64K half of 3072 cost 5 % more density at 5 % of error, a quarter 11 %.
 The half that in-segment keys explain least cost 16 %."""
 
-KEY_STEP = 512
-"""Keys of one product: the products of a segment stay in cache until they are reduced."""
+NORMALISED = 32
+"""Queries of each head whose normalisers are computed at a time."""
+
+CPU_ROWS = 512
+"""The same on a CPU, where products cost as much as attention to the keys that they would save."""
 
 
 def few_dims(head_dim: int) -> int:
@@ -52,14 +61,15 @@ def few_dims(head_dim: int) -> int:
     return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
 
 
-def scored_rows(segment_len: int, shared: int) -> int:
+def scored_rows(segment_len: int, shared: int, device: torch.device) -> int:
     """Queries of each head that rank the keys of a segment, in whole tiles; ``shared`` heads share the ranking."""
-    return min(segment_len, max(ROWS // shared // TILE_LEN, 1) * TILE_LEN)
+    most = CPU_ROWS if device.type == "cpu" else ROWS
+    return min(segment_len, max(most // shared // TILE_LEN, 1) * TILE_LEN)
 
 
 def scored_positions(segment_len: int, shared: int, device: torch.device) -> Tensor:
     """Positions of these queries in a segment, int64 [shared, rows]: neighbours by head; [1, rows] if they are all."""
-    rows = scored_rows(segment_len, shared)
+    rows = scored_rows(segment_len, shared, device)
     slot = torch.arange(rows, device=device)
     if rows == segment_len:
         return slot[None]
@@ -75,11 +85,11 @@ def key_stride(n_keys: Size) -> Size:
 def row_normaliser(
     query: Tensor, key: Tensor, mask: AttentionMask, *, positions: Tensor, own: tuple[int, int], stride: int
 ) -> Tensor:
-    """Estimated log-sum-exp of rows of one segment, [B, Hkv, G, n]; +inf for a row that sees none of these keys.
+    """Estimated log-sum-exp of rows of one segment, [B, Hkv, G, n], binary; +inf for a row that sees none of the keys.
 
     Args:
-        query: Scaled queries of the segment, float32 [B, Hkv, G, n, R].
-        key: Keys, float32 [B, Hkv, Nk, R].
+        query: Queries of the segment, float32 [B, Hkv, G, n, R], scaled so that products are binary logarithms.
+        key: Keys, floating [B, Hkv, Nk, R].
         mask: The mask.
         positions: int64 [heads, n], ascending: where the queries stand; head g of a group has those of g modulo heads.
         own: In-segment keys [start, stop) of the segment.
@@ -91,35 +101,47 @@ def row_normaliser(
     outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
     outside = outside[(outside < own[0]) | (outside >= own[1])]
     keys = torch.cat([outside, torch.arange(*own, device=device)])
-    columns = key[:, :, keys].transpose(-1, -2)
-    weight = torch.zeros(len(keys), dtype=key.dtype, device=device)
-    weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log(stride), 0.0)
-    visible = mask.visible(positions.flatten(), keys).unflatten(0, positions.shape)
+    if not len(keys):
+        return query.new_full(query.shape[:4], float("inf"))
+    columns = key[:, :, keys].float().transpose(-1, -2).contiguous()  # twice as fast in products
+    weight = torch.zeros(len(keys), device=device)
+    weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log2(stride), 0.0)
     normaliser = query.new_empty(query.shape[:4])
-    for b in range(len(query)):
-        seen = visible if mask.key_mask is None else visible & mask.key_mask[b, keys]
-        hidden = torch.where(seen, weight, float("-inf"))
-        for first_row in range(0, query.shape[3], TILE_LEN):  # logits stay in cache, and few are -inf, which is slow
-            rows, stop = slice(first_row, first_row + TILE_LEN), len(keys)
-            if mask.causal:
-                last = int(positions[:, rows].max())
-                stop -= max(own[1] - max(last + 1 + mask.offset, own[0]), 0)
-            for h, g in itertools.product(*map(range, query.shape[1:3])):
-                outside_or_hidden = hidden[g % len(positions), rows, :stop]
-                logits = torch.addmm(outside_or_hidden, query[b, h, g, rows], columns[b, h, :, :stop])
-                normaliser[b, h, g, rows] = logits.logsumexp(-1)
+    members = torch.arange(query.shape[2], device=device) % len(positions)
+    # Logits stay in cache, and few of them are hidden, because rows take only the keys that one of them sees.
+    for first_row in range(0, query.shape[3], NORMALISED):
+        rows, clear, stop = slice(first_row, first_row + NORMALISED), len(keys), len(keys)
+        if mask.causal:
+            place = positions[:, rows]
+            ends = torch.stack([place.min(), place.max()]) + (1 + mask.offset)
+            clear, stop = (len(outside) + (ends.clamp(*own) - own[0])).tolist()
+            later = ~mask.visible(place.flatten(), keys[clear:stop]).unflatten(0, place.shape)[members]
+        if not stop:
+            normaliser[:, :, :, rows] = float("-inf")
+            continue
+        for b, h in itertools.product(range(query.shape[0]), range(query.shape[1])):
+            bias = weight if mask.key_mask is None else torch.where(mask.key_mask[b, keys], weight, float("-inf"))
+            logits = torch.addmm(bias[:stop], query[b, h, :, rows].flatten(0, 1), columns[b, h, :, :stop])
+            if clear < stop:
+                logits.unflatten(0, later.shape[:2])[..., clear:].masked_fill_(later, float("-inf"))
+            normaliser[b, h, :, rows] = log2_sum(logits, 1).unflatten(0, (len(members), -1))
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
+
+
+def directions(query: Tensor) -> int:
+    """How many directions keys are compared in, for a query [B, Hq, Nq, D]."""
+    head_dim, in_tiles = query.shape[3], products_dtype(query.device) == torch.bfloat16
+    return min(TILE_DIMS if in_tiles else few_dims(head_dim), head_dim)
 
 
 def basis_of_samples(samples: AttentionCall) -> Basis:
     """The basis of a call whose every few queries and keys these are (``basis.dim_stride``)."""
-    head_dim = samples.query.shape[3]
-    return solve_basis(samples.query, samples.key, min(few_dims(head_dim), head_dim))
+    return solve_basis(samples.query, samples.key, directions(samples.query))
 
 
 def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
-    """The keys of a call, without pages, in few dimensions: float32 [B, Hkv, Nk, R]."""
-    return project(call.key, basis.key)
+    """The keys of a call, without pages, in few dimensions: [B, Hkv, Nk, R] of the products' dtype."""
+    return project(call.key, basis.key).to(products_dtype(call.key.device))
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None) -> ScoreKeys:
@@ -131,20 +153,22 @@ def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | 
         shared: Query heads that share one ranking.
         made: The basis and the keys in it, if they were made before.
     """
-    head_dim, kept, few_keys = call.query.shape[3], call.kept, None if made is None else made.keys
+    kept, few_keys = call.kept, None if made is None else made.keys
+    dims, dtype = directions(call.query), products_dtype(call.query.device)
 
     def chosen() -> Basis:
-        return made.basis if made is not None else choose_basis(call.query, call.key, min(few_dims(head_dim), head_dim))
+        return made.basis if made is not None else choose_basis(call.query, call.key, dims)
 
     basis = chosen() if kept is None else kept.once("basis", chosen)
     if kept is not None:
         first = kept.known("few keys", call.earlier_keys)
-        few_keys = kept.extend("few keys", call.n_keys, first, project(call.key[:, :, first:], basis.key))
+        few = project(call.key[:, :, first:], basis.key).to(dtype)
+        few_keys = kept.extend("few keys", call.n_keys, first, few)
     stride = key_stride(call.n_keys)
 
     def score_keys(part: AttentionCall, heads: slice) -> Tensor:
         few = project(part.key, basis.key[:, heads]) if few_keys is None else few_keys[:, heads, : part.n_keys]
-        return _score_keys(part, basis.query[:, heads], few, stride, segment_len, shared)
+        return _score_keys(part, basis.query[:, heads], few.to(dtype), stride, segment_len, shared)
 
     return score_keys
 
@@ -154,15 +178,15 @@ def _score_keys(
 ) -> Tensor:
     """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring.
 
-    ``factor`` is the basis of the queries, ``few_key`` float32 [B, Hkv, Nk, R] the keys in theirs.
+    ``factor`` is the basis of the queries, ``few_key`` [B, Hkv, Nk, R] the keys in theirs, of the products' dtype.
     """
-    (query, key, _), mask = call.tensors, call.mask
+    (query, key, _), mask, dtype = call.tensors, call.mask, few_key.dtype
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
-    few_query = (project(query, factor) * call.scale).view(batch, kv_heads, heads // kv_heads, n_queries, -1)
-    key_columns = torch.nn.functional.pad(few_key, (0, 1), value=-1.0).transpose(-1, -2)
-    starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     rankings = heads // kv_heads // shared  # of each key/value head
+    query, factor = query.unflatten(1, (kv_heads, -1)), (factor * (call.scale / math.log(2)))[:, :, None]
+    key_columns = pack_keys(few_key, dtype)
+    starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     shape = batch, kv_heads * rankings, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
     starts, stops = starts.tolist(), stops.tolist()
@@ -171,27 +195,20 @@ def _score_keys(
 
     def segment(s: int) -> None:
         own, positions = (starts[s], stops[s]), s * segment_len + spread
+        end = own[0] if mask.causal else n_keys
         positions = positions[:, (positions < n_queries).any(0)]
         real = (positions < n_queries)[members[:, 0] % len(positions)]
         positions = positions.clamp(max=n_queries - 1)
-        rows = few_query[:, :, members, positions[members[:, 0] % len(positions)]]
+        rows = query[:, :, members, positions[members[:, 0] % len(positions)]]
+        rows = (rows.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)
         normaliser = row_normaliser(rows, few_key, mask, positions=positions, own=own, stride=stride)
         normaliser.masked_fill_(~real, float("inf"))
-        rows = torch.cat([rows, normaliser[..., None]], dim=-1)
-        missing = -rows.shape[3] % SLOTS  # ignored queries
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-        rows[..., rows.shape[3] - missing :, -1] = float("inf")
-        rows = rows.view(batch, kv_heads * rankings, -1, rows.shape[4])
-        end = starts[s] if mask.causal else n_keys
-        products = rows.new_empty(rows.shape[2] * KEY_STEP)  # reused: fresh memory would cost as much as the products
-        for b in range(batch):
-            for ranking_head in range(kv_heads * rankings):
-                for j in range(0, end, KEY_STEP):
-                    step = slice(j, min(j + KEY_STEP, end))
-                    columns = key_columns[b, ranking_head // rankings, :, step]
-                    out = products[: rows.shape[2] * columns.shape[1]].view(rows.shape[2], -1)
-                    best = torch.mm(rows[b, ranking_head], columns, out=out).view(-1, SLOTS, columns.shape[1]).amax(0)
-                    torch.logsumexp(best, 0, out=scores[b, ranking_head, s, step])
+        rows = pack_rows(rows, normaliser, dtype)  # [B, Hkv, G, whole slots, ..]
+        rows = rows.flatten(2, 3).unflatten(2, (rankings, -1))
+        memory = memory_for(rows)
+        for b, h, ranking in itertools.product(*map(range, rows.shape[:3])):
+            found = scores[b, h * rankings + ranking, s, :end]
+            score_slots(rows[b, h, ranking], key_columns[b, h, :, :end], found, memory)
 
     for_each(segment, reversed(range(len(starts))), query.device)
     return scores

@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import sympy
@@ -223,6 +224,12 @@ is_transformed: Callable[[Tensor], bool] = _named(
 _unwrapped = _named("torch._C._functorch.get_unwrapped", _VMAP, None)
 
 
+def dtype_of(module: nn.Module | None) -> torch.dtype:
+    """The dtype of a module's first floating parameter; float32 if there is none."""
+    parameters = () if module is None else module.parameters()
+    return next((x.dtype for x in parameters if x.is_floating_point()), torch.float32)
+
+
 def tensors_within(x: Any) -> list[Tensor]:  # noqa: ANN401 (a tensor made of others)
     """The tensors that a wrapper is made of; a DTensor names its mesh beside them."""
     parts = (getattr(x, name) for name in x.__tensor_flatten__()[0])
@@ -357,3 +364,11 @@ any_autocast = _named("torch._C._is_any_autocast_enabled", _SHORT_CUTS, None)
 profiler_enabled = _named("torch.autograd._profiler_enabled", _SHORT_CUTS, None)
 included_keys = _named("torch._C._dispatch_tls_local_include_set", _SHORT_CUTS, None)
 keys_of = _named("torch._C._dispatch_keys", _SHORT_CUTS, None)
+
+_HAS_AMX = _named("torch.cpu._is_amx_tile_supported", "bfloat16 in tiles on a CPU", lambda: False)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), several times as fast as float32."""
+    return bool(_HAS_AMX())

@@ -206,7 +206,7 @@ def _decompositions() -> dict[Any, Any]:
     from s2o_compile.kernels.impl.aot import attention as decomposition  # imports torch's loops and branches
 
     def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
-        shortest = crossover(query.device) if min_seq_len is None else min_seq_len
+        shortest = crossover(query.device, query.dtype) if min_seq_len is None else min_seq_len
         return decomposition.attention(query, *given, min_seq_len=shortest, **keywords)
 
     return {_SPARSE: attention, _MASKED: decomposition.masked_attention, _PACKED: decomposition.packed_attention}

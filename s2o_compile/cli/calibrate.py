@@ -27,7 +27,8 @@ from s2o_compile.cli.options import (
     writing,
 )
 from s2o_compile.config import S2OConfig, check_error
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import LONG, shortest_sparse, why_never
+from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.quality.calibrate import LEAST_ERROR, Calibration, calibration
 from s2o_compile.quality.evaluate import device_name
 from s2o_compile.quality.head_curves import RATE
@@ -67,7 +68,7 @@ def calibrate(
     with writing("--out", out) as file:
         file.write_text(written.to_json(about) + "\n", encoding="utf-8")
     Console().print(
-        f"{_summary(found, written, error, tokens, ids[0].device)}\n"
+        f"{_summary(found, written, error, tokens, ids[0].device, dtype_of(loaded))}\n"
         f"Use it: s2o_compile.optimize(model, S2OConfig.from_json(open({str(out)!r}).read())), "
         f"and see what it costs on other text: s2o evaluate --config {out} --text FILE",
         soft_wrap=True,
@@ -76,16 +77,20 @@ def calibrate(
     )
 
 
-def _summary(found: Calibration, written: S2OConfig, error: float, tokens: int, device: torch.device) -> str:
+def _summary(
+    found: Calibration, written: S2OConfig, error: float, tokens: int, device: torch.device, dtype: torch.dtype
+) -> str:
     """What will run sparse, from which length on, and what that should gain."""
     count, marked = len(found.choices), sum(map(len, written.dense_heads.values()))
-    shortest = written.min_seq_len if isinstance(written.min_seq_len, int) else crossover(device)
+    shortest = shortest_sparse(written.min_seq_len, device, dtype)
+    never = why_never(LONG, written.min_seq_len, device, dtype)
+    lengths = f"at no length ({never})" if never else f"from {shortest} tokens on"
     says = (
-        f"{found.sparse} of {count} attentions will run sparse from {shortest} tokens on (min_seq_len "
+        f"{found.sparse} of {count} attentions will run sparse {lengths} (min_seq_len "
         f"{written.min_seq_len!r} on {device.type}), within an error of {error:.2%}. {marked} key/value heads are "
         f"marked dense.\nAt {tokens} tokens they computed {found.density:.0%} of the query-key pairs. That should take "
         f"{found.time:.0%} of the time of dense attention, if S2O computes at {RATE:g} of the dense rate (measured on "
         "an H100); the ranking of keys is not counted."
     )
     short = f"\nPrompts of {tokens} tokens run dense. Calibrate on a text as long as your prompts."
-    return says + short if tokens < shortest else says
+    return says + short if tokens < shortest and not never else says

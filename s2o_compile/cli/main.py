@@ -112,8 +112,8 @@ def tune(
     """Time kernel configurations and the crossover length on this device, and write them for the operator to read."""
     on_gpu = torch.cuda.is_available()
     device, path = torch.device("cuda" if on_gpu else "cpu"), output or _user_file()
-    names = dtype or ["bfloat16" if on_gpu else "float32"]
-    unknown = [name for name in names if name not in ("bfloat16", "float16", "float32")]
+    names = dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
+    unknown = [name for name in names if name not in tuned.DTYPES]
     if unknown:
         raise OptionError(f'--dtype: expected "bfloat16", "float16" or "float32", got {unknown[0]!r}.')
     if heads % kv_heads:
@@ -125,9 +125,7 @@ def tune(
     tuning.try_target(path)
     console, launches = Console(), {}
     shapes = {
-        (dim, name): tuning.Shape(
-            heads=heads, kv_heads=kv_heads, head_dim=dim, dtype=getattr(torch, name), device=device
-        )
+        (dim, name): tuning.Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, dtype=tuned.DTYPES[name], device=device)
         for dim in dims
         for name in names
     }
@@ -148,20 +146,29 @@ def tune(
                 progress.console.print(f"{timing.launch}: {found}", highlight=False, soft_wrap=True)
             launches[dim, name] = tuning.best(timings)
             _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
-        place, shape = next(iter(shapes.items()))
-        with tuning.launched(launches[place].launch) if on_gpu else nullcontext():
-            compared = [tuning.compare(shape, length) for length in progress.track(tested, description="crossover")]
-    table = Table("tokens", "dense ms", "backend", "S2O ms")
-    for row in compared:
-        table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
-    console.print(table)
-    found = tuning.crossover(compared)
-    tuning.write(path, shape, crossover=found, launches=launches)
-    says = f"S2O runs from {found} tokens on."
+        compared = {}
+        for name in names:
+            place = dims[0], name
+            with tuning.launched(launches[place].launch) if on_gpu else nullcontext():
+                steps = progress.track(tested, description=f"{name}: crossover")
+                compared[name] = [tuning.compare(shapes[place], length) for length in steps]
+    found = {name: tuning.crossover(rows) for name, rows in compared.items()}
+    tuning.write(path, device, crossovers={name: x for name, x in found.items() if x is not None}, launches=launches)
+    for name, rows in compared.items():
+        table = Table("tokens", "dense ms", "backend", "S2O ms", title=name)
+        for row in rows:
+            table.add_row(str(row.length), f"{row.dense_ms:.3f}", row.backend, f"{row.s2o_ms:.3f}")
+        console.print(table)
+        console.print(_crossover_says(found[name], tested[-1]), soft_wrap=True)
+    console.print(f"Written to {path}", soft_wrap=True)
+
+
+def _crossover_says(found: int | None, longest: int) -> str:
     if found is None:
-        lost = f"S2O lost at {tested[-1]} tokens"
-        says = f"{lost}: the crossover stays the built-in one. Give longer --lengths to find it."
-    console.print(f"{says} Written to {path}", soft_wrap=True)
+        return f"S2O lost at {longest} tokens: the crossover stays as it was. Give longer --lengths to find it."
+    if found == tuned.NEVER:
+        return f'S2O lost at {longest} tokens: with min_seq_len "auto" every length runs dense.'
+    return f"S2O runs from {found} tokens on."
 
 
 def _user_file() -> Path:

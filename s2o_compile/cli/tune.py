@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -44,6 +45,9 @@ WORST_ERROR = 4.0
 """A configuration may be this many times as far from float64 as SDPA is, as in the tests."""
 
 TIMED_SECONDS = 0.3
+
+LONGEST_LOST = 16384
+"""A dtype that loses at so many tokens runs dense at any length: longer calls were not faster either, where tried."""
 
 Clock = Callable[[Callable[[], object]], float]
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -205,12 +209,17 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
 
 
 def crossover(lengths: Sequence[Length]) -> int | None:
-    """The length from which S2O won at every longer one, too; None if it lost at the longest: nothing is known then."""
+    """The length from which S2O won at every longer one, too.
+
+    If it lost at the longest, nothing is known: None. If that one is `LONGEST_LOST` or more, no length runs sparse.
+    """
     won = None
     for entry in sorted(lengths, key=lambda entry: -entry.length):
         if entry.s2o_ms >= entry.dense_ms:
             break
         won = entry.length
+    if won is None and max(entry.length for entry in lengths) >= LONGEST_LOST:
+        return tuned.NEVER
     return won
 
 
@@ -242,23 +251,29 @@ def try_target(path: Path) -> None:
 
 
 def write(
-    path: Path, shape: Shape, *, crossover: int | None, launches: dict[tuple[int, str], Timing]
+    path: Path, device: torch.device, *, crossovers: dict[str, int], launches: dict[tuple[int, str], Timing]
 ) -> dict[str, object]:
-    """Add the results to the file and return the device's entry.
+    """Add the results to the file and return the device's entry; ``crossovers`` are by dtype, as of `crossover`.
 
     Raises:
         OptionError: The file is there and is none of ours, or cannot be written.
     """
     content = read(path)
-    name = tuned.device_name(shape.device)
-    before: list[dict[str, object]] = content["devices"].get(name, {}).get("launches", [])  # pyright: ignore
+    name = tuned.device_name(device)
+    held: dict[str, Any] = content["devices"].get(name, {})
     found = [
         {"head_dim": dim, "dtype": dtype, **dataclasses.asdict(timing.launch)}
         | {"gathered_ms": round(timing.gathered_ms, 3), "natural_ms": round(timing.natural_ms, 3)}
         for (dim, dtype), timing in launches.items()
     ]
-    kept = [entry for entry in before if (entry["head_dim"], entry["dtype"]) not in launches]
-    entry: dict[str, object] = {"crossover": crossover, "launches": kept + found, "about": made_by()}
+    kept = [entry for entry in held.get("launches", []) if (entry["head_dim"], entry["dtype"]) not in launches]
+    lengths = {dtype: "never" if length >= tuned.NEVER else length for dtype, length in crossovers.items()}
+    entry: dict[str, object] = {
+        "crossover": held.get("crossover"),
+        "crossovers": {**held.get("crossovers", {}), **lengths},
+        "launches": kept + found,
+        "about": made_by(),
+    }
     devices = content["devices"] | {name: entry}
     with _target(path), writing(path) as part:
         part.write_text(json.dumps({"format": tuned.FORMAT, "devices": devices}, indent=1) + "\n", encoding="utf-8")

@@ -18,11 +18,12 @@ from s2o_compile.distributed.inputs import Call, of_shard, read_call
 from s2o_compile.distributed.outputs import Kept, fill_cache, gather_outputs
 from s2o_compile.distributed.sequences import checksum, shard_sequence
 from s2o_compile.kernels.core.shards import held_sequence
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse
 from s2o_compile.kernels.sequence.ranks import Ranks
 from s2o_compile.kernels.sequence.sharded import ShardedSequence, check_method
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.kernels.support.torch_compile import uncompiled
 from s2o_compile.recording import Account
 
@@ -189,8 +190,7 @@ class _Parallel:
         return bool(name) and int(kwargs[name].get_seq_length()) > 0
 
     def _is_long(self, call: Call) -> bool:
-        shortest = self._config.min_seq_len
-        shortest = shortest if isinstance(shortest, int) else crossover(call.device)
+        shortest = shortest_sparse(self._config.min_seq_len, call.device, dtype_of(self._twin))
         return call.length >= max(shortest, 4 * self._ranks.size)
 
     def _facts(self, call: Call) -> dict[str, object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse, why_never
 from s2o_compile.kernels.support.torch_compile import is_compiled
 from s2o_compile.report import Report
 
@@ -124,16 +124,19 @@ def check_model(caller: str, model: nn.Module) -> None:
         raise EvaluationError(f"{caller}: expected a model in eval mode, got one in training mode. Call model.eval().")
 
 
-def check_lengths(caller: str, batches: Sequence[TokenBatch], config: S2OConfig) -> None:
-    """Refuse batches so short that all attention runs dense."""
+def check_lengths(caller: str, batches: Sequence[TokenBatch], config: S2OConfig, dtype: torch.dtype) -> None:
+    """Refuse batches so short that all attention, in the model's dtype, runs dense."""
     for place, batch in enumerate(batches):
         device, length = batch.ids.device, batch.ids.shape[1]
-        shortest = config.min_seq_len if isinstance(config.min_seq_len, int) else crossover(device)
+        shortest = shortest_sparse(config.min_seq_len, device, dtype)
         if length < TILE_LEN:
             raise EvaluationError(
                 f"{caller}: expected batches of at least {TILE_LEN} tokens, the queries of one tile, got {length} in "
                 f"batch {place + 1}: shorter attention runs dense. Give longer batches."
             )
+        never = why_never(length, config.min_seq_len, device, dtype)
+        if never:
+            raise EvaluationError(f"{caller}: expected some attention to run sparse, got {never}.")
         if length < shortest:
             raise EvaluationError(
                 f"{caller}: expected batches of at least {shortest} tokens, got {length} in batch {place + 1}: all "

@@ -16,6 +16,7 @@ from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, check_error, config_or_default
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.quality.batches import Batch, Progress, check_lengths, check_model, nothing_sparse, token_batches
 from s2o_compile.quality.head_curves import DENSE_FROM, Choice, HeadCurves
 from s2o_compile.quality.logits import LogitsReader
@@ -135,7 +136,7 @@ def calibration(
     progress = progress or nullcontext
     check_model("calibrate", model)
     checked = token_batches("calibrate", model, batches)
-    check_lengths("calibrate", checked, config)
+    check_lengths("calibrate", checked, config, dtype_of(model))
     meter = CurveMeter()
     with watched(config) as watch, LogitsReader("calibrate", model, checked[0]) as reader:
         sparse_model = compiled_copy(model, watch.backend)

@@ -15,6 +15,7 @@ from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.observe import Observer, observe_attention
+from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.quality.batches import (
     Batch,
     Progress,
@@ -83,7 +84,7 @@ def evaluate(
     config, progress = config_or_default(config, "evaluate"), progress or nullcontext
     check_model("evaluate", model)
     checked = token_batches("evaluate", model, batches)
-    check_lengths("evaluate", checked, config)
+    check_lengths("evaluate", checked, config, dtype_of(model))
     haystacks = [hide_needles(batch.ids, seed=seed + place) for place, batch in enumerate(checked) if needles]
     if needles and not all(batch.real.all() for batch in checked):
         raise EvaluationError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import shortest_sparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,11 @@ class Batch:
 
     @classmethod
     def divide(
-        cls, starts: Sequence[int], seq_lens: Sequence[int], min_seq_len: int | str, device: torch.device
-    ) -> Batch:
+        cls, starts: Sequence[int], seq_lens: Sequence[int], min_seq_len: int | str, device: torch.device,
+        dtype: torch.dtype,
+    ) -> Batch:  # fmt: skip
         """Divides requests by length, as the operator does: fewer than 128 queries, or short keys, are not sparse."""
-        shortest = min_seq_len if isinstance(min_seq_len, int) else crossover(device)
+        shortest = shortest_sparse(min_seq_len, device, dtype)
         lengths = zip(starts, starts[1:], seq_lens, strict=False)
         sparse = [at for at, (first, end, keys) in enumerate(lengths) if end - first >= TILE_LEN and keys >= shortest]
         return cls(starts=starts, seq_lens=seq_lens, sparse=sparse)

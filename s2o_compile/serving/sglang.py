@@ -140,7 +140,7 @@ class SparseExtend:
         for queries in extended:
             starts.append(starts[-1] + int(queries))
         seq_lens = [int(keys) + int(queries) for keys, queries in zip(cached, extended, strict=True)]
-        batch = Batch.divide(starts, seq_lens, self._config.min_seq_len, q.device)
+        batch = Batch.divide(starts, seq_lens, self._config.min_seq_len, q.device, q.dtype)
         return batch if batch.sparse and starts[-1] == q.shape[0] else None
 
     def _pages(self, layer: Any, tokens: Tensor, seq_lens: Sequence[int]) -> tuple[tuple[Tensor, Tensor], Tensor]:  # noqa: ANN401

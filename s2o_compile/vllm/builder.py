@@ -11,7 +11,7 @@ import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import LONG, shortest_sparse, why_never
 from s2o_compile.serving.batch import Batch
 from s2o_compile.serving.counters import Counters
 from s2o_compile.serving.heads import Rank, for_rank, has_heads
@@ -27,14 +27,14 @@ class SparseBuilder:
         config, layers = server_config(), vllm_config.compilation_config.static_forward_context
         attentions = {name: layer for name, layer in layers.items() if hasattr(layer, "impl")}
         bind(attentions, config, vllm_config.model_config)
-        wanted = config.min_seq_len
-        self._shortest = wanted if isinstance(wanted, int) else crossover(device)
-        self._device = device
+        self._device, self._dtype = device, vllm_config.model_config.dtype
+        self._shortest = shortest_sparse(config.min_seq_len, device, self._dtype)
         # Builders that vLLM derives from this one (local attention, static sinks) change the requests on the way.
         self._plain = type(self).__module__.startswith("s2o_compile.")
         own = (attentions[name].impl for name in layer_names if name in attentions)
         self._wanted = self._plain and any(isinstance(x, SparsePrefill) and not x.dense_reason for x in own)
-        say(attentions, config, self._shortest, vllm_config.model_config.model)
+        never = why_never(LONG, config.min_seq_len, device, self._dtype)
+        say(attentions, config, self._shortest, never, vllm_config.model_config.model)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:  # noqa: ANN401
         """The parent's metadata, with a `Division` as ``s2o`` if any request's prefill is long."""
@@ -62,7 +62,7 @@ class SparseBuilder:
             return None
         bound = common.seq_lens_cpu_upper_bound  # exact for requests that are prefilling
         seq_lens = (common.seq_lens if bound is None else bound).tolist()
-        batch = Batch.divide(common.query_start_loc_cpu.tolist(), seq_lens, self._shortest, self._device)
+        batch = Batch.divide(common.query_start_loc_cpu.tolist(), seq_lens, self._shortest, self._device, self._dtype)
         if common.is_prefilling is not None:
             prefilling = common.is_prefilling.tolist()
             batch = dataclasses.replace(batch, sparse=[at for at in batch.sparse if prefilling[at]])
@@ -119,7 +119,7 @@ def bind(attentions: dict[str, Any], config: S2OConfig, model_config: Any) -> No
         impl.s2o_site = Site(number=number, name=site, config=own, counters=counters())
 
 
-def say(attentions: dict[str, Any], config: S2OConfig, shortest: int, model: str) -> None:
+def say(attentions: dict[str, Any], config: S2OConfig, shortest: int, never: str, model: str) -> None:
     """One line for each model in vLLM's log: what runs sparse, and why the rest does not."""
     from vllm.logger import init_logger
 
@@ -135,7 +135,7 @@ def say(attentions: dict[str, Any], config: S2OConfig, shortest: int, model: str
     line = f"S2O: {sparse} of {len(impls)} attention layers of {model} run prefills of {shortest} keys or more sparse"
     line += f" ({config.quality}); decode, shorter requests and fewer than {TILE_LEN} queries are dense"
     dense = "".join(f"; {count} dense for {reason}" for reason, count in reasons.items())
-    logger.info_once(line + dense)
+    logger.info_once(f"S2O: no attention layer of {model} runs sparse: {never}" if never else line + dense)
     names = {site_of(name) for name in attentions}
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):

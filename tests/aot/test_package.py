@@ -61,7 +61,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
 def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
-        monkeypatch.setattr(ranking_per_query, "ROWS", 256)
+        monkeypatch.setattr(ranking_per_query, "CPU_ROWS", 256)
     keywords = dict(KINDS[kind])
     ahead, value_dim = keywords.pop("ahead", 0), keywords.pop("value_dim", 16)
     given = {"padded": keywords.pop("padded", False), "sinks": keywords.pop("sinks", False), "value_dim": value_dim}

@@ -12,6 +12,7 @@ from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.tuned import Launch
 from tests.conftest import CUDA, INTERPRETED
 
+CPU = torch.device("cpu")
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
 
 
@@ -82,8 +83,10 @@ class TestSweep:
         ({1024: (3, 2), 2048: (1, 2), 4096: (1, 2)}, 2048),
         ({1024: (1, 2), 2048: (3, 2), 4096: (1, 2)}, 4096),
         ({1024: (1, 2), 2048: (3, 2)}, None),
+        ({8192: (3, 2), 16384: (3, 2)}, tuned.NEVER),
+        ({8192: (3, 2), 16384: (1, 2)}, 16384),
     ],
-    ids=["always", "late", "with-an-exception", "not-at-the-longest"],
+    ids=["always", "late", "with-an-exception", "not-at-the-longest", "never", "at-the-longest"],
 )
 def test_crossover(times, expected):
     lengths = [Length(length=n, s2o_ms=ours, dense_ms=dense, backend="") for n, (ours, dense) in times.items()]
@@ -96,8 +99,6 @@ def test_compare_times_both():
 
 
 class TestFile:
-    SHAPE = Shape(**SMALL, device=torch.device("cpu"))
-
     @pytest.fixture
     def path(self, tmp_path, monkeypatch):
         monkeypatch.setenv(tuned.FILE_VARIABLE, str(tmp_path / "folder" / "tuned.json"))
@@ -106,13 +107,14 @@ class TestFile:
 
     def write(self, path, dim, launch, crossover=4096):
         timing = Timing(launch=launch, gathered_ms=1.0, natural_ms=2.0)
-        return tune.write(path, self.SHAPE, crossover=crossover, launches={(dim, "float16"): timing})
+        crossovers = {} if crossover is None else {"float32": crossover}
+        return tune.write(path, CPU, crossovers=crossovers, launches={(dim, "float16"): timing})
 
     def test_what_is_written_is_what_runs(self, path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["/bin/s2o", "tune"])
         chosen = Launch(key_block=16, num_warps=4, stages=3, maxnreg=96)
         self.write(path, 64, chosen)
-        assert tuned.crossover(torch.device("cpu")) == 4096
+        assert tuned.crossover(CPU, torch.float32) == 4096
         assert tuned.user_entries()["cpu"].launches == {(64, torch.float16): chosen}
         about = json.loads(path.read_text())["devices"]["cpu"]["about"]
         assert about["command"] == "s2o tune"
@@ -121,7 +123,7 @@ class TestFile:
 
     def test_no_crossover_found_leaves_the_built_in_one(self, path):
         self.write(path, 64, Launch(key_block=16), crossover=None)
-        assert tuned.crossover(torch.device("cpu")) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
 
     def test_other_entries_stay(self, path):
         self.write(path, 64, Launch(key_block=16))
@@ -133,7 +135,14 @@ class TestFile:
         entries = tuned.user_entries()
         assert entries["NVIDIA A100"].crossover == 7
         launches = {(128, torch.float16): Launch(key_block=32), (64, torch.float16): Launch(key_block=128)}
-        assert (entries["cpu"].crossover, entries["cpu"].launches) == (2048, launches)
+        assert (entries["cpu"].crossovers, entries["cpu"].launches) == ({torch.float32: 2048}, launches)
+
+    def test_other_dtypes_stay(self, path):
+        for name, length in (("bfloat16", tuned.NEVER), ("float32", 4096), ("float32", 2048)):
+            tune.write(path, CPU, crossovers={name: length}, launches={})
+        assert json.loads(path.read_text())["devices"]["cpu"]["crossovers"] == {"bfloat16": "never", "float32": 2048}
+        assert tuned.crossover(CPU, torch.float32) == 2048
+        assert tuned.crossover(CPU, torch.bfloat16) == tuned.NEVER
 
     def test_a_foreign_file_is_not_overwritten(self, path):
         path.parent.mkdir()
@@ -149,7 +158,8 @@ def test_command_without_a_gpu(s2o, tmp_path):
     done = s2o("tune", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--lengths", "512", "--output", str(path))
     assert done.returncode == 0, done.stderr
     assert "expected a CUDA device, got none" in done.stdout.replace("\n", " ")
-    assert tuned.parse(path.read_text())["cpu"].crossover in (512, None)
+    found = tuned.parse(path.read_text())["cpu"].crossovers
+    assert found.get(torch.float32, 512) == found.get(torch.bfloat16, 512) == 512
 
 
 @pytest.mark.parametrize(

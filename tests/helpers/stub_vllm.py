@@ -280,5 +280,5 @@ def config_of(layers, *, kv_heads=2):
     """A configuration of vLLM with these layers, by name."""
     return SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers),
-        model_config=SimpleNamespace(model="some/model", get_total_num_kv_heads=lambda: kv_heads),
+        model_config=SimpleNamespace(model="some/model", dtype=torch.float32, get_total_num_kv_heads=lambda: kv_heads),
     )

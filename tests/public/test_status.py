@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import NothingRewrittenWarning, S2OConfig
+from s2o_compile.kernels.core import tuned
 from tests.helpers.tiny import TinyAttention, tiny_input, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -166,3 +167,27 @@ def test_a_call_is_sparse_while_another_thread_compiles():
 
     torch.compile(lambda x: x + 1, backend=backend)(x)
     assert s2o_compile.status(fast).sparse == 4
+
+
+@torch.no_grad()
+def test_a_dtype_that_never_pays_is_named(monkeypatch):
+    """Else a user believes that long calls are sparse; short ones are silent, and a length that is given is obeyed."""
+    monkeypatch.setattr(tuned, "LONG", 1000)
+    monkeypatch.setitem(tuned.BUILT_IN, "cpu", tuned.Entry(crossovers={torch.bfloat16: tuned.NEVER}))
+    tuned.forget()
+    reason = (
+        "bfloat16 on this CPU: SDPA is faster at any length; S2OConfig(min_seq_len=1000) runs it sparse all the same"
+    )
+    model, (long, short) = tiny_model().bfloat16(), (tiny_input(length).bfloat16() for length in (1000, 999))
+    fast = s2o_compile.optimize(model, S2OConfig(inner_backend="eager"))
+    assert said_by(lambda: fast(short)) == []
+    assert s2o_compile.status(fast).never == {}
+    (said,) = said_by(lambda: [fast(long), fast(long)])
+    assert f"no attention ran sparse: {reason}." in said
+    assert s2o_compile.status(fast).never == {reason: 4}
+    assert f"dense at any length:\n  - 4 x {reason}" in str(s2o_compile.status(fast))
+    assert f"ran dense ({reason})" in str(s2o_compile.explain(model, long, config=S2OConfig(inner_backend="eager")))
+    obeyed = s2o_compile.optimize(model, S2OConfig(min_seq_len=1000, inner_backend="eager"))
+    obeyed(long)
+    assert s2o_compile.status(obeyed).paths == {"s2o": 2}
+    tuned.forget()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, KEY_STEP, SLOTS, key_stride
+from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, key_stride
+from s2o_compile.kernels.ranking.slots import KEY_STEP, SLOTS
 from s2o_compile.kernels.support.torch_compat import while_loop
 
 

@@ -13,7 +13,7 @@ import torch
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result, empty_result
-from s2o_compile.kernels.impl.torch.blocks import block_attention, merge
+from s2o_compile.kernels.impl.torch.blocks import block_attention, block_dtype, merge
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096
@@ -25,6 +25,7 @@ def attend_exact(call: AttentionCall) -> Result:
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
+    dtype = block_dtype(call)
     key, value = key.contiguous(), value.contiguous()
     result = output, lse, computed = empty_result(query, value_dim)
 
@@ -34,9 +35,9 @@ def attend_exact(call: AttentionCall) -> Result:
         start, stop = mask.visible_range(first, last, n_keys)
         rows = torch.arange(first, last + 1, device=query.device)
         group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
-        tile_query = (query[b, group, first : last + 1].float() * call.scale).flatten(0, 1)
-        out = tile_query.new_zeros(len(tile_query), value_dim)
-        mass = tile_query.new_full(tile_query.shape[:1], -torch.inf)
+        tile_query = query[b, group, first : last + 1].to(dtype).flatten(0, 1)
+        out = torch.zeros(len(tile_query), value_dim, device=query.device)
+        mass = torch.full(tile_query.shape[:1], -torch.inf, device=query.device)
         for begin in range(start, stop, KEY_STEP):
             positions = torch.arange(begin, min(begin + KEY_STEP, stop), device=query.device)
             hidden = ~mask.visible(rows, positions)
@@ -44,8 +45,9 @@ def attend_exact(call: AttentionCall) -> Result:
                 hidden |= ~mask.key_mask[b, positions]
             block = slice(begin, begin + len(positions))
             hidden = hidden.repeat(tile_query.shape[0] // len(rows), 1)
-            keys, values = key[b, kv, block].float(), value[b, kv, block].float()
-            out, mass = merge(out, mass, *block_attention(tile_query, keys, values, hidden, softcap=softcap))
+            keys, values = key[b, kv, block].to(dtype), value[b, kv, block].to(dtype)
+            part = block_attention(tile_query, keys, values, hidden, scale=call.scale, softcap=softcap)
+            out, mass, _ = merge(out, mass, *part)
         computed[b, group, first // TILE_LEN] = stop - start
         output[b, group, first : last + 1] = out.view(-1, len(rows), value_dim).to(output.dtype)
         lse[b, group, first : last + 1] = mass.view(-1, len(rows))

@@ -2,7 +2,7 @@
 
 The tiles of all heads that share a segment's ranking visit it side by side. A chunk of keys is gathered once, and one
 dense block serves every tile that has not stopped. Blocks merge by their log-sum-exp. The rule is that of
-``core/stop_rule.py``. Arithmetic is float32 whatever the inputs' dtype.
+``core/stop_rule.py``. Blocks are computed in the dtype of `block_dtype`, sums in float32.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Progress, Result, empty_result
 from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
-from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block, merge
+from s2o_compile.kernels.impl.torch.blocks import block_attention, block_dtype, causal_block, merge
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096
 """Keys of one block in position order under an explicit mask: bounds the mask's memory."""
+
+UNTESTED_STEP = 1024
+"""Ranked keys of one block where no tile can stop."""
 
 
 def attend(
@@ -42,7 +45,7 @@ def attend(
         progress: Where tiles keep their state; None if none will go on.
     """
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
-    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+    keys, values = (x.to(block_dtype(call)).contiguous() for x in (call.key, call.value))
     _each_segment(call, keys, values, plan, lambda segment: segment.attend(tau, result, progress))
     return result
 
@@ -52,7 +55,7 @@ def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progres
 
     ``tau`` is float32 [B, Hq], read anew each time; an infinite one leaves a head as it is.
     """
-    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+    keys, values = (x.to(block_dtype(call)).contiguous() for x in (call.key, call.value))
 
     def go_on() -> None:
         if (progress.unvisited < tau[..., None]).all():
@@ -74,7 +77,7 @@ def _each_segment(
 
 @dataclass
 class _Tiles:
-    """Some tiles of a segment: their numbers in it and, by row, query, output so far and log-sum-exp so far."""
+    """Some tiles of a segment: numbers in it, queries, output so far and log-sum-exp so far, [tiles, TILE_LEN, ..]."""
 
     numbers: Tensor
     query: Tensor
@@ -83,37 +86,39 @@ class _Tiles:
 
     def update(self, output: Tensor, lse: Tensor) -> Tensor:
         """Merge a block; returns each row's gain [tiles, TILE_LEN], the share of the mass that the block brought."""
-        self.output, joint = merge(self.output, self.lse, output, lse)
-        gain = 1 - (self.lse - joint).exp_()
-        self.lse = joint
-        return gain.nan_to_num_(0.0).view(-1, TILE_LEN)
+        merged, joint, gain = merge(self.output.flatten(0, 1), self.lse.flatten(), output, lse)
+        self.output, self.lse = merged.view(self.output.shape), joint.view(self.lse.shape)
+        return gain.nan_to_num_(0.0).view(self.lse.shape)
 
-    def add_tail(self, share: Tensor, mean_value: Tensor) -> None:
+    def add_tails(self, share: Tensor, mean_value: Tensor) -> None:
         """Count keys left out: share [tiles, TILE_LEN] of the mass visited, at mean_value [Dv]."""
-        share = share.flatten()
-        self.output = (self.output + share[:, None] * mean_value) / (1 + share)[:, None]
+        rest = share[..., None]
+        self.output = (self.output + rest * mean_value) / (1 + rest)
         self.lse = self.lse + share.log1p()
 
-    def take_tail_off(self, share: Tensor, mean_value: Tensor) -> None:
-        """Undo `add_tail`."""
-        share = share.flatten()
-        self.output = self.output * (1 + share)[:, None] - share[:, None] * mean_value
+    def take_tails_off(self, share: Tensor, mean_value: Tensor) -> None:
+        """Undo `add_tails`."""
+        rest = share[..., None]
+        self.output = self.output * (1 + rest) - rest * mean_value
         self.lse = self.lse - share.log1p()
 
     def join(self, others: _Tiles) -> _Tiles:
         """Copies of these tiles and others."""
-        pairs = ((self.query, others.query), (self.output, others.output), (self.lse, others.lse))
-        return _Tiles(torch.cat([self.numbers, others.numbers]), *(torch.cat(pair) for pair in pairs))
+        return _Tiles(*(torch.cat(pair) for pair in zip(self.parts, others.parts, strict=True)))
 
     def select(self, indices: Tensor) -> _Tiles:
         """Copies of the tiles at these indices."""
-        rows = [x.unflatten(0, (-1, TILE_LEN))[indices].flatten(0, 1) for x in (self.query, self.output, self.lse)]
-        return _Tiles(self.numbers[indices], *rows)
+        return _Tiles(*(part[indices] for part in self.parts))
 
-    def put(self, part: _Tiles) -> None:
-        """Take over the state of ``part``; only for tiles numbered 0, 1, 2, ..."""
-        self.output.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.output.unflatten(0, (-1, TILE_LEN))
-        self.lse.unflatten(0, (-1, TILE_LEN))[part.numbers] = part.lse.unflatten(0, (-1, TILE_LEN))
+    def put(self, part: _Tiles, indices: Tensor | slice = slice(None)) -> None:
+        """Take over the state of the tiles at these indices of ``part``; only for tiles numbered 0, 1, 2, ..."""
+        numbers = part.numbers[indices]
+        self.output[numbers], self.lse[numbers] = part.output[indices], part.lse[indices]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All fields."""
+        return self.numbers, self.query, self.output, self.lse
 
 
 class _Segment:
@@ -126,7 +131,8 @@ class _Segment:
         query, mask, ranking_heads = call.query, call.mask, plan.key_index.shape[1]
         kv = ranking_head * keys.shape[1] // ranking_heads
         self.key, self.value = keys[self.b, kv], values[self.b, kv]
-        self.scale, self.softcap, self.mask, self.chunk_len = call.scale, call.softcap, mask, plan.chunk_len
+        self.logits = {"scale": call.scale, "softcap": call.softcap}
+        self.mask, self.chunk_len = mask, plan.chunk_len
         group, n_queries = query.shape[1] // ranking_heads, query.shape[2]  # heads that share the ranking
         self.first = segment * plan.segment_len
         self.end = min(self.first + plan.segment_len, n_queries)
@@ -148,15 +154,16 @@ class _Segment:
             self.stops = ends.clamp(self.seg_start, seg_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
-        self.area = self.stops - self.seg_start
+        self.own = self.stops - self.seg_start
+        self.area = self.own.clone()
         self.tail = query.new_zeros(len(self.stops), TILE_LEN, dtype=torch.float32)
         self.unvisited = torch.full((len(self.stops),), -1.0)
 
     def attend(self, tau: float | Tensor, into: Result, progress: Progress | None) -> None:
         """Pass 1 and pass 2; fills the segment's rows of ``into`` and ``progress``."""
         query = self._load()
-        lse = query.new_full((len(query),), -torch.inf)
-        output = query.new_zeros(len(query), self.value.shape[-1])
+        lse = self.tail.new_full(self.tail.shape, -torch.inf)
+        output = self.tail.new_zeros(*self.tail.shape, self.value.shape[-1])
         tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
         self._in_segment_keys(tiles)
         self._visit_ranked(tiles, self._taus(tau), torch.zeros_like(self.area))
@@ -174,9 +181,9 @@ class _Segment:
         held = (into.output, into.lse, progress.tail)
         output, lse, tail = (self._slots(x[self.b, self.heads]).float().clone() for x in held)
         tiles = _Tiles(torch.arange(len(self.stops)), self._load(), output, lse)
-        self.tail, self.unvisited = tail.view(-1, TILE_LEN), estimate.clone()
+        self.tail, self.unvisited = tail, estimate.clone()
         part = tiles.select(going.nonzero()[:, 0])
-        part.take_tail_off(self.tail[part.numbers], self.mean_value)
+        part.take_tails_off(self.tail[part.numbers], self.mean_value)
         tiles.put(part)
         self.tail[part.numbers], self.unvisited[part.numbers] = 0.0, -1.0
         visited = into.computed[self.b, self.heads, numbers].flatten().cpu() - self.area
@@ -190,15 +197,15 @@ class _Segment:
         return (taus[self.b] if taus.dim() == 2 else taus).repeat_interleave(self.tiles)
 
     def _load(self) -> Tensor:
-        """The segment's queries in tile order, float32 [G * tiles * TILE_LEN, D], scaled."""
-        return self._slots(self.query).float() * self.scale
+        """The segment's queries, [G * tiles, TILE_LEN, D], in the dtype of keys and values."""
+        return self._slots(self.query).to(self.key.dtype)
 
     def _slots(self, rows: Tensor) -> Tensor:
-        """The segment's rows of [G, Nq, ..] in tile order, [G * tiles * TILE_LEN, ..]; empty slots repeat the last."""
+        """The segment's rows of [G, Nq, ..] by tile, [G * tiles, TILE_LEN, ..]; empty slots repeat the last one."""
         part, empty = rows[:, self.first : self.end], self.rows.shape[1] - (self.end - self.first)
         if empty:
             part = torch.cat([part, part[:, -1:].expand(-1, empty, *part.shape[2:])], 1)
-        return part.flatten(0, 1)
+        return part.unflatten(1, (-1, TILE_LEN)).flatten(0, 1)
 
     def _store(self, tiles: _Tiles, into: Result, progress: Progress | None) -> None:
         """Write the results and the state of the segment's queries."""
@@ -207,10 +214,11 @@ class _Segment:
         by_row = [(into.output, tiles.output), (into.lse, tiles.lse)]
         by_tile = [(into.computed, self.area.int())]
         if progress is not None:
-            by_row.append((progress.tail, self.tail.flatten()))
+            by_row.append((progress.tail, self.tail))
             by_tile.append((progress.unvisited, self.unvisited))
         for target, found in by_row:
-            target[self.b, self.heads, rows] = found.unflatten(0, (self.group, -1))[:, :real].to(target.dtype)
+            found = found.unflatten(0, (self.group, -1)).flatten(1, 2)
+            target[self.b, self.heads, rows] = found[:, :real]
         for target, found in by_tile:
             target[self.b, self.heads, numbers] = found.view(self.group, -1).to(target.device)
 
@@ -220,9 +228,9 @@ class _Segment:
         diagonal = self.mask.causal and self.seg_start == self.first + self.mask.offset
         if diagonal and self.hidden_key is None and seg_stop > self.seg_start:
             own = slice(self.seg_start, seg_stop)
-            query = tiles.query.view(self.group, -1, tiles.query.shape[-1])
-            output, lse = causal_block(query, self.key[own], self.value[own], softcap=self.softcap)
-            tiles.update(output.flatten(0, 1), lse.flatten())
+            query = tiles.query.unflatten(0, (self.group, -1)).flatten(1, 2)
+            output, lse = causal_block(query, self.key[own], self.value[own], **self.logits)
+            tiles.output, tiles.lse = output.reshape(tiles.output.shape).float(), lse.reshape(tiles.lse.shape)
             return
         for stop in self.stops.unique().tolist():  # each tile up to its own stop, under the mask
             part = tiles.select((self.stops == stop).nonzero()[:, 0])
@@ -236,7 +244,7 @@ class _Segment:
                     hidden = self.hidden_key[keys] if hidden is None else hidden | self.hidden_key[keys]
                 block = slice(begin, begin + len(keys))
                 keys, values = self.key[block], self.value[block]
-                part.update(*block_attention(part.query, keys, values, hidden, softcap=self.softcap))
+                part.update(*block_attention(part.query.flatten(0, 1), keys, values, hidden, **self.logits))
             tiles.put(part)
 
     def _visit_ranked(self, tiles: _Tiles, taus: Tensor, visited: Tensor) -> None:
@@ -244,34 +252,46 @@ class _Segment:
 
         Each begins behind the keys that it has ``visited``, whole chunks or all of them.
         """
-        whole = not visited.any()
+        whole, can_stop = not visited.any(), self.count >= 2 * self.chunk_len and bool((taus > 0).any())
+        largest_tau = float(taus.max())
+        step = self.chunk_len if can_stop or not whole else max(self.chunk_len, UNTESTED_STEP)
         visiting = tiles if whole else tiles.select(visited[:0])  # no copies until the first one stops
-        for start in range(int(visited.min()), self.count, self.chunk_len):
-            joining = (visited == start).nonzero()[:, 0]
-            if not whole and len(joining):
+        limits, left = taus if whole else taus[:0], []
+        for start in range(int(visited.min()), self.count, step):
+            joining = visited[:0] if whole else (visited == start).nonzero()[:, 0]
+            if len(joining):
                 visiting = visiting.join(tiles.select(joining))
+                limits = taus[visiting.numbers]
             if not len(visiting.numbers):
                 if not (visited > start).any():
                     break
                 continue
-            chunk = self.index[start : min(start + self.chunk_len, self.count)]
+            stop = min(start + step, self.count)
+            chunk = self.index[start:stop]
             keys, values = self.key.index_select(0, chunk), self.value.index_select(0, chunk)
-            gain = visiting.update(*block_attention(visiting.query, keys, values, softcap=self.softcap))
-            self.area[visiting.numbers] += len(chunk)
+            gain = visiting.update(*block_attention(visiting.query.flatten(0, 1), keys, values, **self.logits))
+            if not can_stop:
+                continue
             to_come = chunks_to_come(start + self.chunk_len, self.count, self.chunk_len)
-            limit = taus[visiting.numbers]
-            estimate = gain.amax(-1).cpu() * to_come if start else torch.full_like(limit, to_come)
-            stopped = (estimate < limit) & (limit > 0) & (self.count >= 2 * self.chunk_len)
+            if not start and to_come >= largest_tau:
+                continue
+            estimate = gain.amax(-1).cpu() * to_come if start else torch.full_like(limits, to_come)
+            stopped = estimate < limits
             if not stopped.any():
                 continue
             leaving = stopped.nonzero()[:, 0]
-            part = visiting.select(leaving)
-            self.unvisited[part.numbers] = estimate[leaving]
+            numbers = visiting.numbers[leaving]
+            self.unvisited[numbers], self.area[numbers] = estimate[leaving], self.own[numbers] + stop
             if start:  # the first chunk's gain is not used
-                share = tail_share(gain[leaving], to_come)
-                part.add_tail(share, self.mean_value)
-                self.tail[part.numbers] = share
-            tiles.put(part)
-            visiting = visiting.select((~stopped).nonzero()[:, 0])
+                self.tail[numbers] = tail_share(gain[leaving], to_come)
+                left.append(numbers)
+            tiles.put(visiting, leaving)
+            staying = (~stopped).nonzero()[:, 0]
+            visiting, limits = visiting.select(staying), limits[staying]
+        self.area[visiting.numbers] = self.own[visiting.numbers] + self.count
         if visiting is not tiles:
             tiles.put(visiting)
+        if left:
+            part = tiles.select(torch.cat(left))
+            part.add_tails(self.tail[part.numbers], self.mean_value)
+            tiles.put(part)

@@ -37,7 +37,8 @@ from s2o_compile.kernels.pages.sizes import Size
 from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.pages.table import Pages
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys
-from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, SLOTS, few_dims, key_stride, scored_rows
+from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, few_dims, key_stride, scored_rows
+from s2o_compile.kernels.ranking.slots import SLOTS
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 30000.0}
 """Clamp of packed numbers: the normaliser of an ignored row, the sum of two of them, still fits in a float16 score."""
@@ -345,7 +346,7 @@ def _score_keys(
     batch, kv_heads = few_key.shape[:2]
     ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
-    scored = scored_rows(segment_len, shared)
+    scored = scored_rows(segment_len, shared, device_of(query))
     few_query = pack_rows(
         query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype, size=sizes.n_queries
     )

@@ -17,6 +17,7 @@ from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, config_or_default, unknown_name
 from s2o_compile.errors import EvaluationError, OptionError
 from s2o_compile.kernels.support.arguments import as_integer, shown
+from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.quality.batches import Progress, TokenBatch, check_lengths, check_model, nothing_sparse
 from s2o_compile.quality.evaluate import device_name, model_name
 from s2o_compile.quality.logits import LogitsReader
@@ -88,7 +89,8 @@ def evaluate_tasks(
         for length in asked
     }
     batches = [question.whole for group in questions.values() for question in group]
-    check_lengths(CALLER, [question.prompt for group in questions.values() for question in group], config)
+    prompts = [question.prompt for group in questions.values() for question in group]
+    check_lengths(CALLER, prompts, config, dtype_of(model))
     scores = []
     with watched(config) as watch, LogitsReader(CALLER, model, batches[0]) as reader:
         judge = _Judge(model, watch, reader, tokenizer)

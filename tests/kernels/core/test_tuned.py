@@ -41,12 +41,45 @@ def gpu(monkeypatch, user_file):
     ("name", "expected"), [("NVIDIA H100 80GB HBM3", 16384), ("NVIDIA GeForce RTX 4090", tuned.UNKNOWN_CROSSOVER)]
 )
 def test_crossover_goes_by_the_beginning_of_the_name(gpu, name, expected):
-    assert tuned.crossover(gpu(name)) == expected
+    assert tuned.crossover(gpu(name), torch.bfloat16) == expected
 
 
 def test_crossover_of_a_cpu(gpu):
     gpu("none")
-    assert tuned.crossover(CPU) == 8192
+    assert tuned.crossover(CPU, torch.float32) == 8192
+
+
+@pytest.mark.parametrize(("amx", "expected"), [(True, tuned.NEVER), (False, 8192)])
+def test_crossover_of_bfloat16_on_a_cpu_goes_by_its_tiles(monkeypatch, user_file, amx, expected):
+    monkeypatch.setattr(tuned, "has_amx", lambda: amx)
+    user_file.write_text('{"format": 1, "devices": {}}')
+    assert tuned.crossover(CPU, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "bfloat16", "float32"),
+    [
+        ({"crossover": 4096}, tuned.NEVER, 4096),  # as it was measured before: in one dtype
+        ({"crossovers": {"bfloat16": 16384}}, 16384, 8192),
+        ({"crossovers": {"float32": "never"}}, tuned.NEVER, tuned.NEVER),
+        ({"crossover": 4096, "crossovers": {"float32": 2048}}, tuned.NEVER, 2048),
+    ],
+    ids=str,
+)
+def test_a_file_may_tell_dtypes_apart(monkeypatch, user_file, stored, bfloat16, float32):
+    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+    user_file.write_text(json.dumps({"format": 1, "devices": {"cpu": stored}}))
+    assert tuned.crossover(CPU, torch.bfloat16) == bfloat16
+    assert tuned.crossover(CPU, torch.float32) == float32
+
+
+def test_a_long_call_of_a_dtype_that_never_pays_has_a_reason(monkeypatch, user_file):
+    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+    user_file.write_text('{"format": 1, "devices": {}}')
+    reason = tuned.why_never(8192, "auto", CPU, torch.bfloat16)
+    assert reason.startswith("bfloat16 on this CPU: SDPA is faster at any length; S2OConfig(min_seq_len=8192) runs it")
+    for n_keys, shortest, dtype in ((8191, "auto", torch.bfloat16), (8192, 0, torch.bfloat16), (8192, "auto", None)):
+        assert tuned.why_never(n_keys, shortest, CPU, dtype or torch.float32) == ""
 
 
 @pytest.mark.parametrize(
@@ -79,7 +112,7 @@ def test_the_users_entries_win(gpu, user_file):
     device = gpu("NVIDIA H100 80GB HBM3")
     text = {"format": 1, "devices": {"NVIDIA H100 80GB HBM3": {"crossover": 12288, "launches": [CHOSEN]}}}
     user_file.write_text(json.dumps(text))
-    assert tuned.crossover(device) == 12288
+    assert tuned.crossover(device, torch.float16) == 12288
     assert tuned.launch(device, 128, torch.bfloat16) == Launch(key_block=32, num_warps=4, stages=3)
     assert tuned.launch(device, 128, torch.float16) == Launch(key_block=64, maxnreg=128)  # not tuned
 
@@ -87,7 +120,7 @@ def test_the_users_entries_win(gpu, user_file):
 def test_an_entry_of_another_device_changes_nothing(gpu, user_file):
     device = gpu("NVIDIA H100 80GB HBM3")
     user_file.write_text(json.dumps({"format": 1, "devices": {"NVIDIA H100 PCIe": {"crossover": 12288}}}))
-    assert tuned.crossover(device) == 16384
+    assert tuned.crossover(device, torch.float16) == 16384
 
 
 @pytest.mark.parametrize(
@@ -115,8 +148,8 @@ def test_a_file_that_cannot_be_used_is_named_and_ignored(user_file, text, said):
     if text is not None:
         user_file.write_text(text)
     with pytest.warns(TunedFileWarning, match=f"tuned.json: expected a file of `s2o tune`, got .*{said}.*delete it"):
-        assert tuned.crossover(CPU) == 8192
-    assert tuned.crossover(CPU) == 8192  # read once, said once
+        assert tuned.crossover(CPU, torch.float32) == 8192
+    assert tuned.crossover(CPU, torch.float32) == 8192  # read once, said once
 
 
 def test_without_a_file_nothing_is_said(monkeypatch, tmp_path):

@@ -42,6 +42,10 @@ BAD = {
     "infinite": device(crossover=float("inf")),
     "huge-crossover": device(crossover=2**67),
     "flag-crossover": device(crossover=True),
+    "flag-crossovers": device(crossovers={"float32": True}),
+    "dtype-crossovers": device(crossovers={"int8": 4096}),
+    "word-crossovers": device(crossovers={"float32": "always"}),
+    "list-crossovers": device(crossovers=[4096]),
     "twice": '{"format": 1, "format": 1, "devices": {}}',
     "device-twice": '{"format": 1, "devices": {"cpu": {}, "cpu": {"crossover": 1}}}',
     "no-text": b"\xff\xfe\0\1",
@@ -66,7 +70,7 @@ BAD = {
 def test_a_file_that_cannot_be_used_is_one_short_warning(user_file, kind):
     user_file.write_bytes(BAD[kind].encode() if isinstance(BAD[kind], str) else BAD[kind])
     with pytest.warns(TunedFileWarning, match="tuned.json: expected a file of `s2o tune`, got") as caught:
-        assert tuned.crossover(CPU) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
     (message,) = [str(warning.message) for warning in caught]
     assert len(message) < 1000
     assert "\n" not in message
@@ -78,7 +82,7 @@ def test_a_file_that_cannot_be_used_is_one_short_warning(user_file, kind):
 def test_a_folder_is_no_file(user_file):
     user_file.mkdir()
     with pytest.warns(TunedFileWarning, match="directory"):
-        assert tuned.crossover(CPU) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
     with pytest.raises(OptionError, match="directory"):
         tune.read(user_file)
 
@@ -88,7 +92,7 @@ def test_a_file_behind_a_file(user_file, monkeypatch):
     monkeypatch.setenv(tuned.FILE_VARIABLE, str(user_file / "tuned.json"))
     tuned.forget()
     with pytest.warns(TunedFileWarning, match="Not a directory"):
-        assert tuned.crossover(CPU) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
 
 
 def test_a_folder_that_may_not_be_searched(user_file, monkeypatch):
@@ -101,7 +105,7 @@ def test_a_folder_that_may_not_be_searched(user_file, monkeypatch):
     monkeypatch.setattr(type(user_file), "exists", refuse)
     tuned.forget()
     with pytest.warns(TunedFileWarning, match="Permission denied"):
-        assert tuned.crossover(CPU) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
 
 
 @pytest.mark.parametrize("name", [None, "~nobody-of-this-name/tuned.json"], ids=["none-named", "named"])
@@ -114,22 +118,21 @@ def test_without_a_home(user_file, monkeypatch, name):
     tuned.forget()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert tuned.crossover(CPU) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 8192
     assert [warning.category for warning in caught] == ([TunedFileWarning] if name else [])
 
 
 def test_a_byte_order_mark_is_dropped(user_file):
     user_file.write_bytes(b"\xef\xbb\xbf" + device(crossover=4096).encode())
-    assert tuned.crossover(CPU) == 4096
-    shape = tune.Shape(device=CPU)
-    tune.write(user_file, shape, crossover=2048, launches={})
-    assert tuned.crossover(CPU) == 2048
+    assert tuned.crossover(CPU, torch.float32) == 4096
+    tune.write(user_file, CPU, crossovers={"float32": 2048}, launches={})
+    assert tuned.crossover(CPU, torch.float32) == 2048
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="expected a file"):
-        tune.write(tmp_path / "file" / "tuned.json", tune.Shape(device=CPU), crossover=1, launches={})
+        tune.write(tmp_path / "file" / "tuned.json", CPU, crossovers={}, launches={})
 
 
 @pytest.mark.parametrize("name", ["key_block", "num_warps", "stages", "maxnreg"])
@@ -156,7 +159,11 @@ FILES = st.fixed_dictionaries(
         | st.dictionaries(
             st.just("cpu"),
             st.fixed_dictionaries(
-                {"crossover": st.just(4096) | VALUES, "launches": st.lists(LAUNCHES | VALUES, max_size=2) | VALUES}
+                {
+                    "crossover": st.just(4096) | VALUES,
+                    "crossovers": st.dictionaries(st.sampled_from(["float32", "int8"]), VALUES, max_size=2) | VALUES,
+                    "launches": st.lists(LAUNCHES | VALUES, max_size=2) | VALUES,
+                }
             ),
         ),
     }
@@ -175,7 +182,7 @@ def test_no_bytes_raise(tmp_path_factory, content):
         patch.setenv(tuned.FILE_VARIABLE, str(path))
         tuned.forget()
         try:
-            assert tuned.crossover(CPU) >= 0
+            assert tuned.crossover(CPU, torch.float32) >= 0
             assert isinstance(tuned.launch(CPU, 128, torch.bfloat16), Launch)
             ignored = tuned.user_entries() == {}
         finally:

@@ -19,7 +19,7 @@ from tests.conftest import (
     softmax_attention,
     visible_pairs,
 )
-from tests.helpers.operator_calls import assert_like_definition
+from tests.helpers.operator_calls import assert_like_definition, define
 
 CASES = [
     Case(queries=1),
@@ -55,6 +55,7 @@ WINDOWED = [
     Case(queries=700, batch=2, window=200, padding="all"),
     Case(queries=600, heads=4, kv_heads=2, window=200, layout="packed"),
 ]
+HALVES = [Case(**{**vars(case), "dtype": "bf16"}) for case in (CASES[2], CASES[4], CASES[8], CASES[11], CASES[13])]
 UNWINDOWED = [
     Case(queries=300, keys=700),
     Case(queries=700, keys=300),
@@ -109,6 +110,39 @@ class TestRanked:
     def test_equals_definition_on_cuda(self, case, device, build_plan):
         inputs = case.inputs(device)
         assert_like_definition(torch_forward, inputs, build_plan(inputs), 1.0)
+
+
+class TestHalves:
+    """Blocks in bfloat16: where nobody wants the log-sum-exp, and the CPU multiplies in tiles."""
+
+    @pytest.fixture(autouse=True)
+    def tiles(self, monkeypatch):
+        monkeypatch.setattr(block_attention, "has_amx", lambda: True)
+
+    @pytest.mark.parametrize("tau", [0.0, 0.5])
+    @pytest.mark.parametrize("case", HALVES, ids=str)
+    def test_output_is_as_close_as_that_of_eager_attention(self, case, tau, build_plan, poison_empty):
+        inputs = case.inputs()
+        call, plan = inputs.call.but(return_lse=False), build_plan(inputs)
+        assert block_attention.block_dtype(call) == torch.bfloat16
+        actual, expected = torch_forward.attend(call, plan, tau), define(inputs, plan, tau)
+        assert actual.computed.tolist() == expected.computed.tolist()
+        assert distance(actual.output, expected.output) <= bounds(inputs)[0]
+
+    @pytest.mark.parametrize("case", [c for c in WINDOWED if c.dtype == "bf16"], ids=str)
+    def test_windows(self, case):
+        inputs = case.inputs()
+        actual = torch_exact.attend_exact(inputs.call.but(return_lse=False))
+        assert distance(actual.output, exact_attention(inputs)[0]) <= bounds(inputs)[0]
+
+    def test_float32_serves_everybody_else(self, monkeypatch):
+        halves, floats = (
+            Case(queries=4, dtype=dtype).inputs().call.but(return_lse=False) for dtype in ("bf16", "fp32")
+        )
+        others = [floats, halves.but(return_lse=True), halves.but(softcap=5.0), halves.but(sinks=torch.zeros(2))]
+        assert {block_attention.block_dtype(call) for call in others} == {torch.float32}
+        monkeypatch.setattr(block_attention, "has_amx", lambda: False)
+        assert block_attention.block_dtype(halves) == torch.float32
 
 
 class TestNatural:
@@ -181,14 +215,14 @@ class TestBlockAttention:
             hidden
         ]
         inputs = as_inputs(*tensors, mask)
-        output, lse = block_attention.block_attention(*tensors, mask)
+        output, lse = block_attention.block_attention(*tensors, mask, scale=1.0)
         assert_close((output[None, None], lse[None, None]), exact_attention(inputs), inputs)
 
     def test_rows_may_hide_different_keys(self, path):
         query, key, value = block(64, 96, 32)
         hidden = torch.rand(64, 96, generator=torch.Generator().manual_seed(1)) < 0.5
         hidden[7] = True
-        output, lse = block_attention.block_attention(query, key, value, hidden)
+        output, lse = block_attention.block_attention(query, key, value, hidden, scale=1.0)
         for row in (0, 7, 63):
             inputs = as_inputs(query[row : row + 1], key, value, hidden[row])
             assert_close(
@@ -199,14 +233,14 @@ class TestBlockAttention:
     def test_causal_block(self, path, group, rows, keys):
         _, key, value = block(1, keys, 64)
         query = torch.randn(group, rows, 64, generator=torch.Generator().manual_seed(1))
-        output, lse = block_attention.causal_block(query, key, value)
+        output, lse = block_attention.causal_block(query, key, value, scale=1.0)
         inputs = Inputs(query[None], key[None, None], value[None, None], AttentionMask(causal=True), 1.0)
         assert_close((output[None], lse[None]), exact_attention(inputs), inputs)
 
     def test_nan_reaches_every_row_that_sees_it(self, path):
         query, key, value = block(32, 48, 16)
         key[5, 2] = float("nan")
-        output, lse = block_attention.block_attention(query, key, value)
+        output, lse = block_attention.block_attention(query, key, value, scale=1.0)
         assert output.isnan().all()
         assert lse.isnan().all()
 
@@ -215,10 +249,11 @@ class TestMerge:
     def test_two_halves_make_the_whole(self):
         query, key, value = block(64, 200, 32)
         halves = [
-            block_attention.plain_block(query, key[part], value[part], None) for part in (slice(70), slice(70, None))
+            block_attention.plain_block(query, key[part], value[part], None, scale=1.0)
+            for part in (slice(70), slice(70, None))
         ]
         inputs = as_inputs(query, key, value)
-        output, lse = block_attention.merge(*halves[0], *halves[1])
+        output, lse, _ = block_attention.merge(*halves[0], *halves[1])
         assert_close((output[None, None], lse[None, None]), exact_attention(inputs), inputs)
 
     def test_a_part_that_saw_nothing_changes_nothing(self):
@@ -226,13 +261,13 @@ class TestMerge:
         output, lse = output[0, 0], lse[0, 0]
         nothing = torch.zeros_like(output), torch.full_like(lse, float("-inf"))
         for first, second in (((output, lse), nothing), (nothing, (output, lse))):
-            merged, joint = block_attention.merge(first[0].clone(), first[1], second[0].clone(), second[1])
+            merged, joint, _ = block_attention.merge(first[0].clone(), first[1], second[0].clone(), second[1])
             assert torch.equal(merged, output)
             assert torch.equal(joint, lse)
 
     def test_two_empty_parts_stay_empty(self):
         empty = torch.zeros(4, 8), torch.full((4,), float("-inf"))
-        output, lse = block_attention.merge(empty[0].clone(), empty[1], empty[0].clone(), empty[1])
+        output, lse, _ = block_attention.merge(empty[0].clone(), empty[1], empty[0].clone(), empty[1])
         assert (output == 0).all()
         assert (lse == float("-inf")).all()
 

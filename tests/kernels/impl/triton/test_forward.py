@@ -21,6 +21,7 @@ from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
 from s2o_compile.kernels.ranking import basis as ranking_basis
 from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
+from s2o_compile.kernels.ranking import slots as ranking_slots
 from tests.conftest import (
     CUDA,
     INTERPRETED,
@@ -259,6 +260,7 @@ class TestRanking:
     def as_many_dims(self, monkeypatch):
         """A packed row holds more dimensions than the torch ranking takes of a small head."""
         monkeypatch.setattr(ranking_per_query, "few_dims", lambda head_dim: triton_ranking.packed_width(head_dim) - 2)
+        monkeypatch.setattr(ranking_slots, "has_amx", lambda: False)
 
     @pytest.mark.parametrize(
         ("device", "case", "rows"),
@@ -269,7 +271,8 @@ class TestRanking:
     )
     def test_scores_equal_the_torch_ranking(self, device, case, rows, poison_empty, monkeypatch):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
-        monkeypatch.setattr(ranking_per_query, "ROWS", rows)
+        for name in ("ROWS", "CPU_ROWS"):
+            monkeypatch.setattr(ranking_per_query, name, rows)
         inputs, segment_len = case.inputs(device), 256
         shared = case.heads // case.kv_heads
         actual = score_all(triton_ranking.prepare, inputs, segment_len, shared)
