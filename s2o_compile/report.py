@@ -34,6 +34,14 @@ class Site(SiteRecord):
         """Which heads were marked dense, to be put behind "rewritten"."""
         return f", kv heads {' '.join(map(str, self.dense_heads))} dense" if self.dense_heads else ""
 
+    @property
+    def result(self) -> str:
+        """What became of it, in words."""
+        if not self.rewritten:
+            return f"dense: {self.reason}" if self.found else self.reason
+        ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(self.path, "")
+        return f"rewritten{ran}{self.marks}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -196,14 +204,19 @@ def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
+def shortened(text: str, width: int) -> str:
+    """A text of at most ``width`` characters, cut in its middle: the end of a module path says most."""
+    if len(text) <= width:
+        return text
+    end = max(2 * (width - 1) // 3, 1)
+    return f"{text[: max(width - 1 - end, 0)]}…{text[-end:]}"
+
+
 def _row(site: Site) -> tuple[str, ...]:
-    result = f"dense: {site.reason}" if site.found else site.reason
-    if site.rewritten:
-        ran = {"dense": ", ran dense (short)", "masked": ", ran dense (its mask)"}.get(site.path, "")
-        result = f"rewritten{ran}{site.marks}"
     density = "-" if site.density is None else f"{site.density:.3f}"
     error = "-" if site.error is None else f"{site.error:.1%}"
-    return (site.name, "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density, error)
+    shapes = "x".join(site.query_shape), "x".join(site.key_shape)
+    return (site.name, *shapes, site.mask or "-", site.result, density, error)
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:

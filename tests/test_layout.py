@@ -55,7 +55,15 @@ MAY_IMPORT = {
     "s2o_compile/vllm": (*SURFACE, "s2o_compile", "s2o_compile/serving"),
     "s2o_compile/quality": (*SURFACE, "kernels/exact", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile/quality/tasks": (*SURFACE, "s2o_compile/capture", "s2o_compile", "s2o_compile/quality"),
-    "s2o_compile/cli": (*SURFACE, "s2o_compile", "s2o_compile/quality", "s2o_compile/quality/tasks"),
+    # Times a model, and judges what it costs as quality does.
+    "s2o_compile/speed": (*SURFACE, "s2o_compile/capture", "s2o_compile", "s2o_compile/quality"),
+    "s2o_compile/cli": (
+        *SURFACE,
+        "s2o_compile",
+        "s2o_compile/quality",
+        "s2o_compile/quality/tasks",
+        "s2o_compile/speed",
+    ),
     # What several ranks do together: it shares sequences out, and reads the reports of all ranks.
     "s2o_compile/distributed": (*SURFACE, "kernels/sequence", "passes: site", "s2o_compile/capture", "s2o_compile"),
     "s2o_compile: face": (
@@ -65,6 +73,7 @@ MAY_IMPORT = {
         "s2o_compile",
         "s2o_compile/quality",
         "s2o_compile/quality/tasks",
+        "s2o_compile/speed",
     ),
 }
 # Files on another floor than the rest of their folder.

@@ -133,6 +133,7 @@ def evaluate(
         sites=sites,
         exact_sites=left_exact,
         needles=recall if needles else None,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
 
 

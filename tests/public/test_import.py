@@ -44,6 +44,7 @@ LATER = (
     "onnx",
     "quality",
     "serving",
+    "speed",
     "tensorrt",
     "transformers",
     "varlen",
@@ -51,8 +52,8 @@ LATER = (
     "vllm",
 )
 LAZY = (
-    *("Evaluation", "Package", "PrefillCache", "TaskScores", "attention_paged", "attention_varlen", "calibrate"),
-    *("evaluate", "evaluate_tasks", "export", "package"),
+    *("Benchmark", "Evaluation", "Package", "PrefillCache", "TaskScores", "attention_paged", "attention_varlen"),
+    *("bench", "calibrate", "evaluate", "evaluate_tasks", "export", "package"),
 )
 
 
