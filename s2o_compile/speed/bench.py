@@ -24,10 +24,17 @@ from s2o_compile.quality.evaluate import device_name, model_name
 from s2o_compile.quality.logits import LogitsReader
 from s2o_compile.quality.next_token import NextToken
 from s2o_compile.report import Report
-from s2o_compile.speed.benchmark import Benchmark, Row
+from s2o_compile.speed.benchmark import NAMES, Benchmark, Row
 from s2o_compile.speed.measure import Timing, cause, free_memory, time_calls
 
-STEPS = 4
+WAYS: dict[str, Callable[[nn.Module, S2OConfig], Callable[..., object]]] = {
+    "plain": lambda model, _: model,
+    "compiled": lambda model, _: torch.compile(model),
+    "s2o": optimize,
+}
+"""What is called for each field of `Row` that is timed."""
+
+STEPS = 1 + len(WAYS)
 """Steps of an input, as ``progress`` hears of them."""
 
 
@@ -135,20 +142,15 @@ def _row(model: nn.Module, given: _Input, config: S2OConfig, progress: Progress)
         row = _quality(model, given, config)
     free_memory(given.device)
 
-    def timed(way: str, make: Callable[[], Callable[..., object]]) -> Timing:
+    timings = {}
+    for name, make in WAYS.items():
         torch.compiler.reset()
         try:
-            with progress(f"{length}{way}"):
-                return time_calls(partial(given.run, make()), given.device)
+            with progress(f"{length}{NAMES[name]}"):
+                timings[name] = time_calls(partial(given.run, make(model, config)), given.device)
         finally:
             torch.compiler.reset()
-
-    return replace(
-        row,
-        plain=timed("plain PyTorch", lambda: model),
-        compiled=timed("torch.compile", lambda: torch.compile(model)),
-        s2o=timed("S2O", lambda: optimize(model, config)),
-    )
+    return replace(row, **timings)
 
 
 def _quality(model: nn.Module, given: _Input, config: S2OConfig) -> Row:

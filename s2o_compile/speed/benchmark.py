@@ -13,6 +13,8 @@ from s2o_compile.speed.measure import Timing
 FORMAT = 1
 
 PLAIN, COMPILED, S2O = "plain PyTorch", "torch.compile", "S2O"
+NAMES = {"plain": PLAIN, "compiled": COMPILED, "s2o": S2O}
+"""Names of the ways by the fields of `Row`."""
 
 EQUAL = 1.03
 """Ratios nearer to 1 than this count as equal: a machine repeats itself no better."""
@@ -175,7 +177,7 @@ def _costs(row: Row) -> str:
 
 
 def _ways(row: Row) -> tuple[tuple[str, Timing], ...]:
-    return (PLAIN, row.plain), (COMPILED, row.compiled), (S2O, row.s2o)
+    return tuple((name, getattr(row, field)) for field, name in NAMES.items())
 
 
 def _lines(row: Row) -> list[tuple[str, ...]]:
