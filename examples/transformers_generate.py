@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     if not options.model:
-        print(
-            "Random weights: shows that generate() runs through S2O, not a gain. --model DIR --tokens 16384 may show one."
-        )
+        print("Random weights: shows that generate() runs through S2O, not a gain. Give --model DIR --tokens 16384.")
     model = load(options.model).eval()
     ids = torch.randint(1, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(0))
     # 2048 tokens would run dense for being short.

@@ -88,9 +88,7 @@ def test_a_full_disk_at_the_end(s2o, tmp_path, monkeypatch):
     assert "(No space left on device). Give another path." in done.stderr
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("9 GiB")], ids=["gpu", "cpu"]
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("9 GiB")], ids=repr)
 def test_no_memory(s2o, monkeypatch, error):
     def full(*_, **__):
         raise error
@@ -218,9 +216,8 @@ def test_an_interrupt_of_a_process(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "s2o_compile", "tune", "--output", str(tmp_path / "tuned.json")]
     command += ["--lengths", "65536"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         assert "Kernel configurations" in process.stdout.readline()
         time.sleep(1)
         process.send_signal(signal.SIGINT)
