@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from s2o_compile.cli.demo import seconds_to_read
 from s2o_compile.cli.made_inputs import make_inputs
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
@@ -64,7 +65,7 @@ def bench(
         with step("loading the model"):
             loaded, tokenizer = load_any(model, lengths[-1], device)
             inputs, notes = _inputs(f"model {shown(model)}", loaded, tokenizer, lengths, text)
-        step.expect(STEPS * len(inputs))
+        step.expect(STEPS * len(inputs), _seconds_of_a_step(loaded, inputs))
         found = bench_model(loaded, inputs, config, progress=step)
     found = dataclasses.replace(found, model=full_name(model), notes=notes)
     show(json_file, found.to_json, lambda console: _print(console, found))
@@ -90,6 +91,13 @@ def _inputs(
         return [x.inputs for x in made], (RANDOM_IDS,)
     # The size of an image does not go by --tokens.
     return [x.inputs for x in {x.text: x for x in made}.values()], (RANDOM_INPUTS, made[0].text)
+
+
+def _seconds_of_a_step(model: Any, inputs: list[dict[str, Tensor]]) -> float | None:  # noqa: ANN401 (of transformers)
+    """About how long a step takes, which reads an input twice, if the model reads text."""
+    if not all(x.keys() == {"input_ids"} for x in inputs):
+        return None
+    return 2 * sum(seconds_to_read(model, x["input_ids"]) for x in inputs) / len(inputs)
 
 
 def _print(console: Console, found: Benchmark) -> None:

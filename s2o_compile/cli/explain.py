@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 
 from s2o_compile.api import explain as explain_model
+from s2o_compile.cli.demo import seconds_to_read
 from s2o_compile.cli.made_inputs import longest_text, make_inputs
 from s2o_compile.cli.options import (
     MODEL_HELP,
@@ -72,6 +73,8 @@ def explain(
             made = make_inputs(
                 f"model {shown(model)}", loaded, tokens or min(TOKENS, longest_text(loaded) or TOKENS), batch
             )
+        if made.inputs.keys() == {"input_ids"}:
+            step.expect(1, 2 * seconds_to_read(loaded, made.inputs["input_ids"]))
         with step("running it, as it is and compiled"), torch.no_grad():
             report = explain_model(loaded, **made.inputs, config=config)  # pyright: ignore[reportArgumentType]
     remark = _why_dense(report, config, torch.device(device))

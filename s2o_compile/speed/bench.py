@@ -23,6 +23,7 @@ from s2o_compile.quality.batches import Batch, Progress, TokenBatch, check_model
 from s2o_compile.quality.evaluate import device_name, model_name
 from s2o_compile.quality.logits import LogitsReader
 from s2o_compile.quality.next_token import NextToken
+from s2o_compile.recording import SPARSE
 from s2o_compile.report import Report
 from s2o_compile.speed.benchmark import NAMES, Benchmark, Row
 from s2o_compile.speed.measure import Timing, cause, free_memory, time_calls
@@ -171,17 +172,16 @@ def _quality(model: nn.Module, given: _Input, config: S2OConfig) -> Row:
         except Exception as error:  # whatever a model raises, or memory that is not there: the times are still wanted
             reasons.append(f"quality was not measured: {cause(error)}")
         report = watch.recording.report
-    sparse = {site.name for site in report.sites if site.path == "s2o"}
-    reasons += dict.fromkeys(exact_sites(report, sparse).values())
+    measured = [site for site in report.sites if site.path == "s2o"]
+    reasons += dict.fromkeys(exact_sites(report, {site.name for site in measured}).values())
     tokens = _most_keys(report) if given.batch is None else given.batch.ids.shape[1]
-    measured = [site for site in report.sites if site.name in sparse]
     nothing = Timing()
     return Row(
         tokens=tokens,
         plain=nothing,
         compiled=nothing,
         s2o=nothing,
-        sparse=len(measured),
+        sparse=sum(site.path in SPARSE for site in report.sites),
         sites=len(report.sites),
         density=_mean(site.density for site in measured),
         error=_mean(site.error for site in measured),

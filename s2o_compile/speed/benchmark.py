@@ -31,9 +31,10 @@ class Row:
         plain: The model as it is.
         compiled: The model under ``torch.compile``.
         s2o: The result of `s2o_compile.optimize`.
-        sparse: Attentions that ran sparse.
+        sparse: Attentions that ran sparse, or inside a window alone.
         sites: Attentions that were found.
-        density: Computed query-key pairs over visible ones, mean over sparse attentions; None if there are none.
+        density: Computed query-key pairs over visible ones, mean over sparse attentions but for
+            windows, which are exact; None if there are none.
         error: Relative L2 error of their outputs, on sampled queries; mean over them.
         loss_dense: Mean next-token loss of the model as it is; None if it predicts no next token.
         loss_s2o: The same through S2O.
@@ -109,10 +110,11 @@ class Benchmark:
         ran = [row for row in self.rows if row.s2o.seconds is not None]
         if not ran:
             return f"No verdict: S2O did not run ({self.rows[0].s2o.failure})."
-        if not any(row.sparse for row in ran):
+        sparse = [row for row in ran if row.sparse]
+        if not sparse:
             reasons = "; ".join(dict.fromkeys(reason for row in ran for reason in row.reasons))
             return f"S2O changes nothing here: no attention ran sparse ({reasons or 'none was found'})."
-        won = _won(ran)
+        won = _won(sparse)
         if won:
             longest = won[-1]
             says = f"Use it from {won[0].tokens} tokens on: "
@@ -121,8 +123,8 @@ class Benchmark:
             else:
                 says += f"at {longest.tokens} tokens it is {longest.gain:.2f} times as fast as {longest.rival}"
         else:
-            longest = ran[-1]
-            assert longest.gain is not None
+            longest = sparse[-1]
+            assert longest.gain is not None  # or it would have won
             less = "no faster than" if longest.gain > 1 / EQUAL else f"{1 / longest.gain:.2f} times as slow as"
             says = f"Do not use it up to {longest.tokens} tokens: there it is {less} {longest.rival}"
         return f"{says}; {_costs(longest)}."
@@ -163,7 +165,7 @@ def _won(rows: Sequence[Row]) -> list[Row]:
     """The longest run of rows at the long end in which S2O won, or alone could run."""
     won: list[Row] = []
     for row in reversed(rows):
-        if not row.sparse or (row.gain is not None and row.gain < EQUAL):
+        if row.gain is not None and row.gain < EQUAL:
             break
         won.insert(0, row)
     return won

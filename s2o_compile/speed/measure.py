@@ -52,10 +52,10 @@ def time_calls(call: Callable[[], object], device: torch.device) -> Timing:
     """Call once, then again until the time is known. Whatever the calls raise becomes the failure."""
     try:
         first_seconds, times = _seconds(call, device), []
-        reset_peak(device)
+        known = reset_peak(device)
         while len(times) < CALLS and sum(times) < TIMED_SECONDS:
             times.append(_seconds(call, device))
-        peak = peak_bytes(device)
+        peak = peak_bytes(device) if known else None
     except Exception as error:  # whatever a model, a compiler or a driver raises: the other ways are still wanted
         return Timing(failure=cause(error))
     finally:
@@ -101,25 +101,21 @@ _RESET_PEAK = "5"
 """What Linux takes in ``clear_refs`` as the wish to forget the largest size so far."""
 
 
-def reset_peak(device: torch.device) -> None:
-    """Forget the most memory so far."""
+def reset_peak(device: torch.device) -> bool:
+    """Forget the most memory so far; False where the system does not tell it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     try:
         _CLEAR.write_text(_RESET_PEAK)
-    except OSError:  # no Linux, or not allowed: `peak_bytes` sees the peak of the whole process
-        return
+    except OSError:  # no Linux, or not allowed
+        return False
+    return device.type == "cpu"
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory since `reset_peak`; None where the system does not tell it."""
+    """The most memory since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        found = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-    except OSError:
-        found = []
+    found = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(found[0]) if found else None

@@ -180,6 +180,19 @@ def test_no_verdict_without_s2o():
     assert found.verdict == "No verdict: S2O did not run (out of memory (9 GiB))."
 
 
+def test_no_attention_is_sparse_at_some_lengths():
+    rows = row(4096, 4.0, 4.0, 2.0), row(8192, None, None, 2.0, sparse=0)
+    found = Benchmark(model="m", device="cpu", dtype="float32", config=CONFIG, rows=rows)
+    assert found.verdict.startswith("Use it from 4096 tokens on: at 4096 tokens it is 2.00 times")
+
+
+def test_memory_is_told_where_it_was_forgotten_before(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert time_calls(lambda: None, cpu).peak_bytes != 0
+    monkeypatch.setattr(measure, "_CLEAR", tmp_path / "none" / "clear_refs")
+    assert time_calls(lambda: None, cpu).peak_bytes is None
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch):
     monkeypatch.undo()
