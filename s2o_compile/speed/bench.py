@@ -20,7 +20,7 @@ from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import EvaluationError, NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.quality.batches import Batch, Progress, TokenBatch, check_model, exact_sites
-from s2o_compile.quality.evaluate import device_name, model_name
+from s2o_compile.quality.evaluate import device_name, dtype_name, model_name
 from s2o_compile.quality.logits import LogitsReader
 from s2o_compile.quality.next_token import NextToken
 from s2o_compile.recording import SPARSE
@@ -77,7 +77,7 @@ def bench(
             f"bench: expected the original model, got an optimized {type(model).__name__}. Give the original: S2O is "
             "compared with it, and bench optimizes it."
         )
-    device, dtype = next(((x.device, x.dtype) for x in model.parameters()), (torch.device("cpu"), torch.float32))
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
     given = [_Input.of(model, x, device) for x in _listed(inputs)]
     with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore", NothingRewrittenWarning)  # the verdict says it
@@ -85,7 +85,7 @@ def bench(
     return Benchmark(
         model=model_name(model),
         device=device_name(device) if device.type != "cpu" else f"cpu ({torch.get_num_threads()} threads)",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(model),
         config=config,
         rows=tuple(rows),
     )

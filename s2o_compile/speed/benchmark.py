@@ -102,7 +102,7 @@ class Benchmark:
     @property
     def title(self) -> str:
         """Model, device, dtype and quality."""
-        return f"{self.model}, {self.device}, {self.dtype}, {self.config.quality}"
+        return ", ".join(filter(None, (self.model, self.device, self.dtype, self.config.quality)))
 
     @property
     def verdict(self) -> str:
