@@ -86,6 +86,7 @@ FLOORS = {
         for name in ("errors", "by_site", "config", "report", "recording", "rewriting")
     },
     "s2o_compile/__init__.py": "s2o_compile: face",
+    "s2o_compile/__main__.py": "s2o_compile/cli",
 }
 
 CHOOSERS = ("kernels/dispatch.py", "kernels/planner.py", "kernels/schedule.py")

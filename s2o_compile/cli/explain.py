@@ -38,10 +38,13 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import crossover
 from s2o_compile.kernels.support.arguments import shown
-from s2o_compile.report import Report, shortened
+from s2o_compile.report import Report, Site, shortened
 
 TOKENS = 512
 """Tokens of a text by default."""
+
+OTHERS = 54
+"""Characters of a row behind the name of its sites."""
 
 
 def explain(
@@ -127,22 +130,32 @@ def _range_of_names(names: list[str]) -> str:
     return ".".join(first)
 
 
+def _length(site: Site) -> str:
+    """Keys of an attention, and its queries if there are others."""
+    queries, keys = (shape[2] if len(shape) > 2 else "x".join(shape) for shape in (site.query_shape, site.key_shape))
+    return keys if queries == keys else f"{queries}x{keys}"
+
+
 def print_report(console: Console, report: Report) -> None:
     """The sites as a table; runs of layers that fared alike share a row."""
     if not report.sites:
         console.print(str(report), style="bold red")
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("sites", "query", "key", "mask", "result", "density", "error"):
-        table.add_column(name, overflow="fold", no_wrap=name == "sites")
-    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "path")
+    table, reasons = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), []
+    for name in ("sites", "length", "mask", "result", "density", "error"):
+        table.add_column(name, no_wrap=name not in ("mask", "result"))
+    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "path", "found")
     for _, run in groupby(report.sites, same):
         site, *others = run
-        name = shortened(_range_of_names([x.name for x in (site, *others)]), console.width // 3)
+        name = shortened(_range_of_names([x.name for x in (site, *others)]), max(console.width - OTHERS, 20))
         density = _range((x.density for x in (site, *others) if x.path != "dense"), "{:.3f}")
         error = _range((x.error for x in (site, *others)), "{:.1%}")
-        colour = "green" if site.rewritten and site.path != "dense" else "yellow" if site.rewritten else "red"
-        shapes = ("x".join(shape) for shape in (site.query_shape, site.key_shape))
-        table.add_row(Text(name), *shapes, site.mask or "-", Text(site.result, colour), density, error)
+        result, colour = site.result, "yellow" if site.path in ("dense", "masked") else "green"
+        if not site.rewritten:  # a long text, which would make the column narrow
+            reasons += [] if site.reason in reasons else [site.reason]
+            result, colour = f"{'dense' if site.found else 'not found'} [{1 + reasons.index(site.reason)}]", "red"
+        table.add_row(Text(name), _length(site), Text(site.mask or "-"), Text(result, colour), density, error)
     console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"[{number}] {reason}", highlight=False, markup=False)
     console.print(str(report).split("\n", len(report.sites) + 2)[-1], highlight=False, markup=False)
