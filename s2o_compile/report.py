@@ -208,8 +208,8 @@ def shortened(text: str, width: int) -> str:
     """A text of at most ``width`` characters, cut in its middle: the end of a module path says most."""
     if len(text) <= width:
         return text
-    end = max(2 * (width - 1) // 3, 1)
-    return f"{text[: max(width - 1 - end, 0)]}…{text[-end:]}"
+    start = width // 6
+    return f"{text[:start]}…{text[start + 1 - width :]}"
 
 
 def _row(site: Site) -> tuple[str, ...]:

