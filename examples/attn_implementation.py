@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="length of the prompt")
     options = parser.parse_args(arguments)
 
+    if not options.model:
+        print("Random weights: shows what runs sparse, not how fast or how good. Give --model DIR --tokens 16384.")
     model = load(options.model).eval()
     ids = torch.randint(1, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(0))
     dense = model(ids).logits

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inner-backend", default="inductor", help='"eager" compiles nothing behind the rewrite')
     options = parser.parse_args(arguments)
 
+    print("Random weights, short input: shows the one line, not a gain. `s2o bench --model DIR` shows your model's.")
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, nhead=4, dim_feedforward=128, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, num_layers=2), nn.Linear(64, 8)).eval()

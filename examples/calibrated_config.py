@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "s2o.json")
     options = parser.parse_args(arguments)
 
+    if not options.model:
+        print("Random weights: shows how a budget is calibrated, kept in a file and checked, not what it gains.")
     model = load(options.model).eval()
     generator = torch.Generator().manual_seed(0)  # your own text would stand here, as token ids
     known, unknown = torch.randint(model.config.vocab_size, (2, 1, options.tokens), generator=generator)

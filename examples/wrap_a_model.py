@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inner-backend", default="inductor", help='"eager" compiles nothing behind the rewrite')
     options = parser.parse_args(arguments)
 
+    print("Random weights: shows how to wrap a model and read its report. `s2o bench --model DIR` shows what it gains.")
     torch.manual_seed(0)
     model, x = nn.Sequential(Attention(), Attention()).eval(), torch.randn(1, options.tokens, 256)
     # 2048 tokens would run dense for being short.

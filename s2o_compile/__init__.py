@@ -5,6 +5,7 @@ model = torch.compile(model, backend="s2o")       # or as a backend, found by en
 print(s2o_compile.explain(model, input_ids))      # what was rewritten, and why the rest was not
 print(s2o_compile.status(model))                  # what ran sparse so far, and what did not
 print(s2o_compile.evaluate(model, input_ids))     # what it costs in quality
+print(s2o_compile.bench(model, input_ids))        # how much faster it is, and from which length on
 config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budget on your own text
 """
 
@@ -24,6 +25,7 @@ from s2o_compile.errors import (
     DenseGradientWarning,
     DumpError,
     EvaluationError,
+    ExportError,
     ImplementationUnavailableError,
     InputError,
     LoadingError,
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from s2o_compile.quality.evaluation import Evaluation
     from s2o_compile.quality.tasks.evaluate import evaluate_tasks
     from s2o_compile.quality.tasks.scores import TaskScores
+    from s2o_compile.speed.bench import bench
+    from s2o_compile.speed.benchmark import Benchmark
     from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
@@ -65,12 +69,14 @@ if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
     )
 
 _LOADED_ON_FIRST_USE = {
+    "Benchmark": "speed.benchmark",
     "Evaluation": "quality.evaluation",
     "Package": "aot.package",
     "PrefillCache": "varlen",
     "TaskScores": "quality.tasks.scores",
     "attention_paged": "varlen",
     "attention_varlen": "varlen",
+    "bench": "speed.bench",
     "calibrate": "quality.calibrate",
     "evaluate": "quality.evaluate",
     "evaluate_tasks": "quality.tasks.evaluate",
@@ -81,11 +87,13 @@ _LOADED_ON_FIRST_USE = {
 __version__ = "0.1.0"
 __all__ = [
     "AttentionImplementationWarning",
+    "Benchmark",
     "DenseExportWarning",
     "DenseGradientWarning",
     "DumpError",
     "Evaluation",
     "EvaluationError",
+    "ExportError",
     "ImplementationUnavailableError",
     "InputError",
     "LoadingError",
@@ -113,6 +121,7 @@ __all__ = [
     "attention",
     "attention_paged",
     "attention_varlen",
+    "bench",
     "calibrate",
     "evaluate",
     "evaluate_tasks",

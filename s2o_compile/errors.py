@@ -26,6 +26,10 @@ class TensorRTUnavailableError(S2OError, ImportError):
     """torch-tensorrt, or a library that it needs, cannot be imported here."""
 
 
+class ExportError(S2OError, ValueError):
+    """A model that torch.export cannot make a program of, for a reason that can be said in a line."""
+
+
 class PackageError(S2OError, ValueError):
     """A program that cannot become a package, or a path that cannot hold one."""
 

@@ -37,6 +37,14 @@ class Site(SiteRecord):
         marks = f", kv heads {' '.join(map(str, self.dense_heads))} dense" if self.dense_heads else ""
         return marks + ("" if self.unheld_error is None else f", error {self.unheld_error:g} not held (FlexAttention)")
 
+    @property
+    def result(self) -> str:
+        """What became of it, in words."""
+        if not self.rewritten:
+            return f"dense: {self.reason}" if self.found else self.reason
+        ran = {"dense": f", ran dense ({self.never or 'short'})", "masked": ", ran dense (its mask)"}.get(self.path, "")
+        return f"rewritten{ran}{self.marks}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -202,14 +210,19 @@ def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
+def shortened(text: str, width: int) -> str:
+    """A text of at most ``width`` characters, cut in its middle: the end of a module path says most."""
+    if len(text) <= width:
+        return text
+    start = width // 6
+    return f"{text[:start]}…{text[start + 1 - width :]}"
+
+
 def _row(site: Site) -> tuple[str, ...]:
-    result = f"dense: {site.reason}" if site.found else site.reason
-    if site.rewritten:
-        ran = {"dense": f", ran dense ({site.never or 'short'})", "masked": ", ran dense (its mask)"}.get(site.path, "")
-        result = f"rewritten{ran}{site.marks}"
     density = "-" if site.density is None else f"{site.density:.3f}"
     error = "-" if site.error is None else f"{site.error:.1%}"
-    return (site.name, "x".join(site.query_shape), "x".join(site.key_shape), site.mask or "-", result, density, error)
+    shapes = "x".join(site.query_shape), "x".join(site.key_shape)
+    return (site.name, *shapes, site.mask or "-", site.result, density, error)
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:

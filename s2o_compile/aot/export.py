@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,12 +16,15 @@ from torch.export import ExportedProgram
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
+from s2o_compile.errors import ExportError
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
 from s2o_compile.kernels.support.torch_compile import UserError, UserErrorType, is_compiled
 from s2o_compile.passes.graph import exported
 from s2o_compile.rewriting import rewrite
 
 _ASSERT = torch.ops.aten._assert_scalar.default
+_NO_TENSOR = re.compile(r"Found <class '([\w.]+)'> in output")
+"""What torch.export says of an output that it does not know."""
 _MANY = 2**20
 """A size without a bound is tried up to this one."""
 
@@ -58,6 +62,7 @@ def export(
     Raises:
         TypeError: The model is no ``nn.Module``, or is a compiled one.
         OptionError: The configuration is no S2OConfig.
+        ExportError: The model returns something else than tensors, such as a cache of keys and values.
         torch._dynamo.exc.UserError: torch.export cannot capture the model; its message says where.
     """
     config = config_or_default(config, "export")
@@ -97,6 +102,15 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **
             shapes = fake.shape_env
             shapes.settings = replace(shapes.settings, prefer_deferred_runtime_asserts_over_guards=False)
         return program
+    except RuntimeError as error:
+        found = _NO_TENSOR.search(str(error))
+        if found is None:
+            raise
+        raise ExportError(
+            f"export: expected a model that returns tensors, got a {found[1].rpartition('.')[2]} among the outputs of "
+            f"{type(model).__name__}. For a model of transformers set model.config.use_cache = False before, or give "
+            "use_cache=False in kwargs (docs/export.md); any other model wrap in a module that returns tensors alone."
+        ) from None  # torch's own 80 lines say no more
 
 
 def _asserts_what_holds(program: ExportedProgram) -> bool:

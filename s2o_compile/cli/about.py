@@ -1,4 +1,4 @@
-"""What a file says of its making."""
+"""Versions of packages, and what a file says of its making."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ import sys
 def made_by() -> dict[str, str]:
     """Date, command and versions."""
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    return {"date": date, "command": shlex.join(["s2o", *sys.argv[1:]])} | _versions()
+    makers = {name: version for name, version in versions().items() if name in MAKERS}
+    return {"date": date, "command": shlex.join(["s2o", *sys.argv[1:]])} | makers
 
 
-def _versions() -> dict[str, str]:
+MAKERS = ("s2o-compile", "torch", "triton", "transformers")
+PACKAGES = (
+    *MAKERS,
+    *("accelerate", "gguf", "rich", "typer", "matplotlib", "diffusers"),
+    *("onnx", "onnxscript", "torch-tensorrt", "vllm", "sglang"),
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter here, as far as they are installed."""
     found = {}
-    for package in ("torch", "triton", "transformers", "s2o-compile"):
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
 from s2o_compile.cli.about import made_by
+from s2o_compile.cli.demo import seconds_to_read
 from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
     ConfigFile,
     Console,
     Device,
+    Json,
     Model,
     Tokens,
+    check_json,
     check_out,
     choose_config,
     choose_device,
     load,
+    show,
     show_steps,
     tokenize,
     typer,
@@ -33,6 +38,9 @@ from s2o_compile.quality.calibrate import LEAST_ERROR, Calibration, calibration
 from s2o_compile.quality.evaluate import device_name
 from s2o_compile.quality.head_curves import RATE
 
+READINGS = 4
+"""Time of a step over that of a reading, roughly: every attention runs exactly and at ten taus."""
+
 
 def calibrate(
     model: Model = "smollm2",
@@ -44,18 +52,22 @@ def calibrate(
     config_file: ConfigFile = None,
     device: Device = "",
     out: Annotated[Path, typer.Option(help="Configuration to write, JSON.")] = Path("s2o.json"),
+    json_file: Json = None,
 ) -> None:
     """Measure every head on your text and write the configuration that keeps an error budget."""
     check_out("--out", out)
+    check_json(json_file)
     check_error("--error", error, least=LEAST_ERROR)
     config = choose_config(None, config_file)
     # Even a short text is measured; what is written keeps the length from which the model is to run sparse.
     measured = dataclasses.replace(config, min_seq_len=min(tokens, 2048))
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
-        loaded, tokenizer = load(model, tokens, device)
-        ids = [tokenize(loaded, tokenizer, tokens, file).to(device) for file in text or [None]]
+        with step("loading the model"):
+            loaded, tokenizer = load(model, tokens, device)
+            ids = [tokenize(loaded, tokenizer, tokens, file).to(device) for file in text or [None]]
         check_reads(loaded, ids[0])
+        step.expect(len(ids), READINGS * seconds_to_read(loaded, ids[0]))
         found = calibration(loaded, ids, error, config=measured, progress=step)
     written = dataclasses.replace(found.config, min_seq_len=config.min_seq_len)
     about = {
@@ -67,14 +79,23 @@ def calibrate(
     }
     with writing("--out", out) as file:
         file.write_text(written.to_json(about) + "\n", encoding="utf-8")
-    Console().print(
-        f"{_summary(found, written, error, tokens, ids[0].device, dtype_of(loaded))}\n"
-        f"Use it: s2o_compile.optimize(model, S2OConfig.from_json(open({str(out)!r}).read())), "
-        f"and see what it costs on other text: s2o evaluate --config {out} --text FILE",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
+    says = _summary(found, written, error, tokens, ids[0].device, dtype_of(loaded))
+
+    def to_json() -> str:
+        figures = {"sparse": found.sparse, "sites": len(found.choices), "density": found.density, "time": found.time}
+        return json.dumps({"about": about, "error": error, "config": str(out)} | figures)
+
+    def print_it(console: Console) -> None:
+        console.print(
+            f"{says}\n"
+            f"Use it: s2o_compile.optimize(model, S2OConfig.from_json(open({str(out)!r}).read())), "
+            f"and see what it costs on other text: s2o evaluate --config {out} --text FILE",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+    show(json_file, to_json, print_it)
 
 
 def _summary(

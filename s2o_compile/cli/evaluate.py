@@ -11,24 +11,28 @@ import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
+from s2o_compile.cli.demo import Step, seconds_to_read
 from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
+    Command,
     ConfigFile,
     Console,
     Device,
     Error,
+    Json,
     Model,
     Tau,
-    Text,
+    TextFile,
     Tokens,
-    TyperCommand,
+    check_json,
     check_out,
     choose_config,
     choose_device,
     load,
     read_file,
     refuse,
+    show,
     show_steps,
     tokenize,
     typed,
@@ -50,7 +54,7 @@ TAUS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5)
 RENAMED = {"--planted": "--needles", "--no-planted": "--no-needles"}
 
 
-class RenamedOptions(TyperCommand):
+class RenamedOptions(Command):
     """A command whose old options work and warn."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 (typer has a click of its own)
@@ -66,7 +70,7 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the text that are read; 8192 by default.", min=2)
     ] = None,
-    text: Text = None,
+    text: TextFile = None,
     tau: Tau = None,
     error: Error = None,
     config_file: ConfigFile = None,
@@ -83,10 +87,10 @@ def evaluate(
         typer.Option(help="--tasks: tokens of a prompt, may be repeated; else --tokens, its half, its quarter.", min=1),
     ] = None,
     device: Device = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the evaluation, for s2o plot.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Read a text densely and through S2O: loss, agreement, recall, and the error of every attention."""
-    check_out("--json", json_file)
+    check_json(json_file)
     beside = {"--needles": needles, "--tokens": tokens if lengths else None}
     tokens = tokens or 8192
     asked = choose_lengths(lengths, tokens, tasks=tasks, curve=curve)
@@ -97,10 +101,11 @@ def evaluate(
     taus = TAUS if curve else ()
     config, with_needles = _config(tau, config_file, tokens, error), needles is not False
     found = _evaluate(model, tokens, text, config, device, needles=with_needles, taus=taus)
-    Console().print(str(found), soft_wrap=True, highlight=False, markup=False)
-    if json_file is not None:
-        with writing("--json", json_file) as file:
-            file.write_text(found.to_json() + "\n", encoding="utf-8")
+
+    def print_it(console: Console) -> None:
+        console.print(found.text(console.width), soft_wrap=True, highlight=False, markup=False)
+
+    show(json_file, found.to_json, print_it)
 
 
 def plot(
@@ -110,7 +115,7 @@ def plot(
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = Path("s2o.png"),
     model: Model = "smollm2",
     tokens: Tokens = 4096,
-    text: Text = None,
+    text: TextFile = None,
     tau: Tau = None,
     config_file: ConfigFile = None,
     site: Annotated[str, typer.Option(help='"attention": which site; by default the first.')] = "",
@@ -152,8 +157,7 @@ def plot(
 
 def _config(tau: float | None, file: Path | None, tokens: int, error: float | None = None) -> S2OConfig:
     """A file's configuration, or the defaults, under which even a short text runs sparse."""
-    config = choose_config(tau, file, min_seq_len=min(tokens, 2048))
-    return config if error is None else dataclasses.replace(config, tau=tau, error=error)
+    return choose_config(tau, file, error, min_seq_len=min(tokens, 2048))
 
 
 def _evaluate(
@@ -167,15 +171,17 @@ def _evaluate(
     taus: tuple[float, ...],
 ) -> Evaluation:
     with show_steps(Console(stderr=True)) as step:
-        loaded, ids = _read(model, tokens, text, device)
+        loaded, ids = _read(model, tokens, text, device, step)
+        step.expect(4 if needles else 2, seconds_to_read(loaded, ids))
         found = evaluate_model(loaded, ids, config, needles=needles, taus=taus, progress=step)
     return dataclasses.replace(found, model=full_name(model))
 
 
-def _read(model: str, tokens: int, text: Path | None, device: str) -> tuple[torch.nn.Module, Tensor]:
+def _read(model: str, tokens: int, text: Path | None, device: str, step: Step) -> tuple[torch.nn.Module, Tensor]:
     device = choose_device(device)
-    loaded, tokenizer = load(model, tokens, device)
-    ids = tokenize(loaded, tokenizer, tokens, text).to(device)
+    with step("loading the model"):
+        loaded, tokenizer = load(model, tokens, device)
+        ids = tokenize(loaded, tokenizer, tokens, text).to(device)
     check_reads(loaded, ids)
     return loaded, ids
 
@@ -197,7 +203,7 @@ def _visits(
 ) -> VisitMap:
     """The keys that a head of a site visits, of the first site if none is named."""
     with show_steps(Console(stderr=True)) as step:
-        loaded, ids = _read(model, tokens, text, device)
+        loaded, ids = _read(model, tokens, text, device, step)
         _check_place(loaded, site, head)
         fast = optimize(loaded, dataclasses.replace(config, inner_backend="eager"))
         sites, found = [], []
@@ -207,6 +213,7 @@ def _visits(
             if call.site == (site or sites[0]):
                 found.append(visit_map(call, head))
 
+        step.expect(1, seconds_to_read(loaded, ids))
         with step("S2O"), observe_attention(look):
             fast(ids, use_cache=False)
     if not found:

@@ -33,7 +33,7 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     except S2OError:
         raise
     except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
-        cause = _cause(error)
+        cause = shorten_cause(error)
         kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
         raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
 
@@ -56,11 +56,12 @@ def check_reads(model: Any, ids: Tensor) -> None:  # noqa: ANN401 (a transformer
         name = min(most, key=most.__getitem__)
         raise OptionError(
             f"--tokens: expected at most {most[name]}, the {name} of {type(model).__name__}, got {tokens}, on which it "
-            f"fails ({type(error).__name__}: {_cause(error)}). Choose fewer."
+            f"fails ({type(error).__name__}: {shorten_cause(error)}). Choose fewer."
         ) from error
 
 
-def _cause(error: Exception) -> str:
+def shorten_cause(error: Exception) -> str:
+    """What an exception says, in one line that is not too long."""
     cause = " ".join(str(error).split()).rstrip(".")
     return cause if len(cause) <= LONGEST_CAUSE else f"{cause[:LONGEST_CAUSE]} ..."
 
@@ -76,23 +77,35 @@ def check_causal(source: str, config: object) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise LoadingError(
             f"{source}: expected a causal language model, got a {type(config).__name__}, for which transformers has "
-            "none. s2o_compile.explain(model, *inputs) takes any model, in Python."
+            "none. `s2o explain` and `s2o bench` take any model of transformers."
         )
 
 
-def load_weights(source: str, remedy: str, **where: Any) -> Any:  # noqa: ANN401 (a transformers model)
-    """A causal language model in eval mode, every weight of which was read; ``where`` goes to ``from_pretrained``.
+def any_class(config: Any) -> Any:  # noqa: ANN401 (a transformers configuration)
+    """The class of transformers that a model was saved from, or the likeliest for its configuration."""
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if hasattr(kind, "from_pretrained"):
+            return kind
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModel
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        return transformers.AutoModelForMaskedLM  # an encoder, of which transformers makes decoders, too
+    return transformers.AutoModelForCausalLM
+
+
+def load_weights(source: str, remedy: str, kind: Any, **where: Any) -> Any:  # noqa: ANN401 (of transformers)
+    """A model in eval mode, every weight of which was read; ``where`` goes to the class's ``from_pretrained``.
 
     Raises:
         LoadingError: It cannot be loaded, or weights are missing or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     with loading(source, remedy), _quietly():
         # Mismatched weights are refused below, and named there.
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            **where, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        read: Any = kind.from_pretrained(**where, output_loading_info=True, ignore_mismatched_sizes=True)
     model, found = read
     # Weights that are tied to others, or that the architecture declares to be optional, are not among the missing.
     if found["missing_keys"]:

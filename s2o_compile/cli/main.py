@@ -1,4 +1,4 @@
-"""The command line: ``s2o demo``, ``explain``, ``calibrate``, ``evaluate``, ``plot`` and ``tune``.
+"""The command line ``s2o``: every command, and how it ends.
 
 Needs the extra named cli.
 """
@@ -7,52 +7,75 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from s2o_compile.api import explain as explain_model
 from s2o_compile.cli import tune as tuning
+from s2o_compile.cli.about import versions
+from s2o_compile.cli.bench import bench
 from s2o_compile.cli.calibrate import calibrate
 from s2o_compile.cli.demo import QUESTION, DemoResult
 from s2o_compile.cli.demo import run as run_demo
+from s2o_compile.cli.doctor import doctor
 from s2o_compile.cli.evaluate import RenamedOptions, evaluate, plot
-from s2o_compile.cli.loading import check_reads
+from s2o_compile.cli.explain import explain, print_report
 from s2o_compile.cli.options import (
-    MODEL_HELP,
+    STANDARD_OUTPUT,
     BarColumn,
+    Command,
     Console,
     Device,
+    Json,
     Progress,
     SpinnerColumn,
     Table,
     Tau,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
+    check_json,
     choose_config,
     choose_device,
-    load,
+    show,
     show_steps,
     typer,
 )
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError, S2OError
 from s2o_compile.kernels.core import tuned
-from s2o_compile.report import Report
+from s2o_compile.speed.measure import cause, is_out_of_memory
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.command()(calibrate)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (bench, doctor, explain, calibrate, plot):
+    app.command(cls=Command)(command)
 app.command(cls=RenamedOptions)(evaluate)
-app.command()(plot)
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        found = versions()
+        print(", ".join(f"{name} {found[name]}" for name in ("s2o-compile", "torch", "triton") if name in found))
+        raise typer.Exit
+
+
+@app.callback()
+def s2o(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Make the attention of long prompts sparse, see what it gains and what it costs. Begin with: s2o doctor."""
+
+
+@app.command(cls=Command)
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=512)] = 8192,
     tau: Tau = None,
@@ -60,47 +83,18 @@ def demo(
     inner_backend: Annotated[
         str, typer.Option(help='Compiler of the rewritten graph: "eager" (none, as on the dense side) or "inductor".')
     ] = "eager",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_file: Json = None,
 ) -> None:
     """Read a long document with SmolLM2, densely and through S2O, and compare."""
+    check_json(json_file)
     device = choose_device(device)
     config = choose_config(tau, min_seq_len=min(tokens, 2048), inner_backend=inner_backend)
-    console = Console(stderr=as_json)
-    with show_steps(console) as step:
+    with show_steps(Console(stderr=True)) as step:
         result = run_demo(tokens=tokens, device=device, config=config, step=step)
-    if as_json:
-        print(json.dumps(result.figures))
-    else:
-        _print_demo(console, result, config)
+    show(json_file, lambda: json.dumps(result.figures), lambda console: _print_demo(console, result, config))
 
 
-@app.command()
-def explain(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    tokens: Annotated[int, typer.Option(help="Length of the random prompt in tokens.", min=2)] = 512,
-    batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
-    random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,
-    tau: Tau = None,
-    device: Device = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """List every attention of a causal language model: rewritten, or left dense and why."""
-    device = choose_device(device)
-    config = choose_config(tau, min_seq_len=0)
-    loaded, _ = load(model, tokens, device, random_weights=random_weights)
-    ids = torch.randint(0, loaded.config.get_text_config().vocab_size, (batch, tokens), device=device)
-    check_reads(loaded, ids)
-    with torch.no_grad():
-        report = explain_model(loaded, ids, config=config)
-    if as_json:
-        fields = ("graphs", "graph_breaks", "pass_seconds", "unknown_sites", "audit_error")
-        listed = {"sites": [asdict(site) for site in report.sites], "not_found": [x.name for x in report.not_found]}
-        print(json.dumps(listed | {name: getattr(report, name) for name in fields}))
-    else:
-        _print_report(Console(), report)
-
-
-@app.command()
+@app.command(cls=Command)
 def tune(
     head_dim: Annotated[list[int] | None, typer.Option(help="Head dims to tune; give it again for more.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help='"bfloat16", "float16", "float32"; may be repeated.')] = None,
@@ -108,8 +102,10 @@ def tune(
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 32,
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.", min=1)] = 8,
     output: Annotated[Path | None, typer.Option(help="File to write; by default the one that is read.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Time kernel configurations and the crossover length on this device, and write them for the operator to read."""
+    check_json(json_file)
     on_gpu = torch.cuda.is_available()
     device, path = torch.device("cuda" if on_gpu else "cpu"), output or _user_file()
     names = dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
@@ -123,7 +119,7 @@ def tune(
         wanted = f"head dims out of {tuned.HEAD_DIMS} and lengths >= 256"
         raise OptionError(f"tune: expected {wanted}, got {dims} and {tested}.")
     tuning.try_target(path)
-    console, launches = Console(), {}
+    console, launches = Console(stderr=json_file == STANDARD_OUTPUT), {}
     shapes = {
         (dim, name): tuning.Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, dtype=tuned.DTYPES[name], device=device)
         for dim in dims
@@ -134,7 +130,7 @@ def tune(
             "Kernel configurations: expected a CUDA device, got none, so there are none to time. The crossover of the "
             "torch implementation is measured."
         )
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(SpinnerColumn(), *columns, console=console) as progress:
         for (dim, name), shape in shapes.items() if on_gpu else ():
             tried, timings = tuning.candidates(), []
@@ -153,7 +149,9 @@ def tune(
                 steps = progress.track(tested, description=f"{name}: crossover")
                 compared[name] = [tuning.compare(shapes[place], length) for length in steps]
     found = {name: tuning.crossover(rows) for name, rows in compared.items()}
-    tuning.write(path, device, crossovers={name: x for name, x in found.items() if x is not None}, launches=launches)
+    entry = tuning.write(
+        path, device, crossovers={name: x for name, x in found.items() if x is not None}, launches=launches
+    )
     for name, rows in compared.items():
         table = Table("tokens", "dense ms", "backend", "S2O ms", title=name)
         for row in rows:
@@ -161,6 +159,7 @@ def tune(
         console.print(table)
         console.print(_crossover_says(found[name], tested[-1]), soft_wrap=True)
     console.print(f"Written to {path}", soft_wrap=True)
+    show(json_file, lambda: json.dumps(entry), lambda _: None)
 
 
 def _crossover_says(found: int | None, longest: int) -> str:
@@ -193,45 +192,27 @@ def main() -> None:
     try:
         app()
     except S2OError as error:
-        print("s2o:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _end(f"expected enough memory, got {cause(error)}. Choose fewer --tokens, or another --device.")
+    except BrokenPipeError:  # whoever read the output has left, such as `head`
+        sys.stdout = None
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _range(values: Iterable[float | None], form: str) -> str:
-    """The least and the largest of the values that are known, or the one text that both have."""
-    known = [value for value in values if value is not None]
-    ends = [form.format(end(known)) for end in (min, max)] if known else ["-"]
-    return " … ".join(dict.fromkeys(ends))
-
-
-def _print_report(console: Console, report: Report) -> None:
-    """The sites as a table; runs of layers that fared alike share a row."""
-    if not report.sites:
-        console.print(str(report), style="bold red")
-        return
-    table = Table()
-    for name in ("sites", "count", "query", "key", "mask", "result", "density", "error (sampled)"):
-        table.add_column(name, overflow="fold")
-    same = attrgetter("rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "unheld_error")
-    for _, run in groupby(report.sites, same):
-        site, *others = run
-        label = f"{site.name} … {others[-1].name}" if others else site.name
-        density = _range((x.density for x in (site, *others)), "{:.3f}")
-        error = _range((x.error for x in (site, *others)), "{:.1%}")
-        dense = "dense: " if site.found else ""
-        result = f"[green]rewritten{site.marks}" if site.rewritten else f"[red]{dense}{site.reason}"
-        shapes = ("x".join(shape) for shape in (site.query_shape, site.key_shape))
-        table.add_row(label, str(1 + len(others)), *shapes, site.mask or "-", result, density, error)
-    console.print(table)
-    console.print(str(report).split("\n", len(report.sites) + 2)[-1])
+def _end(message: str) -> None:
+    print("s2o:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None:
     figures = result.figures
     console.print()
-    _print_report(console, result.report)
+    print_report(console, result.report)
     title = f"{figures['model']}, {figures['tokens']} tokens, {figures['device']}, {config.quality}"
     table = Table("", "dense", "S2O", title=title)
     table.add_row("loss per token", f"{figures['loss_dense']:.4f}", f"{figures['loss_s2o']:.4f}")
@@ -241,4 +222,6 @@ def _print_demo(console: Console, result: DemoResult, config: S2OConfig) -> None
     table.add_row("seconds of the prefill", f"{figures['seconds_dense']:.2f}", sparse)
     table.add_row("seconds to compile, once", "", f"{result.compile_seconds:.1f} ({config.inner_backend})")
     console.print(table)
-    console.print(f"[bold]Q:[/bold] {QUESTION}\n[bold]A:[/bold] {result.answer}")
+    console.print(f"[bold]Question:[/bold] {QUESTION}")
+    for name, answer in (("dense", result.answer_dense), ("S2O", result.answer)):
+        console.print(f"{name}: {answer}", highlight=False, markup=False)

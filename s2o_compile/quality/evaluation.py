@@ -15,9 +15,15 @@ from s2o_compile.kernels.support.old_names import current_names
 from s2o_compile.quality.from_json import as_type
 from s2o_compile.quality.needles import NeedleRecall
 from s2o_compile.quality.site_quality import SiteQuality
-from s2o_compile.report import table
+from s2o_compile.report import shortened, table
 
 FORMAT = 1
+
+LOSS_HOLDS = 0.01
+"""Nats a token that plain text may lose under a verdict that quality holds."""
+
+RECALL_HOLDS = 0.95
+"""Share of its recall that a model must keep under such a verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,7 @@ class Evaluation:
         sites: Every attention that ran sparse.
         exact_sites: Every other attention that the compiler found, and why it was not sparse.
         needles: Loss on needles; None if there were none.
+        dtype: Of the model's parameters; empty in files that older versions wrote.
     """
 
     model: str
@@ -51,6 +58,7 @@ class Evaluation:
     sites: tuple[SiteQuality, ...]
     exact_sites: Mapping[str, str]
     needles: NeedleRecall | None = None
+    dtype: str = ""
 
     @property
     def planted(self) -> NeedleRecall | None:
@@ -73,6 +81,35 @@ class Evaluation:
         """Mean over sites of their mean over heads."""
         return sum(site.error for site in self.sites) / len(self.sites)
 
+    @property
+    def title(self) -> str:
+        """Model, tokens, quality, device and dtype."""
+        lengths = " + ".join(map(str, dict.fromkeys(self.lengths)))
+        shortest = self.config.min_seq_len
+        return ", ".join(
+            [self.model, f"{lengths} tokens", self.config.quality, f"min_seq_len {shortest}", self.device]
+            + ([self.dtype] if self.dtype else [])
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether quality holds, in a sentence."""
+        text_holds = self.loss_difference <= LOSS_HOLDS
+        kept = None if self.needles is None else self.needles.kept
+        recalls = kept is None or kept >= RECALL_HOLDS
+        remedy = " Lower tau, or give a smaller error."
+        says, remedy = {
+            (True, True): ("Quality holds", ""),
+            (True, False): ("Plain text holds, far tokens suffer", remedy),
+            (False, True): ("Plain text suffers", remedy),
+            (False, False): ("Quality suffers", remedy),
+        }[text_holds, recalls]
+        recall = "" if kept is None else f"; {kept:.0%} of the recall of needles is kept"
+        return (
+            f"{says}: the loss of plain text changes by {self.loss_difference:+.4f}, {1 - self.top1_agreement:.1%} of "
+            f"the best next tokens change{recall}.{remedy}"
+        )
+
     def to_json(self) -> str:
         """JSON text that ``from_json`` reads back to an equal evaluation."""
         return json.dumps({"format": FORMAT} | asdict(self), default=dict)
@@ -91,10 +128,18 @@ class Evaluation:
         return found
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """A table and its summary. Lines of the table fit a width, if one is given: names are cut in their middle."""
         header = ("site", "density", "error", "worst head", "worst tile", "worst row")
         rows = [_row(site) for site in self.sites]
+        if width is not None:
+            others = sum(2 + max(len(row[column]) for row in (header, *rows)) for column in range(1, len(header)))
+            rows = [(shortened(row[0], max(width - others, len(header[0]))), *row[1:]) for row in rows]
         count, found = len(self.sites), len(self.sites) + len(self.exact_sites)
         lines = [
+            self.title,
             *table(header, rows),
             f"{count} of {found} attention sites ran sparse; mean density {self.density:.3f}, "
             f"mean error {self.error:.2%}",
@@ -114,7 +159,7 @@ class Evaluation:
                 f"dense, {recall.loss_s2o:.3f} S2O ({recall.loss_s2o - recall.loss_dense:+.3f}); "
                 f"{recall.loss_first:.3f} where they stand first"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.verdict])
 
 
 def _row(site: SiteQuality) -> tuple[str, ...]:

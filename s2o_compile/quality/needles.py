@@ -16,6 +16,8 @@ from s2o_compile.errors import EvaluationError
 
 NEEDLES = 24
 NEEDLE_LEN = 40
+LEAST_RECALL = 0.1
+"""Nats that a repeat must be easier than the first occurrence for a model to recall needles at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,14 @@ class NeedleRecall:
     loss_dense: float
     loss_s2o: float
     loss_first: float
+
+    @property
+    def kept(self) -> float | None:
+        """Share of dense attention's recall that S2O keeps, from 0 to 1; None if the dense model recalls nothing."""
+        recalled = self.loss_first - self.loss_dense
+        if not recalled > LEAST_RECALL:
+            return None
+        return min(max((self.loss_first - self.loss_s2o) / recalled, 0.0), 1.0)
 
 
 def hide_needles(ids: Tensor, *, seed: int, needles: int = NEEDLES, needle_len: int = NEEDLE_LEN) -> Haystack:

@@ -260,3 +260,18 @@ def test_a_constraint_that_every_length_keeps_becomes_an_assertion(monkeypatch):
             ids = torch.arange(length)[None] % 64
             actual = some.module()(input_ids=ids, use_cache=False).logits
             torch.testing.assert_close(actual, model(input_ids=ids, use_cache=False).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_among_the_outputs_is_one_line():
+    """torch's own error has 80 lines of traceback and no remedy."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    ids = torch.randint(64, (1, 70))
+    with pytest.raises(
+        s2o_compile.ExportError, match=r"got a DynamicCache among the outputs of Llama\S+ For a"
+    ) as caught:
+        s2o_compile.export(llama, (ids,))
+    assert caught.value.__suppress_context__
+    llama.config.use_cache = False  # the first remedy
+    assert s2o_compile.export(llama, (ids,))

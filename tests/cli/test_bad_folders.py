@@ -184,7 +184,7 @@ def test_no_permission(s2o, folder, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", refuse)
     assert "Permission denied" in complaint(s2o("explain", folder, "--device", "cpu"))
 
 
@@ -378,7 +378,7 @@ def test_faults_of_our_own_stay_visible(s2o, folder, monkeypatch):
     def broken(*_, **__):
         raise KeyError("ours")
 
-    monkeypatch.setattr(cli, "explain_model", broken)
+    monkeypatch.setattr("s2o_compile.cli.explain.explain_model", broken)
     with pytest.raises(KeyError, match="ours"):
         s2o("explain", folder, "--tokens", 200, "--device", "cpu")
 
@@ -387,7 +387,7 @@ def test_an_interrupt_leaves_no_traceback(s2o, folder, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "explain_model", interrupted)
+    monkeypatch.setattr("s2o_compile.cli.explain.explain_model", interrupted)
     status, printed, _ = s2o("explain", folder, "--tokens", 200, "--device", "cpu")
     assert status == 130
     assert "Traceback" not in printed

@@ -7,8 +7,11 @@ import pytest
 
 pytest.importorskip("typer")
 
+from s2o_compile.cli import bench as cli_bench
 from s2o_compile.cli import calibrate as cli_calibrate
 from s2o_compile.cli import evaluate as cli_evaluate
+from s2o_compile.cli import explain as cli_explain
+from s2o_compile.cli import main as cli_main
 from s2o_compile.cli import tasks as cli_tasks
 from s2o_compile.cli import tune as tuning
 
@@ -22,6 +25,9 @@ def no_work(monkeypatch):
 
     for module in (cli_calibrate, cli_evaluate, cli_tasks):
         monkeypatch.setattr(module, "load", work)
+    for module in (cli_bench, cli_explain):
+        monkeypatch.setattr(module, "load_any", work)
+    monkeypatch.setattr(cli_main, "run_demo", work)
     monkeypatch.setattr(tuning, "compare", work)
     monkeypatch.setattr(tuning, "sweep", work)
 
@@ -38,6 +44,12 @@ def refusal(done):
     ("command", "option", "name"),
     [
         (("evaluate",), "--json", "out.json"),
+        (("bench",), "--json", "out.json"),
+        (("explain", "smollm2"), "--json", "out.json"),
+        (("doctor",), "--json", "out.json"),
+        (("demo",), "--json", "out.json"),
+        (("calibrate",), "--json", "out.json"),
+        (("tune",), "--json", "out.json"),
         (("evaluate", "--tasks"), "--json", "out.json"),
         (("calibrate",), "--out", "out.json"),
         (("plot", "depth"), "--out", "out.png"),
@@ -45,7 +57,10 @@ def refusal(done):
         (("tune",), "--output", "out.json"),
         (("tune",), "--output", "folder/out.json"),
     ],
-    ids=["evaluate", "tasks", "calibrate", "plot", "plot-attention", "tune", "tune-in-a-new-folder"],
+    ids=[
+        *("evaluate", "bench", "explain", "doctor", "demo", "calibrate-json", "tune-json", "tasks"),
+        *("calibrate", "plot", "plot-attention", "tune", "tune-in-a-new-folder"),
+    ],
 )
 @pytest.mark.usefixtures("no_work")
 def test_a_target_that_cannot_be_written_is_refused_before_the_work(s2o, command, option, name):

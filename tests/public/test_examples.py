@@ -19,7 +19,7 @@ EXAMPLES = {
     "calibrated_config": (["--tokens", "2048"], r"error budget 20\.00%: kept at (\d) of \1 sites"),
     "flex_score_mod": (["--tokens", "512"], r"1 attention sites found, 1 rewritten, 0 left dense"),
     "several_gpus": (["--tokens", "1024", *EAGER], r"2 rewritten, 0 left dense(.|\n)*max over mean 1\.000"),
-    "transformers_generate": (["--tokens", "700", *EAGER], r"6 attention sites found, 2 rewritten(.|\n)*8 of 8 new"),
+    "transformers_generate": (["--tokens", "700", *EAGER], r"6 attention sites found, 2 rewritten(.|\n)*S2O: .* s, \["),
     "vision_transformer": (["--image", "208", *EAGER], r"2 attention sites found, 2 rewritten, 0 left dense"),
     "wrap_a_model": (["--tokens", "700", *EAGER], r"2 attention sites found, 2 rewritten, 0 left dense"),
 }
@@ -50,6 +50,8 @@ def test_example(name, capsys, tmp_path):
         example(name).main(arguments)
     out = capsys.readouterr().out
     assert re.search(said, out), out
+    assert re.search(r"^[^\n]*: shows [^\n]*\.\n", out), "the first line says what it shows"
+    assert "new tokens are the same" not in out  # of random weights that says nothing
     for difference in re.findall(r"relative difference to dense: (.*)", out):
         assert float(difference) < 0.1
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,6 +18,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.support import torch_inductor
+from s2o_compile.speed import bench, measure
 from tests.conftest import quick_rows
 from tests.helpers.tiny import Characters
 
@@ -80,6 +82,15 @@ def one_rank(monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.fixture
+def quick_bench(monkeypatch):
+    """Nothing is compiled behind the captures, and each way is timed once."""
+    monkeypatch.setattr(measure, "CALLS", 1)
+    monkeypatch.setitem(bench.WAYS, "compiled", lambda model, _: torch.compile(model, backend="eager"))
+    eager = {"inner_backend": "eager"}
+    monkeypatch.setitem(bench.WAYS, "s2o", lambda model, config: s2o_compile.optimize(model, replace(config, **eager)))
+
+
 def names():
     """What pages take for granted."""
     transformers = pytest.importorskip("transformers")
@@ -104,7 +115,9 @@ def diffusion():
 
 
 @pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
-@pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging", "one_rank")
+@pytest.mark.usefixtures(
+    "fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging", "one_rank", "quick_bench"
+)
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):
         pytest.importorskip(needed)
@@ -119,6 +132,7 @@ def test_snippets_run(page, capsys):
 def test_the_pages_that_must_have_snippets_have_them():
     wanted = {
         "README.md",
+        "bench.md",
         "calibrate.md",
         "evaluate.md",
         "export.md",

@@ -70,22 +70,27 @@ def test_generate_prefills_through_s2o_and_says_the_same(smollm2):
 def test_demo_runs_and_reports():
     from contextlib import nullcontext
 
-    steps = []
+    class Steps(list):
+        def __call__(self, name):
+            self.append(name)
+            return nullcontext()
 
-    def step(name):
-        steps.append(name)
-        return nullcontext()
+        def expect(self, count, seconds=None):
+            assert seconds > 0
+            self.expected = len(self) + count
 
+    steps = Steps()
     config = S2OConfig(min_seq_len=0, inner_backend="eager")
-    result = run(tokens=1024, device="cpu", config=config, step=step)
+    result = run(tokens=1024, device="cpu", config=config, step=steps)
     keys = "model device tokens sites_found sites_rewritten density loss_dense loss_s2o top1_agreement seconds_dense"
-    assert list(json.loads(json.dumps(result.figures))) == [*keys.split(), "seconds_s2o"]
+    assert list(json.loads(json.dumps(result.figures))) == [*keys.split(), "seconds_s2o", "answer_dense", "answer_s2o"]
     assert result.figures["sites_found"] == result.figures["sites_rewritten"] == 30
     assert result.figures["tokens"] == 1024
     assert 0.9 < result.figures["top1_agreement"] <= 1.0
     assert abs(result.figures["loss_dense"] - result.figures["loss_s2o"]) < 0.1
     assert result.answer
-    assert len(steps) == 5
+    assert result.answer_dense
+    assert len(steps) == steps.expected == 6
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""``s2o explain``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
+from typing import Annotated
+
+import torch
+
+from s2o_compile.api import explain as explain_model
+from s2o_compile.cli.demo import seconds_to_read
+from s2o_compile.cli.made_inputs import longest_text, make_inputs
+from s2o_compile.cli.options import (
+    MODEL_HELP,
+    ConfigFile,
+    Console,
+    Device,
+    Error,
+    Json,
+    Table,
+    Tau,
+    Text,
+    check_json,
+    choose_config,
+    choose_device,
+    load_any,
+    show,
+    show_steps,
+    typer,
+)
+from s2o_compile.config import S2OConfig
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.tuned import NEVER, shortest_sparse
+from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.torch_compat import dtype_of
+from s2o_compile.report import Report, Site, shortened
+
+TOKENS = 512
+"""Tokens of a text by default."""
+
+OTHERS = 54
+"""Characters of a row behind the name of its sites."""
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    tokens: Annotated[
+        int | None, typer.Option(help=f"Length of the random prompt; {TOKENS} by default.", min=2)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
+    random_weights: Annotated[bool, typer.Option(help="Build from the configuration alone, no weights.")] = False,
+    min_seq_len: Annotated[
+        int | None, typer.Option(help="Run sparse from this length on; 0 for every one. Default: the library's.", min=0)
+    ] = None,
+    tau: Tau = None,
+    error: Error = None,
+    config_file: ConfigFile = None,
+    device: Device = "",
+    json_file: Json = None,
+) -> None:
+    """List every attention of a model of transformers: rewritten or not and why, sparse or dense at this length."""
+    check_json(json_file)
+    with show_steps(Console(stderr=True)) as step:
+        device = choose_device(device)
+        config = choose_config(tau, config_file, error)
+        config = config if min_seq_len is None else dataclasses.replace(config, min_seq_len=min_seq_len)
+        with step("loading the model"):
+            loaded, _ = load_any(model, tokens or TOKENS, device, random_weights=random_weights)
+            made = make_inputs(
+                f"model {shown(model)}", loaded, tokens or min(TOKENS, longest_text(loaded) or TOKENS), batch
+            )
+        if made.inputs.keys() == {"input_ids"}:
+            step.expect(1, 2 * seconds_to_read(loaded, made.inputs["input_ids"]))
+        with step("running it, as it is and compiled"), torch.no_grad():
+            report = explain_model(loaded, **made.inputs, config=config)  # pyright: ignore[reportArgumentType]
+    remark = _why_dense(report, config, torch.device(device), dtype_of(loaded))
+
+    def to_json() -> str:
+        fields = ("graphs", "graph_breaks", "pass_seconds", "unknown_sites", "audit_error")
+        listed = {"sites": [asdict(site) for site in report.sites], "not_found": [x.name for x in report.not_found]}
+        inputs = {name: list(x.shape) for name, x in made.inputs.items()}
+        figures = {name: getattr(report, name) for name in fields}
+        return json.dumps({"model": model, "inputs": inputs} | listed | figures | {"remark": remark})
+
+    def print_it(console: Console) -> None:
+        console.print(f"{type(loaded).__name__}, {made.text}, {config.quality}", highlight=False, markup=False)
+        print_report(console, report)
+        if remark:
+            console.print(remark, style="bold", highlight=False, markup=False)
+
+    show(json_file, to_json, print_it)
+
+
+def _why_dense(report: Report, config: S2OConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Why rewritten attentions ran dense at this length, and how to see them sparse; empty if none did."""
+    short = [site for site in report.sites if site.rewritten and site.path == "dense"]
+    keys = [int(length) for site in short for length in site.key_shape[2:3] if length.isdecimal()]
+    if not keys:
+        return ""
+    automatic = config.min_seq_len == "auto"
+    shortest = max(TILE_LEN, shortest_sparse(config.min_seq_len, device, dtype))
+    says = f"{len(short)} of {report.rewritten} rewritten attentions ran dense: they have up to {max(keys)} keys, and "
+    if max(keys) >= shortest:
+        return f"{says}fewer than {TILE_LEN} queries, or all of their heads are marked dense."
+    if shortest >= NEVER:
+        return f"{says}dense attention is faster here at any length. --min-seq-len 0 makes them sparse all the same."
+    says += f"S2O begins at {shortest} (min_seq_len{' of this device' if automatic else ''})."
+    return f"{says} --tokens {shortest} shows them sparse, --min-seq-len 0 makes them sparse at this length."
+
+
+def _range(values: Iterable[float | None], form: str) -> str:
+    """The least and the largest of the values that are known, or the one text that both have."""
+    known = [value for value in values if value is not None]
+    ends = [form.format(end(known)) for end in (min, max)] if known else ["-"]
+    return " … ".join(dict.fromkeys(ends))
+
+
+def _range_of_names(names: list[str]) -> str:
+    """The first and the last of some names with what they share written once: ``model.layers.0…29.self_attn``."""
+    first, last = names[0].split("."), names[-1].split(".")
+    apart = [at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other]
+    if len(first) != len(last) or len(apart) != 1:
+        return names[0] if first == last else f"{names[0]} … {names[-1]}"
+    first[apart[0]] += f"…{last[apart[0]]}"
+    return ".".join(first)
+
+
+def _length(site: Site) -> str:
+    """Keys of an attention, and its queries if there are others."""
+    queries, keys = (shape[2] if len(shape) > 2 else "x".join(shape) for shape in (site.query_shape, site.key_shape))
+    return keys if queries == keys else f"{queries}x{keys}"
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The sites as a table; runs of layers that fared alike share a row."""
+    if not report.sites:
+        console.print(str(report), style="bold red")
+        return
+    table, reasons = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), []
+    for name in ("sites", "length", "mask", "result", "density", "error"):
+        table.add_column(name, no_wrap=name not in ("mask", "result"))
+    alike = "rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "unheld_error", "path", "found"
+    same = attrgetter(*alike)
+    for _, run in groupby(report.sites, same):
+        site, *others = run
+        name = shortened(_range_of_names([x.name for x in (site, *others)]), max(console.width - OTHERS, 20))
+        density = _range((x.density for x in (site, *others) if x.path != "dense"), "{:.3f}")
+        error = _range((x.error for x in (site, *others)), "{:.1%}")
+        result, colour = site.result, "yellow" if site.path in ("dense", "masked") else "green"
+        if not site.rewritten:  # a long text, which would make the column narrow
+            reasons += [] if site.reason in reasons else [site.reason]
+            result, colour = f"{'dense' if site.found else 'not found'} [{1 + reasons.index(site.reason)}]", "red"
+        table.add_row(Text(name), _length(site), Text(site.mask or "-"), Text(result, colour), density, error)
+    console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"[{number}] {reason}", highlight=False, markup=False)
+    console.print(str(report).split("\n", len(report.sites) + 2)[-1], highlight=False, markup=False)
