@@ -119,15 +119,19 @@ def test_snippets_run(page, capsys):
 def test_the_pages_that_must_have_snippets_have_them():
     wanted = {
         "README.md",
+        "backend.md",
         "calibrate.md",
         "evaluate.md",
         "export.md",
         "flex.md",
+        "how-it-works.md",
         "onnx.md",
         "operator.md",
         "quality.md",
+        "reports.md",
         "tensorrt.md",
         "transformers.md",
         "troubleshooting.md",
+        "wrap.md",
     }
     assert wanted <= PAGES.keys()

@@ -1,0 +1,59 @@
+"""Pages and tables that are written from files: what stands there is what the files say."""
+
+import re
+
+import pytest
+
+from benchmarks import models_page, speed_page, table
+from tests.helpers.imports import ROOT
+
+RENEW = "run `make figures`"
+
+
+@pytest.mark.parametrize("page", speed_page.MARKS, ids=lambda page: page.parent.name + "/" + page.name)
+def test_the_tables_of_a_page_are_those_of_the_files(page):
+    assert page.read_text() == speed_page.with_tables(page), RENEW
+
+
+def test_the_page_of_speed_is_that_of_the_files():
+    assert speed_page.PAGE.read_text() == speed_page.page(), RENEW
+
+
+def test_the_page_of_models_is_that_of_the_zoo():
+    assert models_page.PAGE.read_text() == models_page.page(), RENEW
+
+
+@pytest.mark.parametrize("page", sorted(table.NOTES.glob("*.md")), ids=lambda page: page.name)
+def test_the_tables_of_the_notes_are_those_of_the_files(page):
+    assert page.read_text() == table.with_tables(page.read_text()), RENEW
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "bert", "whisper", "vit"])
+def test_well_known_models_have_a_line(name):
+    assert f"| `{name}" in models_page.page()
+
+
+def test_a_model_without_proofs_says_why():
+    (line,) = re.findall(r"^\| `bloom` .*$", models_page.page(), re.MULTILINE)
+    assert "none: 0 of 2" in line
+    assert "position biases" in line
+
+
+def test_the_newest_device_stands_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_page, "RESULTS", tmp_path)
+    (tmp_path / "attention-h100.json").touch()
+    assert speed_page.newest("attention").name == "attention-h100.json"
+    (tmp_path / "attention-h200.json").touch()
+    assert speed_page.newest("attention").name == "attention-h200.json"
+
+
+def test_the_front_page_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 120
+
+
+def test_every_figure_of_the_front_page_names_its_file():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\((benchmarks/results/[^)]+)\)", text):
+        assert (ROOT / path).is_file(), path
+    assert "benchmarks/results/" in text
