@@ -1,6 +1,6 @@
 """docs/models.md: docs/zoo.csv as one line a model, to be searched and sorted.
 
-    python -m benchmarks.models_page     # `make zoo` and `make figures` write it, too
+python -m benchmarks.models_page     # `make zoo` and `make figures` write it, too
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _INTRO = """# Which models
 
 <!-- Written by `make figures` (benchmarks/models_page.py) from docs/zoo.csv. Change these, not this page. -->
 
-**{all} of {with_attention} architectures with attention have all of it replaced, {some} some of it, {none} none.** Tiny random
-models of each architecture were run as they are and through S2O at `tau=0`, and their outputs compared
-([how, and every line](zoo.md); [zoo.csv](zoo.csv)). So the table says what S2O understands. It says nothing about speed.
+**{all} of {with_attention} architectures with attention have all of it replaced, {some} some of it, {none} none.**
+Tiny random models of each architecture were run as they are and through S2O at `tau=0`, and their outputs compared
+([how, and every line](zoo.md); [zoo.csv](zoo.csv)). So the table says what S2O understands, and nothing about speed.
 
-Find yours by its `model_type` in `config.json`, such as `llama` or `qwen3`, or by its class. Other sizes of a model, and
-fine-tuned ones, have the same architecture. A model that is not here, or your own: `s2o explain DIR`, or
+Find yours by its `model_type` in `config.json`, such as `llama` or `qwen3`, or by its class. Other sizes of a model,
+and fine-tuned ones, have the same architecture. A model that is not here, or your own: `s2o explain DIR`, or
 [explain](reports.md). *Replaced* counts the attentions of one prefill with two layers. *Left dense* says why.
 
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,12 @@ def plot_budget(results: Path, picture: Path) -> None:
         label, density = f"{tokens // 1024}K", [row["density"] for row in points]
         line(curve, [(row["density"], row["mean"]) for row in points], f"{label}, mean of layers", colour, "o")
         curve.plot(density, [row["largest"] for row in points], ":", color=colour, label=f"{label}, largest")
-    curve.set(xscale="log", yscale="log", xlabel="density: share of the query-key pairs computed", ylabel="relative L2 error of an attention's output")
+    curve.set(
+        xscale="log",
+        yscale="log",
+        xlabel="density: share of the query-key pairs computed",
+        ylabel="relative L2 error of an attention's output",
+    )
     _plain_percent(curve.xaxis, [0.05, 0.1, 0.2, 0.4])
     _plain_percent(curve.yaxis, [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
     _draw_kept(kept, [row for row in rows if row["section"] == "budget kept"])
@@ -100,7 +104,7 @@ def plot_enforced(results: Path, picture: Path) -> None:
 
 
 def pyplot() -> Any:  # noqa: ANN401 (a module)
-    """matplotlib without a window."""
+    """Matplotlib without a window."""
     import matplotlib as mpl
 
     mpl.use("Agg")

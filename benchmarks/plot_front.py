@@ -26,7 +26,13 @@ def plot_speed(picture: Path) -> None:
     line(lines, fa3, "dense, FlashAttention-3", "#2b2b2b", "^")
     line(lines, [(n, ours["ms"]) for n, _, _, ours in calls], "S2O, default settings", RED, "D")
     lines.axvspan(0, 16384, color=GREY, alpha=0.15, linewidth=0)
-    lines.text(16384 / 1.1, max(dense["ms"] for _, _, dense, _ in calls) / 10, "dense runs\nhere by default", fontsize=8, ha="right")
+    lines.text(
+        16384 / 1.1,
+        max(dense["ms"] for _, _, dense, _ in calls) / 10,
+        "dense runs\nhere by default",
+        fontsize=8,
+        ha="right",
+    )
     lines.set(yscale="log", ylabel="milliseconds")
     lines.set_title(f"One attention, {device(about)}", fontsize=10)
     lines.yaxis.set_major_formatter("{x:g}")
@@ -66,10 +72,14 @@ def plot_quality(results: Path, picture: Path) -> None:
         here = sorted((row for row in rows if (row["model"], row["tokens"]) == (model, length)), key=_density)
         label = f"{MODELS.get(model, model)}, {tokens(length)} tokens"
         for axes, name, factor in ((errors, "error", 100), (losses, "loss", 1)):
-            axes.plot([row["density"] for row in here], [factor * row[name] for row in here], "-", color=colour, alpha=0.4)
+            axes.plot(
+                [row["density"] for row in here], [factor * row[name] for row in here], "-", color=colour, alpha=0.4
+            )
             for row in here:
                 own = "tau" not in row and "budget" not in row
-                style = {"marker": "*", "s": 110, "zorder": 3} if own else {"marker": "o" if "tau" in row else "s", "s": 26}
+                style = (
+                    {"marker": "*", "s": 110, "zorder": 3} if own else {"marker": "o" if "tau" in row else "s", "s": 26}
+                )
                 axes.scatter(row["density"], factor * row[name], color=colour, **style)
         errors.plot([], [], "-", color=colour, label=label)
     for marker, label in (("*", "tau 0.5"), ("o", "tau 0.25"), ("s", "an error budget: 5, 3, 2 %")):
@@ -114,7 +124,10 @@ def plot_method(picture: Path) -> None:
     ranked.annotate("a tile of 128 queries\nstops here", (width + kept * 0.95, 0.82), (0.62, 0.45), **note)
     ranked.annotate("left out", (0.72, 0.93), (0.84, 0.7), **note)
     ranked.annotate("ranked keys, most important first", (width + 0.03, 0.26), (0.36, 0.12), **note)
-    for axes, title, label in ((text, "in the order of the text", "key"), (ranked, "as S2O visits them", "key: own segment, then by rank")):
+    for axes, title, label in (
+        (text, "in the order of the text", "key"),
+        (ranked, "as S2O visits them", "key: own segment, then by rank"),
+    ):
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], title=title, xlabel=label)
     text.set_ylabel("query: one segment after the other")
     finish(figure, "Dark is computed, pale is left out", picture, legends=(), grid=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def device(about: Row) -> str:
 
 
 def tokens(count: int) -> str:
-    """ "128K" for 131072."""
+    """As people say it: "128K" for 131072."""
     return f"{count // 1024}K" if count < 2**20 else f"{count // 2**20}M"
 
 
@@ -69,6 +70,11 @@ def times(dense: float, ours: float) -> str:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def paragraph(text: str) -> list[str]:
+    """Lines of a text, as long as those of pages that are written by hand."""
+    return textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def source(path: Path, about: Row, link: str) -> str:
@@ -145,9 +151,10 @@ def readme_table() -> str:
         [
             *table(["what", "dense, by", "takes", "S2O", "faster", "share of pairs computed"], lines),
             "",
-            "¹ Time to the first token of Llama-3.1-8B's shape. Its weights are random, so the share is held at a fixed value.",
-            "² Synthetic input with topics, default settings. "
-            f"Files: {', '.join(names)}.",
+            *paragraph(
+                "¹ Time to the first token of Llama-3.1-8B's shape. Its weights are random, so the share is held fixed. "
+                f"² Synthetic input with topics, default settings. Files: {', '.join(names)}."
+            ),
         ]
     )
 
@@ -167,8 +174,8 @@ _INTRO = [
     "",
     "<!-- Written by `make figures` (benchmarks/speed_page.py). Change that file, not this page. -->",
     "",
-    "The longer the prompt, the more you gain. On a GPU S2O begins to win between 8K and 16K tokens, on a CPU at about 8K.",
-    "Below that length it runs dense attention by itself, so you lose nothing.",
+    "The longer the prompt, the more you gain. On a GPU S2O begins to win between 8K and 16K tokens, on a CPU at about",
+    "8K. Below that length it runs dense attention by itself, so you lose nothing.",
     "",
     "![Time to the first token, and time of one attention against the length of the prompt](speed.png)",
     "",
@@ -190,9 +197,11 @@ def _first_token() -> list[str]:
     return [
         "## Time to the first token",
         "",
-        f"A model of Llama-3.1-8B's shape in {about['dtype']} on one {device(about)}. It reads the prompt, fills its cache,",
-        "and gives the logits of the last token. The weights are random, and random weights give no density that means",
-        f"something: it is held at {about['density_held']:g}.{memory if peaks else ''}",
+        *paragraph(
+            f"A model of Llama-3.1-8B's shape in {about['dtype']} on one {device(about)}. It reads the prompt, fills its "
+            "cache, and gives the logits of the last token. The weights are random, and random weights give no density "
+            f"that means something: it is held at {about['density_held']:g}.{memory if peaks else ''}"
+        ),
         "",
         *table(["tokens", "dense, by", "dense", "S2O", "faster", "density"], lines),
         "",
@@ -219,14 +228,17 @@ def _one_call() -> list[str]:
                 f"{ours['relative_error']:.0%}" if "relative_error" in ours else "",
             ]
         )
-    heads = "tokens,SDPA's fastest kernel,FlashAttention-3,S2O,faster than SDPA,than FA-3,density,error".split(",")
+    heads = ["tokens", "SDPA's fastest kernel", "FlashAttention-3", "S2O"]
+    heads += ["faster than SDPA", "than FA-3", "density", "error"]
     shape = about["shape"]
     return [
         "## One attention on a GPU",
         "",
-        f"{shape['heads']} query heads on {shape['kv_heads']} key/value heads of {shape['head_dim']}, {about['dtype']}, causal,",
-        "default settings, ranking included. The input is synthetic, with topics as text has them. S2O was forced below 16K,",
-        "where dense attention runs by default.",
+        *paragraph(
+            f"{shape['heads']} query heads on {shape['kv_heads']} key/value heads of {shape['head_dim']}, {about['dtype']}, "
+            "causal, default settings, ranking included. The input is synthetic, with topics as text has them. S2O was "
+            "forced below 16K, where dense attention runs by default."
+        ),
         "",
         *table(heads, lines),
         "",
@@ -246,15 +258,19 @@ def _where() -> list[str]:
     return [
         "## Where it gains nothing",
         "",
-        "Pure noise has no important keys, and an input on which nothing may be left out has to be computed whole. Times",
-        "faster than SDPA's fastest kernel, the density in brackets:",
+        *paragraph(
+            "Pure noise has no important keys, and an input on which nothing may be left out has to be computed whole. "
+            "Times faster than SDPA's fastest kernel, the density in brackets:"
+        ),
         "",
         *table(["tokens", "noise, default settings", "nothing left out"], lines),
         "",
         source(path, about, _FROM_DOCS),
         "",
-        "Decoding, training, and prompts below the crossover run dense attention. Small models with little attention gain",
-        "little: the rest of the model takes as long as before.",
+        *paragraph(
+            "Decoding, training, and prompts below the crossover run dense attention. Small models with little attention "
+            "gain little: the rest of the model takes as long as before."
+        ),
     ]
 
 
@@ -275,14 +291,16 @@ def _cpu() -> list[str]:
     return [
         "## One attention on a CPU",
         "",
-        f"{about['heads']} query heads on {about['kv_heads']} key/value heads of {about['head_dim']}, the density held.",
+        f"{about['heads']} query heads on {about['kv_heads']} key/value heads of {about['head_dim']}, density held.",
         "",
         *table(["tokens", "dtype", "SDPA", "S2O", "faster", "density"], lines),
         "",
         source(path, about, _FROM_DOCS),
         "",
-        "A whole small model gains less. SmolLM2-135M at 8192 tokens took as long as before, between 0.97 and 1.11 times as",
-        "fast in two runs of `make demo` on two cores ([notes](../benchmarks/notes/models.md)).",
+        *paragraph(
+            "A whole small model gains less. SmolLM2-135M at 8192 tokens was between 0.97 and 1.11 times as fast in two "
+            "runs of `make demo` on two cores ([notes](../benchmarks/notes/models.md#smollm2-135m-on-two-cpu-cores))."
+        ),
     ]
 
 
@@ -351,15 +369,25 @@ def _short() -> list[str]:
         "",
         "## More",
         "",
-        "[benchmarks/README.md](../benchmarks/README.md) has every benchmark, its command and its file. On your own model:",
-        "`s2o bench`. On another GPU: [`s2o tune`](tune.md).",
+        *paragraph(
+            "[benchmarks/README.md](../benchmarks/README.md) has every benchmark, its command and its file. On your own "
+            "model: `s2o bench`. On another GPU: [`s2o tune`](tune.md)."
+        ),
     ]
 
 
 def benchmark_tables() -> str:
     """The three tables of benchmarks/README.md: one call, whole models' first token, rivals at the same error."""
     calls, first = _one_call(), _first_token()
-    rivals = ["## At the same error", "", "Density that a rule needs for an error, 8K tokens of Python's language reference, float32, mean over heads and", "layers. Both rivals are rebuilt from their papers.", ""]
+    rivals = [
+        "## At the same error",
+        "",
+        *paragraph(
+            "Density that a rule needs for an error, 8K tokens of Python's language reference, float32, mean over heads "
+            "and layers. Both rivals are rebuilt from their papers."
+        ),
+        "",
+    ]
     lines, about, files = [], {}, []
     for model, name in (("gemma3", "Gemma-3-270M"), ("smollm2", "SmolLM2-135M")):
         path = RESULTS / f"rivals-{model}-cpu.json"
@@ -380,7 +408,9 @@ def with_tables(page: Path) -> str:
     head, _, rest = page.read_text().partition(begin)
     _, _, tail = rest.partition(end)
     if not tail:
-        raise SystemExit(f"{page.name}: expected the lines {begin} and {end}, got none. Add them where the table belongs.")
+        raise SystemExit(
+            f"{page.name}: expected the lines {begin} and {end}, got none. Add them where the table belongs."
+        )
     tables = {README: readme_table, BENCHMARKS: benchmark_tables}[page]()
     return f"{head}{begin}\n{tables}\n{end}{tail}"
 

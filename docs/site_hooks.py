@@ -1,4 +1,4 @@
-"""What mkdocs does beside mkdocs.yml: pages and files that lie outside of docs/ come to the site, and links follow them.
+"""What mkdocs does beside mkdocs.yml: pages and files outside of docs/ come to the site, and links follow them.
 
 README.md is the front page. Any other file of the repository that a page links to is copied to ``repository/``. So the
 same link works where a page is read in the repository, and on the site.

@@ -25,7 +25,14 @@ VISITED, MISSED = "#d7e6f5", "#f6f4f0"
 WEAKEST, STRONGEST = 1e-5, 1e-1
 """Attention weights at the two ends of a colour."""
 
-SIDES = (((7, 4), "left"), ((-7, -5), "right"), ((7, -6), "left"), ((-7, 6), "right"), ((0, 12), "center"), ((0, -12), "center"))
+SIDES = (
+    ((7, 4), "left"),
+    ((-7, -5), "right"),
+    ((7, -6), "left"),
+    ((-7, 6), "right"),
+    ((0, 12), "center"),
+    ((0, -12), "center"),
+)
 """Where a name may stand beside its point, in points, the best first."""
 
 CELLS = 512
