@@ -42,8 +42,8 @@ print("next token:", repr(tokenizer.decode(next_token[0])), "dense:", repr(token
 
 STEPS = (
     (
-        "A new environment, and the wheel. `[demo]` brings transformers and the command line; torch alone is enough for "
-        "your own models. On a CPU torch's compiler needs a C++ compiler such as g++.",
+        "A new environment, and the wheel. `[demo]` brings transformers and the command line; torch alone is enough "
+        "for your own models. On a CPU torch's compiler needs a C++ compiler such as g++.",
         [
             "python3 -m venv fresh",
             "fresh/bin/pip install './{wheel}[demo]'",

@@ -3,7 +3,7 @@
     python -m benchmarks.figures             # after a benchmark wrote a file in benchmarks/results
     python -m benchmarks.figures --no-pictures
 
-Of several devices the newest that was measured stands on the pages (``speed_page.DEVICES``).
+Of several devices the newest that was measured stands on the pages (``measured.DEVICES``).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import models_page, plot, plot_front, speed_page, table
+from benchmarks import measured, models_page, plot, plot_front, speed_page, table
 
-RESULTS = speed_page.RESULTS
+RESULTS = measured.RESULTS
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -29,7 +29,7 @@ def draw_pictures() -> None:
     plot_front.plot_speed(DOCS / "speed.png")
     plot_front.plot_quality(RESULTS / "quality-h200.json", DOCS / "quality.png")
     plot_front.plot_method(DOCS / "method.png")
-    plot.plot_attention(speed_page.newest("attention"), DOCS / "attention.png")
+    plot.plot_attention(measured.newest("attention"), DOCS / "attention.png")
     plot.plot_budget(RESULTS / "budget-h100.json", DOCS / "budget-h100.png")
     plot.plot_enforced(RESULTS / "enforced-h200.json", DOCS / "enforced-h200.png")
 

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import device, first_token, newest, one_call, read, seconds, tokens
 from benchmarks.plot import GREEN, MODELS, RED, Row, finish, line, pyplot, token_axis
-from benchmarks.speed_page import device, first_token, newest, one_call, read, seconds, tokens
 
 BLUE, PALE, ORANGE, GREY = "#0b559f", "#d7e6f5", "#e6a15c", "#9a9a9a"
 FOUND, SEGMENTS = 0.16, 5

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import models_page, speed_page, table
+from benchmarks import measured, models_page, speed_page, table
 from tests.helpers.imports import ROOT
 
 RENEW = "run `make figures`"
@@ -40,11 +40,11 @@ def test_a_model_without_proofs_says_why():
 
 
 def test_the_newest_device_stands_on_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
     (tmp_path / "attention-h100.json").touch()
-    assert speed_page.newest("attention").name == "attention-h100.json"
+    assert measured.newest("attention").name == "attention-h100.json"
     (tmp_path / "attention-h200.json").touch()
-    assert speed_page.newest("attention").name == "attention-h200.json"
+    assert measured.newest("attention").name == "attention-h200.json"
 
 
 def test_the_front_page_is_short():
