@@ -25,6 +25,8 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 PAGES = {name: path for name, path in PAGES.items() if SNIPPET.search(path.read_text())}
 NEEDS = {"onnx.md": ("onnxscript",), "transformers.md": ("diffusers",)}
+SLOW = {"README.md", "backend.md", "export.md", "how-it-works.md", "reports.md", "wrap.md"}
+"""Pages whose snippets compile with Inductor, or audit a whole model."""
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def diffusion():
     return {"transformer": flux(), "inputs": inputs()}
 
 
-@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
+@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - SLOW))
 @pytest.mark.usefixtures("fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging", "one_rank")
 def test_snippets_run(page, capsys):
     for needed in NEEDS.get(page, ()):
