@@ -131,7 +131,7 @@ _INTRO = """# The first five minutes
 What you type on a machine that has never seen s2o_compile, and what comes back: real output of {date}, on two CPU
 cores. Nothing of this repository is used but the wheel.
 
-    $ pip wheel --no-deps ./s2o_compile        # once, in a clone of the repository
+    $ pip wheel --no-deps .        # once, in a clone of the repository
 """
 
 _END = """## And then

@@ -52,6 +52,15 @@ def test_the_front_page_is_short():
     assert len(lines) < 120
 
 
+def test_the_front_page_counts_models_and_names_the_version_as_they_are():
+    text = (ROOT / "README.md").read_text()
+    everything, of, some = re.search(r"\*\*(\d+) of (\d+) .* replaced, (\d+) some", models_page.page()).groups()
+    assert f"Of {of} tried architectures, most of them of transformers, {everything} have all" in text
+    assert f"and {some} some." in text
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"s2o_compile-{version}-py3-none-any.whl" in text
+
+
 def test_every_figure_of_the_front_page_names_its_file():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\((benchmarks/results/[^)]+)\)", text):
