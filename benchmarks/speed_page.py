@@ -65,8 +65,8 @@ def readme_table() -> str:
             "",
             *paragraph(
                 "¹ Time to the first token of Llama-3.1-8B's shape. Its weights are random, so the share is *held*: "
-                "fixed by hand. ² Synthetic input with topics, default settings. SDPA is PyTorch's own attention, by its "
-                f"fastest kernel. Files: {', '.join(names)}."
+                "fixed by hand. ² Synthetic input with topics, default settings. SDPA is PyTorch's own attention, by "
+                f"its fastest kernel. Files: {', '.join(names)}."
             ),
         ]
     )
