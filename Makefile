@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 VLLM := .venv-vllm
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-oldest lint format bench zoo vllm clean
+.PHONY: demo test test-slow test-oldest lint format docs figures pictures first-five-minutes dist-check bench zoo vllm clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -36,6 +36,30 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site in build/site. A link to nowhere, a page outside of the navigation, or a name without docstring ends it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Pages, tables and pictures that are made from benchmarks/results and docs/zoo.csv.
+figures: $(READY)
+	$(BIN)/python -m benchmarks.figures
+
+# Pictures of SmolLM2 on 4096 tokens: minutes on a CPU.
+pictures: $(READY)
+	mkdir -p build
+	$(BIN)/s2o evaluate --tokens 4096 --curve --json build/evaluation.json
+	$(BIN)/s2o plot error build/evaluation.json --out docs/error.png
+	$(BIN)/s2o plot depth build/evaluation.json --out docs/depth.png
+	$(BIN)/s2o plot attention --tokens 4096 --site model.layers.22.self_attn --head 4 --out docs/attention-visited.png
+
+# docs/first-five-minutes.md: a clean environment, the wheel, and a saved model. Minutes.
+first-five-minutes: $(READY)
+	$(BIN)/python .ci/first_five_minutes.py
+
+# Wheel and sdist, checked, and installed in clean environments: each extra, and every Python that is found.
+dist-check: $(READY)
+	$(BIN)/python .ci/dist_check.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ DENSE = {
 KERNEL = "S2O forward, density "
 WHOLE = "S2O whole op, topical"
 GREEN, RED = "#1f9e89", "#d1495b"
+MODELS = {"gemma3": "Gemma-3-270M", "smollm2": "SmolLM2-135M"}
 DRAWN_DENSITY = 0.1
 """The kernel's line over the length; the benchmark measures others too."""
 
@@ -32,13 +32,13 @@ def plot_attention(results: Path, picture: Path) -> None:
     """
     data = json.loads(results.read_text())
     about, rows = data["about"], data["rows"]
-    figure, axes = _pyplot().subplot_mosaic("TT;DP", figsize=(9.0, 8.4), dpi=130, height_ratios=(1.15, 1))
+    figure, axes = pyplot().subplot_mosaic("TT;DP", figsize=(9.0, 8.4), dpi=130, height_ratios=(1.15, 1))
     _draw_time(axes["T"], rows)
     _draw_speedup(axes["D"], rows)
     _draw_peak(axes["P"], rows, about["device"])
     shape = about["shape"]
-    heads = f"Hq={shape['heads']} Hkv={shape['kv_heads']} D={shape['head_dim']}"
-    _finish(figure, f"One attention call: {about['device']}, {about['dtype']}, causal, {heads}", picture)
+    heads = f"{shape['heads']} query heads on {shape['kv_heads']} key/value heads of {shape['head_dim']}"
+    finish(figure, f"One attention call: {about['device']}, {about['dtype']}, causal, {heads}", picture)
 
 
 def plot_budget(results: Path, picture: Path) -> None:
@@ -50,18 +50,23 @@ def plot_budget(results: Path, picture: Path) -> None:
     """
     data = json.loads(results.read_text())
     about, rows = data["about"], data["rows"]
-    figure, (curve, kept) = _pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
+    figure, (curve, kept) = pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
     lengths = sorted({row["tokens"] for row in rows if row["section"] == "curve"})
     for tokens, colour in zip(lengths, (RED, GREEN, *["#6b6b6b"] * len(lengths)), strict=False):
         points = [row for row in rows if row["section"] == "curve" and row["tokens"] == tokens]
         label, density = f"{tokens // 1024}K", [row["density"] for row in points]
-        _line(curve, [(row["density"], row["mean"]) for row in points], f"{label}, mean of layers", colour, "o")
+        line(curve, [(row["density"], row["mean"]) for row in points], f"{label}, mean of layers", colour, "o")
         curve.plot(density, [row["largest"] for row in points], ":", color=colour, label=f"{label}, largest")
-    curve.set(xscale="log", yscale="log", xlabel="density", ylabel="relative L2 error of an attention's output")
+    curve.set(
+        xscale="log",
+        yscale="log",
+        xlabel="density: share of the query-key pairs computed",
+        ylabel="relative L2 error of an attention's output",
+    )
     _plain_percent(curve.xaxis, [0.05, 0.1, 0.2, 0.4])
     _plain_percent(curve.yaxis, [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
     _draw_kept(kept, [row for row in rows if row["section"] == "budget kept"])
-    _finish(figure, f"{about['model']}, every layer, {about['device']}", picture)
+    finish(figure, f"{about['model']}, every layer, {about['device']}", picture)
 
 
 def plot_enforced(results: Path, picture: Path) -> None:
@@ -73,7 +78,7 @@ def plot_enforced(results: Path, picture: Path) -> None:
     """
     data = json.loads(results.read_text())
     about, rows = data["about"], [row for row in data["rows"] if row["section"] == "budget"]
-    figure, (cost, held) = _pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
+    figure, (cost, held) = pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
     groups = sorted({(row["model"], row["tokens"]) for row in rows})
     budgets = sorted({row["error"] for row in rows})
     for number, ((model, tokens), colour) in enumerate(zip(groups, (RED, "#e6a15c", GREEN, "#6b6b6b"), strict=False)):
@@ -81,7 +86,7 @@ def plot_enforced(results: Path, picture: Path) -> None:
             e: [row for row in rows if (row["model"], row["tokens"], row["error"]) == (model, tokens, e)]
             for e in budgets
         }
-        label = f"{model}, {tokens // 1024}K"
+        label = f"{MODELS.get(model, model)}, {tokens // 1024}K tokens"
         for name, style, suffix in (("density", "o-", ""), ("least_density", "_:", ", least")):
             means = [sum(row[name] for row in some) / len(some) for some in here.values()]
             cost.plot(range(len(budgets)), means, style, color=colour, label=label + suffix)
@@ -90,15 +95,16 @@ def plot_enforced(results: Path, picture: Path) -> None:
             x = place + 0.16 * (number - (len(groups) - 1) / 2)
             held.plot([x] * len(ratios), ratios, ".", color=colour, alpha=0.6, label=None if place else label)
     held.axhline(1.0, color="#2b2b2b", linewidth=1, label="the budget")
-    cost.set(ylabel="density, mean of layers and texts", ylim=(0, None))
+    cost.set(ylabel="density: share of the pairs computed, mean of layers and texts", ylim=(0, None))
     held.set(ylabel="true error of a layer / budget", ylim=(0, 1.3))
     for axes in (cost, held):
         axes.set_xticks(range(len(budgets)), [f"{error:.0%}" for error in budgets])
         axes.set(xlabel="budget: S2OConfig(error=...)", xlim=(-0.5, len(budgets) - 0.5))
-    _finish(figure, f"Budgets that hold while a call runs: {about['device']}, {about['dtype']}, four texts", picture)
+    finish(figure, f"Budgets that hold while a call runs: {about['device']}, {about['dtype']}, four texts", picture)
 
 
-def _pyplot() -> Any:  # noqa: ANN401 (a module)
+def pyplot() -> Any:  # noqa: ANN401 (a module)
+    """Matplotlib without a window."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -107,14 +113,18 @@ def _pyplot() -> Any:  # noqa: ANN401 (a module)
     return plt
 
 
-def _finish(figure: Any, title: str, picture: Path) -> None:  # noqa: ANN401 (matplotlib's figure)
+def finish(figure: Any, title: str, picture: Path, legends: Any = None, *, grid: bool = True) -> None:  # noqa: ANN401
+    """Grid, legends (of all axes for None), title and file. The ground is white, so it reads in a dark page, too."""
     for axes in figure.axes:
-        axes.grid(visible=True, which="major", alpha=0.3)
-        axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=11)
+        if grid:
+            axes.grid(visible=True, which="major", alpha=0.3)
+        if legends is None or axes in legends:
+            axes.legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(picture)
-    _pyplot().close(figure)
+    figure.savefig(picture, facecolor="white")
+    pyplot().close(figure)
 
 
 def _draw_kept(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
@@ -150,10 +160,10 @@ def _styles(rows: list[Row]) -> dict[str, tuple[str, str, str]]:
 def _draw_time(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
     """Milliseconds over tokens."""
     for name, (label, colour, marker) in _styles(rows).items():
-        _line(axes, [(row["length"], row["ms"]) for row in rows if row["what"] == name], label, colour, marker)
+        line(axes, [(row["length"], row["ms"]) for row in rows if row["what"] == name], label, colour, marker)
     axes.set_yscale("log")
     axes.set_ylabel("milliseconds")
-    _token_axis(axes, rows)
+    token_axis(axes, rows)
 
 
 def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
@@ -163,7 +173,7 @@ def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotl
         here = [row for row in rows if row["length"] == length]
         dense = min(row["ms"] for row in here if row["what"] in DENSE)
         points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(KERNEL)]
-        _line(axes, sorted(points), f"S2O kernel alone, {length // 1024}K", colour, marker)
+        line(axes, sorted(points), f"S2O kernel alone, {length // 1024}K", colour, marker)
         points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(WHOLE)]
         axes.plot(*zip(*points, strict=True), marker, color=RED, markersize=5)
     axes.plot([], [], "v", color=RED, markersize=5, label="ranking included, same markers")
@@ -174,7 +184,7 @@ def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotl
     axes.set_xticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.minorticks_off()
-    axes.set_xlabel("density, computed over causal area")
+    axes.set_xlabel("density: share of the query-key pairs computed")
     axes.set_ylabel("times the fastest dense kernel")
 
 
@@ -183,25 +193,21 @@ def _draw_peak(axes: Any, rows: list[Row], device: str) -> None:  # noqa: ANN401
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in device), None)
     for name, (label, colour, marker) in _styles(rows).items():
         points = [(row["length"], row["tflops"] / (peak or 1.0)) for row in rows if row["what"] == name]
-        _line(axes, points, label.partition(" (")[0], colour, marker)
+        line(axes, points, label.partition(" (")[0], colour, marker)
     axes.set_ylim(0, 1 if peak else None)
     axes.set_ylabel(f"share of {peak:.0f} TFLOP/s, computed area only" if peak else "TFLOP/s of the computed area")
-    _token_axis(axes, rows)
+    token_axis(axes, rows)
 
 
-def _line(axes: Any, points: list[tuple[float, float]], label: str, colour: str, marker: str) -> None:  # noqa: ANN401
+def line(axes: Any, points: list[tuple[float, float]], label: str, colour: str, marker: str) -> None:  # noqa: ANN401
+    """A line with markers through points, if there are any."""
     if points:
         axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, linewidth=1.8, markersize=5)
 
 
-def _token_axis(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
+def token_axis(axes: Any, rows: list[Row], label: str = "tokens") -> None:  # noqa: ANN401 (matplotlib's axes)
+    """Lengths on a logarithmic axis."""
     lengths = sorted({row["length"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
-    axes.set_xlabel("tokens")
-
-
-if __name__ == "__main__":
-    draws = {"budget": plot_budget, "enforced": plot_enforced}
-    draw = next((draws[name] for name in draws if name in Path(sys.argv[1]).name), plot_attention)
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    axes.set_xlabel(label)

@@ -1,16 +1,16 @@
-"""Write the tables of benchmarks/README.md from the JSON files in benchmarks/results.
+"""Write the tables of benchmarks/notes from the JSON files in benchmarks/results, whose names stand beside them.
 
-python benchmarks/table.py benchmarks/results/attention-h100.json
+python -m benchmarks.table
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 
-README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- table: {} -->", "<!-- end: {} -->"
+NOTES, RESULTS = (Path(__file__).parent / name for name in ("notes", "results"))
+TABLE = re.compile(r"<!-- table: (\S+) -->\n.*?\n<!-- end: \1 -->", re.DOTALL)
 
 
 def table(data: dict) -> str:
@@ -101,21 +101,21 @@ def _text(value: object) -> str:
 _WRITERS = {"section": _section_lines, "what": _attention_lines, "pass_seconds": _compile_lines, "tau": _model_lines}
 
 
-def main() -> None:
-    """Replace the table of every file named on the command line."""
-    text = README.read_text()
-    for name in sys.argv[1:]:
-        path = Path(name)
-        begin, end = BEGIN.format(path.name), END.format(path.name)
-        head, _, rest = text.partition(begin)
-        _, _, tail = rest.partition(end)
-        if not tail:
-            sys.exit(
-                f"benchmarks/README.md: expected the lines {begin} and {end}, got none. Add them where it belongs."
-            )
-        text = f"{head}{begin}\n{table(json.loads(path.read_text()))}\n{end}{tail}"
-    README.write_text(text)
+def with_tables(text: str) -> str:
+    """A page's text with every table as its file has it."""
+
+    def written(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- table: {name} -->\n{table(json.loads((RESULTS / name).read_text()))}\n<!-- end: {name} -->"
+
+    return TABLE.sub(written, text)
+
+
+def write_all() -> None:
+    """Write every table of every page."""
+    for page in sorted(NOTES.glob("*.md")):
+        page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":
-    main()
+    write_all()

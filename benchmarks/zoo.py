@@ -29,7 +29,7 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import zoo_elsewhere, zoo_transformers
+from benchmarks import models_page, zoo_elsewhere, zoo_transformers
 from benchmarks.zoo_measure import Row, as_dict, describe, measure
 from benchmarks.zoo_page import write_page
 
@@ -194,6 +194,8 @@ def main() -> None:
         rows, todo = _run(options)
     write(options.csv, rows)
     write_page(options.csv.with_suffix(".md"), rows, not_started=len(todo))
+    if options.csv.resolve() == models_page.CSV:
+        models_page.write()
 
 
 def _run(options: argparse.Namespace) -> tuple[list[Row], list[Job]]:

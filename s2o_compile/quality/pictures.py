@@ -25,6 +25,16 @@ VISITED, MISSED = "#d7e6f5", "#f6f4f0"
 WEAKEST, STRONGEST = 1e-5, 1e-1
 """Attention weights at the two ends of a colour."""
 
+SIDES = (
+    ((7, 4), "left"),
+    ((-7, -5), "right"),
+    ((7, -6), "left"),
+    ((-7, 6), "right"),
+    ((0, 12), "center"),
+    ((0, -12), "center"),
+)
+"""Where a name may stand beside its point, in points, the best first."""
+
 CELLS = 512
 """Cells of an attention heat map along either side, at most."""
 
@@ -71,11 +81,6 @@ def draw_error(evaluation: Evaluation, picture: Path) -> None:
         axes.plot(*zip(*line, strict=True), "o-", color=ORANGE, markersize=4, label="mean of layers, one tau for all")
     if not own.startswith("tau"):
         axes.plot(evaluation.density, evaluation.error, "*", color=BLUE, markersize=11, label="mean of layers")
-    for *point, name in curve:
-        place = (7, 3) if point[0] < max(density for density, *_ in curve) else (-38, 3)  # the last stays inside
-        bold = "bold" if name == own else "normal"
-        style = {"fontsize": 7, "fontweight": bold, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
-        axes.annotate(_symbols(name), point, place, textcoords="offset points", **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _plain_ticks(axes.xaxis, lambda x: f"{x:g}")
@@ -84,7 +89,9 @@ def draw_error(evaluation: Evaluation, picture: Path) -> None:
     axes.set_ylabel("relative L2 error of the attention output")
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-    _finish(figure, evaluation, picture)
+    _title(figure, evaluation)
+    _label_points(axes, curve, own)
+    _save(figure, picture)
 
 
 def draw_depth(evaluation: Evaluation, picture: Path) -> None:
@@ -206,11 +213,33 @@ def _symbols(quality: str) -> str:
     return quality.replace("tau ", "τ = ")
 
 
+def _label_points(axes: Any, points: Sequence[tuple[float, float, str]], bold: str) -> None:  # noqa: ANN401 (matplotlib's)
+    """Names beside their points, each on the first side where it covers no name, no point, and no edge."""
+    figure = axes.figure
+    figure.canvas.draw()  # the layout is known from here on
+    taken = [axes.transData.transform(point) for *point, _ in points]
+    names: list[Any] = []
+    for *point, name in points:
+        style = {"fontsize": 7, "fontweight": "bold" if name == bold else "normal", "textcoords": "offset points"}
+        for place, side in SIDES:
+            note = axes.annotate(_symbols(name), point, place, ha=side, va="center", **style)
+            box = note.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if inside and not (any(box.overlaps(other) for other in names) or any(box.contains(*at) for at in taken)):
+                names.append(box)
+                break
+            note.remove()
+
+
 def _finish(figure: Any, evaluation: Evaluation, picture: Path) -> None:  # noqa: ANN401 (matplotlib's)
+    _title(figure, evaluation)
+    _save(figure, picture)
+
+
+def _title(figure: Any, evaluation: Evaluation) -> None:  # noqa: ANN401 (matplotlib's)
     lengths = sorted(set(evaluation.lengths))
     tokens = _tokens(lengths[0]) if len(lengths) == 1 else f"{_tokens(lengths[0])} to {_tokens(lengths[-1])}"
     figure.suptitle(f"{evaluation.model}, {tokens} tokens, {_symbols(evaluation.config.quality)}", fontsize=10)
-    _save(figure, picture)
 
 
 def _save(figure: Any, picture: Path) -> None:  # noqa: ANN401 (matplotlib's)

@@ -27,6 +27,8 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 PAGES = {name: path for name, path in PAGES.items() if SNIPPET.search(path.read_text())}
 NEEDS = {"onnx.md": ("onnxscript",), "transformers.md": ("diffusers",)}
+SLOW = {"README.md", "backend.md", "export.md", "how-it-works.md", "reports.md", "wrap.md"}
+"""Pages whose snippets compile with Inductor, or audit a whole model."""
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def diffusion():
     return {"transformer": flux(), "inputs": inputs()}
 
 
-@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - {"README.md", "export.md"}))
+@pytest.mark.parametrize("page", quick_rows(PAGES, PAGES.keys() - SLOW))
 @pytest.mark.usefixtures(
     "fresh_dynamo", "short_is_long", "without_tensorrt", "without_packaging", "one_rank", "quick_bench"
 )
@@ -132,16 +134,20 @@ def test_snippets_run(page, capsys):
 def test_the_pages_that_must_have_snippets_have_them():
     wanted = {
         "README.md",
+        "backend.md",
         "bench.md",
         "calibrate.md",
         "evaluate.md",
         "export.md",
         "flex.md",
+        "how-it-works.md",
         "onnx.md",
         "operator.md",
         "quality.md",
+        "reports.md",
         "tensorrt.md",
         "transformers.md",
         "troubleshooting.md",
+        "wrap.md",
     }
     assert wanted <= PAGES.keys()

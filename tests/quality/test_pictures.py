@@ -90,6 +90,21 @@ def test_error_against_density(evaluation, tmp_path, drawn):
     assert [text.get_text() for text in axes.texts] == ["τ = 0", "τ = 0.3", "τ = 1", "τ = 4"]
 
 
+def test_names_of_neighbouring_points_do_not_collide(evaluation, tmp_path, drawn):
+    taus = (0.5, 0.75, 1.0, 1.25, 1.5)  # points that lie so near to each other that names on one side would overlap
+    site = evaluation.sites[0]
+    curve = tuple(
+        dataclasses.replace(site.curve[0], tau=tau, density=0.3 - 0.006 * at, error=0.03 + 0.0008 * at)
+        for at, tau in enumerate(taus)
+    )
+    sites = (dataclasses.replace(site, curve=curve),)
+    (axes,) = draw("error", dataclasses.replace(evaluation, sites=sites), tmp_path, drawn)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= 3
+    for at, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:at])
+
+
 def test_an_exact_evaluation_has_no_errors_to_draw(evaluation, tmp_path):
     sites = tuple(dataclasses.replace(site, head_error=(0.0,) * 4, curve=()) for site in evaluation.sites)
     with pytest.raises(OptionError, match="plot error: expected errors above zero, got an exact evaluation"):

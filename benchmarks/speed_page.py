@@ -1,0 +1,340 @@
+"""docs/speed.md, and the tables of README.md and benchmarks/README.md: what the files in benchmarks/results say.
+
+    python -m benchmarks.speed_page     # or `make figures`, which draws the pictures, too
+
+Of several devices the newest that was measured stands on the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measured import (
+    FA3,
+    RESULTS,
+    ROOT,
+    device,
+    first_token,
+    newest,
+    on_cpu,
+    one_call,
+    ours_on,
+    paragraph,
+    read,
+    seconds,
+    source,
+    table,
+    times,
+    tokens,
+)
+
+README, BENCHMARKS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+PAGE = ROOT / "docs" / "speed.md"
+MARKS = {
+    README: ("<!-- speed: written by benchmarks/speed_page.py -->", "<!-- end: speed -->"),
+    BENCHMARKS: ("<!-- tables: written by benchmarks/speed_page.py -->", "<!-- end: tables -->"),
+}
+"""Where tables stand in pages that are else written by hand."""
+
+
+def readme_table() -> str:
+    """README's table: where it wins first, each number with its baseline and condition."""
+    lines = []
+    about, _ = read(newest("end-to-end"))
+    for length, baseline, dense, ours, density in first_token():
+        what = f"whole model¹, {tokens(length)} tokens, {device(about)}"
+        lines.append([what, baseline, seconds(dense), seconds(ours), times(dense, ours), f"{density:.2f}, held"])
+    about, _ = read(newest("attention"))
+    for length, kernel, dense, ours in one_call():
+        if length in (131072, 32768, 8192):
+            what = f"one attention², {tokens(length)} tokens, {device(about)}"
+            pair = dense["ms"] / 1e3, ours["ms"] / 1e3
+            faster = times(*pair) + (", so dense runs here by default" if pair[0] < pair[1] else "")
+            lines.append([what, kernel, *map(seconds, pair), faster, f"{ours['density']:.2f}"])
+    about, _ = read(RESULTS / "cpu.json")
+    for row in on_cpu():
+        if row["N"] in (32768, 16384, 8192):
+            what = f"one attention, {tokens(row['N'])} tokens, {device(about)}, {row['dtype']}"
+            pair = row["dense_s"], row["whole_s"]
+            lines.append([what, "SDPA", *map(seconds, pair), times(*pair), f"{row['density']:.2f}, held"])
+    names = [f"[{path.name}](benchmarks/results/{path.name})" for path in _sources()]
+    return "\n".join(
+        [
+            *table(["what", "dense, by", "takes", "S2O", "faster", "share of pairs computed"], lines),
+            "",
+            *paragraph(
+                "¹ Time to the first token of Llama-3.1-8B's shape. Its weights are random, so the share is *held*: "
+                "fixed by hand. ² Synthetic input with topics, default settings. SDPA is PyTorch's own attention, by "
+                f"its fastest kernel. Files: {', '.join(names)}."
+            ),
+        ]
+    )
+
+
+def _sources() -> list[Path]:
+    return [newest("end-to-end"), newest("attention"), RESULTS / "cpu.json"]
+
+
+def page() -> str:
+    """docs/speed.md."""
+    sections: list[Callable[[], list[str]]] = [_first_token, _one_call, _where, _cpu, _servers, _gpus, _short]
+    return "\n".join([*_INTRO, *(line for section in sections for line in ["", *section()])]) + "\n"
+
+
+_INTRO = [
+    "# How fast is it?",
+    "",
+    "<!-- Written by `make figures` (benchmarks/speed_page.py). Change that file, not this page. -->",
+    "",
+    "The longer the prompt, the more you gain. On a GPU S2O begins to win between 8K and 16K tokens, on a CPU at about",
+    "8K. Below that length it runs dense attention by itself, so you lose nothing.",
+    "",
+    "![Time to the first token, and time of one attention against the length of the prompt](speed.png)",
+    "",
+    'A number of "times faster" says little alone. So each table names its baseline, and the *density*: the share of',
+    "query-key pairs that S2O computed. The density depends on your model and your text. `s2o explain` shows yours.",
+]
+_FROM_DOCS = "../benchmarks/results/"
+
+
+def _first_token() -> list[str]:
+    path = newest("end-to-end")
+    about, rows = read(path)
+    lines = [
+        [tokens(length), baseline, seconds(dense), seconds(ours), times(dense, ours), f"{density:.2f}"]
+        for length, baseline, dense, ours, density in first_token()
+    ]
+    peaks = {row["what"]: row["peak_GiB"] for row in rows if "peak_GiB" in row}
+    memory = f" Peak memory: {max(peaks.values()):g} GiB dense at most, {min(peaks.values()):g} GiB at least."
+    return [
+        "## Time to the first token",
+        "",
+        *paragraph(
+            f"A model of Llama-3.1-8B's shape in {about['dtype']} on one {device(about)}. It reads the prompt, fills "
+            "its cache, and gives the logits of the last token. The weights are random, and random weights give no "
+            f"density that means something: it is held at {about['density_held']:g}.{memory if peaks else ''}"
+        ),
+        "",
+        *table(["tokens", "dense, by", "dense", "S2O", "faster", "density"], lines),
+        "",
+        source(path, about, _FROM_DOCS),
+    ]
+
+
+def _one_call() -> list[str]:
+    path = newest("attention")
+    about, rows = read(path)
+    lines = []
+    for length, kernel, dense, ours in one_call():
+        here = {row["what"]: row for row in rows if row["length"] == length}
+        fa3 = here.get(FA3)
+        lines.append(
+            [
+                tokens(length),
+                f"{seconds(dense['ms'] / 1e3)} ({kernel.removeprefix('SDPA, ').removesuffix(' kernel')})",
+                seconds(fa3["ms"] / 1e3) if fa3 else "",
+                seconds(ours["ms"] / 1e3),
+                times(dense["ms"], ours["ms"]),
+                times(fa3["ms"], ours["ms"]) if fa3 else "",
+                f"{ours['density']:.2f}",
+                f"{ours['relative_error']:.0%}" if "relative_error" in ours else "",
+            ]
+        )
+    heads = ["tokens", "SDPA's fastest kernel", "FlashAttention-3", "S2O"]
+    heads += ["faster than SDPA", "than FA-3", "density", "error"]
+    shape = about["shape"]
+    return [
+        "## One attention on a GPU",
+        "",
+        *paragraph(
+            f"{shape['heads']} query heads on {shape['kv_heads']} key/value heads of {shape['head_dim']}, "
+            f"{about['dtype']}, causal, default settings, ranking included. The input is synthetic, with topics as "
+            "text has them. S2O was forced below 16K, where dense attention runs by default."
+        ),
+        "",
+        *table(heads, lines),
+        "",
+        source(path, about, _FROM_DOCS),
+    ]
+
+
+def _where() -> list[str]:
+    path = newest("attention")
+    about, rows = read(path)
+    lines = []
+    for length, _, dense, _ours_topical in one_call():
+        here = {row["what"]: row for row in rows if row["length"] == length}
+        noise, never = ours_on(here, "random"), ours_on(here, "never stops")
+        cells = [f"{times(dense['ms'], row['ms'])} ({row['density']:.2f})" for row in (noise, never)]
+        lines.append([tokens(length), *cells])
+    return [
+        "## Where it gains nothing",
+        "",
+        *paragraph(
+            "Pure noise has no important keys, and an input on which nothing may be left out has to be computed whole. "
+            "Times faster than SDPA's fastest kernel, the density in brackets:"
+        ),
+        "",
+        *table(["tokens", "noise, default settings", "nothing left out"], lines),
+        "",
+        source(path, about, _FROM_DOCS),
+        "",
+        *paragraph(
+            "Decoding, training, and prompts below the crossover run dense attention. Small models with little "
+            "attention gain little: the rest of the model takes as long as before."
+        ),
+    ]
+
+
+def _cpu() -> list[str]:
+    path = RESULTS / "cpu.json"
+    about, _ = read(path)
+    lines = [
+        [
+            tokens(row["N"]),
+            row["dtype"],
+            seconds(row["dense_s"]),
+            seconds(row["whole_s"]),
+            times(row["dense_s"], row["whole_s"]),
+            f"{row['density']:.2f}",
+        ]
+        for row in on_cpu()
+    ]
+    return [
+        "## One attention on a CPU",
+        "",
+        f"{about['heads']} query heads on {about['kv_heads']} key/value heads of {about['head_dim']}, density held.",
+        "",
+        *table(["tokens", "dtype", "SDPA", "S2O", "faster", "density"], lines),
+        "",
+        source(path, about, _FROM_DOCS),
+        "",
+        *paragraph(
+            "A whole small model gains less. SmolLM2-135M at 8192 tokens was between 0.97 and 1.11 times as fast in "
+            "two runs of `make demo` on two cores "
+            "([notes](../benchmarks/notes/models.md#smollm2-135m-on-two-cpu-cores))."
+        ),
+    ]
+
+
+def _servers() -> list[str]:
+    path = RESULTS / "serving-h200.json"
+    about, rows = read(path)
+    packed = [row for row in rows if row["section"] == "packed"]
+    lines = []
+    for count, length in dict.fromkeys((row["sequences"], row["tokens"]) for row in packed):
+        here = {row["what"]: row for row in packed if (row["sequences"], row["tokens"]) == (count, length)}
+        ours, fa3 = here["S2O"], here["FlashAttention-3 varlen"]
+        pair = fa3["ms"] / 1e3, ours["ms"] / 1e3
+        lines.append([f"{count} of {tokens(length)}", *map(seconds, pair), times(*pair), f"{ours['density']:.2f}"])
+    return [
+        "## Several prompts in one tensor",
+        "",
+        "Servers join prompts. One attention over such a batch, topical input, default settings:",
+        "",
+        *table(["prompts", "FlashAttention-3 varlen", "S2O", "faster", "density"], lines),
+        "",
+        source(path, about, _FROM_DOCS),
+        "",
+        "Prompts of 2K tokens are below the crossover, so their attention is dense. Keys in pages cost 1 % more, and",
+        "prefills in chunks up to a fifth ([notes](../benchmarks/notes/serving.md)).",
+    ]
+
+
+def _gpus() -> list[str]:
+    path = RESULTS / "several-gpus-h200.json"
+    about, rows = read(path)
+    lines = [
+        [
+            tokens(row["tokens"]),
+            seconds(row["one_gpu_ms"] / 1e3),
+            seconds(row["context_parallel_ms"] / 1e3),
+            times(row["one_gpu_ms"], row["context_parallel_ms"]),
+        ]
+        for row in rows
+        if row["section"] == "operator"
+    ]
+    return [
+        "## Two GPUs",
+        "",
+        f"One attention by S2O on one GPU and on {about['ranks']}, at a density of {about['density_held']:g}",
+        "([several-gpus.md](several-gpus.md)):",
+        "",
+        *table(["tokens", "one GPU", "two GPUs", "faster"], lines),
+        "",
+        source(path, about, _FROM_DOCS),
+    ]
+
+
+def _short() -> list[str]:
+    path = newest("overhead")
+    about, rows = read(path)
+    short = [row for row in rows if row["section"] == "short"]
+    more, gpu = [row["host_more"] for row in short], [row["over_SDPA"] for row in short]
+    return [
+        "## What a short call costs",
+        "",
+        f"A call that runs dense takes {min(more):.0f} to {max(more):.0f} microseconds of the host more than SDPA, and",
+        f"{min(gpu):.2f} to {max(gpu):.2f} times its GPU time, from 16 to {max(row['N'] for row in short)} tokens.",
+        "In CUDA graphs the host costs nothing.",
+        "",
+        source(path, about, _FROM_DOCS),
+        "",
+        "## More",
+        "",
+        *paragraph(
+            "[benchmarks/README.md](../benchmarks/README.md) has every benchmark, its command and its file. On your "
+            "own model: `s2o bench`. On another GPU: [`s2o tune`](tune.md)."
+        ),
+    ]
+
+
+def benchmark_tables() -> str:
+    """The three tables of benchmarks/README.md: one call, whole models' first token, rivals at the same error."""
+    calls, first = _one_call(), _first_token()
+    rivals = [
+        "## At the same error",
+        "",
+        *paragraph(
+            "Density that a rule needs for an error, 8K tokens of Python's language reference, float32, mean over "
+            "heads and layers. Both rivals are rebuilt from their papers."
+        ),
+        "",
+    ]
+    lines, about, files = [], {}, []
+    for model, name in (("gemma3", "Gemma-3-270M"), ("smollm2", "SmolLM2-135M")):
+        path = RESULTS / f"rivals-{model}-cpu.json"
+        about, rows = read(path)
+        files.append(f"[{path.name}](results/{path.name})")
+        for section, rule in (("density at error", "S2O"), ("PBS-Attn", "PBS-Attn"), ("FlashPrefill", "FlashPrefill")):
+            row = next(row for row in rows if row["section"] == section and row.get("corrected", True))
+            lines.append([name, rule, *(f"{row[f'at {error}%']:.2f}" for error in (2, 5, 10))])
+    rivals += table(["model", "rule", "2 %", "5 %", "10 %"], lines)
+    rivals += ["", f"*{about['device']}, torch {about['torch']}, {about['date']}: {', '.join(files)}.*"]
+    text = "\n".join([*calls, "", *first, "", *rivals])
+    return text.replace("](../benchmarks/results/", "](results/")
+
+
+def with_tables(page: Path) -> str:
+    """A page's text with the tables that the files make."""
+    begin, end = MARKS[page]
+    head, _, rest = page.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    if not tail:
+        raise SystemExit(
+            f"{page.name}: expected the lines {begin} and {end}, got none. Add them where the table belongs."
+        )
+    tables = {README: readme_table, BENCHMARKS: benchmark_tables}[page]()
+    return f"{head}{begin}\n{tables}\n{end}{tail}"
+
+
+def main() -> None:
+    """Write all three pages."""
+    for path in MARKS:
+        path.write_text(with_tables(path))
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
