@@ -72,7 +72,7 @@ CASES = {
     "budget": ({"unread_rows": ~PADDED, "sinks": torch.zeros(4)}, {"error": 0.05}),
     "taus by head": ({}, {"tau": (0.1, 0.2, 0.3, 0.4), "error": 0.02}),
     "softcap": ({"softcap": 30.0}, {"tau": (0.1, 0.2, 0.3, 0.4)}),
-    "wide values": ({}, {}),
+    "wide values": ({}, {"tau": 0.5}),
     "mean query": ({}, {"ranking": "mean_query"}),
     "marked head": ({"dense_heads": [1], "return_lse": True}, {}),
 }
@@ -118,7 +118,7 @@ def test_other_work_than_launches_is_never_left_out(case, launches):
     own = case == "own rankings"
     for _ in range(3):
         launches.clear()
-        run(call_of(kept=None if own else PrefillCache()), options_of(ranking_per="head" if own else "group"))
+        run(call_of(kept=None if own else PrefillCache()), options_of(tau=0.5, ranking_per="head" if own else "group"))
         assert len(launches) == 16
     assert list(prepared._lists.values()) == ([None] if own else [])
 
@@ -128,7 +128,7 @@ def test_a_call_of_many_slices_is_not_prepared(launches, monkeypatch):
     monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
     for _ in range(3):
         launches.clear()
-        run(call_of(), options_of())
+        run(call_of(), options_of(tau=0.5))
         assert len(launches) == 6 + 10 * 10
     assert list(prepared._lists.values()) == [None]
 
@@ -154,8 +154,8 @@ CHANGES = {
     "pages": [lambda call: pages(), lambda call: pages(63)],
 }  # fmt: skip
 """Changes of every field that launches depend on."""
-NOT_THEIRS = {"site", "return_lse", "fully_masked", "kept"}
-"""Fields that they do not depend on; beside a cache of a prefill nothing is prepared."""
+NOT_THEIRS = {"site", "return_lse", "fully_masked", "kept", "lengths"}
+"""Fields that they do not depend on. Beside a cache of a prefill, or lengths of the device, nothing is prepared."""
 
 
 def moved(x):
