@@ -49,7 +49,7 @@ The half that in-segment keys explain least cost 16 %."""
 NORMALISED = 32
 """Queries of each head whose normalisers are computed at a time."""
 
-CPU_ROWS = 512
+CPU_ROWS = 1024
 """The same on a CPU, where products cost as much as attention to the keys that they would save."""
 
 
