@@ -281,7 +281,7 @@ class TestOnCuda:
         for name in ("query", "key", "value"):
             for _ in range(3):
                 odd = call.but(**{name: moved(getattr(call, name))})
-                assert odd.tensors != call.tensors
+                assert getattr(odd, name).data_ptr() % 16
                 for x, y in zip(expected[:2], run(odd, options)[:2], strict=True):
                     torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
 
