@@ -154,9 +154,11 @@ class OperatorOptions:
         """The options as keyword arguments of ``torch.ops.s2o.attention``.
 
         Operator schemas have no int-or-str type, so None encodes "auto", and no float-or-list type, so ``head_tau``
-        stands for ``tau`` where each head has its own.
+        stands for ``tau`` where each head has its own. The default tau and error are no argument, as in the schemas.
         """
         options: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}
+        if (self.tau, self.error) == (DEFAULT_TAU, DEFAULT_ERROR):
+            options |= {"tau": None, "error": None}
         if isinstance(self.tau, tuple):
             options |= {"tau": None, "head_tau": list(self.tau)}
         return options | {"min_seq_len": None if self.min_seq_len == "auto" else self.min_seq_len}

@@ -104,7 +104,7 @@ def row_normaliser(
     if not len(keys):
         return query.new_full(query.shape[:4], float("inf"))
     columns = key[:, :, keys].float().transpose(-1, -2).contiguous()  # twice as fast in products
-    weight = torch.zeros(len(keys), device=device)
+    weight = torch.zeros(len(keys), device=device, dtype=torch.float32)
     weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log2(stride), 0.0)
     normaliser = query.new_empty(query.shape[:4])
     members = torch.arange(query.shape[2], device=device) % len(positions)

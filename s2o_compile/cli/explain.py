@@ -26,6 +26,7 @@ from s2o_compile.cli.options import (
     Tau,
     Text,
     check_json,
+    check_random_weights,
     choose_config,
     choose_device,
     load_any,
@@ -65,6 +66,7 @@ def explain(
 ) -> None:
     """List every attention of a model of transformers: rewritten or not and why, sparse or dense at this length."""
     check_json(json_file)
+    check_random_weights(model, random_weights=random_weights)
     with show_steps(Console(stderr=True)) as step:
         device = choose_device(device)
         config = choose_config(tau, config_file, error)

@@ -214,20 +214,23 @@ def load(model: str, tokens: int, device: str) -> tuple[Any, Any]:
     return loaded.to(device), tokenizer
 
 
+def check_random_weights(model: str, *, random_weights: bool) -> None:
+    """Raise OptionError where a model whose weights are at hand is asked for without them."""
+    if random_weights and model in KNOWN:
+        raise OptionError(
+            f"--random-weights: expected a directory or a hub name beside it, got {model!r}, whose weights are at "
+            "hand. Leave it out."
+        )
+
+
 def load_any(model: str, tokens: int, device: str, *, random_weights: bool = False) -> tuple[Any, Any]:
     """A model of any class of transformers in eval mode, and its tokenizer, or None if there is none.
 
     Raises:
         LoadingError: There is no such model, or it cannot be loaded whole.
         DemoUnavailableError: The packages that carry a known model are missing, or it does not read so many tokens.
-        OptionError: A known model is asked for with random weights.
     """
     if model in KNOWN:
-        if random_weights:
-            raise OptionError(
-                f"--random-weights: expected a directory or a hub name beside it, got {model!r}, whose weights are at "
-                "hand. Leave it out."
-            )
         return load_model(tokens, device, model)
     source, config = _config_of(model)
     kind = any_class(config)

@@ -36,8 +36,8 @@ def attend_exact(call: AttentionCall) -> Result:
         rows = torch.arange(first, last + 1, device=query.device)
         group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
         tile_query = query[b, group, first : last + 1].to(dtype).flatten(0, 1)
-        out = torch.zeros(len(tile_query), value_dim, device=query.device)
-        mass = torch.full(tile_query.shape[:1], -torch.inf, device=query.device)
+        out = torch.zeros(len(tile_query), value_dim, device=query.device, dtype=torch.float32)
+        mass = torch.full(tile_query.shape[:1], -torch.inf, device=query.device, dtype=torch.float32)
         for begin in range(start, stop, KEY_STEP):
             positions = torch.arange(begin, min(begin + KEY_STEP, stop), device=query.device)
             hidden = ~mask.visible(rows, positions)

@@ -157,7 +157,7 @@ class _Segment:
         self.own = self.stops - self.seg_start
         self.area = self.own.clone()
         self.tail = query.new_zeros(len(self.stops), TILE_LEN, dtype=torch.float32)
-        self.unvisited = torch.full((len(self.stops),), -1.0)
+        self.unvisited = torch.full((len(self.stops),), -1.0, dtype=torch.float32)
 
     def attend(self, tau: float | Tensor, into: Result, progress: Progress | None) -> None:
         """Pass 1 and pass 2; fills the segment's rows of ``into`` and ``progress``."""
@@ -193,7 +193,10 @@ class _Segment:
 
     def _taus(self, tau: float | Tensor) -> Tensor:
         """The tau of every tile, [G * tiles]."""
-        taus = torch.full((self.group,), tau) if not isinstance(tau, Tensor) else tau[..., self.heads].cpu()
+        if isinstance(tau, Tensor):
+            taus = tau[..., self.heads].cpu()
+        else:
+            taus = torch.full((self.group,), tau, dtype=torch.float32)
         return (taus[self.b] if taus.dim() == 2 else taus).repeat_interleave(self.tiles)
 
     def _load(self) -> Tensor:

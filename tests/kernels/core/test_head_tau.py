@@ -76,8 +76,13 @@ def test_a_head_runs_as_if_all_had_its_tau(device, implementation, scratch, inpu
     inputs = inputs_of(device)
     together = run(inputs, TAUS, implementation)
     for head, tau in enumerate(TAUS):
-        for ours, alone in zip(together, run(inputs, tau, implementation), strict=True):
-            assert torch.equal(ours[:, head], alone[:, head]), head
+        alone = run(inputs, tau, implementation)
+        assert torch.equal(together[2][:, head], alone[2][:, head]), head
+        for ours, theirs in zip(together[:2], alone[:2], strict=True):
+            if implementation == "triton":
+                assert torch.equal(ours[:, head], theirs[:, head]), head
+            else:  # a CPU multiplies the tiles of all heads that go on at once, and sums as their number has it
+                torch.testing.assert_close(ours[:, head], theirs[:, head], rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("taus", [TAUS[:3], (*TAUS, 1.0)])
