@@ -51,6 +51,11 @@ STEPS = (
         ],
     ),
     (
+        "Is everything here that S2O needs, and what is fast on this machine? `yes` is good, `no` is an extra that is "
+        "missing, with its remedy below the table.",
+        ["fresh/bin/s2o doctor"],
+    ),
+    (
         "A model of your own: a folder that `save_pretrained` wrote. Here it is SmolLM2-135M. And a long text.",
         [
             "ls my-model",

@@ -65,7 +65,7 @@ def bench(
         step.expect(STEPS * len(inputs), _seconds_of_a_step(loaded, inputs))
         found = bench_model(loaded, inputs, config, progress=step)
     found = dataclasses.replace(found, model=full_name(model), notes=notes)
-    show(json_file, found.to_json, lambda console: _print(console, found))
+    show(json_file, found.to_json, lambda console: print_benchmark(console, found))
 
 
 def _inputs(
@@ -97,10 +97,12 @@ def _seconds_of_a_step(model: Any, inputs: list[dict[str, Tensor]]) -> float | N
     return 2 * sum(seconds_to_read(model, x["input_ids"]) for x in inputs) / len(inputs)
 
 
-def _print(console: Console, found: Benchmark) -> None:
-    table = Table(title=found.title, box=None)
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=name == "way")
+def print_benchmark(console: Console, found: Benchmark) -> None:
+    """The figures as a table, what a reader must know of them, and the verdict."""
+    table = Table(title=found.title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in HEADER:  # two of them wrap, so that 80 characters are enough
+        wraps = name in ("compile s", "peak GiB")
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=not wraps)
     before = ""
     for cells in found.lines():
         if cells[0] and before:

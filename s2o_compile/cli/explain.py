@@ -44,8 +44,15 @@ from s2o_compile.report import Report, Site, shortened
 TOKENS = 512
 """Tokens of a text by default."""
 
-OTHERS = 54
-"""Characters of a row behind the name of its sites."""
+COLUMNS = "sites", "length", "mask", "result", "density", "error"
+NARROWED = "result", "mask", "sites", "error", "density"
+"""Columns that give up width in a narrow terminal, the first one first. All but the names wrap, between words."""
+
+SHORTEST_NAME = 20
+"""Characters of a name that are shown at least."""
+
+GAP = 2
+"""Blanks behind a column."""
 
 
 def explain(
@@ -80,7 +87,8 @@ def explain(
             step.expect(1, 2 * seconds_to_read(loaded, made.inputs["input_ids"]))
         with step("running it, as it is and compiled"), torch.no_grad():
             report = explain_model(loaded, **made.inputs, config=config)  # pyright: ignore[reportArgumentType]
-    remark = _why_dense(report, config, torch.device(device), dtype_of(loaded))
+    readable = longest_text(loaded) or NEVER if made.inputs.keys() == {"input_ids"} else 0
+    remark = _why_dense(report, config, torch.device(device), dtype_of(loaded), readable)
 
     def to_json() -> str:
         fields = ("graphs", "graph_breaks", "pass_seconds", "unknown_sites", "audit_error")
@@ -98,8 +106,16 @@ def explain(
     show(json_file, to_json, print_it)
 
 
-def _why_dense(report: Report, config: S2OConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Why rewritten attentions ran dense at this length, and how to see them sparse; empty if none did."""
+def _why_dense(report: Report, config: S2OConfig, device: torch.device, dtype: torch.dtype, readable: int) -> str:
+    """Why rewritten attentions ran dense at this length, and how to see them sparse; empty if none did.
+
+    Args:
+        report: What ran.
+        config: Its settings.
+        device: The model's.
+        dtype: The model's.
+        readable: Longest text that the model reads; 0 if --tokens does not set the length of its attentions.
+    """
     short = [site for site in report.sites if site.rewritten and site.path == "dense"]
     keys = [int(length) for site in short for length in site.key_shape[2:3] if length.isdecimal()]
     if not keys:
@@ -111,8 +127,11 @@ def _why_dense(report: Report, config: S2OConfig, device: torch.device, dtype: t
         return f"{says}fewer than {TILE_LEN} queries, or all of their heads are marked dense."
     if shortest >= NEVER:
         return f"{says}dense attention is faster here at any length. --min-seq-len 0 makes them sparse all the same."
+    tokens = f"--tokens {shortest} shows them sparse" if readable >= shortest else ""
+    if max(keys) < TILE_LEN:
+        return f"{says}S2O needs at least {TILE_LEN} queries.{tokens and f' {tokens}.'}"
     says += f"S2O begins at {shortest} (min_seq_len{' of this device' if automatic else ''})."
-    return f"{says} --tokens {shortest} shows them sparse, --min-seq-len 0 makes them sparse at this length."
+    return f"{says} {tokens and f'{tokens}, '}--min-seq-len 0 makes them sparse at this length."
 
 
 def _range(values: Iterable[float | None], form: str) -> str:
@@ -138,26 +157,45 @@ def _length(site: Site) -> str:
     return keys if queries == keys else f"{queries}x{keys}"
 
 
+def _widths(rows: list[tuple[str, ...]], room: int) -> dict[str, int]:
+    """Widths of the columns, narrowed until they fit into so many characters, while no word is cut."""
+    columns = dict(zip(COLUMNS, zip(COLUMNS, *rows, strict=True), strict=True))
+    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
+    excess = sum(widths.values()) + GAP * len(COLUMNS) - room
+    for name in NARROWED:
+        longest_word = max(len(word) for cell in columns[name] for word in cell.split())
+        spare = widths[name] - (min(SHORTEST_NAME, widths[name]) if name == "sites" else longest_word)
+        narrowed = min(max(excess, 0), spare)
+        widths[name] -= narrowed
+        excess -= narrowed
+    return widths
+
+
 def print_report(console: Console, report: Report) -> None:
     """The sites as a table; runs of layers that fared alike share a row."""
     if not report.sites:
         console.print(str(report), style="bold red")
         return
-    table, reasons = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), []
-    for name in ("sites", "length", "mask", "result", "density", "error"):
-        table.add_column(name, no_wrap=name not in ("mask", "result"))
+    rows, colours, reasons = [], [], []
     alike = "rewritten", "reason", "mask", "query_shape", "key_shape", "dense_heads", "unheld_error", "path", "found"
     same = attrgetter(*alike)
     for _, run in groupby(report.sites, same):
         site, *others = run
-        name = shortened(_range_of_names([x.name for x in (site, *others)]), max(console.width - OTHERS, 20))
         density = _range((x.density for x in (site, *others) if x.path != "dense"), "{:.3f}")
         error = _range((x.error for x in (site, *others)), "{:.1%}")
         result, colour = site.result, "yellow" if site.path in ("dense", "masked") else "green"
         if not site.rewritten:  # a long text, which would make the column narrow
             reasons += [] if site.reason in reasons else [site.reason]
             result, colour = f"{'dense' if site.found else 'not found'} [{1 + reasons.index(site.reason)}]", "red"
-        table.add_row(Text(name), _length(site), Text(site.mask or "-"), Text(result, colour), density, error)
+        names = _range_of_names([x.name for x in (site, *others)])
+        rows.append((names, _length(site), site.mask or "-", result, density, error))
+        colours.append(colour)
+    widths = _widths(rows, console.width)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, width=widths[name])
+    for (names, length, mask, result, *figures), colour in zip(rows, colours, strict=True):
+        table.add_row(Text(shortened(names, widths["sites"])), length, Text(mask), Text(result, colour), *figures)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"[{number}] {reason}", highlight=False, markup=False)

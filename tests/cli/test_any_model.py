@@ -1,5 +1,6 @@
 """`s2o explain` and `s2o bench` on models of every kind, with inputs made from their configuration."""
 
+import io
 import json
 
 import pytest
@@ -8,8 +9,16 @@ import torch
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
+from rich.console import Console  # noqa: E402
+
+from s2o_compile import S2OConfig  # noqa: E402
+from s2o_compile.cli.bench import print_benchmark  # noqa: E402
+from s2o_compile.cli.explain import print_report  # noqa: E402
+from s2o_compile.report import Report, Site  # noqa: E402
 from s2o_compile.speed import bench as bench_module  # noqa: E402
 from s2o_compile.speed import measure  # noqa: E402
+from s2o_compile.speed.benchmark import Benchmark, Row  # noqa: E402
+from s2o_compile.speed.measure import Timing  # noqa: E402
 
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97}
 IMAGE = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
@@ -165,3 +174,51 @@ def test_bench_of_images(s2o, tmp_path, eager):
     assert [row["tokens"] for row in found["rows"]] == [170]  # an image has one size
     assert found["rows"][0]["loss_dense"] is None
     assert "made inputs: pixel_values 1x3x208x208" in found["notes"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_explain_gives_no_advice_that_fails(s2o, folders):
+    """--tokens sets no size of an image, and below one tile --min-seq-len 0 changes nothing."""
+    images = explained(s2o, folders / "ViTForImageClassification", "--tokens", 200)["remark"]
+    assert "--tokens" not in images
+    assert "--min-seq-len 0 makes them sparse at this length." in images
+    short = explained(s2o, folders / "LlamaForCausalLM", "--tokens", 100, "--min-seq-len", 0)["remark"]
+    assert "S2O needs at least 128 queries. --tokens 128 shows them sparse." in short
+    assert "--min-seq-len" not in short
+
+
+def row(name, **fields):
+    shapes = {"query_shape": ("1", "9", "8192", "64"), "key_shape": ("1", "3", "8192", "64")}
+    alike = {"rewritten": True, "reason": "", "mask": "causal", "dtype": "float32", "path": "s2o", "density": 0.2}
+    return Site(**{"name": name, **shapes, **alike, "error": 0.02, **fields})
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_a_narrow_table_cuts_names_alone(width):
+    layers = [row(f"model.layers.{x}.self_attn", density=0.1 + x / 40, error=0.1 + x / 300) for x in range(30)]
+    odd = [
+        row("base_model.model.model.decoder.layers.31.encoder_attn", path="dense", mask="causal, window 4096"),
+        row("visual.blocks.3.attn", unheld_error=0.1),
+    ]
+    text = io.StringIO()
+    print_report(Console(file=text, width=width), Report(sites=(*layers, *odd), graphs=1))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for word in ("rewritten", "(FlexAttention)", "causal", "window", "0.100", "0.825", "10.0%", "19.7%", "error"):
+        assert word in text.getvalue()
+    assert ("model.layers.0…29.self_attn" in text.getvalue()) == (width > 80)
+
+
+def test_the_bench_table_fits_80_columns():
+    def way(seconds):
+        return Timing(seconds=seconds, first_seconds=123.4, calls=1, peak_bytes=17 << 30)
+
+    ways = {"plain": way(123.4), "compiled": way(100.2), "s2o": way(99.9)}
+    figures = {"density": 0.123, "error": 0.021, "loss_dense": 12.3456, "loss_s2o": 12.3467}
+    made = Row(tokens=131072, **ways, sparse=30, sites=30, **figures)
+    found = Benchmark(model="smollm2", device="cpu (2 threads)", dtype="float32", config=S2OConfig(), rows=(made,))
+    text = io.StringIO()
+    print_benchmark(Console(file=text, width=80), found)
+    assert "…" not in text.getvalue()
+    for word in ("seconds", "123.400", "12.3456", "+0.0011"):
+        assert word in text.getvalue()
