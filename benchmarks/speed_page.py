@@ -66,8 +66,8 @@ def readme_table() -> str:
             *paragraph(
                 "¹ Time to the first token of Llama-3.1-8B's shape. Its weights are random, so the share is *held*: "
                 "fixed by hand. ² Synthetic input with topics, `S2OConfig(tau=0.5)`; [the default takes "
-                f"{_ceiling_costs()} % more](docs/speed.md#what-the-default-costs). SDPA is PyTorch's own attention, by "
-                f"its fastest kernel. Files: {', '.join(names)}."
+                f"{_ceiling_costs()} % more](docs/speed.md#what-the-default-costs). SDPA is PyTorch's own attention, "
+                f"by its fastest kernel. Files: {', '.join(names)}."
             ),
         ]
     )
