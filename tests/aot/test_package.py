@@ -17,9 +17,10 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.aot import lower_ops, package
 from s2o_compile.cli.demo import load_model
-from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.core import plan, tuned
 from s2o_compile.kernels.impl.aot import attention as decomposition
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
+from s2o_compile.kernels.ranking import slots
 from s2o_compile.kernels.support import torch_inductor
 from tests.conftest import quick_rows
 from tests.helpers.tiny import tiny_input, tiny_model
@@ -61,9 +62,11 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
 def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
+    monkeypatch.setattr(slots, "has_amx", lambda: False)  # a package ranks as on a CPU without tiles
+    monkeypatch.setattr(plan, "descending_order", lambda x: x.sort(descending=True, stable=True).indices.int())
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "CPU_ROWS", 256)
-    keywords = dict(KINDS[kind])
+    keywords = {"tau": 0.5, **KINDS[kind]}  # a package holds no ceiling
     ahead, value_dim = keywords.pop("ahead", 0), keywords.pop("value_dim", 16)
     given = {"padded": keywords.pop("padded", False), "sinks": keywords.pop("sinks", False), "value_dim": value_dim}
     batch, n_queries = Dim("batch", min=1, max=8), Dim("queries", min=1, max=4096)
