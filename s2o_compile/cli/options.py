@@ -102,8 +102,8 @@ def choose_config(
         text = read_file("--config", file)
         try:
             config = S2OConfig.from_json(text)
-        except OptionError as error:
-            raise OptionError(f"--config {shown(str(file))}: {error}") from error
+        except OptionError as refused:
+            raise OptionError(f"--config {shown(str(file))}: {refused}") from refused
         if config.min_seq_len == "auto":
             config = dataclasses.replace(config, min_seq_len=fields.get("min_seq_len", "auto"))
     if tau is None and error is None:
