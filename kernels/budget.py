@@ -73,7 +73,7 @@ def first_tau(call: AttentionCall, tau: float | Tensor) -> Tensor:
     shape = call.query.shape[:2]
     if isinstance(tau, Tensor):
         return tau.expand(shape).clone(memory_format=torch.contiguous_format)
-    return torch.full(shape, tau, device=call.query.device)
+    return torch.full(shape, tau, dtype=torch.float32, device=call.query.device)
 
 
 def lowering(

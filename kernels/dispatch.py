@@ -185,7 +185,7 @@ def run_planned(
         else:
             plan = replace(plan, tail_value=planner.tail_values(ready, plan.segment_len, implementation))
             result = empty_result(ready.query, ready.value.shape[3])
-            schedule.attend_planned(ready, plan, tau, options.error, implementation, result)
+            schedule.attend_planned(ready, plan, tau, options.ceiling, implementation, result)
         measured = measure(ready, result, options)
     record(call, "s2o", result.computed, measured, unheld_error=_unheld(options, call.query))
     return finish(call, result.output, result.lse)

@@ -180,7 +180,7 @@ class _Attending:
         if not self._errors:
             return None
         batch, heads = self._call.query.shape[:2]
-        total = torch.zeros(2, batch, heads, device=self._call.query.device)
+        total = torch.zeros(2, batch, heads, dtype=torch.float32, device=self._call.query.device)
         for members, sums in self._errors:
             total[:, :, members] += sums
         return total

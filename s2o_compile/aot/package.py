@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.errors import PackageError
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.tuned import crossover
+from s2o_compile.kernels.core.tuned import LONG, crossover, why_never
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
 from s2o_compile.kernels.support.files import try_writing
 from s2o_compile.kernels.support.torch_compat import require, schema_of
@@ -257,4 +257,5 @@ def _why_dense(node: fx.Node, call: Mapping[str, Any]) -> str:
         return "its scale is not positive"
     if len(set(call["dense_heads"] or ())) == call["key"].shape[1]:
         return "all its heads are marked dense"
-    return ""
+    shortest = "auto" if call["min_seq_len"] is None else call["min_seq_len"]
+    return why_never(LONG, shortest, call["query"].device, call["query"].dtype)

@@ -15,10 +15,12 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.aot import lower_ops
+from s2o_compile.aot import lower_ops, package
 from s2o_compile.cli.demo import load_model
+from s2o_compile.kernels.core import plan, tuned
 from s2o_compile.kernels.impl.aot import attention as decomposition
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
+from s2o_compile.kernels.ranking import slots
 from s2o_compile.kernels.support import torch_inductor
 from tests.conftest import quick_rows
 from tests.helpers.tiny import tiny_input, tiny_model
@@ -60,9 +62,11 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
 def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
+    monkeypatch.setattr(slots, "has_amx", lambda: False)  # a package ranks as on a CPU without tiles
+    monkeypatch.setattr(plan, "descending_order", lambda x: x.sort(descending=True, stable=True).indices.int())
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "CPU_ROWS", 256)
-    keywords = dict(KINDS[kind])
+    keywords = {"tau": 0.5, **KINDS[kind]}  # a package holds no ceiling
     ahead, value_dim = keywords.pop("ahead", 0), keywords.pop("value_dim", 16)
     given = {"padded": keywords.pop("padded", False), "sinks": keywords.pop("sinks", False), "value_dim": value_dim}
     batch, n_queries = Dim("batch", min=1, max=8), Dim("queries", min=1, max=4096)
@@ -179,13 +183,20 @@ def test_a_budget_that_is_not_measured_is_warned_of(monkeypatch, tmp_path):
         s2o_compile.package(program, tmp_path / "model.pt2")
 
 
-def test_the_ceiling_of_the_default_is_left_out_and_said(monkeypatch, tmp_path):
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """Packages are empty files."""
+
     def write(*_, package_path, inductor_configs, **__):
         inductor_configs["joint_custom_pre_pass"].ran = True
         zipfile.ZipFile(package_path, "w").close()
         return package_path
 
     monkeypatch.setattr(torch_inductor, "aoti_compile_and_package", write)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_the_ceiling_of_the_default_is_left_out_and_said(tmp_path):
     said = {}
     for name, quality in {"default": {}, "tau": {"tau": 0.5}}.items():
         program = s2o_compile.export(tiny_model(), (tiny_input(),), config=S2OConfig(**quality))
@@ -193,6 +204,27 @@ def test_the_ceiling_of_the_default_is_left_out_and_said(monkeypatch, tmp_path):
     assert (said["default"].unheld_error, said["tau"].unheld_error) == (0.1, None)
     assert "error 0.1 not held: a package measures nothing and goes by tau" in str(said["default"])
     assert "not held" not in str(said["tau"])
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("min_seq_len", [None, 0])
+def test_what_is_dense_at_any_length_says_so(min_seq_len, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+    tuned.forget()
+    tensors = [x.bfloat16() for x in inputs(300, 300, padded=False, sinks=False)[:3]]
+    length = Dim("length", min=1)
+    module = Attention(min_seq_len=min_seq_len, causal=True, site="attn")
+    program = torch.export.export(module, (*tensors, None, None), dynamic_shapes=(*({2: length},) * 3, None, None))
+    written = s2o_compile.package(program, tmp_path / "model.pt2")
+    decomposed = program.run_decompositions(package._decompositions())
+    branches = [node for node in decomposed.graph.nodes if node.target is torch.ops.higher_order.cond]
+    tuned.forget()
+    if min_seq_len is None:
+        assert written.dense["attn"].startswith("bfloat16 on this CPU: SDPA is faster at any length")
+        assert (written.sparse, written.unheld_error, branches) == ((), None, [])
+    else:
+        assert (written.sparse, written.dense) == (("attn",), {})
+        assert branches
 
 
 def test_arguments_are_checked(tmp_path):

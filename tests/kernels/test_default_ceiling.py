@@ -110,9 +110,14 @@ def test_few_rounds_where_the_first_tau_is_far_below_the_budget():
 @pytest.mark.parametrize("quality", [{"tau": 0.0}, {"tau": 0.0, "error": 0.1}, {"tau": 1.0}, {"error": 0.0}], ids=str)
 def test_nothing_is_measured(quality, monkeypatch):
     monkeypatch.setattr("s2o_compile.kernels.schedule.attend_within", lambda *_: pytest.fail("measured"))
-    output, _ = attend(topical(), quality)
-    if 0.0 in quality.values():
-        assert distance(output, exact(topical())) < 1e-5
+    inputs, config = topical(), S2OConfig(**SHORT, **quality)
+    planned = s2o_compile.plan(*inputs, causal=True, config=config)
+    for output in (
+        attend(inputs, quality)[0],
+        s2o_compile.attention(*inputs, causal=True, plan=planned, config=config),
+    ):
+        if 0.0 in quality.values():
+            assert distance(output, exact(inputs)) < 1e-5
 
 
 def test_a_call_without_a_configuration_holds_it():

@@ -329,6 +329,17 @@ def test_the_default_dtype_is_nobodys_business(default_dtype, dtype, ranking, ma
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("given", [{}, {"window": 40, "softcap": 5.0}, {"config": {"tau": 0.3}}], ids=str)
+def test_the_default_dtype_changes_no_bit(default_dtype, given):
+    config = s2o_compile.S2OConfig(min_seq_len=0, segment_len=128, **given.get("config", {}))
+    query, key, value = (torch.randn(1, 2, 400, 16, dtype=torch.float32) for _ in range(3))
+    keywords = {"causal": True, "return_lse": True, **given, "config": config}
+    actual = s2o_compile.attention(query, key, value, **keywords)
+    torch.set_default_dtype(torch.float32)
+    expected = s2o_compile.attention(query, key, value, **keywords)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 @pytest.mark.parametrize("offset", [2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])

@@ -19,6 +19,7 @@ from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import taus_by_head
 from s2o_compile.kernels.core.plan import TILE_LEN, default_segment_len
+from s2o_compile.kernels.core.tuned import NEVER
 from s2o_compile.kernels.exact.dense_heads import query_heads, runs, take
 from s2o_compile.kernels.exact.epilogue import fill_rows, fully_masked_rows, sink_share
 from s2o_compile.kernels.exact.formula import attend_under
@@ -95,6 +96,7 @@ def attention(
         return closed(call, torch.cat([output for _, output in sorted(outputs, key=lambda x: x[0])], 1))
 
     sparse = attention_chunk is None and factor > 0 and len(set(dense_heads or ())) < key.shape[1]
+    sparse = sparse and min_seq_len < NEVER
     enough = torch.sym_min(query.shape[2] - TILE_LEN, key.shape[2] - min_seq_len) >= 0 if sparse else False
     # Copies in one dimension: operands of a branch may share no memory and must lie as they were traced. But query, key
     # and value are often views of one projection, and Inductor chooses the layout of its copies.
