@@ -103,7 +103,7 @@ LONG = 8192
 
 BUILT_IN = {
     "cpu": Entry(crossover=8192),  # the torch implementation, with real text
-    "cpu with AMX": Entry(crossovers={torch.bfloat16: NEVER}),  # benchmarks/results/cpu.json
+    "cpu with AMX": Entry(crossovers={torch.bfloat16: NEVER}),  # SDPA was 1.6 to 3 times as fast at 8K and 12K
     "NVIDIA H100": Entry(crossover=16384, launches=_HOPPER),  # synthetic input (benchmarks/README.md)
     "NVIDIA H200": Entry(launches=_HOPPER),  # the same multiprocessors
     "NVIDIA GH200": Entry(launches=_HOPPER),
