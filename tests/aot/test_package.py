@@ -60,10 +60,16 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
-def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
-    monkeypatch.setattr(slots, "has_amx", lambda: False)  # a package ranks as on a CPU without tiles
+@pytest.fixture
+def ranked_as_in_packages(monkeypatch):
+    """The operator ranks as packages do: without tiles of the CPU, by all bits of a score."""
+    monkeypatch.setattr(slots, "has_amx", lambda: False)
     monkeypatch.setattr(plan, "descending_order", lambda x: x.sort(descending=True, stable=True).indices.int())
+
+
+@pytest.mark.parametrize("kind", quick_rows(KINDS, ("padded", "softcap-sinks")))
+@pytest.mark.usefixtures("ranked_as_in_packages")
+def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
         monkeypatch.setattr(ranking_per_query, "CPU_ROWS", 256)
     keywords = {"tau": 0.5, **KINDS[kind]}  # a package holds no ceiling
@@ -107,10 +113,11 @@ class Layers(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ranked_as_in_packages")
 def test_alike_attentions_share_a_trace():
     module = Layers(
         Attention(causal=True, head_tau=[0.1, 0.9, 0.5, 2.0], site="a"),
-        Attention(causal=True, layout="BHND"),
+        Attention(causal=True, layout="BHND", tau=0.5),
         Attention(site="b", head_tau=[0.0, 0.2, 5.0, 0.5], causal=True),
         Attention(causal=True, tau=0.7),
     )
