@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
+from s2o_compile.kernels.impl.cpp import library as cpp_library
+from s2o_compile.kernels.impl.cpp import rank_per_query as cpp_per_query
 from s2o_compile.kernels.ranking import mean_query, per_query, tail, unvisited
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys
 
@@ -39,6 +42,7 @@ PREPARE: dict[str, Callable[[AttentionCall, int, int, FewKeys | None], ScoreKeys
     "per_query": per_query.prepare,
     "mean_query": _slice_by_slice(mean_query.score_keys),
 }
+PREPARE_BY_CPP = {**PREPARE, "per_query": partial(per_query.prepare, score=cpp_per_query.score_keys)}
 PREPARE_BY_TRITON = dict(PREPARE)
 if triton_per_query is not None and triton_mean_query is not None:
     PREPARE_BY_TRITON["per_query"] = triton_per_query.prepare
@@ -145,6 +149,8 @@ class Planner:
             assert triton_order is not None
             prepare, self._order_keys = PREPARE_BY_TRITON, triton_order.order_keys
             non_finite = triton_order.find_non_finite
+        elif cpp_library.serves(call.query.device):
+            prepare = PREPARE_BY_CPP
         self.shared = call.group if options.ranking_per == "group" else 1  # query heads that share a ranking
         if call.kept is not None:
             shapes = call.query.shape[1], *call.key.shape[1::2], call.value.shape[3]

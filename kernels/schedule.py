@@ -28,6 +28,8 @@ from s2o_compile.kernels.core.plan import (
 from s2o_compile.kernels.core.result import Result, empty_result, empty_state
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
+from s2o_compile.kernels.impl.cpp import forward as cpp_forward
+from s2o_compile.kernels.impl.cpp.library import serves
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
 from s2o_compile.kernels.streams import STREAMS, side_by_side
@@ -116,7 +118,10 @@ def attend_planned(
     call: AttentionCall, plan: Plan, tau: float | Tensor, error: float | None, implementation: str, into: Result
 ) -> None:
     """Attention over a plan by "torch" or "triton", below an error if there is one to hold."""
-    executor = triton_forward if implementation == "triton" else torch_forward
+    if implementation == "triton":
+        executor = triton_forward
+    else:
+        executor = cpp_forward if serves(call.query.device) else torch_forward
     assert executor is not None
     if error:
         attend_within(call, plan, tau, error, executor, SAMPLERS[implementation], into)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,15 +25,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, in_segment_starts_stops
 from s2o_compile.kernels.pages.sizes import Size, at_least
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys, choose_basis, project, solve_basis
-from s2o_compile.kernels.ranking.slots import (
-    TILE_DIMS,
-    log2_sum,
-    memory_for,
-    pack_keys,
-    pack_rows,
-    products_dtype,
-    score_slots,
-)
+from s2o_compile.kernels.ranking.slots import log2_sum, memory_for, pack_keys, pack_rows, score_slots
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STRIDE = 64
@@ -54,11 +47,11 @@ CPU_ROWS = 1024
 
 
 def few_dims(head_dim: int) -> int:
-    """A quarter of the head, rounded up to a power of two up to 64, less one for the normaliser.
+    """A quarter of the head, rounded up to a power of two up to 64, less one for the normaliser; at most the head.
 
     On a CPU twice as many cost the time that they save (SmolLM2, 8K); a GPU's packed rows have room for more of them.
     """
-    return (1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1
+    return min((1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1, head_dim)
 
 
 def scored_rows(segment_len: int, shared: int, device: torch.device) -> int:
@@ -82,6 +75,17 @@ def key_stride(n_keys: Size) -> Size:
     return at_least(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
+def outside_keys(end: int, own: tuple[int, int], stride: int, device: torch.device) -> tuple[Tensor, int]:
+    """Keys before ``end`` that a normaliser takes beside in-segment ones, int64 [n], and how many of them count once.
+
+    These are the last. A sample counts for ``stride`` keys.
+    """
+    sampled = torch.arange(0, end, stride, device=device) + stride // 2
+    first = torch.arange(min(FIRST_KEYS, end), device=device)
+    kept = [x[(x < own[0]) | (x >= own[1])] for x in (sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first)]
+    return torch.cat(kept), len(kept[1])
+
+
 def row_normaliser(
     query: Tensor, key: Tensor, mask: AttentionMask, *, positions: Tensor, own: tuple[int, int], stride: int
 ) -> Tensor:
@@ -89,21 +93,18 @@ def row_normaliser(
 
     Args:
         query: Queries of the segment, float32 [B, Hkv, G, n, R], scaled so that products are binary logarithms.
-        key: Keys, floating [B, Hkv, Nk, R].
+        key: Keys, float32 [B, Hkv, Nk, R].
         mask: The mask.
         positions: int64 [heads, n], ascending: where the queries stand; head g of a group has those of g modulo heads.
         own: In-segment keys [start, stop) of the segment.
         stride: Distance of the sampled prefix keys.
     """
     device, end = query.device, own[0] if mask.causal else key.shape[2]
-    sampled = torch.arange(0, end, stride, device=device) + stride // 2
-    first = torch.arange(min(FIRST_KEYS, end), device=device)
-    outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
-    outside = outside[(outside < own[0]) | (outside >= own[1])]
+    outside, _ = outside_keys(end, own, stride, device)
     keys = torch.cat([outside, torch.arange(*own, device=device)])
     if not len(keys):
         return query.new_full(query.shape[:4], float("inf"))
-    columns = key[:, :, keys].float().transpose(-1, -2).contiguous()  # twice as fast in products
+    columns = key[:, :, keys].transpose(-1, -2).contiguous()  # twice as fast in products
     weight = torch.zeros(len(keys), device=device, dtype=torch.float32)
     weight[: len(outside)] = torch.where(outside >= FIRST_KEYS, math.log2(stride), 0.0)
     normaliser = query.new_empty(query.shape[:4])
@@ -128,23 +129,20 @@ def row_normaliser(
     return normaliser.masked_fill_(normaliser == float("-inf"), float("inf"))
 
 
-def directions(query: Tensor) -> int:
-    """How many directions keys are compared in, for a query [B, Hq, Nq, D]."""
-    head_dim, in_tiles = query.shape[3], products_dtype(query.device) == torch.bfloat16
-    return min(TILE_DIMS if in_tiles else few_dims(head_dim), head_dim)
-
-
 def basis_of_samples(samples: AttentionCall) -> Basis:
     """The basis of a call whose every few queries and keys these are (``basis.dim_stride``)."""
-    return solve_basis(samples.query, samples.key, directions(samples.query))
+    return solve_basis(samples.query, samples.key, few_dims(samples.query.shape[3]))
 
 
 def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
-    """The keys of a call, without pages, in few dimensions: [B, Hkv, Nk, R] of the products' dtype."""
-    return project(call.key, basis.key).to(products_dtype(call.key.device))
+    """The keys of a call, without pages, in few dimensions: float32 [B, Hkv, Nk, R]."""
+    return project(call.key, basis.key)
 
 
-def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None) -> ScoreKeys:
+def prepare(
+    call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None,
+    score: Callable[[AttentionCall, Tensor, Tensor, int, int, int], Tensor] | None = None,
+) -> ScoreKeys:  # fmt: skip
     """The function that scores slices of a call; the basis and the samples go by the whole call.
 
     Args:
@@ -152,40 +150,40 @@ def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | 
         segment_len: Queries that share one ranking.
         shared: Query heads that share one ranking.
         made: The basis and the keys in it, if they were made before.
+        score: What scores a slice; `score_keys` if None.
     """
+    score = score or score_keys
     kept, few_keys = call.kept, None if made is None else made.keys
-    dims, dtype = directions(call.query), products_dtype(call.query.device)
 
     def chosen() -> Basis:
-        return made.basis if made is not None else choose_basis(call.query, call.key, dims)
+        return made.basis if made is not None else choose_basis(call.query, call.key, few_dims(call.query.shape[3]))
 
     basis = chosen() if kept is None else kept.once("basis", chosen)
     if kept is not None:
         first = kept.known("few keys", call.earlier_keys)
-        few = project(call.key[:, :, first:], basis.key).to(dtype)
-        few_keys = kept.extend("few keys", call.n_keys, first, few)
+        few_keys = kept.extend("few keys", call.n_keys, first, project(call.key[:, :, first:], basis.key))
     stride = key_stride(call.n_keys)
 
-    def score_keys(part: AttentionCall, heads: slice) -> Tensor:
+    def score_part(part: AttentionCall, heads: slice) -> Tensor:
         few = project(part.key, basis.key[:, heads]) if few_keys is None else few_keys[:, heads, : part.n_keys]
-        return _score_keys(part, basis.query[:, heads], few.to(dtype), stride, segment_len, shared)
+        return score(part, basis.query[:, heads], few, stride, segment_len, shared)
 
-    return score_keys
+    return score_part
 
 
-def _score_keys(
+def score_keys(
     call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
 ) -> Tensor:
     """Importance of every key for every segment, float32 [B, Hr, P, Nk]; see the module docstring.
 
-    ``factor`` is the basis of the queries, ``few_key`` [B, Hkv, Nk, R] the keys in theirs, of the products' dtype.
+    ``factor`` is the basis of the queries, ``few_key`` [B, Hkv, Nk, R] the keys in theirs.
     """
-    (query, key, _), mask, dtype = call.tensors, call.mask, few_key.dtype
+    (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys = key.shape[1:3]
     rankings = heads // kv_heads // shared  # of each key/value head
     query, factor = query.unflatten(1, (kv_heads, -1)), (factor * (call.scale / math.log(2)))[:, :, None]
-    key_columns = pack_keys(few_key, dtype)
+    key_columns = pack_keys(few_key)
     starts, stops = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     shape = batch, kv_heads * rankings, len(starts), n_keys
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
@@ -203,7 +201,7 @@ def _score_keys(
         rows = (rows.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)
         normaliser = row_normaliser(rows, few_key, mask, positions=positions, own=own, stride=stride)
         normaliser.masked_fill_(~real, float("inf"))
-        rows = pack_rows(rows, normaliser, dtype)  # [B, Hkv, G, whole slots, ..]
+        rows = pack_rows(rows, normaliser)  # [B, Hkv, G, whole slots, ..]
         rows = rows.flatten(2, 3).unflatten(2, (rankings, -1))
         memory = memory_for(rows)
         for b, h, ranking in itertools.product(*map(range, rows.shape[:3])):

@@ -11,7 +11,6 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import RANKINGS
 from s2o_compile.kernels.core.plan import TILE_LEN, prefix_mask
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
-from s2o_compile.kernels.ranking import slots as ranking_slots
 from s2o_compile.kernels.statistics import Call
 from tests.conftest import Case, assert_close, bounds, dense_area, distance, exact_attention, score_all, visible_pairs
 
@@ -233,7 +232,6 @@ class TestPlan:
         """
         inputs, segment_len = case.inputs(), 256
         monkeypatch.setattr(ranking_per_query, "CPU_ROWS", segment_len * case.heads // case.kv_heads // every)
-        monkeypatch.setattr(ranking_slots, "has_amx", lambda: False)
         actual = score_all(ranking_per_query.prepare, inputs, segment_len, case.heads // case.kv_heads)
         key = inputs.key.double().repeat_interleave(case.heads // case.kv_heads, dim=1)
         logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scale

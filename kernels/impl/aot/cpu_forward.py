@@ -42,7 +42,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, segment_len // TILE_LEN
     segments = (n_queries + segment_len - 1) // segment_len
-    basis = solve_basis(_samples(query), _samples(key), min(few_dims(head_dim), head_dim))
+    basis = solve_basis(_samples(query), _samples(key), few_dims(head_dim))
     few_query, few_key = project(query, basis.query) * scale, project(key, basis.key)
     non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)

@@ -1,6 +1,7 @@
 """Tiles that go on with a lower tau: where they would have come in one go, but for the rounding of the output."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import empty_progress
+from s2o_compile.kernels.impl.cpp import forward as cpp_forward
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import build_plan
 from tests.conftest import CUDA, INTERPRETED, Case, on
@@ -19,7 +21,7 @@ except ImportError:
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
 
-EXECUTORS = {"torch": torch_forward} | ({"triton": triton_forward} if triton_forward else {})
+EXECUTORS = {"torch": torch_forward, "cpp": cpp_forward} | ({"triton": triton_forward} if triton_forward else {})
 SMALL = (
     Case(queries=420, heads=2, head_dim=32, dtype="fp16"),
     Case(queries=200, keys=520, heads=2, head_dim=32, softcap=5.0, padding="left"),
@@ -33,7 +35,7 @@ LARGE = (
 CPU = pytest.param("cpu", marks=[])
 GROUPED = (Case(queries=900, batch=2, heads=4, kv_heads=2), Case(queries=700, keys=900, heads=4, kv_heads=1))
 CASES = [
-    *on(CPU, *(("torch", case) for case in (*SMALL, *GROUPED))),
+    *on(CPU, *itertools.product(("torch", "cpp"), (*SMALL, *GROUPED))),
     *(on(INTERPRETED, *(("triton", case) for case in SMALL)) if triton_forward else ()),
     *(on(CUDA, *(("triton", case) for case in LARGE)) if triton_forward else ()),
 ]
@@ -43,7 +45,7 @@ def begun(executor, case, device, segment_len=TILE_LEN):
     """The executor, a call, its plan, and the results and state of a first visit with a large tau."""
     forward = EXECUTORS[executor]
     call = case.inputs(device).call.for_kernels()
-    plan = build_plan(call, OperatorOptions(segment_len=segment_len, min_seq_len=0), executor)
+    plan = build_plan(call, OperatorOptions(segment_len=segment_len, min_seq_len=0), executor.replace("cpp", "torch"))
     plan = dataclasses.replace(plan, chunk_len=128)
     progress = empty_progress(call.query)
     first = forward.attend(call, plan, taus(call, 2.0), None, progress)

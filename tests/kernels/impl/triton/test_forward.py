@@ -21,7 +21,6 @@ from s2o_compile.kernels.impl.triton import rank_per_query as triton_ranking
 from s2o_compile.kernels.ranking import basis as ranking_basis
 from s2o_compile.kernels.ranking import mean_query as ranking_mean_query
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
-from s2o_compile.kernels.ranking import slots as ranking_slots
 from tests.conftest import (
     CUDA,
     INTERPRETED,
@@ -260,7 +259,6 @@ class TestRanking:
     def as_many_dims(self, monkeypatch):
         """A packed row holds more dimensions than the torch ranking takes of a small head."""
         monkeypatch.setattr(ranking_per_query, "few_dims", lambda head_dim: triton_ranking.packed_width(head_dim) - 2)
-        monkeypatch.setattr(ranking_slots, "has_amx", lambda: False)
 
     @pytest.mark.parametrize(
         ("device", "case", "rows"),
@@ -280,7 +278,7 @@ class TestRanking:
         prefix = prefix_mask(inputs.mask, case.queries, case.n_keys, segment_len, inputs.query.device)
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
-        count = min(ranking_per_query.few_dims(case.head_dim), case.head_dim)
+        count = ranking_per_query.few_dims(case.head_dim)
         basis = ranking_basis.choose_basis(inputs.query, inputs.key, count)
         query = ranking_basis.project(inputs.query, basis.query) * inputs.scale
         key = ranking_basis.project(inputs.key, basis.key)

@@ -1,0 +1,61 @@
+"""Scores of the "per_query" ranking in C++: what ``ranking.per_query`` defines, one segment a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.plan import in_segment_starts_stops
+from s2o_compile.kernels.impl.cpp import library
+from s2o_compile.kernels.impl.cpp.library import ALL, address, with_unit_stride
+from s2o_compile.kernels.ranking.per_query import outside_keys, scored_positions
+from s2o_compile.kernels.support.parallel import for_each
+
+_Ranking = library.structure(
+    "query factor key positions key_mask sampled scores",
+    "query_head query_row group heads rows dim few n_queries end n_sampled n_once own_start own_stop sees",
+    "scale sample_weight",
+)
+"""``struct Ranking`` of rank.cpp."""
+
+
+def score_keys(
+    call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
+) -> Tensor:
+    """Importance of every key for every segment; arguments as of ``ranking.per_query.score_keys``."""
+    rank_segment = library.load().s2o_rank  # pyright: ignore[reportOptionalMemberAccess]
+    query, few_key, factor = with_unit_stride(call.query.float()), few_key.contiguous(), factor.contiguous()
+    batch, heads, n_queries, dim = query.shape
+    mask, (kv_heads, n_keys, few) = call.mask, few_key.shape[1:]
+    rankings = heads // kv_heads // shared  # of each key/value head
+    ranges = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
+    starts, stops = (x.tolist() for x in ranges)
+    scores = torch.full((batch, kv_heads * rankings, len(starts), n_keys), float("-inf"), dtype=torch.float32)
+    key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
+    spread = scored_positions(segment_len, shared, query.device)
+
+    def segment(place: tuple[int, int, int]) -> None:
+        b, ranking, s = place
+        own = starts[s], stops[s]
+        end, kv = own[0] if mask.causal else n_keys, ranking // rankings
+        positions = (s * segment_len + spread).contiguous()
+        outside, once = outside_keys(end, own, stride, query.device)
+        argument = _Ranking(
+            query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(few_key, b, kv),
+            positions=address(positions), key_mask=address(key_mask, b), sampled=address(outside),
+            scores=address(scores, b, ranking, s), query_head=query.stride(1), query_row=query.stride(2), group=shared,
+            heads=len(positions), rows=positions.shape[1], dim=dim, few=few, n_queries=n_queries, end=end,
+            n_sampled=len(outside), n_once=once, own_start=own[0], own_stop=own[1],
+            sees=mask.offset + 1 if mask.causal else ALL, scale=call.scale / math.log(2),
+            sample_weight=math.log2(stride),
+        )  # fmt: skip
+        rank_segment(ctypes.byref(argument))
+
+    last_first = reversed(range(len(starts)))
+    for_each(segment, itertools.product(range(batch), range(scores.shape[1]), last_first), query.device)
+    return scores

@@ -1,0 +1,110 @@
+// Vectors as the compiler knows them (GCC and Clang), so that one source serves AVX-512, AVX2 and 128-bit machines.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+// Numbers of a vector, rows of a product and vectors of its columns: as many sums as the machine's registers hold.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8, VECTORS = 2;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 4, VECTORS = 2;
+#else
+constexpr int LANES = 4, ROWS = 4, VECTORS = 2;
+#endif
+constexpr int COLUMNS = LANES * VECTORS;
+constexpr float INFINITE = INFINITY, LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void store(float* x, Vector value) { *reinterpret_cast<Unaligned*>(x) = value; }
+inline Vector all(float x) { return x - Vector{}; }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+float largest(Vector x) {
+  float found = x[0];
+  for (int i = 1; i < LANES; ++i) found = x[i] > found ? x[i] : found;
+  return found;
+}
+
+float sum(Vector x) {
+  float found = 0;
+  for (int i = 0; i < LANES; ++i) found += x[i];
+  return found;
+}
+
+// 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126, NaN for NaN.
+inline Vector exp2(Vector x) {
+  const Vector shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector shifted = x + shift, rest = x - (shifted - shift);
+  Vector p = all(1.5403530e-4f);
+  p = p * rest + 1.3333558e-3f;
+  p = p * rest + 9.6181291e-3f;
+  p = p * rest + 5.5504109e-2f;
+  p = p * rest + 2.4022651e-1f;
+  p = p * rest + 6.9314718e-1f;
+  p = p * rest + 1.f;
+  const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
+  return x < -126.f ? Vector{} : (x == x ? scaled : x);
+}
+
+inline Vector tanh(Vector x) {
+  const Vector size = x < 0.f ? -x : x, square = x * x, falling = exp2(size * (-2 * LOG2_E));
+  const Vector large = (1.f - falling) / (1.f + falling);
+  Vector p = all(62.f / 2835);  // of the series, whose next term is below 1e-8 of x up to a quarter
+  p = p * square - 17.f / 315;
+  p = p * square + 2.f / 15;
+  p = p * square - 1.f / 3;
+  p = p * square + 1.f;
+  return size < 0.25f ? x * p : (x < 0.f ? -large : large);
+}
+
+// c [M, COLUMNS] = factors * c + a [M, depth] . panel [depth, COLUMNS]; without factors c is only written.
+template <int M>
+inline void product(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c, int64_t c_row,
+                    const float* factors) {
+  Vector sums[M][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v)
+      sums[i][v] = factors ? load(c + i * c_row + v * LANES) * factors[i] : Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector b[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + k * COLUMNS + v * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i * a_row + k] * b[v];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES, sums[i][v]);
+}
+
+struct Memory {
+  float* data = nullptr;
+  int64_t size = 0;
+  float* of(int64_t n) {
+    if (n > size) {
+      std::free(data);
+      size = whole(n, 16);
+      data = static_cast<float*>(std::aligned_alloc(64, 4 * size));
+    }
+    return data;
+  }
+  ~Memory() { std::free(data); }
+};
+thread_local Memory memory;  // fresh memory would cost page faults in every segment
+
+}  // namespace
