@@ -1,143 +1,181 @@
-// S2O forward of one segment in float32: pass 1 over its own keys, pass 2 over ranked keys until its tiles stop.
+// S2O forward of one segment: pass 1 over its own keys, pass 2 over ranked keys until its tiles stop.
 //
-// A segment is G heads of `rows` queries that share a ranking. A chunk of keys is gathered once, into panels of
-// COLUMNS keys or values, and serves every tile that has not stopped. Logits are binary; a row keeps its largest logit
+// A segment is G heads of `rows` queries that share a ranking. A chunk of keys is gathered once, into panels that its
+// products read in order, and serves every tile that has not stopped. Logits are binary; a row keeps its largest logit
 // and its sum, and the output before the division. The rule is that of core/stop_rule.py. No library is called.
-#include "simd.h"
+#include "floats.h"
+#include "halves.h"
 
 namespace {
 
 constexpr int64_t TILE_LEN = 128, OWN_STEP = 256;
 constexpr float TAIL_SHARE = 0.2f;
-static_assert(TILE_LEN % ROWS == 0 && OWN_STEP % COLUMNS == 0);
 
 }  // namespace
 
 extern "C" {
 
-// Strides count numbers, not bytes. The last stride of query, key, value and output is 1.
+// Strides count numbers, not bytes. The last stride of query, key, value and output is 1; they are float32, or all of
+// them bfloat16.
 struct Segment {
-  const float *query, *key, *value, *mean_value, *tau;
+  const void *query, *key, *value;
+  const float *mean_value, *tau;
   const uint8_t* key_mask;  // [keys], or null
   const int32_t* index;     // ranked prefix keys
-  float *output, *lse, *tail, *unvisited;  // tail and unvisited may be null
+  void* output;
+  float *lse, *tail, *unvisited;  // tail and unvisited may be null
   int32_t* computed;
   int64_t query_head, query_row, key_row, value_row, output_head, output_row, lse_head, lse_row, tail_head, tail_row;
   int64_t unvisited_head, computed_head;  // of tiles: their stride is 1
   int64_t group, rows, dim, value_dim, count, chunk_len;
   int64_t own_start, own_stop, sees;  // row i of the segment sees in-segment keys below sees + i
-  float scale, softcap;  // no cap: 0
+  float scale, softcap;               // scale > 0; no cap: 0
   int32_t resume;  // tiles whose estimate is not below tau go on from what output, lse, tail and computed hold
 };
 }
 
 namespace {
 
+template <typename Kind>
 struct Work {
+  typedef typename Kind::Number Number;
+  typedef typename Kind::Bits Bits;
+  static constexpr int64_t BLOCK = Kind::BLOCK;
+  static_assert(TILE_LEN % BLOCK == 0 && COLUMNS % Kind::STEP == 0);
+
   const Segment& s;
-  int64_t tiles, padded_rows, value_columns, widest;
-  float *query, *output, *highest, *mass, *gain, *left_out, *keys, *values, *logits, *factors;
-  bool finite;
+  int64_t tiles, padded_rows, dims, value_columns;
+  Number *query, *keys, *values, *weights;  // weights: the numbers that logits become, of the same memory in float32
+  float *output, *highest, *mass, *gain, *left_out, *logits;
+  const int32_t* index;  // which keys were gathered: these of the ranking, or those from `first_key` on
+  int64_t first_key, *spoiled, n_spoiled;  // gathered keys whose value is not finite
 
   explicit Work(const Segment& segment) : s(segment) {
     tiles = (s.rows + TILE_LEN - 1) / TILE_LEN;
-    padded_rows = whole(s.rows, ROWS);
+    padded_rows = whole(s.rows, BLOCK);
+    dims = whole(s.dim, Kind::STEP);
     value_columns = whole(s.value_dim, COLUMNS);
-    widest = whole(std::max(std::min(s.chunk_len, s.count), OWN_STEP), COLUMNS);
+    const int64_t widest = whole(std::max(std::min(s.chunk_len, s.count), OWN_STEP), COLUMNS);
     const int64_t all_rows = s.group * padded_rows;
-    const int64_t sizes[] = {all_rows * s.dim, all_rows * value_columns, all_rows, all_rows, all_rows, all_rows,
-                             widest * s.dim, widest * value_columns, widest * ROWS, ROWS};
-    float** parts[] = {&query, &output, &highest, &mass, &gain, &left_out, &keys, &values, &logits, &factors};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += whole(size, 16);
-    float* next = memory.of(total);
-    for (int i = 0; i < 10; ++i) *parts[i] = next, next += whole(sizes[i], 16);
+    char* next = nullptr;
+    for (const bool counts : {true, false}) {  // how much memory it takes, then where each part of it lies
+      const auto part = [&](auto*& place, int64_t n) {
+        if (!counts) place = reinterpret_cast<std::remove_reference_t<decltype(place)>>(next);
+        next += whole(n * sizeof(*place), 64);
+      };
+      part(query, all_rows * dims);
+      part(keys, widest * dims);
+      part(values, widest * value_columns);
+      part(output, all_rows * value_columns);
+      part(highest, all_rows);
+      part(mass, all_rows);
+      part(gain, all_rows);
+      part(left_out, all_rows);
+      part(logits, widest * BLOCK);
+      part(weights, Kind::IN_PLACE ? 0 : widest * BLOCK);
+      part(spoiled, widest);
+      if (counts) next = memory.of(next - static_cast<char*>(nullptr));
+    }
+    if constexpr (Kind::IN_PLACE) weights = logits;
   }
 
   int64_t tile_rows(int64_t tile) const { return std::min(TILE_LEN, s.rows - tile * TILE_LEN); }
 
-  // Queries of a tile, scaled so that products are binary logarithms; empty rows of the last block are zero.
   void read_queries(int64_t head, int64_t tile) {
     const int64_t first = tile * TILE_LEN, stop = std::min(first + TILE_LEN, padded_rows);
-    const float scale = s.scale * LOG2_E;
-    for (int64_t i = first; i < stop; ++i) {
-      float* to = query + (head * padded_rows + i) * s.dim;
-      const float* from = s.query + head * s.query_head + i * s.query_row;
-      for (int64_t d = 0; d < s.dim; ++d) to[d] = i < s.rows ? from[d] * scale : 0.f;
-    }
+    Number* to = query + (head * padded_rows + first) * dims;
+    std::memset(to, 0, (stop - first) * dims * sizeof(Number));
+    const Number* from = static_cast<const Number*>(s.query) + head * s.query_head + first * s.query_row;
+    for (int64_t i = 0; i < tile_rows(tile); ++i)
+      std::memcpy(to + i * dims, from + i * s.query_row, s.dim * sizeof(Number));
   }
 
-  // Keys and values [n] into panels; `index` says which rows, or they begin at `first`. Empty columns are zero.
-  void gather(const int32_t* index, int64_t first, int64_t n) {
-    finite = true;
-    Vector check{};
-    for (int64_t begin = 0; begin < n; begin += COLUMNS) {
-      float* panel = keys + begin * s.dim;
-      for (int64_t c = 0; c < COLUMNS; ++c) {
-        if (begin + c >= n) {
-          for (int64_t d = 0; d < s.dim; ++d) panel[d * COLUMNS + c] = 0.f;
-          continue;
-        }
-        const float* from = s.key + (index ? index[begin + c] : first + begin + c) * s.key_row;
-        for (int64_t d = 0; d < s.dim; ++d) panel[d * COLUMNS + c] = from[d];
-      }
+  const Number* value(int64_t j) const {
+    return static_cast<const Number*>(s.value) + (index ? index[j] : first_key + j) * s.value_row;
+  }
+
+  static bool finite(const Number* x, int64_t n) {
+    Bits found = 0;
+    for (int64_t d = 0; d < n; ++d) {
+      Bits bits;
+      std::memcpy(&bits, x + d, sizeof(Bits));
+      found |= Bits(bits & Kind::NOT_FINITE) == Kind::NOT_FINITE;
     }
-    const int64_t panels = value_columns / COLUMNS;
+    return !found;
+  }
+
+  // Keys and values [n] into panels. Empty places are zero, and so are values that are not finite: nothing times NaN
+  // is NaN, so they are added by themselves to the rows that see them.
+  void gather(const int32_t* ranked, int64_t first, int64_t n) {
+    const int64_t padded = whole(n, COLUMNS);
+    index = ranked, first_key = first, n_spoiled = 0;
+    if (n < padded || s.dim < dims) std::memset(keys, 0, padded * dims * sizeof(Number));
     for (int64_t j = 0; j < n; ++j) {
-      const float* from = s.value + (index ? index[j] : first + j) * s.value_row;
-      for (int64_t p = 0; p < panels; ++p) {
-        float* to = values + p * n * COLUMNS + j * COLUMNS;
-        const int64_t real = std::min<int64_t>(COLUMNS, s.value_dim - p * COLUMNS);
-        if (real == COLUMNS) {
-          for (int v = 0; v < VECTORS; ++v) {
-            const Vector x = load(from + p * COLUMNS + v * LANES);
-            store(to + v * LANES, x);
-            check += x * 0.f;
-          }
-          continue;
-        }
-        for (int64_t c = 0; c < COLUMNS; ++c) to[c] = c < real ? from[p * COLUMNS + c] : 0.f;
-        for (int v = 0; v < VECTORS; ++v) check += load(to + v * LANES) * 0.f;
-      }
+      const Number* key = static_cast<const Number*>(s.key) + (index ? index[j] : first + j) * s.key_row;
+      Kind::key(key, s.dim, j % COLUMNS, keys + j / COLUMNS * COLUMNS * dims);
     }
-    finite = sum(check) == 0.f;
+    for (int64_t j = 0; j < padded; ++j) {
+      const bool kept = j < n && finite(value(j), s.value_dim);
+      if (j < n && !kept) spoiled[n_spoiled++] = j;
+      for (int64_t p = 0; p < value_columns; p += COLUMNS)
+        Kind::value(kept ? value(j) + p : nullptr, kept ? s.value_dim - p : 0, j, values + p * padded);
+    }
   }
 
-  // Merge the first `depth` of n gathered keys into M rows. Row i sees `seen[i]` of them, where given: in-segment
-  // keys from `first` on, of which the key mask may hide some.
-  template <int M>
-  void merge(int64_t row, int64_t n, int64_t depth, const int64_t* seen, int64_t first) {
+  bool hidden(int64_t j) const { return !index && s.key_mask && !s.key_mask[first_key + j]; }
+
+  // Merge the first `depth` of n gathered keys into a block of rows; row i sees `seen[i]` of them, all if not given.
+  void merge(int64_t row, int64_t n, int64_t depth, const int64_t* seen) {
+    constexpr int64_t PADDED = BLOCK > LANES ? BLOCK : LANES;
     const int64_t columns = whole(depth, COLUMNS);
-    for (int64_t begin = 0; begin < columns; begin += COLUMNS)
-      product<M>(query + row * s.dim, s.dim, keys + begin * s.dim, s.dim, logits + begin, columns, nullptr);
-    const float cap = s.softcap * LOG2_E;
-    for (int64_t j = 0; cap && j < M * columns; j += LANES)
-      store(logits + j, tanh(load(logits + j) * (1.f / cap)) * cap);
-    for (int i = 0; i < M; ++i) {
+    float now[PADDED], base[PADDED], kept[PADDED], brought[PADDED];
+    Kind::logits(query + row * dims, keys, dims, columns, logits);
+    float scale = s.scale * LOG2_E;
+    if (s.softcap) {
+      const float cap = s.softcap * LOG2_E, inner = scale / cap;
+      for (int64_t j = 0; j < BLOCK * columns; j += LANES) store(logits + j, tanh(load(logits + j) * inner) * cap);
+      scale = 1.f;
+    }
+    for (int64_t i = 0; i < BLOCK; ++i) {
       float* x = logits + i * columns;
       const int64_t stop = seen ? std::min(std::max<int64_t>(seen[i], 0), depth) : depth;
       for (int64_t j = stop; j < columns; ++j) x[j] = -INFINITE;
-      if (seen && s.key_mask)
-        for (int64_t j = 0; j < stop; ++j) x[j] = s.key_mask[first + j] ? x[j] : -INFINITE;
+      if (!index && s.key_mask)
+        for (int64_t j = 0; j < stop; ++j) x[j] = hidden(j) ? -INFINITE : x[j];
       Vector high = load(x);
       for (int64_t j = LANES; j < columns; j += LANES) high = larger(load(x + j), high);
-      const float before = highest[row + i], now = std::max(before, largest(high));
-      const float base = now == -INFINITE ? 0.f : now;
+      now[i] = std::max(highest[row + i], largest(high) * scale);
+      base[i] = now[i] == -INFINITE ? 0.f : now[i];
+      kept[i] = highest[row + i] - base[i];
+      highest[row + i] = now[i];
+    }
+    for (int64_t i = 0; i < BLOCK; i += LANES) store(kept + i, exp2(load(kept + i)));
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      float* x = logits + i * columns;
       Vector total{};
       for (int64_t j = 0; j < columns; j += LANES) {
-        const Vector p = exp2(load(x + j) - base);
-        store(x + j, p);
+        const Vector p = exp2(load(x + j) * scale - base[i]);
+        Kind::weight(p, weights + i * columns + j);
         total += p;
       }
-      const float brought = sum(total), kept = before == -INFINITE ? 0.f : std::exp2(before - base);
-      const float joint = mass[row + i] * kept + brought, share = brought / joint;
-      highest[row + i] = now;
-      mass[row + i] = joint;
-      gain[row + i] = share == share ? share : 0.f;
-      factors[i] = kept;
+      brought[i] = sum(total);
     }
-    for (int64_t p = 0; p < value_columns; p += COLUMNS)
-      product<M>(logits, columns, values + p * n, depth, output + row * value_columns + p, value_columns, factors);
+    for (int64_t i = 0; i < BLOCK; ++i) {
+      mass[row + i] = mass[row + i] * kept[i] + brought[i];
+      const float share = brought[i] / mass[row + i];
+      gain[row + i] = share == share ? share : 0.f;
+    }
+    float* out = output + row * value_columns;
+    for (int64_t i = 0; i < BLOCK; ++i)
+      for (int64_t d = 0; kept[i] != 1.f && d < value_columns; d += LANES)
+        store(out + i * value_columns + d, load(out + i * value_columns + d) * kept[i]);
+    Kind::add(weights, columns, values, whole(n, COLUMNS), depth, value_columns, out);
+    for (int64_t k = 0; k < n_spoiled; ++k)
+      for (int64_t i = 0; i < BLOCK; ++i)
+        if (spoiled[k] < (seen ? std::min(seen[i], depth) : depth) && !hidden(spoiled[k]))
+          for (int64_t d = 0; d < s.value_dim; ++d)
+            out[i * value_columns + d] +=
+                Kind::read(weights[i * columns + spoiled[k]]) * Kind::read(value(spoiled[k])[d]);
   }
 
   // Pass 1 of all tiles.
@@ -146,23 +184,17 @@ struct Work {
       const int64_t n = std::min(OWN_STEP, s.own_stop - first);
       gather(nullptr, first, n);
       for (int64_t head = 0; head < s.group; ++head)
-        for (int64_t i = 0; i < padded_rows; i += ROWS) {
-          const int64_t row = head * padded_rows + i;
-          int64_t seen[ROWS];
-          for (int64_t r = 0; r < ROWS; ++r) seen[r] = std::min(s.sees + i + r - first, n);
-          if (seen[ROWS - 1] <= 0) continue;
-          if (finite)
-            merge<ROWS>(row, n, seen[ROWS - 1], seen, first);
-          else  // nothing times NaN is NaN: a row must not touch what it does not see
-            for (int64_t r = 0; r < ROWS; ++r)
-              if (seen[r] > 0) merge<1>(row + r, n, seen[r], seen + r, first);
+        for (int64_t i = 0; i < padded_rows; i += BLOCK) {
+          int64_t seen[BLOCK];
+          for (int64_t r = 0; r < BLOCK; ++r) seen[r] = std::min(s.sees + i + r - first, n);
+          if (seen[BLOCK - 1] > 0) merge(head * padded_rows + i, n, seen[BLOCK - 1], seen);
         }
     }
   }
 
-  // Pass 2: tiles visit chunks until the stop rule holds, from the key on that `visited` says; it returns the keys
-  // visited. A negative number: the tile does not take part.
-  void ranked(int64_t* visited, float* left_out, float* estimate) {
+  // Pass 2: tiles visit chunks until the stop rule holds. `visited` says from which key on, and then where they stopped;
+  // a negative number means that a tile does not take part.
+  void ranked(int64_t* visited, float* estimate) {
     bool can_stop = false;
     for (int64_t head = 0; head < s.group; ++head) can_stop |= s.tau[head] > 0;
     can_stop &= s.count >= 2 * s.chunk_len;
@@ -171,20 +203,20 @@ struct Work {
     for (int64_t t = 0; t < all_tiles; ++t) going[t] = visited[t] >= 0;
     for (int64_t start = 0; start < s.count; start += s.chunk_len) {
       const int64_t stop = std::min(start + s.chunk_len, s.count), n = stop - start;
-      bool any = false, later = false;
+      bool now = false, later = false;
       for (int64_t t = 0; t < all_tiles; ++t) {
-        any |= going[t] && visited[t] == start;
+        now |= going[t] && visited[t] == start;
         later |= going[t] && visited[t] > start;
       }
-      if (!any && !later) break;
-      if (!any) continue;
+      if (!now && !later) break;
+      if (!now) continue;
       gather(s.index + start, 0, n);
       const double reached = start + s.chunk_len;
       const double to_come = reached / s.chunk_len * std::max(std::log(s.count / reached), 0.0);
       for (int64_t t = 0; t < all_tiles; ++t) {
         if (!going[t] || visited[t] != start) continue;
         const int64_t head = t / tiles, first = head * padded_rows + t % tiles * TILE_LEN, rows = tile_rows(t % tiles);
-        for (int64_t i = 0; i < rows; i += ROWS) merge<ROWS>(first + i, n, n, nullptr, 0);
+        for (int64_t i = 0; i < rows; i += BLOCK) merge(first + i, n, n, nullptr);
         visited[t] = stop;
         if (!can_stop) continue;
         float unvisited = static_cast<float>(to_come);
@@ -211,8 +243,10 @@ struct Work {
       visited[t] = s.resume ? going_on(t / tiles, t % tiles) : 0;
       if (visited[t] >= 0) read_queries(t / tiles, t % tiles);
     }
+    Kind::begin();
     if (!s.resume) own_keys();
-    ranked(visited, left_out, estimate);
+    ranked(visited, estimate);
+    Kind::end();
     for (int64_t t = 0; t < all_tiles; ++t)
       if (visited[t] >= 0) write(t / tiles, t % tiles, visited[t], estimate[t]);
   }
@@ -229,11 +263,11 @@ struct Work {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = s.tail[head * s.tail_head + at * s.tail_row];
       const float lse = s.lse[head * s.lse_head + at * s.lse_row] - std::log1p(share);
-      const float* from = s.output + head * s.output_head + at * s.output_row;
+      const Number* from = static_cast<const Number*>(s.output) + head * s.output_head + at * s.output_row;
       highest[row] = lse * LOG2_E;
       mass[row] = lse == -INFINITE ? 0.f : 1.f;
       for (int64_t d = 0; d < s.value_dim; ++d)
-        output[row * value_columns + d] = from[d] * (1.f + share) - share * s.mean_value[d];
+        output[row * value_columns + d] = Kind::read(from[d]) * (1.f + share) - share * s.mean_value[d];
     }
     return s.computed[head * s.computed_head + tile] - own(tile);
   }
@@ -242,10 +276,10 @@ struct Work {
     for (int64_t i = 0; i < tile_rows(tile); ++i) {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = left_out[row], over = mass[row] == 0.f ? 0.f : 1.f / mass[row];
-      float* to = s.output + head * s.output_head + at * s.output_row;
+      Number* to = static_cast<Number*>(s.output) + head * s.output_head + at * s.output_row;
       for (int64_t d = 0; d < s.value_dim; ++d) {
         const float mean = output[row * value_columns + d] * over;
-        to[d] = share == 0.f ? mean : (mean + share * s.mean_value[d]) / (1.f + share);
+        to[d] = Kind::write(share == 0.f ? mean : (mean + share * s.mean_value[d]) / (1.f + share));
       }
       s.lse[head * s.lse_head + at * s.lse_row] = (highest[row] + std::log2(mass[row])) * LN_2 + std::log1p(share);
       if (s.tail) s.tail[head * s.tail_head + at * s.tail_row] = share;
@@ -257,4 +291,21 @@ struct Work {
 
 }  // namespace
 
-extern "C" void s2o_attend(const Segment* segment) { Work(*segment).run(); }
+extern "C" void s2o_attend(const Segment* segment) { Work<Floats>(*segment).run(); }
+
+// Whether this machine multiplies bfloat16 in tiles; only then s2o_attend_halves may be called.
+extern "C" int s2o_has_halves() {
+#ifdef HAS_HALVES
+  return Halves::allowed();
+#else
+  return 0;
+#endif
+}
+
+extern "C" void s2o_attend_halves(const Segment* segment) {
+#ifdef HAS_HALVES
+  Work<Halves>(*segment).run();
+#else
+  (void)segment;
+#endif
+}

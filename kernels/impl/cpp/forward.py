@@ -1,6 +1,7 @@
-"""S2O forward in C++, for CPUs: float32, one segment of the heads that share its ranking a call.
+"""S2O forward in C++, for CPUs, one segment of the heads that share its ranking a call.
 
-``forward.cpp`` beside it does what ``impl.torch.forward`` does. Sums are made in another order, so a tile at the edge
+Products are those of float32, or of bfloat16 where the CPU multiplies it in tiles (AMX). ``forward.cpp`` beside it does
+what ``impl.torch.forward`` does. Sums are made in another order, so a tile at the edge
 of the stop rule may end a chunk elsewhere.
 """
 
@@ -53,8 +54,13 @@ def _run(
     call: AttentionCall, plan: Plan, tau: float | Tensor, into: Result, progress: Progress | None, *, resume: bool
 ) -> None:
     """Every segment, one a thread."""
-    attend_segment = library.load().s2o_attend  # pyright: ignore[reportOptionalMemberAccess]
-    query, key, value = (with_unit_stride(x.float()) for x in call.tensors)
+    functions = library.load()
+    assert functions is not None
+    halves = call.query.dtype == torch.bfloat16 and functions.s2o_has_halves()
+    attend_segment, dtype = (
+        (functions.s2o_attend_halves, torch.bfloat16) if halves else (functions.s2o_attend, torch.float32)
+    )
+    query, key, value = (with_unit_stride(x.to(dtype)) for x in call.tensors)
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
     taus = torch.as_tensor(tau, dtype=torch.float32).expand(batch, heads).contiguous()
@@ -62,8 +68,8 @@ def _run(
     assert plan.tail_value is not None
     means = plan.tail_value.contiguous()
     key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
-    writes = into.output.dtype == torch.float32 and into.output.stride(3) == 1
-    output = into.output if writes else into.output.float().contiguous()
+    writes = into.output.dtype == dtype and into.output.stride(3) == 1
+    output = into.output if writes else into.output.to(dtype).contiguous()
     tail, unvisited = (None, None) if progress is None else progress
     rankings = index.shape[1]
     group = heads // rankings

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.h", "forward.cpp", "rank.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")
 SECONDS = 120

@@ -1,11 +1,13 @@
 // Scores of keys for one segment, by the definition of ranking/per_query.py: products with few numbers, reduced to
 // maxima over the queries of a slot as they are made, and summed over slots. Logarithms are binary until the end.
-#include "simd.h"
+#include "floats.h"
+#include "halves.h"
 
 namespace {
 
 constexpr int SLOTS = 64, HALF = ROWS / 2;  // maxima of HALF rows and their products fit into the registers together
-static_assert(SLOTS % ROWS == 0);
+constexpr int TILE = 16;
+static_assert(SLOTS % ROWS == 0 && SLOTS % TILE == 0);
 
 }  // namespace
 
@@ -18,15 +20,17 @@ struct Ranking {
   const uint8_t* key_mask;            // [keys], or null
   const int64_t* sampled;             // keys that the normaliser samples, those that count once last
   float* scores;                      // [keys], filled up to `end`
+  const uint16_t* half_key;           // the keys in bfloat16, if the products are
   int64_t query_head, query_row, group, heads, rows, dim, few, n_queries, end, n_sampled, n_once, own_start, own_stop;
   int64_t sees;  // a query at position p sees in-segment keys below sees + p
   float scale, sample_weight;
+  int32_t halves;  // products in tiles of bfloat16: what is kept of them decides an order, and no sum
 };
 }
 
 namespace {
 
-inline float or_zero(float x) { return std::isfinite(x) ? x : 0.f; }
+inline Vector or_zero(Vector x) { return x - x == 0.f ? x : Vector{}; }
 
 // log2 of the sum of 2^x over n numbers, whose memory is reused; n is whole vectors.
 float log2_sum(float* x, int64_t n) {
@@ -41,7 +45,9 @@ float log2_sum(float* x, int64_t n) {
 struct Scores {
   const Ranking& r;
   int64_t slot_rows, all_rows, few_columns, outside, own, columns;
-  float *query, *rows, *factor, *panels, *minus, *logits, *maxima;
+  float *query, *rows, *factor, *panels, *minus, *logits, *maxima, *weights, *minus_tiles;
+  int64_t depth;  // numbers of a row in bfloat16
+  uint16_t *half_rows, *half_panels;
 
   explicit Scores(const Ranking& ranking) : r(ranking) {
     slot_rows = whole(r.rows, SLOTS);
@@ -50,13 +56,26 @@ struct Scores {
     own = r.own_stop - r.own_start;
     outside = whole(r.n_sampled, COLUMNS);
     columns = outside + whole(own, COLUMNS);
-    const int64_t sizes[] = {ROWS * r.dim, all_rows * few_columns, r.dim * few_columns,
-                             std::max(columns, whole(r.end, COLUMNS)) * r.few, all_rows, ROWS * columns, SLOTS * COLUMNS};
-    float** parts[] = {&query, &rows, &factor, &panels, &minus, &logits, &maxima};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += whole(size, 16);
-    float* next = memory.of(total);
-    for (int i = 0; i < 7; ++i) *parts[i] = next, next += whole(sizes[i], 16);
+    depth = whole(r.few, 32);
+    char* next = nullptr;
+    for (const bool counts : {true, false}) {  // how much memory it takes, then where each part of it lies
+      const auto part = [&](auto*& place, int64_t n) {
+        if (!counts) place = reinterpret_cast<std::remove_reference_t<decltype(place)>>(next);
+        next += whole(n * sizeof(*place), 64);
+      };
+      part(query, ROWS * r.dim);
+      part(rows, all_rows * few_columns);
+      part(factor, r.dim * few_columns);
+      part(panels, std::max(columns, whole(r.end, COLUMNS)) * r.few);
+      part(minus, all_rows);
+      part(logits, ROWS * columns);
+      part(maxima, SLOTS * COLUMNS);
+      part(weights, columns);
+      part(half_rows, r.halves ? all_rows * depth : 0);
+      part(half_panels, r.halves ? whole(r.end, COLUMNS) * depth : 0);
+      part(minus_tiles, r.halves ? all_rows * TILE : 0);
+      if (counts) next = memory.of(next - static_cast<char*>(nullptr));
+    }
   }
 
   // Keys [n] into panels of COLUMNS keys; `index` says which, or they begin at `first`. Empty columns are zero.
@@ -70,6 +89,7 @@ struct Scores {
   }
 
   int64_t position(int64_t head, int64_t i) const { return r.positions[head % r.heads * r.rows + i]; }
+  bool counts(int64_t head, int64_t i) const { return i < r.rows && position(head, i) < r.n_queries; }
 
   // Queries in few numbers, and what is taken off their logits: infinity for rows that do not count.
   void project() {
@@ -80,20 +100,26 @@ struct Scores {
     for (int64_t head = 0; head < r.group; ++head)
       for (int64_t i = 0; i < slot_rows; i += ROWS) {
         for (int64_t k = 0; k < ROWS; ++k)
-          for (int64_t d = 0; d < r.dim; ++d) {
-            const bool real = i + k < r.rows && position(head, i + k) < r.n_queries;
-            query[k * r.dim + d] =
-                real ? r.query[head * r.query_head + position(head, i + k) * r.query_row + d] : 0.f;
-          }
+          if (counts(head, i + k))
+            std::memcpy(query + k * r.dim, r.query + head * r.query_head + position(head, i + k) * r.query_row, 4 * r.dim);
+          else
+            std::memset(query + k * r.dim, 0, 4 * r.dim);
         float* to = rows + (head * slot_rows + i) * few_columns;
         for (int64_t p = 0; p < few_columns; p += COLUMNS)
-          product<ROWS>(query, r.dim, factor + p * r.dim, r.dim, to + p, few_columns, nullptr);
-        for (int64_t j = 0; j < ROWS * few_columns; ++j) to[j] = or_zero(to[j]);
+          product<ROWS, false>(query, r.dim, factor + p * r.dim, r.dim, to + p, few_columns);
+        for (int64_t j = 0; j < ROWS * few_columns; j += LANES) store(to + j, or_zero(load(to + j)));
       }
   }
 
   // minus [rows]: the negative normaliser of each row.
   void normalise() {
+    // What is added to a logit: a sample counts for all keys that it stands for, a hidden key for none.
+    const bool own_hidden = r.key_mask;
+    for (int64_t j = 0; j < outside; ++j) {
+      const bool there = j < r.n_sampled && (!r.key_mask || r.key_mask[r.sampled[j]]);
+      weights[j] = !there ? -INFINITE : j < r.n_sampled - r.n_once ? r.sample_weight : 0.f;
+    }
+    for (int64_t j = 0; own_hidden && j < own; ++j) weights[outside + j] = r.key_mask[r.own_start + j] ? 0.f : -INFINITE;
     pack(r.sampled, 0, r.n_sampled, panels);
     pack(nullptr, r.own_start, own, panels + outside * r.few);
     for (int64_t head = 0; head < r.group; ++head)
@@ -106,18 +132,15 @@ struct Scores {
         }
         const int64_t used = outside + whole(most, COLUMNS);
         for (int64_t begin = 0; begin < used; begin += COLUMNS)
-          product<ROWS>(rows + (head * slot_rows + i) * few_columns, few_columns, panels + begin * r.few, r.few,
-                        logits + begin, columns, nullptr);
+          product<ROWS, false>(rows + (head * slot_rows + i) * few_columns, few_columns, panels + begin * r.few, r.few,
+                               logits + begin, columns);
         for (int64_t k = 0; k < ROWS; ++k) {
           of_rows[k] = -INFINITE;
-          if (i + k >= r.rows || position(head, i + k) >= r.n_queries || !used) continue;
+          if (!counts(head, i + k) || !used) continue;
           float* x = logits + k * columns;
-          for (int64_t j = 0; j < outside; ++j) {
-            if (j >= r.n_sampled || (r.key_mask && !r.key_mask[r.sampled[j]])) x[j] = -INFINITE;
-            if (j < r.n_sampled - r.n_once) x[j] += r.sample_weight;
-          }
-          for (int64_t j = outside; j < used; ++j)
-            if (j - outside >= seen[k] || (r.key_mask && !r.key_mask[r.own_start + j - outside])) x[j] = -INFINITE;
+          for (int64_t j = 0; j < outside; ++j) x[j] += weights[j];
+          for (int64_t j = outside; own_hidden && j < outside + seen[k]; ++j) x[j] += weights[j];
+          std::fill(x + outside + seen[k], x + used, -INFINITE);
           const float found = log2_sum(x, used);
           of_rows[k] = found == -INFINITE ? -INFINITE : -found;
         }
@@ -158,12 +181,59 @@ struct Scores {
       for (int v = 0; v < VECTORS; ++v) store(maxima + (slot + i) * COLUMNS + v * LANES, high[i][v]);
   }
 
+#ifdef HAS_HALVES
+  // Rows, and all keys, in bfloat16; what is taken off a row stands in each column of its tile.
+  void round() {
+    std::memset(half_rows, 0, all_rows * depth * 2);
+    for (int64_t i = 0; i < all_rows; ++i) {
+      for (int64_t d = 0; d < r.few; ++d) half_rows[i * depth + d] = Halves::write(rows[i * few_columns + d]);
+      std::fill(minus_tiles + i * TILE, minus_tiles + (i + 1) * TILE, minus[i]);
+    }
+    std::memset(half_panels, 0, whole(r.end, COLUMNS) * depth * 2);
+    for (int64_t j = 0; j < r.end; ++j)
+      Halves::key(r.half_key + j * r.few, r.few, j % COLUMNS, half_panels + j / COLUMNS * COLUMNS * depth);
+  }
+
+  // The same as `largest_of_slots` for TILE slots and as many keys of the panel, from column `c` on.
+  void largest_of_tiles(int64_t slot, const uint16_t* panel, int64_t c) {
+    alignas(64) float products[TILE * TILE];
+    Vector high[TILE];
+    for (int i = 0; i < TILE; ++i) high[i] = all(-INFINITE);
+    for (int64_t row = slot; row < all_rows; row += SLOTS) {
+      _tile_loadd(0, minus_tiles + row * TILE, 4 * TILE);
+      for (int64_t k = 0; k < depth; k += 32) {
+        _tile_loadd(4, half_rows + row * depth + k, 2 * depth);
+        _tile_loadd(6, panel + k * COLUMNS + 2 * c, 4 * COLUMNS);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      _tile_stored(0, products, 4 * TILE);
+      for (int i = 0; i < TILE; ++i) high[i] = larger(load(products + i * TILE), high[i]);
+    }
+    for (int i = 0; i < TILE; ++i) store(maxima + (slot + i) * COLUMNS + c, high[i]);
+  }
+#endif
+
+  // The largest product of every slot with every key of the panel that begins at `begin`.
+  void find_largest(int64_t begin) {
+#ifdef HAS_HALVES
+    if (r.halves) {
+      for (int slot = 0; slot < SLOTS; slot += TILE)
+        for (int c = 0; c < COLUMNS; c += TILE) largest_of_tiles(slot, half_panels + begin * depth, c);
+      return;
+    }
+#endif
+    for (int slot = 0; slot < SLOTS; slot += HALF) largest_of_slots(slot, panels + begin * r.few);
+  }
+
   void run() {
     project();
     normalise();
-    pack(nullptr, 0, r.end, panels);
+#ifdef HAS_HALVES
+    if (r.halves) round(), Halves::begin();
+#endif
+    if (!r.halves) pack(nullptr, 0, r.end, panels);
     for (int64_t begin = 0; begin < r.end; begin += COLUMNS) {
-      for (int slot = 0; slot < SLOTS; slot += HALF) largest_of_slots(slot, panels + begin * r.few);
+      find_largest(begin);
       for (int v = 0; v < VECTORS; ++v) {
         Vector high = all(-INFINITE), total{};
         for (int slot = 0; slot < SLOTS; ++slot) high = larger(load(maxima + slot * COLUMNS + v * LANES), high);
@@ -173,6 +243,9 @@ struct Scores {
           r.scores[j] = (std::log2(total[c]) + base[c]) * LN_2;
       }
     }
+#ifdef HAS_HALVES
+    if (r.halves) Halves::end();
+#endif
   }
 };
 

@@ -17,9 +17,10 @@ from s2o_compile.kernels.ranking.per_query import outside_keys, scored_positions
 from s2o_compile.kernels.support.parallel import for_each
 
 _Ranking = library.structure(
-    "query factor key positions key_mask sampled scores",
+    "query factor key positions key_mask sampled scores half_key",
     "query_head query_row group heads rows dim few n_queries end n_sampled n_once own_start own_stop sees",
     "scale sample_weight",
+    "halves",
 )
 """``struct Ranking`` of rank.cpp."""
 
@@ -28,8 +29,11 @@ def score_keys(
     call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
 ) -> Tensor:
     """Importance of every key for every segment; arguments as of ``ranking.per_query.score_keys``."""
-    rank_segment = library.load().s2o_rank  # pyright: ignore[reportOptionalMemberAccess]
+    functions = library.load()
+    assert functions is not None
     query, few_key, factor = with_unit_stride(call.query.float()), few_key.contiguous(), factor.contiguous()
+    halves = functions.s2o_has_halves()
+    half_key = few_key.bfloat16() if halves else None
     batch, heads, n_queries, dim = query.shape
     mask, (kv_heads, n_keys, few) = call.mask, few_key.shape[1:]
     rankings = heads // kv_heads // shared  # of each key/value head
@@ -48,13 +52,13 @@ def score_keys(
         argument = _Ranking(
             query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(few_key, b, kv),
             positions=address(positions), key_mask=address(key_mask, b), sampled=address(outside),
-            scores=address(scores, b, ranking, s), query_head=query.stride(1), query_row=query.stride(2), group=shared,
+            scores=address(scores, b, ranking, s), half_key=address(half_key, b, kv), query_head=query.stride(1), query_row=query.stride(2), group=shared,
             heads=len(positions), rows=positions.shape[1], dim=dim, few=few, n_queries=n_queries, end=end,
             n_sampled=len(outside), n_once=once, own_start=own[0], own_stop=own[1],
             sees=mask.offset + 1 if mask.causal else ALL, scale=call.scale / math.log(2),
-            sample_weight=math.log2(stride),
+            sample_weight=math.log2(stride), halves=halves,
         )  # fmt: skip
-        rank_segment(ctypes.byref(argument))
+        functions.s2o_rank(ctypes.byref(argument))
 
     last_first = reversed(range(len(starts)))
     for_each(segment, itertools.product(range(batch), range(scores.shape[1]), last_first), query.device)

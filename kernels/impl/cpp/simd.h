@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -29,16 +30,31 @@ inline Vector all(float x) { return x - Vector{}; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline int64_t whole(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-float largest(Vector x) {
-  float found = x[0];
-  for (int i = 1; i < LANES; ++i) found = x[i] > found ? x[i] : found;
-  return found;
+// Half of a vector's numbers, then half of those, down to one.
+template <int N, typename Pair>
+inline float reduced(const float* x, Pair pair) {
+  if constexpr (N == 1) {
+    return *x;
+  } else {
+    typedef float Half __attribute__((vector_size(2 * N), aligned(4)));
+    const Half low = *reinterpret_cast<const Half*>(x), high = *reinterpret_cast<const Half*>(x + N / 2);
+    const Half joint = pair(low, high);
+    float next[N / 2];
+    std::memcpy(next, &joint, 2 * N);
+    return reduced<N / 2>(next, pair);
+  }
 }
 
-float sum(Vector x) {
-  float found = 0;
-  for (int i = 0; i < LANES; ++i) found += x[i];
-  return found;
+inline float largest(Vector x) {
+  float numbers[LANES];
+  store(numbers, x);
+  return reduced<LANES>(numbers, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline float sum(Vector x) {
+  float numbers[LANES];
+  store(numbers, x);
+  return reduced<LANES>(numbers, [](auto a, auto b) { return a + b; });
 }
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126, NaN for NaN.
@@ -67,39 +83,14 @@ inline Vector tanh(Vector x) {
   return size < 0.25f ? x * p : (x < 0.f ? -large : large);
 }
 
-// c [M, COLUMNS] = factors * c + a [M, depth] . panel [depth, COLUMNS]; without factors c is only written.
-template <int M>
-inline void product(const float* a, int64_t a_row, const float* panel, int64_t depth, float* c, int64_t c_row,
-                    const float* factors) {
-  Vector sums[M][VECTORS];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v)
-      sums[i][v] = factors ? load(c + i * c_row + v * LANES) * factors[i] : Vector{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector b[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) b[v] = load(panel + k * COLUMNS + v * LANES);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i * a_row + k] * b[v];
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES, sums[i][v]);
-}
-
 struct Memory {
-  float* data = nullptr;
+  char* data = nullptr;
   int64_t size = 0;
-  float* of(int64_t n) {
-    if (n > size) {
+  char* of(int64_t bytes) {
+    if (bytes > size) {
       std::free(data);
-      size = whole(n, 16);
-      data = static_cast<float*>(std::aligned_alloc(64, 4 * size));
+      size = whole(bytes, 64);
+      data = static_cast<char*>(std::aligned_alloc(64, size));
     }
     return data;
   }
