@@ -102,7 +102,7 @@ def attend_within(
         plan: Ranked key indices of every segment.
         tau: Where to begin; one number, or float32 [Hq] from a calibration.
         error: The budget, a relative L2 error > 0.
-        executor: ``impl.torch.forward`` or ``impl.triton.forward``.
+        executor: The module ``forward`` of ``impl.torch``, ``impl.cpp`` or ``impl.triton``.
         sampler: What measures, in the executor's language.
         into: Where the results go.
     """

@@ -21,6 +21,8 @@ from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.exact.chunked import attend_chunks
 from s2o_compile.kernels.exact.epilogue import finish
 from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs, sdpa_causal
+from s2o_compile.kernels.impl.cpp import exact as cpp_exact
+from s2o_compile.kernels.impl.cpp import library as cpp_library
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
@@ -30,6 +32,7 @@ from s2o_compile.kernels.support.errors import DenseGradientWarning, Implementat
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {
     "torch": torch_exact.attend_exact,
+    "cpp": cpp_exact.attend_exact,
     "flex": flex_forward.attend_exact,
 }
 """Attention over every visible key, by implementation."""
@@ -83,7 +86,7 @@ def warn_of_dense(n_keys: int, *, stacklevel: int = 1) -> None:
 
 
 def choose_implementation(wanted: str, query: Tensor) -> str:
-    """Choose "triton", "torch" or "flex"; a named implementation runs or is refused, and is never replaced."""
+    """Choose "triton", "cpp", "torch" or "flex"; a named implementation runs or is refused, and is never replaced."""
     device, dtype, head_dim = query.device, query.dtype, query.shape[3]
     fits = dtype != torch.float32 or head_dim <= WIDEST_FLOAT32
     if wanted == "triton":
@@ -111,11 +114,22 @@ def choose_implementation(wanted: str, query: Tensor) -> str:
             'implementation="flex": expected the triton package, which torch.compile writes its CUDA kernels for, got '
             'none. Install triton, or use "auto".'
         )
-    if wanted == "auto" and device.type in FLEX_DEVICES:
+    if wanted == "cpp" and device.type != "cpu":
+        raise ImplementationUnavailableError(
+            f'implementation="cpp": expected tensors of the CPU, got {device.type}. Move the model to the CPU, or use '
+            '"auto".'
+        )
+    if wanted == "cpp" and not cpp_library.serves(device):
+        raise ImplementationUnavailableError(
+            f'implementation="cpp": {cpp_library.why_not()}. Install g++, or use "auto".'
+        )
+    if wanted != "auto":
+        return wanted
+    if device.type in FLEX_DEVICES:
         return "flex"
-    if wanted == "auto":
-        return "triton" if device.type == "cuda" and triton_forward is not None and fits else "torch"
-    return wanted
+    if device.type == "cuda" and triton_forward is not None and fits:
+        return "triton"
+    return "cpp" if cpp_library.serves(device) else "torch"
 
 
 def run_short(

@@ -14,7 +14,6 @@ from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
-from s2o_compile.kernels.impl.cpp import library as cpp_library
 from s2o_compile.kernels.impl.cpp import rank_per_query as cpp_per_query
 from s2o_compile.kernels.ranking import mean_query, per_query, tail, unvisited
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys
@@ -129,7 +128,7 @@ class KeyShard:
 
 
 class Planner:
-    """Plans the slices of one call, which has no window, by "triton" or "torch".
+    """Plans the slices of one call, which has no window, by "triton", "cpp" or "torch".
 
     The decisions of the whole call are made once: no result depends on how a call is cut. With ``known`` keys only the
     sizes of the call's tensors are looked at.
@@ -149,7 +148,7 @@ class Planner:
             assert triton_order is not None
             prepare, self._order_keys = PREPARE_BY_TRITON, triton_order.order_keys
             non_finite = triton_order.find_non_finite
-        elif cpp_library.serves(call.query.device):
+        elif implementation == "cpp":
             prepare = PREPARE_BY_CPP
         self.shared = call.group if options.ranking_per == "group" else 1  # query heads that share a ranking
         if call.kept is not None:

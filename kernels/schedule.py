@@ -28,13 +28,16 @@ from s2o_compile.kernels.core.plan import (
 from s2o_compile.kernels.core.result import Result, empty_result, empty_state
 from s2o_compile.kernels.exact import sampled
 from s2o_compile.kernels.exact.dense_heads import attend_dense, query_heads, runs
+from s2o_compile.kernels.impl.cpp import exact as cpp_exact
 from s2o_compile.kernels.impl.cpp import forward as cpp_forward
-from s2o_compile.kernels.impl.cpp.library import serves
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import Planner
 from s2o_compile.kernels.streams import STREAMS, side_by_side
 
-SAMPLERS = {"torch": Sampler(sampled.attend_rows, sampled.error_sums, first_tau, lowering)}
+SAMPLERS = {
+    "torch": Sampler(sampled.attend_rows, sampled.error_sums, first_tau, lowering),
+    "cpp": Sampler(cpp_exact.attend_rows, sampled.error_sums, first_tau, lowering),
+}
 """What measures an error, by implementation."""
 
 try:
@@ -56,7 +59,7 @@ def attend(
     output: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> Result:
-    """Attention over plans by "triton" or "torch", except for heads marked dense, which run by ``exact``.
+    """Attention over plans by "triton", "cpp" or "torch", except for heads marked dense, which run by ``exact``.
 
     The mask has no window. ``exact`` is the same implementation's executor over every visible key. ``output``, [B, Hq,
     Nq, Dv] with a unit last stride, is where the output goes, and ``lse``, [B, Hq, Nq], where the log-sum-exp goes.
@@ -117,11 +120,8 @@ def sparse_heads(call: AttentionCall) -> list[int]:
 def attend_planned(
     call: AttentionCall, plan: Plan, tau: float | Tensor, error: float | None, implementation: str, into: Result
 ) -> None:
-    """Attention over a plan by "torch" or "triton", below an error if there is one to hold."""
-    if implementation == "triton":
-        executor = triton_forward
-    else:
-        executor = cpp_forward if serves(call.query.device) else torch_forward
+    """Attention over a plan by "triton", "cpp" or "torch", below an error if there is one to hold."""
+    executor = {"triton": triton_forward, "cpp": cpp_forward, "torch": torch_forward}[implementation]
     assert executor is not None
     if error:
         attend_within(call, plan, tau, error, executor, SAMPLERS[implementation], into)

@@ -60,9 +60,9 @@ class S2OConfig(OperatorOptions):
             paper's and cheapest. It loses keys that only a few queries look for.
         ranking_per: "group" ranks once for the query heads that share a key/value head; "head" ranks for each query
             head: a fifth (16K) to a quarter (64K) less density at the same error (SmolLM2), for more index work.
-        implementation: "auto" takes Triton on CUDA and torch elsewhere; "triton", "torch" and "flex" insist. "flex" is
-            FlexAttention over gathered keys: for devices without our kernels, and to compare with. On a CPU it compiles
-            for every length anew and returns no log-sum-exp.
+        implementation: "auto" takes Triton on CUDA, C++ on a CPU with a C++ compiler, and torch elsewhere; "triton",
+            "cpp", "torch" and "flex" insist. "flex" is FlexAttention over gathered keys: for devices without our
+            kernels, and to compare with. On a CPU it compiles for every length anew and returns no log-sum-exp.
         dense_heads: Heads that run dense beside the sparse ones: site name, as ``explain`` lists it, to key/value heads
             (``{"model.layers.3.self_attn": (0, 2)}``). All query heads that share a marked key/value head run on SDPA,
             because they share one ranking. A window is exact already, so marks change nothing there.

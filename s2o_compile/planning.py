@@ -224,7 +224,7 @@ def plan(
         )
     options = config.options
     options.check_heads(query.shape[1])
-    implementation = "triton" if choose_implementation("auto", query) == "triton" else "torch"
+    implementation = choose_implementation("auto", query)
     call = call.but(mask=call.mask.for_batch(query.shape[0])).for_kernels()
     with call.on_device():
         ranked = build_plan(call, options, implementation)

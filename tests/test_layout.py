@@ -17,7 +17,7 @@ PRODUCT_LINES = 34_000
 """A ceiling to be lowered: the goal is 19,000. Budgets that hold, tasks and known models took 1,430 of them."""
 
 METHOD = ("kernels/support", "kernels/pages", "kernels/core", "kernels/ranking", "kernels/exact")
-EXECUTORS = ("kernels/impl/torch", "kernels/impl/triton", "kernels/impl/flex", "kernels/impl/aot")
+EXECUTORS = ("kernels/impl/torch", "kernels/impl/cpp", "kernels/impl/triton", "kernels/impl/flex", "kernels/impl/aot")
 OPERATOR = ("kernels", "kernels/calls", "kernels: operators")
 GRAPHS = ("kernels/support", "kernels/core", "passes/graph", "passes/masks")
 SITES = (*GRAPHS, "passes: site")
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "kernels/ranking": ("kernels/support", "kernels/pages", "kernels/core"),  # sizes may be the device's
     "kernels/exact": ("kernels/support", "kernels/core"),
     "kernels/impl/torch": METHOD,
+    "kernels/impl/cpp": METHOD,
     "kernels/impl/triton": METHOD,
     "kernels/impl/flex": (*METHOD, "kernels/impl/triton"),
     "kernels/impl/aot": (*METHOD, "kernels/impl/triton"),

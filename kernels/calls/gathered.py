@@ -48,7 +48,7 @@ def attend(
         call: This rank's shards, under the causal mask of the whole sequence.
         options: The call's.
         sequence: Whose pieces begin where segments do.
-        implementation: "triton" or "torch".
+        implementation: "triton", "cpp" or "torch".
         segment_len: Queries of a segment.
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in call.tensors)

@@ -17,7 +17,7 @@ from s2o_compile.kernels.support.errors import InputError
 
 RANKINGS = ("per_query", "mean_query")
 RANKING_PER = ("head", "group")
-IMPLEMENTATIONS = ("auto", "triton", "torch", "flex")
+IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "flex")
 
 
 DEFAULT_TAU, DEFAULT_ERROR = 0.5, 0.1
@@ -44,7 +44,7 @@ class OperatorOptions:
         segment_len: Queries that share one ranking, a multiple of 128; None chooses by length.
         ranking: "per_query" or "mean_query".
         ranking_per: "group": the query heads of a key/value head share one ranking; "head": each has its own.
-        implementation: "auto", "triton", "torch" or "flex" (FlexAttention). A named one never falls back to another.
+        implementation: "auto", "triton", "cpp", "torch" or "flex" (FlexAttention). A named one never falls back.
     """
 
     tau: float | tuple[float, ...] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.observe import ObservedCall
 from s2o_compile.kernels.planner import build_plan
 
@@ -63,7 +64,7 @@ def visit_map(call: ObservedCall, head: int) -> VisitMap:
             f"head: expected a head that is ranked, got {head} of {call.site!r}, whose key/value head {kv_head} is "
             "marked dense. Choose another, or take the mark away."
         )
-    plan = build_plan(call, call.options, "torch" if device.type == "cpu" else "triton")  # made again
+    plan = build_plan(call, call.options, choose_implementation(call.options.implementation, call.query))  # again
     positions = torch.arange(max(n_queries, n_keys), device=device)
     visible = call.mask.visible_pairs(n_queries, n_keys, device)[0, 0]
     visited, orders, counts = torch.zeros_like(visible), [], []

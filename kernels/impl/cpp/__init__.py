@@ -1,4 +1,6 @@
-"""The CPU's executor in C++, compiled when it is first needed: ``forward`` over ranked keys, ``library`` that compiles.
+"""The CPU's executor in C++, which the machine's compiler makes when it is first needed.
 
-May import: ``core``, ``support``.
+``library`` compiles and loads; ``forward`` visits ranked keys, ``exact`` all of them, ``rank_per_query`` scores keys.
+
+May import: ``core``, ``ranking``, ``exact``, ``support``.
 """

@@ -22,14 +22,16 @@ struct Segment {
   const float *mean_value, *tau;
   const uint8_t* key_mask;  // [keys], or null
   const int32_t* index;     // ranked prefix keys
+  const int64_t *from, *below;  // row i sees in-segment keys from[i] to below[i] - 1, or, if null, below sees + i
   void* output;
   float *lse, *tail, *unvisited;  // tail and unvisited may be null
   int32_t* computed;
   int64_t query_head, query_row, key_row, value_row, output_head, output_row, lse_head, lse_row, tail_head, tail_row;
   int64_t unvisited_head, computed_head;  // of tiles: their stride is 1
   int64_t group, rows, dim, value_dim, count, chunk_len;
-  int64_t own_start, own_stop, sees;  // row i of the segment sees in-segment keys below sees + i
+  int64_t own_start, own_stop, sees;
   float scale, softcap;               // scale > 0; no cap: 0
+  int32_t wide;    // the output is float32 anyhow
   int32_t resume;  // tiles whose estimate is not below tau go on from what output, lse, tail and computed hold
 };
 }
@@ -124,8 +126,9 @@ struct Work {
 
   bool hidden(int64_t j) const { return !index && s.key_mask && !s.key_mask[first_key + j]; }
 
-  // Merge the first `depth` of n gathered keys into a block of rows; row i sees `seen[i]` of them, all if not given.
-  void merge(int64_t row, int64_t n, int64_t depth, const int64_t* seen) {
+  // Merge the first `depth` of n gathered keys into a block of rows; row i sees those from from[i] on and below seen[i],
+  // all if not given.
+  void merge(int64_t row, int64_t n, int64_t depth, const int64_t* from = nullptr, const int64_t* seen = nullptr) {
     constexpr int64_t PADDED = BLOCK > LANES ? BLOCK : LANES;
     const int64_t columns = whole(depth, COLUMNS);
     float now[PADDED], base[PADDED], kept[PADDED], brought[PADDED];
@@ -139,6 +142,7 @@ struct Work {
     for (int64_t i = 0; i < BLOCK; ++i) {
       float* x = logits + i * columns;
       const int64_t stop = seen ? std::min(std::max<int64_t>(seen[i], 0), depth) : depth;
+      for (int64_t j = 0; from && j < std::min(from[i], stop); ++j) x[j] = -INFINITE;
       for (int64_t j = stop; j < columns; ++j) x[j] = -INFINITE;
       if (!index && s.key_mask)
         for (int64_t j = 0; j < stop; ++j) x[j] = hidden(j) ? -INFINITE : x[j];
@@ -172,7 +176,7 @@ struct Work {
     Kind::add(weights, columns, values, whole(n, COLUMNS), depth, value_columns, out);
     for (int64_t k = 0; k < n_spoiled; ++k)
       for (int64_t i = 0; i < BLOCK; ++i)
-        if (spoiled[k] < (seen ? std::min(seen[i], depth) : depth) && !hidden(spoiled[k]))
+        if ((!seen || (from[i] <= spoiled[k] && spoiled[k] < seen[i])) && !hidden(spoiled[k]))
           for (int64_t d = 0; d < s.value_dim; ++d)
             out[i * value_columns + d] +=
                 Kind::read(weights[i * columns + spoiled[k]]) * Kind::read(value(spoiled[k])[d]);
@@ -185,9 +189,15 @@ struct Work {
       gather(nullptr, first, n);
       for (int64_t head = 0; head < s.group; ++head)
         for (int64_t i = 0; i < padded_rows; i += BLOCK) {
-          int64_t seen[BLOCK];
-          for (int64_t r = 0; r < BLOCK; ++r) seen[r] = std::min(s.sees + i + r - first, n);
-          if (seen[BLOCK - 1] > 0) merge(head * padded_rows + i, n, seen[BLOCK - 1], seen);
+          int64_t from[BLOCK], seen[BLOCK], least = n, most = 0;
+          for (int64_t r = 0; r < BLOCK; ++r) {
+            const int64_t at = std::min(i + r, s.rows - 1);
+            from[r] = s.from ? s.from[at] - first : 0;
+            seen[r] = std::min((s.below ? s.below[at] : s.sees + at) - first, n);
+            least = std::min(least, from[r]);
+            most = std::max(most, seen[r]);
+          }
+          if (most > std::max<int64_t>(least, 0)) merge(head * padded_rows + i, n, most, from, seen);
         }
     }
   }
@@ -216,7 +226,7 @@ struct Work {
       for (int64_t t = 0; t < all_tiles; ++t) {
         if (!going[t] || visited[t] != start) continue;
         const int64_t head = t / tiles, first = head * padded_rows + t % tiles * TILE_LEN, rows = tile_rows(t % tiles);
-        for (int64_t i = 0; i < rows; i += BLOCK) merge(first + i, n, n, nullptr);
+        for (int64_t i = 0; i < rows; i += BLOCK) merge(first + i, n, n);
         visited[t] = stop;
         if (!can_stop) continue;
         float unvisited = static_cast<float>(to_come);
@@ -276,10 +286,14 @@ struct Work {
     for (int64_t i = 0; i < tile_rows(tile); ++i) {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = left_out[row], over = mass[row] == 0.f ? 0.f : 1.f / mass[row];
-      Number* to = static_cast<Number*>(s.output) + head * s.output_head + at * s.output_row;
+      const int64_t place = head * s.output_head + at * s.output_row;
       for (int64_t d = 0; d < s.value_dim; ++d) {
         const float mean = output[row * value_columns + d] * over;
-        to[d] = Kind::write(share == 0.f ? mean : (mean + share * s.mean_value[d]) / (1.f + share));
+        const float joint = share == 0.f ? mean : (mean + share * s.mean_value[d]) / (1.f + share);
+        if (s.wide)
+          static_cast<float*>(s.output)[place + d] = joint;
+        else
+          static_cast<Number*>(s.output)[place + d] = Kind::write(joint);
       }
       s.lse[head * s.lse_head + at * s.lse_row] = (highest[row] + std::log2(mass[row])) * LN_2 + std::log1p(share);
       if (s.tail) s.tail[head * s.tail_head + at * s.tail_row] = share;

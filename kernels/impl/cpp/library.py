@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp"))
+SOURCES = tuple(Path(__file__).with_name(f) for f in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")
 SECONDS = 120
@@ -44,6 +44,12 @@ def serves(device: torch.device) -> bool:
 def why_not() -> str:
     """Why there is no library; empty if there is one."""
     return _loaded()[1]
+
+
+def has_halves() -> bool:
+    """Whether the library multiplies bfloat16 in tiles (AMX), several times as fast as float32."""
+    functions = load()
+    return functions is not None and bool(functions.s2o_has_halves())
 
 
 def load() -> ctypes.CDLL | None:

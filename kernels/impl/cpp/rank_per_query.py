@@ -32,7 +32,7 @@ def score_keys(
     functions = library.load()
     assert functions is not None
     query, few_key, factor = with_unit_stride(call.query.float()), few_key.contiguous(), factor.contiguous()
-    halves = functions.s2o_has_halves()
+    halves = library.has_halves()
     half_key = few_key.bfloat16() if halves else None
     batch, heads, n_queries, dim = query.shape
     mask, (kv_heads, n_keys, few) = call.mask, few_key.shape[1:]
@@ -51,10 +51,10 @@ def score_keys(
         outside, once = outside_keys(end, own, stride, query.device)
         argument = _Ranking(
             query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(few_key, b, kv),
-            positions=address(positions), key_mask=address(key_mask, b), sampled=address(outside),
-            scores=address(scores, b, ranking, s), half_key=address(half_key, b, kv), query_head=query.stride(1), query_row=query.stride(2), group=shared,
-            heads=len(positions), rows=positions.shape[1], dim=dim, few=few, n_queries=n_queries, end=end,
-            n_sampled=len(outside), n_once=once, own_start=own[0], own_stop=own[1],
+            half_key=address(half_key, b, kv), positions=address(positions), key_mask=address(key_mask, b),
+            sampled=address(outside), scores=address(scores, b, ranking, s), query_head=query.stride(1),
+            query_row=query.stride(2), group=shared, heads=len(positions), rows=positions.shape[1], dim=dim, few=few,
+            n_queries=n_queries, end=end, n_sampled=len(outside), n_once=once, own_start=own[0], own_stop=own[1],
             sees=mask.offset + 1 if mask.causal else ALL, scale=call.scale / math.log(2),
             sample_weight=math.log2(stride), halves=halves,
         )  # fmt: skip
