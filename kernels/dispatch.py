@@ -22,12 +22,12 @@ from s2o_compile.kernels.exact.chunked import attend_chunks
 from s2o_compile.kernels.exact.epilogue import finish
 from s2o_compile.kernels.exact.sdpa import attend_by_sdpa, needs_pairs, sdpa_causal
 from s2o_compile.kernels.impl.cpp import exact as cpp_exact
-from s2o_compile.kernels.impl.cpp import library as cpp_library
 from s2o_compile.kernels.impl.flex import forward as flex_forward
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.observe import ObservedCall, observe, observing
 from s2o_compile.kernels.ranking.unvisited import blocks_to_visit
 from s2o_compile.kernels.statistics import count, record, recording
+from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.errors import DenseGradientWarning, ImplementationUnavailableError, warn
 
 EXACT: dict[str, Callable[[AttentionCall], Result]] = {

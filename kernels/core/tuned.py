@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import TunedFileWarning
 from s2o_compile.kernels.support.json_text import parse_json
@@ -102,8 +103,10 @@ LONG = 8192
 """Keys that anybody would take for a long sequence: from here on a dense call owes a reason."""
 
 BUILT_IN = {
-    "cpu": Entry(crossover=8192),  # the torch implementation, with real text
-    "cpu with AMX": Entry(crossovers={torch.bfloat16: NEVER}),  # SDPA was 1.6 to 3 times as fast at 8K and 12K
+    # A CPU in plain torch: SDPA in bfloat16 was 1.6 to 3 times as fast at 8K and 12K where there is AMX.
+    "cpu in torch with AMX": Entry(crossovers={torch.bfloat16: NEVER}),
+    "cpu in torch": Entry(crossover=12288),
+    "cpu in C++": Entry(crossover=4096),  # SmolLM2 on text: 1.8 times as fast in float32, 1.2 in bfloat16 with AMX
     "NVIDIA H100": Entry(crossover=16384, launches=_HOPPER),  # synthetic input (benchmarks/README.md)
     "NVIDIA H200": Entry(launches=_HOPPER),  # the same multiprocessors
     "NVIDIA GH200": Entry(launches=_HOPPER),
@@ -119,14 +122,14 @@ def device_name(device: torch.device) -> str:
 
 
 @cache
-def crossover(device: torch.device, dtype: torch.dtype) -> int:
+def crossover(device: torch.device, dtype: torch.dtype, *, packaged: bool = False) -> int:
     """Key length in tokens from which S2O runs if ``min_seq_len`` is "auto", NEVER if dense attention always wins.
 
     Of the user's measurements and ours those of the dtype come first: SDPA's rate differs by dtype more than by device.
+    A ``packaged`` program on a CPU computes in torch's operators, whose times only we measured.
     """
-    entries = _entries(device_name(device))
-    if device.type == "cpu" and has_amx():
-        entries.append(BUILT_IN["cpu with AMX"])
+    in_torch = packaged and device.type == "cpu"
+    entries = _entries("" if in_torch else device_name(device), _kind(device, in_torch=in_torch))
     known = [entry.crossovers[dtype] for entry in entries if dtype in entry.crossovers]
     known += [entry.crossover for entry in entries if entry.crossover is not None]
     return known[0] if known else UNKNOWN_CROSSOVER
@@ -153,7 +156,7 @@ def launch(device: torch.device, dim: int, dtype: torch.dtype) -> Launch:
     """The launch of the forward kernels for head dims up to ``dim``, a power of two."""
     if device.type != "cuda":  # the interpreter runs the H100's launches
         return _HOPPER.get((dim, dtype)) or _sound(dim, dtype, None)
-    for entry in _entries(device_name(device)):
+    for entry in _entries(device_name(device), _kind(device)):
         if (dim, dtype) in entry.launches:
             return entry.launches[dim, dtype]
     properties = torch.cuda.get_device_properties(device)
@@ -174,10 +177,19 @@ def _sound(dim: int, dtype: torch.dtype, shared_bytes: int | None) -> Launch:
     return fits[0] if fits else Launch(key_block=16, stages=1)
 
 
-def _entries(name: str) -> list[Entry]:
-    """The entries of a device, the user's own first."""
+def _kind(device: torch.device, *, in_torch: bool = False) -> str:
+    """The name of a device in our own table: of a CPU also what computes there, and whether it has tiles."""
+    if device.type != "cpu":
+        return device_name(device)
+    return (
+        f"cpu in {'torch' if in_torch or not cpp_library.serves(device) else 'C++'}{' with AMX' if has_amx() else ''}"
+    )
+
+
+def _entries(name: str, kind: str) -> list[Entry]:
+    """The entries of a device, the user's own by its name first, then ours by its kind."""
     own = user_entries().get(name)
-    built_in = [entry for prefix, entry in BUILT_IN.items() if name.startswith(prefix)]
+    built_in = [entry for prefix, entry in BUILT_IN.items() if kind.startswith(prefix)]
     return built_in if own is None else [own, *built_in]
 
 

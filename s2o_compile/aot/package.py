@@ -206,7 +206,7 @@ def _decompositions() -> dict[Any, Any]:
     from s2o_compile.kernels.impl.aot import attention as decomposition  # imports torch's loops and branches
 
     def attention(query: torch.Tensor, *given: Any, min_seq_len: int | None = None, **keywords: Any) -> Any:  # noqa: ANN401
-        shortest = crossover(query.device, query.dtype) if min_seq_len is None else min_seq_len
+        shortest = crossover(query.device, query.dtype, packaged=True) if min_seq_len is None else min_seq_len
         return decomposition.attention(query, *given, min_seq_len=shortest, **keywords)
 
     return {_SPARSE: attention, _MASKED: decomposition.masked_attention, _PACKED: decomposition.packed_attention}
@@ -257,5 +257,6 @@ def _why_dense(node: fx.Node, call: Mapping[str, Any]) -> str:
         return "its scale is not positive"
     if len(set(call["dense_heads"] or ())) == call["key"].shape[1]:
         return "all its heads are marked dense"
-    shortest = "auto" if call["min_seq_len"] is None else call["min_seq_len"]
-    return why_never(LONG, shortest, call["query"].device, call["query"].dtype)
+    shortest, device, dtype = call["min_seq_len"], call["query"].device, call["query"].dtype
+    shortest = crossover(device, dtype, packaged=True) if shortest is None else shortest
+    return why_never(LONG, shortest, device, dtype)

@@ -19,9 +19,8 @@ from s2o_compile.aot import lower_ops, package
 from s2o_compile.cli.demo import load_model
 from s2o_compile.kernels.core import plan, tuned
 from s2o_compile.kernels.impl.aot import attention as decomposition
-from s2o_compile.kernels.impl.cpp import library
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
-from s2o_compile.kernels.support import torch_inductor
+from s2o_compile.kernels.support import cpp_library, torch_inductor
 from tests.conftest import quick_rows
 from tests.helpers.tiny import tiny_input, tiny_model
 
@@ -63,7 +62,7 @@ KINDS = {
 @pytest.fixture
 def ranked_as_in_packages(monkeypatch):
     """The operator computes as packages do: in plain torch, and ranks by all bits of a score."""
-    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(cpp_library, "load", lambda: None)
     monkeypatch.setattr(plan, "descending_order", lambda x: x.sort(descending=True, stable=True).indices.int())
 
 

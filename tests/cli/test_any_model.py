@@ -91,7 +91,7 @@ def test_explain_makes_inputs(s2o, folders, name):
         assert all("position biases" in site["reason"] for site in left)
     if "dense" in paths:
         assert "rewritten attentions ran dense" in found["remark"]
-        assert "S2O begins at 8192" in found["remark"]
+        assert "S2O begins at 4096" in found["remark"]
         assert "--min-seq-len 0" in found["remark"]
 
 
@@ -108,7 +108,7 @@ def test_explain_prints_what_the_default_does(s2o, folders, monkeypatch):
     done = s2o("explain", folders / "LlamaForCausalLM", "--random-weights", "--tokens", 300, "--device", "cpu")
     assert "LlamaForCausalLM, made inputs: input_ids 1x300" in done.stdout
     assert "(short)" in done.stdout
-    assert "S2O begins at 8192 (min_seq_len of this device)" in " ".join(done.stdout.split())
+    assert "S2O begins at 4096 (min_seq_len of this device)" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 

@@ -105,7 +105,7 @@ class TestFile:
         yield tuned.user_file()
         tuned.forget()
 
-    def write(self, path, dim, launch, crossover=4096):
+    def write(self, path, dim, launch, crossover=1024):
         timing = Timing(launch=launch, gathered_ms=1.0, natural_ms=2.0)
         crossovers = {} if crossover is None else {"float32": crossover}
         return tune.write(path, CPU, crossovers=crossovers, launches={(dim, "float16"): timing})
@@ -114,7 +114,7 @@ class TestFile:
         monkeypatch.setattr("sys.argv", ["/bin/s2o", "tune"])
         chosen = Launch(key_block=16, num_warps=4, stages=3, maxnreg=96)
         self.write(path, 64, chosen)
-        assert tuned.crossover(CPU, torch.float32) == 4096
+        assert tuned.crossover(CPU, torch.float32) == 1024
         assert tuned.user_entries()["cpu"].launches == {(64, torch.float16): chosen}
         about = json.loads(path.read_text())["devices"]["cpu"]["about"]
         assert about["command"] == "s2o tune"
@@ -123,7 +123,7 @@ class TestFile:
 
     def test_no_crossover_found_leaves_the_built_in_one(self, path):
         self.write(path, 64, Launch(key_block=16), crossover=None)
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
 
     def test_other_entries_stay(self, path):
         self.write(path, 64, Launch(key_block=16))

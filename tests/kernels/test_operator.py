@@ -14,6 +14,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.errors import ImplementationUnavailableError
 from tests.conftest import CUDA, INTERPRETED, Case, assert_close, exact_attention, lay_out, query_on, visible_pairs
 from tests.helpers.operator_calls import DEVICES, OPERATOR, arguments, call
@@ -194,8 +195,8 @@ class TestDispatch:
             (Case(queries=4096, window=1024), 4096, "window"),
             (Case(queries=4096, window=1024), 4097, "dense"),
             (Case(queries=127, keys=4096, window=1024), 0, "dense"),
-            (Case(queries=8192), "auto", "s2o"),
-            (Case(queries=8191), "auto", "dense"),
+            (Case(queries=4096), "auto", "s2o"),
+            (Case(queries=4095), "auto", "dense"),
         ],
         ids=str,
     )
@@ -234,9 +235,19 @@ class TestDispatch:
         assert [c.path for c in calls] == [path]
         assert_close(result, exact_attention(inputs), inputs)
 
-    @pytest.mark.parametrize("wanted", ["auto", "torch"])
-    def test_cpu_tensors_run_in_torch(self, wanted):
-        assert operator.choose_implementation(wanted, query_on("cpu", torch.float32, 64)) == "torch"
+    def test_cpu_tensors_run_in_cpp_where_there_is_a_compiler(self, monkeypatch):
+        on_cpu = query_on("cpu", torch.float32, 64)
+        assert operator.choose_implementation("auto", on_cpu) == operator.choose_implementation("cpp", on_cpu) == "cpp"
+        assert operator.choose_implementation("torch", on_cpu) == "torch"
+        monkeypatch.setattr(cpp_library, "load", lambda: None)
+        monkeypatch.setattr(cpp_library, "why_not", lambda: "expected a C++ compiler, got none")
+        assert operator.choose_implementation("auto", on_cpu) == "torch"
+        with pytest.raises(
+            ImplementationUnavailableError, match=r'"cpp": expected a C\+\+ compiler, got none. Install'
+        ):
+            operator.choose_implementation("cpp", on_cpu)
+        with pytest.raises(ImplementationUnavailableError, match='"cpp": expected tensors of the CPU, got cuda'):
+            operator.choose_implementation("cpp", query_on("cuda", torch.float32, 64))
 
     def test_cuda_tensors_run_in_triton_where_there_is_triton(self, monkeypatch):
         cuda = query_on("cuda", torch.float32, 64)

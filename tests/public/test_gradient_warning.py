@@ -31,8 +31,8 @@ def test_a_long_call_says_why_it_is_dense(masked):
 
 
 def test_at_the_default_length_too():
-    with pytest.warns(DenseGradientWarning, match="over 8192 keys"):
-        s2o_compile.attention(*tensors(8192, requires_grad=True), causal=True)
+    with pytest.warns(DenseGradientWarning, match="over 4096 keys"):
+        s2o_compile.attention(*tensors(4096, requires_grad=True), causal=True)
 
 
 @pytest.mark.parametrize("queries", [100, 256], ids=["few queries", "few keys"])

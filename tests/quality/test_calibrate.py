@@ -261,7 +261,7 @@ def test_the_command_writes_a_configuration(command, tmp_path):
     text.write_text("any")
     result = command("--text", text, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "2 of 2 attentions will run sparse from 8192 tokens on (min_seq_len 'auto' on cpu)" in result.output
+    assert "2 of 2 attentions will run sparse from 4096 tokens on (min_seq_len 'auto' on cpu)" in result.output
     assert re.search(
         r"At 1500 tokens they computed \d\d% of the query-key pairs. That should take \d\d%", result.output
     )

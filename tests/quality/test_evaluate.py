@@ -350,7 +350,7 @@ def test_batches_that_would_run_dense(config, length, message):
 
 
 def test_auto_takes_the_crossover_of_the_device():
-    with pytest.raises(EvaluationError, match=r"at least 8192 tokens, got 700 in batch 1.*min_seq_len='auto' on cpu"):
+    with pytest.raises(EvaluationError, match=r"at least 4096 tokens, got 700 in batch 1.*min_seq_len='auto' on cpu"):
         s2o_compile.evaluate(TINY, tiny_tokens(), needles=False)
 
 

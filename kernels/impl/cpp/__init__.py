@@ -1,6 +1,7 @@
-"""The CPU's executor in C++, which the machine's compiler makes when it is first needed.
+"""The CPU's executor in C++, which the machine's compiler makes when it is first needed (``support.cpp_library``).
 
-``library`` compiles and loads; ``forward`` visits ranked keys, ``exact`` all of them, ``rank_per_query`` scores keys.
+``forward`` visits ranked keys, ``exact`` all of them, ``rank_per_query`` scores keys. ``forward.cpp`` does the work of
+the first two by products of ``floats.h`` or ``halves.h``, ``rank.cpp`` that of the third.
 
 May import: ``core``, ``ranking``, ``exact``, ``support``.
 """

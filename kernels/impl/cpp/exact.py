@@ -11,8 +11,8 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.exact.sampled import SAMPLED, ExactRows, sample_rows
-from s2o_compile.kernels.impl.cpp.library import address
 from s2o_compile.kernels.impl.cpp.segments import Segments, products_dtype, writable
+from s2o_compile.kernels.support.cpp_library import address
 from s2o_compile.kernels.support.parallel import for_each
 
 

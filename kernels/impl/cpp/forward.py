@@ -15,8 +15,8 @@ from torch import Tensor
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.result import Progress, Result, empty_result
-from s2o_compile.kernels.impl.cpp.library import ALL, address
 from s2o_compile.kernels.impl.cpp.segments import Segments, products_dtype, writable
+from s2o_compile.kernels.support.cpp_library import ALL, address
 from s2o_compile.kernels.support.parallel import for_each
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_starts_stops
-from s2o_compile.kernels.impl.cpp import library
-from s2o_compile.kernels.impl.cpp.library import ALL, address, with_unit_stride
 from s2o_compile.kernels.ranking.per_query import outside_keys, scored_positions
+from s2o_compile.kernels.support import cpp_library
+from s2o_compile.kernels.support.cpp_library import ALL, address, with_unit_stride
 from s2o_compile.kernels.support.parallel import for_each
 
-_Ranking = library.structure(
+_Ranking = cpp_library.structure(
     "query factor key positions key_mask sampled scores half_key",
     "query_head query_row group heads rows dim few n_queries end n_sampled n_once own_start own_stop sees",
     "scale sample_weight",
@@ -29,10 +29,10 @@ def score_keys(
     call: AttentionCall, factor: Tensor, few_key: Tensor, stride: int, segment_len: int, shared: int
 ) -> Tensor:
     """Importance of every key for every segment; arguments as of ``ranking.per_query.score_keys``."""
-    functions = library.load()
+    functions = cpp_library.load()
     assert functions is not None
     query, few_key, factor = with_unit_stride(call.query.float()), few_key.contiguous(), factor.contiguous()
-    halves = library.has_halves()
+    halves = cpp_library.has_halves()
     half_key = few_key.bfloat16() if halves else None
     batch, heads, n_queries, dim = query.shape
     mask, (kv_heads, n_keys, few) = call.mask, few_key.shape[1:]

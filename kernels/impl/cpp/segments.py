@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.impl.cpp import library
-from s2o_compile.kernels.impl.cpp.library import ALL, address, with_unit_stride
+from s2o_compile.kernels.support import cpp_library
+from s2o_compile.kernels.support.cpp_library import ALL, address, with_unit_stride
 
-_Segment = library.structure(
+_Segment = cpp_library.structure(
     "query key value mean_value tau key_mask index from below output lse tail unvisited computed",
     "query_head query_row key_row value_row output_head output_row lse_head lse_row tail_head tail_row "
     "unvisited_head computed_head group rows dim value_dim count chunk_len own_start own_stop sees",
@@ -37,7 +37,7 @@ class Segments:
     def __init__(
         self, call: AttentionCall, query: Tensor | None, output: Tensor, lse: Tensor, computed: Tensor
     ) -> None:
-        functions = library.load()
+        functions = cpp_library.load()
         assert functions is not None
         dtype = products_dtype(call)
         self._attend: Callable[..., None] = (
@@ -72,7 +72,7 @@ class Segments:
 
 def products_dtype(call: AttentionCall) -> torch.dtype:
     """The dtype of a call's products."""
-    halves = call.query.dtype == torch.bfloat16 and call.scale > 0 and library.has_halves()
+    halves = call.query.dtype == torch.bfloat16 and call.scale > 0 and cpp_library.has_halves()
     return torch.bfloat16 if halves else torch.float32
 
 

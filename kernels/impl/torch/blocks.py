@@ -1,8 +1,6 @@
 """Dense attention of a block of queries to a block of keys, with the log-sum-exp by which partial results merge.
 
 lse = log(exp(lse_1) + exp(lse_2)),   out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
-
-Blocks are float32, or bfloat16 where the CPU multiplies it in tiles: `block_dtype`. Sums are float32.
 """
 
 from __future__ import annotations
@@ -10,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.exact.sdpa import pad_to_equal
-from s2o_compile.kernels.support.torch_compat import has_amx
 
 _fused_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """SDPA's CPU kernel, the only one that returns the log-sum-exp. Plain torch serves without it, and capped logits."""
@@ -25,15 +21,15 @@ def block_attention(
     """Attention of every query to every key that is not hidden.
 
     Args:
-        query: [M, D] of the dtype of `block_dtype`.
-        key: [C, D] of the same dtype.
-        value: [C, Dv] of the same dtype.
+        query: float32 [M, D].
+        key: float32 [C, D].
+        value: float32 [C, Dv].
         hidden: bool [M, C] or [C], True where the key may not be attended.
         scale: Factor of the logits.
         softcap: Bound of the logits, None for none.
 
     Returns:
-        output [M, Dv] in the query's dtype (zeros where all is hidden) and lse float32 [M] (-inf there).
+        output float32 [M, Dv] (zeros where all is hidden) and lse float32 [M] (-inf there).
     """
     if hidden is not None:
         hidden = hidden.expand(len(query), len(key))
@@ -64,17 +60,6 @@ def causal_block(
     return output.view(group, rows, -1), lse.view(group, rows)
 
 
-def block_dtype(call: AttentionCall) -> torch.dtype:
-    """The dtype that the blocks of a call are computed in: bfloat16 where it pays, else float32.
-
-    SDPA's kernel rounds the output of each block to bfloat16, as its own output. Its log-sum-exp is right to 13 bits:
-    enough to merge blocks by, but not for a caller.
-    """
-    multiplies = call.query.device.type == "cpu" and has_amx() and _fused_cpu is not None
-    halves = multiplies and call.query.dtype == torch.bfloat16 and call.softcap is None and not call.wants_lse
-    return torch.bfloat16 if halves else torch.float32
-
-
 def _can_fuse(query: Tensor, softcap: float | None) -> bool:
     return query.device.type == "cpu" and _fused_cpu is not None and softcap is None
 
@@ -85,7 +70,7 @@ def _fused_block(
     """One call of SDPA's CPU kernel."""
     bias = None
     if hidden is not None:
-        bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))[None, None]
+        bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
     assert _fused_cpu is not None
     tensors = (x[None, None] for x in pad_to_equal(query, key, value))
     output, lse = _fused_cpu(*tensors, 0.0, False, attn_mask=bias, scale=scale)
@@ -95,8 +80,7 @@ def _fused_block(
 def plain_block(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same in float32 products and a softmax; the output is float32, too."""
-    query, key, value = query.float(), key.float(), value.float()
+    """The same in plain products and a softmax."""
     logits = query * scale @ key.T
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -114,5 +98,5 @@ def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tupl
     """
     above = torch.where(other_lse == float("-inf"), other_lse, other_lse - lse)
     kept, share = torch.sigmoid(-above), torch.sigmoid(above)
-    output.mul_(kept[:, None]).add_(other.float().mul_(share[:, None]))
+    output.mul_(kept[:, None]).add_(other.mul_(share[:, None]))
     return output, torch.logaddexp(lse, other_lse), share

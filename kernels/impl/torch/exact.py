@@ -13,7 +13,7 @@ import torch
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import Result, empty_result
-from s2o_compile.kernels.impl.torch.blocks import block_attention, block_dtype, merge
+from s2o_compile.kernels.impl.torch.blocks import block_attention, merge
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096
@@ -25,7 +25,6 @@ def attend_exact(call: AttentionCall) -> Result:
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
-    dtype = block_dtype(call)
     key, value = key.contiguous(), value.contiguous()
     result = output, lse, computed = empty_result(query, value_dim)
 
@@ -35,7 +34,7 @@ def attend_exact(call: AttentionCall) -> Result:
         start, stop = mask.visible_range(first, last, n_keys)
         rows = torch.arange(first, last + 1, device=query.device)
         group = slice(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
-        tile_query = query[b, group, first : last + 1].to(dtype).flatten(0, 1)
+        tile_query = query[b, group, first : last + 1].float().flatten(0, 1)
         out = torch.zeros(len(tile_query), value_dim, device=query.device, dtype=torch.float32)
         mass = torch.full(tile_query.shape[:1], -torch.inf, device=query.device, dtype=torch.float32)
         for begin in range(start, stop, KEY_STEP):
@@ -45,7 +44,7 @@ def attend_exact(call: AttentionCall) -> Result:
                 hidden |= ~mask.key_mask[b, positions]
             block = slice(begin, begin + len(positions))
             hidden = hidden.repeat(tile_query.shape[0] // len(rows), 1)
-            keys, values = key[b, kv, block].to(dtype), value[b, kv, block].to(dtype)
+            keys, values = key[b, kv, block].float(), value[b, kv, block].float()
             part = block_attention(tile_query, keys, values, hidden, scale=call.scale, softcap=softcap)
             out, mass, _ = merge(out, mass, *part)
         computed[b, group, first // TILE_LEN] = stop - start

@@ -2,7 +2,7 @@
 
 The tiles of all heads that share a segment's ranking visit it side by side. A chunk of keys is gathered once, and one
 dense block serves every tile that has not stopped. Blocks merge by their log-sum-exp. The rule is that of
-``core/stop_rule.py``. Blocks are computed in the dtype of `block_dtype`, sums in float32.
+``core/stop_rule.py``. All is computed in float32. It serves where there is no C++ compiler (``impl.cpp``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan, n_tiles
 from s2o_compile.kernels.core.result import Progress, Result, empty_result
 from s2o_compile.kernels.core.stop_rule import chunks_to_come, tail_share
-from s2o_compile.kernels.impl.torch.blocks import block_attention, block_dtype, causal_block, merge
+from s2o_compile.kernels.impl.torch.blocks import block_attention, causal_block, merge
 from s2o_compile.kernels.support.parallel import for_each
 
 KEY_STEP = 4096
@@ -45,7 +45,7 @@ def attend(
         progress: Where tiles keep their state; None if none will go on.
     """
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
-    keys, values = (x.to(block_dtype(call)).contiguous() for x in (call.key, call.value))
+    keys, values = (x.float().contiguous() for x in (call.key, call.value))
     _each_segment(call, keys, values, plan, lambda segment: segment.attend(tau, result, progress))
     return result
 
@@ -55,7 +55,7 @@ def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progres
 
     ``tau`` is float32 [B, Hq], read anew each time; an infinite one leaves a head as it is.
     """
-    keys, values = (x.to(block_dtype(call)).contiguous() for x in (call.key, call.value))
+    keys, values = (x.float().contiguous() for x in (call.key, call.value))
 
     def go_on() -> None:
         if (progress.unvisited < tau[..., None]).all():
@@ -200,8 +200,8 @@ class _Segment:
         return (taus[self.b] if taus.dim() == 2 else taus).repeat_interleave(self.tiles)
 
     def _load(self) -> Tensor:
-        """The segment's queries, [G * tiles, TILE_LEN, D], in the dtype of keys and values."""
-        return self._slots(self.query).to(self.key.dtype)
+        """The segment's queries, float32 [G * tiles, TILE_LEN, D]."""
+        return self._slots(self.query).float()
 
     def _slots(self, rows: Tensor) -> Tensor:
         """The segment's rows of [G, Nq, ..] by tile, [G * tiles, TILE_LEN, ..]; empty slots repeat the last one."""
@@ -233,7 +233,7 @@ class _Segment:
             own = slice(self.seg_start, seg_stop)
             query = tiles.query.unflatten(0, (self.group, -1)).flatten(1, 2)
             output, lse = causal_block(query, self.key[own], self.value[own], **self.logits)
-            tiles.output, tiles.lse = output.reshape(tiles.output.shape).float(), lse.reshape(tiles.lse.shape)
+            tiles.output, tiles.lse = output.reshape(tiles.output.shape), lse.reshape(tiles.lse.shape)
             return
         for stop in self.stops.unique().tolist():  # each tile up to its own stop, under the mask
             part = tiles.select((self.stops == stop).nonzero()[:, 0])

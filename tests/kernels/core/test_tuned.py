@@ -9,6 +9,7 @@ import torch
 from s2o_compile import TunedFileWarning
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.tuned import Entry, Launch
+from s2o_compile.kernels.support import cpp_library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CHOSEN = {"head_dim": 128, "dtype": "bfloat16", "key_block": 32, "num_warps": 4, "stages": 3, "maxnreg": None}
@@ -44,37 +45,58 @@ def test_crossover_goes_by_the_beginning_of_the_name(gpu, name, expected):
     assert tuned.crossover(gpu(name), torch.bfloat16) == expected
 
 
-def test_crossover_of_a_cpu(gpu):
-    gpu("none")
-    assert tuned.crossover(CPU, torch.float32) == 8192
+@pytest.fixture
+def in_torch(monkeypatch):
+    """A CPU without a C++ compiler, and with AMX."""
+    monkeypatch.setattr(cpp_library, "load", lambda: None)
+    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+    tuned.forget()
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(True, tuned.NEVER), (False, 8192)])
-def test_crossover_of_bfloat16_on_a_cpu_goes_by_its_tiles(monkeypatch, user_file, amx, expected):
+@pytest.mark.parametrize(
+    ("compiler", "amx", "bfloat16", "float32"),
+    [
+        (True, True, 4096, 4096),
+        (True, False, 4096, 4096),
+        (False, True, tuned.NEVER, 12288),
+        (False, False, 12288, 12288),
+    ],
+)
+def test_crossover_of_a_cpu_goes_by_its_compiler_and_its_tiles(
+    monkeypatch, user_file, compiler, amx, bfloat16, float32
+):
     monkeypatch.setattr(tuned, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpp_library, "load", lambda: compiler or None)
     user_file.write_text('{"format": 1, "devices": {}}')
-    assert tuned.crossover(CPU, torch.bfloat16) == expected
+    assert tuned.crossover(CPU, torch.bfloat16) == bfloat16
+    assert tuned.crossover(CPU, torch.float32) == float32
+
+
+def test_a_package_computes_in_torch_whatever_was_measured(monkeypatch, user_file):
+    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+    user_file.write_text('{"format": 1, "devices": {"cpu": {"crossover": 2048}}}')
+    assert tuned.crossover(CPU, torch.float32) == 2048
+    assert tuned.crossover(CPU, torch.float32, packaged=True) == 12288
+    assert tuned.crossover(CPU, torch.bfloat16, packaged=True) == tuned.NEVER
 
 
 @pytest.mark.parametrize(
     ("stored", "bfloat16", "float32"),
     [
         ({"crossover": 4096}, tuned.NEVER, 4096),  # as it was measured before: in one dtype
-        ({"crossovers": {"bfloat16": 16384}}, 16384, 8192),
+        ({"crossovers": {"bfloat16": 16384}}, 16384, 12288),
         ({"crossovers": {"float32": "never"}}, tuned.NEVER, tuned.NEVER),
         ({"crossover": 4096, "crossovers": {"float32": 2048}}, tuned.NEVER, 2048),
     ],
     ids=str,
 )
-def test_a_file_may_tell_dtypes_apart(monkeypatch, user_file, stored, bfloat16, float32):
-    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+def test_a_file_may_tell_dtypes_apart(in_torch, user_file, stored, bfloat16, float32):
     user_file.write_text(json.dumps({"format": 1, "devices": {"cpu": stored}}))
     assert tuned.crossover(CPU, torch.bfloat16) == bfloat16
     assert tuned.crossover(CPU, torch.float32) == float32
 
 
-def test_a_long_call_of_a_dtype_that_never_pays_has_a_reason(monkeypatch, user_file):
-    monkeypatch.setattr(tuned, "has_amx", lambda: True)
+def test_a_long_call_of_a_dtype_that_never_pays_has_a_reason(in_torch, user_file):
     user_file.write_text('{"format": 1, "devices": {}}')
     reason = tuned.why_never(8192, "auto", CPU, torch.bfloat16)
     assert reason.startswith("bfloat16 on this CPU: SDPA is faster at any length; S2OConfig(min_seq_len=8192) runs it")
@@ -148,8 +170,8 @@ def test_a_file_that_cannot_be_used_is_named_and_ignored(user_file, text, said):
     if text is not None:
         user_file.write_text(text)
     with pytest.warns(TunedFileWarning, match=f"tuned.json: expected a file of `s2o tune`, got .*{said}.*delete it"):
-        assert tuned.crossover(CPU, torch.float32) == 8192
-    assert tuned.crossover(CPU, torch.float32) == 8192  # read once, said once
+        assert tuned.crossover(CPU, torch.float32) == 4096
+    assert tuned.crossover(CPU, torch.float32) == 4096  # read once, said once
 
 
 def test_without_a_file_nothing_is_said(monkeypatch, tmp_path):

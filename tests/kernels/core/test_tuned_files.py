@@ -70,7 +70,7 @@ BAD = {
 def test_a_file_that_cannot_be_used_is_one_short_warning(user_file, kind):
     user_file.write_bytes(BAD[kind].encode() if isinstance(BAD[kind], str) else BAD[kind])
     with pytest.warns(TunedFileWarning, match="tuned.json: expected a file of `s2o tune`, got") as caught:
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
     (message,) = [str(warning.message) for warning in caught]
     assert len(message) < 1000
     assert "\n" not in message
@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_used_is_one_short_warning(user_file, kind):
 def test_a_folder_is_no_file(user_file):
     user_file.mkdir()
     with pytest.warns(TunedFileWarning, match="directory"):
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
     with pytest.raises(OptionError, match="directory"):
         tune.read(user_file)
 
@@ -92,7 +92,7 @@ def test_a_file_behind_a_file(user_file, monkeypatch):
     monkeypatch.setenv(tuned.FILE_VARIABLE, str(user_file / "tuned.json"))
     tuned.forget()
     with pytest.warns(TunedFileWarning, match="Not a directory"):
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
 
 
 def test_a_folder_that_may_not_be_searched(user_file, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_folder_that_may_not_be_searched(user_file, monkeypatch):
     monkeypatch.setattr(type(user_file), "exists", refuse)
     tuned.forget()
     with pytest.warns(TunedFileWarning, match="Permission denied"):
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
 
 
 @pytest.mark.parametrize("name", [None, "~nobody-of-this-name/tuned.json"], ids=["none-named", "named"])
@@ -118,7 +118,7 @@ def test_without_a_home(user_file, monkeypatch, name):
     tuned.forget()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert tuned.crossover(CPU, torch.float32) == 8192
+        assert tuned.crossover(CPU, torch.float32) == 4096
     assert [warning.category for warning in caught] == ([TunedFileWarning] if name else [])
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from s2o_compile.kernels.exact import sampled
-from s2o_compile.kernels.impl.cpp import exact, library
+from s2o_compile.kernels.impl.cpp import exact
+from s2o_compile.kernels.support import cpp_library
 from tests.conftest import Case, assert_close, exact_attention
 from tests.kernels.exact.test_sampled import CASES, make_call
 from tests.kernels.impl.torch.test_forward import UNWINDOWED, WINDOWED, position_counts
 from tests.kernels.test_executor_variants import NATURAL
 
-pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(bool(cpp_library.why_not()), reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize("case", [*WINDOWED, *UNWINDOWED, *NATURAL], ids=str)

@@ -5,13 +5,14 @@ import torch
 
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import empty_progress
-from s2o_compile.kernels.impl.cpp import forward, library
+from s2o_compile.kernels.impl.cpp import forward
+from s2o_compile.kernels.support import cpp_library
 from tests.conftest import Case
 from tests.helpers.operator_calls import assert_like_definition
 from tests.kernels.impl.torch.test_forward import CASES, LONG
 from tests.kernels.test_executor_variants import RANKED
 
-pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(bool(cpp_library.why_not()), reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.5])

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from s2o_compile.kernels.core.plan import prefix_mask
-from s2o_compile.kernels.impl.cpp import library, rank_per_query
+from s2o_compile.kernels.impl.cpp import rank_per_query
 from s2o_compile.kernels.ranking import per_query
+from s2o_compile.kernels.support import cpp_library
 from tests.conftest import Case
 
-pytestmark = pytest.mark.skipif(bool(library.why_not()), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(bool(cpp_library.why_not()), reason="needs a C++ compiler")
 
 CASES = [
     Case(queries=600, heads=4, kv_heads=2, batch=2),
@@ -31,9 +32,9 @@ CASES = [
 @pytest.mark.parametrize("rows", [1024, 128])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_are_those_of_the_torch_ranking(case, rows, shared, halves, monkeypatch):
-    if halves and not library.has_halves():
+    if halves and not cpp_library.has_halves():
         pytest.skip("needs AMX")
-    monkeypatch.setattr(library, "has_halves", lambda: halves)
+    monkeypatch.setattr(cpp_library, "has_halves", lambda: halves)
     monkeypatch.setattr(per_query, "CPU_ROWS", rows)
     call, segment_len = case.inputs().call, 256
     shared = call.group if shared == "group" else 1

@@ -19,7 +19,7 @@ from tests.conftest import (
     softmax_attention,
     visible_pairs,
 )
-from tests.helpers.operator_calls import assert_like_definition, define
+from tests.helpers.operator_calls import assert_like_definition
 
 CASES = [
     Case(queries=1),
@@ -55,7 +55,6 @@ WINDOWED = [
     Case(queries=700, batch=2, window=200, padding="all"),
     Case(queries=600, heads=4, kv_heads=2, window=200, layout="packed"),
 ]
-HALVES = [Case(**{**vars(case), "dtype": "bf16"}) for case in (CASES[2], CASES[4], CASES[8], CASES[11], CASES[13])]
 UNWINDOWED = [
     Case(queries=300, keys=700),
     Case(queries=700, keys=300),
@@ -110,39 +109,6 @@ class TestRanked:
     def test_equals_definition_on_cuda(self, case, device, build_plan):
         inputs = case.inputs(device)
         assert_like_definition(torch_forward, inputs, build_plan(inputs), 1.0)
-
-
-class TestHalves:
-    """Blocks in bfloat16: where nobody wants the log-sum-exp, and the CPU multiplies in tiles."""
-
-    @pytest.fixture(autouse=True)
-    def tiles(self, monkeypatch):
-        monkeypatch.setattr(block_attention, "has_amx", lambda: True)
-
-    @pytest.mark.parametrize("tau", [0.0, 0.5])
-    @pytest.mark.parametrize("case", HALVES, ids=str)
-    def test_output_is_as_close_as_that_of_eager_attention(self, case, tau, build_plan, poison_empty):
-        inputs = case.inputs()
-        call, plan = inputs.call.but(return_lse=False), build_plan(inputs)
-        assert block_attention.block_dtype(call) == torch.bfloat16
-        actual, expected = torch_forward.attend(call, plan, tau), define(inputs, plan, tau)
-        assert actual.computed.tolist() == expected.computed.tolist()
-        assert distance(actual.output, expected.output) <= bounds(inputs)[0]
-
-    @pytest.mark.parametrize("case", [c for c in WINDOWED if c.dtype == "bf16"], ids=str)
-    def test_windows(self, case):
-        inputs = case.inputs()
-        actual = torch_exact.attend_exact(inputs.call.but(return_lse=False))
-        assert distance(actual.output, exact_attention(inputs)[0]) <= bounds(inputs)[0]
-
-    def test_float32_serves_everybody_else(self, monkeypatch):
-        halves, floats = (
-            Case(queries=4, dtype=dtype).inputs().call.but(return_lse=False) for dtype in ("bf16", "fp32")
-        )
-        others = [floats, halves.but(return_lse=True), halves.but(softcap=5.0), halves.but(sinks=torch.zeros(2))]
-        assert {block_attention.block_dtype(call) for call in others} == {torch.float32}
-        monkeypatch.setattr(block_attention, "has_amx", lambda: False)
-        assert block_attention.block_dtype(halves) == torch.float32
 
 
 class TestNatural:

@@ -7,7 +7,7 @@ import torch
 
 from s2o_compile.kernels.impl.torch import exact as torch_exact
 from s2o_compile.kernels.impl.torch import forward as torch_forward
-from s2o_compile.kernels.support import torch_threads
+from s2o_compile.kernels.support import parallel
 from s2o_compile.kernels.support.parallel import for_each
 from tests.conftest import Case
 
@@ -86,11 +86,11 @@ class TestTwoThreads:
         assert numbers == [(2, torch.backends.mkl.is_available())] * 6
 
     def test_a_torch_that_cannot_let_a_thread_compute_alone_works_in_order(self, monkeypatch):
-        monkeypatch.setattr(torch_threads, "_function", lambda name: None)
-        torch_threads.can_compute_alone.cache_clear()
+        monkeypatch.setattr(parallel, "_function", lambda name: None)
+        parallel.can_compute_alone.cache_clear()
         order = []
         for_each(order.append, range(5), CPU)
-        torch_threads.can_compute_alone.cache_clear()
+        parallel.can_compute_alone.cache_clear()
         assert order == [0, 1, 2, 3, 4]
 
     def test_an_error_reaches_the_caller_and_threads_are_restored(self):

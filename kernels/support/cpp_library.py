@@ -1,4 +1,4 @@
-"""Compiles the C++ sources of this folder for the machine at hand, once, and calls them.
+"""Compiles the C++ sources of ``kernels/impl/cpp`` for the machine at hand, once, and loads them.
 
 torch.compile wants a C++ compiler on a CPU, too, so most machines have one. Where there is none, or it fails, `why_not`
 says so, one warning does, and plain torch serves. The library lies in the user's cache folder. Its name says what it
@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(f) for f in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp"))
+SOURCES = tuple(
+    Path(__file__).parents[1] / "impl" / "cpp" / name
+    for name in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp")
+)
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")
 SECONDS = 120

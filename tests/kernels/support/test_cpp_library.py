@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2o_compile import S2OConfig, attention
-from s2o_compile.kernels.impl.cpp import library
+from s2o_compile.kernels.support import cpp_library
 
 CPU = torch.device("cpu")
 
@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def unloaded():
     """Nothing is known of the machine, before and after."""
-    library._loaded.cache_clear()
+    cpp_library._loaded.cache_clear()
     yield
-    library._loaded.cache_clear()
+    cpp_library._loaded.cache_clear()
 
 
 def attend():
@@ -29,7 +29,7 @@ def attend():
 
 def test_a_machine_without_a_compiler_says_so_once_and_computes_the_same(monkeypatch):
     expected = attend()
-    library._loaded.cache_clear()
+    cpp_library._loaded.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.warns(UserWarning, match=r"plain torch.*expected a C\+\+ compiler.*got none.*Install g\+\+"):
@@ -37,8 +37,8 @@ def test_a_machine_without_a_compiler_says_so_once_and_computes_the_same(monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attend()
-    assert library.why_not()
-    assert not library.serves(CPU)
+    assert cpp_library.why_not()
+    assert not cpp_library.serves(CPU)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -46,8 +46,8 @@ def test_it_can_be_switched_off_in_silence(monkeypatch):
     monkeypatch.setenv("S2O_CPP", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not library.serves(CPU)
-    assert library.why_not() == "S2O_CPP=0"
+        assert not cpp_library.serves(CPU)
+    assert cpp_library.why_not() == "S2O_CPP=0"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell")
@@ -57,28 +57,28 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(monkeypatch, tmp_path)
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.warns(UserWarning, match=r"broken failed: no licence today"):
-        assert not library.serves(CPU)
+        assert not cpp_library.serves(CPU)
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    if not library.serves(CPU):
+    if not cpp_library.serves(CPU):
         pytest.skip("needs a C++ compiler")
-    library._loaded.cache_clear()
+    cpp_library._loaded.cache_clear()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("S2O_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match="file"):
-        assert not library.serves(CPU)
+        assert not cpp_library.serves(CPU)
 
 
 def test_it_is_compiled_once_for_all_processes(monkeypatch, tmp_path):
-    if not library.serves(CPU):
+    if not cpp_library.serves(CPU):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("S2O_CACHE", str(tmp_path))
-    code = "from s2o_compile.kernels.impl.cpp import library; assert not library.why_not()"
+    code = "from s2o_compile.kernels.support import cpp_library; assert not cpp_library.why_not()"
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     (path,) = tmp_path.iterdir()
     made = path.stat().st_mtime_ns
-    library._loaded.cache_clear()
-    assert library.serves(CPU)
+    cpp_library._loaded.cache_clear()
+    assert cpp_library.serves(CPU)
     assert [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [made]
