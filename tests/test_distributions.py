@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from s2o_compile.kernels.support import cpp_library
 from tests.helpers.imports import ROOT, module_name, product, short
 
 
@@ -33,6 +34,7 @@ def test_wheel_holds_every_module_once(distributions):
     python = [name for name in names if name.endswith(".py")]
     assert sorted(python) == sorted(map(installed, product()))
     assert "s2o_compile/py.typed" in names
+    assert {f"s2o_compile/kernels/impl/cpp/{path.name}" for path in cpp_library.SOURCES} <= {*names}
     assert {name.split("/")[0] for name in names} == {
         "s2o_compile",
         next(n for n in names if "dist-info" in n).split("/")[0],
@@ -45,6 +47,7 @@ def test_sdist_holds_the_sources(distributions):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {*map(installed, product())} <= names
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {f"s2o_compile/kernels/impl/cpp/{path.name}" for path in cpp_library.SOURCES} <= names
 
 
 IMPORT_ALL = """

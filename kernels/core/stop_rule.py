@@ -13,9 +13,10 @@ gain * visited / c, summed over the chunks to come. Where the mass is flat, the 
 first chunk's gain is not used: a sink inflates it, a bad ranking deflates it. So a tile can stop after the first chunk
 only if tau > log(prefix_count / chunk_len), and adds no share there.
 
-The rule is written out in each executor's language: ``reference``, ``impl.torch.forward``, ``impl.triton.forward`` and
-``impl.aot.cpu_forward``. Source: S2O, arXiv 2602.22575, section 3. The paper tests mean gain < tau. The row maximum
-keeps minority queries, and the estimate lets one tau serve every length. The share is not in the paper.
+The rule is written out in each executor's language: ``reference``, ``impl.torch.forward``, ``impl.cpp`` (forward.cpp),
+``impl.triton.forward`` and ``impl.aot.cpu_forward``. Source: S2O, arXiv 2602.22575, section 3. The paper tests mean
+gain < tau. The row maximum keeps minority queries, and the estimate lets one tau serve every length. The share is not
+in the paper.
 """
 
 from __future__ import annotations

@@ -242,9 +242,7 @@ class TestDispatch:
         monkeypatch.setattr(cpp_library, "load", lambda: None)
         monkeypatch.setattr(cpp_library, "why_not", lambda: "expected a C++ compiler, got none")
         assert operator.choose_implementation("auto", on_cpu) == "torch"
-        with pytest.raises(
-            ImplementationUnavailableError, match=r'"cpp": expected a C\+\+ compiler, got none. Install'
-        ):
+        with pytest.raises(ImplementationUnavailableError, match=r'"cpp": expected a C\+\+ compiler, got none'):
             operator.choose_implementation("cpp", on_cpu)
         with pytest.raises(ImplementationUnavailableError, match='"cpp": expected tensors of the CPU, got cuda'):
             operator.choose_implementation("cpp", query_on("cuda", torch.float32, 64))

@@ -9,7 +9,6 @@
 namespace {
 
 constexpr int64_t TILE_LEN = 128, OWN_STEP = 256;
-constexpr float TAIL_SHARE = 0.2f;
 
 }  // namespace
 
@@ -30,7 +29,7 @@ struct Segment {
   int64_t unvisited_head, computed_head;  // of tiles: their stride is 1
   int64_t group, rows, dim, value_dim, count, chunk_len;
   int64_t own_start, own_stop, sees;
-  float scale, softcap;               // scale > 0; no cap: 0
+  float scale, softcap, tail_share;   // scale > 0; no cap: 0; TAIL_SHARE of the stop rule
   int32_t wide;    // the output is float32 anyhow
   int32_t resume;  // tiles whose estimate is not below tau go on from what output, lse, tail and computed hold
 };
@@ -235,7 +234,7 @@ struct Work {
         going[t] = false;
         estimate[t] = unvisited;
         for (int64_t i = 0; start && i < rows; ++i)  // the first chunk's gain is not used
-          left_out[first + i] = std::min(gain[first + i] * static_cast<float>(to_come), 1.f) * TAIL_SHARE;
+          left_out[first + i] = std::min(gain[first + i] * static_cast<float>(to_come), 1.f) * s.tail_share;
       }
     }
   }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core import stop_rule
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.cpp_library import ALL, address, with_unit_stride
@@ -17,7 +18,7 @@ _Segment = cpp_library.structure(
     "query key value mean_value tau key_mask index from below output lse tail unvisited computed",
     "query_head query_row key_row value_row output_head output_row lse_head lse_row tail_head tail_row "
     "unvisited_head computed_head group rows dim value_dim count chunk_len own_start own_stop sees",
-    "scale softcap",
+    "scale softcap tail_share",
     "wide resume",
 )
 """``struct Segment`` of forward.cpp."""
@@ -55,7 +56,8 @@ class Segments:
             "value_row": self._value.stride(2), "output_head": output.stride(1), "output_row": output.stride(2),
             "lse_head": lse.stride(1), "lse_row": lse.stride(2), "computed_head": computed.stride(1),
             "dim": query.shape[3], "value_dim": call.value.shape[3], "scale": scale, "sees": ALL,
-            "softcap": call.softcap or 0.0, "wide": output.dtype == torch.float32,
+            "softcap": call.softcap or 0.0, "tail_share": stop_rule.TAIL_SHARE,
+            "wide": output.dtype == torch.float32,
         }  # fmt: skip
 
     def attend(self, b: int, heads: slice, kv: int, rows: slice, tile: int, **others: Any) -> None:  # noqa: ANN401 (numbers)
