@@ -224,7 +224,8 @@ def plan(
         )
     options = config.options
     options.check_heads(query.shape[1])
-    implementation = choose_implementation("auto", query)
+    wanted = "auto" if options.implementation == "flex" else options.implementation
+    implementation = choose_implementation(wanted, query)
     call = call.but(mask=call.mask.for_batch(query.shape[0])).for_kernels()
     with call.on_device():
         ranked = build_plan(call, options, implementation)

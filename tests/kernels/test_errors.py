@@ -124,7 +124,7 @@ class TestErrors:
             ("segment_len", 128.0, ("positive multiple of 128", "got 128.0", "None")),
             ("ranking", "best", ("'per_query', 'mean_query'", "got 'best'", "Choose")),
             ("ranking", "sub_mean", ("'per_query', 'mean_query'", "got 'sub_mean'", "sub_mean was removed")),
-            ("implementation", "cuda", ("'auto', 'triton', 'torch'", "got 'cuda'", "Choose")),
+            ("implementation", "cuda", ("'auto', 'triton', 'cpp', 'torch'", "got 'cuda'", "Choose")),
         ],
     )
     def test_options(self, name, value, message):

@@ -77,7 +77,7 @@ def test_files_from_before_the_ceiling_measure_nothing():
         ({"ranking": "magic"}, "ranking: expected one of 'per_query', 'mean_query', got 'magic'"),
         ({"ranking_per": "model"}, "ranking_per: expected one of 'head', 'group'"),
         ({"query_order": "random"}, "query_order: expected none, got 'random'. It was removed"),
-        ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'torch'"),
+        ({"implementation": "cuda"}, "implementation: expected one of 'auto', 'triton', 'cpp', 'torch'"),
         ({"inner_backend": "inductr"}, "Did you mean 'inductor'"),
         ({"assume_causal_mask": 1}, "assume_causal_mask: expected True or False, got 1"),
         ({"assume_block_masks": 1}, "assume_block_masks: expected True or False, got 1"),

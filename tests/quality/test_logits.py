@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import s2o_compile
 from s2o_compile import S2OConfig, WholeLogitsWarning
+from s2o_compile.kernels import planner
 from s2o_compile.quality import logits
 from s2o_compile.quality.batches import token_batches
 from s2o_compile.quality.logits import LogitsReader
@@ -86,6 +87,7 @@ def reader_of(model, ids):
 def test_pieces_give_the_figures_of_whole_logits(make, monkeypatch):
     model, ids = make(), tiny_tokens(270, batch=2)
     assert reader_of(model, ids).reason == ""
+    monkeypatch.setattr(planner, "default_chunk_len", lambda _: 64)  # lists of two chunks: tiles stop
     monkeypatch.setattr(logits, "PIECE_BYTES", 4 * 97 * 64)
     pieces = s2o_compile.evaluate(model, ids, CONFIG, needles=False)
     monkeypatch.setattr(logits, "_bodies", lambda _: ())

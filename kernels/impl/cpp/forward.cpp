@@ -157,7 +157,8 @@ struct Work {
       float* x = logits + i * columns;
       Vector total{};
       for (int64_t j = 0; j < columns; j += LANES) {
-        const Vector p = exp2(load(x + j) * scale - base[i]);
+        const Vector below = load(x + j) * scale - base[i];  // above it by a rounding where the logits are huge
+        const Vector p = exp2(below > 0.f ? Vector{} : below);
         Kind::weight(p, weights + i * columns + j);
         total += p;
       }
