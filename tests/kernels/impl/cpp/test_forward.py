@@ -1,13 +1,15 @@
 """The executor in C++: output, log-sum-exp and computed counts of the reference over the same plan."""
 
+import platform
+
 import pytest
 import torch
 
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import empty_progress
-from s2o_compile.kernels.impl.cpp import forward
+from s2o_compile.kernels.impl.cpp import exact, forward
 from s2o_compile.kernels.support import cpp_library
-from tests.conftest import Case
+from tests.conftest import Case, assert_close, exact_attention
 from tests.helpers.operator_calls import assert_like_definition
 from tests.kernels.impl.torch.test_forward import CASES, LONG
 from tests.kernels.test_executor_variants import RANKED
@@ -105,3 +107,22 @@ def test_the_result_is_that_of_one_thread(tau, build_plan):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names machines of x86")
+@pytest.mark.parametrize("machine", ["haswell", "x86-64"])
+def test_machines_with_shorter_vectors(machine, monkeypatch, build_plan):
+    """Vectors of 8 numbers and of 4, without tiles: what a machine lacks decides when it compiles."""
+    if machine == "haswell" and "avx2" not in torch.backends.cpu.get_cpu_capability().lower().replace("avx512", "avx2"):
+        pytest.skip("needs AVX2")
+    flags = tuple(f"-march={machine}" if flag.startswith("-march") else flag for flag in cpp_library.FLAGS)
+    monkeypatch.setattr(cpp_library, "FLAGS", flags)
+    cpp_library._loaded.cache_clear()
+    try:
+        assert not cpp_library.has_halves()
+        for case in (CASES[2], CASES[3], CASES[4], CASES[13], RANKED[0], RANKED[5]):
+            inputs = case.inputs()
+            assert_like_definition(forward, inputs, build_plan(inputs, by="cpp"), 0.5)
+        assert_close(exact.attend_exact(inputs.call), exact_attention(inputs), inputs)
+    finally:
+        cpp_library._loaded.cache_clear()
