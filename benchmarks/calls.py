@@ -1,6 +1,6 @@
 """Attention calls that the benchmarks share: inputs, dense rivals, the operator at a held density, and the clock.
 
-Without a GPU everything runs in float32 and by the torch implementation: small shapes then try a benchmark out.
+Without a GPU everything runs in float32 on the CPU: small shapes then try a benchmark out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan
+from s2o_compile.kernels.impl.cpp import forward as cpp_forward
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.planner import Planner, build_plan
@@ -124,6 +125,7 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
         patch.object(Planner, "plan", cut_plan),
         patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
         patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
+        patch.object(cpp_forward, "attend", never_stop(cpp_forward.attend)),
     ):
         yield
 
@@ -145,8 +147,8 @@ def time_held(
 ) -> dict[str, float]:
     """The operator at a held density: its time, that of the forward kernel in it, and what was computed."""
     batch, heads, length, head_dim = inputs[0].shape
-    implementation = "triton" if ON_GPU else "torch"
-    executor = triton_forward if ON_GPU else torch_forward
+    implementation = operator.choose_implementation("auto", inputs[0])
+    executor = {"triton": triton_forward, "cpp": cpp_forward, "torch": torch_forward}[implementation]
     with held_density(density, length, causal=mask.causal):
         with record_calls() as calls:
             run(inputs, mask, ranking=ranking)

@@ -1,4 +1,4 @@
-"""The torch implementation on a CPU against dense SDPA, at a held density; ratios within one run.
+"""S2O on a CPU against dense SDPA, by the default and at a held density; ratios within one run.
 
     python benchmarks/cpu.py [--lengths 4096 8192 16384] [--json benchmarks/results/cpu.json]
 
@@ -26,10 +26,13 @@ from results_file import Rows
 
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.impl.cpp import forward as cpp_forward
 from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.torch_compat import has_amx
+
+EXECUTORS = {"cpp": cpp_forward, "torch": torch_forward}
 
 
 def bench(
@@ -38,14 +41,16 @@ def bench(
     """One length at one density, None for that of the default configuration."""
     inputs = calls.make_inputs("topical", length, *shape)
     calls.check_exact(inputs, prefix=2048)
-    options = OperatorOptions()
+    options = OperatorOptions(implementation=args.implementation)
     (dense,) = calls.sdpa_calls(*inputs).values()
     with nullcontext() if density is None else calls.held_density(density, length):
         call = calls.call_of(inputs)
-        forward = partial(torch_forward.attend, call, build_plan(call, options), options.tau)
+        plan = build_plan(call, options, args.implementation)
+        forward = partial(EXECUTORS[args.implementation].attend, call, plan, options.tau)
+        whole = partial(calls.run, inputs, implementation=args.implementation)
         with record_calls() as recorded:
-            calls.run(inputs)
-        competitors = {"dense": dense, "whole": partial(calls.run, inputs), "forward": forward}
+            whole()
+        competitors = {"dense": dense, "whole": whole, "forward": forward}
         best = dict.fromkeys(competitors, float("inf"))
         for _ in range(args.rounds):
             for name, call in competitors.items():
@@ -74,6 +79,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="*", default=[], help="densities to hold, beside the default")
     parser.add_argument("--dtypes", nargs="+", choices=tuned.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", default=["8x2x128", "9x3x64"], help="query heads x kv heads x head dim")
+    parser.add_argument("--implementation", choices=EXECUTORS, default="cpp")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")
     parser.add_argument("--json", type=Path)
@@ -88,7 +94,7 @@ def main() -> None:
         for density in (None, *args.densities):
             what = {"dtype": dtype, "heads": text, "N": length, "density_held": density or "default"}
             run = partial(bench, length, density, (heads, kv_heads, head_dim), args)
-            rows.measure("CPU, torch implementation", what, run)
+            rows.measure(f"CPU, implementation {args.implementation!r}", what, run)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 import calls
 import torch
 from budget import sources
-from calls import DEVICE, ON_GPU, make_inputs, milliseconds
+from calls import DEVICE, make_inputs, milliseconds
 from results_file import Rows
 from torch import Tensor
 
@@ -34,6 +34,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import document
 from s2o_compile.cli.models import load_model
+from s2o_compile.kernels.dispatch import choose_implementation
 from s2o_compile.kernels.exact.sampled import relative_error
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
 from s2o_compile.kernels.schedule import measure_error
@@ -77,7 +78,7 @@ def distance(output: Tensor, exact: Tensor) -> float:
 def measured(call: ObservedCall, exact: Tensor, **options: object) -> dict[str, float]:
     """Density and error of a call under some options, and the error that its samples show."""
     result = call.run(**options)
-    sampled = relative_error(*measure_error(call, result, "triton" if ON_GPU else "torch").sum((1, 2))).item()
+    sampled = relative_error(*measure_error(call, result, choose_implementation("auto", call.query)).sum((1, 2))).item()
     true = distance(result.output, exact)
     density = call.densities(result).mean().item()
     return {"density": round(density, 4), "true": round(true, 5), "sampled_over_true": round(sampled / true, 3)}

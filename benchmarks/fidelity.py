@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from calls import CAUSAL, DEVICE, ON_GPU
+from calls import CAUSAL, DEVICE
 from flash_prefill import flash_prefill
 from pbs_attention import pbs_attention
 from results_file import Rows
@@ -93,7 +93,7 @@ def s2o_attention(
     """The operator, as ``Attend``."""
     call = AttentionCall.of(query, key, value, causal=True)
     options = OperatorOptions(tau=tau, ranking=ranking, ranking_per=ranking_per, segment_len=segment_len)
-    implementation = "triton" if ON_GPU else "torch"
+    implementation = operator.choose_implementation("auto", query)
     result = schedule.attend(call, options, implementation, operator.EXACT[implementation])
     n = query.shape[2]
     return result.output, pairs_by_head(result.computed, n).sum(0).cpu() / CAUSAL.area(len(query), n, n).sum()

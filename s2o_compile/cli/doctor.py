@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -18,6 +19,7 @@ from s2o_compile.cli.options import Console, Json, Table, Text, check_json, show
 from s2o_compile.config import S2OConfig
 from s2o_compile.functional import attention
 from s2o_compile.kernels.core import tuned
+from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
 
 OLDEST_TRITON = 3, 6
@@ -69,6 +71,7 @@ def examine() -> Iterator[Check]:
     """Every check, in the order of the table."""
     yield _torch()
     yield from _devices()
+    yield _cpp()
     yield _operator()
     yield _compiler()
     yield from _optional()
@@ -120,6 +123,19 @@ def _triton() -> Check:
     if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
         return Check(name=name, state="wrong", found=f"triton {found}, which is too old", remedy=remedy)
     return Check(name=name, state="ok", found=f"triton {found}")
+
+
+def _cpp() -> Check:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would say stands in the table
+        reason = cpp_library.why_not()
+    if reason:
+        remedy = "apt install g++; unset S2O_CPP" if os.environ.get("S2O_CPP") else "apt install g++"
+        return Check(
+            name="C++ kernels", state="note", found=f"{reason}: S2O on the CPU runs in plain torch", remedy=remedy
+        )
+    tiles = "with tiles of bfloat16 (AMX)" if cpp_library.has_halves() else "without tiles of bfloat16"
+    return Check(name="C++ kernels", state="ok", found=f"compiled for this CPU, {tiles}")
 
 
 @torch.no_grad()
