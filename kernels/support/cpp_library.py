@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def structure(pointers: str, sizes: str, numbers: str, flags: str = "") -> type[
     kinds = (pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (numbers, ctypes.c_float), (flags, ctypes.c_int32)
     fields = [(name, kind) for names, kind in kinds for name in names.split()]
     return type("Argument", (ctypes.Structure,), {"_fields_": fields})
+
+
+def run(function: Callable[..., int], argument: ctypes.Structure) -> None:
+    """Call a function of the library.
+
+    Raises:
+        MemoryError: It found no memory to work in.
+    """
+    if function(ctypes.byref(argument)):
+        raise MemoryError("attention in C++: expected memory to work in, got none. Give it a shorter or smaller input.")
 
 
 def with_unit_stride(x: Tensor) -> Tensor:

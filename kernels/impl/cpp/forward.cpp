@@ -305,7 +305,9 @@ struct Work {
 
 }  // namespace
 
-extern "C" void s2o_attend(const Segment* segment) { Work<Floats>(*segment).run(); }
+extern "C" int s2o_attend(const Segment* segment) {
+  return done([&] { Work<Floats>(*segment).run(); });
+}
 
 // Whether this machine multiplies bfloat16 in tiles; only then s2o_attend_halves may be called.
 extern "C" int s2o_has_halves() {
@@ -316,10 +318,10 @@ extern "C" int s2o_has_halves() {
 #endif
 }
 
-extern "C" void s2o_attend_halves(const Segment* segment) {
+extern "C" int s2o_attend_halves(const Segment* segment) {
 #ifdef HAS_HALVES
-  Work<Halves>(*segment).run();
+  return done([&] { Work<Halves>(*segment).run(); });
 #else
-  (void)segment;
+  return segment == nullptr;
 #endif
 }

@@ -66,7 +66,7 @@ struct Scores {
       part(query, ROWS * r.dim);
       part(rows, all_rows * few_columns);
       part(factor, r.dim * few_columns);
-      part(panels, std::max(columns, whole(r.end, COLUMNS)) * r.few);
+      part(panels, (r.halves ? columns : std::max(columns, whole(r.end, COLUMNS))) * r.few);
       part(minus, all_rows);
       part(logits, ROWS * columns);
       part(maxima, SLOTS * COLUMNS);
@@ -251,4 +251,6 @@ struct Scores {
 
 }  // namespace
 
-extern "C" void s2o_rank(const Ranking* ranking) { Scores(*ranking).run(); }
+extern "C" int s2o_rank(const Ranking* ranking) {
+  return done([&] { Scores(*ranking).run(); });
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 
@@ -13,7 +12,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_starts_stops
 from s2o_compile.kernels.ranking.per_query import outside_keys, scored_positions
 from s2o_compile.kernels.support import cpp_library
-from s2o_compile.kernels.support.cpp_library import ALL, address, with_unit_stride
+from s2o_compile.kernels.support.cpp_library import ALL, address, run, with_unit_stride
 from s2o_compile.kernels.support.parallel import for_each
 
 _Ranking = cpp_library.structure(
@@ -58,7 +57,7 @@ def score_keys(
             sees=mask.offset + 1 if mask.causal else ALL, scale=call.scale / math.log(2),
             sample_weight=math.log2(stride), halves=halves,
         )  # fmt: skip
-        functions.s2o_rank(ctypes.byref(argument))
+        run(functions.s2o_rank, argument)
 
     last_first = reversed(range(len(starts)))
     for_each(segment, itertools.product(range(batch), range(scores.shape[1]), last_first), query.device)

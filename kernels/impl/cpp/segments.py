@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from s2o_compile.kernels.core import stop_rule
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.support import cpp_library
-from s2o_compile.kernels.support.cpp_library import ALL, address, with_unit_stride
+from s2o_compile.kernels.support.cpp_library import ALL, address, run, with_unit_stride
 
 _Segment = cpp_library.structure(
     "query key value mean_value tau key_mask index from below output lse tail unvisited computed",
@@ -69,7 +68,7 @@ class Segments:
             computed=address(self._computed, b, heads.start, tile), group=heads.stop - heads.start,
             rows=rows.stop - rows.start, **{**self._alike, **others},
         )  # fmt: skip
-        self._attend(ctypes.byref(argument))
+        run(self._attend, argument)
 
 
 def products_dtype(call: AttentionCall) -> torch.dtype:

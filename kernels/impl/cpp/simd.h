@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 namespace {
@@ -22,7 +23,7 @@ constexpr float INFINITE = INFINITY, LOG2_E = 1.4426950408889634f, LN_2 = 0.6931
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Integers __attribute__((vector_size(4 * LANES)));
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
 inline void store(float* x, Vector value) { *reinterpret_cast<Unaligned*>(x) = value; }
@@ -91,11 +92,26 @@ struct Memory {
       std::free(data);
       size = whole(bytes, 64);
       data = static_cast<char*>(std::aligned_alloc(64, size));
+      if (!data) {
+        size = 0;
+        throw std::bad_alloc();
+      }
     }
     return data;
   }
   ~Memory() { std::free(data); }
 };
 thread_local Memory memory;  // fresh memory would cost page faults in every segment
+
+// What Python sees: 0, or 1 where memory ran out.
+template <typename Work>
+int done(Work work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
 
 }  // namespace

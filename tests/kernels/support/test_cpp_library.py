@@ -82,3 +82,10 @@ def test_it_is_compiled_once_for_all_processes(monkeypatch, tmp_path):
     cpp_library._loaded.cache_clear()
     assert cpp_library.serves(CPU)
     assert [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [made]
+
+
+def test_a_lack_of_memory_is_an_error_of_python():
+    argument = cpp_library.structure("place", "size", "number")()
+    with pytest.raises(MemoryError, match=r"attention in C\+\+: expected memory to work in, got none"):
+        cpp_library.run(lambda _: 1, argument)
+    cpp_library.run(lambda _: 0, argument)
