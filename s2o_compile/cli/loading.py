@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Collection, Iterator
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from s2o_compile.kernels.support.arguments import shown
 
 NAMED = 3
 """Weights that a message names; it counts the others."""
+
+HUB_SECONDS = 5
+"""For the hub's answer to the question whether it has a model."""
 
 LONGEST_CAUSE = 240
 """Characters of the cause in a message."""
@@ -36,6 +40,36 @@ def loading(source: str, remedy: str) -> Iterator[None]:
         cause = shorten_cause(error)
         kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
         raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
+
+
+def find_model(source: str, model: str, remedy: str) -> dict[str, Any]:
+    """Where a model is, as keywords of every ``from_pretrained``: a path, a name that the hub has, or one of its cache.
+
+    The hub is asked once, briefly. Left to itself transformers asks for half a minute where there is no network.
+
+    Raises:
+        LoadingError: There is no such path, the cache has no such name, and no hub answers.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+    if Path(model).exists():
+        return where
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
+    except HFValidationError:  # no name that the hub could have
+        got = "no such folder"
+    except HfHubHTTPError:  # it answers: transformers says what it said
+        return where
+    except Exception as error:  # every version has its own errors for no network, a slow one, and offline mode
+        if isinstance(cached, str):
+            return where | {"local_files_only": True}
+        got = f"no such folder, no such name in the hub's cache here, and no answer of the hub ({shorten_cause(error)})"
+    else:
+        return where
+    raise LoadingError(f"{source}: expected a model that can be loaded, got {got}. {remedy}")
 
 
 @torch.no_grad()
