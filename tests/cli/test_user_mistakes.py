@@ -19,8 +19,14 @@ from s2o_compile.cli import options
 
 ROOT = Path(__file__).parents[2]
 MISTAKES = {
-    "missing-folder": (("explain", "no/such/folder"), "'no/such/folder': expected a model that can be loaded, got no such folder. Give"),
-    "bench-missing-folder": (("bench", "--model", "no/such"), "'no/such': expected a model that can be loaded, got no such folder, no"),
+    "missing-folder": (
+        ("explain", "no/such/folder"),
+        "'no/such/folder': expected a model that can be loaded, got no such folder. Give",
+    ),
+    "bench-missing-folder": (
+        ("bench", "--model", "no/such"),
+        "'no/such': expected a model that can be loaded, got no such folder, no",
+    ),
     "no-model": (("bench", "--model", "FOLDER"), "expected a model that can be loaded, got"),
     "no-tokenizer": (("evaluate", "--model", "MODEL", "--tokens", 200), "expected a model that can be loaded, got"),
     "no-cuda": (("bench", "--device", "cuda"), "got 'cuda' on a machine without a CUDA device. Leave it out"),
