@@ -7,6 +7,7 @@ of such a model says nothing, so it is refused.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from logging import CRITICAL
@@ -30,7 +31,7 @@ LONGEST_CAUSE = 240
 
 
 @contextlib.contextmanager
-def loading(source: str, remedy: str) -> Iterator[None]:
+def loading(source: str, remedy: str, what: str = "a model that can be loaded") -> Iterator[None]:
     """Turn whatever is raised inside into one LoadingError that names the source. Keep code of this project outside."""
     try:
         yield
@@ -39,7 +40,25 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
         cause = shorten_cause(error)
         kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
-        raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
+        raise LoadingError(f"{source}: expected {what}, got {kind}{cause}. {remedy}") from error
+
+
+TOKENIZER_FILES = re.compile(r"token|vocab|merges|spiece|spm|bpe|\.(?:model|tiktoken|jinja)$")
+"""What is in the name of a file that tokenizers of transformers are saved in."""
+
+
+def check_tokenizer(source: str, model: str) -> None:
+    """Refuse a folder without a tokenizer, of which transformers says in four lines what it may lack.
+
+    Raises:
+        LoadingError: No file of it can be a tokenizer's.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not any(TOKENIZER_FILES.search(file.name) for file in folder.iterdir()):
+        raise LoadingError(
+            f"{source}: expected a tokenizer beside the model, got none. Save it there "
+            f"(tokenizer.save_pretrained({shown(model)})). `s2o explain` and `s2o bench` need none."
+        )
 
 
 def find_model(source: str, model: str, remedy: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.cli.demo import document
-from s2o_compile.cli.loading import any_class, check_causal, find_model, load_weights, loading
+from s2o_compile.cli.loading import any_class, check_causal, check_tokenizer, find_model, load_weights, loading
 from s2o_compile.cli.models import KNOWN, NAMES, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
@@ -206,10 +206,12 @@ def load(model: str, tokens: int, device: str) -> tuple[Any, Any]:
         return load_model(tokens, device, model)
     source, where, config = _config_of(model)
     check_causal(source, config)
+    check_tokenizer(source, model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = load_weights(source, REMEDY, AutoModelForCausalLM, **where)
-    with loading(f"tokenizer of {source}", "Save the tokenizer beside the model. `s2o bench` needs none."):
+    remedy = "Save the tokenizer beside the model. `s2o bench` needs none."
+    with loading(f"tokenizer of {source}", remedy, what="one that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**where)
     return loaded.to(device), tokenizer
 

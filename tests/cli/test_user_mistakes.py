@@ -28,7 +28,10 @@ MISTAKES = {
         "'no/such': expected a model that can be loaded, got no such folder, no",
     ),
     "no-model": (("bench", "--model", "FOLDER"), "expected a model that can be loaded, got"),
-    "no-tokenizer": (("evaluate", "--model", "MODEL", "--tokens", 200), "expected a model that can be loaded, got"),
+    "no-tokenizer": (
+        ("evaluate", "--model", "MODEL", "--tokens", 200),
+        "expected a tokenizer beside the model, got none",
+    ),
     "no-cuda": (("bench", "--device", "cuda"), "got 'cuda' on a machine without a CUDA device. Leave it out"),
     "negative-error": (("explain", "smollm2", "--error", "-1"), "error: expected a relative error between 0 and 1"),
     "bad-config": (("bench", "--config", "FOLDER"), "--config: expected a text file in UTF-8, got"),
