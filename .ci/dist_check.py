@@ -1,6 +1,6 @@
 """Build wheel and sdist, check them with twine, and use each in clean environments: `make dist-check`.
 
-    python .ci/dist_check.py [--pythons python3.11 python3.13] [--extras cli plot]
+    python .ci/dist_check.py [--pythons python3.11 /opt/python3.14/bin/python3.14] [--extras cli plot]
 
 Every environment gets the wheel from its file and all else from the package index. With torch alone the quickest real
 use runs: the operator, and a report on a module. With an extra, what it is for is imported. Pythons that are not on
@@ -97,7 +97,7 @@ def main() -> None:
 def _every_python(pythons: Sequence[str], wheel: Path) -> None:
     for python in pythons:
         if shutil.which(python):
-            use(python, python, str(wheel))
+            use(f"with-{Path(python).name}", python, str(wheel))
         else:
             print(f"{python}: not on this machine, so not run")
 

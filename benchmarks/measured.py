@@ -43,9 +43,9 @@ def tokens(count: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time with three digits, in milliseconds below one second."""
+    """A time with three digits, in milliseconds below one second; no line breaks ahead of the unit."""
     unit, shown = ("s", value) if value >= 1 else ("ms", 1e3 * value)
-    return f"{shown:.0f} {unit}" if shown >= 100 else f"{shown:.3g} {unit}"
+    return f"{shown:.0f}\u00a0{unit}" if shown >= 100 else f"{shown:.3g}\u00a0{unit}"
 
 
 def times(dense: float, ours: float) -> str:

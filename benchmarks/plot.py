@@ -87,15 +87,17 @@ def plot_enforced(results: Path, picture: Path) -> None:
             for e in budgets
         }
         label = f"{MODELS.get(model, model)}, {tokens // 1024}K tokens"
-        for name, style, suffix in (("density", "o-", ""), ("least_density", "_:", ", least")):
+        for name, style in (("density", "o-"), ("least_density", "_:")):
             means = [sum(row[name] for row in some) / len(some) for some in here.values()]
-            cost.plot(range(len(budgets)), means, style, color=colour, label=label + suffix)
+            cost.plot(range(len(budgets)), means, style, color=colour)
         for place, some in enumerate(here.values()):
             ratios = [row["true_over_budget"] for row in some]
             x = place + 0.16 * (number - (len(groups) - 1) / 2)
             held.plot([x] * len(ratios), ratios, ".", color=colour, alpha=0.6, label=None if place else label)
     held.axhline(1.0, color="#2b2b2b", linewidth=1, label="the budget")
-    cost.set(ylabel="density: share of the pairs computed, mean of layers and texts", ylim=(0, None))
+    for style, label in (("o-", "computed; colours as on the right"), ("_:", "least that the budget needs")):
+        cost.plot([], [], style, color="#2b2b2b", label=label)
+    cost.set(ylabel="density: share of the pairs, mean of layers", ylim=(0, None))
     held.set(ylabel="true error of a layer / budget", ylim=(0, 1.3))
     for axes in (cost, held):
         axes.set_xticks(range(len(budgets)), [f"{error:.0%}" for error in budgets])

@@ -24,7 +24,7 @@ def plot_speed(picture: Path) -> None:
     calls = one_call()
     line(lines, [(n, dense["ms"]) for n, _, dense, _ in calls], "dense, PyTorch's fastest kernel", "#6b6b6b", "s")
     line(lines, fa3, "dense, FlashAttention-3", "#2b2b2b", "^")
-    line(lines, [(n, ours["ms"]) for n, _, _, ours in calls], "S2O, default settings", RED, "D")
+    line(lines, [(n, ours["ms"]) for n, _, _, ours in calls], "S2O, tau 0.5", RED, "D")
     lines.axvspan(0, 16384, color=GREY, alpha=0.15, linewidth=0)
     lines.text(
         16384 / 1.1,

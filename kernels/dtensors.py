@@ -7,6 +7,7 @@ shards may be in any order (a load balancer), and a shard of the keys is no oper
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,7 @@ def attend(operator: Any, query: Any, key: Any, value: Any, *rest: Any, **keywor
             remedy="Make them with torch.distributed.tensor.distribute_tensor.",
         )
     _check_placements(*tensors)
+    _register()
     mesh = query.device_mesh
     plain = all(type(p) in (Replicate, Shard) for p in query.placements)
     heads, batch = ([n for n, p in enumerate(query.placements) if p.is_shard(dim)] for dim in (HEADS, BATCH))
@@ -100,8 +102,14 @@ def masked_attention(*given: Any, **keywords: Any) -> tuple[Any, Any]:  # noqa: 
     return attend(torch.ops.s2o.masked_attention.default, *given, **keywords)
 
 
+def register_if_used() -> None:
+    """Tell torch the placements of DTensors, if their package is loaded; Dynamo, which makes graphs, loads it."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register()
+
+
 @cache
-def register() -> None:
+def _register() -> None:
     """Tell torch the placements of a call of ``torch.ops.s2o`` that does not come here: of tensors of inference mode.
 
     By batch alone: torch remembers placements without the keywords of a call, and settings by head are keywords.

@@ -9,7 +9,6 @@ gradients to dense attention. So do the operators themselves where a derivative 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -247,8 +246,7 @@ _masked_attention = define_operator(
 _packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=_UNSAFE)
 
 
-if "torch.distributed.tensor" in sys.modules:  # who imports it later calls the operators from `s2o_compile.attention`
-    dtensors.register()
+dtensors.register_if_used()  # who imports it later calls the operators from `s2o_compile.attention`, or in a graph
 
 
 @torch.library.register_fake("s2o::packed_attention", lib=_library)

@@ -12,8 +12,22 @@ config = s2o_compile.calibrate(model, batches, error=0.02)  # what keeps a budge
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import sys
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+
+def _leave(*_: object) -> None:
+    os._exit(130)
+
+
+# The command line loads for seconds: Ctrl-C ends it there and then. `s2o_compile.__main__` takes the handler back.
+_IS_COMMAND = os.path.basename((sys.argv or [""])[0]) == "s2o" or ("-m", __name__) in pairwise(sys.orig_argv)
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)
 
 import torch
 

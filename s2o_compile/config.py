@@ -30,6 +30,10 @@ REMOVED = {
 }
 
 
+_USUAL_BACKENDS = ("inductor", "eager", "tensorrt")
+"""Inner backends that need no look at Dynamo's table, which takes long to import."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class S2OConfig(OperatorOptions):
     """How attention is made sparse. Frozen, keyword-only, checked on creation.
@@ -119,6 +123,8 @@ class S2OConfig(OperatorOptions):
             given = getattr(self, name)
             if not isinstance(given, bool):
                 raise OptionError(f"{name}: expected True or False, got {shown(given)}. Give one of them.")
+        if is_one_of(self.inner_backend, _USUAL_BACKENDS):
+            return
         # torch-tensorrt makes its backend known when it is imported, which is when it is needed.
         known = {*torch.compiler.list_backends(exclude_tags=()), "tensorrt"} - {"s2o"}
         if not is_one_of(self.inner_backend, known):

@@ -22,6 +22,7 @@ from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.torch_compile import never_captured
 from s2o_compile.planning import S2OPlan
 
 _INSTEAD = {
@@ -179,10 +180,7 @@ def _leaves_for_onnx() -> bool:
     return True
 
 
-_uncompiled: Any = torch.compiler.disable
-
-
-@_uncompiled
+@never_captured
 def _over_plan(
     call: AttentionCall, plan: S2OPlan, dense_heads: Sequence[int], config: S2OConfig | None
 ) -> tuple[Tensor, Tensor | None]:

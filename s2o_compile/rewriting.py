@@ -8,9 +8,9 @@ import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import InputError, NothingRewrittenWarning, UnknownSiteWarning
+from s2o_compile.kernels import dtensors
 from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.support.errors import warn
-from s2o_compile.passes import pipeline
 from s2o_compile.passes.site import ELSEWHERE, SHARED, SiteRecord
 from s2o_compile.recording import notify
 
@@ -23,6 +23,9 @@ def rewrite(
     ``gm``, a Dynamo graph or that of an exported program (inside ``exported.opened``), is rewritten in place. Of
     ``nodes`` alone, if they are given: everything else stays as it is, and nobody hears of it.
     """
+    from s2o_compile.passes import pipeline  # 40 files that nobody needs before the first graph
+
+    dtensors.register_if_used()
     seconds: dict[str, float] = {}
     settings = {"dense_heads": config.dense_heads, "site_tau": config.site_tau}
     shared = gm.meta.get(SHARED)

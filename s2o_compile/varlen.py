@@ -20,6 +20,7 @@ from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.torch_compile import never_captured
 
 Lengths = Tensor | Sequence[int]
 
@@ -175,10 +176,7 @@ def attention_paged(
     return (output, lse) if return_lse else output
 
 
-_uncompiled: Any = torch.compiler.disable
-
-
-@_uncompiled
+@never_captured
 def _into(
     out: Tensor | None,
     chunks: PrefillCache | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from s2o_compile.kernels.support import derivatives, torch_compat
 from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import NoGradientError
+from s2o_compile.kernels.support.torch_compile import never_captured
 
 _OF_EVERY_CALL = ("ADInplaceOrView", "BackendSelect")
 _NEEDED = (
@@ -63,7 +64,7 @@ def define_operator(
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     overload = getattr(getattr(torch.ops, library.ns), name).default
     # Dynamo would trace these functions where it skips a frame that calls the operator.
-    library.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
+    library.impl(name, never_captured(function), "CompositeExplicitAutograd")
     if not _PLAIN:
         torch.library.register_autograd(f"{library.ns}::{name}", _refuse, lib=library)
         return overload
@@ -85,7 +86,7 @@ def define_operator(
             return function(*arguments, **keywords)
         return redispatch(keys, *arguments, **keywords)
 
-    library.impl(name, torch.compiler.disable(below_autograd), "Autograd", with_keyset=True)
+    library.impl(name, never_captured(below_autograd), "Autograd", with_keyset=True)
     return overload
 
 

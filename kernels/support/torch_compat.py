@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 
@@ -93,28 +92,34 @@ def _attribute(path: str, feature: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _named(path: str, feature: str, *stand_in: Any) -> Any:  # noqa: ANN401 (anything of torch's)
-    """The object at a path; else the stand-in, or a `Missing` if there is none."""
+def _on_use(path: str, feature: str, *stand_in: Any) -> Callable[[], Any]:  # noqa: ANN401 (anything of torch's)
+    """A function that gives what `_named` gives, looked up at its first call: its module takes long to import."""
     NAMES[path] = feature
     if not stand_in:
         _NEEDED.append(path)
-    found = _find(path)
-    if found is not None:
-        return found
-    return stand_in[0] if stand_in else Missing(path, feature)
 
-
-def _later(path: str, feature: str, stand_in: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A function that is looked up at its first call: its module takes long to import."""
-    NAMES[path] = feature
-    if stand_in is None:
-        _NEEDED.append(path)
     found: list[Any] = []
 
-    def call(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 (as torch's own)
+    def look_up() -> Any:  # noqa: ANN401 (anything of torch's)
         if not found:
-            found.append(_find(path) or stand_in or Missing(path, feature))
-        return found[0](*args, **keywords)
+            here = _find(path)
+            found.append(here if here is not None else stand_in[0] if stand_in else Missing(path, feature))
+        return found[0]
+
+    return look_up
+
+
+def _named(path: str, feature: str, *stand_in: Any) -> Any:  # noqa: ANN401 (anything of torch's)
+    """The object at a path; else the stand-in, or a `Missing` if there is none."""
+    return _on_use(path, feature, *stand_in)()
+
+
+def _later(path: str, feature: str, *stand_in: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is looked up at its first call: its module takes long to import."""
+    look_up = _on_use(path, feature, *stand_in)
+
+    def call(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 (as torch's own)
+        return look_up()(*args, **keywords)
 
     return call
 
@@ -145,21 +150,21 @@ fake_mode_of: Callable[[Sequence[Any]], Any] = _named(
 _SIZES = "proofs for symbolic lengths"
 
 
-def _stand_in_unbacked(value: Any) -> set[Any]:  # noqa: ANN401 (a tensor or a symbolic number)
+def _stand_in_unbacked(value: Any) -> list[Any]:  # noqa: ANN401 (a tensor or a symbolic number)
     sizes = value.shape if isinstance(value, Tensor) else (value,)
-    return {size for size in sizes if not isinstance(size, int | float)}
+    return [size for size in sizes if not isinstance(size, int | float)]
 
 
-statically_known_true = _named(
+statically_known_true = _later(
     "torch.fx.experimental.symbolic_shapes.statically_known_true", _SIZES, lambda condition: condition is True
 )
-free_unbacked_symbols = _named(
+free_unbacked_symbols = _later(
     "torch.fx.experimental.symbolic_shapes.free_unbacked_symbols", _SIZES, _stand_in_unbacked
 )
-sympy_max = _named("torch.utils._sympy.functions.Max", _SIZES, sympy.Max)
-sympy_min = _named("torch.utils._sympy.functions.Min", _SIZES, sympy.Min)
-ValueRanges = _named("torch.utils._sympy.value_ranges.ValueRanges", _SIZES, None)
-bound_sympy = _named("torch.utils._sympy.value_ranges.bound_sympy", _SIZES, None)
+sympy_max = _on_use("torch.utils._sympy.functions.Max", _SIZES, None)
+sympy_min = _on_use("torch.utils._sympy.functions.Min", _SIZES, None)
+value_ranges = _on_use("torch.utils._sympy.value_ranges.ValueRanges", _SIZES, None)
+bound_sympy = _on_use("torch.utils._sympy.value_ranges.bound_sympy", _SIZES, None)
 
 # Kinds of operators: of the public objects that they are the classes of.
 OpOverload: Any = type(torch.ops.aten.add.Tensor)

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
 
-from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing
+from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing, _on_use
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
 COMPILED = _attribute("torch.nn.Module._compiled_call_impl", "compiled modules")
 _ORIGINAL = _attribute("torch._dynamo.OptimizedModule._orig_mod", "refusing compiled modules")
-_OptimizedModule = _named("torch._dynamo.OptimizedModule", "refusing compiled modules", _Nothing)
+_optimized_module = _on_use("torch._dynamo.OptimizedModule", "refusing compiled modules", _Nothing)
 
 
 def is_compiled(model: object) -> bool:
     """Whether a model is the result of `torch.compile`, or was compiled in place."""
-    return isinstance(model, _OptimizedModule) or getattr(model, COMPILED, None) is not None
+    return isinstance(model, _optimized_module()) or getattr(model, COMPILED, None) is not None
 
 
 def uncompiled(model: Any) -> Any:  # noqa: ANN401 (a module or function)
     """The module behind the result of `torch.compile`; everything else as it is."""
-    return getattr(model, _ORIGINAL, model) if isinstance(model, _OptimizedModule) else model
+    return getattr(model, _ORIGINAL, model) if isinstance(model, _optimized_module()) else model
 
 
 _WRAPPERS = (
@@ -89,32 +90,44 @@ def captured_code() -> types.CodeType | None:
 _skip_code = _later(
     "torch._dynamo.eval_frame.skip_code", "frames of optimized modules that Dynamo passes over", lambda _: None
 )
-_to_skip: list[types.CodeType] = []
+_to_tell: list[Callable[[], object]] = []
 
 
 def skip_frame(function: Function) -> Function:
-    """A decorator: once `skip_frames` was called, Dynamo captures what a function calls, but no frame of its own.
+    """A decorator: once `tell_dynamo` was called, Dynamo captures what a function calls, but no frame of its own.
 
     One frame that all modules run through would reach Dynamo's limit of recompilations at once.
     """
-    _to_skip.append(function.__code__)
+    _to_tell.append(partial(_skip_code, function.__code__))
     return function
 
 
+def constant_result(function: Function) -> Function:
+    """A decorator: once `tell_dynamo` was called, graphs hold what a function answers while they are captured."""
+    _to_tell.append(partial(torch.compiler.assume_constant_result, function))
+    return function
+
+
+_disable = _named("torch._compile._disable_dynamo", "imports that do not wait for Dynamo", torch.compiler.disable)
+
+
 def never_captured(function: Function) -> Function:
-    """A decorator: Dynamo captures neither a function nor what it calls, whoever compiles the code around it."""
-    return cast("Function", torch.compiler.disable(function))
+    """A decorator: Dynamo captures neither a function nor what it calls, whoever compiles the code around it.
+
+    ``torch.compiler.disable`` with Dynamo, which takes long to import, loaded at the first call.
+    """
+    return cast("Function", _disable(function))
 
 
-def skip_frames() -> None:
-    """Tell Dynamo about the functions under `skip_frame`; not at their import, since Dynamo takes long to import."""
-    while _to_skip:
-        _skip_code(_to_skip.pop())
+def tell_dynamo() -> None:
+    """Tell Dynamo of the functions under these decorators; not at their import, since Dynamo takes long to import."""
+    while _to_tell:
+        _to_tell.pop()()
 
 
 _INLINED = "sparse attention of optimized models in graphs of other backends"
-_OutputGraph = _named("torch._dynamo.output_graph.OutputGraph", _INLINED, _Nothing)
-_call_backend = _named("torch._dynamo.output_graph.OutputGraph.call_user_compiler", _INLINED, None)
+_output_graph = _on_use("torch._dynamo.output_graph.OutputGraph", _INLINED, _Nothing)
+_call_backend = _on_use("torch._dynamo.output_graph.OutputGraph.call_user_compiler", _INLINED, None)
 _BACKEND = _attribute("torch._dynamo.output_graph.OutputGraph.compiler_fn", _INLINED)
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -125,20 +138,21 @@ def wrap_backends(change: Callable[[fx.GraphModule, Backend], Backend]) -> None:
 
     A later function takes the place of an earlier one.
     """
-    if _call_backend is None:
+    call_unchanged = _call_backend()  # looked up once, ahead of all changes
+    if call_unchanged is None:
         return
 
     def call_backend(self: Any, gm: fx.GraphModule, *inputs: object) -> object:  # noqa: ANN401 (Dynamo's)
         given = getattr(self, _BACKEND, None)
         if given is None:
-            return _call_backend(self, gm, *inputs)
+            return call_unchanged(self, gm, *inputs)
         setattr(self, _BACKEND, change(gm, given))
         try:
-            return _call_backend(self, gm, *inputs)
+            return call_unchanged(self, gm, *inputs)
         finally:
             setattr(self, _BACKEND, given)
 
-    _OutputGraph.call_user_compiler = call_backend
+    _output_graph().call_user_compiler = call_backend
 
 
 def innermost_backend(backend: Any) -> Any:  # noqa: ANN401 (any callable)
@@ -152,25 +166,25 @@ class _NotRaised(Exception):
     """An exception that this torch does not have."""
 
 
-UserError: type[Exception] = _named("torch._dynamo.exc.UserError", "exporting repeated heads", _NotRaised)
-UserErrorType = _named("torch._dynamo.exc.UserErrorType", "exporting repeated heads", _Nothing)
+user_error = _on_use("torch._dynamo.exc.UserError", "exporting repeated heads", _NotRaised)
+user_error_type = _on_use("torch._dynamo.exc.UserErrorType", "exporting repeated heads", _Nothing)
 
 lookup_backend = _later("torch._dynamo.lookup_backend", "inner backends other than inductor and eager")
 mark_dynamic = _later(
     "torch._dynamo.maybe_mark_dynamic", "one compilation for all chunks of a prefill", lambda *_: None
 )
-_counters = _named("torch._dynamo.utils.counters", "graph breaks in reports", {"graph_break": {}})
-_compile_metrics = _named("torch._dynamo.utils.compilation_time_metrics", "compile time in reports", {})
+_counters = _on_use("torch._dynamo.utils.counters", "graph breaks in reports", {"graph_break": {}})
+_compile_metrics = _on_use("torch._dynamo.utils.compilation_time_metrics", "compile time in reports", {})
 
 
 def graph_breaks() -> dict[str, int]:
     """The number of graph breaks of this process by reason."""
-    return dict(_counters["graph_break"])
+    return dict(_counters()["graph_break"])
 
 
 def compile_seconds() -> float:
     """Seconds that Dynamo and the backends behind it have taken in this process, capture included."""
-    return sum(_compile_metrics.get("_compile.compile_inner", ()))
+    return sum(_compile_metrics().get("_compile.compile_inner", ()))
 
 
 _INDUCTOR = "options of the inner backend inductor"

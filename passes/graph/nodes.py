@@ -9,15 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import (
-    ValueRanges,
     bound_sympy,
     free_unbacked_symbols,
     statically_known_true,
+    value_ranges,
 )
 
 Size = int | torch.SymInt
@@ -66,16 +65,19 @@ def bounds(size: Size) -> tuple[float, float]:
     """
     if not isinstance(size, torch.SymInt):
         return size, size
-    if ValueRanges is None or bound_sympy is None:
+    extent_of, interval = bound_sympy(), value_ranges()
+    if extent_of is None or interval is None:
         return -math.inf, math.inf
+    import sympy
+
     expr, extents = size.node.expr, size.node.shape_env.bound_sympy
     ranges = {}
     for symbol in expr.free_symbols:
         extent_of_symbol = extents(symbol)
-        ranges[symbol] = ValueRanges(
+        ranges[symbol] = interval(
             sympy.Max(extent_of_symbol.lower, -LARGEST), sympy.Min(extent_of_symbol.upper, LARGEST)
         )
-    extent = bound_sympy(expr, ranges)
+    extent = extent_of(expr, ranges)
     least, greatest = (int(bound) if bound.is_Integer else None for bound in (extent.lower, extent.upper))
     return -math.inf if least is None else least, math.inf if greatest is None else greatest
 

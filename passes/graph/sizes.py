@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from functools import reduce
-from typing import Any
+from collections.abc import Callable
+from functools import cache, reduce
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -14,12 +14,21 @@ from s2o_compile.kernels.support.torch_compat import sympy_max, sympy_min
 from s2o_compile.passes.graph.nodes import Size, simplified, value_of
 from s2o_compile.passes.graph.rejected import Refused
 
-_FUNCTIONS = (
-    (sympy.Add, operator.add),
-    (sympy.Mul, operator.mul),
-    ((sympy_max, sympy.Max), torch.sym_max),
-    ((sympy_min, sympy.Min), torch.sym_min),
-)
+if TYPE_CHECKING:
+    import sympy
+
+
+@cache
+def _functions() -> tuple[tuple[tuple[type, ...], Callable[..., Any]], ...]:
+    """Kinds of sympy's expressions, and the function that computes each."""
+    import sympy
+
+    return (
+        ((sympy.Add,), operator.add),
+        ((sympy.Mul,), operator.mul),
+        ((sympy_max() or sympy.Max, sympy.Max), torch.sym_max),
+        ((sympy_min() or sympy.Min, sympy.Min), torch.sym_min),
+    )
 
 
 def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
@@ -40,7 +49,7 @@ def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
             return holders[expr]
         if expr.is_Integer:
             return int(expr)
-        function = next((function for kind, function in _FUNCTIONS if isinstance(expr, kind)), None)
+        function = next((function for kinds, function in _functions() if isinstance(expr, kinds)), None)
         if function is not None:
             return reduce(
                 lambda left, right: _call(graph, function, left, right), [emitted(argument) for argument in expr.args]

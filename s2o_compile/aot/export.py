@@ -18,7 +18,7 @@ from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import ExportError
 from s2o_compile.kernels.support.torch_compat import fake_mode_of
-from s2o_compile.kernels.support.torch_compile import UserError, UserErrorType, is_compiled
+from s2o_compile.kernels.support.torch_compile import is_compiled, user_error, user_error_type
 from s2o_compile.passes.graph import exported
 from s2o_compile.rewriting import rewrite
 
@@ -90,8 +90,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **
     export = partial(torch.export.export, model, args, kwargs, **options)
     try:
         return export()
-    except UserError as error:
-        if getattr(error, "error_type", None) is not UserErrorType.CONSTRAINT_VIOLATION:
+    except user_error() as error:
+        if getattr(error, "error_type", None) is not user_error_type().CONSTRAINT_VIOLATION:
             raise
         program = export(prefer_deferred_runtime_asserts_over_guards=True)
         if not _asserts_what_holds(program):

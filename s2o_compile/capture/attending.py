@@ -13,14 +13,13 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx.traceback import annotate
 
 from s2o_compile.capture.entry import ENTRY
 from s2o_compile.kernels.statistics import running
-from s2o_compile.kernels.support.torch_compile import skip_frame
+from s2o_compile.kernels.support.torch_compile import constant_result, skip_frame
 
 PART = "s2o_part"
 """Under this name a node of a graph holds the number of the entry whose method made it."""
@@ -55,7 +54,7 @@ def entered(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return skip_frame(entering)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _within_own_call() -> bool:
     return running.call is not None
 

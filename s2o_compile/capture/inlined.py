@@ -21,7 +21,7 @@ from s2o_compile.capture.attending import PART
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry, name_modules
 from s2o_compile.capture.generation_masks import PREPARE
 from s2o_compile.kernels.statistics import ModelCall, running
-from s2o_compile.kernels.support.torch_compile import innermost_backend, skip_frame, skip_frames, wrap_backends
+from s2o_compile.kernels.support.torch_compile import innermost_backend, skip_frame, tell_dynamo, wrap_backends
 from s2o_compile.passes.site_names import module_at
 
 
@@ -40,7 +40,7 @@ def refuse_export() -> None:
 
 def watch_graphs() -> None:
     """Look at every graph that Dynamo captures in this process from now on, and have it pass over the ways in."""
-    skip_frames()
+    tell_dynamo()
     wrap_backends(_around)
 
 

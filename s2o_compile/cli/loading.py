@@ -7,9 +7,11 @@ of such a model says nothing, so it is refused.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,15 @@ from s2o_compile.kernels.support.arguments import shown
 NAMED = 3
 """Weights that a message names; it counts the others."""
 
+HUB_SECONDS = 5
+"""For the hub's answer to the question whether it has a model."""
+
 LONGEST_CAUSE = 240
 """Characters of the cause in a message."""
 
 
 @contextlib.contextmanager
-def loading(source: str, remedy: str) -> Iterator[None]:
+def loading(source: str, remedy: str, what: str = "a model that can be loaded") -> Iterator[None]:
     """Turn whatever is raised inside into one LoadingError that names the source. Keep code of this project outside."""
     try:
         yield
@@ -35,7 +40,55 @@ def loading(source: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # transformers, safetensors, gguf, tokenizers and pickle raise whatever they like
         cause = shorten_cause(error)
         kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
-        raise LoadingError(f"{source}: expected a model that can be loaded, got {kind}{cause}. {remedy}") from error
+        raise LoadingError(f"{source}: expected {what}, got {kind}{cause}. {remedy}") from error
+
+
+TOKENIZER_FILES = re.compile(r"token|vocab|merges|spiece|spm|bpe|\.(?:model|tiktoken|jinja)$")
+"""What is in the name of a file that tokenizers of transformers are saved in."""
+
+
+def check_tokenizer(source: str, model: str) -> None:
+    """Refuse a folder without a tokenizer, of which transformers says in four lines what it may lack.
+
+    Raises:
+        LoadingError: No file of it can be a tokenizer's.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not any(TOKENIZER_FILES.search(file.name) for file in folder.iterdir()):
+        raise LoadingError(
+            f"{source}: expected a tokenizer beside the model, got none. Save it there "
+            f"(tokenizer.save_pretrained({shown(model)})). `s2o explain` and `s2o bench` need none."
+        )
+
+
+def find_model(source: str, model: str, remedy: str) -> dict[str, Any]:
+    """Where a model is, as keywords of every ``from_pretrained``: a path, a name that the hub has, or one of its cache.
+
+    The hub is asked once, briefly. Left to itself transformers asks for half a minute where there is no network.
+
+    Raises:
+        LoadingError: There is no such path, the cache has no such name, and no hub answers.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": model}
+    if Path(model).exists():
+        return where
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
+    except HFValidationError:  # no name that the hub could have
+        got = "no such folder"
+    except HfHubHTTPError:  # it answers: transformers says what it said
+        return where
+    except Exception as error:  # every version has its own errors for no network, a slow one, and offline mode
+        if isinstance(cached, str):
+            return where | {"local_files_only": True}
+        got = f"no such folder, no such name in the hub's cache here, and no answer of the hub ({shorten_cause(error)})"
+    else:
+        return where
+    raise LoadingError(f"{source}: expected a model that can be loaded, got {got}. {remedy}")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.cli.demo import document
-from s2o_compile.cli.loading import any_class, check_causal, load_weights, loading
+from s2o_compile.cli.loading import any_class, check_causal, check_tokenizer, find_model, load_weights, loading
 from s2o_compile.cli.models import KNOWN, NAMES, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
@@ -204,13 +204,15 @@ def load(model: str, tokens: int, device: str) -> tuple[Any, Any]:
     """
     if model in KNOWN:
         return load_model(tokens, device, model)
-    source, config = _config_of(model)
+    source, where, config = _config_of(model)
     check_causal(source, config)
+    check_tokenizer(source, model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = load_weights(source, REMEDY, AutoModelForCausalLM, pretrained_model_name_or_path=model)
-    with loading(f"tokenizer of {source}", "Save the tokenizer beside the model. `s2o bench` needs none."):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = load_weights(source, REMEDY, AutoModelForCausalLM, **where)
+    remedy = "Save the tokenizer beside the model. `s2o bench` needs none."
+    with loading(f"tokenizer of {source}", remedy, what="one that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     return loaded.to(device), tokenizer
 
 
@@ -232,36 +234,36 @@ def load_any(model: str, tokens: int, device: str, *, random_weights: bool = Fal
     """
     if model in KNOWN:
         return load_model(tokens, device, model)
-    source, config = _config_of(model)
+    source, where, config = _config_of(model)
     kind = any_class(config)
     if random_weights:
         with loading(source, REMEDY):
             made = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
             return made.eval().to(device), None
-    loaded = load_weights(source, REMEDY, kind, pretrained_model_name_or_path=model).to(device)
-    return loaded, _tokenizer_or_none(model)
+    return load_weights(source, REMEDY, kind, **where).to(device), _tokenizer_or_none(where)
 
 
-def _tokenizer_or_none(model: str) -> Any:  # noqa: ANN401 (a transformers tokenizer)
+def _tokenizer_or_none(where: dict[str, Any]) -> Any:  # noqa: ANN401 (a transformers tokenizer)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(**where)
     except Exception:  # whatever transformers raises where there is none, or none that it can read
         return None
 
 
-def _config_of(model: str) -> tuple[str, Any]:
-    """A model's name in messages, and its configuration."""
+def _config_of(model: str) -> tuple[str, dict[str, Any], Any]:
+    """A model's name in messages, the keywords of ``from_pretrained`` that find it, and its configuration."""
+    source = f"model {shown(model)}"
     try:
+        where = find_model(source, model, REMEDY)  # ahead of transformers, which takes seconds to import
         from transformers import AutoConfig
     except ImportError as error:
         raise DemoUnavailableError(
             "--model: expected transformers, got none. Run `pip install transformers`."
         ) from error
-    source = f"model {shown(model)}"
     with loading(source, REMEDY):
-        return source, AutoConfig.from_pretrained(model)
+        return source, where, AutoConfig.from_pretrained(**where)
 
 
 def tokenize(model: Any, tokenizer: Any, tokens: int, file: Path | None) -> Tensor:  # noqa: ANN401 (of transformers)

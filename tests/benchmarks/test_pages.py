@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import measured, models_page, speed_page, table
+from s2o_compile.kernels.core import tuned
 from tests.helpers.imports import ROOT
 
 RENEW = "run `make figures`"
@@ -59,6 +60,26 @@ def test_the_front_page_counts_models_and_names_the_version_as_they_are():
     assert f"and {some} some." in text
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert f"s2o_compile-{version}-py3-none-any.whl" in text
+
+
+def test_the_front_page_says_where_sparse_attention_begins():
+    text = (ROOT / "README.md").read_text()
+    row = re.search(r"^\| prompts have (\d+) tokens or more on a GPU, (\d+) or more on a CPU", text, re.MULTILINE)
+    gpu, cpu = map(int, row.groups())
+    assert gpu == tuned.UNKNOWN_CROSSOVER == tuned.BUILT_IN["NVIDIA H100"].crossover
+    assert cpu == tuned.BUILT_IN["cpu"].crossover
+
+
+def test_the_table_of_the_front_page_has_a_gpu_and_a_cpu():
+    """Rows of 8K, 32K and 128K tokens on a GPU, of 8K on a CPU, each with its baseline; figures stand nowhere else."""
+    text = (ROOT / "README.md").read_text()
+    table_of_speed = speed_page.readme_table()
+    for length, where in (("128K", r"H\d00"), ("32K", r"H\d00"), ("8K", r"H\d00"), ("8K", "CPU cores")):
+        assert re.search(
+            rf"^\| one attention²?, {length} tokens, [^|]*{where}[^|]*\| SDPA \|", table_of_speed, re.MULTILINE
+        )
+    assert "`torch.compile`, flash kernel" in table_of_speed
+    assert not re.findall(r"\d m?s\b|\d seconds", text.replace(table_of_speed, ""))
 
 
 def test_every_figure_of_the_front_page_names_its_file():

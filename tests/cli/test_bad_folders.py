@@ -174,6 +174,44 @@ def test_random_weights_want_a_configuration_too(s2o, folder, kind, options):
     complaint(s2o("explain", folder, "--tokens", 200, "--device", "cpu", *options))
 
 
+HUB_ERRORS = [ConnectionError("no network"), TimeoutError("too slow")]
+
+
+@pytest.mark.parametrize("error", HUB_ERRORS, ids=str)
+@pytest.mark.parametrize("command", ["explain", "evaluate"])
+def test_without_the_hub(s2o, monkeypatch, command, error):
+    """The hub is asked once; a model that its cache holds is read from there, and transformers asks nobody."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def no_answer(url, *, timeout):
+        asked.append((url, timeout))
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_answer)
+    words = [command, *(() if command == "explain" else ("--model",)), "someone/model", "--device", "cpu"]
+    said = complaint(s2o(*words))
+    assert "'someone/model': expected a model that can be loaded, got no such folder, no such name in the hub's" in said
+    assert f"no answer of the hub ({error})" in said
+    assert [timeout for _, timeout in asked] == [5]
+
+    found = []
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda **where: found.append(where) or 1 / 0)
+    complaint(s2o(*words))
+    assert found == [{"pretrained_model_name_or_path": "someone/model", "local_files_only": True}]
+
+
+def test_a_hub_that_answers(s2o, monkeypatch):
+    """Whatever it says, transformers loads the model, or says what is wrong."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    found = []
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda **where: found.append(where) or 1 / 0)
+    complaint(s2o("explain", "someone/model", "--device", "cpu"))
+    assert found == [{"pretrained_model_name_or_path": "someone/model"}]
+
+
 def test_a_file_where_a_folder_is_expected(s2o, folder):
     assert "text.txt" in complaint(s2o("explain", folder / "text.txt", "--device", "cpu"))
 

@@ -19,10 +19,19 @@ from s2o_compile.cli import options
 
 ROOT = Path(__file__).parents[2]
 MISTAKES = {
-    "missing-folder": (("explain", "no/such/folder"), "'no/such/folder': expected a model that can be loaded, got"),
-    "bench-missing-folder": (("bench", "--model", "no/such"), "'no/such': expected a model that can be loaded, got"),
+    "missing-folder": (
+        ("explain", "no/such/folder"),
+        "'no/such/folder': expected a model that can be loaded, got no such folder. Give",
+    ),
+    "bench-missing-folder": (
+        ("bench", "--model", "no/such"),
+        "'no/such': expected a model that can be loaded, got no such folder, no",
+    ),
     "no-model": (("bench", "--model", "FOLDER"), "expected a model that can be loaded, got"),
-    "no-tokenizer": (("evaluate", "--model", "MODEL", "--tokens", 200), "expected a model that can be loaded, got"),
+    "no-tokenizer": (
+        ("evaluate", "--model", "MODEL", "--tokens", 200),
+        "expected a tokenizer beside the model, got none",
+    ),
     "no-cuda": (("bench", "--device", "cuda"), "got 'cuda' on a machine without a CUDA device. Leave it out"),
     "negative-error": (("explain", "smollm2", "--error", "-1"), "error: expected a relative error between 0 and 1"),
     "bad-config": (("bench", "--config", "FOLDER"), "--config: expected a text file in UTF-8, got"),

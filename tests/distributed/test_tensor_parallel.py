@@ -3,7 +3,10 @@
 Settings by head differ so much that another head's would be seen in the output.
 """
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,7 @@ from tests.helpers.ranks import check_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
+ROOT = Path(__file__).parents[2]
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 16, 600
 TAUS = (0.0, 0.3, 1.0, 3.0)
 SHORT = {"min_seq_len": 0, "segment_len": 128, "inner_backend": "eager"}
@@ -266,3 +270,29 @@ def test_one_device_has_the_heads_that_it_has():
     module.config = SimpleNamespace(num_attention_heads=8)
     options = of_rank({"dense_heads": [1], "head_tau": [0.1, 0.2, 0.3, 0.4]}, module, 4, 2)
     assert options == {"dense_heads": [1], "head_tau": [0.1, 0.2, 0.3, 0.4]}
+
+
+LATE = """
+import sys, torch, s2o_compile
+assert "torch.distributed.tensor" not in sys.modules
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+mesh = init_device_mesh("cpu", (1,))
+x = torch.randn(3, 1, 2, 300, 16).unbind(0)
+shards = [distribute_tensor(t, mesh, [Shard(1)]) for t in x]
+exact = {"causal": True, "tau": 0.0, "min_seq_len": 0}
+first = s2o_compile.attention(*shards, causal=True, config=s2o_compile.S2OConfig(tau=0.0, min_seq_len=0))
+with torch.inference_mode():
+    second = torch.ops.s2o.attention(*[distribute_tensor(t, mesh, [Shard(0)]) for t in x], **exact)[0]
+wanted = torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True)
+print([torch.allclose(y.full_tensor(), wanted, atol=1e-5) for y in (first, second)])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_dtensors_that_come_behind_the_import(tmp_path):
+    """The import does not load their package; torch hears of the operators with the first attention on DTensors."""
+    command = [sys.executable, "-W", "ignore", "-c", LATE, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.split("\n")[0] == "[True, True]", done.stderr

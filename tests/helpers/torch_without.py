@@ -19,7 +19,7 @@ FOLDER = ROOT / "kernels" / "support"
 HOMES = ("torch_compat.py", "torch_compile.py", "torch_inductor.py")
 HOME = "s2o_compile.kernels.support.torch_compat"
 NAMED = re.compile(
-    r'(?:_named|_later|_attribute)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]|^    "(torch\.[\w.]+)",$', re.MULTILINE
+    r'(?:_named|_later|_on_use|_attribute)\(\s*"([^"]+)"|NAMES\["([^"]+)"\]|^    "(torch\.[\w.]+)",$', re.MULTILINE
 )
 VMAP = ("_add_batch_dim", "_remove_batch_dim")
 ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")

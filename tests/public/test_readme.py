@@ -31,6 +31,15 @@ SLOW = {"README.md", "backend.md", "export.md", "how-it-works.md", "reports.md",
 """Pages whose snippets compile with Inductor, or audit a whole model."""
 
 
+def test_every_picture_is_shown_with_a_text_of_its_own():
+    """A picture that no page shows is stale before long; its text says to those who do not see it what it means."""
+    pages = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md"))
+    picture = re.compile(r"!\[([^\]]+)\]\((?:\S+/)?([\w-]+\.png)\)")
+    shown = {name: text for page in pages for text, name in picture.findall(page.read_text())}
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} == set(shown)
+    assert all(len(text.split()) >= 6 for text in shown.values()), shown
+
+
 @pytest.fixture
 def short_is_long(monkeypatch, tmp_path):
     """Pages do not say min_seq_len: this machine was tuned to 1024 tokens. Files go to a folder of their own."""
