@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "tests" / "durations.json"
-LONGEST = 4.0
+LONGEST = 2.0
 """Seconds on one of two busy cores from which on a test is slow."""
 
 
