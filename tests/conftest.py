@@ -358,13 +358,15 @@ def fresh_dynamo():
 
 
 def pytest_addoption(parser):
+    longest = {"type": float, "default": durations.LONGEST}
+    parser.addoption("--longest", **longest, help="Seconds from which on a test is slow.")
     parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/passes/test_fuzz.py searches.")
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")
 
 
 def pytest_itemcollected(item):
     """Moves what takes long to the slow tier."""
-    if durations.is_slow(item.nodeid):
+    if durations.is_slow(item.nodeid, item.config.getoption("longest")):
         item.add_marker(pytest.mark.slow)
 
 

@@ -6,8 +6,8 @@ import importlib.util
 def prepare_once():
     """Makes calls between jit functions cheap.
 
-    Triton (3.6 to 3.9) looks through all of ``triton.language`` at each of them, for names that it has replaced at the first
-    call out of that module. That took over a third of the time of interpreted kernels.
+    Triton (3.6 to 3.9) looks through all of ``triton.language`` at each of them, for names that it has replaced at the
+    first call out of that module. That took over a third of the time of interpreted kernels.
     """
     if importlib.util.find_spec("triton") is None:
         return
