@@ -20,6 +20,8 @@ if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Trit
 os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
+import torch._dynamo.guards  # imports Triton
+
 from s2o_compile.kernels import prepared
 from s2o_compile.kernels.core import plan as plan_module
 from s2o_compile.kernels.core.call import AttentionCall
