@@ -16,7 +16,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
-# Behind the slow tests, the quick ones of everything that calls transformers on the oldest one that pyproject.toml allows.
+# Behind the slow tests, those of up to 4 seconds of everything that calls transformers on the oldest one that
+# pyproject.toml allows.
 WITH_TRANSFORMERS := tests/transformers tests/capture tests/cli tests/quality/tasks tests/quality/test_logits.py \
 	tests/passes/test_transformers_models.py tests/passes/test_site_names.py tests/aot/test_export.py tests/public/test_onnx.py
 
@@ -26,7 +27,7 @@ test-slow: $(READY) $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" \
-		$(WITH_TRANSFORMERS)
+		--longest 4 $(WITH_TRANSFORMERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ def bench(name: str, model: Any, ids: Tensor) -> list[dict[str, object]]:  # noq
     rows = []
     with fresh_cache():
         for cache in ("cold", "warm"):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             gc.collect()
             # What a site runs at this length does not matter: the passes have the same work.
             compiled = s2o_compile.optimize(model, S2OConfig())

@@ -185,7 +185,7 @@ def bench_length(length: int, model: Any, args: argparse.Namespace, rows: Rows) 
         inside = sdpa_kernel(backend)
         row(f"dense {name}, as users run it", partial(measure, model, ids, through_sdpa, inside, short, args.repeats))
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     fast = s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend=args.inner_backend))
     held = partial(calls.held_density, args.density, length)
 

@@ -37,7 +37,7 @@ from s2o_compile.kernels.statistics import record_calls
 
 def dense_flex(inputs: Inputs) -> Callable[[], Tensor]:
     """Compiled FlexAttention under a causal mask, its blocks made beforehand."""
-    torch._dynamo.reset()  # a second length would be compiled for lengths in general
+    torch.compiler.reset()  # a second length would be compiled for lengths in general
     blocks = causal_blocks(inputs[0].shape[2])
     return partial(torch.compile(flex_attention), *inputs, block_mask=blocks, enable_gqa=True)
 
@@ -68,7 +68,7 @@ def bench_alibi(inputs: Inputs, tau: float, rows: Rows) -> None:
     """The same call with position biases that no kernel of ours knows."""
     length, heads = inputs[0].shape[2], inputs[0].shape[1]
     slopes = torch.tensor([2.0 ** (-8.0 * (h + 1) / heads) for h in range(heads)], device=DEVICE)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     blocks = causal_blocks(length)
 
     def alibi(score: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def compiled_row(length: int, mode: str | None) -> dict[str, object]:
     found = {}
     expected = chain(*inputs)
     for name, backend in (("dense", None), ("S2O", partial(s2o, mode=mode))):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         function = torch.compile(chain, mode=mode) if backend is None else torch.compile(chain, backend=backend)
         with record_calls() as recorded:
             for _ in range(3):  # CUDA graphs record at the second call and replay from then on

@@ -95,7 +95,7 @@ def flex_sliding(inputs: Inputs, window: int) -> Callable[[], Tensor]:
     def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j > i - window)
 
-    torch._dynamo.reset()  # a second length would be compiled for lengths in general
+    torch.compiler.reset()  # a second length would be compiled for lengths in general
     length = inputs[0].shape[2]
     blocks = torch.compile(create_block_mask)(visible, None, None, length, length, device=DEVICE)
     return partial(torch.compile(flex_attention), *inputs, block_mask=blocks, enable_gqa=True)

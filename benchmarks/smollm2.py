@@ -29,7 +29,7 @@ def bench_length(tokens: int, device: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = [{"tokens": tokens, "tau": "dense", "density": 1.0, "seconds": round(seconds, 3)}]
     print(rows[-1], flush=True)
     for tau, ranking in SETTINGS:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         config = S2OConfig(tau=tau, ranking=ranking, min_seq_len=2048, inner_backend="eager")
         fast = s2o_compile.optimize(model, config)
         with s2o_compile.record() as recording:

@@ -101,7 +101,7 @@ def run_all(
     """The rows of each job, as jobs end; one that dies or takes too long ends with a row that says so."""
     context = multiprocessing.get_context("fork")  # transformers and Dynamo are imported once
     torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     waiting, running = iter(todo), {}
     while True:
         for job in itertools.islice(waiting, workers - len(running)):

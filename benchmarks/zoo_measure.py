@@ -137,9 +137,9 @@ def _measure(subject: Subject, row: Row) -> None:
     row.error = distance(actual, expected, subject.keep)
     if row.error > (0 if subject.generate else TOLERANCE):
         row.status = "differs"
-        torch._dynamo.reset()
+        torch.compiler.reset()
         row.control = distance(_call(subject, compiled_copy(subject.model, "eager")), expected, subject.keep)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         row.rounding = _rounding(subject, expected)
 
 
@@ -148,7 +148,7 @@ def _compiled(subject: Subject, backend: Any) -> object:  # noqa: ANN401 (a back
     try:
         return _call(subject, compiled_copy(subject.model, backend))
     except Exception as error:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         try:
             _call(subject, compiled_copy(subject.model, "eager"))
         except Exception as control:

@@ -5,6 +5,7 @@ softmax attention in the same dtype does on the same inputs.
 """
 
 import dataclasses
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -17,15 +18,21 @@ if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+
+import torch._dynamo.guards  # imports Triton
 
 from s2o_compile.kernels import prepared
 from s2o_compile.kernels.core import plan as plan_module
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan
-from tests.helpers import durations
+from tests.helpers import durations, interpreter
 
 torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
+# Dynamo empties the CPU's cache to time the guards of every graph, for its log alone: 18 of the 45 ms of a small one.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+interpreter.prepare_once()
 
 ERROR_FACTOR = 4
 """Online softmax rescales its sums once a block, and a tile that stops early normalises by a smaller sum."""
@@ -353,13 +360,15 @@ def fresh_dynamo():
 
 
 def pytest_addoption(parser):
+    longest = {"type": float, "default": durations.LONGEST}
+    parser.addoption("--longest", **longest, help="Seconds from which on a test is slow.")
     parser.addoption("--fuzz-seconds", type=float, default=60, help="How long tests/passes/test_fuzz.py searches.")
     parser.addoption("--fuzz-seed", type=int, default=0, help="The first seed of its modules.")
 
 
 def pytest_itemcollected(item):
     """Moves what takes long to the slow tier."""
-    if durations.is_slow(item.nodeid):
+    if durations.is_slow(item.nodeid, item.config.getoption("longest")):
         item.add_marker(pytest.mark.slow)
 
 
@@ -367,3 +376,13 @@ def pytest_itemcollected(item):
 def pytest_collection_modifyitems(items):
     """Keeps all workers busy to the end: Makefile hands out whole files in this order."""
     durations.long_files_first(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Looks for no garbage: thousands of tests are collected, and kept."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()

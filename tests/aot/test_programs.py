@@ -139,14 +139,17 @@ def test_every_operation_on_a_program(case, strict):
     check_structure(program)
     expected = first(model(*args, **kwargs))
     reexported = torch.export.export(program.module(), args, kwargs, strict=strict)
+    loaded = saved(program)
     # torch cannot deep-copy a program once it was unflattened: so unflatten comes last.
     for made in (
-        program, copy.deepcopy(program), saved(program), reexported, program.run_decompositions(),
-        program.run_decompositions({}), saved(program).run_decompositions(), move_to_device_pass(program, "cpu"),
+        program, copy.deepcopy(program), loaded, reexported, program.run_decompositions(),
+        program.run_decompositions({}), loaded.run_decompositions(), move_to_device_pass(program, "cpu"),
     ):  # fmt: skip
         check_structure(made)
-        for runs in (made.module(), torch.export.unflatten(made), torch.export.unflatten(made).train().eval()):
-            torch.testing.assert_close(first(runs(*args, **kwargs)), expected, atol=1e-5, rtol=1e-5)
+        unflattened = torch.export.unflatten(made)
+        outputs = [runs(*args, **kwargs) for runs in (made.module(), unflattened)]
+        for output in (*outputs, unflattened.train().eval()(*args, **kwargs)):
+            torch.testing.assert_close(first(output), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("strict", STRICT)

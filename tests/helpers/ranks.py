@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = ["torch", "torch.distributed.tensor", "s2o_compile", "s2o_compile.distributed", "tests.helpers.ranks"]
+PRELOADED += ["tests.conftest", "s2o_compile.transformers", "transformers.models.llama.modeling_llama"]
+"""What ranks import, for all of them at once; what is not installed is passed over."""
+
 TIMEOUT = 60
 
 

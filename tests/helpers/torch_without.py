@@ -1,8 +1,12 @@
 """Takes each private name of torch away, one a process, and tries the package without it; prints what fails as JSON.
 
-Run as a script: it imports torch once and forks, so that every child imports the package anew.
+Run as a script: it imports torch once and forks, so that every child imports the package anew. A rehearsal without
+anything hidden says which names the import, the operator and compiled attentions never look up. Those cannot matter to
+them: one child does this part for all of them, and forks again to hide each from `export` and `package`.
 """
 
+import gc
+import importlib
 import importlib.machinery
 import importlib.util
 import json
@@ -12,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import ClassVar
 
 os.environ["S2O_TUNED"] = ""
 ROOT = Path(__file__).parents[2]
@@ -38,6 +43,7 @@ class Hiding(importlib.machinery.SourceFileLoader):
     """Loads the file of private names for a torch that lacks one of them."""
 
     hidden = ""
+    looked_up: ClassVar[set[str]] = set()
 
     def get_data(self, path):
         source = super().get_data(path).decode()
@@ -45,10 +51,12 @@ class Hiding(importlib.machinery.SourceFileLoader):
             return source.encode()
         look_up = "    try:\n        return pkgutil.resolve_name(path)"
         assert look_up in source
-        source = source.replace(look_up, f"    if path == {self.hidden!r}:\n        return None\n{look_up}", 1)
+        hide = "    __loader__.looked_up.add(path)\n    if path == __loader__.hidden:\n        return None\n"
+        source = source.replace(look_up, hide + look_up, 1)
         last = 'path.rpartition(".")[2]'
         assert f"return {last}" in source
-        return source.replace(f"return {last}", f'return "gone" if path == {self.hidden!r} else {last}').encode()
+        gone = f'__loader__.looked_up.add(path)\n    return "gone" if path == __loader__.hidden else {last}'
+        return source.replace(f"return {last}", gone).encode()
 
     def get_code(self, fullname):
         return compile(self.get_data(self.path), self.path, "exec")
@@ -140,44 +148,70 @@ def try_to_package(path):
         assert sys.modules[HOME].NAMES[path] in str(error)  # noqa: PT017
     except Reached:
         names = sys.modules[HOME]
-        assert not (names.NAMES[path] == "packages" and path in names._NEEDED)
+        assert path not in names._NEEDED or names.NAMES[path] != "packages"
     else:
         raise AssertionError("compiled")
 
 
-def problem_without(path):
-    """The problem without a name, empty if there is none."""
+def in_a_child(function, *arguments):
+    """What a function returns in a process of its own."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        problem = ""
         try:
-            Hiding.hidden = path
-            sys.meta_path.insert(0, Finder)
-            try_it()
-            try_to_package(path)
-            names = sys.modules[HOME]
-            assert path in names.ATTRIBUTES or names._find(path) is None
-        except BaseException as error:  # told to the parent
-            problem = f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
-        os.write(write, problem.encode())
+            with os.fdopen(write, "w") as answer:
+                json.dump(function(*arguments), answer)
+        except BaseException:
+            traceback.print_exc()
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
-        problem = answer.read()
+        result = answer.read()
     os.waitpid(child, 0)
-    return problem
+    return json.loads(result)
+
+
+def rehearse():
+    """The names that are looked up before anything is packaged, and every module that is imported to the end."""
+    try_it()
+    looked_up = [*Hiding.looked_up]
+    try_to_package("")
+    return looked_up, [name for name in sys.modules if name.partition(".")[0] not in ("s2o_compile", "__main__")]
+
+
+def problem_without(path):
+    """The problem without a name, empty if there is none."""
+    Hiding.hidden = path
+    try:
+        if HOME not in sys.modules:
+            try_it()
+        try_to_package(path)
+        names = sys.modules[HOME]
+        assert path in names.ATTRIBUTES or names._find(path) is None
+    except BaseException as error:  # told to the parent
+        return f"{type(error).__name__}: {error} {traceback.format_exc()[-1500:]}"
+    return ""
+
+
+def problems_in_packages(tried):
+    """The same of names that only `export` and `package` could look up."""
+    try_it()
+    assert Hiding.looked_up.isdisjoint(tried)
+    return {path: in_a_child(problem_without, path) for path in tried}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import torch
-    import torch._dynamo
-    import torch._inductor.codegen.cpp_wrapper_cpu
-    import torch._inductor.cpp_builder
-    import torch._inductor.decomposition
 
     torch.set_num_threads(1)
+    sys.meta_path.insert(0, Finder)
     tried = sys.argv[1:] or paths()
-    print(json.dumps({path: problem_without(path) for path in tried}))
+    early, modules = in_a_child(rehearse)
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+    problems = {path: in_a_child(problem_without, path) for path in tried if path in early}
+    problems |= in_a_child(problems_in_packages, [path for path in tried if path not in early])
+    print(json.dumps(problems))

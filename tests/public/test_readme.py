@@ -110,6 +110,7 @@ def names():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "attention_bias": True}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False)).eval()
     model.model.layers[0].self_attn.v_proj.bias.data.fill_(1.0)  # values alike: a few keys keep any budget
+    model.generation_config.use_cache = True  # else each token of an answer reads the prompt anew
     texts = torch.randint(1, 97, (2, 1, 2000), generator=torch.Generator().manual_seed(1))
     given = {"model": model, "ids": texts[0], "batches": [texts[0]], "other_batches": [texts[1]]}
     given |= dict(zip("qkv", torch.randn(3, 1, 4, 1200, 16), strict=True))

