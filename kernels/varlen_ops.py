@@ -6,7 +6,7 @@ They are made as the operators of ``ops.py`` are; `packed_of` and `paged_of` che
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,6 @@ from s2o_compile.kernels.support.errors import InputError
 
 _DEFAULT = OperatorOptions()
 _UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
-
-
-class Shared(TypedDict, total=False):
-    """Arguments that all sequences of a call share."""
-
-    causal: bool
-    window: int | None
-    scale: float | None
-    softcap: float | None
-    return_lse: bool
-    dense_heads: Sequence[int] | None
-    site: str
 
 
 def _call_of(
@@ -59,7 +47,7 @@ def _call_of(
 
 def packed_of(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None = None,
-    *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **shared: Unpack[Shared],
+    *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **shared: Any,  # noqa: ANN401 (as `_call_of`)
 ) -> Packed:  # fmt: skip
     """Packed sequences of the arguments of `attention_varlen`.
 
@@ -79,7 +67,7 @@ def packed_of(
 def paged_of(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
     sinks: Tensor | None = None, *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    chunks: PrefillCache | None = None, **shared: Unpack[Shared],
+    chunks: PrefillCache | None = None, **shared: Any,  # noqa: ANN401 (as `_call_of`)
 ) -> Packed:  # fmt: skip
     """Packed sequences of the arguments of `attention_paged`.
 
