@@ -161,7 +161,7 @@ class Rewriter:
     def _ids(self, table: TokenTable | DocumentBounds, length: Size, site: AttentionSite) -> fx.Node:
         if isinstance(table, TokenTable):
             return self._tokens(table, length, site)
-        memo = (*table.identity, str(length))
+        memo = (*table.place, str(length))
         if memo not in self._masks:
             self._masks[memo] = self._insert(site.node, ids_of, table.node, self._size(length, site.node))
         return self._masks[memo]

@@ -39,11 +39,6 @@ class TokenTable:
         """Equal for tables of the same numbers."""
         return self.node, self.batch_dim, self.dim, str(self.start), self.selected
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for tables that read the same values."""
-        return self.place
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeyMask(TokenTable):
@@ -68,7 +63,7 @@ class DocumentBounds:
     node: fx.Node
 
     @property
-    def identity(self) -> tuple[object, ...]:
+    def place(self) -> tuple[object, ...]:
         """Equal for the same bounds."""
         return (self.node,)
 
@@ -90,12 +85,12 @@ class PackedDocuments:
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for the same documents."""
-        return self.query.identity, self.key.identity, self.bottom_right
+        return self.query.place, self.key.place, self.bottom_right
 
     @property
     def of_itself(self) -> bool:
         """Whether queries and keys stand at the same positions of the same documents."""
-        return self.query.identity == self.key.identity
+        return self.query.place == self.key.place
 
 
 MERGED = -1
