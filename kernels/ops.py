@@ -41,7 +41,7 @@ from s2o_compile.kernels.exact.formula import attend_differentiably, attend_unde
 from s2o_compile.kernels.support.define_op import define_operator
 
 _DEFAULT = OperatorOptions()
-_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
 def attention(
@@ -242,9 +242,9 @@ _library = torch.library.Library("s2o", "FRAGMENT")
 _attention = define_operator(_library, attention, differentiable_attention, on_dtensors=dtensors.attention)
 # They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
 _masked_attention = define_operator(
-    _library, masked_attention, differentiable_masked_attention, _UNSAFE, on_dtensors=dtensors.masked_attention
+    _library, masked_attention, differentiable_masked_attention, UNSAFE, on_dtensors=dtensors.masked_attention
 )
-_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=_UNSAFE)
+_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=UNSAFE)
 
 
 if "torch.distributed.tensor" in sys.modules:  # who imports it later calls the operators from `s2o_compile.attention`
@@ -311,7 +311,9 @@ for _operator in (_masked_attention, _packed_attention):
     torch.library.register_vmap(_operator, _one_by_one(_operator), lib=_library)
 
 
-def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator on query, key and value, as it is called under autocast of a device."""
+
     def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
         dtype = torch.get_autocast_dtype(device_type)
@@ -324,6 +326,6 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention", _autocast(_device_type, _attention), _key)
-    _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)
-    _library.impl("packed_attention", _autocast(_device_type, _packed_attention), _key)
+    _library.impl("attention", autocast(_device_type, _attention), _key)
+    _library.impl("masked_attention", autocast(_device_type, _masked_attention), _key)
+    _library.impl("packed_attention", autocast(_device_type, _packed_attention), _key)

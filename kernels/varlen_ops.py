@@ -17,13 +17,13 @@ from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiabl
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
 from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
+from s2o_compile.kernels.ops import UNSAFE, autocast
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.errors import InputError
 
 _DEFAULT = OperatorOptions()
-_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
 def _call_of(
@@ -217,8 +217,8 @@ def differentiable_paged(*tensors: Any, return_lse: bool = False, **keywords: An
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 # They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
-_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=_UNSAFE)
-_paged = define_operator(_library, attention_paged, differentiable_paged, tags=_UNSAFE)
+_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=UNSAFE)
+_paged = define_operator(_library, attention_paged, differentiable_paged, tags=UNSAFE)
 
 
 @torch.library.register_fake("s2o::attention_varlen", lib=_library)
@@ -231,16 +231,6 @@ def _(
     return query.new_empty(tokens, heads, value.shape[-1]), lse
 
 
-def _varlen_autocast(device_type: str) -> Any:  # noqa: ANN401
-    def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
-        """Under autocast the operator runs in the autocast dtype, as SDPA does."""
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return _varlen(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
-
-    return in_its_dtype
-
-
 def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401
     def in_its_dtype(query: Tensor, key_cache: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """A cache is not converted: the operator runs in its dtype."""
@@ -251,5 +241,5 @@ def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention_varlen", _varlen_autocast(_device_type), _key)
+    _library.impl("attention_varlen", autocast(_device_type, _varlen), _key)
     _library.impl("attention_paged", _paged_autocast(_device_type), _key)
