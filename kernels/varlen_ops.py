@@ -15,15 +15,13 @@ from s2o_compile.kernels.calls.checks import check_packed, check_paged
 from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts
 from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
-from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
+from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
 from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
 from s2o_compile.kernels.ops import UNSAFE, autocast
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.errors import InputError
-
-_DEFAULT = OperatorOptions()
 
 
 def _call_of(
@@ -106,6 +104,7 @@ def paged_of(
     )  # fmt: skip
 
 
+@takes_options
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -121,33 +120,25 @@ def attention_varlen(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed sequences; see ``s2o_compile.attention_varlen`` for the arguments.
 
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     packed = packed_of(
         query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads,
         site=site,
     )  # fmt: skip
-    output, lse = run_packed(packed, options)
+    output, lse = run_packed(packed, from_op_kwargs(**options))
     return output, lse if return_lse else lse.new_empty(0)
 
 
+@takes_options
 def attention_paged(
     query: Tensor,
     key_cache: Tensor,
@@ -164,16 +155,9 @@ def attention_paged(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention over sequences whose keys lie in pages; see ``s2o_compile.attention_paged`` for the arguments.
 
@@ -182,14 +166,12 @@ def attention_paged(
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     packed = paged_of(
         query, key_cache, value_cache, block_table, cu_seqlens_q, seq_lens, sinks, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, causal=causal, window=window, scale=scale, softcap=softcap,
         return_lse=return_lse, dense_heads=dense_heads, site=site,
     )  # fmt: skip
-    output, lse = run_packed(packed, options)
+    output, lse = run_packed(packed, from_op_kwargs(**options))
     return output, lse if return_lse else lse.new_empty(0)
 
 

@@ -187,8 +187,7 @@ def _into(
     """The operator's function with what no operator takes: an output that is there, and a cache of the ranking."""
     marked = options.pop("dense_heads", None)
     packed = varlen_ops.paged_of(*tensors, chunks=chunks, dense_heads=marked, **shared)
-    head_tau = options.pop("head_tau", None)
-    return run_packed(packed, from_op_kwargs(**options, head_tau=tuple(head_tau or ())), out)
+    return run_packed(packed, from_op_kwargs(**options), out)
 
 
 def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, config: S2OConfig | None) -> None:
