@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.core.mask import describe
-from s2o_compile.passes.graph.nodes import Size, simplified
+from s2o_compile.passes.graph.nodes import Size, known, simplified, value_of
 from s2o_compile.passes.graph.rejected import Rejected
 
 READ = "read at run time"
@@ -38,6 +39,21 @@ class TokenTable:
     def place(self) -> tuple[object, ...]:
         """Equal for tables of the same numbers."""
         return self.node, self.batch_dim, self.dim, str(self.start), self.selected
+
+    def steps(self, batch: Size, length: Size) -> Iterator[tuple[Callable[..., torch.Tensor], tuple[Size, ...]]]:
+        """Functions, with their arguments behind the tensor, that make [B or 1, N] of it."""
+        shape = value_of(self.node).shape
+        if not (known(self.start == 0) and known(shape[self.dim] == length)):
+            yield torch.narrow, (self.dim, self.start, length)
+        if self.batch_dim is not None and not known(shape[self.batch_dim] == batch):
+            yield torch.narrow, (self.batch_dim, 0, batch)  # it is read row by row, and may hold more of them
+        # Highest dimension first, so that the lower ones keep their numbers.
+        for dim, position in sorted(self.selected, reverse=True):
+            yield torch.select, (dim, position)
+        if self.batch_dim is None:
+            yield torch.unsqueeze, (0,)
+        elif self.batch_dim > self.dim:
+            yield torch.transpose, (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
