@@ -20,6 +20,7 @@ from s2o_compile.cli.models import KNOWN, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.recording import record
 from s2o_compile.report import Report
+from s2o_compile.speed.measure import wait
 
 MODEL = KNOWN["smollm2"].name
 QUESTION = "According to the text above, what is the assert statement for? Answer in one sentence."
@@ -81,10 +82,10 @@ def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a tran
 def timed(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, float]:  # noqa: ANN401 (a transformers model)
     """One prefill: best next token [N], loss of every token [N - 1], and the seconds of the forward alone."""
     gc.collect()
-    _wait(ids)
+    wait(ids.device)
     start = time.perf_counter()
     logits = model(ids, use_cache=False).logits[0]
-    _wait(ids)
+    wait(ids.device)
     seconds = time.perf_counter() - start
     best, losses = [], []
     for first in range(0, ids.shape[1], 1024):  # in pieces: float32 logits of a long prompt fill many GiB
@@ -103,11 +104,6 @@ def seconds_to_read(model: Any, ids: Tensor) -> float:  # noqa: ANN401 (a transf
     start = time.perf_counter()
     model(few)
     return (time.perf_counter() - start) * ids.shape[1] / few.shape[1]
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -64,14 +64,15 @@ def time_calls(call: Callable[[], object], device: torch.device) -> Timing:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
