@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -146,7 +145,7 @@ class LogitsReader:
         seen: list[Any] = []
         self._body = body
         try:
-            with _hooked(body, lambda *call: seen.append(call[-1])):
+            with body.register_forward_hook(lambda *call: seen.append(call[-1])):
                 whole = batch.logits(self._model, self._caller)
             if len(seen) != 1:
                 return f"runs its {type(body).__name__} {len(seen)} times"
@@ -185,15 +184,6 @@ def _bodies(model: nn.Module) -> Iterator[nn.Module]:
         decoder = getattr(body, "decoder", None)  # OPT and its kind call it past the body
         if isinstance(decoder, nn.Module):
             yield decoder
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:  # noqa: ANN401 (a forward hook)
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _hidden(output: Any) -> Tensor:  # noqa: ANN401 (what a body returns)
