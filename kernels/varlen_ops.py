@@ -13,8 +13,9 @@ from torch import Tensor
 
 from s2o_compile.kernels.calls.checks import check_packed, check_paged
 from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts
-from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
+from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
+from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
 from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
 from s2o_compile.kernels.ops import UNSAFE, autocast
@@ -33,12 +34,13 @@ def _call_of(
     check_whole()
     packed = query.transpose(0, 1)[None]
     dense = tuple(dense_heads or ())
+    mask = AttentionMask.aligned(packed, packed, causal=causal, window=window)  # an offset of 0: each has its own
     check_arguments(
         packed, key, None, sinks, causal=causal, window=window, attention_chunk=None, softcap=softcap,
         fully_masked="zeros", dense_heads=dense,
     )  # fmt: skip
     return AttentionCall(
-        query=packed, key=key, value=value, mask=packed_mask(causal=causal, window=window), sinks=sinks,
+        query=packed, key=key, value=value, mask=mask, sinks=sinks,
         scale=scale_of(query, scale), softcap=softcap, return_lse=return_lse, dense_heads=sorted({*dense}), site=site,
     )  # fmt: skip
 
