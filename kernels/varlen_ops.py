@@ -5,7 +5,7 @@ They are made as the operators of ``ops.py`` are; `packed_of` and `paged_of` che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -181,22 +181,18 @@ _EXACT = ("max_seqlen_q", "max_seqlen_k", "causal", "window", "scale", "softcap"
 """Arguments that change the result of exact attention, or are checked there, too."""
 
 
-def _exact_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
-    return {name: keywords[name] for name in _EXACT if name in keywords}
+def _differentiable(complete: Callable[..., Packed]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An operator by operators that have every derivative: exact, and without a log-sum-exp."""
+
+    def attend(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        check_no_lse(return_lse)
+        packed = complete(*tensors, **{name: keywords[name] for name in _EXACT if name in keywords})
+        return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+
+    return attend
 
 
-def differentiable_varlen(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_varlen`)
-    """`attention_varlen` by operators that have every derivative: exact, and without a log-sum-exp."""
-    check_no_lse(return_lse)
-    packed = packed_of(*tensors, **_exact_arguments(keywords))
-    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
-
-
-def differentiable_paged(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_paged`)
-    """`attention_paged` by operators that have every derivative: exact, and without a log-sum-exp."""
-    check_no_lse(return_lse)
-    packed = paged_of(*tensors, **_exact_arguments(keywords))
-    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+differentiable_varlen, differentiable_paged = _differentiable(packed_of), _differentiable(paged_of)
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")

@@ -123,23 +123,19 @@ class Report:
             )
             if missed:
                 lines.append(f"NOT FOUND: {missed} more ran that the pass did not see, and stay as they were")
-        if self.unknown_sites:
-            lines.append(
-                "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:"
-            )
-            lines += [f"  - {name}" for name in self.unknown_sites]
+        lines += _listed(
+            "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:",
+            self.unknown_sites,
+        )
         if self.audit_error:
             lines.append(f"not checked for attentions that were not found: {self.audit_error}")
         if self.imbalance is not None:
             each = ", ".join(f"{pairs:.3g}" for pairs in self.rank_pairs)
             lines.append(f"computed pairs by rank: {each}; max over mean {self.imbalance:.3f}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
-        if unproven:
-            lines.append("masks read at run time, because they could not be proven:")
-            lines += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
-        if self.graph_breaks:
-            lines.append(f"captured in {self.graphs} graphs; breaks:")
-            lines += [f"  - {reason}" for reason in self.graph_breaks]
+        reasons = [f"{count} x {reason}" for reason, count in unproven.most_common()]
+        lines += _listed("masks read at run time, because they could not be proven:", reasons)
+        lines += _listed(f"captured in {self.graphs} graphs; breaks:", self.graph_breaks)
         if self.graphs:
             share = ""
             if self.compile_seconds:
