@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +23,6 @@ from s2o_compile.speed.measure import wait
 
 MODEL = KNOWN["smollm2"].name
 QUESTION = "According to the text above, what is the assert statement for? Answer in one sentence."
-
-
-class Step(Protocol):
-    """A display of steps, as ``options.Steps``."""
-
-    def expect(self, count: int, seconds: float | None = None) -> None:
-        """How many steps of about equal length follow, and how long one takes."""
-        ...
-
-    def __call__(self, name: str) -> AbstractContextManager[object]:
-        """A context for a step."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +94,7 @@ def seconds_to_read(model: Any, ids: Tensor) -> float:  # noqa: ANN401 (a transf
 
 
 @torch.no_grad()
-def run(*, tokens: int, device: str, config: S2OConfig, step: Step) -> DemoResult:
+def run(*, tokens: int, device: str, config: S2OConfig, step: Any) -> DemoResult:  # noqa: ANN401 (an options.Steps)
     """Run the demo with a prompt of ``tokens``, the question included, and show every step by ``step(name)``."""
     with step("loading the model from its GGUF file"):
         model, tokenizer = load_model(tokens, device)
