@@ -24,7 +24,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.layout import as_sdpa, empty_output
 from s2o_compile.kernels.core.mask import FULLY_MASKED, UNKNOWN_MASK
-from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
+from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
 from s2o_compile.kernels.core.shards import held_sequence, sharded
 from s2o_compile.kernels.core.validation import (
     check_attn_mask,
@@ -39,10 +39,10 @@ from s2o_compile.kernels.exact.epilogue import add_sinks, fill_rows
 from s2o_compile.kernels.exact.formula import attend_differentiably, attend_under
 from s2o_compile.kernels.support.define_op import define_operator
 
-_DEFAULT = OperatorOptions()
-_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 
 
+@takes_options
 def attention(
     query: Tensor,
     key: Tensor,
@@ -58,33 +58,24 @@ def attention(
     softcap: float | None = None,
     fully_masked: str = "zeros",
     return_lse: bool = False,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Sparse attention by ranked keys and early stop; see ``s2o_compile.attention`` for the arguments.
 
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and the log-sum-exp float32 [B, Hq, Nq], empty unless asked for.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
-    output = lse = None
+    chosen, output, lse = from_op_kwargs(**options), None, None
     sequence = held_sequence()
     if sequence is None:
         check_whole()
     usual = key_mask is sinks is window is attention_chunk is softcap is None and not return_lse and not dense_heads
     if usual and sequence is None and fully_masked in FULLY_MASKED:
         output = run_short(
-            query, key, value, causal=causal, causal_offset=causal_offset, scale=scale, options=options, site=site
+            query, key, value, causal=causal, causal_offset=causal_offset, scale=scale, options=chosen, site=site
         )
     if output is None:
         with nullcontext() if sequence is None else sharded(None):
@@ -93,11 +84,12 @@ def attention(
                 attention_chunk=attention_chunk, scale=scale, softcap=softcap, fully_masked=fully_masked,
                 return_lse=return_lse, dense_heads=dense_heads or (), site=site,
             )  # fmt: skip
-        output, lse = run(call, options) if sequence is None else run_sharded(call, options, sequence)
+        output, lse = run(call, chosen) if sequence is None else run_sharded(call, chosen, sequence)
     output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
+@takes_options
 def masked_attention(
     query: Tensor,
     key: Tensor,
@@ -109,17 +101,10 @@ def masked_attention(
     softcap: float | None = None,
     fully_masked: str = "zeros",
     fill: float | None = None,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention under a mask that is read when it runs; see ``s2o_compile.attention`` for the arguments.
 
@@ -128,16 +113,15 @@ def masked_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     call = AttentionCall.of(
         query, key, value, None, sinks, scale=scale, softcap=softcap, fully_masked=fully_masked,
         dense_heads=dense_heads or (), site=site,
     )  # fmt: skip
-    output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, options, fill)
+    output = run_masked(call.but(mask=UNKNOWN_MASK), attn_mask, from_op_kwargs(**options), fill)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
+@takes_options
 def packed_attention(
     query: Tensor,
     key: Tensor,
@@ -154,17 +138,10 @@ def packed_attention(
     scale: float | None = None,
     softcap: float | None = None,
     fully_masked: str = "zeros",
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
     layout: str = "auto",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed sequences, each to itself alone; see ``s2o_compile.attention`` for the other arguments.
 
@@ -175,14 +152,12 @@ def packed_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     call, packed = _packed_call(
         query, key, value, documents, key_documents, key_mask, sinks, bottom_right=bottom_right, causal=causal,
         causal_offset=causal_offset, window=window, scale=scale, softcap=softcap, fully_masked=fully_masked,
         dense_heads=dense_heads or (), site=site,
     )  # fmt: skip
-    output = run_packed(call, packed, options)
+    output = run_packed(call, packed, from_op_kwargs(**options))
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
@@ -241,9 +216,9 @@ _library = torch.library.Library("s2o", "FRAGMENT")
 _attention = define_operator(_library, attention, differentiable_attention, on_dtensors=dtensors.attention)
 # They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
 _masked_attention = define_operator(
-    _library, masked_attention, differentiable_masked_attention, _UNSAFE, on_dtensors=dtensors.masked_attention
+    _library, masked_attention, differentiable_masked_attention, UNSAFE, on_dtensors=dtensors.masked_attention
 )
-_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=_UNSAFE)
+_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=UNSAFE)
 
 
 dtensors.register_if_used()  # who imports it later calls the operators from `s2o_compile.attention`, or in a graph
@@ -309,7 +284,9 @@ for _operator in (_masked_attention, _packed_attention):
     torch.library.register_vmap(_operator, _one_by_one(_operator), lib=_library)
 
 
-def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator on query, key and value, as it is called under autocast of a device."""
+
     def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """Under autocast SDPA runs in the autocast dtype, masks that are added included, and so does the operator."""
         dtype = torch.get_autocast_dtype(device_type)
@@ -322,6 +299,6 @@ def _autocast(device_type: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention", _autocast(_device_type, _attention), _key)
-    _library.impl("masked_attention", _autocast(_device_type, _masked_attention), _key)
-    _library.impl("packed_attention", _autocast(_device_type, _packed_attention), _key)
+    _library.impl("attention", autocast(_device_type, _attention), _key)
+    _library.impl("masked_attention", autocast(_device_type, _masked_attention), _key)
+    _library.impl("packed_attention", autocast(_device_type, _packed_attention), _key)

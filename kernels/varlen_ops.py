@@ -5,37 +5,24 @@ They are made as the operators of ``ops.py`` are; `packed_of` and `paged_of` che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.calls.checks import check_packed, check_paged
 from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts
-from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, packed_mask, run_packed
+from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
-from s2o_compile.kernels.core.options import OperatorOptions, from_op_kwargs
+from s2o_compile.kernels.core.mask import AttentionMask
+from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
 from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
+from s2o_compile.kernels.ops import UNSAFE, autocast
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.errors import InputError
-
-_DEFAULT = OperatorOptions()
-_UNSAFE = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
-
-
-class Shared(TypedDict, total=False):
-    """Arguments that all sequences of a call share."""
-
-    causal: bool
-    window: int | None
-    scale: float | None
-    softcap: float | None
-    return_lse: bool
-    dense_heads: Sequence[int] | None
-    site: str
 
 
 def _call_of(
@@ -47,19 +34,20 @@ def _call_of(
     check_whole()
     packed = query.transpose(0, 1)[None]
     dense = tuple(dense_heads or ())
+    mask = AttentionMask.aligned(packed, packed, causal=causal, window=window)  # an offset of 0: each has its own
     check_arguments(
         packed, key, None, sinks, causal=causal, window=window, attention_chunk=None, softcap=softcap,
         fully_masked="zeros", dense_heads=dense,
     )  # fmt: skip
     return AttentionCall(
-        query=packed, key=key, value=value, mask=packed_mask(causal=causal, window=window), sinks=sinks,
+        query=packed, key=key, value=value, mask=mask, sinks=sinks,
         scale=scale_of(query, scale), softcap=softcap, return_lse=return_lse, dense_heads=sorted({*dense}), site=site,
     )  # fmt: skip
 
 
 def packed_of(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None = None,
-    *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **shared: Unpack[Shared],
+    *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **shared: Any,  # noqa: ANN401 (as `_call_of`)
 ) -> Packed:  # fmt: skip
     """Packed sequences of the arguments of `attention_varlen`.
 
@@ -79,7 +67,7 @@ def packed_of(
 def paged_of(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor,
     sinks: Tensor | None = None, *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    chunks: PrefillCache | None = None, **shared: Unpack[Shared],
+    chunks: PrefillCache | None = None, **shared: Any,  # noqa: ANN401 (as `_call_of`)
 ) -> Packed:  # fmt: skip
     """Packed sequences of the arguments of `attention_paged`.
 
@@ -118,6 +106,7 @@ def paged_of(
     )  # fmt: skip
 
 
+@takes_options
 def attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -133,33 +122,25 @@ def attention_varlen(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed sequences; see ``s2o_compile.attention_varlen`` for the arguments.
 
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     packed = packed_of(
         query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads,
         site=site,
     )  # fmt: skip
-    output, lse = run_packed(packed, options)
+    output, lse = run_packed(packed, from_op_kwargs(**options))
     return output, lse if return_lse else lse.new_empty(0)
 
 
+@takes_options
 def attention_paged(
     query: Tensor,
     key_cache: Tensor,
@@ -176,16 +157,9 @@ def attention_paged(
     scale: float | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
-    tau: float | None = None,
-    min_seq_len: int | None = None,
-    segment_len: int | None = _DEFAULT.segment_len,
-    ranking: str = _DEFAULT.ranking,
-    ranking_per: str = _DEFAULT.ranking_per,
-    implementation: str = _DEFAULT.implementation,
-    head_tau: Sequence[float] | None = None,
-    error: float | None = None,
     dense_heads: Sequence[int] | None = None,
     site: str = "",
+    **options: Any,  # noqa: ANN401 (of `from_op_kwargs`)
 ) -> tuple[Tensor, Tensor]:
     """Attention over sequences whose keys lie in pages; see ``s2o_compile.attention_paged`` for the arguments.
 
@@ -194,14 +168,12 @@ def attention_paged(
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
     """
-    taus = () if head_tau is None else tuple(head_tau)
-    options = from_op_kwargs(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
     packed = paged_of(
         query, key_cache, value_cache, block_table, cu_seqlens_q, seq_lens, sinks, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, causal=causal, window=window, scale=scale, softcap=softcap,
         return_lse=return_lse, dense_heads=dense_heads, site=site,
     )  # fmt: skip
-    output, lse = run_packed(packed, options)
+    output, lse = run_packed(packed, from_op_kwargs(**options))
     return output, lse if return_lse else lse.new_empty(0)
 
 
@@ -209,28 +181,24 @@ _EXACT = ("max_seqlen_q", "max_seqlen_k", "causal", "window", "scale", "softcap"
 """Arguments that change the result of exact attention, or are checked there, too."""
 
 
-def _exact_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
-    return {name: keywords[name] for name in _EXACT if name in keywords}
+def _differentiable(complete: Callable[..., Packed]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An operator by operators that have every derivative: exact, and without a log-sum-exp."""
+
+    def attend(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        check_no_lse(return_lse)
+        packed = complete(*tensors, **{name: keywords[name] for name in _EXACT if name in keywords})
+        return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+
+    return attend
 
 
-def differentiable_varlen(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_varlen`)
-    """`attention_varlen` by operators that have every derivative: exact, and without a log-sum-exp."""
-    check_no_lse(return_lse)
-    packed = packed_of(*tensors, **_exact_arguments(keywords))
-    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
-
-
-def differentiable_paged(*tensors: Any, return_lse: bool = False, **keywords: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (as `attention_paged`)
-    """`attention_paged` by operators that have every derivative: exact, and without a log-sum-exp."""
-    check_no_lse(return_lse)
-    packed = paged_of(*tensors, **_exact_arguments(keywords))
-    return attend_packed_differentiably(packed), packed.call.query.new_empty(0, dtype=torch.float32)
+differentiable_varlen, differentiable_paged = _differentiable(packed_of), _differentiable(paged_of)
 
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 # They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
-_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=_UNSAFE)
-_paged = define_operator(_library, attention_paged, differentiable_paged, tags=_UNSAFE)
+_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=UNSAFE)
+_paged = define_operator(_library, attention_paged, differentiable_paged, tags=UNSAFE)
 
 
 @torch.library.register_fake("s2o::attention_varlen", lib=_library)
@@ -243,16 +211,6 @@ def _(
     return query.new_empty(tokens, heads, value.shape[-1]), lse
 
 
-def _varlen_autocast(device_type: str) -> Any:  # noqa: ANN401
-    def in_its_dtype(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
-        """Under autocast the operator runs in the autocast dtype, as SDPA does."""
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return _varlen(query.to(dtype), key.to(dtype), value.to(dtype), *rest, **keywords)
-
-    return in_its_dtype
-
-
 def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401
     def in_its_dtype(query: Tensor, key_cache: Tensor, *rest: Tensor | None, **keywords: object) -> Any:  # noqa: ANN401
         """A cache is not converted: the operator runs in its dtype."""
@@ -263,5 +221,5 @@ def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("attention_varlen", _varlen_autocast(_device_type), _key)
+    _library.impl("attention_varlen", autocast(_device_type, _varlen), _key)
     _library.impl("attention_paged", _paged_autocast(_device_type), _key)

@@ -53,7 +53,7 @@ def _shard_at(node: fx.Node) -> HeadShard:
             continue
         if function_name(at) in _PRODUCTS:
             weights = [weight for part in at.all_input_nodes if (weight := _weight(part)) is not None]
-            found |= {_of_weight(weight) for weight in weights}
+            found |= {_along(weight, 0) for weight in weights}  # [features, inputs], as nn.Linear has it
             continue
         for above in at.all_input_nodes:
             if above not in seen:
@@ -74,10 +74,6 @@ def _weight(node: fx.Node) -> Any:  # noqa: ANN401 (a fake DTensor)
         inputs = node.all_input_nodes
         node = inputs[0] if len(inputs) == 1 and moves_shards(node) else None  # pyright: ignore
     return None
-
-
-def _of_weight(weight: Any) -> HeadShard:  # noqa: ANN401 (a fake DTensor)
-    return _along(weight, 0)  # [features, inputs], as nn.Linear has it
 
 
 def _of_activation(value: Any) -> HeadShard:  # noqa: ANN401 (a fake DTensor)

@@ -161,7 +161,7 @@ class Rewriter:
     def _ids(self, table: TokenTable | DocumentBounds, length: Size, site: AttentionSite) -> fx.Node:
         if isinstance(table, TokenTable):
             return self._tokens(table, length, site)
-        memo = (*table.identity, str(length))
+        memo = (*table.place, str(length))
         if memo not in self._masks:
             self._masks[memo] = self._insert(site.node, ids_of, table.node, self._size(length, site.node))
         return self._masks[memo]
@@ -252,19 +252,8 @@ class Rewriter:
         memo = "tokens", *table.place, str(batch), str(length), query.device
         if memo in self._masks:
             return self._masks[memo]
-        if not (known(table.start == 0) and known(value_of(node).shape[table.dim] == length)):
-            start, size = self._size(table.start, at), self._size(length, at)
-            node = self._insert(at, torch.narrow, node, table.dim, start, size)
-        if table.batch_dim is not None and not known(value_of(node).shape[table.batch_dim] == batch):
-            rows = self._size(batch, at)  # it is read row by row, and may hold more of them
-            node = self._insert(at, torch.narrow, node, table.batch_dim, 0, rows)
-        # Highest dimension first, so that the lower ones keep their numbers.
-        for dim, position in sorted(table.selected, reverse=True):
-            node = self._insert(at, torch.select, node, dim, position)
-        if table.batch_dim is None:
-            node = self._insert(at, torch.unsqueeze, node, 0)
-        elif table.batch_dim > table.dim:
-            node = self._insert(at, torch.transpose, node, 0, 1)
+        for function, numbers in table.steps(batch, length):
+            node = self._insert(at, function, node, *[self._size(number, at) for number in numbers])
         if value_of(node).device != query.device:  # the mask was made of a copy there
             node = self._insert(at, torch.Tensor.to, node, query.device)
         self._masks[memo] = node

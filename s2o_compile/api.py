@@ -175,16 +175,9 @@ class Watch:
         """The report of the compiled attentions, and of those that ran and were not found."""
         calls = [call for call, entry in self.joined(ran) if entry is None]
         names = unique_names([call.path or call.kind for call in calls])
+        fields = ("reason", "query_shape", "key_shape", "dtype")
         not_found = tuple(
-            Site(
-                name=name,
-                rewritten=False,
-                found=False,
-                reason=call.reason,
-                query_shape=call.query_shape,
-                key_shape=call.key_shape,
-                dtype=call.dtype,
-            )
+            Site(name=name, rewritten=False, found=False, **{field: getattr(call, field) for field in fields})
             for name, call in zip(names, calls, strict=True)
         )
         report = self.recording.report

@@ -114,7 +114,7 @@ def attention(
         refuse_keywords("attention", unknown, _INSTEAD)
     check_kinds(query=query, key=key, value=value, key_mask=key_mask, attn_mask=attn_mask, sinks=sinks)
     config = None if config is None else config_or_default(config, "attention")
-    causal_offset, window, attention_chunk, scale, softcap, dense_heads = check_numbers(
+    numbers = check_numbers(
         causal=causal,
         causal_offset=causal_offset,
         window=window,
@@ -124,15 +124,8 @@ def attention(
         dense_heads=dense_heads,
         return_lse=return_lse,
     )
-    given: dict[str, Any] = {
-        "causal": causal,
-        "causal_offset": causal_offset,
-        "window": window,
-        "attention_chunk": attention_chunk,
-        "scale": scale,
-        "softcap": softcap,
-        "fully_masked": fully_masked,
-    }
+    given: dict[str, Any] = {"causal": causal, "fully_masked": fully_masked, **numbers._asdict()}
+    dense_heads = given.pop("dense_heads")
     if attn_mask is not None:
         others = {"key_mask": key_mask, "plan": plan, **{name: given[name] for name in MaskTerms.__annotations__}}
         others |= {"causal": causal or None, "return_lse": return_lse or None}

@@ -21,7 +21,7 @@ import s2o_compile.kernels.ops  # noqa: F401  (defines torch.ops.s2o)
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import DenseExportWarning, InputError
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
-from s2o_compile.kernels.core.documents import packed_pairs
+from s2o_compile.kernels.core.documents import by_pairs
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
 from s2o_compile.kernels.exact.formula import attend_outside_torch
 
@@ -86,18 +86,8 @@ def _masked_attention(
     return attend_outside_torch(call, attn_mask, layout, fill), query.new_empty(0, dtype=torch.float32)
 
 
-def _packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor, key_documents: Tensor | None = None,
-    key_mask: Tensor | None = None, sinks: Tensor | None = None, *, causal: bool = False,
-    causal_offset: int | None = None, window: int | None = None, bottom_right: bool = False, **given: Any,  # noqa: ANN401
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    terms = {"causal": causal, "causal_offset": causal_offset, "window": window, "bottom_right": bottom_right}
-    pairs = packed_pairs(query, key, documents, key_documents, key_mask, **terms)
-    return _masked_attention(query, key, value, pairs, sinks, **given)
-
-
 _DENSE: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     torch.ops.s2o.attention.default: _attention,
     torch.ops.s2o.masked_attention.default: _masked_attention,
-    torch.ops.s2o.packed_attention.default: _packed_attention,
+    torch.ops.s2o.packed_attention.default: by_pairs(_masked_attention),
 }

@@ -97,14 +97,12 @@ class Report:
     @property
     def density(self) -> float | None:
         """Mean density of the rewritten sites that ran; None if there is none."""
-        values = [site.density for site in self.sites if site.density is not None]
-        return sum(values) / len(values) if values else None
+        return mean(site.density for site in self.sites)
 
     @property
     def error(self) -> float | None:
         """Mean sampled error of the sites that ran sparse; None if there is none."""
-        values = [site.error for site in self.sites if site.error is not None]
-        return sum(values) / len(values) if values else None
+        return mean(site.error for site in self.sites)
 
     def __str__(self) -> str:
         if not self.sites:
@@ -125,23 +123,19 @@ class Report:
             )
             if missed:
                 lines.append(f"NOT FOUND: {missed} more ran that the pass did not see, and stay as they were")
-        if self.unknown_sites:
-            lines.append(
-                "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:"
-            )
-            lines += [f"  - {name}" for name in self.unknown_sites]
+        lines += _listed(
+            "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:",
+            self.unknown_sites,
+        )
         if self.audit_error:
             lines.append(f"not checked for attentions that were not found: {self.audit_error}")
         if self.imbalance is not None:
             each = ", ".join(f"{pairs:.3g}" for pairs in self.rank_pairs)
             lines.append(f"computed pairs by rank: {each}; max over mean {self.imbalance:.3f}")
         unproven = Counter(site.unproven for site in self.sites if site.unproven)
-        if unproven:
-            lines.append("masks read at run time, because they could not be proven:")
-            lines += [f"  - {count} x {reason}" for reason, count in unproven.most_common()]
-        if self.graph_breaks:
-            lines.append(f"captured in {self.graphs} graphs; breaks:")
-            lines += [f"  - {reason}" for reason in self.graph_breaks]
+        reasons = [f"{count} x {reason}" for reason, count in unproven.most_common()]
+        lines += _listed("masks read at run time, because they could not be proven:", reasons)
+        lines += _listed(f"captured in {self.graphs} graphs; breaks:", self.graph_breaks)
         if self.graphs:
             share = ""
             if self.compile_seconds:
@@ -202,6 +196,12 @@ def _listed(title: str, entries: Sequence[str]) -> list[str]:
     return [title, *(f"  - {entry}" for entry in entries)] if entries else []
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None if there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def table(header: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of a table."""
     rows = [header, *body]
@@ -232,8 +232,7 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
         own = [call for call in calls if record.rewritten and call.site == record.name]
         pairs = sum(call.area.sum().item() for call in own)  # packed documents are calls of their own, some short
         density = sum(call.density * call.area.sum().item() for call in own) / max(pairs, 1.0) if own else None
-        errors = [call.error for call in own if call.error is not None]
-        error = sum(errors) / len(errors) if errors else None
+        error = mean(call.error for call in own)
         fields = asdict(record)
         if record.unproven and own and own[-1].path != "dense":
             fields["mask"] = f"{own[-1].mask or 'another mask'} ({record.mask})"

@@ -82,16 +82,16 @@ def attention_varlen(
     """
     check_kinds(query=query, key=key, value=value, sinks=sinks)
     lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("cu_seqlens_k", cu_seqlens_k)
-    longest = _longest(max_seqlen_q, max_seqlen_k)
-    shared = _shared(causal, window, scale, softcap, return_lse, site)
+    shared = _shared(max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, return_lse, site)
     tensors = (query, key, value, *lengths, sinks)
     if is_differentiated(query, key, value, sinks):
         _warn_of_derivatives(query, lengths[0].diff(), lengths[1].diff(), config)
-        output, lse = varlen_ops.differentiable_varlen(*tensors, **longest, **shared)
+        output, lse = varlen_ops.differentiable_varlen(*tensors, **shared)
         return (output, lse) if return_lse else output
     plain = can_skip_dispatcher(*tensors)
     attend = varlen_ops.attention_varlen if plain else torch.ops.s2o.attention_varlen.default
-    output, lse = attend(*tensors, **longest, **shared, **_options(config, "attention_varlen", site))
+    options = config_or_default(config, "attention_varlen").operator_options(site)
+    output, lse = attend(*tensors, **shared, **options)
     return (output, lse) if return_lse else output
 
 
@@ -151,11 +151,11 @@ def attention_paged(
     key_cache, value_cache = _caches(kv_cache, query)
     check_kinds(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks, out=out)
     lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("seq_lens", seq_lens)
-    shared = _longest(max_seqlen_q, max_seqlen_k) | _shared(causal, window, scale, softcap, return_lse, site)
+    shared = _shared(max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, return_lse, site)
     tensors = (query, key_cache, value_cache, as_integers("block_table", block_table, 2), *lengths, sinks)
     if out is not None:
         _check_out(out, query, value_cache)
-    options = _options(config, "attention_paged", site)
+    options = config_or_default(config, "attention_paged").operator_options(site)
     if chunks is not None and not isinstance(chunks, PrefillCache):
         raise InputError(
             "chunks", expected="a PrefillCache", got=shown(chunks), remedy="Make one a layer and sequence."
@@ -187,8 +187,7 @@ def _into(
     """The operator's function with what no operator takes: an output that is there, and a cache of the ranking."""
     marked = options.pop("dense_heads", None)
     packed = varlen_ops.paged_of(*tensors, chunks=chunks, dense_heads=marked, **shared)
-    head_tau = options.pop("head_tau", None)
-    return run_packed(packed, from_op_kwargs(**options, head_tau=tuple(head_tau or ())), out)
+    return run_packed(packed, from_op_kwargs(**options), out)
 
 
 def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, config: S2OConfig | None) -> None:
@@ -202,31 +201,16 @@ def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, confi
             return
 
 
-def _longest(max_seqlen_q: int | None, max_seqlen_k: int | None) -> dict[str, Any]:
-    """The lengths of the longest sequence, checked."""
-    return {
-        "max_seqlen_q": as_longest("max_seqlen_q", max_seqlen_q),
-        "max_seqlen_k": as_longest("max_seqlen_k", max_seqlen_k),
-    }
-
-
 def _shared(
-    causal: bool, window: int | None, scale: float | None, softcap: float | None, return_lse: bool, site: str
-) -> dict[str, Any]:
+    max_seqlen_q: int | None, max_seqlen_k: int | None, causal: bool, window: int | None, scale: float | None,
+    softcap: float | None, return_lse: bool, site: str,
+) -> dict[str, Any]:  # fmt: skip
     """The arguments that all sequences share, checked."""
-    numbers = check_numbers(causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse)
-    return {
-        "causal": causal,
-        "window": numbers.window,
-        "scale": numbers.scale,
-        "softcap": numbers.softcap,
-        "return_lse": return_lse,
-        "site": site,
-    }
-
-
-def _options(config: S2OConfig | None, who: str, site: str) -> dict[str, Any]:
-    return config_or_default(config, who).operator_options(site)
+    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    longest = {name: as_longest(name, length) for name, length in longest.items()}
+    found = check_numbers(causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse)
+    numbers = {"window": found.window, "scale": found.scale, "softcap": found.softcap}
+    return {"causal": causal, "return_lse": return_lse, "site": site, **numbers, **longest}
 
 
 def _caches(kv_cache: Tensor | tuple[Tensor, Tensor], query: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from s2o_compile.kernels.core.validation import DTYPES, MAX_HEAD_DIM, check_device
+from s2o_compile.kernels.core.validation import MAX_HEAD_DIM, check_groups, check_like
 from s2o_compile.kernels.support.errors import InputError
 
 
@@ -41,14 +41,7 @@ def _check_tokens(tensors: dict[str, Tensor], ranks: dict[str, int], form: str) 
             expected, got = f"{ranks[name]} dimensions: {form}", f"{x.dim()} of shape {tuple(x.shape)}"
             remedy = "Join the sequences, without a dimension for the batch."
             raise InputError(f"rank of {name}", expected=expected, got=got, remedy=remedy)
-        if x.dtype != query.dtype or x.dtype not in DTYPES:
-            raise InputError(
-                f"dtype of {name}",
-                expected="one of float16, bfloat16, float32, the same for query, key and value",
-                got=f"{x.dtype} beside a {query.dtype} query",
-                remedy="Convert the query to the dtype of the cache. Caches of 8 bits are not read.",
-            )
-        check_device(name, x, query, "Move all inputs to one device with .to(device).")
+        check_like(name, x, query, "Convert the query to the dtype of the cache. Caches of 8 bits are not read.")
 
 
 def _check_heads(query: Tensor, key_shape: Sequence[int], value_shape: Sequence[int], places: int) -> None:
@@ -62,13 +55,7 @@ def _check_heads(query: Tensor, key_shape: Sequence[int], value_shape: Sequence[
             got=f"{tuple(key_shape)} and {tuple(value_shape)}",
             remedy="Only the head_dim of values may differ.",
         )
-    if not heads or not kv_heads or heads % kv_heads:
-        raise InputError(
-            "number of heads",
-            expected=f"query heads divisible by the {kv_heads} key/value heads",
-            got=heads,
-            remedy="Give groups of query heads of one size, each sharing one key/value head.",
-        )
+    check_groups(heads, kv_heads)
     for name, dim in (("query", head_dim), ("value", value_shape[-1])):
         if not 0 < dim <= MAX_HEAD_DIM:
             expected = f"1 to {MAX_HEAD_DIM}"

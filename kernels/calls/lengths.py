@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.plan import TILE_LEN
-from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
+from s2o_compile.kernels.pages.sizes import Sizes
 from s2o_compile.kernels.pages.table import BlockTable
 from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.kernels.support.errors import InputError
@@ -215,11 +215,11 @@ class Slots(NamedTuple):
     n_keys: Tensor
     offset: Tensor
 
-    def lengths(self, slot: int, *, causal: bool) -> DeviceLengths:
+    def lengths(self, slot: int, *, causal: bool) -> Sizes:
         """The sizes of one sequence, bottom-right causal or not causal at all."""
         n_queries, n_keys, offset = self.n_queries[slot, :2], self.n_keys[slot, :2], self.offset[slot, 0]
         seg_offset = offset if causal else (-n_queries[0]).masked_fill(n_queries[0] == n_keys[0], 0)
-        return DeviceLengths(sizes=Sizes(n_queries, n_keys, offset, seg_offset))
+        return Sizes(n_queries, n_keys, offset, seg_offset)
 
 
 def _boxes(*columns: tuple[Tensor, ...]) -> list[Tensor]:

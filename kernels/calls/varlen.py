@@ -28,7 +28,6 @@ from s2o_compile.kernels.calls.lengths import (
     sequences_on_device,
 )
 from s2o_compile.kernels.core.call import AttentionCall
-from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, n_tiles
 from s2o_compile.kernels.core.tuned import shortest_sparse
@@ -111,11 +110,6 @@ class Packed:
             return call.but(query=query, mask=mask, pages=self.blocks.pages(at, n_keys))
         keys = slice(first_key, first_key + n_keys)
         return call.over(query, call.key[:, :, keys], call.value[:, :, keys], mask)
-
-
-def packed_mask(*, causal: bool, window: int | None) -> AttentionMask:
-    """The terms that packed sequences share."""
-    return AttentionMask.aligned(torch.empty(0, 1), torch.empty(0, 1), causal=causal, window=window)
 
 
 def run_packed(packed: Packed, options: OperatorOptions, output: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
 from s2o_compile.kernels.core.validation import check_arguments, check_tensors, check_whole
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
-from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
+from s2o_compile.kernels.pages.sizes import Sizes
 from s2o_compile.kernels.pages.table import Pages
 
 
@@ -75,7 +75,7 @@ class AttentionCall:
     unread_rows: Tensor | None = None
     pages: Pages | None = None
     kept: PrefillCache | None = None
-    lengths: DeviceLengths | None = None
+    lengths: Sizes | None = None
 
     @classmethod
     def of(
@@ -128,7 +128,7 @@ class AttentionCall:
     def sizes(self) -> Sizes:
         """The sizes as kernels take them."""
         if self.lengths is not None:
-            return self.lengths.sizes
+            return self.lengths
         n_queries, n_keys = self.n_queries, self.n_keys
         return Sizes(n_queries, n_keys, self.mask.offset, self.mask.seg_offset(n_queries, n_keys))
 

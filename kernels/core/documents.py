@@ -8,8 +8,10 @@ Ids are data, and equal ids are one document wherever they stand. Varlen kernels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from s2o_compile.kernels.core.mask import AttentionMask
 
 ALL = slice(None)
+
+Attended = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +78,21 @@ class Documents:
         return positions - ends
 
 
-def packed_pairs(
-    query: Tensor, key: Tensor, documents: Tensor, key_documents: Tensor | None, key_mask: Tensor | None, *,
-    causal: bool = False, causal_offset: int | None = None, window: int | None = None, bottom_right: bool = False,
-) -> Tensor:  # fmt: skip
-    """Bool [B or 1, 1, Nq, Nk], the mask of ``s2o::packed_attention`` from the same arguments."""
-    offset = 0 if bottom_right and causal_offset is None else causal_offset
-    mask = AttentionMask.aligned(query, key, causal=causal, causal_offset=offset, window=window, key_mask=key_mask)
-    return Documents.of(documents, key_documents, bottom_right=bottom_right).visible(mask)
+def by_pairs(masked_attention: Callable[..., Attended]) -> Callable[..., Attended]:
+    """A stand-in for ``s2o::packed_attention``: that for ``s2o::masked_attention`` under the mask of all pairs."""
+
+    def packed_attention(
+        query: Tensor, key: Tensor, value: Tensor, documents: Tensor, key_documents: Tensor | None = None,
+        key_mask: Tensor | None = None, sinks: Tensor | None = None, *, causal: bool = False,
+        causal_offset: int | None = None, window: int | None = None, bottom_right: bool = False,
+        **given: Any,  # noqa: ANN401
+    ) -> Attended:  # fmt: skip
+        offset = 0 if bottom_right and causal_offset is None else causal_offset
+        mask = AttentionMask.aligned(query, key, causal=causal, causal_offset=offset, window=window, key_mask=key_mask)
+        pairs = Documents.of(documents, key_documents, bottom_right=bottom_right).visible(mask)
+        return masked_attention(query, key, value, pairs, sinks, **given)
+
+    return packed_attention
 
 
 def ids_of(bounds: Tensor, length: int) -> Tensor:

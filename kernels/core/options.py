@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from s2o_compile.kernels.core.budget_rule import first_tau, tau_for
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support.arguments import as_integer, as_number, as_numbers, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 RANKINGS = ("per_query", "mean_query")
 RANKING_PER = ("head", "group")
@@ -167,15 +170,35 @@ class OperatorOptions:
 FIELDS = tuple(field.name for field in fields(OperatorOptions))
 
 
-@lru_cache(maxsize=1024, typed=True)
 def from_op_kwargs(
-    tau: float | None, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str,
-    implementation: str, head_tau: tuple[float, ...] = (), error: float | None = None,
+    tau: float | None = None, min_seq_len: int | None = None, segment_len: int | None = None,
+    ranking: str = "per_query", ranking_per: str = "group", implementation: str = "auto",
+    head_tau: Sequence[float] | None = None, error: float | None = None,
 ) -> OperatorOptions:  # fmt: skip
-    """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``.
+    """The options of arguments of ``torch.ops.s2o.attention``; the inverse of ``to_op_kwargs``."""
+    taus = tuple(head_tau or ())
+    return _checked_once(tau, min_seq_len, segment_len, ranking, ranking_per, implementation, taus, error)
 
-    They are checked once: a model's calls have few different ones.
+
+def takes_options(operator: Function) -> Function:
+    """Let a function with ``**options`` have the arguments of `from_op_kwargs` in its signature, its operator's schema.
+
+    They stand before ``dense_heads``.
     """
+    own = list(inspect.signature(operator).parameters.values())[:-1]
+    options = inspect.signature(from_op_kwargs).parameters.values()
+    at = [parameter.name for parameter in own].index("dense_heads")
+    own[at:at] = (parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in options)
+    vars(operator)["__signature__"] = inspect.signature(operator).replace(parameters=own)
+    return operator
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _checked_once(
+    tau: float | None, min_seq_len: int | None, segment_len: int | None, ranking: str, ranking_per: str,
+    implementation: str, head_tau: tuple[float, ...], error: float | None,
+) -> OperatorOptions:  # fmt: skip
+    """A model's calls have few different ones."""
     return OperatorOptions(
         tau=head_tau or tau,
         error=error,

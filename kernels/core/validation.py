@@ -188,6 +188,24 @@ def check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it wit
         raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)
 
 
+def check_like(name: str, x: Tensor, query: Tensor, remedy: str) -> None:
+    """Raise InputError unless a tensor has the query's dtype, which is one of DTYPES, and is where the query is."""
+    if x.dtype != query.dtype or x.dtype not in DTYPES:
+        expected = "one of float16, bfloat16, float32, the same for query, key and value"
+        raise InputError(
+            f"dtype of {name}", expected=expected, got=f"{x.dtype} beside a {query.dtype} query", remedy=remedy
+        )
+    check_device(name, x, query, "Move all inputs to one device with .to(device).")
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Raise InputError unless query heads share key/value heads in groups of one size."""
+    if not heads or not kv_heads or heads % kv_heads:
+        expected = f"query heads divisible by the {kv_heads} key/value heads"
+        remedy = "Give groups of query heads of one size, each sharing one key/value head."
+        raise InputError("number of heads", expected=expected, got=heads, remedy=remedy)
+
+
 def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int, int, int] | None:
     """B, Hq, Hkv, Nq, Nk, D and Dv of tensors that the operator can run on; None for others: `check_tensors` says why.
 
@@ -236,14 +254,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 remedy="Skip attention for empty inputs.",
             )
     for name, x in tensors.items():
-        if x.dtype != query.dtype or x.dtype not in DTYPES:
-            raise InputError(
-                f"dtype of {name}",
-                expected="one of float16, bfloat16, float32, the same for query, key and value",
-                got=f"{x.dtype} beside a {query.dtype} query",
-                remedy="Convert the inputs with .to(dtype).",
-            )
-        check_device(name, x, query, "Move all inputs to one device with .to(device).")
+        check_like(name, x, query, "Convert the inputs with .to(dtype).")
     batch, heads, _, head_dim = query.shape
     if key.shape[:3] != value.shape[:3]:
         raise InputError(
@@ -259,13 +270,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             got=tuple(key.shape),
             remedy="Make batch and head_dim of query and key equal.",
         )
-    if heads % key.shape[1]:
-        raise InputError(
-            "number of heads",
-            expected=f"query heads divisible by the {key.shape[1]} key/value heads",
-            got=heads,
-            remedy="Give groups of query heads of one size, each sharing one key/value head.",
-        )
+    check_groups(heads, key.shape[1])
     for name, x in (("query", query), ("value", value)):
         if x.shape[3] > MAX_HEAD_DIM:
             expected = f"at most {MAX_HEAD_DIM}"

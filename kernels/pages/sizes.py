@@ -6,7 +6,6 @@ the numbers (``impl/triton/tile.py``), and programs behind the last query or key
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ Size = int | Tensor
 
 
 class Sizes(NamedTuple):
-    """Sizes of a call, each an int or int32 of the device.
+    """Sizes of a call, each an int or int32 of the device, on a boundary of 16 bytes, as kernels are compiled for.
 
     Attributes:
         n_queries: Number of queries; on the device [2], with the row where the first of them lies.
@@ -30,24 +29,12 @@ class Sizes(NamedTuple):
     offset: Size
     seg_offset: Size
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DeviceLengths:
-    """The sizes of one sequence of a packed call. The sequence may be empty.
-
-    Attributes:
-        sizes: The sizes; each tensor lies on a boundary of 16 bytes, as kernels are compiled for.
-    """
-
-    sizes: Sizes
-
-    def cut(self, first: int, count: int) -> DeviceLengths:
-        """Those of ``count`` queries from one on, of a causal sequence; the query's rows are cut by the host."""
-        n_queries, n_keys, offset, _ = self.sizes
+    def cut(self, first: int, count: int) -> Sizes:
+        """Those on the device of ``count`` queries from one on, of a causal call; the host cuts the query's rows."""
+        n_queries, n_keys, offset, _ = self
         assert isinstance(n_queries, Tensor)
         left = (n_queries[0] - first).clamp(0, count)
-        offset = offset + first
-        return DeviceLengths(sizes=Sizes(torch.stack([left, n_queries[1]]), n_keys, offset, offset))
+        return Sizes(torch.stack([left, n_queries[1]]), n_keys, offset + first, offset + first)
 
 
 def number(size: Size) -> Size:

@@ -6,6 +6,7 @@ where they need the result.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -57,11 +58,11 @@ def start_gather(ranks: Ranks, shards: Sequence[Shard]) -> tuple[list[Tensor], C
     ]
     ends = [0]
     for x, shape in zip(sources, shapes, strict=True):
-        ends.append(ends[-1] + -(-_numel(shape) * x.element_size() // ALIGNED) * ALIGNED)
+        ends.append(ends[-1] + -(-math.prod(shape) * x.element_size() // ALIGNED) * ALIGNED)
 
     def views(buffer: Tensor) -> list[Tensor]:
         return [
-            buffer[start : start + _numel(shape) * x.element_size()].view(x.dtype).view(shape)
+            buffer[start : start + math.prod(shape) * x.element_size()].view(x.dtype).view(shape)
             for x, shape, start in zip(sources, shapes, ends, strict=False)
         ]
 
@@ -109,7 +110,3 @@ def _as_integers(x: Tensor, dim: int) -> Tensor:
         if dtype.itemsize == size or (dtype.itemsize > size and in_rows):
             return x.view(dtype)
     return x.view(torch.uint8) if size == 1 else x
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

@@ -59,11 +59,7 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     tensors = (query, key, value)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise Refused("the shapes of query, key and value are not recorded in the graph")
-    if in_torch_context_parallel() or (all(map(is_dtensor, tensors)) and is_sharded_inside(*tensors)):
-        raise Refused(
-            "its sequence is in shards, as in torch's context_parallel, which runs its own dense attention in a ring: "
-            "s2o_compile.distributed.context_parallel is sparse"
-        )
+    check_sequence(*tensors)
     if not all(map(is_dtensor, tensors)) and any(is_wrapper(tensor) for tensor in tensors):
         raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
     if any(is_transformed(tensor) for tensor in tensors):

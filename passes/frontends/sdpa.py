@@ -50,9 +50,8 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
         scores = (*query.value.shape[:-1], key.value.shape[-2])
         query, key, value, restore = to_heads(query, key, value, None, scores, scores)
     for operand in (query, key, value):
-        writer = prover.mutations.reshaped(operand.node) if isinstance(operand.node, fx.Node) else None
-        if writer is not None:
-            raise Refused("%s may be given another shape in place by %s", operand.node, writer)
+        if isinstance(operand.node, fx.Node):
+            prover.mutations.check_shape(operand.node)
     _check_call(call)
     check_tensors(query.value, key.value, value.value, node)
     heads, key_heads = value_of(call["query"]).shape[1], value_of(call["key"]).shape[1]

@@ -112,9 +112,7 @@ def _heads(node: object, name: str, prover: MaskProver) -> Operand:
     value = value_of(node)
     if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor) or value.ndim != 3:
         raise Refused("%s is %s, expected a tensor [tokens, heads, head_dim]", name, node)
-    writer = prover.mutations.reshaped(node)
-    if writer is not None:
-        raise Refused("%s may be given another shape in place by %s", node, writer)
+    prover.mutations.check_shape(node)
     return Operand(node).then(torch.unsqueeze, 0).then(torch.transpose, 1, 2)
 
 

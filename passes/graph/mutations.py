@@ -62,9 +62,10 @@ class Mutations:
         """The first of them, or None."""
         return next(iter(self.writers(node)), None)
 
-    def reshaped(self, node: fx.Node) -> fx.Node | None:
-        """A node that may give the tensor of ``node`` another shape in place, or None: its fake value has the last."""
-        return next((writer for writer in self.writers(node) if may_reshape(writer)), None)
+    def check_shape(self, node: fx.Node) -> None:
+        """Raises `Refused` if a tensor may be given another shape in place: its fake value has the last."""
+        for writer in filter(may_reshape, self.writers(node)):
+            raise Refused("%s may be given another shape in place by %s", node, writer)
 
     def position(self, node: fx.Node) -> int:
         """The position of a node in the graph."""

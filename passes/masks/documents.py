@@ -104,14 +104,7 @@ def _table(argument: object, shape: Sequence[Size], indices: IndexEvaluator) -> 
 
 def _holds(dtype: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether a dtype holds every number of another one."""
-    if dtype == narrow:
-        return True
-    if narrow not in _IDS or dtype not in _IDS or dtype is torch.bool:
-        return False
-    if narrow is torch.bool:
-        return True
-    wide, other = torch.iinfo(dtype), torch.iinfo(narrow)
-    return wide.min <= other.min and wide.max >= other.max
+    return dtype == narrow or ({dtype, narrow} <= {*_IDS} and torch.promote_types(dtype, narrow) == dtype)
 
 
 def _shifted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.core.mask import describe
-from s2o_compile.passes.graph.nodes import Size, simplified
+from s2o_compile.passes.graph.nodes import Size, known, simplified, value_of
 from s2o_compile.passes.graph.rejected import Rejected
 
 READ = "read at run time"
@@ -39,10 +40,20 @@ class TokenTable:
         """Equal for tables of the same numbers."""
         return self.node, self.batch_dim, self.dim, str(self.start), self.selected
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for tables that read the same values."""
-        return self.place
+    def steps(self, batch: Size, length: Size) -> Iterator[tuple[Callable[..., torch.Tensor], tuple[Size, ...]]]:
+        """Functions, with their arguments behind the tensor, that make [B or 1, N] of it."""
+        shape = value_of(self.node).shape
+        if not (known(self.start == 0) and known(shape[self.dim] == length)):
+            yield torch.narrow, (self.dim, self.start, length)
+        if self.batch_dim is not None and not known(shape[self.batch_dim] == batch):
+            yield torch.narrow, (self.batch_dim, 0, batch)  # it is read row by row, and may hold more of them
+        # Highest dimension first, so that the lower ones keep their numbers.
+        for dim, position in sorted(self.selected, reverse=True):
+            yield torch.select, (dim, position)
+        if self.batch_dim is None:
+            yield torch.unsqueeze, (0,)
+        elif self.batch_dim > self.dim:
+            yield torch.transpose, (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +79,7 @@ class DocumentBounds:
     node: fx.Node
 
     @property
-    def identity(self) -> tuple[object, ...]:
+    def place(self) -> tuple[object, ...]:
         """Equal for the same bounds."""
         return (self.node,)
 
@@ -90,12 +101,12 @@ class PackedDocuments:
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for the same documents."""
-        return self.query.identity, self.key.identity, self.bottom_right
+        return self.query.place, self.key.place, self.bottom_right
 
     @property
     def of_itself(self) -> bool:
         """Whether queries and keys stand at the same positions of the same documents."""
-        return self.query.identity == self.key.identity
+        return self.query.place == self.key.place
 
 
 MERGED = -1

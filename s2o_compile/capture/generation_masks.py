@@ -73,8 +73,13 @@ def mask_methods(base: type) -> dict[str, object]:
 
 def name_of_cache(values: Mapping[str, Any]) -> str:
     """The name of the cache among arguments or outputs, by its type: versions name it differently. Empty for none."""
+    return next((name for name, value in values.items() if is_cache(value)), "")
+
+
+def is_cache(x: object) -> bool:
+    """Whether this is a cache of transformers."""
     kind = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
-    return next((name for name, value in values.items() if kind is not None and isinstance(value, kind)), "")
+    return kind is not None and isinstance(x, kind)
 
 
 def _is_prefill(call: dict[str, Any], config: object) -> bool:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +19,10 @@ from s2o_compile.cli.models import KNOWN, DemoUnavailableError, load_model
 from s2o_compile.config import S2OConfig
 from s2o_compile.recording import record
 from s2o_compile.report import Report
+from s2o_compile.speed.measure import wait
 
 MODEL = KNOWN["smollm2"].name
 QUESTION = "According to the text above, what is the assert statement for? Answer in one sentence."
-
-
-class Step(Protocol):
-    """A display of steps, as ``options.Steps``."""
-
-    def expect(self, count: int, seconds: float | None = None) -> None:
-        """How many steps of about equal length follow, and how long one takes."""
-        ...
-
-    def __call__(self, name: str) -> AbstractContextManager[object]:
-        """A context for a step."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +69,10 @@ def build_prompt(tokenizer: Any, tokens: int) -> Tensor:  # noqa: ANN401 (a tran
 def timed(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, float]:  # noqa: ANN401 (a transformers model)
     """One prefill: best next token [N], loss of every token [N - 1], and the seconds of the forward alone."""
     gc.collect()
-    _wait(ids)
+    wait(ids.device)
     start = time.perf_counter()
     logits = model(ids, use_cache=False).logits[0]
-    _wait(ids)
+    wait(ids.device)
     seconds = time.perf_counter() - start
     best, losses = [], []
     for first in range(0, ids.shape[1], 1024):  # in pieces: float32 logits of a long prompt fill many GiB
@@ -105,13 +93,8 @@ def seconds_to_read(model: Any, ids: Tensor) -> float:  # noqa: ANN401 (a transf
     return (time.perf_counter() - start) * ids.shape[1] / few.shape[1]
 
 
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
-def run(*, tokens: int, device: str, config: S2OConfig, step: Step) -> DemoResult:
+def run(*, tokens: int, device: str, config: S2OConfig, step: Any) -> DemoResult:  # noqa: ANN401 (an options.Steps)
     """Run the demo with a prompt of ``tokens``, the question included, and show every step by ``step(name)``."""
     with step("loading the model from its GGUF file"):
         model, tokenizer = load_model(tokens, device)

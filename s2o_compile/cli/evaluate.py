@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.api import optimize
-from s2o_compile.cli.demo import Step, seconds_to_read
+from s2o_compile.cli.demo import seconds_to_read
 from s2o_compile.cli.loading import check_reads
 from s2o_compile.cli.models import full_name
 from s2o_compile.cli.options import (
@@ -22,6 +22,7 @@ from s2o_compile.cli.options import (
     Error,
     Json,
     Model,
+    Steps,
     Tau,
     TextFile,
     Tokens,
@@ -177,7 +178,7 @@ def _evaluate(
     return dataclasses.replace(found, model=full_name(model))
 
 
-def _read(model: str, tokens: int, text: Path | None, device: str, step: Step) -> tuple[torch.nn.Module, Tensor]:
+def _read(model: str, tokens: int, text: Path | None, device: str, step: Steps) -> tuple[torch.nn.Module, Tensor]:
     device = choose_device(device)
     with step("loading the model"):
         loaded, tokenizer = load(model, tokens, device)

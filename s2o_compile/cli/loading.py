@@ -91,6 +91,13 @@ def find_model(source: str, model: str, remedy: str) -> dict[str, Any]:
     raise LoadingError(f"{source}: expected a model that can be loaded, got {got}. {remedy}")
 
 
+def positions_of(model: Any) -> dict[str, int]:  # noqa: ANN401 (a transformers model)
+    """The numbers of positions that a model's configuration names for its text."""
+    config = getattr(model, "config", None)
+    fields = {} if config is None else vars(config.get_text_config())
+    return {name: x for name, x in fields.items() if "position" in name and isinstance(x, int) and x > 1}
+
+
 @torch.no_grad()
 def check_reads(model: Any, ids: Tensor) -> None:  # noqa: ANN401 (a transformers model)
     """Try a model on more tokens than it has positions, which some read all the same.
@@ -98,9 +105,8 @@ def check_reads(model: Any, ids: Tensor) -> None:  # noqa: ANN401 (a transformer
     Raises:
         OptionError: It fails on them.
     """
-    tokens, config = ids.shape[1], getattr(model, "config", None)
-    fields = {} if config is None else vars(config.get_text_config())
-    most = {name: x for name, x in fields.items() if "position" in name and isinstance(x, int) and 1 < x < tokens}
+    tokens = ids.shape[1]
+    most = {name: x for name, x in positions_of(model).items() if x < tokens}
     if not most:
         return
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2o_compile.cli.loading import check_reads, shorten_cause
+from s2o_compile.cli.loading import check_reads, positions_of, shorten_cause
 from s2o_compile.errors import LoadingError
 
 TRIED_TOKENS = 8
@@ -30,8 +30,7 @@ class MadeInputs:
 
 def longest_text(model: Any) -> int | None:  # noqa: ANN401 (a transformers model)
     """The fewest positions that a model's configuration names for its text; None if it names none."""
-    fields = vars(model.config.get_text_config())
-    return min((x for name, x in fields.items() if "position" in name and isinstance(x, int) and x > 1), default=None)
+    return min(positions_of(model).values(), default=None)
 
 
 @torch.no_grad()
@@ -102,8 +101,8 @@ class _Makers:
 
     def __init__(self, model: Any, tokens: int, batch: int) -> None:  # noqa: ANN401 (a transformers model)
         self._model, self._config, self._tokens, self._batch = model, model.config, tokens, batch
-        sound: Callable[[torch.Generator], Tensor] = self._spectrum if self._has("num_mel_bins") else self._wave
-        self.input_values = sound
+        has_bins = getattr(model.config, "num_mel_bins", None) is not None
+        self.input_values: Callable[[torch.Generator], Tensor] = self._spectrum if has_bins else self._wave
 
     def input_ids(self, generator: torch.Generator) -> Tensor:
         """int64 [B, N]."""
@@ -137,9 +136,6 @@ class _Makers:
     def _ids(self, tokens: int, generator: torch.Generator) -> Tensor:
         vocabulary = self._config.get_text_config().vocab_size
         return torch.randint(vocabulary, (self._batch, tokens), generator=generator)
-
-    def _has(self, name: str) -> bool:
-        return getattr(self._config, name, None) is not None
 
     def _field(self, name: str, default: Any) -> Any:  # noqa: ANN401 (whatever a configuration holds)
         """A field of the configuration, or of its part for images."""

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from s2o_compile.kernels.core.tuned import Launch
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.support.files import try_writing, writing
 from s2o_compile.kernels.support.json_text import parse_json
+from s2o_compile.speed.measure import seconds_of
 
 CAUSAL = AttentionMask(causal=True)
 DENSITY = 0.1
@@ -109,15 +109,11 @@ def candidates() -> list[Launch]:
 
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call, the device's work included, after one that does not count."""
-    times = []
+    device, times = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     call()
-    while len(times) < 3 or sum(times) < TIMED_SECONDS * 1e3:
-        _synchronize()
-        start = time.perf_counter()
-        call()
-        _synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    while len(times) < 3 or sum(times) < TIMED_SECONDS:
+        times.append(seconds_of(call, device))
+    return statistics.median(times) * 1e3
 
 
 def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = True) -> Plan:
@@ -302,8 +298,3 @@ def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _error(output: Tensor, exact: Tensor) -> float:
     return (output - exact).abs().max().item()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from s2o_compile.capture.generation_masks import is_cache
 from s2o_compile.kernels.sequence.sharded import ShardedSequence
 from s2o_compile.kernels.support.errors import InputError
 
@@ -68,12 +68,6 @@ def gather_outputs(outputs: Any, sequence: ShardedSequence, kept: Kept | None) -
         return kind(gathered(name, value) for value in x) if kind in (tuple, list) else x
 
     return gathered("", outputs)
-
-
-def is_cache(x: object) -> bool:
-    """Whether this is a cache of transformers."""
-    kind = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
-    return kind is not None and isinstance(x, kind)
 
 
 def fill_cache(cache: Any, shards: Any, sequence: ShardedSequence) -> None:  # noqa: ANN401 (caches of transformers)

@@ -9,10 +9,9 @@ Every model is tried on its first tokens. One that gives other logits this way i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -32,56 +31,17 @@ LARGE_BYTES = 2**30
 """Bytes of whole logits from which their size is worth a warning."""
 
 
-class Logits(Protocol):
-    """Logits of a batch [B, N], given by token."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Logits of a token."""
-        ...
-
-    def at(self, row: int, places: Tensor) -> Tensor:
-        """Logits [P, V] in the model's dtype.
-
-        Args:
-            row: Sequence of the batch.
-            places: int64 [P], tokens of the sequence.
-        """
-        ...
-
-
 @dataclass(frozen=True)
-class Whole:
-    """Logits [B, N, V] that are held."""
+class Logits:
+    """Logits of a batch [B, N], given by token: held, or made from hidden states when they are asked for.
 
-    logits: Tensor
+    Attributes:
+        vocabulary: Logits of a token.
+        at: Logits [P, V] in the model's dtype, of the sequence ``row`` at ``places``, int64 [P].
+    """
 
-    @property
-    def vocabulary(self) -> int:
-        """Logits of a token."""
-        return self.logits.shape[2]
-
-    def at(self, row: int, places: Tensor) -> Tensor:
-        """Logits [P, V] of some tokens."""
-        return self.logits[row, places]
-
-
-@dataclass(frozen=True)
-class FromHidden:
-    """Logits that are made from hidden states [B, N, H] of a batch when they are asked for."""
-
-    reader: LogitsReader
-    batch: TokenBatch
-    hidden: Tensor
-
-    @property
-    def vocabulary(self) -> int:
-        """Logits of a token."""
-        return self.reader.vocabulary
-
-    def at(self, row: int, places: Tensor) -> Tensor:
-        """Logits [P, V] of some tokens."""
-        return self.reader.behind(self.batch.at(row, places), self.hidden[row, places][None])[0]
+    vocabulary: int
+    at: Callable[[int, Tensor], Tensor]
 
 
 class LogitsReader:
@@ -152,12 +112,15 @@ class LogitsReader:
             EvaluationError: The model returns no logits [B, N, V].
         """
         if self._body is None:
-            return Whole(self._checked_size(batch.logits(model, self._caller)))
+            whole = self._checked_size(batch.logits(model, self._caller))
+            return Logits(whole.shape[2], lambda row, places: whole[row, places])
         self._kept.clear()
         batch.without_labels().run(model)
         (hidden,) = self._kept
         self._kept.clear()
-        return FromHidden(self, batch, hidden)
+        return Logits(
+            self.vocabulary, lambda row, places: self.behind(batch.at(row, places), hidden[row, places][None])[0]
+        )
 
     def behind(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Logits [B, P, V] of tokens with these hidden states [B, P, H]: the model's forward without its body."""
@@ -182,7 +145,7 @@ class LogitsReader:
         seen: list[Any] = []
         self._body = body
         try:
-            with _hooked(body, lambda *call: seen.append(call[-1])):
+            with body.register_forward_hook(lambda *call: seen.append(call[-1])):
                 whole = batch.logits(self._model, self._caller)
             if len(seen) != 1:
                 return f"runs its {type(body).__name__} {len(seen)} times"
@@ -221,15 +184,6 @@ def _bodies(model: nn.Module) -> Iterator[nn.Module]:
         decoder = getattr(body, "decoder", None)  # OPT and its kind call it past the body
         if isinstance(decoder, nn.Module):
             yield decoder
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:  # noqa: ANN401 (a forward hook)
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _hidden(output: Any) -> Tensor:  # noqa: ANN401 (what a body returns)

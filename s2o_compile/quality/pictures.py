@@ -41,7 +41,7 @@ CELLS = 512
 
 def draw_density(evaluation: Evaluation, picture: Path) -> None:
     """Density and error of every head of every layer, as heat maps."""
-    figure, axes = _figure(1, 2, (7.2, 0.8 + max(2.2, 0.15 * len(evaluation.sites))), sharey=True)
+    figure, axes = _figure(2, (7.2, 0.8 + max(2.2, 0.15 * len(evaluation.sites))), sharey=True)
     heads = max(len(site.head_density) for site in evaluation.sites)
     rows = {
         "density": [site.head_density for site in evaluation.sites],
@@ -58,7 +58,8 @@ def draw_density(evaluation: Evaluation, picture: Path) -> None:
     shown = range(0, len(labels), -(-len(labels) // 16))
     axes[0].set_yticks(shown, [labels[place] for place in shown])
     axes[0].set_ylabel(axis)
-    _finish(figure, evaluation, picture)
+    _title(figure, evaluation)
+    _save(figure, picture)
 
 
 def draw_error(evaluation: Evaluation, picture: Path) -> None:
@@ -74,7 +75,7 @@ def draw_error(evaluation: Evaluation, picture: Path) -> None:
     curve = sorted(((*point, name) for name, point in means.items() if point[1] > 0), reverse=True)  # as tau grows
     if not heads:
         raise OptionError("plot error: expected errors above zero, got an exact evaluation. Evaluate with a tau > 0.")
-    figure, axes = _figure(1, 1, (5.2, 3.9))
+    figure, axes = _figure(1, (5.2, 3.9))
     axes.scatter(*zip(*heads, strict=True), s=9, color=BLUE, alpha=0.25, linewidths=0, label="one head")
     line = [point for *point, name in curve if name.startswith("tau")]
     if line:
@@ -96,7 +97,7 @@ def draw_error(evaluation: Evaluation, picture: Path) -> None:
 
 def draw_depth(evaluation: Evaluation, picture: Path) -> None:
     """Keys that the queries of a tile computed before it stopped, over the sequence: a line a layer."""
-    figure, axes = _figure(1, 1, (5.6, 3.9))
+    figure, axes = _figure(1, (5.6, 3.9))
     sites = evaluation.sites
     from matplotlib import cm, colormaps, colors
 
@@ -123,12 +124,13 @@ def draw_depth(evaluation: Evaluation, picture: Path) -> None:
     bar = figure.colorbar(scale, ax=axes, label=axis, pad=0.02, ticks=list(shown))
     bar.minorticks_off()
     bar.ax.set_yticklabels([labels[place] for place in shown])
-    _finish(figure, evaluation, picture)
+    _title(figure, evaluation)
+    _save(figure, picture)
 
 
 def draw_attention(visits: VisitMap, picture: Path, *, title: str) -> None:
     """One head's attention with the visited pairs drawn over it, in original and in ranked order."""
-    figure, (original, ranked) = _figure(1, 2, (9.2, 4.9), sharey=True)
+    figure, (original, ranked) = _figure(2, (9.2, 4.9), sharey=True)
     n_queries, n_keys = visits.visible.shape
     extent = (0, n_keys, n_queries, 0)
     options = {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
@@ -198,7 +200,7 @@ def _weight_bars(figure: Any, axes: Sequence[Any]) -> None:  # noqa: ANN401 (mat
         bar.ax.tick_params(labelsize=7)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:  # noqa: ANN401 (matplotlib's)
+def _figure(columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:  # noqa: ANN401 (matplotlib's)
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -206,7 +208,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=size, dpi=200, layout="constrained", **options)
+    return plt.subplots(1, columns, figsize=size, dpi=200, layout="constrained", **options)
 
 
 def _symbols(quality: str) -> str:
@@ -229,11 +231,6 @@ def _label_points(axes: Any, points: Sequence[tuple[float, float, str]], bold: s
                 names.append(box)
                 break
             note.remove()
-
-
-def _finish(figure: Any, evaluation: Evaluation, picture: Path) -> None:  # noqa: ANN401 (matplotlib's)
-    _title(figure, evaluation)
-    _save(figure, picture)
 
 
 def _title(figure: Any, evaluation: Evaluation) -> None:  # noqa: ANN401 (matplotlib's)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
-
-
-class Rank(NamedTuple):
-    """A rank of tensor parallelism: its number, and how many there are."""
-
-    number: int = 0
-    count: int = 1
+from s2o_compile.kernels.core.head_shards import HeadShard
 
 
 def has_heads(config: S2OConfig) -> bool:
@@ -21,7 +15,7 @@ def has_heads(config: S2OConfig) -> bool:
     return bool(config.site_tau or config.dense_heads) or isinstance(config.tau, tuple)
 
 
-def for_rank(config: S2OConfig, site: str, heads: int, kv_heads: int, all_kv_heads: int, rank: Rank) -> S2OConfig:
+def for_rank(config: S2OConfig, site: str, heads: int, kv_heads: int, all_kv_heads: int, rank: HeadShard) -> S2OConfig:
     """The configuration of one attention, with the settings of the heads that a rank holds.
 
     Configurations number the model's heads. Each rank holds as many, in order. If there are more ranks than key/value
@@ -39,8 +33,8 @@ def for_rank(config: S2OConfig, site: str, heads: int, kv_heads: int, all_kv_hea
         OptionError: The numbers are of other heads than the model has.
     """
     model_heads = heads * rank.count
-    own = slice(rank.number * heads, (rank.number + 1) * heads)
-    first = rank.number * all_kv_heads // rank.count
+    own = slice(rank.index * heads, (rank.index + 1) * heads)
+    first = rank.index * all_kv_heads // rank.count
     fields: dict[str, Any] = {"site_tau": {}, "dense_heads": {}}
     for taus in (config.site_tau.get(site, ()), config.tau if isinstance(config.tau, tuple) else ()):
         if taus and len(taus) != model_heads:

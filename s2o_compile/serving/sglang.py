@@ -18,9 +18,10 @@ from torch import Tensor
 
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import ImplementationUnavailableError, OptionError
+from s2o_compile.kernels.core.head_shards import HeadShard
 from s2o_compile.serving.batch import Batch
 from s2o_compile.serving.counters import Counters
-from s2o_compile.serving.heads import Rank, for_rank, has_heads
+from s2o_compile.serving.heads import for_rank, has_heads
 from s2o_compile.serving.options import config_from_environment
 from s2o_compile.varlen import attention_paged
 
@@ -62,7 +63,8 @@ def create(runner: Any) -> Any:  # noqa: ANN401 (SGLang's)
     dense = os.environ.get(DENSE) or "triton"
     if dense == NAME or dense not in ATTENTION_BACKENDS:
         raise OptionError(f"{DENSE}: {unknown_name('backend', dense, sorted({*ATTENTION_BACKENDS} - {NAME}))}")
-    for name, refused in (("MLA", runner.use_mla_backend), ("context parallelism", _context_ranks(runner) > 1)):
+    spread = (getattr(runner, "attn_cp_size", None) or 1) > 1
+    for name, refused in (("MLA", runner.use_mla_backend), ("context parallelism", spread)):
         if refused:
             raise ImplementationUnavailableError(
                 f"SGLang's backend {NAME!r}: expected a model that attends to keys and values, got {name}. Choose "
@@ -73,10 +75,6 @@ def create(runner: Any) -> Any:  # noqa: ANN401 (SGLang's)
     backend.__class__ = type(f"S2O{type(backend).__name__}", (SparseExtend, type(backend)), {})
     backend.s2o_prepare(runner, dense)
     return backend
-
-
-def _context_ranks(runner: Any) -> int:  # noqa: ANN401 (SGLang's)
-    return getattr(runner, "attn_cp_size", None) or 1
 
 
 class SparseExtend:
@@ -171,7 +169,7 @@ class SparseExtend:
         if layer.layer_id not in self._sites:
             model, heads = self._runner.model_config, layer.tp_q_head_num
             ranks = model.num_attention_heads // heads  # fewer than tp_size where ranks hold data of their own
-            rank = Rank(self._runner.tp_rank % ranks, ranks)
+            rank = HeadShard(self._runner.tp_rank % ranks, ranks)
             kv_heads = model.get_total_num_kv_heads()
             self._sites[layer.layer_id] = for_rank(
                 self._config, site_of(layer), heads, layer.tp_k_head_num, kv_heads, rank

@@ -24,7 +24,7 @@ from s2o_compile.quality.evaluate import device_name, dtype_name, model_name
 from s2o_compile.quality.logits import LogitsReader
 from s2o_compile.quality.next_token import NextToken
 from s2o_compile.recording import SPARSE
-from s2o_compile.report import Report
+from s2o_compile.report import Report, mean
 from s2o_compile.speed.benchmark import NAMES, Benchmark, Row
 from s2o_compile.speed.measure import Timing, cause, free_memory, time_calls
 
@@ -178,8 +178,8 @@ def _quality(model: nn.Module, given: _Input, config: S2OConfig) -> Row:
         s2o=nothing,
         sparse=sum(site.path in SPARSE for site in report.sites),
         sites=len(report.sites),
-        density=_mean(site.density for site in measured),
-        error=_mean(site.error for site in measured),
+        density=mean(site.density for site in measured),
+        error=mean(site.error for site in measured),
         reasons=tuple(reasons),
         **losses,
     )
@@ -201,8 +201,3 @@ def _most_keys(report: Report) -> int:
     """The most keys of an attention, as far as its length is a number."""
     lengths = (site.key_shape[2] for site in report.sites if len(site.key_shape) > 2)
     return max((int(length) for length in lengths if length.isdecimal()), default=0)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -51,10 +51,10 @@ class Timing:
 def time_calls(call: Callable[[], object], device: torch.device) -> Timing:
     """Call once, then again until the time is known. Whatever the calls raise becomes the failure."""
     try:
-        first_seconds, times = _seconds(call, device), []
+        first_seconds, times = seconds_of(call, device), []
         known = reset_peak(device)
         while len(times) < CALLS and sum(times) < TIMED_SECONDS:
-            times.append(_seconds(call, device))
+            times.append(seconds_of(call, device))
         peak = peak_bytes(device) if known else None
     except Exception as error:  # whatever a model, a compiler or a driver raises: the other ways are still wanted
         return Timing(failure=cause(error))
@@ -63,15 +63,17 @@ def time_calls(call: Callable[[], object], device: torch.device) -> Timing:
     return Timing(seconds=statistics.median(times), first_seconds=first_seconds, calls=len(times), peak_bytes=peak)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

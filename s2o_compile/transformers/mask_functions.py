@@ -90,14 +90,9 @@ def _tokens(graph: fx.GraphModule, table: TokenTable, length: int, batch: int) -
     numbers = _stored(graph, table.node)
     if numbers is None:
         numbers = _computed(graph, table.node)
-    numbers = numbers.narrow(table.dim, int(table.start), length)
-    if table.batch_dim is not None:  # it is read row by row, and may hold more of them
-        numbers = numbers.narrow(table.batch_dim, 0, batch)
-    for dim, position in sorted(table.selected, reverse=True):
-        numbers = numbers.select(dim, position)
-    if table.batch_dim is None:
-        return numbers[None]
-    return numbers if table.batch_dim < table.dim else numbers.transpose(0, 1)
+    for step, arguments in table.steps(batch, length):
+        numbers = step(numbers, *map(int, arguments))
+    return numbers
 
 
 def _computed(graph: fx.GraphModule, node: fx.Node) -> Tensor:

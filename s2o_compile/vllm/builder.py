@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from s2o_compile.config import S2OConfig, unknown_name
+from s2o_compile.kernels.core.head_shards import WHOLE, HeadShard
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import LONG, shortest_sparse, why_never
 from s2o_compile.serving.batch import Batch
 from s2o_compile.serving.counters import Counters
-from s2o_compile.serving.heads import Rank, for_rank, has_heads
+from s2o_compile.serving.heads import for_rank, has_heads
 from s2o_compile.vllm.implementation import Division, Site, SparsePrefill
 from s2o_compile.vllm.plugin import server_config
 
@@ -107,7 +108,7 @@ class SparseBuilder:
 
 def bind(attentions: dict[str, Any], config: S2OConfig, model_config: Any) -> None:  # noqa: ANN401
     """Tell every implementation its layer's name, and the settings of the heads that this rank holds."""
-    rank = _rank() if has_heads(config) else Rank()
+    rank = _rank() if has_heads(config) else WHOLE
     for number, (name, layer) in enumerate(attentions.items()):
         impl = layer.impl
         if not isinstance(impl, SparsePrefill) or impl.s2o_site is not None:
@@ -156,7 +157,7 @@ def counters() -> Counters:
     return Counters(init_logger("vllm.s2o").info)
 
 
-def _rank() -> Rank:
+def _rank() -> HeadShard:
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    return Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+    return HeadShard(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())

@@ -10,7 +10,7 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.result import empty_progress, empty_result
 from s2o_compile.kernels.impl.triton import exact, forward, packed, sampled
-from s2o_compile.kernels.pages.sizes import DeviceLengths, Sizes
+from s2o_compile.kernels.pages.sizes import Sizes
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
 from s2o_compile.kernels.planner import Planner
 from tests.helpers.compile_order import compile_only
@@ -28,7 +28,7 @@ def main():
         call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=0.1, pages=blocks.pages(0, length))
         Planner(call, OperatorOptions(ranking="mean_query", segment_len=128), "triton").plan(call)
         size = torch.zeros(2, dtype=torch.int32)
-        unread = DeviceLengths(sizes=Sizes(size, size, size[0], size[0]))
+        unread = Sizes(size, size, size[0], size[0])
         for one in (call, call.but(lengths=unread, pages=None)):
             plan = Planner(one, OperatorOptions(segment_len=128), "triton").plan(one)
             forward.attend(one, plan, 0.5, None, empty_progress(query))

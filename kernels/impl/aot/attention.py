@@ -8,13 +8,12 @@ operator chooses by length are chosen by the longest length that the program acc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
-from s2o_compile.kernels.core.documents import packed_pairs
+from s2o_compile.kernels.core.documents import by_pairs
 from s2o_compile.kernels.core.layout import memory_order
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import taus_by_head
@@ -130,15 +129,8 @@ def masked_attention(
     return output.contiguous() if layout == "BHND" else output, query.new_empty(0, dtype=torch.float32)
 
 
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, documents: Tensor, key_documents: Tensor | None = None,
-    key_mask: Tensor | None = None, sinks: Tensor | None = None, *, causal: bool = False,
-    causal_offset: int | None = None, window: int | None = None, bottom_right: bool = False, **given: Any,  # noqa: ANN401
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``s2o::packed_attention`` by SDPA under the mask of all pairs: finding documents takes decisions in Python."""
-    terms = {"causal": causal, "causal_offset": causal_offset, "window": window, "bottom_right": bottom_right}
-    pairs = packed_pairs(query, key, documents, key_documents, key_mask, **terms)
-    return masked_attention(query, key, value, pairs, sinks, **given)
+packed_attention = by_pairs(masked_attention)
+"""``s2o::packed_attention`` by SDPA: finding documents takes decisions in Python."""
 
 
 def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice], bool]]:

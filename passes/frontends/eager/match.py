@@ -216,9 +216,7 @@ def _check_unchanged(chain: ScoreChain, operands: Sequence[Operand], site: fx.No
 def _check_views(operands: Sequence[tuple[fx.Node, Product]], prover: MaskProver) -> None:
     """Refuses writes to an operand between its view and the product, and every write that reshapes it."""
     for operand, matmul in operands:
-        writer = prover.mutations.reshaped(operand)
-        if writer is not None:
-            raise Refused("%s may be given another shape in place by %s", operand, writer)
+        prover.mutations.check_shape(operand)
         for view in matmul.node.all_input_nodes:
             seen = view is not operand and operand in view.all_input_nodes
             if seen and prover.mutations.last_write(operand, after=view, before=matmul.node):

@@ -96,10 +96,10 @@ def evaluate_tasks(
         judge = _Judge(model, watch, reader, tokenizer)
         for (name, length), group in questions.items():
             with progress(f"{name}, {length} tokens"):
-                found = [judge.of(question) for question in group]
-            densities = [density for one in found for density in one.densities]
+                figures, sampled = zip(*(judge.of(question) for question in group), strict=True)
+            densities = [density for one in sampled for density in one]
             score_dense, score_s2o, loss_dense, loss_s2o = (
-                sum(values) / samples for values in zip(*((*one.scores, *one.losses) for one in found), strict=True)
+                sum(values) / samples for values in zip(*figures, strict=True)
             )
             scores.append(
                 TaskScore(
@@ -138,31 +138,20 @@ class Question:
         return self.whole.ids.shape[1] - self.prompt.ids.shape[1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Judged:
-    """Scores and losses, dense and S2O, and densities of the sparse calls."""
-
-    scores: tuple[float, float]
-    losses: tuple[float, float]
-    densities: list[float]
-
-
 class _Judge:
     def __init__(self, model: Any, watch: Watch, reader: LogitsReader, tokenizer: Any) -> None:  # noqa: ANN401
         self._model, self._watch, self._reader, self._tokenizer = model, watch, reader, tokenizer
         self._sparse = compiled_copy(model, watch.backend)
 
-    def of(self, question: Question) -> _Judged:
-        """Scores and losses of a question."""
+    def of(self, question: Question) -> tuple[tuple[float, ...], list[float]]:
+        """Scores and then losses of a question, dense and S2O, and densities of the sparse calls."""
         with record() as recording:
             loss_s2o = self._loss(question, self._sparse)
             if all(call.path != "s2o" for call in recording.calls):
                 raise nothing_sparse(CALLER, self._watch.recording.report)
             score_s2o = self._score(question, self._sparse)
-        scores = self._score(question, self._model), score_s2o
-        losses = self._loss(question, self._model), loss_s2o
-        densities = [call.density for call in recording.calls if call.path == "s2o"]
-        return _Judged(scores=scores, losses=losses, densities=densities)
+        figures = self._score(question, self._model), score_s2o, self._loss(question, self._model), loss_s2o
+        return figures, [call.density for call in recording.calls if call.path == "s2o"]
 
     def _loss(self, question: Question, model: nn.Module) -> float:
         """Mean loss on the expected answer."""

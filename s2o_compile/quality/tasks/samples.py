@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 NEEDLES = 4
@@ -83,17 +84,8 @@ def sentences(text: str) -> list[str]:
     return [unit for unit in re.split(r"(?<=[.!?])\s+|\n+", text) if unit.strip()]
 
 
-def one_needle(random: Random, filler: Sequence[str]) -> Fill:
-    """A number stands somewhere in the text, and is asked for."""
-    return _numbers(random, filler, 1)
-
-
-def many_needles(random: Random, filler: Sequence[str]) -> Fill:
-    """Several numbers stand in the text, each with a name of its own, and all are asked for."""
-    return _numbers(random, filler, NEEDLES)
-
-
-def _numbers(random: Random, filler: Sequence[str], count: int) -> Fill:
+def hidden_numbers(random: Random, filler: Sequence[str], count: int) -> Fill:
+    """Numbers stand somewhere in the text, each with a name of its own, and are asked for."""
     keys = random.sample(compounds(), count)
     numbers = tuple(str(random.randrange(1_000_000, 10_000_000)) for _ in keys)
     needles = [f"One of the special magic numbers for {key} is: {n}." for key, n in zip(keys, numbers, strict=True)]
@@ -175,8 +167,8 @@ def common_words(random: Random, _filler: Sequence[str]) -> Fill:
 
 
 TASKS: dict[str, Task] = {
-    "needle": one_needle,
-    "needles": many_needles,
+    "needle": partial(hidden_numbers, count=1),
+    "needles": partial(hidden_numbers, count=NEEDLES),
     "variables": variables,
     "words": common_words,
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2o_compile.kernels.calls import packed
-from s2o_compile.kernels.core.documents import Documents, ids_of, packed_pairs
+from s2o_compile.kernels.core.documents import Documents, by_pairs, ids_of
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.kernels.support.errors import InputError, NoGradientError
 from tests.conftest import CUDA, Case, softmax_attention
@@ -64,7 +64,8 @@ def compare(inputs, ids, key_ids=None, **options):
     terms = {name: options[name] for name in ("causal", "causal_offset", "window", "bottom_right") if name in options}
     ids, key_ids = (None if x is None else x.long().to(inputs.query.device) for x in (ids, key_ids))
     mask = inputs.mask.key_mask
-    pairs = packed_pairs(inputs.query, inputs.key, ids, key_ids, mask, **terms)
+    pairs_of = by_pairs(lambda query, key, value, pairs, sinks: pairs)
+    pairs = pairs_of(inputs.query, inputs.key, inputs.value, ids, key_ids, mask, **terms)
     given = {"softcap": inputs.softcap, "fully_masked": inputs.fully_masked, "tau": 0.0, "min_seq_len": 0} | options
     with record_calls() as calls:
         output, _ = OPERATOR(*inputs.tensors, ids, key_ids, mask, inputs.sinks, **given)
