@@ -13,8 +13,8 @@ import pytest
 from tests.helpers.imports import LAYERS, ROOT, circles, imported_names, imports, product, room_of, short, sources, tree
 
 MAX_FILES, MAX_LINES, MAX_PARAMETERS = 14, 400, 12
-PRODUCT_LINES = 34_000
-"""A ceiling to be lowered: the goal is 19,000. Budgets that hold, tasks and known models took 1,430 of them."""
+PRODUCT_LINES = 35_200
+"""A ceiling to be lowered: the goal is 19,000. The CPU's executor took 1,170 of them, 870 in C++."""
 
 METHOD = ("kernels/support", "kernels/pages", "kernels/core", "kernels/ranking", "kernels/exact")
 EXECUTORS = ("kernels/impl/torch", "kernels/impl/cpp", "kernels/impl/triton", "kernels/impl/flex", "kernels/impl/aot")
@@ -211,7 +211,7 @@ def test_files_hold_one_idea():
 
 def test_the_product_is_small():
     lines = Counter()
-    for path in product():
+    for path in (*product(), *(ROOT / "kernels" / "impl" / "cpp").glob("*.[ch]*")):
         lines[room_of(path).split("/")[0]] += len(path.read_text().splitlines())
     print(f"{sum(lines.values())} of at most {PRODUCT_LINES} lines: {dict(lines)}")
     assert sum(lines.values()) <= PRODUCT_LINES, dict(lines)
