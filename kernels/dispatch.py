@@ -121,7 +121,7 @@ def choose_implementation(wanted: str, query: Tensor) -> str:
         )
     if wanted == "cpp" and not cpp_library.serves(device):
         raise ImplementationUnavailableError(
-            f'implementation="cpp": {cpp_library.why_not()}. Install g++, or use "auto".'
+            f'implementation="cpp": {cpp_library.why_not()}. {cpp_library.remedy()}, or use "auto".'
         )
     if wanted != "auto":
         return wanted
