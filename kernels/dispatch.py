@@ -43,7 +43,7 @@ try:
     from s2o_compile.kernels.impl.triton.packed import attend_packed
 
     EXACT["triton"] = triton_exact.attend_exact
-except ImportError:  # no triton here: only the torch implementation can run
+except ImportError:  # no triton here: it is then never chosen
     triton_forward = triton_exact = attend_packed = None
 
 

@@ -40,7 +40,7 @@ class Segments:
         functions = cpp_library.load()
         assert functions is not None
         dtype = products_dtype(call)
-        self._attend: Callable[..., None] = (
+        self._attend: Callable[..., int] = (
             functions.s2o_attend_halves if dtype == torch.bfloat16 else functions.s2o_attend
         )
         query, scale = call.query if query is None else query, call.scale
