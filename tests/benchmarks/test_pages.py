@@ -67,7 +67,7 @@ def test_the_front_page_says_where_sparse_attention_begins():
     row = re.search(r"^\| prompts have (\d+) tokens or more on a GPU, (\d+) or more on a CPU", text, re.MULTILINE)
     gpu, cpu = map(int, row.groups())
     assert gpu == tuned.UNKNOWN_CROSSOVER == tuned.BUILT_IN["NVIDIA H100"].crossover
-    assert cpu == tuned.BUILT_IN["cpu"].crossover
+    assert cpu == tuned.BUILT_IN["cpu in C++"].crossover
 
 
 def test_the_table_of_the_front_page_has_a_gpu_and_a_cpu():
