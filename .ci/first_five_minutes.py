@@ -141,7 +141,7 @@ cores. Nothing of this repository is used but the wheel.
 
 _END = """## And then
 
-- Not sparse? [Troubleshooting](troubleshooting.md). Prompts shorter than 8192 tokens on a CPU, or 16384 on a GPU, stay
+- Not sparse? [Troubleshooting](troubleshooting.md). Prompts shorter than 4096 tokens on a CPU, or 16384 on a GPU, stay
   dense, because that is faster.
 - What does it lose on your text? [Evaluate your model](evaluate.md).
 - More exact, or faster? [All options](wrap.md#options).

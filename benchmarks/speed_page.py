@@ -93,8 +93,8 @@ _INTRO = [
     "<!-- Written by `make figures` (benchmarks/speed_page.py). Change that file, not this page. -->",
     "",
     *paragraph(
-        "The longer the prompt, the more you gain. On a GPU S2O begins to win between 8K and 16K tokens, on a CPU at "
-        "about 4K. Below that length it runs dense attention by itself, so you lose nothing."
+        "The longer the prompt, the more you gain. On a GPU S2O begins to win between 8K and 16K tokens, on a CPU with "
+        "a C++ compiler at about 4K. Below that length it runs dense attention by itself, so you lose nothing."
     ),
     "",
     "![Time to the first token, and time of one attention against the length of the prompt](speed.png)",

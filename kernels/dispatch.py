@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.kernels import planner, schedule
+from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
 from s2o_compile.kernels.core.result import Result, empty_result
-from s2o_compile.kernels.core.tuned import shortest_sparse, why_never
+from s2o_compile.kernels.core.tuned import why_never
 from s2o_compile.kernels.core.validation import sizes_of
 from s2o_compile.kernels.exact.chunked import attend_chunks
 from s2o_compile.kernels.exact.epilogue import finish
@@ -43,7 +44,7 @@ try:
     from s2o_compile.kernels.impl.triton.packed import attend_packed
 
     EXACT["triton"] = triton_exact.attend_exact
-except ImportError:  # no triton here: only the torch implementation can run
+except ImportError:  # no triton here: it is then never chosen
     triton_forward = triton_exact = attend_packed = None
 
 
@@ -63,7 +64,7 @@ def choose_path(call: AttentionCall, min_seq_len: int | str) -> str:
 
 def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str) -> bool:
     """Whether dense attention is the faster one at these lengths, on the query's device and in its dtype."""
-    return n_queries < TILE_LEN or n_keys < shortest_sparse(min_seq_len, query.device, query.dtype)
+    return n_queries < TILE_LEN or tuned.is_short(n_keys, min_seq_len, query.device, query.dtype)
 
 
 def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, stacklevel: int = 1) -> None:
@@ -121,7 +122,7 @@ def choose_implementation(wanted: str, query: Tensor) -> str:
         )
     if wanted == "cpp" and not cpp_library.serves(device):
         raise ImplementationUnavailableError(
-            f'implementation="cpp": {cpp_library.why_not()}. Install g++, or use "auto".'
+            f'implementation="cpp": {cpp_library.why_not()}. {cpp_library.remedy()}, or use "auto".'
         )
     if wanted != "auto":
         return wanted
@@ -261,7 +262,8 @@ def _attend(
     by_length = choose_path(call, options.min_seq_len) == "dense"
     by_sdpa = call.pages is None and (by_length or not needs_pairs(call.mask, call.n_keys, call.scale))
     if path == "dense" and by_sdpa and not call.wants_lse and call.softcap is None:
-        choose_implementation(options.implementation, call.query)  # or refuse
+        if options.implementation != "auto":
+            choose_implementation(options.implementation, call.query)  # or refuse
         record(call, path, never=never)
         return attend_by_sdpa(call), None
     replaced = False

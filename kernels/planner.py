@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +49,13 @@ if triton_per_query is not None and triton_mean_query is not None:
 
 
 def tail_values(call: AttentionCall, segment_len: int, implementation: str) -> Tensor:
-    """``tail.tail_values`` by "triton" or "torch"."""
+    """``tail.tail_values`` by "triton", or by torch for all others."""
     by_triton = implementation == "triton" and triton_tail is not None
     return (triton_tail if by_triton else tail).tail_values(call, segment_len)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def estimate_unvisited(call: AttentionCall, plan: Plan, implementation: str) -> Tensor:
-    """``unvisited.estimate_unvisited`` by "triton" or "torch"."""
+    """``unvisited.estimate_unvisited`` by "triton", or by torch for all others."""
     by_triton = implementation == "triton" and triton_unvisited is not None
     return (triton_unvisited if by_triton else unvisited).estimate_unvisited(call, plan)  # pyright: ignore
 
@@ -94,7 +94,7 @@ class KnownKeys(NamedTuple):
 
 
 class KeyShard:
-    """What `KnownKeys` are made of, for some keys of a call, by "triton" or "torch".
+    """What `KnownKeys` are made of, for some keys of a call, by "triton", or by torch for all others.
 
     Every number is made of one key, or of one block of keys, so shards of keys give those of the whole call.
     """
@@ -171,7 +171,7 @@ class Planner:
         scores = self._score_keys(part, heads)
         non_finite = self._non_finite[:, heads, : part.n_keys]
         non_finite = non_finite.repeat_interleave(self._rankings, 1) if self._rankings > 1 else non_finite
-        more = {} if part.pages is None else {"pages": part.pages}
+        more: dict[str, Any] = {} if part.pages is None else {"pages": part.pages}
         if part.lengths is not None:
             more["sizes"] = part.sizes
         key_index, prefix_count = self._order_keys(

@@ -140,6 +140,17 @@ def shortest_sparse(min_seq_len: int | str, device: torch.device, dtype: torch.d
     return min_seq_len if isinstance(min_seq_len, int) else crossover(device, dtype)
 
 
+SHORT_ON_CPUS = min(e.crossover for name, e in BUILT_IN.items() if name.startswith("cpu") and e.crossover is not None)
+"""Keys below which S2O pays on no CPU: so short calls do not make a compiler run to know it."""
+
+
+def is_short(n_keys: int, min_seq_len: int | str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether keys are fewer than `shortest_sparse` says."""
+    if min_seq_len == "auto" and device.type == "cpu" and n_keys < SHORT_ON_CPUS and "cpu" not in user_entries():
+        return True
+    return n_keys < shortest_sparse(min_seq_len, device, dtype)
+
+
 def why_never(n_keys: int, min_seq_len: int | str, device: torch.device, dtype: torch.dtype) -> str:
     """Why attention over so many keys is dense at any length, and what to do; empty where it is short, or could pay."""
     if n_keys < LONG or shortest_sparse(min_seq_len, device, dtype) < NEVER:

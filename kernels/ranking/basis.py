@@ -64,7 +64,7 @@ def half_steps(head_dim: int, count: int) -> int:
     """
     if count + 2 >= head_dim:
         return 0
-    return 2 if count + 2 >= head_dim // 2 else 4
+    return 2 if count >= 64 and count + 2 >= head_dim // 2 else 4
 
 
 def choose_basis(query: Tensor, key: Tensor, count: int) -> Basis:

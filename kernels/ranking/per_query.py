@@ -47,11 +47,13 @@ CPU_ROWS = 1024
 
 
 def few_dims(head_dim: int) -> int:
-    """A quarter of the head, rounded up to a power of two up to 64, less one for the normaliser; at most the head.
+    """A quarter of the head, 31 at least of heads beyond 32, 63 at most; a power of two with the normaliser.
 
-    On a CPU twice as many cost the time that they save (SmolLM2, 8K); a GPU's packed rows have room for more of them.
+    Of heads of 64, 15 cost SmolLM2 0.011 nats a token at 8K, 31 cost 0.0015 at 2 % less density, and 62 no less. A GPU's
+    packed rows have room for more of them.
     """
-    return min((1 << min(max(4, (head_dim // 4 - 1).bit_length()), 6)) - 1, head_dim)
+    least = 4 if head_dim <= 32 else 5
+    return min((1 << min(max(least, (head_dim // 4 - 1).bit_length()), 6)) - 1, head_dim)
 
 
 def scored_rows(segment_len: int, shared: int, device: torch.device) -> int:

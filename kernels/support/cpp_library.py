@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +50,12 @@ def serves(device: torch.device) -> bool:
 
 def why_not() -> str:
     """Why there is no library; empty if there is one."""
-    return _loaded()[1]
+    return _known().reason
+
+
+def remedy() -> str:
+    """What brings the library, if there is none."""
+    return _known().remedy
 
 
 def has_halves() -> bool:
@@ -57,54 +65,110 @@ def has_halves() -> bool:
 
 
 def load() -> ctypes.CDLL | None:
-    """The library, or None if there is none."""
-    return _loaded()[0]
+    """The library, or None if there is none, which one warning says."""
+    found = _known()
+    if found.functions is None and found.reason != _SWITCHED_OFF:
+        _warn(found)
+    return found.functions
+
+
+class _Loaded(NamedTuple):
+    functions: ctypes.CDLL | None
+    reason: str = ""
+    remedy: str = ""
+
+
+_SWITCHED_OFF = "S2O_CPP=0"
+_one_at_a_time = threading.Lock()
+
+
+def _known() -> _Loaded:
+    with _one_at_a_time:
+        return _loaded()
 
 
 @cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none."""
-    if os.environ.get("S2O_CPP") == "0":
-        return None, "S2O_CPP=0"
-    reason = f"expected a C++ compiler, looked for {', '.join(COMPILERS)} and $CXX, got none"
-    for name in (os.environ.get("CXX"), *COMPILERS):
-        compiler = shutil.which(name) if name else None
-        if compiler is None:
-            continue
-        try:
-            return ctypes.CDLL(str(_compiled(compiler))), ""
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
-            reason = f"{compiler} failed: {said[0]}"
-            break
+def _warn(found: _Loaded) -> None:
     warnings.warn(
-        f"S2O on a CPU runs in plain torch, at about half of its speed: {reason}. Install g++, or set S2O_CPP=0 to "
-        "silence this.",
-        stacklevel=2,
+        f"S2O on a CPU runs in plain torch, at about half of its speed: {found.reason}. {found.remedy}, or set "
+        "S2O_CPP=0 to silence this.",
+        stacklevel=3,
     )
-    return None, reason
 
 
-def _compiled(compiler: str) -> Path:
-    """The file of the library, compiled if it is not there."""
-    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)  # they name the compiler and the instructions
-    made_of = "\0".join((*(path.read_text() for path in SOURCES), *FLAGS, macros))
-    path = folder() / f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
-    if path.exists():
-        return path
+@cache
+def _loaded() -> _Loaded:
+    """The library, or why there is none and what to do."""
+    if os.environ.get("S2O_CPP") == "0":
+        return _Loaded(None, _SWITCHED_OFF, "Unset S2O_CPP")
+    compiler = _compiler()
+    if compiler is None:
+        looked_for = f"looked for {', '.join(COMPILERS)} and $CXX"
+        return _Loaded(None, f"expected a C++ compiler, {looked_for}, got none", "Install g++")
+    try:
+        path = _path(compiler)
+        try:
+            return _Loaded(ctypes.CDLL(str(path)))
+        except OSError:  # it is not there, or a disk has spoilt it
+            _compile(compiler, path)
+            return _Loaded(ctypes.CDLL(str(path)))
+    except subprocess.SubprocessError as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
+        said = next((line for line in lines if "error" in line), lines[0])  # warnings may come first
+        return _Loaded(None, f"{compiler[0]} failed: {said}", "Install g++, or let CXX name a compiler that works")
+    except (OSError, RuntimeError) as error:  # a user may have no home
+        return _Loaded(
+            None, f"expected a folder to keep the compiled library in, got {error}",
+            "Let S2O_CACHE name a folder of yours that can be written",
+        )  # fmt: skip
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """The compiler and its own arguments (``CXX="ccache g++"``); None if there is none."""
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        try:
+            command = shlex.split(name)
+        except ValueError:  # a quotation mark without its second one
+            continue
+        found = shutil.which(command[0]) if command else None
+        if found is not None:
+            return found, *command[1:]
+    return None
+
+
+def _path(compiler: tuple[str, ...]) -> Path:
+    """The file of the library."""
+    # The macros name the compiler and the instructions.
+    macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    made_of = "\0".join((*(path.read_text("utf-8") for path in SOURCES), *compiler[1:], *FLAGS, macros))
+    return folder() / f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
+
+
+def _compile(compiler: tuple[str, ...], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        _run(compiler, *FLAGS, "-shared", "-o", made, *(str(path) for path in SOURCES if path.suffix == ".cpp"))
+        _run(*compiler, *FLAGS, "-shared", "-o", made, *(str(source) for source in SOURCES if source.suffix == ".cpp"))
+        with open(made, "rb+") as file:
+            os.fsync(file.fileno())  # a part of a library would end the process
         os.replace(made, path)  # whole or not at all: several processes may compile
     finally:
         Path(made).unlink(missing_ok=True)
-    return path
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+    """What a compiler prints.
+
+    Raises:
+        SubprocessError: It failed, took too long, or is no program.
+    """
+    try:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, errors="replace", timeout=SECONDS
+        ).stdout
+    except OSError as error:
+        raise subprocess.SubprocessError(str(error)) from error
 
 
 def structure(pointers: str, sizes: str, numbers: str, flags: str = "") -> type[ctypes.Structure]:

@@ -130,9 +130,11 @@ def _cpp() -> Check:
         warnings.simplefilter("ignore")  # what it would say stands in the table
         reason = cpp_library.why_not()
     if reason:
-        remedy = "apt install g++; unset S2O_CPP" if os.environ.get("S2O_CPP") else "apt install g++"
         return Check(
-            name="C++ kernels", state="note", found=f"{reason}: S2O on the CPU runs in plain torch", remedy=remedy
+            name="C++ kernels",
+            state="note",
+            found=f"{reason}: S2O on the CPU runs in plain torch",
+            remedy=cpp_library.remedy(),
         )
     tiles = "with tiles of bfloat16 (AMX)" if cpp_library.has_halves() else "without tiles of bfloat16"
     return Check(name="C++ kernels", state="ok", found=f"compiled for this CPU, {tiles}")

@@ -128,7 +128,7 @@ def tune(
     if not on_gpu:
         console.print(
             "Kernel configurations: expected a CUDA device, got none, so there are none to time. The crossover of the "
-            "torch implementation is measured."
+            "CPU is measured."
         )
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(SpinnerColumn(), *columns, console=console) as progress:

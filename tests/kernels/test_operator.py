@@ -241,6 +241,7 @@ class TestDispatch:
         assert operator.choose_implementation("torch", on_cpu) == "torch"
         monkeypatch.setattr(cpp_library, "load", lambda: None)
         monkeypatch.setattr(cpp_library, "why_not", lambda: "expected a C++ compiler, got none")
+        monkeypatch.setattr(cpp_library, "remedy", lambda: "Install g++")
         assert operator.choose_implementation("auto", on_cpu) == "torch"
         with pytest.raises(ImplementationUnavailableError, match=r'"cpp": expected a C\+\+ compiler, got none'):
             operator.choose_implementation("cpp", on_cpu)

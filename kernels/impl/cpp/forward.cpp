@@ -1,8 +1,10 @@
 // S2O forward of one segment: pass 1 over its own keys, pass 2 over ranked keys until its tiles stop.
 //
 // A segment is G heads of `rows` queries that share a ranking. A chunk of keys is gathered once, into panels that its
-// products read in order, and serves every tile that has not stopped. Logits are binary; a row keeps its largest logit
-// and its sum, and the output before the division. The rule is that of core/stop_rule.py. No library is called.
+// products read in order, and serves every tile that has not stopped. A row keeps its largest product, its mass, and the
+// output before the division. Products are scaled, to binary logarithms, once the largest is taken off: the largest is
+// then zero at any magnitude, however the compiler fuses what it rounds. The rule is that of core/stop_rule.py. No
+// library is called.
 #include "floats.h"
 #include "halves.h"
 
@@ -29,7 +31,7 @@ struct Segment {
   int64_t unvisited_head, computed_head;  // of tiles: their stride is 1
   int64_t group, rows, dim, value_dim, count, chunk_len;
   int64_t own_start, own_stop, sees;
-  float scale, softcap, tail_share;   // scale > 0; no cap: 0; TAIL_SHARE of the stop rule
+  float scale, softcap, tail_share;  // scale: 1e-18 to 1e18; softcap: 0 for none; tail_share: TAIL_SHARE of the stop rule
   int32_t wide;    // the output is float32 anyhow
   int32_t resume;  // tiles whose estimate is not below tau go on from what output, lse, tail and computed hold
 };
@@ -46,8 +48,11 @@ struct Work {
 
   const Segment& s;
   int64_t tiles, padded_rows, dims, value_columns;
+  float scale;  // from products, or capped logits, to binary logarithms
   Number *query, *keys, *values, *weights;  // weights: the numbers that logits become, of the same memory in float32
-  float *output, *highest, *mass, *gain, *left_out, *logits;
+  float *output, *highest, *mass, *gain, *left_out, *logits, *estimate;  // estimate, visited, going: of tiles
+  int64_t* visited;
+  bool* going;
   const int32_t* index;  // which keys were gathered: these of the ranking, or those from `first_key` on
   int64_t first_key, *spoiled, n_spoiled;  // gathered keys whose value is not finite
 
@@ -56,6 +61,7 @@ struct Work {
     padded_rows = whole(s.rows, BLOCK);
     dims = whole(s.dim, Kind::STEP);
     value_columns = whole(s.value_dim, COLUMNS);
+    scale = s.softcap ? 1.f : s.scale * LOG2_E;
     const int64_t widest = whole(std::max(std::min(s.chunk_len, s.count), OWN_STEP), COLUMNS);
     const int64_t all_rows = s.group * padded_rows;
     char* next = nullptr;
@@ -75,6 +81,9 @@ struct Work {
       part(logits, widest * BLOCK);
       part(weights, Kind::IN_PLACE ? 0 : widest * BLOCK);
       part(spoiled, widest);
+      part(estimate, s.group * tiles);
+      part(visited, s.group * tiles);
+      part(going, s.group * tiles);
       if (counts) next = memory.of(next - static_cast<char*>(nullptr));
     }
     if constexpr (Kind::IN_PLACE) weights = logits;
@@ -132,11 +141,9 @@ struct Work {
     const int64_t columns = whole(depth, COLUMNS);
     float now[PADDED], base[PADDED], kept[PADDED], brought[PADDED];
     Kind::logits(query + row * dims, keys, dims, columns, logits);
-    float scale = s.scale * LOG2_E;
     if (s.softcap) {
-      const float cap = s.softcap * LOG2_E, inner = scale / cap;
+      const float cap = s.softcap * LOG2_E, inner = s.scale / s.softcap;
       for (int64_t j = 0; j < BLOCK * columns; j += LANES) store(logits + j, tanh(load(logits + j) * inner) * cap);
-      scale = 1.f;
     }
     for (int64_t i = 0; i < BLOCK; ++i) {
       float* x = logits + i * columns;
@@ -147,9 +154,9 @@ struct Work {
         for (int64_t j = 0; j < stop; ++j) x[j] = hidden(j) ? -INFINITE : x[j];
       Vector high = load(x);
       for (int64_t j = LANES; j < columns; j += LANES) high = larger(load(x + j), high);
-      now[i] = std::max(highest[row + i], largest(high) * scale);
+      now[i] = std::max(highest[row + i], largest(high));
       base[i] = now[i] == -INFINITE ? 0.f : now[i];
-      kept[i] = highest[row + i] - base[i];
+      kept[i] = (highest[row + i] - base[i]) * scale;
       highest[row + i] = now[i];
     }
     for (int64_t i = 0; i < BLOCK; i += LANES) store(kept + i, exp2(load(kept + i)));
@@ -157,8 +164,7 @@ struct Work {
       float* x = logits + i * columns;
       Vector total{};
       for (int64_t j = 0; j < columns; j += LANES) {
-        const Vector below = load(x + j) * scale - base[i];  // above it by a rounding where the logits are huge
-        const Vector p = exp2(below > 0.f ? Vector{} : below);
+        const Vector p = exp2((load(x + j) - base[i]) * scale);
         Kind::weight(p, weights + i * columns + j);
         total += p;
       }
@@ -204,12 +210,11 @@ struct Work {
 
   // Pass 2: tiles visit chunks until the stop rule holds. `visited` says from which key on, and then where they stopped;
   // a negative number means that a tile does not take part.
-  void ranked(int64_t* visited, float* estimate) {
+  void ranked() {
     bool can_stop = false;
     for (int64_t head = 0; head < s.group; ++head) can_stop |= s.tau[head] > 0;
     can_stop &= s.count >= 2 * s.chunk_len;
     const int64_t all_tiles = s.group * tiles;
-    bool* going = static_cast<bool*>(alloca(all_tiles));
     for (int64_t t = 0; t < all_tiles; ++t) going[t] = visited[t] >= 0;
     for (int64_t start = 0; start < s.count; start += s.chunk_len) {
       const int64_t stop = std::min(start + s.chunk_len, s.count), n = stop - start;
@@ -242,8 +247,6 @@ struct Work {
 
   void run() {
     const int64_t all_rows = s.group * padded_rows, all_tiles = s.group * tiles;
-    int64_t* visited = static_cast<int64_t*>(alloca(8 * all_tiles));
-    float* estimate = static_cast<float*>(alloca(4 * all_tiles));
     std::fill(output, output + all_rows * value_columns, 0.f);
     std::fill(highest, highest + all_rows, -INFINITE);
     std::fill(mass, mass + all_rows, 0.f);
@@ -255,10 +258,15 @@ struct Work {
     }
     Kind::begin();
     if (!s.resume) own_keys();
-    ranked(visited, estimate);
+    ranked();
     Kind::end();
     for (int64_t t = 0; t < all_tiles; ++t)
-      if (visited[t] >= 0) write(t / tiles, t % tiles, visited[t], estimate[t]);
+      if (visited[t] >= 0) write(t / tiles, t % tiles);
+  }
+
+  float read(int64_t place) const {
+    return s.wide ? static_cast<const float*>(s.output)[place]
+                  : Kind::read(static_cast<const Number*>(s.output)[place]);
   }
 
   // In-segment keys of a tile: no query of it sees further than its last one.
@@ -273,16 +281,16 @@ struct Work {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = s.tail[head * s.tail_head + at * s.tail_row];
       const float lse = s.lse[head * s.lse_head + at * s.lse_row] - std::log1p(share);
-      const Number* from = static_cast<const Number*>(s.output) + head * s.output_head + at * s.output_row;
-      highest[row] = lse * LOG2_E;
+      const int64_t place = head * s.output_head + at * s.output_row;
+      highest[row] = lse * LOG2_E / scale;
       mass[row] = lse == -INFINITE ? 0.f : 1.f;
       for (int64_t d = 0; d < s.value_dim; ++d)
-        output[row * value_columns + d] = Kind::read(from[d]) * (1.f + share) - share * s.mean_value[d];
+        output[row * value_columns + d] = read(place + d) * (1.f + share) - share * s.mean_value[d];
     }
     return s.computed[head * s.computed_head + tile] - own(tile);
   }
 
-  void write(int64_t head, int64_t tile, int64_t visited, float estimate) {
+  void write(int64_t head, int64_t tile) {
     for (int64_t i = 0; i < tile_rows(tile); ++i) {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = left_out[row], over = mass[row] == 0.f ? 0.f : 1.f / mass[row];
@@ -295,11 +303,11 @@ struct Work {
         else
           static_cast<Number*>(s.output)[place + d] = Kind::write(joint);
       }
-      s.lse[head * s.lse_head + at * s.lse_row] = (highest[row] + std::log2(mass[row])) * LN_2 + std::log1p(share);
+      s.lse[head * s.lse_head + at * s.lse_row] = (highest[row] * scale + std::log2(mass[row])) * LN_2 + std::log1p(share);
       if (s.tail) s.tail[head * s.tail_head + at * s.tail_row] = share;
     }
-    s.computed[head * s.computed_head + tile] = static_cast<int32_t>(own(tile) + visited);
-    if (s.unvisited) s.unvisited[head * s.unvisited_head + tile] = estimate;
+    s.computed[head * s.computed_head + tile] = static_cast<int32_t>(own(tile) + visited[head * tiles + tile]);
+    if (s.unvisited) s.unvisited[head * s.unvisited_head + tile] = estimate[head * tiles + tile];
   }
 };
 

@@ -40,11 +40,11 @@ class Segments:
         functions = cpp_library.load()
         assert functions is not None
         dtype = products_dtype(call)
-        self._attend: Callable[..., None] = (
+        self._attend: Callable[..., int] = (
             functions.s2o_attend_halves if dtype == torch.bfloat16 else functions.s2o_attend
         )
         query, scale = call.query if query is None else query, call.scale
-        if scale <= 0:  # C++ wants a positive one
+        if not _is_usual(scale):
             query, scale = query.float() * scale, 1.0
         self._query, self._key, self._value = (with_unit_stride(x.to(dtype)) for x in (query, call.key, call.value))
         mask = call.mask.key_mask
@@ -73,8 +73,13 @@ class Segments:
 
 def products_dtype(call: AttentionCall) -> torch.dtype:
     """The dtype of a call's products."""
-    halves = call.query.dtype == torch.bfloat16 and call.scale > 0 and cpp_library.has_halves()
+    halves = call.query.dtype == torch.bfloat16 and _is_usual(call.scale) and cpp_library.has_halves()
     return torch.bfloat16 if halves else torch.float32
+
+
+def _is_usual(scale: float) -> bool:
+    """Whether C++ takes this scale: a positive one, by which it can also divide."""
+    return 1e-18 < scale < 1e18
 
 
 def writable(output: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from s2o_compile import TunedFileWarning
+from s2o_compile import TunedFileWarning, attention
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.tuned import Entry, Launch
 from s2o_compile.kernels.support import cpp_library
@@ -189,3 +189,12 @@ def test_without_a_file_nothing_is_said(monkeypatch, tmp_path):
 def test_entries_are_checked(fields):
     with pytest.raises(ValueError, match="expected"):
         Entry(**fields)
+
+
+def test_short_calls_on_a_cpu_ask_no_compiler(monkeypatch, user_file):
+    monkeypatch.setattr(cpp_library, "load", lambda: pytest.fail("a short call compiled"))
+    user_file.write_text('{"format": 1, "devices": {}}')
+    assert tuned.is_short(4095, "auto", CPU, torch.float32)
+    q, k, v = torch.randn(3, 1, 2, 300, 16).unbind(0)
+    assert attention(q, k, v, causal=True).shape == q.shape
+    assert not tuned.is_short(300, 300, CPU, torch.float32)

@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 
+from s2o_compile import S2OConfig, attention
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.result import empty_progress
 from s2o_compile.kernels.impl.cpp import exact, forward
@@ -94,6 +95,23 @@ def test_not_a_number_stays_where_it_is_seen(build_plan):
         seen = output.isnan().any(-1)
         assert not seen[..., :132].any()
         assert seen[..., 132:].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 0.1, 1e15, 1e27, -1e20])
+def test_the_largest_logit_counts_at_any_magnitude(scale, dtype):
+    """Huge logits are off by a rounding of many units, which must not leave a row without any mass."""
+    generator = torch.Generator().manual_seed(3)
+    query, key = (torch.randn(1, 1, 300, 64, generator=generator, dtype=dtype) for _ in range(2))
+    value = torch.arange(1.0, 301).to(dtype)[:, None].expand(1, 1, 300, 8)
+    logits = query.double() @ key.double().mT * scale
+    if abs(scale) > 1:  # one key gets all of the mass
+        expected = value[0, 0, :, 0].double()[logits.argmax(-1)][..., None].expand(value.shape)
+    else:
+        expected = logits.softmax(-1) @ value.double()
+    config = S2OConfig(tau=0.0, min_seq_len=0, segment_len=128, implementation="cpp")
+    actual = attention(query, key, value, scale=scale, config=config)
+    torch.testing.assert_close(actual.double(), expected, rtol=2 * torch.finfo(dtype).eps + 5e-6, atol=0)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5])
