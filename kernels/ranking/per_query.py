@@ -77,17 +77,6 @@ def key_stride(n_keys: Size) -> Size:
     return at_least(KEY_STRIDE, n_keys // KEY_SAMPLES)
 
 
-def outside_keys(end: int, own: tuple[int, int], stride: int, device: torch.device) -> tuple[Tensor, int]:
-    """Keys before ``end`` that a normaliser takes beside in-segment ones, int64 [n], and how many of them count once.
-
-    These are the last. A sample counts for ``stride`` keys.
-    """
-    sampled = torch.arange(0, end, stride, device=device) + stride // 2
-    first = torch.arange(min(FIRST_KEYS, end), device=device)
-    kept = [x[(x < own[0]) | (x >= own[1])] for x in (sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first)]
-    return torch.cat(kept), len(kept[1])
-
-
 def row_normaliser(
     query: Tensor, key: Tensor, mask: AttentionMask, *, positions: Tensor, own: tuple[int, int], stride: int
 ) -> Tensor:
@@ -102,7 +91,10 @@ def row_normaliser(
         stride: Distance of the sampled prefix keys.
     """
     device, end = query.device, own[0] if mask.causal else key.shape[2]
-    outside, _ = outside_keys(end, own, stride, device)
+    sampled = torch.arange(0, end, stride, device=device) + stride // 2
+    first = torch.arange(min(FIRST_KEYS, end), device=device)
+    outside = torch.cat([sampled[(sampled >= FIRST_KEYS) & (sampled < end)], first])
+    outside = outside[(outside < own[0]) | (outside >= own[1])]
     keys = torch.cat([outside, torch.arange(*own, device=device)])
     if not len(keys):
         return query.new_full(query.shape[:4], float("inf"))

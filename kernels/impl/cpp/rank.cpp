@@ -15,16 +15,18 @@ extern "C" {
 
 // Strides count numbers. Keys and factors are contiguous.
 struct Ranking {
-  const float *query, *factor, *key;  // query [group, .., dim]; factor [dim, few]; key [keys, few]
-  const int64_t* positions;           // [heads, rows]: where the queries of head g stand, at g modulo heads
-  const uint8_t* key_mask;            // [keys], or null
-  const int64_t* sampled;             // keys that the normaliser samples, those that count once last
-  float* scores;                      // [keys], filled up to `end`
+  const void* query;          // [group, .., dim], float32 or bfloat16
+  const float *factor, *key;  // factor [dim, few]; key [keys, few]
+  const int64_t* positions;   // [heads, rows]: where the queries of head g stand behind `first`, at g modulo heads
+  const uint8_t* key_mask;    // [keys], or null
+  float* scores;              // [keys]: those before `end` are scored, the others get -infinity
   const uint16_t* half_key;           // the keys in bfloat16, if the products are
-  int64_t query_head, query_row, group, heads, rows, dim, few, n_queries, end, n_sampled, n_once, own_start, own_stop;
-  int64_t sees;  // a query at position p sees in-segment keys below sees + p
+  int64_t query_head, query_row, group, heads, rows, first, dim, few, n_queries, n_keys, end, own_start, own_stop;
+  int64_t stride, first_keys;  // the normaliser samples a key of each stride, and takes the first keys once
+  int64_t sees;                // a query at position p sees in-segment keys below sees + p
   float scale, sample_weight;
-  int32_t halves;  // products in tiles of bfloat16: what is kept of them decides an order, and no sum
+  int32_t half_query;  // the query is bfloat16
+  int32_t halves;      // products in tiles of bfloat16: what is kept of them decides an order, and no sum
 };
 }
 
@@ -44,7 +46,8 @@ float log2_sum(float* x, int64_t n) {
 
 struct Scores {
   const Ranking& r;
-  int64_t slot_rows, all_rows, few_columns, outside, own, columns;
+  int64_t slot_rows, all_rows, few_columns, outside, own, columns, n_sampled, n_counted = 0;
+  int64_t* sampled;  // keys outside the segment that the normaliser takes, those that count for a stride first
   float *query, *rows, *factor, *panels, *minus, *logits, *maxima, *weights, *minus_tiles;
   int64_t depth;  // numbers of a row in bfloat16
   uint16_t *half_rows, *half_panels;
@@ -54,7 +57,8 @@ struct Scores {
     all_rows = r.group * slot_rows;
     few_columns = whole(r.few, COLUMNS);
     own = r.own_stop - r.own_start;
-    outside = whole(r.n_sampled, COLUMNS);
+    n_sampled = sample(nullptr);
+    outside = whole(n_sampled, COLUMNS);
     columns = outside + whole(own, COLUMNS);
     depth = whole(r.few, 32);
     char* next = nullptr;
@@ -71,11 +75,28 @@ struct Scores {
       part(logits, ROWS * columns);
       part(maxima, SLOTS * COLUMNS);
       part(weights, columns);
+      part(sampled, n_sampled);
       part(half_rows, r.halves ? all_rows * depth : 0);
       part(half_panels, r.halves ? whole(r.end, COLUMNS) * depth : 0);
       part(minus_tiles, r.halves ? all_rows * TILE : 0);
       if (counts) next = memory.of(next - static_cast<char*>(nullptr));
     }
+    sample(sampled);
+  }
+
+  // Lists the sampled keys, if there is a place for them, and counts them.
+  int64_t sample(int64_t* to) {
+    int64_t n = 0;
+    const auto add = [&](int64_t j) {
+      if (j >= r.own_start && j < r.own_stop) return;
+      if (to) to[n] = j;
+      ++n;
+    };
+    for (int64_t j = r.stride / 2; j < r.end; j += r.stride)
+      if (j >= r.first_keys) add(j);
+    n_counted = n;
+    for (int64_t j = 0; j < std::min(r.first_keys, r.end); ++j) add(j);
+    return n;
   }
 
   // Keys [n] into panels of COLUMNS keys; `index` says which, or they begin at `first`. Empty columns are zero.
@@ -88,7 +109,20 @@ struct Scores {
       }
   }
 
-  int64_t position(int64_t head, int64_t i) const { return r.positions[head % r.heads * r.rows + i]; }
+  int64_t position(int64_t head, int64_t i) const { return r.first + r.positions[head % r.heads * r.rows + i]; }
+
+  void read_query(int64_t head, int64_t at, float* to) const {
+    const int64_t from = head * r.query_head + at * r.query_row;
+    if (!r.half_query) {
+      std::memcpy(to, static_cast<const float*>(r.query) + from, 4 * r.dim);
+      return;
+    }
+    for (int64_t d = 0; d < r.dim; ++d) {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(r.query)[from + d]) << 16;
+      std::memcpy(to + d, &bits, 4);
+    }
+  }
+
   bool counts(int64_t head, int64_t i) const { return i < r.rows && position(head, i) < r.n_queries; }
 
   // Queries in few numbers, and what is taken off their logits: infinity for rows that do not count.
@@ -101,7 +135,7 @@ struct Scores {
       for (int64_t i = 0; i < slot_rows; i += ROWS) {
         for (int64_t k = 0; k < ROWS; ++k)
           if (counts(head, i + k))
-            std::memcpy(query + k * r.dim, r.query + head * r.query_head + position(head, i + k) * r.query_row, 4 * r.dim);
+            read_query(head, position(head, i + k), query + k * r.dim);
           else
             std::memset(query + k * r.dim, 0, 4 * r.dim);
         float* to = rows + (head * slot_rows + i) * few_columns;
@@ -116,11 +150,11 @@ struct Scores {
     // What is added to a logit: a sample counts for all keys that it stands for, a hidden key for none.
     const bool own_hidden = r.key_mask;
     for (int64_t j = 0; j < outside; ++j) {
-      const bool there = j < r.n_sampled && (!r.key_mask || r.key_mask[r.sampled[j]]);
-      weights[j] = !there ? -INFINITE : j < r.n_sampled - r.n_once ? r.sample_weight : 0.f;
+      const bool there = j < n_sampled && (!r.key_mask || r.key_mask[sampled[j]]);
+      weights[j] = !there ? -INFINITE : j < n_counted ? r.sample_weight : 0.f;
     }
     for (int64_t j = 0; own_hidden && j < own; ++j) weights[outside + j] = r.key_mask[r.own_start + j] ? 0.f : -INFINITE;
-    pack(r.sampled, 0, r.n_sampled, panels);
+    pack(sampled, 0, n_sampled, panels);
     pack(nullptr, r.own_start, own, panels + outside * r.few);
     for (int64_t head = 0; head < r.group; ++head)
       for (int64_t i = 0; i < slot_rows; i += ROWS) {
@@ -228,6 +262,7 @@ struct Scores {
   void run() {
     project();
     normalise();
+    std::fill(r.scores + r.end, r.scores + r.n_keys, -INFINITE);
 #ifdef HAS_HALVES
     if (r.halves) round(), Halves::begin();
 #endif

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_starts_stops
-from s2o_compile.kernels.ranking.per_query import outside_keys, scored_positions
+from s2o_compile.kernels.ranking.per_query import FIRST_KEYS, scored_positions
 from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.cpp_library import ALL, address, run, with_unit_stride
 from s2o_compile.kernels.support.parallel import for_each
 
 _Ranking = cpp_library.structure(
-    "query factor key positions key_mask sampled scores half_key",
-    "query_head query_row group heads rows dim few n_queries end n_sampled n_once own_start own_stop sees",
+    "query factor key positions key_mask scores half_key",
+    "query_head query_row group heads rows first dim few n_queries n_keys end own_start own_stop stride first_keys "
+    "sees",
     "scale sample_weight",
-    "halves",
+    "half_query halves",
 )
 """``struct Ranking`` of rank.cpp."""
 
@@ -30,7 +31,9 @@ def score_keys(
     """Importance of every key for every segment; arguments as of ``ranking.per_query.score_keys``."""
     functions = cpp_library.load()
     assert functions is not None
-    query, few_key, factor = with_unit_stride(call.query.float()), few_key.contiguous(), factor.contiguous()
+    half_query = call.query.dtype == torch.bfloat16
+    query = with_unit_stride(call.query if half_query else call.query.float())
+    few_key, factor = few_key.contiguous(), factor.contiguous()
     halves = cpp_library.has_halves()
     half_key = few_key.bfloat16() if halves else None
     batch, heads, n_queries, dim = query.shape
@@ -38,24 +41,24 @@ def score_keys(
     rankings = heads // kv_heads // shared  # of each key/value head
     ranges = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     starts, stops = (x.tolist() for x in ranges)
-    scores = torch.full((batch, kv_heads * rankings, len(starts), n_keys), float("-inf"), dtype=torch.float32)
+    scores = torch.empty(batch, kv_heads * rankings, len(starts), n_keys, dtype=torch.float32)
     key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
-    spread = scored_positions(segment_len, shared, query.device)
+    positions = scored_positions(segment_len, shared, query.device).contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
         b, ranking, s = place
         own = starts[s], stops[s]
         end, kv = own[0] if mask.causal else n_keys, ranking // rankings
-        positions = (s * segment_len + spread).contiguous()
-        outside, once = outside_keys(end, own, stride, query.device)
         argument = _Ranking(
             query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(few_key, b, kv),
             half_key=address(half_key, b, kv), positions=address(positions), key_mask=address(key_mask, b),
-            sampled=address(outside), scores=address(scores, b, ranking, s), query_head=query.stride(1),
-            query_row=query.stride(2), group=shared, heads=len(positions), rows=positions.shape[1], dim=dim, few=few,
-            n_queries=n_queries, end=end, n_sampled=len(outside), n_once=once, own_start=own[0], own_stop=own[1],
+            scores=address(scores, b, ranking, s), query_head=query.stride(1),
+            query_row=query.stride(2), group=shared, heads=len(positions), rows=positions.shape[1],
+            first=s * segment_len, dim=dim, few=few,
+            n_queries=n_queries, n_keys=n_keys, end=end, own_start=own[0], own_stop=own[1], stride=stride,
+            first_keys=FIRST_KEYS,
             sees=mask.offset + 1 if mask.causal else ALL, scale=call.scale / math.log(2),
-            sample_weight=math.log2(stride), halves=halves,
+            sample_weight=math.log2(stride), half_query=half_query, halves=halves,
         )  # fmt: skip
         run(functions.s2o_rank, argument)
 

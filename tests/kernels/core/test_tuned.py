@@ -56,7 +56,7 @@ def in_torch(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "amx", "bfloat16", "float32"),
     [
-        (True, True, 4096, 4096),
+        (True, True, 8192, 4096),
         (True, False, 4096, 4096),
         (False, True, tuned.NEVER, 12288),
         (False, False, 12288, 12288),
