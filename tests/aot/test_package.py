@@ -355,7 +355,7 @@ def test_a_bare_process_and_cpp_run_every_length(packaged, tmp_path):
     subprocess.run(bare, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"})
     actual = torch.load(tmp_path / "logits.pt")
     for length, ours, wanted in zip(lengths, actual, expected, strict=True):
-        # 8e-8 to 8e-7 measured. Where many keys are left out, other sums may end a tile a chunk elsewhere (2e-4 on text).
+        # 8e-8 to 8e-7 measured. Where keys are left out, other sums may end a tile a chunk elsewhere (2e-4 on text).
         assert (ours - wanted).norm() <= (5e-6 if length <= 513 else 1e-3) * wanted.norm(), length
         assert ours.argmax() == wanted.argmax()
 
