@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import math
 import os
+import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -29,6 +30,8 @@ from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan
 from tests.helpers import durations, interpreter
 
+# A process in the background ignores interrupts, and so would those that tests start to interrupt them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tensors are small: threads that wait for each other made tests 30 times slower on busy cores
 # Dynamo empties the CPU's cache to time the guards of every graph, for its log alone: 18 of the 45 ms of a small one.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0

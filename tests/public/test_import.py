@@ -31,7 +31,7 @@ EAGER = [
     "report",
     "rewriting",
 ]
-MOST_MODULES = 125
+MOST_MODULES = 128
 """Modules of this project that the import loads, kernels and passes included."""
 LATER = (
     "aot",
@@ -101,8 +101,10 @@ def test_the_import_waits_for_no_compiler(loaded):
 def test_a_plain_call_waits_for_no_compiler():
     """The import changes no handler of Ctrl-C, either, but in the command line's own process."""
     code = """
-import signal, sys, torch, s2o_compile
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+import signal
+before = signal.getsignal(signal.SIGINT)
+import sys, torch, s2o_compile
+assert signal.getsignal(signal.SIGINT) is before
 q, k, v = torch.randn(3, 1, 2, 300, 16).unbind(0)
 s2o_compile.attention(q, k, v, causal=True, config=s2o_compile.S2OConfig(tau=0.5, min_seq_len=0))
 print(*sys.modules)

@@ -173,7 +173,8 @@ def test_a_call_is_sparse_while_another_thread_compiles():
 def test_a_dtype_that_never_pays_is_named(monkeypatch):
     """Else a user believes that long calls are sparse; short ones are silent, and a length that is given is obeyed."""
     monkeypatch.setattr(tuned, "LONG", 1000)
-    monkeypatch.setitem(tuned.BUILT_IN, "cpu in C++", tuned.Entry(crossovers={torch.bfloat16: tuned.NEVER}))
+    for kind in ("cpu in C++ with AMX", "cpu in C++"):
+        monkeypatch.setitem(tuned.BUILT_IN, kind, tuned.Entry(crossovers={torch.bfloat16: tuned.NEVER}))
     tuned.forget()
     reason = (
         "bfloat16 on this CPU: SDPA is faster at any length; S2OConfig(min_seq_len=1000) runs it sparse all the same"
