@@ -9,6 +9,7 @@ import gc
 import math
 import os
 import signal
+import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():  # without a GPU kernels are interpreted; Trit
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ["S2O_TUNED"] = ""  # what this machine was tuned to is no part of the tests
+os.environ.setdefault("S2O_CACHE", os.path.join(tempfile.gettempdir(), f"s2o-tests-{os.getuid()}"))  # no home is needed
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
 import torch._dynamo.guards  # imports Triton
