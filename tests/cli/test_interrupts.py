@@ -34,7 +34,7 @@ def test_an_interrupt_while_it_loads(tmp_path, way, seconds):
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
+    assert process.returncode in (130, -signal.SIGINT), printed  # a shell says 130 of both
     assert "Traceback" not in printed
 
 
