@@ -106,7 +106,7 @@ BUILT_IN = {
     # A CPU in plain torch: SDPA in bfloat16 was 1.6 to 3 times as fast at 8K and 12K where there is AMX.
     "cpu in torch with AMX": Entry(crossovers={torch.bfloat16: NEVER}),
     "cpu in torch": Entry(crossover=12288),
-    # Two cores, topical input: at 4K 1.3 to 1.6 times as fast in float32, 0.7 in bfloat16 with AMX; at 8K 1.2 to 1.5.
+    # Two cores, topical input: at 4K 1.4 to 1.6 times as fast in float32, 0.8 to 0.9 in bfloat16 with AMX; at 8K 1.2.
     "cpu in C++ with AMX": Entry(crossovers={torch.bfloat16: 8192}),
     "cpu in C++": Entry(crossover=4096),
     "NVIDIA H100": Entry(crossover=16384, launches=_HOPPER),  # synthetic input (benchmarks/README.md)

@@ -20,7 +20,7 @@ struct Ranking {
   const int64_t* positions;   // [heads, rows]: where the queries of head g stand behind `first`, at g modulo heads
   const uint8_t* key_mask;    // [keys], or null
   float* scores;              // [keys]: those before `end` are scored, the others get -infinity
-  const uint16_t* half_key;           // the keys in bfloat16, if the products are
+  const uint16_t* half_key;   // the keys in bfloat16, if the products are
   int64_t query_head, query_row, group, heads, rows, first, dim, few, n_queries, n_keys, end, own_start, own_stop;
   int64_t stride, first_keys;  // the normaliser samples a key of each stride, and takes the first keys once
   int64_t sees;                // a query at position p sees in-segment keys below sees + p

@@ -58,7 +58,7 @@ inline float sum(Vector x) {
   return reduced<LANES>(numbers, [](auto a, auto b) { return a + b; });
 }
 
-// 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126, NaN for NaN.
+// 2^x for x <= 0, to 3 units in the last place; 0 below 2^-126, NaN for NaN.
 inline Vector exp2(Vector x) {
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vector shifted = x + shift, rest = x - (shifted - shift);

@@ -1,4 +1,6 @@
-"""The CPU's executor in plain torch: ``forward`` over ranked keys, ``exact`` in position order, ``blocks`` for both.
+"""The executor in plain torch, which serves where there is no C++ compiler and no Triton.
+
+``forward`` visits ranked keys, ``exact`` all of them in position order, both by ``blocks``.
 
 May import: ``core``, ``ranking``, ``exact``, ``support``.
 """

@@ -1,4 +1,4 @@
-"""S2O forward in plain torch, for CPUs; tiles that stop save their work.
+"""S2O forward in plain torch; tiles that stop save their work.
 
 The tiles of all heads that share a segment's ranking visit it side by side. A chunk of keys is gathered once, and one
 dense block serves every tile that has not stopped. Blocks merge by their log-sum-exp. The rule is that of
