@@ -24,6 +24,26 @@ def _stream_of(device: torch.device, _thread: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@cache
+def _event_of(device: torch.device, thread: int) -> torch.cuda.Event:
+    """What a thread orders its two streams by; an event exists from its first record on."""
+    event = torch.cuda.Event()
+    event.record(_stream_of(device, thread))
+    return event
+
+
+def _is_alone(device: torch.device, pieces: int) -> bool:
+    return device.type != "cuda" or pieces < STREAMS or torch.cuda.is_current_stream_capturing()
+
+
+def numbers_of_other(device: torch.device, pieces: int) -> tuple[int, int]:
+    """The stream that every second piece goes to, and an event, as CUDA's driver knows them; 0 where there is none."""
+    if _is_alone(device, pieces):
+        return 0, 0
+    thread = threading.get_ident()
+    return _stream_of(device, thread).cuda_stream, _event_of(device, thread).cuda_event
+
+
 @contextmanager
 def other_stream(device: torch.device, pieces: int) -> Iterator[torch.cuda.Stream | None]:
     """A block in which every second piece may go to this stream; None if all go to the current one.
@@ -31,7 +51,7 @@ def other_stream(device: torch.device, pieces: int) -> Iterator[torch.cuda.Strea
     The stream starts behind all work of the current one. At the end the current one waits for it, whatever happens
     inside; the host does not wait. One piece, and a CPU, need no other stream. A CUDA graph is captured on one.
     """
-    if device.type != "cuda" or pieces < STREAMS or torch.cuda.is_current_stream_capturing():
+    if _is_alone(device, pieces):
         yield None
         return
     current, other = torch.cuda.current_stream(device), _stream_of(device, threading.get_ident())

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -145,6 +145,11 @@ class S2OConfig(OperatorOptions):
     @property
     def options(self) -> OperatorOptions:
         """The operator's fields."""
+        return self._options("") if torch.compiler.is_compiling() else self._options_of_calls
+
+    @cached_property
+    def _options_of_calls(self) -> OperatorOptions:
+        """Kept, because every call without a site asks for them."""
         return self._options("")
 
     def operator_options(self, site: str = "") -> dict[str, Any]:
@@ -154,7 +159,7 @@ class S2OConfig(OperatorOptions):
             site: Name of the site whose ``site_tau`` and ``dense_heads`` count; "" for none.
         """
         marked = {"dense_heads": list(self.dense_heads[site])} if site in self.dense_heads else {}
-        return self._options(site).to_op_kwargs() | marked
+        return (self._options(site) if site else self.options).to_op_kwargs() | marked
 
     def _options(self, site: str) -> OperatorOptions:
         fields: dict[str, Any] = {name: getattr(self, name) for name in FIELDS}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ BEGIN, LARGEST_TAU = 1.5, 3.0
 tau would hardly change anything."""
 
 
+@lru_cache(maxsize=1024)
 def first_tau(error: float) -> float:
     """Where a call begins that is given nothing but a budget; 0 for 0."""
     return min(BEGIN * tau_for(error), LARGEST_TAU)

@@ -7,7 +7,7 @@ take ``(call, plan, tau, into)``, exact attention takes ``(call)``, and parts of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -182,7 +182,13 @@ class AttentionCall:
 
     def on_device(self) -> AbstractContextManager[object]:
         """A block in which launches go to the call's device: Triton launches on the current one."""
-        return torch.cuda.device_of(self.query)
+        return on_device(self.query)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """`AttentionCall.on_device` of a tensor."""
+    device = x.get_device()  # -1 on a CPU
+    return nullcontext() if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 FIELDS = frozenset(AttentionCall.__dataclass_fields__)

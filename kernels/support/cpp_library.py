@@ -1,4 +1,4 @@
-"""Compiles the C++ sources of ``kernels/impl/cpp`` for the machine at hand, once, and loads them.
+"""Compiles C++ sources for the machine at hand, once, and loads them: those of ``kernels/impl/cpp``, others quietly.
 
 torch.compile wants a C++ compiler on a CPU, too, so most machines have one. Where there is none, or it fails, `why_not`
 says so, one warning does, and plain torch serves. The library lies in the user's cache folder. Its name says what it
@@ -64,6 +64,11 @@ def has_halves() -> bool:
     return functions is not None and bool(functions.s2o_has_halves())
 
 
+def quietly(sources: tuple[Path, ...]) -> ctypes.CDLL | None:
+    """The library of other sources, or None if there is none: something slower serves without a word."""
+    return _known(sources).functions
+
+
 def load() -> ctypes.CDLL | None:
     """The library, or None if there is none, which one warning says."""
     found = _known()
@@ -82,9 +87,9 @@ _SWITCHED_OFF = "S2O_CPP=0"
 _one_at_a_time = threading.Lock()
 
 
-def _known() -> _Loaded:
+def _known(sources: tuple[Path, ...] = SOURCES) -> _Loaded:
     with _one_at_a_time:
-        return _loaded()
+        return _loaded(sources)
 
 
 @cache
@@ -97,7 +102,7 @@ def _warn(found: _Loaded) -> None:
 
 
 @cache
-def _loaded() -> _Loaded:
+def _loaded(sources: tuple[Path, ...]) -> _Loaded:
     """The library, or why there is none and what to do."""
     if os.environ.get("S2O_CPP") == "0":
         return _Loaded(None, _SWITCHED_OFF, "Unset S2O_CPP")
@@ -106,11 +111,11 @@ def _loaded() -> _Loaded:
         looked_for = f"looked for {', '.join(COMPILERS)} and $CXX"
         return _Loaded(None, f"expected a C++ compiler, {looked_for}, got none", "Install g++")
     try:
-        path = _path(compiler)
+        path = _path(compiler, sources)
         try:
             return _Loaded(ctypes.CDLL(str(path)))
         except OSError:  # it is not there, or a disk has spoilt it
-            _compile(compiler, path)
+            _compile(compiler, path, sources)
             return _Loaded(ctypes.CDLL(str(path)))
     except subprocess.SubprocessError as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
@@ -136,20 +141,20 @@ def _compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _path(compiler: tuple[str, ...]) -> Path:
+def _path(compiler: tuple[str, ...], sources: tuple[Path, ...]) -> Path:
     """The file of the library."""
     # The macros name the compiler and the instructions.
     macros = _run(*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    made_of = "\0".join((*(path.read_text("utf-8") for path in SOURCES), *compiler[1:], *FLAGS, macros))
-    return folder() / f"cpu-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
+    made_of = "\0".join((*(path.read_text("utf-8") for path in sources), *compiler[1:], *FLAGS, macros))
+    return folder() / f"{sources[0].parent.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
 
 
-def _compile(compiler: tuple[str, ...], path: Path) -> None:
+def _compile(compiler: tuple[str, ...], path: Path, sources: tuple[Path, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        _run(*compiler, *FLAGS, "-shared", "-o", made, *(str(source) for source in SOURCES if source.suffix == ".cpp"))
+        _run(*compiler, *FLAGS, "-shared", "-o", made, *(str(source) for source in sources if source.suffix == ".cpp"))
         with open(made, "rb+") as file:
             os.fsync(file.fileno())  # a part of a library would end the process
         os.replace(made, path)  # whole or not at all: several processes may compile

@@ -107,7 +107,7 @@ def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypa
     assert kept.count + (case == "marked head") == len(sides[0])
     assert (kept.turns > 1) == (scratch is not None)
     if scratch is not None:  # memory that all slices share comes first, then that of each stream
-        workspace = len(prepared._tensors(call, options.tau_on(call.query.device), result))
+        workspace = len(tensors_of(call, options.tau_on(call.query.device)))
         places = [(step.is_beside, x) for step in kept.slices for x in step.places if x.slot == workspace]
         own, beside = ([x.offset for on, x in places if on == turn and x.offset >= laid_out[0]] for turn in (0, 1))
         assert max(own) < min(beside) <= max(beside) < kept.size
@@ -163,8 +163,12 @@ def moved(x):
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+def tensors_of(call, tau):
+    return prepared._inputs(call, tau) | empty_result(call.query, 16)._asdict()
+
+
 def key_of(call, options=None, tau=0.5):
-    return prepared._key(call, options or options_of(), prepared._tensors(call, tau, empty_result(call.query, 16)))
+    return prepared._key(call, options or options_of(), tensors_of(call, tau))
 
 
 def test_a_key_holds_all_that_launches_depend_on():

@@ -2,21 +2,49 @@
 
 A launch by ``kernel[grid](...)`` takes 20 to 40 us of the host: it binds up to 90 arguments, and looks for the kernel
 that was compiled for their types, their divisors and their constants. If none of these has changed, the compiled kernel
-can be launched itself, in 3 to 6 us. Pointers are given as integers then.
+can be launched itself, with pointers as integers: one by one through triton (`launcher`), in 3 to 10 us each, or all of
+a list in one call of C++ (`Replay`), in the 2 or 3 us that CUDA's driver takes for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import triton
 
+from s2o_compile.kernels.support import cpp_library
+
 FIRST_TESTED, LAST_TESTED = (3, 6), (3, 9)
-"""Versions of triton whose compiled kernels are launched as `launcher` says (``test_direct.py``)."""
+"""Versions of triton whose compiled kernels are launched as this file says (``test_direct.py``)."""
 
 Launcher = Callable[[int, Sequence[object]], None]
 """Launches on a stream, by its number, with all arguments of the kernel's signature in their order."""
+
+SOURCE = Path(__file__).with_name("launch.cpp")
+
+NUMBERS = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
+    "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32, "u64": ctypes.c_uint64,
+    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}  # fmt: skip
+"""Types of numbers in a kernel's signature."""
+
+PLAIN = {
+    "num_ctas": 1, "warp_size": 32, "launch_cooperative_grid": False, "launch_pdl": False, "global_scratch_size": 0,
+    "profile_scratch_size": 0, "instrumentation_mode": "",
+}  # fmt: skip
+"""What is said of a kernel whose launch has no attributes, and that needs no memory beside its arguments."""
+
+MOST_PARAMETERS, MOST_SHARED = 256, 228 * 1024
+"""Parameters that ``launch.cpp`` takes, and bytes of shared memory that a launch without attributes may have."""
+
+SCRATCH = 2
+"""Pointers behind the arguments, to memory that a plain kernel does not need."""
 
 
 def is_tested() -> bool:
@@ -33,11 +61,6 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
     if run is None or function is None or metadata is None:
         return None
     x, y, z = (*grid, 1, 1)[:3]
-    bare = _without_scratch(run)
-    if bare is not None:
-        return lambda stream, arguments: bare[0](
-            x, y, z, stream, function, *bare[1:], None, None, metadata, None, None, None, *arguments
-        )
 
     def launch(stream: int, arguments: Sequence[object]) -> None:
         run(x, y, z, stream, function, metadata, None, None, None, *arguments)
@@ -45,16 +68,110 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
     return launch
 
 
-def _without_scratch(run: Any) -> tuple[Any, bool, bool] | None:
-    """The C function behind triton 3.6's launch of a kernel that needs no scratch memory, and its first two flags.
+def packed(
+    compiled: Any, grid: tuple[int, ...], arguments: Sequence[object], places: Mapping[int, tuple[int, int]],
+    *, is_beside: bool,
+) -> bytes | None:  # fmt: skip
+    """A launch as ``launch.cpp`` takes it; None if it is not as plain as that, or this triton does not say all of it.
 
-    The Python around it takes as long as the launch itself. Other versions call it in other ways.
+    ``arguments`` are those of the kernel's signature. ``places`` has the pointers among them by their number: which of
+    the bases they count from, and the bytes behind it.
     """
-    names = ("launch", "launch_cooperative_grid", "launch_pdl")
-    sizes = [getattr(run, name, None) for name in ("global_scratch_size", "profile_scratch_size")]
-    if not triton.__version__.startswith("3.6.") or sizes != [0, 0] or not all(hasattr(run, name) for name in names):
+    function, metadata = (getattr(compiled, name, None) for name in ("function", "metadata"))
+    types = list(getattr(getattr(compiled, "src", None), "signature", {}).values())
+    backend = getattr(getattr(metadata, "target", None), "backend", None)
+    plain = all(getattr(metadata, name, None) == value for name, value in PLAIN.items())
+    if not is_tested() or type(function) is not int or backend != "cuda" or not plain or len(types) != len(arguments):
         return None
-    return run.launch, run.launch_cooperative_grid, run.launch_pdl
+    parameters: list[tuple[int, int]] = []
+    for number, (kind, value) in enumerate(zip(types, arguments, strict=True)):
+        if kind == "constexpr":
+            continue
+        is_pointer = isinstance(kind, str) and kind.startswith("*")
+        if is_pointer != (number in places) or not (is_pointer or kind in NUMBERS):
+            return None
+        parameters.append(places[number] if is_pointer else (0, _bits(NUMBERS[kind], value)))
+    parameters += [(0, 0)] * SCRATCH
+    blocks, (warps, _, shared) = (*grid, 1, 1)[:3], compiled.packed_metadata
+    if len(parameters) > MOST_PARAMETERS or shared > MOST_SHARED or min(blocks) < 1:
+        return None
+    sizes = (*blocks, warps * metadata.warp_size, shared, is_beside, len(parameters))
+    return struct.pack(f"<{8 + 2 * len(parameters)}Q", function, *sizes, *(x for pair in parameters for x in pair))
+
+
+def _bits(kind: Any, value: object) -> int:
+    """A number as C converts it: its bytes first in 8 bytes of a little-endian machine."""
+    return int.from_bytes(bytes(kind(value)), "little")
+
+
+class Replay:
+    """Launches that are made in one call.
+
+    Args:
+        driver: Addresses of the driver's functions.
+        launch: ``s2o_launch`` of ``launch.cpp``.
+        kernels: The launches, as `packed` returns them.
+        common: How many of the first go to the current stream, and before all others.
+        bases: How many addresses they count from.
+    """
+
+    def __init__(self, driver: Any, launch: Any, kernels: Sequence[bytes], common: int, bases: int) -> None:
+        self._driver, self._launch, self._list = driver, launch, b"".join(kernels)
+        self._sizes, self._pack = (len(kernels), common), struct.Struct(f"<{1 + bases}Q").pack
+
+    def __call__(self, bases: Sequence[int], device: int | None, other: int, event: int) -> None:
+        """Launch them on a device's current stream, and those of every second slice on the other, if there is an event.
+
+        Raises:
+            RuntimeError: The driver refused one of them.
+        """
+        stream, addresses = current_stream(device), self._pack(0, *bases)
+        status = self._launch(self._driver, self._list, *self._sizes, addresses, stream, other, event)
+        if status:
+            raise RuntimeError(f"launches of a prepared call: expected CUDA_SUCCESS, got {_name_of(status)}.")
+
+
+def replay(kernels: Sequence[bytes | None], common: int, bases: int) -> Replay | None:
+    """What makes these launches; None if one is not known, or there is no driver or no compiler of C++."""
+    known = [kernel for kernel in kernels if kernel is not None]
+    driver = _driver() if len(known) == len(kernels) else None
+    library = None if driver is None else cpp_library.quietly((SOURCE,))
+    if library is None:
+        return None
+    launch = library.s2o_launch
+    numbers, pointer = (ctypes.c_int, ctypes.c_int), ctypes.c_void_p
+    launch.argtypes = (pointer, ctypes.c_char_p, *numbers, ctypes.c_char_p, pointer, pointer, pointer)
+    return Replay(driver, launch, known, common, bases)
+
+
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _driver() -> Any:
+    """The functions that ``launch.cpp`` calls; None without a driver."""
+    try:
+        library = _library()
+        functions = [library.cuLaunchKernel, library.cuEventRecord, library.cuStreamWaitEvent]
+    except (OSError, AttributeError):
+        return None
+    return (ctypes.c_void_p * len(functions))(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+
+
+def _name_of(status: int) -> str:
+    """An error of the driver in its own words."""
+    library, said = _library(), []
+    for function in (library.cuGetErrorName, library.cuGetErrorString):
+        text = ctypes.c_char_p()
+        function(status, ctypes.byref(text))
+        said.append((text.value or b"unknown").decode())
+    return f"{said[0]} ({status}): {said[1]}"
+
+
+def current_stream(device: int | None) -> int:
+    """The current stream of a device as the driver knows it: where triton launches."""
+    return triton.runtime.driver.active.get_current_stream(device)
 
 
 def hooked() -> bool:

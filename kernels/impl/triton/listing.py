@@ -65,7 +65,8 @@ class Step:
         dtypes: Their dtypes.
         options: Options of the launch, as ``num_warps``.
         turn: Number of the slice of the call that it belongs to; None for what all slices need.
-        launch: What launches the compiled kernel, once it is known.
+        compiled: The compiled kernel, once it is known.
+        launch: What launches it.
         is_beside: Whether it belongs to one of every second slices, which may run beside the others.
     """
 
@@ -76,6 +77,7 @@ class Step:
     dtypes: list[torch.dtype]
     options: dict[str, object]
     turn: int | None
+    compiled: Any = None
     launch: direct.Launcher | None = None
     is_beside: bool = field(init=False)
 
@@ -254,6 +256,8 @@ class Launches:
         slices: Those of the slices, in their order.
         size: Bytes of their workspace.
         turns: How many slices there are.
+        ready: Whether all kernels are compiled, and can be launched without triton's look at their arguments.
+        replay: What makes all launches in one call, if that is known.
     """
 
     common: list[Step]
@@ -261,27 +265,35 @@ class Launches:
     size: int
     turns: int
     ready: bool = field(default=False, init=False)
+    replay: direct.Replay | None = field(default=None, init=False)
 
     @property
     def count(self) -> int:
         """Number of launches."""
         return len(self.common) + len(self.slices)
 
-    def workspace(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Memory for one run, on the device of its tensors."""
-        return torch.empty(self.size, dtype=torch.uint8, device=tensors[0].device)
+    @property
+    def at_once(self) -> direct.Replay | None:
+        """What makes all launches in one call, if that is known and nobody wants to hear of each."""
+        return None if self.replay is None or direct.hooked() else self.replay
+
+    def workspace(self, device: torch.device, more: int = 0) -> Tensor:
+        """Memory for one run, with more bytes behind it."""
+        return torch.empty(self.size + more, dtype=torch.uint8, device=device)
 
     def make(
         self, steps: Sequence[Step], tensors: Sequence[Tensor], workspace: Tensor, other: torch.cuda.Stream | None
     ) -> None:
-        """Make some of the launches: every second slice's on another stream, if there is one."""
+        """Make some of the launches one by one: every second slice's on another stream, if there is one."""
         if not self.ready or direct.hooked():
             self._make_first(steps, tensors, workspace, other)
-            self.ready = all(step.launch is not None for step in (*self.common, *self.slices))
+            every = [*self.common, *self.slices]
+            self.ready = all(step.launch is not None for step in every)
+            if self.ready and self.replay is None:
+                self.replay = direct.replay([_packed(step) for step in every], len(self.common), 1 + len(tensors))
             return
-        bases = [x.data_ptr() for x in tensors]
-        bases.append(workspace.data_ptr())
-        stream = torch.cuda.current_stream(workspace.device).cuda_stream
+        bases = [x.data_ptr() for x in (*tensors, workspace)]
+        stream = direct.current_stream(workspace.device.index)
         beside = stream if other is None else other.cuda_stream
         for step in steps:
             arguments = step.arguments.copy()
@@ -296,7 +308,8 @@ class Launches:
         for step in steps:
             with nullcontext() if other is None or not step.is_beside else torch.cuda.stream(other):
                 compiled = step.kernel[step.grid](*self.arguments(step, tensors, workspace), **step.options)
-            step.launch = step.launch or direct.launcher(compiled, step.grid)
+            if step.compiled is None:
+                step.compiled, step.launch = compiled, direct.launcher(compiled, step.grid)
 
     @staticmethod
     def arguments(step: Step, tensors: Sequence[Tensor], workspace: Tensor) -> list[object]:
@@ -309,3 +322,9 @@ class Launches:
                 x = tensors[slot]
                 arguments[number] = x.as_strided((1,), (1,), x.storage_offset() + offset // x.element_size())
         return arguments
+
+
+def _packed(step: Step) -> bytes | None:
+    """A launch as `direct.Replay` takes it: base 0 is that of numbers."""
+    places = {number: (1 + slot, offset) for number, slot, offset in step.places}
+    return direct.packed(step.compiled, step.grid, step.arguments, places, is_beside=step.is_beside)

@@ -102,7 +102,7 @@ def test_a_library_that_a_disk_has_spoilt_is_made_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("S2O_CACHE", str(tmp_path / "a folder"))
     compiler = cpp_library._compiler()
     assert compiler is not None
-    path = cpp_library._path(compiler)
+    path = cpp_library._path(compiler, cpp_library.SOURCES)
     path.parent.mkdir()
     path.write_bytes(b"\x7fELF".ljust(100, b"\0"))
     cpp_library._loaded.cache_clear()
