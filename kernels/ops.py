@@ -92,7 +92,8 @@ def attention(
             )  # fmt: skip
         prepared.expect(call, kind)
         output, lse = run(call, chosen) if sequence is None else run_sharded(call, chosen, sequence)
-    output = as_sdpa(output, query, layout)
+    if known is None or layout != "auto":
+        output = as_sdpa(output, query, layout)
     return output, query.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 

@@ -63,7 +63,7 @@ def again(
     ``terms`` are all other arguments that change the results. Where nothing is known yet, `expect` the call that is
     made of the arguments, by this key. There is none while somebody looks at calls.
     """
-    if not _lists or query.dim() != 4 or query.shape[2] < TILE_LEN or recording() or observing():
+    if not _seen or query.dim() != 4 or query.shape[2] < TILE_LEN or recording() or observing():
         return None, None
     inputs = _named(query, key, value, key_mask=key_mask, tau=options.tau_on(query.device))
     asked = (query.device, *_kinds(inputs), *terms, options, tuned.generation())
@@ -127,9 +127,10 @@ def attend(
 
 def _used(key: object, default: object) -> Any:  # noqa: ANN401 (Launches, None or the default)
     """What is kept under a key, from now on as what was used last."""
-    if key in _lists:
-        _lists.move_to_end(key)
-    return _lists.get(key, default)
+    launches = _lists.pop(key, default)
+    if launches is not default:
+        _lists[key] = launches
+    return launches
 
 
 def _keep(key: object, launches: Launches | None) -> None:

@@ -188,7 +188,7 @@ class AttentionCall:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """`AttentionCall.on_device` of a tensor."""
     device = x.get_device()  # -1 on a CPU
-    return nullcontext() if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
+    return nullcontext() if device < 0 or device == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
 FIELDS = frozenset(AttentionCall.__dataclass_fields__)

@@ -1,4 +1,4 @@
-// As much of libcuda as launches need, without a GPU: it hands each on to the tests, which say what the driver answers.
+// As much of libcuda as launches need, without a GPU: it hands each on to the tests.
 extern "C" {
 
 int (*on_launch)(void* function, const unsigned* sizes, void* stream, void** parameters) = nullptr;
@@ -27,15 +27,13 @@ int cuStreamWaitEvent(void* stream, void* event, unsigned) { return on_order("wa
 
 int cuPointerGetAttribute(unsigned long long* result, int, unsigned long long pointer) { return *result = pointer, 0; }
 int cuCtxGetCurrent(void** context) { return *context = context, 0; }
-int cuGetErrorName(int, const char** text) { return *text = "CUDA_ERROR_OF_A_TEST", 0; }
-int cuGetErrorString(int, const char** text) { return *text = "the stub refused", 0; }
 
 // What triton's module needs to be loaded.
 #define UNUSED(name) \
   int name() { return 999; }
 UNUSED(cuCtxGetDevice) UNUSED(cuCtxGetLimit) UNUSED(cuCtxSetCurrent) UNUSED(cuCtxSetLimit) UNUSED(cuDeviceGet)
 UNUSED(cuDeviceGetAttribute) UNUSED(cuDevicePrimaryCtxRetain) UNUSED(cuDriverGetVersion) UNUSED(cuFuncGetAttribute)
-UNUSED(cuFuncSetAttribute) UNUSED(cuFuncSetCacheConfig) UNUSED(cuModuleGetFunction) UNUSED(cuModuleLoadData)
+UNUSED(cuFuncSetAttribute) UNUSED(cuFuncSetCacheConfig) UNUSED(cuGetErrorString) UNUSED(cuModuleGetFunction) UNUSED(cuModuleLoadData)
 UNUSED(cuModuleUnload) UNUSED(cuOccupancyMaxActiveClusters) UNUSED(cuStreamIsCapturing)
 UNUSED(cuTensorMapEncodeIm2col) UNUSED(cuTensorMapEncodeTiled)
 }

@@ -1,22 +1,25 @@
 """Prepared calls: the launches of a call planned anew, on its own memory, and none that was compiled for another."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from s2o_compile.kernels import dispatch, prepared, schedule
+from s2o_compile.kernels import dispatch, ops, prepared, schedule
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.call import FIELDS, AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.core.result import empty_result
-from s2o_compile.kernels.impl.triton import listing
+from s2o_compile.kernels.core.result import Result, empty_result
+from s2o_compile.kernels.impl.triton import direct, listing
 from s2o_compile.kernels.impl.triton.forward import gathered_fwd_kernel
+from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import Pages
+from s2o_compile.kernels.statistics import record_calls
 from tests.conftest import CUDA, INTERPRETED
 
 LENGTH = 640
@@ -225,6 +228,134 @@ def test_memory_in_use_at_the_same_time_never_overlaps():
                         assert begins[0][0] + begins[0][1] <= begins[1][0]
 
 
+@pytest.fixture
+def at_once(launches, monkeypatch):
+    """What is launched at once: the bases of each list, its device, and the numbers of the other stream."""
+    made = []
+
+    def run(self, *args, **keywords):
+        return SimpleNamespace(run=print, function=1, packed_metadata=(4, 1, 0))
+
+    monkeypatch.setattr(type(gathered_fwd_kernel), "run", run)
+    monkeypatch.setattr(direct, "replay", lambda *_: lambda *given: made.append(given))
+    return made
+
+
+def attend(call, *, layout="auto", **options):
+    """A call through the operator."""
+    mask, of = call.mask, options_of(tau=0.5, **options).to_op_kwargs()
+    offset = mask.offset if mask.causal else None
+    return ops.attention(
+        *call.tensors, mask.key_mask, call.sinks, causal=mask.causal, causal_offset=offset, window=mask.window,
+        attention_chunk=mask.attention_chunk, scale=call.scale, softcap=call.softcap,
+        fully_masked=call.fully_masked, return_lse=call.return_lse, dense_heads=call.dense_heads, layout=layout, **of,
+    )  # fmt: skip
+
+
+KNOWN = {
+    "default": {},
+    "padded": {"mask": AttentionMask(causal=True, key_mask=PADDED)},
+    "log-sum-exp": {"return_lse": True, "softcap": 20.0},
+    "cross": {"mask": AttentionMask()},
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_arguments_that_are_known_go_straight_to_their_launches(case, at_once, monkeypatch):
+    call = call_of(**KNOWN[case])
+    for _ in range(3):
+        attend(call)
+    assert len(at_once) == 1  # the first is planned anew, the second written down and compiled
+    monkeypatch.setattr(AttentionCall, "of", None)  # nobody looks at the call any more
+    counts = []
+    monkeypatch.setattr(prepared, "count", counts.append)
+    output, lse = attend(call)
+    assert counts == ["s2o"]
+    assert len(at_once) == 2
+    names = [*prepared._inputs(call, 0.5), *Result._fields]
+    (*before, _), (*known, workspace) = (bases for bases, *_ in at_once)
+    own = [x.data_ptr() for x in prepared._inputs(call, 0.5).values()]
+    assert known[: len(own)] == before[: len(own)] == own
+    assert known[names.index("output")] == output.data_ptr()
+    assert output.stride() == empty_result(call.query, 16).output.stride()
+    rows, tiles = 2 * 4 * LENGTH * 4, 2 * 4 * 5 * 4
+    size = prepared.newest().size
+    if call.return_lse:
+        assert known[names.index("lse")] == lse.data_ptr()
+        assert lse.shape == (2, 4, LENGTH)
+    else:
+        assert known[names.index("lse")] == workspace + size
+        assert lse.shape == (0,)
+    assert known[names.index("computed")] >= workspace + size + rows
+    assert known[names.index("computed")] % 16 == 0
+    sized = []
+    monkeypatch.setattr(listing.Launches, "workspace", lambda self, device, more: sized.append(more) or torch.empty(1))
+    attend(call)
+    assert known[names.index("computed")] + tiles <= workspace + size + sized[0]
+
+
+UNKNOWN = {
+    "sinks": {"sinks": torch.zeros(4)},
+    "mean": {"fully_masked": "mean"},
+    "marked head": {"dense_heads": [1]},
+    "mask of one row": {"mask": AttentionMask(causal=True, key_mask=PADDED[:1])},
+    "chunk that holds all": {"mask": AttentionMask(causal=True, attention_chunk=LENGTH)},
+    "chunks": {"mask": AttentionMask(causal=True, attention_chunk=LENGTH // 2)},
+    "window that hides nothing": {"mask": AttentionMask(causal=True, window=LENGTH)},
+    "far offset": {"mask": AttentionMask(causal=True, offset=2 * LENGTH)},
+}
+"""Calls that are changed on the way to their launches, or behind them."""
+
+
+@pytest.mark.parametrize("case", [*UNKNOWN, "strided"])
+def test_a_call_that_needs_more_than_launches_never_goes_straight_to_them(case, at_once, monkeypatch):
+    call = call_of(**UNKNOWN.get(case, {}))
+    if case == "strided":
+        call = call.but(value=torch.stack([call.value] * 2, -1)[..., 0])
+    looked_at, of = [], AttentionCall.of
+    monkeypatch.setattr(AttentionCall, "of", lambda *args, **given: looked_at.append(1) or of(*args, **given))
+    for _ in range(5):
+        attend(call_of())  # known from its third time on
+        attend(call)
+    assert len(looked_at) == 2 + 5
+
+
+def test_a_call_is_known_by_its_own_arguments_alone(at_once, monkeypatch):
+    """Whatever the operator is asked for between: what is kept is the key of the call that was launched."""
+    kept = []
+    keep = prepared._keep
+    monkeypatch.setattr(prepared, "_keep", lambda key, launches: kept.append(key) or keep(key, launches))
+    calls = [call_of(**given) for given in ({}, *UNKNOWN.values(), *KNOWN.values())]
+    for call in calls * 4:
+        attend(call)
+    straight = {key for key in kept if not any(part[:1] == ("output",) for part in key if isinstance(part, tuple))}
+    assert len(straight) == len(KNOWN)
+
+
+def test_who_records_or_observes_sees_a_call_that_is_known(at_once):
+    call = call_of()
+    for _ in range(3):
+        attend(call)
+    with record_calls() as recorded:
+        attend(call)
+    assert [x.path for x in recorded] == ["s2o"]
+    seen = []
+    with observe_attention(lambda call: seen.append(call)):
+        attend(call)
+    assert len(seen) == 1
+
+
+def test_other_layouts_and_listeners_are_heard(at_once, monkeypatch):
+    call = call_of()
+    for _ in range(4):
+        output, _ = attend(call, layout="BHND")
+        assert output.is_contiguous()
+    made = len(at_once)
+    monkeypatch.setattr(direct, "hooked", lambda: True)
+    attend(call)
+    assert len(at_once) == made
+
+
 DEVICES = [INTERPRETED, CUDA]
 
 
@@ -278,6 +409,69 @@ class TestOnCuda:
         expected = [run(call, options) for _ in range(2)]
         monkeypatch.setattr(type(gathered_fwd_kernel), "run", None)
         assert same(expected[0], run(call, options))
+
+    @pytest.mark.parametrize("error", [None, 0.1, 0.05])
+    @pytest.mark.parametrize("case", [*KNOWN, "sinks", "one slice"])
+    def test_the_bits_are_the_same_at_once_and_one_by_one(self, case, error, monkeypatch):
+        given = {**KNOWN, **UNKNOWN, "one slice": {}}[case]
+        if case == "padded":
+            given = {
+                "mask": AttentionMask(causal=True, key_mask=torch.arange(4096, device="cuda").expand(2, -1) % 7 > 0)
+            }
+        given = given if case != "sinks" else {"sinks": torch.zeros(8, device="cuda")}
+        if case == "one slice":
+            monkeypatch.setattr(schedule, "SCRATCH_BYTES", 2**30)
+        call, results = self.call().but(**given), []
+        for at_most, replay in ((0, None), (128, lambda *_: None), (128, direct.replay)):
+            with monkeypatch.context() as changed:
+                changed.setattr(prepared, "KEPT", at_most)
+                changed.setattr(direct, "replay", replay)
+                prepared.forget()
+                results += [attend(call, error=error) for _ in range(4)]
+                launches = prepared.newest()
+        assert launches.replay is not None
+        assert (launches.turns == 1) == (case == "one slice")
+        assert all(same(results[0], result) for result in results)
+
+    def test_a_cuda_graph_other_streams_and_threads_go_straight_to_launches(self, monkeypatch):
+        calls = [self.call(4096 - 128 * (n % 2)) for n in range(4)]
+        calls = [call.over(*(x * (1 + n) for x in call.tensors)) for n, call in enumerate(calls)]
+        expected = [[attend(call) for _ in range(3)][-1] for call in calls]
+        torch.cuda.synchronize()
+        monkeypatch.setattr(AttentionCall, "of", None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = attend(calls[0])
+        failed = []
+
+        def attend_often(number):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(10):
+                    result = attend(calls[number])
+                    torch.cuda.current_stream().synchronize()
+                    failed.extend([number] * (not same(expected[number], result)))
+
+        threads = [threading.Thread(target=attend_often, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        for _ in range(3):
+            result[0].zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert same(expected[0], result)
+
+    def test_a_refused_launch_is_an_error(self, monkeypatch):
+        call = self.call()
+        expected = [attend(call) for _ in range(3)][-1]
+        replay = prepared.newest().replay
+        with monkeypatch.context() as changed:
+            changed.setattr(replay, "_list", replay._list[:8] + (2**40).to_bytes(8, "little") + replay._list[16:])
+            with pytest.raises(RuntimeError, match="expected CUDA_SUCCESS, got CUDA_ERROR_INVALID_VALUE"):
+                attend(call)
+        assert same(expected, attend(call))
 
     def test_tensors_at_odd_addresses_run_kernels_of_their_own(self):
         call, options = self.call(), options_of()

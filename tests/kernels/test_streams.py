@@ -1,6 +1,7 @@
 """Slices of a call on two streams that always join."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,3 +44,16 @@ def test_one_piece_and_a_cpu_and_a_capture_need_no_stream(device, pieces, monkey
     monkeypatch.setattr(streams, "_stream_of", None)
     with streams.side_by_side(torch.device(device), pieces) as turn, turn(1):
         pass
+    assert streams.numbers_of_other(torch.device(device), pieces) == (0, 0)
+
+
+def test_a_thread_has_one_event_beside_its_stream(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(streams, "_stream_of", lambda *_: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, cuda_event=7))
+    streams._event_of.cache_clear()
+    for _ in range(2):
+        assert streams.numbers_of_other(torch.device("cuda"), 2) == (5, 7)
+    assert [stream.cuda_stream for stream in recorded] == [5]
+    streams._event_of.cache_clear()

@@ -54,6 +54,19 @@ def test_it_can_be_switched_off_in_silence(monkeypatch):
     assert cpp_library.why_not() == "S2O_CPP=0"
 
 
+def test_other_sources_have_a_library_of_their_own_and_no_warning(monkeypatch, tmp_path):
+    if not cpp_library.serves(CPU):
+        pytest.skip("needs a C++ compiler")
+    source = tmp_path / "some.cpp"
+    source.write_text('extern "C" int s2o_seven() { return 7; }')
+    assert cpp_library.quietly((source,)).s2o_seven() == 7
+    monkeypatch.setenv("S2O_CPP", "0")
+    cpp_library._loaded.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpp_library.quietly((source,)) is None
+
+
 FAILING = {
     "error": (
         "#!/bin/sh\necho 'a warning' >&2; echo 'error: no licence today' >&2; exit 1\n",

@@ -1,4 +1,4 @@
-"""Kernels compile without a GPU: what only the compiler refuses, the interpreter runs."""
+"""Kernels compile without a GPU: what only the compiler refuses, the interpreter runs. And what launches hand over."""
 
 import importlib.util
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+from tests.helpers.stub_driver import COMPILER
 
 KERNELS = (
     *("find_non_finite_kernel", "bound_classes_kernel", "count_classes_kernel", "add_counts_kernel"),
@@ -24,7 +26,15 @@ READERS = (
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton assembles on Linux only")
 @pytest.mark.skipif(importlib.util.find_spec("triton.backends.nvidia") is None, reason="needs Triton's NVIDIA backend")
-@pytest.mark.parametrize(("helper", "kernels"), [("compile_order", KERNELS), ("compile_pages", (*KERNELS, *READERS))])
+@pytest.mark.parametrize(
+    ("helper", "kernels"),
+    [
+        ("compile_order", KERNELS),
+        ("compile_pages", (*KERNELS, *READERS)),
+        # Launches that are made at once hand the bytes over that triton's own launches do.
+        pytest.param("compile_launches", KERNELS, marks=pytest.mark.skipif(COMPILER is None, reason="needs C++")),
+    ],
+)
 def test_kernels_compile_without_a_gpu(helper, kernels, tmp_path):
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

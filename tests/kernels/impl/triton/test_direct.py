@@ -1,7 +1,10 @@
 """Compiled kernels that are launched directly: as triton itself launches them, and not where that is not known."""
 
+import ctypes
 import inspect
 import re
+import struct
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +12,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction
 
 from s2o_compile.kernels.impl.triton import direct
+from s2o_compile.kernels.support import cpp_library
 
 
 def test_triton_launches_a_compiled_kernel_as_we_do():
@@ -42,29 +47,175 @@ def test_all_arguments_are_handed_over():
     assert made == [(3, 2, 1, 99, 7, "m", None, None, None, 1, 2.0, True)]
 
 
-@pytest.mark.parametrize("scratch", [0, 8])
-def test_a_kernel_of_triton_3_6_without_scratch_is_launched_by_its_c_function(scratch, monkeypatch):
-    made = []
-    monkeypatch.setattr(triton, "__version__", "3.6.0")
-
-    class Run(SimpleNamespace):
-        def __call__(self, *given):
-            made.append(("python", *given))
-
-    run = Run(global_scratch_size=scratch, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True)
-    run.launch = lambda *given: made.append(given)
-    direct.launcher(SimpleNamespace(run=run, function=7, packed_metadata="m"), (3,))(99, [1, 2.0])
-    bare = (3, 1, 1, 99, 7, False, True, None, None, "m", None, None, None, 1, 2.0)
-    assert made == [bare if scratch == 0 else ("python", 3, 1, 1, 99, 7, "m", None, None, None, 1, 2.0)]
+SIGNATURE = {"x": "*bf16", "n": "i32", "scale": "fp32", "BLOCK": "constexpr", "wide": "i64", "flag": "u1", "y": "*fp32"}
+ARGUMENTS = [None, -3, 0.1, 64, 2**40, True, None]
+PLACES = {0: (1, 32), 6: (2, 0)}
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="of triton 3.6")
-def test_the_c_function_of_triton_3_6_takes_these_arguments():
-    from triton.backends.nvidia.driver import CudaLauncher
+def plain_kernel(**changed):
+    metadata = {**direct.PLAIN, "target": SimpleNamespace(backend="cuda"), **changed}
+    source = SimpleNamespace(signature=SIGNATURE)
+    return SimpleNamespace(
+        run=print, function=7, packed_metadata=(4, 1, 512), metadata=SimpleNamespace(**metadata), src=source
+    )
 
-    source = " ".join(inspect.getsource(CudaLauncher.__call__).split())
-    ours = "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,"
-    assert f"{ours} global_scratch, profile_scratch, *args)" in source
+
+def packed(kernel, grid=(3, 2), arguments=ARGUMENTS, places=PLACES, is_beside=False):
+    return direct.packed(kernel, grid, arguments, places, is_beside=is_beside)
+
+
+def test_a_plain_launch_is_packed_as_c_lays_it_out():
+    sizes = struct.unpack("<8Q", packed(plain_kernel())[:64])
+    assert sizes == (7, 3, 2, 1, 4 * 32, 512, 0, 8)
+    parameters = [*struct.iter_unpack("<QQ", packed(plain_kernel())[64:])]
+    assert [base for base, _ in parameters] == [1, 0, 0, 0, 0, 2, 0, 0]
+    assert [offset for _, offset in parameters[:1] + parameters[-3:]] == [32, 0, 0, 0]
+    numbers = [offset.to_bytes(8, "little") for _, offset in parameters[1:5]]
+    expected = [("<i", -3), ("<f", 0.1), ("<q", 2**40), ("<?", True)]
+    for given, (kind, number) in zip(numbers, expected, strict=True):
+        assert given.startswith(struct.pack(kind, number))
+
+
+def test_a_number_is_converted_as_c_converts_it():
+    assert direct._bits(direct.NUMBERS["fp32"], 1e300) == direct._bits(direct.NUMBERS["fp32"], float("inf"))
+    assert direct._bits(direct.NUMBERS["i64"], -1) == 2**64 - 1
+    assert direct._bits(direct.NUMBERS["fp64"], 0.1) == int.from_bytes(struct.pack("<d", 0.1), "little")
+
+
+@pytest.mark.parametrize("name", [*direct.PLAIN, "target"])
+def test_a_launch_with_attributes_or_scratch_memory_is_left_to_triton(name):
+    other = SimpleNamespace(backend="hip") if name == "target" else "other"
+    assert packed(plain_kernel(**{name: other})) is None
+    kernel = plain_kernel()
+    delattr(kernel.metadata, name)
+    assert packed(kernel) is None
+
+
+def test_a_launch_that_is_not_understood_is_left_to_triton(monkeypatch):
+    for changes in (
+        {"signature": {**SIGNATURE, "n": "fp16"}},  # a type that is not known
+        {"signature": {**SIGNATURE, "n": ("i32", "i32")}},
+        {"signature": {**SIGNATURE, "n": "*i32"}},  # a pointer without a place
+        {"signature": {**SIGNATURE, "x": "i64"}},  # a place that is no pointer
+        {"signature": {**SIGNATURE, "more": "i32"}},
+    ):
+        kernel = plain_kernel()
+        kernel.src = SimpleNamespace(**changes)
+        assert packed(kernel) is None
+    for name, value in (("function", None), ("packed_metadata", (4, 1, 229 * 1024))):
+        kernel = plain_kernel()
+        setattr(kernel, name, value)
+        assert packed(kernel) is None
+    assert packed(plain_kernel(), grid=(3, 0)) is None
+    assert packed(None) is None  # interpreted
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert packed(plain_kernel()) is None
+
+
+class Driver:
+    """CUDA's driver, as far as a list calls it: keeps what it is asked for, and refuses what is number ``refused``."""
+
+    def __init__(self, parameters, wait=lambda: None):
+        self.made, self.refused, self._wait = [], None, wait
+        number, pointer = ctypes.c_int, ctypes.c_void_p
+        kinds = (pointer, *[ctypes.c_uint] * 7, pointer, ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)), pointer)
+
+        def launch(function, *rest):
+            *sizes, stream, values, _ = rest
+            first = [values[at][0] for at in range(parameters)]
+            self._wait()
+            return self._keep((function, sizes, stream, [values[at][0] for at in range(parameters)], first))
+
+        functions = [
+            ctypes.CFUNCTYPE(number, *kinds)(launch),
+            ctypes.CFUNCTYPE(number, pointer, pointer)(lambda event, stream: self._keep(("record", stream, event))),
+            ctypes.CFUNCTYPE(number, pointer, pointer, ctypes.c_uint)(
+                lambda stream, event, _: self._keep(("wait", stream, event))
+            ),
+        ]
+        self._kept = functions
+        self.addresses = (ctypes.c_void_p * 3)(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+
+    def _keep(self, asked):
+        self.made.append(asked)
+        return 700 if len(self.made) - 1 == self.refused else 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver, and the replay of a list of four launches, the second half in slices."""
+    if cpp_library.quietly((direct.SOURCE,)) is None:
+        pytest.skip("needs a C++ compiler")
+    stub = Driver(parameters=8)
+    monkeypatch.setattr(direct, "_driver", lambda: stub.addresses)
+    monkeypatch.setattr(direct, "current_stream", lambda device: {0: 11}[device])
+    monkeypatch.setattr(direct, "_library", said)
+    kernels = [packed(plain_kernel(), is_beside=beside) for beside in (False, False, False, True)]
+    stub.replay = direct.replay(kernels, 2, 2)
+    return stub
+
+
+def said():
+    def answer(text):
+        return lambda status, into: setattr(into._obj, "value", text)
+
+    return SimpleNamespace(cuGetErrorName=answer(b"CUDA_ERROR_OF_A_TEST"), cuGetErrorString=answer(b"it refused"))
+
+
+def test_all_launches_are_made_in_one_call(driver):
+    driver.replay([1000, 2000], 0, 0, 0)
+    assert len(driver.made) == 4
+    for function, sizes, stream, values, _ in driver.made:
+        assert (function, sizes, stream) == (7, [3, 2, 1, 128, 1, 1, 512], 11)
+        assert [values[at] for at in (0, 5, 6, 7)] == [1032, 2000, 0, 0]
+
+
+ORDERED = [11, 11, ("record", 11, 33), ("wait", 22, 33), 11, 22, ("record", 22, 33), ("wait", 11, 33)]
+
+
+def test_the_other_stream_starts_behind_what_all_slices_need_and_joins(driver):
+    driver.replay([1000, 2000], 0, 22, 33)
+    assert [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made] == ORDERED
+
+
+@pytest.mark.parametrize("refused", range(len(ORDERED)))
+def test_what_the_driver_refuses_is_an_error_and_the_streams_join(refused, driver):
+    driver.refused = refused
+    with pytest.raises(RuntimeError, match=r"expected CUDA_SUCCESS, got CUDA_ERROR_OF_A_TEST \(700\): it refused"):
+        driver.replay([1000, 2000], 0, 22, 33)
+    made = [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made]
+    forked, ends = refused > 3, ORDERED[-2:]
+    assert made[: refused + 1] == ORDERED[: refused + 1]
+    assert made[refused + 1 :] == ([] if not forked else ends if refused < 6 else ends[refused - 5 :] * (refused == 7))
+
+
+def test_threads_make_the_same_list_on_their_own_tensors(driver):
+    """The driver waits in every launch until the other thread is in one, too."""
+    both = threading.Barrier(2, timeout=60)
+    driver._wait = both.wait
+    threads = [threading.Thread(target=driver.replay, args=([base, 0], 0, 0, 0)) for base in (10**6, 2 * 10**6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(before == after for *_, after, before in driver.made)
+    assert sorted(values[0] for _, _, _, values, _ in driver.made) == [10**6 + 32] * 4 + [2 * 10**6 + 32] * 4
+
+
+def test_nothing_is_made_at_once_without_a_driver_a_compiler_or_one_of_the_launches(driver, monkeypatch):
+    kernels = [packed(plain_kernel())]
+    assert direct.replay(kernels, 0, 2) is not None
+    assert direct.replay([*kernels, None], 0, 2) is None
+    monkeypatch.setattr(cpp_library, "quietly", lambda _: None)
+    assert direct.replay(kernels, 0, 2) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(direct, "_driver", lambda: None)
+    assert direct.replay(kernels, 0, 2) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
+def test_a_machine_without_a_driver_has_none():
+    assert direct._driver() is None
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0"])
