@@ -6,7 +6,9 @@ Shapes B=1, Hq=32, Hkv=8, D=128, bf16, causal, unless told otherwise. Every S2O 
 stops) against SDPA in the same run. Inputs are synthetic; what they can and cannot show:
 
     fixed density   lists cut to a share of the prefix, nothing stops: the speed of the kernel, whatever the model
+    position order  every key in its place, as windows and dense heads take it: no ranking, no gathering
     topical, tau    tokens come in runs of one topic and look for their topic: early stopping as it runs in practice
+    topical, default  the same under the default's ceiling of the error, which is measured in every call
     random, tau     Gaussian noise, on which little can be left out
     never stops     the same at a tau of 1e-9: everything is ranked, tested and walked to the end, the worst case
 
@@ -16,7 +18,6 @@ Medians in milliseconds (``calls.milliseconds``); TFLOP/s count the computed are
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,11 +30,13 @@ from calls import CAUSAL, check_exact, held_density, make_inputs, milliseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2o_compile import S2OConfig
 from s2o_compile.cli.tune import cut_to_density
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, ScoreKeys, default_segment_len
 from s2o_compile.kernels.dispatch import run
+from s2o_compile.kernels.impl.triton import exact as triton_exact
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.impl.triton import order as triton_order
 from s2o_compile.kernels.planner import PREPARE_BY_TRITON, build_plan
@@ -94,6 +97,7 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         ms = milliseconds(partial(triton_forward.attend, whole, plan, 0.0))
         row(f"S2O forward, density {density}", ms, real)
         del full, plan, result
+    row("S2O forward, position order", milliseconds(partial(triton_exact.attend_exact, whole)), 1.0)
     segment_len = default_segment_len(length)
     scores = torch.empty(0)
     for ranking, prepare in PREPARE_BY_TRITON.items():
@@ -102,35 +106,43 @@ def bench_length(length: int, args: argparse.Namespace) -> list[dict[str, object
         row(f"S2O index work: score, {ranking}", milliseconds(score), 0.0)
     row("S2O index work: order", milliseconds(partial(order_all, scores, key, value, segment_len)), 0.0)
     del scores
-    for density, ranking in itertools.product(args.densities, ("per_query", "mean_query")):
+    held = [(density, "per_query") for density in args.densities] + [(0.1, "mean_query")]
+    for density, ranking in held:
         with held_density(density, length):
             with record_calls() as recorded:
                 calls.run((query, key, value), ranking=ranking)
             ms = milliseconds(partial(calls.run, (query, key, value), ranking=ranking))
         row(f"S2O whole op, held density {density}, {ranking}", ms, recorded[0].density)
-    for kind, tau in (("topical", args.tau), ("random", args.tau), ("never stops", 1e-9)):
+    free = {"ranking": "per_query", "error": None}
+    for kind, tau, given in (
+        ("topical", args.tau, free),
+        ("topical", args.tau, free | {"ranking": "mean_query"}),
+        ("topical", S2OConfig().tau, free | {"error": S2OConfig().error}),
+        ("random", args.tau, free),
+        ("never stops", 1e-9, free),
+    ):
         query, key, value = make_inputs(kind, length, *shape)
-        for ranking in ("per_query", "mean_query"):
-            options = OperatorOptions(tau=tau, min_seq_len=0, ranking=ranking)
-            whole = partial(run, calls.call_of((query, key, value)), options)
+        name = f"tau {tau}, {given['ranking']}" if given["error"] is None else "default"
+        options = OperatorOptions(tau=tau, min_seq_len=0, **given)
+        whole = partial(run, calls.call_of((query, key, value)), options)
 
-            with record_calls() as recorded:
-                ours, _ = whole()
-            torch.cuda.synchronize()
-            dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            error = ((ours - dense).float().norm() / dense.float().norm()).item()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            whole()
-            extra = torch.cuda.max_memory_allocated() - before - query.numel() * query.element_size()
-            extra /= 2 * key.numel() * key.element_size()
-            row(
-                f"S2O whole op, {kind}, tau {tau}, {ranking}",
-                milliseconds(whole),
-                recorded[0].density,
-                relative_error=round(error, 5),
-                extra_memory_over_kv=round(extra, 3),
-            )
+        with record_calls() as recorded:
+            ours, _ = whole()
+        torch.cuda.synchronize()
+        dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        error = ((ours - dense).float().norm() / dense.float().norm()).item()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        whole()
+        extra = torch.cuda.max_memory_allocated() - before - query.numel() * query.element_size()
+        extra /= 2 * key.numel() * key.element_size()
+        row(
+            f"S2O whole op, {kind}, {name}",
+            milliseconds(whole),
+            recorded[0].density,
+            relative_error=round(error, 5),
+            extra_memory_over_kv=round(extra, 3),
+        )
     return rows
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.cli.tune import add_topics, cut_to_density
 from s2o_compile.kernels import dispatch as operator
-from s2o_compile.kernels import prepared
+from s2o_compile.kernels import prepared, schedule
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
@@ -110,22 +110,21 @@ def fastest(calls: dict[str, Callable[[], Tensor]], clock: Callable[..., float] 
 def held_density(density: float, length: int, *, causal: bool = True) -> Iterator[None]:
     """Inside the block calls of ``length`` tokens cut their lists to a density and walk them to the end.
 
-    Ranking and ordering are as ever.
+    Ranking and ordering are as ever. No error is measured.
     """
     plan = Planner.plan
 
     def cut_plan(*given: object) -> Plan:
         return cut_to_density(plan(*given), density, length, causal=causal)  # pyright: ignore
 
-    def never_stop(attend: Callable[..., object]) -> Callable[..., object]:
-        return lambda call, plan, _tau, into=None: attend(call, plan, 0.0, into)
+    def to_the_end(call: AttentionCall, plan: Plan, _tau: object, _error: object, *where: object) -> None:
+        attend(call, plan, 0.0, None, *where)  # pyright: ignore
 
+    attend = schedule.attend_planned
     with (
         patch.object(prepared, "KEPT", 0),
         patch.object(Planner, "plan", cut_plan),
-        patch.object(triton_forward, "attend", never_stop(triton_forward.attend)),
-        patch.object(torch_forward, "attend", never_stop(torch_forward.attend)),
-        patch.object(cpp_forward, "attend", never_stop(cpp_forward.attend)),
+        patch.object(schedule, "attend_planned", to_the_end),
     ):
         yield
 

@@ -12,6 +12,8 @@ One prefill as ``generate`` does it: the key/value cache is filled, logits of th
                               density and walked to its end (``calls.held_density``): the time of a model whose tiles
                               stop there, and an output that means nothing. Ranking and ordering run in full.
 
+    dense, torch.compile      with ``--compiled``: the original model through ``torch.compile``
+
 "attention" is the time inside SDPA or the operator, by events; the bound on the speed-up is that of dense attention
 removed altogether (Amdahl). Dense rows say how far their logits are from the first row's. Peak memory includes weights
 and cache. ``--free`` adds a row with nothing cut: with random weights tiles walk most of their lists, the worst case.
@@ -120,7 +122,7 @@ def prefill(model: Any, ids: Tensor) -> Tensor:  # noqa: ANN401 (a transformers 
 def measure(
     model: Any,  # noqa: ANN401 (a transformers model)
     ids: Tensor,
-    attention: tuple[object, str],
+    attention: tuple[object, str] | None,
     inside: AbstractContextManager[object],
     first: Tensor | None,
     repeats: int,
@@ -130,7 +132,7 @@ def measure(
     Args:
         model: What to call.
         ids: int64 [1, N].
-        attention: Object and name of the function that attention goes through.
+        attention: Object and name of the function that attention goes through; None where it is compiled.
         inside: What the calls run in.
         first: int64 [1, n] of a call that does not count, None for none.
         repeats: Prefills, of which the fastest counts.
@@ -147,9 +149,10 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             watch = Stopwatch()
             logits = []
-            with patch.object(*attention, watch.around(getattr(*attention))):
+            watched = patch.object(*attention, watch.around(getattr(*attention))) if attention else nullcontext()
+            with watched:
                 seconds = calls.seconds(lambda: logits.append(prefill(model, ids)))  # noqa: B023 (called at once)
-            found = {"seconds": round(seconds, 3), "attention_s": round(watch.seconds, 3)}
+            found = {"seconds": round(seconds, 4)} | ({"attention_s": round(watch.seconds, 4)} if attention else {})
             if ON_GPU:
                 found["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             runs.append(found | {"logits": logits[0]})
@@ -166,11 +169,12 @@ def bench_length(length: int, model: Any, args: argparse.Namespace, rows: Rows) 
             found = measured()
             logits = found.pop("logits").float()
             baseline.update(baseline or {"seconds": found["seconds"], "logits": logits})  # flash, as users run it
-            share = found["attention_s"] / found["seconds"]
-            found["attention_share"] = round(share, 3)
             found["speedup"] = round(baseline["seconds"] / found["seconds"], 2)
+            if "attention_s" in found:
+                share = found["attention_s"] / found["seconds"]
+                found["attention_share"] = round(share, 3)
+                found |= {"bound": round(1 / max(1 - share, 1e-3), 2)} if what.startswith("dense") else {}
             if what.startswith("dense"):
-                found["bound"] = round(1 / max(1 - share, 1e-3), 2)
                 difference = (logits - baseline["logits"]).norm() / baseline["logits"].norm()
                 found["logits_difference"] = round(difference.item(), 5)
             return found
@@ -185,6 +189,10 @@ def bench_length(length: int, model: Any, args: argparse.Namespace, rows: Rows) 
         inside = sdpa_kernel(backend)
         row(f"dense {name}, as users run it", partial(measure, model, ids, through_sdpa, inside, short, args.repeats))
 
+    if args.compiled:
+        torch.compiler.reset()
+        compiled = torch.compile(model, dynamic=False)
+        row("dense, torch.compile", partial(measure, compiled, ids, None, nullcontext(), ids, args.repeats))
     torch.compiler.reset()
     fast = s2o_compile.optimize(model, S2OConfig(min_seq_len=0, inner_backend=args.inner_backend))
     held = partial(calls.held_density, args.density, length)
@@ -200,6 +208,8 @@ def bench_length(length: int, model: Any, args: argparse.Namespace, rows: Rows) 
     row(f"S2O, lists cut to density {args.density}", partial(sparse, held, ids))  # the first call compiles
     if args.free:
         row("S2O, nothing cut", partial(sparse, nullcontext, None))
+    if args.compiled:
+        return
     same = partial(measure, fast, ids, through_s2o, dense_operator(SDPBackend.FLASH_ATTENTION), None, args.repeats)
     row("dense flash, same graph", same)
 
@@ -217,6 +227,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="prefills a row, of which the fastest counts")
     parser.add_argument("--inner-backend", default="inductor")
     parser.add_argument("--free", action="store_true", help="also time S2O with nothing cut")
+    parser.add_argument("--compiled", action="store_true", help="also time torch.compile, not the same graph")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)

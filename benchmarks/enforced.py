@@ -1,12 +1,15 @@
 """Whether a budget that is measured while it runs holds, what it costs, and how well samples tell the error.
 
     python benchmarks/enforced.py [--only model quality time] [--json benchmarks/results/enforced-h200.json]
+    python benchmarks/enforced.py --only model --models smollm2 --tokens 65536 --every 1 --texts prose library
     python benchmarks/enforced.py --only quality time --configs default tau-0.5    # what the default's ceiling costs
 
 Every layer attends over the inputs that it has in the dense model; of Gemma-3 the global layers. Texts: Python's
 language reference (prose), the sources of its standard library and of torch.nn, and prose with needles.
 
     layer    density and true error (relative L2, all heads) at tau 0.5; the error of its samples over the true one
+    samples  the error of so many sampled queries over the true one at tau 0.5 and 0.1, 5 and 95 % of DRAWS draws, and
+             the share of the squared error that the worst 1 % of rows hold
     default  the same at the default, which holds an error of 10 % from tau 0.5 on
     budget   the same under error=0.02 and 0.05: true error over the budget, and density over that of the one tau that
              would just meet it, which nobody knows before
@@ -21,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 
 import calls
@@ -42,6 +46,7 @@ from s2o_compile.kernels.statistics import Call, record_calls
 from s2o_compile.quality.needles import hide_needles
 
 SECTIONS = ("model", "quality", "time")
+TEXTS = ("prose", "library", "torch.nn", "needles")
 BUDGETS = (0.02, 0.05)
 CONFIGS = {
     "default": S2OConfig(),
@@ -55,6 +60,9 @@ TAUS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 LENGTHS = {"gemma3": (8192, 16384, 32768), "smollm2": (8192, 16384, 65536)}
 EVERY = {"gemma3": 1, "smollm2": 5}
 """Of the layers that run sparse, every so manieth is measured."""
+
+SAMPLES, SAMPLED_TAUS, DRAWS = (64, 128, 256, 512, 1024, 2048), (0.5, 0.1), 200
+"""Numbers of samples, and the draws of each."""
 
 
 def texts(tokenizer: object, tokens: int) -> dict[str, Tensor]:
@@ -84,6 +92,28 @@ def measured(call: ObservedCall, exact: Tensor, **options: object) -> dict[str, 
     return {"density": round(density, 4), "true": round(true, 5), "sampled_over_true": round(sampled / true, 3)}
 
 
+def sampled_shares(call: ObservedCall, exact: Tensor, tau: float) -> dict[str, object]:
+    """What samples of several numbers show of the true error: one query of each of as many equal parts."""
+    output = call.run(tau=tau).output
+    off, size = (x.double().square().sum((0, 3)) for x in (output - exact, exact))  # [Hq, Nq]
+    n_heads, n_queries = off.shape
+    true = (off.sum() / size.sum()).sqrt()
+    worst = off.flatten().sort(descending=True).values[: off.numel() // 100].sum() / off.sum()
+    found: dict[str, object] = {"true": round(true.item(), 5), "worst_rows": round(worst.item(), 3)}
+    generator = torch.Generator(off.device).manual_seed(0)
+    heads = torch.arange(n_heads, device=off.device)[:, None]
+    for count in SAMPLES:
+        first = torch.arange(count, device=off.device) * n_queries // count
+        shares = []
+        for _ in range(DRAWS):
+            part = torch.rand(n_heads, count, generator=generator, device=off.device) * (n_queries // count)
+            rows = first + part.long()
+            shares.append((off[heads, rows].sum() / size[heads, rows].sum()).sqrt() / true)
+        ends = torch.tensor([0.05, 0.95], dtype=true.dtype, device=true.device)
+        found[str(count)] = [round(x, 3) for x in torch.stack(shares).quantile(ends).tolist()]
+    return found
+
+
 def least_density(curve: list[dict[str, float]], error: float) -> float:
     """Density at an error, between the points of a curve over falling errors."""
     for worse, better in itertools.pairwise(curve):
@@ -99,6 +129,8 @@ def measure_layer(rows: Rows, what: dict[str, object], call: ObservedCall) -> Te
     curve = [measured(call, exact, tau=tau) for tau in reversed(TAUS)]
     rows.measure("layer", what, lambda: measured(call, exact, tau=0.5))
     rows.measure("default", what, lambda: measured(call, exact, tau=S2OConfig().tau, error=S2OConfig().error))
+    for tau in SAMPLED_TAUS:
+        rows.measure("samples", {**what, "tau": tau}, lambda tau=tau: sampled_shares(call, exact, tau))
 
     def budgeted(error: float) -> dict[str, float]:
         found = measured(call, exact, tau=None, error=error)
@@ -112,19 +144,23 @@ def measure_layer(rows: Rows, what: dict[str, object], call: ObservedCall) -> Te
 
 
 @torch.no_grad()
-def measure_models(rows: Rows, models: list[str], lengths: list[int] | None) -> None:
-    """Both models, all texts and lengths."""
+def measure_models(
+    rows: Rows, models: list[str], lengths: list[int] | None, chosen: list[str], every: int | None
+) -> None:
+    """The layers of models on texts of several lengths."""
     for model_name in models:
         for tokens in lengths or LENGTHS[model_name]:
             model, tokenizer = load_model(tokens, DEVICE, model_name)
             sparse = s2o_compile.optimize(model, S2OConfig(min_seq_len=2048, inner_backend="eager"))
             for text, ids in texts(tokenizer, tokens).items():
+                if text not in chosen:
+                    continue
                 seen: list[str] = []
                 what = {"model": model_name, "tokens": tokens, "text": text}
 
                 def see(call: ObservedCall, seen: list[str] = seen, what: dict[str, object] = what) -> Tensor:
                     seen.append(call.site)
-                    if (len(seen) - 1) % EVERY[what["model"]]:
+                    if (len(seen) - 1) % (every or EVERY[what["model"]]):
                         return call.exact()
                     return measure_layer(rows, {**what, "site": call.site}, call)
 
@@ -132,29 +168,34 @@ def measure_models(rows: Rows, models: list[str], lengths: list[int] | None) -> 
                     sparse(ids, use_cache=False, logits_to_keep=1)
 
 
-def measure_quality(rows: Rows, models: list[str], lengths: list[int] | None, configs: list[str]) -> None:
-    """Whole models on Python's language reference."""
+def measure_quality(
+    rows: Rows, models: list[str], lengths: list[int] | None, chosen: list[str], configs: list[str]
+) -> None:
+    """Whole models on texts."""
     for model_name in models:
-        for tokens, name in itertools.product(lengths or LENGTHS[model_name][1:], configs):
+        for tokens in lengths or LENGTHS[model_name][1:]:
             model, tokenizer = load_model(tokens, DEVICE, model_name)
-            ids = texts(tokenizer, tokens)["prose"]
-            config = dataclasses.replace(CONFIGS[name], min_seq_len=2048)
+            read = texts(tokenizer, tokens)
+            for text, name in itertools.product(chosen, configs):
+                config = dataclasses.replace(CONFIGS[name], min_seq_len=2048)
+                what = {"model": model_name, "tokens": tokens, "text": text, "config": name}
+                rows.measure("quality", what, partial(judged, model, read[text], config))
 
-            def judged(model: object = model, ids: Tensor = ids, config: S2OConfig = config) -> dict[str, float]:
-                found = s2o_compile.evaluate(model, ids, config)  # pyright: ignore
-                needles = found.needles
-                figures = {
-                    "density": found.density,
-                    "error": found.error,
-                    "worst": max(site.error for site in found.sites),
-                    "loss": found.loss_difference,
-                    "top1": found.top1_agreement,
-                    "needles": math.nan if needles is None else needles.loss_s2o - needles.loss_dense,
-                    "needles_dense": math.nan if needles is None else needles.loss_dense,
-                }
-                return {name: round(x, 4) for name, x in figures.items()}
 
-            rows.measure("quality", {"model": model_name, "tokens": tokens, "config": name}, judged)
+def judged(model: object, ids: Tensor, config: S2OConfig) -> dict[str, float]:
+    """A whole model on a text, dense and sparse; errors are of all heads together, mean over layers and the worst."""
+    found = s2o_compile.evaluate(model, ids, config)  # pyright: ignore
+    needles = found.needles
+    figures = {
+        "density": found.density,
+        "error": found.error,
+        "worst": max(site.error for site in found.sites),
+        "loss": found.loss_difference,
+        "top1": found.top1_agreement,
+        "needles": math.nan if needles is None else needles.loss_s2o - needles.loss_dense,
+        "needles_dense": math.nan if needles is None else needles.loss_dense,
+    }
+    return {name: round(x, 4) for name, x in figures.items()}
 
 
 @torch.no_grad()
@@ -190,6 +231,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--models", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, help="by default all, and for quality prose")
+    parser.add_argument("--every", type=int, help="measure every so manieth layer")
     parser.add_argument("--configs", nargs="+", choices=tuple(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--call-tokens", type=int, nargs="+", default=[8192, 16384, 32768, 131072])
     parser.add_argument("--scale", type=int, default=1, help="divides the lengths of the timed calls")
@@ -197,9 +240,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = Rows(args.json, dtype="bfloat16" if DEVICE == "cuda" else "float32")
     if "model" in args.only:
-        measure_models(rows, args.models, args.tokens)
+        measure_models(rows, args.models, args.tokens, args.texts or list(TEXTS), args.every)
     if "quality" in args.only:
-        measure_quality(rows, args.models, args.tokens, args.configs)
+        measure_quality(rows, args.models, args.tokens, args.texts or ["prose"], args.configs)
     if "time" in args.only:
         measure_times(rows, args.call_tokens, args.scale, args.configs)
     budgets = [row for row in rows if row["section"] == "budget" and "failed" not in row]

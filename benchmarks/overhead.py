@@ -55,6 +55,13 @@ SPARSE_ISSUED = 8
 HEADS = (32, 8, 128)
 """Hq, Hkv, D."""
 
+SPARSE = {
+    "default": S2OConfig(min_seq_len=1),
+    "tau 0.5": S2OConfig(tau=0.5, min_seq_len=1),
+    "error 0.05": S2OConfig(error=0.05, min_seq_len=1),
+}
+"""Whose calls the section "host" makes."""
+
 NEVER = 1e-9
 """A tau at which the stop rule is tested and never holds."""
 
@@ -115,10 +122,9 @@ def short_row(length: int) -> dict[str, object]:
     }
 
 
-def host_row(length: int, error: float | None) -> dict[str, object]:
+def host_row(length: int, config: S2OConfig) -> dict[str, object]:
     """A sparse call whose launches are prepared, and the same call as its first of a kind runs."""
     inputs = make_inputs("topical", length, *HEADS)
-    config = S2OConfig(min_seq_len=1, error=error)
     call = partial(s2o_compile.attention, *inputs, causal=True, config=config)
     kept, prepared.KEPT = prepared.KEPT, 0
     first, plain = call(), host_microseconds(call, issued=SPARSE_ISSUED)
@@ -250,8 +256,8 @@ def main() -> None:
         for length in args.short:
             rows.measure("short", {"N": length}, partial(short_row, length))
     for length in args.host if "host" in args.only else ():
-        for error in (None, 0.05):
-            rows.measure("host", {"N": length, "error": error}, partial(host_row, length, error))
+        for name, config in SPARSE.items():
+            rows.measure("host", {"N": length, "config": name}, partial(host_row, length, config))
     for section, mode in (("compiled", None), ("graphs", "reduce-overhead")):
         for length in args.compiled if section in args.only else ():
             rows.measure(section, {"N": length}, partial(compiled_row, length, mode))

@@ -6,7 +6,7 @@
     batch      1 to 8 prompts
     groups     Hq / Hkv = 1, 4, 8
     mask       non-causal
-    head dim   64 (32/8 heads, and SmolLM2's 9/3) beside 128
+    head dim   64 (32/8 heads, and SmolLM2's 9/3), 96, 128 and 256
     window     sliding window, exact, against compiled FlexAttention with a sliding block mask
     ranking    per_query and mean_query at the greatest length
     padding    left-padded batch, against SDPA with the mask it then needs
@@ -137,9 +137,9 @@ def sections(density: float, scale: int) -> dict[str, list[Row]]:
     """The rows of each section, all lengths divided by ``scale``."""
     held = partial(held_row, density=density)
     short, middle, long = 32 * K // scale, 64 * K // scale, 128 * K // scale
-    head_dims = ((32, 8, 128), (32, 8, 64), (9, 3, 64))
+    head_dims = ((32, 8, 64), (9, 3, 64), (32, 8, 96), (32, 8, 128), (16, 4, 256))
     return {
-        "length": [held(n * K // scale) for n in (4, 8, 16, 32, 64, 128, 256)],
+        "length": [held(n * K // scale) for n in (4, 8, 16, 32, 64, 128, 256, 512)],
         "batch": [held(short, batch=batch) for batch in (1, 2, 4, 8)],
         "groups": [held(middle, kv_heads=kv_heads) for kv_heads in (32, 8, 4)],
         "mask": [held(short, causal=causal) for causal in (True, False)],

@@ -100,11 +100,17 @@ def test_a_cpu_measures_once_where_it_holds(monkeypatch):
 
 
 def test_few_rounds_where_the_first_tau_is_far_below_the_budget():
-    assert budget.rounds_for(0.5, 0.1) == budget.FEW_ROUNDS
-    assert budget.rounds_for(0.5, 0.05) == budget.ROUNDS
-    assert budget.rounds_for(torch.full((2,), 0.5), 0.1) == budget.ROUNDS
+    assert budget.rounds_for(0.5, 0.1, 2048) == budget.FEW_ROUNDS
+    assert budget.rounds_for(0.5, 0.05, 2048) == budget.ROUNDS
+    assert budget.rounds_for(torch.full((2,), 0.5), 0.1, 2048) == budget.ROUNDS
     for rounds in (budget.ROUNDS, budget.FEW_ROUNDS):
         assert rounds.steps[-1] == 0.0, "the last round must leave no key out"
+
+
+@pytest.mark.parametrize(("queries", "samples"), [(100, 256), (8192, 256), (16384, 512), (32768, 1024), (2**20, 1024)])
+def test_long_calls_are_sampled_more_often(queries, samples):
+    assert budget.rounds_for(0.5, 0.05, queries).samples == samples
+    assert budget.rounds_for(0.5, 0.1, queries) == budget.FEW_ROUNDS
 
 
 @pytest.mark.parametrize("quality", [{"tau": 0.0}, {"tau": 0.0, "error": 0.1}, {"tau": 1.0}, {"error": 0.0}], ids=str)

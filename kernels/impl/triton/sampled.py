@@ -38,8 +38,8 @@ from s2o_compile.kernels.impl.triton.tile import (
     paging,
 )
 
-SPLIT_LEN = 4096
-"""Keys of one program."""
+SPLIT_LEN, SPLIT_ROWS = 4096, 256
+"""Keys of one program, and up to how many sampled rows: more rows give programs enough, and would take more memory."""
 
 MERGED_ROWS = 16
 """Rows of one program that merges."""
@@ -223,7 +223,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     (query, key, _), mask = call.tensors, call.mask
     (batch, heads, n_queries, head_dim), n_keys, value_dim = query.shape, call.n_keys, call.value.shape[3]
     n_rows = min(count, n_queries)
-    tile, splits = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN), triton.cdiv(n_keys, SPLIT_LEN)
+    tile, split_len = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN), SPLIT_LEN * max(n_rows // SPLIT_ROWS, 1)
+    splits = triton.cdiv(n_keys, split_len)
     blocks = triton.cdiv(n_rows, tile)
     part = torch.empty(batch, heads, splits, blocks * tile, value_dim, dtype=torch.float32, device=query.device)
     part_lse = part.new_empty(part.shape[:4])
@@ -234,7 +235,7 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset, *logit_scales(call.scale, call.softcap),
-            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=SPLIT_LEN,
+            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=split_len,
             TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip

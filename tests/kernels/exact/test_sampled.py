@@ -66,6 +66,22 @@ def test_by_triton(name, device, dtype, monkeypatch):
     assert_rows(triton_sampled.attend_rows(call, 200), call, tolerance)  # two blocks, the second one short
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_many_rows_share_fewer_splits(name, monkeypatch):
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    grids = []
+    launch = triton_sampled.launch
+    monkeypatch.setattr(triton_sampled, "launch", lambda *a, **k: grids.append(a[1]) or launch(*a, **k))
+    monkeypatch.setattr(triton_sampled, "SPLIT_LEN", 64)
+    monkeypatch.setattr(triton_sampled, "SPLIT_ROWS", 64)
+    call = make_call(**CASES[name])
+    assert_rows(triton_sampled.attend_rows(call, 200), call, {"rtol": 1e-5, "atol": 1e-5})
+    rows = min(200, call.n_queries)
+    assert grids[0][0] == -(-300 // (64 * max(rows // 64, 1)))
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
