@@ -1,6 +1,6 @@
 """Sparse calls whose launches are known: from the second call of a kind on, the host only hands pointers over.
 
-The key of a call is everything that its launches depend on: shapes, strides, dtypes, the device, addresses modulo 16,
+The key of a call is everything that its launches depend on: shapes, strides, dtypes, devices, addresses modulo 16,
 the mask's terms, scale, softcap and options. A call whose key was not seen before runs as ever. The second writes its
 launches down (``impl/triton/listing.py``) and makes them from the list, as every later one does: the same kernels in
 the same order on the same numbers, so the same bits. Only launches can be written down. Heads that are marked dense run
@@ -65,15 +65,15 @@ def again(
     """
     if not _seen or query.dim() != 4 or query.shape[2] < TILE_LEN or recording() or observing():
         return None, None
-    inputs = _named(query, key, value, key_mask=key_mask, tau=options.tau_on(query.device))
-    asked = (query.device, *_kinds(inputs), *terms, options, tuned.generation())
-    with _lock:
-        launches = _used(asked, None)
-    replay = None if launches is None else launches.at_once
-    if launches is None or replay is None:
-        return None, asked
     batch, heads, n_queries, _ = query.shape
     with on_device(query):
+        inputs = _named(query, key, value, key_mask=key_mask, tau=options.tau_on(query.device))
+        asked = (*_kinds(inputs), *terms, options, tuned.generation())
+        with _lock:
+            launches = _used(asked, None)
+        replay = None if launches is None else launches.at_once
+        if launches is None or replay is None:
+            return None, asked
         output = empty_output(query, value.shape[3])
         lse = query.new_empty(batch, heads, n_queries, dtype=torch.float32) if return_lse else None
         # Nobody reads what else the launches write: it lies behind the workspace.
@@ -176,15 +176,15 @@ def _named(query: Tensor, key: Tensor, value: Tensor, **optional: object) -> dic
 
 
 def _kinds(tensors: dict[str, Tensor]) -> list[object]:
-    """What kernels are compiled for."""
-    return [(name, x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for name, x in tensors.items()]
+    """What kernels are compiled for, and where: a tensor that lies elsewhere than the query is an error."""
+    return [(name, x.device, x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for name, x in tensors.items()]
 
 
 def _key(call: AttentionCall, options: OperatorOptions, tensors: dict[str, Tensor]) -> object:
     mask, pages = call.mask, call.pages
     return (
-        call.query.device, *_kinds(tensors), mask.causal, mask.offset, mask.window, mask.attention_chunk, call.scale,
-        call.softcap, *call.dense_heads,
+        *_kinds(tensors), mask.causal, mask.offset, mask.window, mask.attention_chunk, call.scale, call.softcap,
+        *call.dense_heads,
         None if pages is None else (pages.length, pages.page_len, pages.page_rows, pages.last), options,
         tuned.generation(),
     )  # fmt: skip

@@ -187,8 +187,8 @@ class AttentionCall:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """`AttentionCall.on_device` of a tensor."""
-    device = x.get_device()  # -1 on a CPU
-    return nullcontext() if device < 0 or device == torch.cuda.current_device() else torch.cuda.device_of(x)
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device_of(x) if elsewhere else nullcontext()
 
 
 FIELDS = frozenset(AttentionCall.__dataclass_fields__)

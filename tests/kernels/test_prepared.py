@@ -20,6 +20,7 @@ from s2o_compile.kernels.observe import observe_attention
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import Pages
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.errors import InputError, NoGradientError
 from tests.conftest import CUDA, INTERPRETED
 
 LENGTH = 640
@@ -320,6 +321,98 @@ def test_a_call_that_needs_more_than_launches_never_goes_straight_to_them(case, 
     assert len(looked_at) == 2 + 5
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "key_mask"])
+def test_a_tensor_that_lies_elsewhere_is_refused_as_ever(name, at_once):
+    """Its address would be read as one of the query's device."""
+    call = call_of(mask=AttentionMask(causal=True, key_mask=PADDED))
+    for _ in range(4):
+        attend(call)
+    made, tensors = len(at_once), {**call.__dict__, "key_mask": PADDED}
+    elsewhere = {**tensors, name: tensors[name].to("meta")}
+    with pytest.raises(InputError, match="device of "):
+        ops.attention(
+            *(elsewhere[each] for each in ("query", "key", "value", "key_mask")),
+            causal=True, causal_offset=0, scale=0.25, **options_of(tau=0.5).to_op_kwargs(),
+        )  # fmt: skip
+    assert len(at_once) == made
+
+
+CHANGES = {
+    "causal": {"causal": False}, "causal_offset": {"causal_offset": -128}, "scale": {"scale": 0.5},
+    "softcap": {"softcap": 20.0}, "window": {"window": 200}, "attention_chunk": {"attention_chunk": 256},
+    "sinks": {"sinks": torch.zeros(4)}, "fully_masked": {"fully_masked": "mean"}, "dense_heads": {"dense_heads": [0]},
+    "key_mask": {"key_mask": PADDED}, "tau": {"tau": 0.6}, "head_tau": {"tau": None, "head_tau": [0.5] * 4},
+    "error": {"error": 0.05}, "min_seq_len": {"min_seq_len": 2 * LENGTH}, "segment_len": {"segment_len": 256},
+    "ranking": {"ranking": "mean_query"}, "ranking_per": {"ranking_per": "head"},
+    "implementation": {"implementation": "torch"},
+}  # fmt: skip
+"""Every argument of the operator that changes a result, with another value."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_other_value_of_an_argument_is_taken_for_one_that_is_known(name, at_once):
+    call, usual = call_of(), {"causal": True, "causal_offset": 0, "scale": 0.25, **options_of(tau=0.5).to_op_kwargs()}
+    for _ in range(4):
+        ops.attention(*call.tensors, **usual)
+    made = len(at_once)
+    ops.attention(*call.tensors, **{**usual, **CHANGES[name]})
+    assert len(at_once) == made
+
+
+def test_every_argument_that_changes_a_result_is_tried():
+    arguments = {argument.name for argument in torch.ops.s2o.attention.default._schema.arguments}
+    assert arguments - set(CHANGES) == {"query", "key", "value", "return_lse", "site", "layout"}
+
+
+@pytest.mark.parametrize("change", ["strides", "expanded", "address", "dtype", "length", "heads"])
+def test_no_other_tensor_is_taken_for_one_that_is_known(change, at_once):
+    call = call_of()
+    for _ in range(4):
+        attend(call)
+    made, (query, key, value) = len(at_once), call.tensors
+    others = {
+        "strides": (query, key, value.transpose(1, 2).contiguous().transpose(1, 2)),
+        "expanded": (query, key[:1].expand(2, -1, -1, -1), value),
+        "address": (query, moved(key), value),
+        "dtype": [x.half() for x in call.tensors],
+        "length": [x[:, :, :-1] for x in call.tensors],
+        "heads": (query, key[:, :1], value[:, :1]),
+    }[change]
+    attend(call.over(*others))
+    assert len(at_once) == made
+
+
+def test_a_table_that_was_read_again_is_asked(at_once):
+    call = call_of()
+    for _ in range(4):
+        attend(call)
+    made = len(at_once)
+    tuned.forget()
+    attend(call)
+    assert len(at_once) == made
+
+
+def test_gradients_modes_and_views_take_the_same_way(at_once):
+    """Results of a known call are as others under ``requires_grad``, ``inference_mode`` and a negation to be done."""
+    call, usual = call_of(), {"causal": True, "causal_offset": 0, "scale": 0.25, **options_of(tau=0.5).to_op_kwargs()}
+    operator = torch.ops.s2o.attention.default
+    for _ in range(4):
+        operator(*call.tensors, **usual)
+    wanted = call.query.detach().requires_grad_()
+    output, _ = operator(wanted, *call.tensors[1:], **usual)
+    assert output.requires_grad
+    with pytest.raises(NoGradientError):
+        output.sum().backward()
+    with torch.inference_mode():
+        assert operator(*call.tensors, **usual)[0].is_inference()
+    assert not operator(*call.tensors, **usual)[0].is_inference()
+    made = len(at_once)
+    operator(torch._neg_view(call.query), *call.tensors[1:], **usual)
+    bases, *_ = at_once[-1]
+    assert len(at_once) == made + 1
+    assert bases[0] != call.query.data_ptr()  # the negated one
+
+
 def test_a_call_is_known_by_its_own_arguments_alone(at_once, monkeypatch):
     """Whatever the operator is asked for between: what is kept is the key of the call that was launched."""
     kept = []
@@ -515,6 +608,58 @@ class TestOnCuda:
         for thread in threads:
             thread.join()
         assert not failed
+
+    def test_a_new_thread_goes_straight_to_launches(self, monkeypatch):
+        """It has no context yet, for it has called nothing of CUDA."""
+        monkeypatch.setattr(schedule, "SCRATCH_BYTES", 2**30)  # one slice: no other stream makes one
+        call, found = self.call(), []
+        expected = [attend(call) for _ in range(3)][-1]
+        torch.cuda.synchronize()
+        monkeypatch.setattr(AttentionCall, "of", None)
+        thread = threading.Thread(target=lambda: found.append(attend(call)))
+        thread.start()
+        thread.join()
+        assert same(expected, found[0])
+
+    def test_keys_on_the_cpu_are_refused(self):
+        call = self.call()
+        for _ in range(4):
+            attend(call)
+        with pytest.raises(InputError, match="device of key"):
+            attend(call.but(key=call.key.cpu()))
+
+    def test_memory_that_is_freed_behind_a_call_is_not_written_before_it_is_read(self):
+        """The host is far ahead: inputs, workspaces and results of calls take each other's memory."""
+        call = self.call()
+        expected = [attend(call) for _ in range(3)][-1]
+        sums = []
+        for _ in range(50):
+            copies = call.over(*(x.clone() for x in call.tensors))
+            output, _ = attend(copies)
+            copies.key.fill_(torch.nan)
+            del copies
+            sums.append((output.view(torch.int16) != expected[0].view(torch.int16)).sum())
+            output.fill_(torch.nan)
+            del output
+        assert not torch.stack(sums).any()
+
+    def test_other_places_of_a_tensor_are_read_there(self):
+        call = self.call()
+        expected = [attend(call) for _ in range(3)][-1]
+        storage = torch.cat([torch.full_like(call.key, torch.nan), call.key])
+        assert same(expected, attend(call.over(call.query, storage[2:], call.value)))
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_every_device_is_gone_straight_to(self, monkeypatch):
+        """While another one is current."""
+        here = self.call()
+        there = here.over(*(x.to("cuda:1") for x in here.tensors))
+        expected = [[attend(call) for _ in range(3)][-1] for call in (here, there)]
+        monkeypatch.setattr(AttentionCall, "of", None)
+        for current in (0, 1):
+            with torch.cuda.device(current):
+                assert same(expected[0], attend(here))
+                assert same(expected[0], [x.to("cuda:0") for x in attend(there)])
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
     def test_every_device_has_kernels_of_its_own(self):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,9 @@ PLAIN = {
 
 MOST_PARAMETERS, MOST_SHARED = 256, 228 * 1024
 """Parameters that ``launch.cpp`` takes, and bytes of shared memory that a launch without attributes may have."""
+
+FUNCTIONS = ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuLaunchKernel", "cuEventRecord", "cuStreamWaitEvent")
+"""What ``launch.cpp`` calls of the driver, in the order of its structure."""
 
 SCRATCH = 2
 """Pointers behind the arguments, to memory that a plain kernel does not need."""
@@ -92,10 +94,10 @@ def packed(
             return None
         parameters.append(places[number] if is_pointer else (0, _bits(NUMBERS[kind], value)))
     parameters += [(0, 0)] * SCRATCH
-    blocks, (warps, _, shared) = (*grid, 1, 1)[:3], compiled.packed_metadata
+    blocks, shared = (*grid, 1, 1)[:3], metadata.shared
     if len(parameters) > MOST_PARAMETERS or shared > MOST_SHARED or min(blocks) < 1:
         return None
-    sizes = (*blocks, warps * metadata.warp_size, shared, is_beside, len(parameters))
+    sizes = (*blocks, metadata.num_warps * metadata.warp_size, shared, is_beside, len(parameters))
     return struct.pack(f"<{8 + 2 * len(parameters)}Q", function, *sizes, *(x for pair in parameters for x in pair))
 
 
@@ -108,7 +110,7 @@ class Replay:
     """Launches that are made in one call.
 
     Args:
-        driver: Addresses of the driver's functions.
+        driver: A context and the driver's functions, as ``launch.cpp`` takes them.
         launch: ``s2o_launch`` of ``launch.cpp``.
         kernels: The launches, as `packed` returns them.
         common: How many of the first go to the current stream, and before all others.
@@ -148,25 +150,23 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-@cache
 def _driver() -> Any:
-    """The functions that ``launch.cpp`` calls; None without a driver."""
+    """This thread's context and the functions that ``launch.cpp`` calls; None without a driver or a context."""
+    context = ctypes.c_void_p()
     try:
         library = _library()
-        functions = [library.cuLaunchKernel, library.cuEventRecord, library.cuStreamWaitEvent]
+        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in FUNCTIONS]
+        library.cuCtxGetCurrent(ctypes.byref(context))
     except (OSError, AttributeError):
         return None
-    return (ctypes.c_void_p * len(functions))(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+    return (ctypes.c_void_p * (1 + len(functions)))(context, *functions) if context else None
 
 
 def _name_of(status: int) -> str:
-    """An error of the driver in its own words."""
-    library, said = _library(), []
-    for function in (library.cuGetErrorName, library.cuGetErrorString):
-        text = ctypes.c_char_p()
-        function(status, ctypes.byref(text))
-        said.append((text.value or b"unknown").decode())
-    return f"{said[0]} ({status}): {said[1]}"
+    """An error of the driver by its name and number."""
+    name = ctypes.c_char_p()
+    _library().cuGetErrorName(status, ctypes.byref(name))
+    return f"{(name.value or b'unknown').decode()} ({status})"
 
 
 def current_stream(device: int | None) -> int:

@@ -5,6 +5,9 @@
 extern "C" {
 
 struct Driver {
+  void* context;  // of the kernels
+  int (*get_context)(void** context);
+  int (*set_context)(void* context);
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra);
   int (*record)(void* event, void* stream);
@@ -32,7 +35,9 @@ int s2o_launch(const Driver* driver, const char* list, int kernels, int common, 
   uint64_t values[MOST_PARAMETERS];  // of this call alone: other threads may launch the same list
   void* pointers[MOST_PARAMETERS];
   for (uint64_t i = 0; i < MOST_PARAMETERS; i++) pointers[i] = &values[i];
-  int status = 0, joined = 0;
+  void* context = nullptr;
+  int joined = 0, status = driver->get_context(&context);
+  if (status == 0 && context == nullptr) status = driver->set_context(driver->context);  // a new thread has none
   bool forked = false;
   for (int number = 0; number < kernels && status == 0; number++) {
     if (number == common && event != nullptr) {

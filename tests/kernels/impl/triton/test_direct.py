@@ -53,11 +53,9 @@ PLACES = {0: (1, 32), 6: (2, 0)}
 
 
 def plain_kernel(**changed):
-    metadata = {**direct.PLAIN, "target": SimpleNamespace(backend="cuda"), **changed}
-    source = SimpleNamespace(signature=SIGNATURE)
-    return SimpleNamespace(
-        run=print, function=7, packed_metadata=(4, 1, 512), metadata=SimpleNamespace(**metadata), src=source
-    )
+    target = SimpleNamespace(backend="cuda")
+    metadata = SimpleNamespace(**{**direct.PLAIN, "target": target, "num_warps": 4, "shared": 512, **changed})
+    return SimpleNamespace(run=print, function=7, metadata=metadata, src=SimpleNamespace(signature=SIGNATURE))
 
 
 def packed(kernel, grid=(3, 2), arguments=ARGUMENTS, places=PLACES, is_beside=False):
@@ -102,10 +100,10 @@ def test_a_launch_that_is_not_understood_is_left_to_triton(monkeypatch):
         kernel = plain_kernel()
         kernel.src = SimpleNamespace(**changes)
         assert packed(kernel) is None
-    for name, value in (("function", None), ("packed_metadata", (4, 1, 229 * 1024))):
-        kernel = plain_kernel()
-        setattr(kernel, name, value)
-        assert packed(kernel) is None
+    kernel = plain_kernel()
+    kernel.function = None
+    assert packed(kernel) is None
+    assert packed(plain_kernel(shared=229 * 1024)) is None
     assert packed(plain_kernel(), grid=(3, 0)) is None
     assert packed(None) is None  # interpreted
     monkeypatch.setattr(triton, "__version__", "3.10.0")
@@ -116,7 +114,7 @@ class Driver:
     """CUDA's driver, as far as a list calls it: keeps what it is asked for, and refuses what is number ``refused``."""
 
     def __init__(self, parameters, wait=lambda: None):
-        self.made, self.refused, self._wait = [], None, wait
+        self.made, self.refused, self._wait, self.context = [], None, wait, 44
         number, pointer = ctypes.c_int, ctypes.c_void_p
         kinds = (pointer, *[ctypes.c_uint] * 7, pointer, ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)), pointer)
 
@@ -126,7 +124,13 @@ class Driver:
             self._wait()
             return self._keep((function, sizes, stream, [values[at][0] for at in range(parameters)], first))
 
+        def get_context(into):
+            into[0] = self.context
+            return 0
+
         functions = [
+            ctypes.CFUNCTYPE(number, ctypes.POINTER(pointer))(get_context),
+            ctypes.CFUNCTYPE(number, pointer)(lambda context: self._keep(("context", context, None))),
             ctypes.CFUNCTYPE(number, *kinds)(launch),
             ctypes.CFUNCTYPE(number, pointer, pointer)(lambda event, stream: self._keep(("record", stream, event))),
             ctypes.CFUNCTYPE(number, pointer, pointer, ctypes.c_uint)(
@@ -134,7 +138,7 @@ class Driver:
             ),
         ]
         self._kept = functions
-        self.addresses = (ctypes.c_void_p * 3)(*(ctypes.cast(f, ctypes.c_void_p).value for f in functions))
+        self.addresses = (ctypes.c_void_p * 6)(44, *(ctypes.cast(f, ctypes.c_void_p) for f in functions))
 
     def _keep(self, asked):
         self.made.append(asked)
@@ -156,10 +160,7 @@ def driver(monkeypatch):
 
 
 def said():
-    def answer(text):
-        return lambda status, into: setattr(into._obj, "value", text)
-
-    return SimpleNamespace(cuGetErrorName=answer(b"CUDA_ERROR_OF_A_TEST"), cuGetErrorString=answer(b"it refused"))
+    return SimpleNamespace(cuGetErrorName=lambda status, into: setattr(into._obj, "value", b"CUDA_ERROR_OF_A_TEST"))
 
 
 def test_all_launches_are_made_in_one_call(driver):
@@ -181,12 +182,25 @@ def test_the_other_stream_starts_behind_what_all_slices_need_and_joins(driver):
 @pytest.mark.parametrize("refused", range(len(ORDERED)))
 def test_what_the_driver_refuses_is_an_error_and_the_streams_join(refused, driver):
     driver.refused = refused
-    with pytest.raises(RuntimeError, match=r"expected CUDA_SUCCESS, got CUDA_ERROR_OF_A_TEST \(700\): it refused"):
+    with pytest.raises(RuntimeError, match=r"expected CUDA_SUCCESS, got CUDA_ERROR_OF_A_TEST \(700\)"):
         driver.replay([1000, 2000], 0, 22, 33)
     made = [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made]
     forked, ends = refused > 3, ORDERED[-2:]
     assert made[: refused + 1] == ORDERED[: refused + 1]
     assert made[refused + 1 :] == ([] if not forked else ends if refused < 6 else ends[refused - 5 :] * (refused == 7))
+
+
+def test_a_thread_without_a_context_gets_that_of_the_kernels(driver):
+    """A new thread has none until it calls CUDA's runtime, which a call on tensors that are there may not do."""
+    driver.context = None
+    driver.replay([1000, 2000], 0, 0, 0)
+    assert driver.made[0] == ("context", 44, None)
+    assert len(driver.made) == 5
+    driver.made.clear()
+    driver.refused = 0
+    with pytest.raises(RuntimeError, match="expected CUDA_SUCCESS"):
+        driver.replay([1000, 2000], 0, 22, 33)
+    assert len(driver.made) == 1
 
 
 def test_threads_make_the_same_list_on_their_own_tensors(driver):
@@ -216,6 +230,20 @@ def test_nothing_is_made_at_once_without_a_driver_a_compiler_or_one_of_the_launc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
 def test_a_machine_without_a_driver_has_none():
     assert direct._driver() is None
+
+
+def test_a_driver_without_a_context_makes_nothing_at_once(monkeypatch):
+    library = SimpleNamespace(**{name: ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0) for name in direct.FUNCTIONS})
+    monkeypatch.setattr(direct, "_library", lambda: library)
+    for context in (None, 44):
+        current = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))(
+            lambda into, context=context: into.__setitem__(0, context) or 0
+        )
+        library.cuCtxGetCurrent = current
+        driver = direct._driver()
+        assert (driver is None) == (context is None)
+    assert driver[0] == 44
+    assert len(driver) == 1 + len(direct.FUNCTIONS)
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0"])
