@@ -44,14 +44,8 @@ _seen: OrderedDict[object, None] = OrderedDict()
 _lock = threading.Lock()
 
 
-class _Asked(threading.local):
-    """The call that `expect` was told of last, and the key of its arguments."""
-
-    call: Callable[[], AttentionCall | None] | None = None
-    key: object = None
-
-
-_asked = _Asked()
+_asked: weakref.WeakKeyDictionary[AttentionCall, object] = weakref.WeakKeyDictionary()
+"""Keys of the operator's arguments, by the call that it made of them."""
 
 
 def again(
@@ -94,7 +88,8 @@ def expect(call: AttentionCall, key: object) -> None:
     That is so once `attend` gets this very object: then nobody has copied a tensor or changed a term on the way, and
     behind the launches nothing is left to do for arguments that `again` is asked for.
     """
-    _asked.call, _asked.key = weakref.ref(call), key
+    if key is not None:
+        _asked[call] = key
 
 
 def attend(
@@ -119,9 +114,9 @@ def attend(
     if launches is None:
         return False
     _make(launches, list(tensors.values()))
-    if launches.replay is not None and _asked.key is not None and _asked.call is not None and _asked.call() is call:
+    if launches.replay is not None and call in _asked:
         with _lock:
-            _keep(_asked.key, launches)
+            _keep(_asked[call], launches)
     return True
 
 
