@@ -3,7 +3,7 @@
 A launch by ``kernel[grid](...)`` takes 20 to 40 us of the host: it binds up to 90 arguments, and looks for the kernel
 that was compiled for their types, their divisors and their constants. If none of these has changed, the compiled kernel
 can be launched itself, with pointers as integers: one by one through triton (`launcher`), in 3 to 10 us each, or all of
-a list in one call of C++ (`Replay`), in the 2 or 3 us that CUDA's driver takes for each.
+a list in one call of C++ (`replay`), in the 2 or 3 us that CUDA's driver takes for each.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ FIRST_TESTED, LAST_TESTED = (3, 6), (3, 9)
 
 Launcher = Callable[[int, Sequence[object]], None]
 """Launches on a stream, by its number, with all arguments of the kernel's signature in their order."""
+
+Replay = Callable[[Sequence[int], int | None, int, int], None]
+"""Makes a list of launches on a device's current stream, from its bases: those of every second slice on another stream,
+if an event is given beside it."""
 
 SOURCE = Path(__file__).with_name("launch.cpp")
 
@@ -106,44 +110,27 @@ def _bits(kind: Any, value: object) -> int:
     return int.from_bytes(bytes(kind(value)), "little")
 
 
-class Replay:
-    """Launches that are made in one call.
-
-    Args:
-        driver: A context and the driver's functions, as ``launch.cpp`` takes them.
-        launch: ``s2o_launch`` of ``launch.cpp``.
-        kernels: The launches, as `packed` returns them.
-        common: How many of the first go to the current stream, and before all others.
-        bases: How many addresses they count from.
-    """
-
-    def __init__(self, driver: Any, launch: Any, kernels: Sequence[bytes], common: int, bases: int) -> None:
-        self._driver, self._launch, self._list = driver, launch, b"".join(kernels)
-        self._sizes, self._pack = (len(kernels), common), struct.Struct(f"<{1 + bases}Q").pack
-
-    def __call__(self, bases: Sequence[int], device: int | None, other: int, event: int) -> None:
-        """Launch them on a device's current stream, and those of every second slice on the other, if there is an event.
-
-        Raises:
-            RuntimeError: The driver refused one of them.
-        """
-        stream, addresses = current_stream(device), self._pack(0, *bases)
-        status = self._launch(self._driver, self._list, *self._sizes, addresses, stream, other, event)
-        if status:
-            raise RuntimeError(f"launches of a prepared call: expected CUDA_SUCCESS, got {_name_of(status)}.")
-
-
 def replay(kernels: Sequence[bytes | None], common: int, bases: int) -> Replay | None:
-    """What makes these launches; None if one is not known, or there is no driver or no compiler of C++."""
+    """What makes launches, as `packed` returns them; None if one is not known, or without a driver or a C++ compiler.
+
+    The ``common`` first go to the current stream, before all others. Pointers count from so many ``bases``. A launch
+    that the driver refuses is a RuntimeError.
+    """
     known = [kernel for kernel in kernels if kernel is not None]
     driver = _driver() if len(known) == len(kernels) else None
     library = None if driver is None else cpp_library.quietly((SOURCE,))
     if library is None:
         return None
-    launch = library.s2o_launch
+    launch, pack, listed = library.s2o_launch, struct.Struct(f"<{1 + bases}Q").pack, b"".join(known)
     numbers, pointer = (ctypes.c_int, ctypes.c_int), ctypes.c_void_p
     launch.argtypes = (pointer, ctypes.c_char_p, *numbers, ctypes.c_char_p, pointer, pointer, pointer)
-    return Replay(driver, launch, known, common, bases)
+
+    def make(addresses: Sequence[int], device: int | None, other: int, event: int) -> None:
+        status = launch(driver, listed, len(known), common, pack(0, *addresses), current_stream(device), other, event)
+        if status:
+            raise RuntimeError(f"launches of a prepared call: expected CUDA_SUCCESS, got {_name_of(status)}.")
+
+    return make
 
 
 def _library() -> ctypes.CDLL:

@@ -325,6 +325,6 @@ class Launches:
 
 
 def _packed(step: Step) -> bytes | None:
-    """A launch as `direct.Replay` takes it: base 0 is that of numbers."""
+    """A launch as `direct.replay` takes it: base 0 is that of numbers."""
     places = {number: (1 + slot, offset) for number, slot, offset in step.places}
     return direct.packed(step.compiled, step.grid, step.arguments, places, is_beside=step.is_beside)
