@@ -12,7 +12,7 @@ from s2o_compile.kernels import dispatch, ops, prepared, schedule
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.core.call import FIELDS, AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
-from s2o_compile.kernels.core.options import OperatorOptions
+from s2o_compile.kernels.core.options import OperatorOptions, _copied
 from s2o_compile.kernels.core.result import Result, empty_result
 from s2o_compile.kernels.impl.triton import direct, listing
 from s2o_compile.kernels.impl.triton.forward import gathered_fwd_kernel
@@ -555,6 +555,20 @@ class TestOnCuda:
             graph.replay()
             torch.cuda.synchronize()
             assert same(expected[0], result)
+
+    def test_a_cuda_graph_has_taus_of_its_own(self):
+        call, taus = self.call(), options_of(tau=(0.1, 0.2, 0.3, 0.4) * 2).to_op_kwargs()
+        arguments = {"causal": True, "causal_offset": 0, "scale": call.scale, **taus}
+        expected = [ops.attention(*call.tensors, **arguments) for _ in range(3)][-1]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = ops.attention(*call.tensors, **arguments)
+        _copied.cache_clear()
+        torch.cuda.empty_cache()
+        result[0].zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(expected, result)
 
     def test_a_refused_launch_is_an_error(self, monkeypatch):
         call, packed = self.call(), direct.packed
