@@ -2,8 +2,8 @@
 
 A launch by ``kernel[grid](...)`` takes 20 to 40 us of the host: it binds up to 90 arguments, and looks for the kernel
 that was compiled for their types, their divisors and their constants. If none of these has changed, the compiled kernel
-can be launched itself, with pointers as integers: one by one through triton (`launcher`), in 3 to 10 us each, or all of
-a list in one call of C++ (`replay`), in the 2 or 3 us that CUDA's driver takes for each.
+can be launched itself, with pointers as integers: one by one through triton (`launcher`), in a few us each, or all of a
+list in one call of C++ (`replay`), in the time that CUDA's driver takes.
 """
 
 from __future__ import annotations
