@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def error(self) -> float:
-        """Mean over sites of their mean over heads."""
+        """Mean over sites, each of all heads together."""
         return sum(site.error for site in self.sites) / len(self.sites)
 
     @property
