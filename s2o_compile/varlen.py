@@ -197,7 +197,7 @@ def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, confi
     shortest = config_or_default(config, "attention").min_seq_len
     for count, keys in zip(n_queries.tolist(), n_keys.tolist(), strict=False):
         if not is_short(query, count, keys, shortest):
-            warn_of_dense(keys, stacklevel=3)
+            warn_of_dense(keys)
             return
 
 

@@ -217,6 +217,18 @@ def test_the_product_is_small():
     assert sum(lines.values()) <= PRODUCT_LINES, dict(lines)
 
 
+def test_the_product_warns_by_one_function():
+    """``errors.warn`` knows ranks and the user's line."""
+    calls = ("warnings.warn", "warnings.warn_explicit")
+    found = {
+        short(path)
+        for path in product()
+        if any(isinstance(node, ast.Attribute) and ast.unparse(node) in calls for node in ast.walk(tree(path)))
+        or not set(calls).isdisjoint(imported_names(path))
+    }
+    assert found == {"kernels/support/errors.py"}
+
+
 def n_parameters(function):
     given = function.args
     names = [x.arg for x in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if x]

@@ -85,13 +85,12 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
             f"{' and '.join(sorted(map(repr, chosen)))}, so nothing of it runs through S2O. Call "
             f'model.set_attn_implementation("{NAME}").',
             AttentionImplementationWarning,
-            stacklevel=2,
         )
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):
             if _module_of(site) not in names.values():
                 near = [name for name in names.values() if name.endswith(("attn", "attention"))]
-                warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning, stacklevel=2)
+                warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning)
     for module, name in names.items():
         object.__setattr__(module, _SITE, _site(name, config))
 
