@@ -114,15 +114,9 @@ def attention(
     check_kinds(query=query, key=key, value=value, key_mask=key_mask, attn_mask=attn_mask, sinks=sinks)
     config = None if config is None else config_or_default(config, "attention")
     numbers = check_numbers(
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        scale=scale,
-        softcap=softcap,
-        dense_heads=dense_heads,
-        return_lse=return_lse,
-    )
+        causal=causal, causal_offset=causal_offset, window=window, attention_chunk=attention_chunk, scale=scale,
+        softcap=softcap, dense_heads=dense_heads, return_lse=return_lse,
+    )  # fmt: skip
     given: dict[str, Any] = {"causal": causal, "fully_masked": fully_masked, **numbers._asdict()}
     dense_heads = given.pop("dense_heads")
     if attn_mask is not None:
@@ -191,15 +185,9 @@ def _over_plan(
 
 
 def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    sinks: Tensor | None,
-    given: dict[str, Any],
-    dense_heads: Sequence[int],
-    config: S2OConfig | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None, given: dict[str, Any],
+    dense_heads: Sequence[int], config: S2OConfig | None,
+) -> Tensor:  # fmt: skip
     """Attention under a mask tensor, with the scale, softcap and ``fully_masked`` of the given arguments."""
     arguments = {name: given[name] for name in ("scale", "softcap", "fully_masked")}
     tensors = (query, key, value, attn_mask, sinks)

@@ -178,12 +178,9 @@ def attention_paged(
 
 @never_captured
 def _into(
-    out: Tensor | None,
-    chunks: PrefillCache | None,
-    tensors: tuple[Any, ...],
-    shared: dict[str, Any],
+    out: Tensor | None, chunks: PrefillCache | None, tensors: tuple[Any, ...], shared: dict[str, Any],
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator's function with what no operator takes: an output that is there, and a cache of the ranking."""
     marked = options.pop("dense_heads", None)
     packed = varlen_ops.paged_of(*tensors, chunks=chunks, dense_heads=marked, **shared)

@@ -6,6 +6,7 @@ the place and the reason. Such a list only shrinks: an entry that is no longer n
 
 import ast
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -145,6 +146,17 @@ def test_every_other_room_is_a_package_that_only_describes_itself():
         assert len(body) == 1, f"{room}/__init__.py holds more than a docstring"
         assert isinstance(body[0], ast.Expr), f"{room}/__init__.py holds no docstring"
     print(f"{len(rooms)} rooms")
+
+
+def test_every_room_says_what_it_may_import():
+    """The sentence of its docstring names the folders of its row, those of its own layer by the rest of their path."""
+    rooms = {room_of(path) for path in product() if path.name == "__init__.py"} - {"s2o_compile"}  # it has three rows
+    for room in sorted(rooms):
+        sentences = re.findall(r"May import: ([^.]+)\.", ast.get_docstring(tree(ROOT / room / "__init__.py")) or "")
+        assert len(sentences) == 1, f"{room}/__init__.py: expected one sentence 'May import: ...', got {sentences}"
+        within = [(name, f"{room.split('/')[0]}/{name}") for name in re.findall(r"``([^`]+)``", sentences[0])]
+        named = {full if full in MAY_IMPORT else name for name, full in within}
+        assert named == {floor.split(":")[0] for floor in MAY_IMPORT.get(room, ())}, room
 
 
 def test_no_import_circle():

@@ -162,15 +162,9 @@ def _config(tau: float | None, file: Path | None, tokens: int, error: float | No
 
 
 def _evaluate(
-    model: str,
-    tokens: int,
-    text: Path | None,
-    config: S2OConfig,
-    device: str,
-    *,
-    needles: bool,
+    model: str, tokens: int, text: Path | None, config: S2OConfig, device: str, *, needles: bool,
     taus: tuple[float, ...],
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device, step)
         step.expect(4 if needles else 2, seconds_to_read(loaded, ids))

@@ -179,15 +179,9 @@ def s2o_attention_forward(
 
 
 def _written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None,
+    sinks: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
     """The output [B, Hq, Nq, Dv] that SDPA has no arguments for, as models write it out and the passes know it."""
     check_whole()
     n_keys = key.shape[2]
@@ -203,16 +197,9 @@ def _written_out(
 
 
 def _sparse(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | AttentionMask | None,
-    scale: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor | None:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | AttentionMask | None,
+    scale: float | None, is_causal: bool, softcap: float | None, sinks: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """The operator's output [B, Hq, Nq, Dv]; None for a call that is short, or none of the operator's."""
     if torch.is_autocast_enabled(query.device.type):  # as SDPA does
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))

@@ -41,14 +41,9 @@ def over_all(function: Function, leading: int, captured: int) -> Function:
 
 
 def sample(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid: BlockGrid,
-    mods: tuple[Function, Function],
-    buffers: tuple[tuple[Any, ...], tuple[Any, ...]],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, grid: BlockGrid, mods: tuple[Function, Function],
+    buffers: tuple[tuple[Any, ...], tuple[Any, ...]], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rank keys by the weights that sampled queries give them through the functions of a call.
 
     Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]. ``mods`` are its score_mod and its mask_mod,
