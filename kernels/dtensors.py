@@ -75,7 +75,7 @@ def _placed(x: Any, mesh: Any, placements: list[Any], query: Any) -> Any:  # noq
     from torch.distributed.tensor import DTensor, Replicate
 
     if not is_dtensor(x):
-        check_device("mask or sinks", x, query)  # torch makes memory out of a tensor without data
+        check_device("mask or sinks", x, query, host_too=True)  # torch makes memory out of a tensor without data
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return x.redistribute(mesh, [_beside(p, tuple(x.shape), tuple(query.shape)) for p in placements])
 

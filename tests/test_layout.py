@@ -241,6 +241,21 @@ def test_the_product_warns_by_one_function():
     assert found == {"kernels/support/errors.py"}
 
 
+TESTED_ELSEWHERE = {
+    "kernels/pages": "by the calls over pages: tests/kernels/calls, tests/public",
+    "kernels/impl/aot": "by packages: tests/aot",
+}
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {floor_of(path).split(":")[0] for path in product()} - {"s2o_compile"} | {"kernels/impl"}
+    tested = {room_of(path).removeprefix("tests/") for path in sources("tests") if path.name.startswith("test_")}
+    tested -= {"tests", "public", "benchmarks"}  # public has what users import from the top
+    assert tested <= {room.removeprefix("s2o_compile/") for room in rooms}
+    left = {room for room in rooms if room.removeprefix("s2o_compile/") not in tested}
+    assert left == set(TESTED_ELSEWHERE)
+
+
 def n_parameters(function):
     given = function.args
     names = [x.arg for x in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg) if x]

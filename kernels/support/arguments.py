@@ -84,6 +84,6 @@ def is_one_of(x: object, allowed: Collection[str]) -> bool:
 def check_device(name: str, x: Tensor, first: Tensor, *, host_too: bool = False, of: str = "query") -> None:
     """Raise InputError unless a tensor is where the first one, named ``of``, is, or on the CPU if it may be there."""
     if x.device != first.device and not (host_too and x.is_cpu):
-        expected = f"{first.device}, as the {of}{', or cpu' if host_too else ''}"
+        expected = f"{first.device}, as the {of}{', or cpu' if host_too and not first.is_cpu else ''}"
         remedy = "Move all inputs to one device with .to(device)."
         raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)
