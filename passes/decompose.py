@@ -43,12 +43,12 @@ def _multi_head(
         raise Refused("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
     if query.ndim != 3:
         raise Refused("its query has no batch dimension: add one with unsqueeze")
-    if query is key is value and in_weight is not None:
-        projected = F.linear(query, in_weight, in_bias).chunk(3, -1)
+    own = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    if own is None and query is key is value:
+        projected = F.linear(query, in_weight, in_bias).chunk(3, -1)  # pyright: ignore[reportArgumentType]
     else:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight) if in_weight is None else in_weight.chunk(3)
         biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
-        projected = map(F.linear, (query, key, value), weights, biases)  # pyright: ignore[reportArgumentType]
+        projected = map(F.linear, (query, key, value), own or in_weight.chunk(3), biases)  # pyright: ignore
     q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in projected)
     # As in torch: the hint replaces the mask, unless something else needs the mask.
     hinted = is_causal and key_padding_mask is None and not need_weights

@@ -72,9 +72,9 @@ def define_operator(
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
-    ``fake`` answers calls on tensors without data, of which one is enough: its devices are checked here, and the
-    function checks its own. None if the function itself serves them; then both are checked here. Tensors named in
-    ``host_too`` may lie on the CPU beside others elsewhere.
+    ``fake`` answers calls with a tensor that has no data. One is enough, so it is checked here that all tensors are on
+    one device; the function checks that for itself. Without ``fake`` the function serves such calls, too, and is
+    checked here. Tensors named in ``host_too`` may lie on the CPU beside others elsewhere.
     ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
     results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
     forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. ``on_dtensors`` takes the arguments
