@@ -15,6 +15,7 @@ from s2o_compile.kernels import dtensors, varlen_ops  # noqa: F401 (defines oper
 from s2o_compile.kernels.impl.flex import user_mods  # noqa: F401 (defines operators)
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.serving import vllm_omni
+from tests.conftest import CUDA
 
 X = torch.randn(1, 2, 8, 16)
 TOKENS, CACHE = X[0].transpose(0, 1), torch.randn(2, 4, 2, 16)
@@ -137,6 +138,18 @@ def test_lengths_may_be_the_hosts(name, tensor):
     else:
         with pytest.raises(InputError, match="device of"):
             call(name, given)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize(("name", "tensor"), TENSORS, ids=str)
+def test_beside_a_gpu(name, tensor, device):
+    """Both have data: the function itself checks them."""
+    given = moved(OPERATORS[name], None, lambda x: x.to(device))
+    call(name, given)
+    with pytest.raises(InputError, match="device of"):
+        call(name, moved(OPERATORS[name], tensor, lambda x: x.to(device)))
+    with contextlib.nullcontext() if tensor in HOST_TOO else pytest.raises(InputError, match="device of"):
+        call(name, {**given, tensor: OPERATORS[name][tensor]})
 
 
 @pytest.mark.parametrize("tensor", ["key", "key_mask"])
