@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
@@ -19,6 +18,8 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import ImplementationUnavailableError, OptionError
 from s2o_compile.kernels.core.head_shards import HeadShard
+from s2o_compile.kernels.core.plan import TILE_LEN
+from s2o_compile.kernels.core.tuned import LONG, shortest_sparse, why_never
 from s2o_compile.serving.batch import Batch
 from s2o_compile.serving.counters import Counters
 from s2o_compile.serving.heads import for_rank, has_heads
@@ -81,14 +82,10 @@ class SparseExtend:
     """Stands before the class of a dense backend of SGLang."""
 
     def s2o_prepare(self, runner: Any, dense: str) -> None:  # noqa: ANN401 (SGLang's)
-        """Keep what the runner knows, and say once what runs sparse."""
+        """Keep what the runner knows."""
         self._config, self._runner, self._dense = config_from_environment(), runner, dense
         self._sites: dict[int, S2OConfig] = {}
-        self._reasons: Counter[str] = Counter()
-        logger.info(
-            "S2O: prefills of %s keys or more run sparse (%s); all else runs by %s",
-            self._config.min_seq_len, self._config.quality, dense,
-        )  # fmt: skip
+        self._said: set[str] = set()
 
     def forward_extend(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: Any, forward_batch: Any,  # noqa: ANN401 (SGLang's)
@@ -105,12 +102,10 @@ class SparseExtend:
             save_kv_cache: Whether keys and values are to be written to the cache.
             **kwargs: ``sinks``; anything else is the dense backend's.
         """
-        batch = None
         reason = why_dense(layer, forward_batch, kwargs) or self._cache_reason(layer, q)
-        if not reason:
-            batch = self._divide(forward_batch, q)
+        self._say(layer, reason, q)
+        batch = None if reason else self._divide(forward_batch, q)
         if batch is None:
-            self._say(layer, reason)
             return super().forward_extend(  # pyright: ignore[reportAttributeAccessIssue]
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
@@ -176,11 +171,25 @@ class SparseExtend:
             )
         return self._sites[layer.layer_id]
 
-    def _say(self, layer: Any, reason: str) -> None:  # noqa: ANN401 (SGLang's)
-        """Say once of each reason which layer it was first found at."""
-        if reason and not self._reasons[reason]:
+    def _say(self, layer: Any, reason: str, q: Tensor) -> None:  # noqa: ANN401 (SGLang's)
+        """Say once from which length on prefills run sparse, and of each reason which layer it was first found at.
+
+        Lengths depend on dtype and device, which the first prefill brings.
+        """
+        if reason in self._said:
+            return
+        self._said.add(reason)
+        given = self._config.min_seq_len, q.device, q.dtype
+        never = why_never(LONG, *given)
+        if reason:
             logger.info("S2O: layer %s and others like it run by %s: %s", layer.layer_id, self._dense, reason)
-        self._reasons[reason] += 1
+        elif never:
+            logger.info("S2O: no prefill runs sparse: %s; all runs by %s", never, self._dense)
+        else:
+            logger.info(
+                "S2O: prefills of %s keys or more run sparse (%s); all else runs by %s",
+                max(shortest_sparse(*given), TILE_LEN), self._config.quality, self._dense,
+            )  # fmt: skip
 
 
 def why_dense(layer: Any, forward_batch: Any, kwargs: dict[str, Any]) -> str:  # noqa: ANN401 (SGLang's)

@@ -1,11 +1,13 @@
 """SGLang's plugin over a stub of its classes."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 from s2o_compile import ImplementationUnavailableError, OptionError, S2OConfig
+from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.serving import sglang as plugin
 from tests.helpers import stub_sglang
@@ -28,6 +30,7 @@ def start(monkeypatch, caplog):
 
     yield make
     plugin.counters.cache_clear()
+    tuned.forget()
 
 
 def extend(backend, served, batch, layer=None, **kwargs):
@@ -159,6 +162,37 @@ def test_the_log_says_what_ran_sparse(start, caplog):
     extend(start(runner), served, batch)
     assert "S2O: prefills of 256 keys or more run sparse (tau 0); all else runs by triton" in caplog.messages
     assert caplog.messages[-1].startswith("S2O: 1 sparse calls, one a layer, of 300 queries beside 1 dense ones; of 1 ")
+
+
+@pytest.mark.parametrize(
+    ("crossover", "said"),
+    [
+        (300, "prefills of 300 keys or more run sparse (tau 0); all else runs by triton"),
+        (0, "prefills of 128 keys or more run sparse (tau 0); all else runs by triton"),
+        ("never", "no prefill runs sparse: float32 on this CPU: SDPA is faster at any length"),
+    ],
+)
+def test_the_log_says_the_length_of_this_device_and_dtype(start, caplog, monkeypatch, tmp_path, crossover, said):
+    monkeypatch.delenv("S2O_MIN_SEQ_LEN")
+    entry = {"crossovers": {"float32": crossover, "bfloat16": 7777}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"format": tuned.FORMAT, "devices": {"cpu": entry}}))
+    monkeypatch.setenv(tuned.FILE_VARIABLE, str(tmp_path / "tuned.json"))
+    tuned.forget()
+    served = Served([(300, 300)])
+    runner, batch = runner_and_batch(served, page_size=1)
+    backend = start(runner)
+    _, calls = extend(backend, served, batch)
+    extend(backend, served, batch)
+    assert bool(calls) == (crossover != "never")
+    (line,) = (line for line in caplog.messages if "run sparse" in line or "runs sparse" in line)
+    assert line.startswith(f"S2O: {said}")
+
+
+def test_a_server_of_dense_layers_alone_claims_nothing(start, caplog):
+    served = Served([(300, 300)])
+    runner, batch = runner_and_batch(served, page_size=1)
+    extend(start(runner), served, batch, layer_of(served, is_cross_attention=True))
+    assert not [line for line in caplog.messages if "sparse" in line]
 
 
 def test_registering_twice_is_registering_once(monkeypatch):
