@@ -28,7 +28,7 @@ from pathlib import Path
 
 PORT = 8017
 START_SECONDS = 300
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 32
 SHORTEST = 2048
 """Keys from which prefills are sparse here: half of the default for a CPU, so that short prompts show it, too."""
 
