@@ -152,6 +152,15 @@ def test_numbers_of_a_row_need_not_lie_side_by_side(lengths, device, implementat
     assert_exact(packing, inputs, *s2o_compile.attention_paged(query, cache, table, starts, lengths, **options))
 
 
+def test_the_stride_of_a_single_slot_means_nothing():
+    packing = Packing(lengths=((130, 200),))
+    query, key, value, starts, _ = packing.joined(packing.inputs())
+    table = torch.arange(200)[None]
+    caches = [tuple(x.as_strided((200, 1, 1, 16), (16, slot, 16, 1)) for x in (key, value)) for slot in (16, 7, 0)]
+    found = [s2o_compile.attention_paged(query, cache, table, starts, [200], config=config()) for cache in caches]
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
 def test_an_output_that_is_there_is_filled():
     packing = Packing(lengths=((200, 300), (4, 9)))
     inputs = packing.inputs()
