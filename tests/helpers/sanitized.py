@@ -88,14 +88,14 @@ def calls():
 
 
 def layouts():
-    """Caches of every layout, with room for not one token more; heads of 128, whose keys are scored by fewer numbers."""
+    """Caches of every layout, with room for not one token more; heads of 128, scored by fewer numbers."""
     query, (key, value) = random(TOKENS, 4, 128), (random(TOKENS, 2, 128) for _ in range(2))
     outside = integers(STARTS["outside"])
     yield "heads of 128", partial(s2o_compile.attention_varlen, query, key, value, outside, outside, **options())
     caches = {
         "keys before values": (random(2, PAGES, PAGE_LEN, 2, 128), PAGES),
         "heads first": (random(PAGES, 2, PAGE_LEN, 256), PAGES),
-        "a pair": ((random(PAGES, PAGE_LEN, 2, 128), random(PAGES, PAGE_LEN, 2, 64)), PAGES),
+        "a pair": ((random(PAGES, PAGE_LEN, 2, 128), random(PAGES, PAGE_LEN, 2, 128)), PAGES),
         "pages of a token": ((key[:, None], value[:, None]), TOKENS),
     }
     for name, (cache, pages) in caches.items():
