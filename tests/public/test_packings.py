@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import s2o_compile
+from tests.conftest import INTERPRETED
 from tests.helpers.packings import LAYOUTS, Packing, assert_exact, config, in_pages, sinks_of
 
 ALL = {"heads": 4, "kv_heads": 2, "softcap": 5.0, "sinks": True, "scale": 0.3, "value_dim": 24}
@@ -67,6 +68,15 @@ def test_short_ones(name, implementation):
     packing = Packing(**{**vars(packing), "lengths": (*packing.lengths, (130, 200), (0, 9))})
     check(packing, implementation=implementation)
     check(packing, implementation=implementation, **tables_of(name, seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [INTERPRETED])
+@pytest.mark.parametrize("name", ["all", "all-bidirectional"])
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:All-NaN slice", "ignore:invalid value")
+def test_short_ones_in_interpreted_kernels(name, device):
+    packing = Packing(lengths=((3, 40), (0, 9), (130, 200), (7, 7)), **FEATURES[name])
+    check(packing, device, page_len=7, implementation="triton")
 
 
 @pytest.mark.parametrize("count", [1, 2, 64])
