@@ -67,8 +67,8 @@ def create(runner: Any) -> Any:  # noqa: ANN401 (SGLang's)
     for name, refused in reasons:
         if refused:
             raise ImplementationUnavailableError(
-                f"SGLang's backend {NAME!r}: expected a model that attends to keys and values, got {name}. Choose "
-                f"--attention-backend {dense}."
+                f"SGLang's backend {NAME!r}: expected keys and values of all tokens in this rank's cache, got {name}. "
+                f"Choose --attention-backend {dense}."
             )
     backend = ATTENTION_BACKENDS[dense](runner)
     # The instance stays SGLang's own, with its graphs, metadata and decode; only its prefill is ours.
