@@ -66,8 +66,7 @@ PAGES = (("heads_first", 32), ("two", 5), ("pair", 1))
     ("layout", "page_len", "device", "implementation"),
     [
         *[pytest.param(*pages, *TORCH.values) for pages in PAGES],
-        pytest.param("heads_first", 32, *TRITON.values, marks=TRITON.marks),
-        *[pytest.param(*pages, *TRITON.values, marks=SLOW_TRITON.marks) for pages in PAGES[1:]],
+        *[pytest.param(*pages, *TRITON.values, marks=SLOW_TRITON.marks) for pages in PAGES],
     ],
 )
 def test_pages_change_no_bit(layout, page_len, device, implementation):
@@ -100,7 +99,7 @@ def test_pages_under_every_mask(packing, device, implementation):
     ("device", "implementation", "unread"),
     [
         pytest.param(*TORCH.values, False),
-        pytest.param(*TRITON.values, False, marks=TRITON.marks),
+        pytest.param(*TRITON.values, False, marks=SLOW_TRITON.marks),
         pytest.param(*TRITON.values, True, marks=SLOW_TRITON.marks),
         pytest.param(*CUDA.values, "triton", False, marks=CUDA.marks),
         pytest.param(*CUDA.values, "triton", True, marks=CUDA.marks),
