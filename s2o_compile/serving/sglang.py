@@ -106,7 +106,7 @@ class SparseExtend:
             **kwargs: ``sinks``; anything else is the dense backend's.
         """
         batch = None
-        reason = why_dense(layer, forward_batch, kwargs) or self._cache_reason(layer, q)
+        reason = why_dense(layer, forward_batch, len(q), kwargs) or self._cache_reason(layer, q)
         if not reason:
             batch = self._divide(forward_batch, q)
         if batch is None:
@@ -138,7 +138,7 @@ class SparseExtend:
             starts.append(starts[-1] + int(queries))
         seq_lens = [int(keys) + int(queries) for keys, queries in zip(cached, extended, strict=True)]
         batch = Batch.divide(starts, seq_lens, self._config.min_seq_len, q.device, q.dtype)
-        return batch if batch.sparse and starts[-1] == q.shape[0] else None
+        return batch if batch.sparse else None
 
     def _cache_reason(self, layer: Any, q: Tensor) -> str:  # noqa: ANN401 (SGLang's)
         key = self._runner.token_to_kv_pool.get_key_buffer(layer.layer_id)
@@ -166,7 +166,7 @@ class SparseExtend:
         self._reasons[reason] += 1
 
 
-def why_dense(layer: Any, forward_batch: Any, kwargs: dict[str, Any]) -> str:  # noqa: ANN401 (SGLang's)
+def why_dense(layer: Any, forward_batch: Any, n_queries: int, kwargs: dict[str, Any]) -> str:  # noqa: ANN401 (SGLang's)
     """Why a call cannot run sparse whatever its lengths are; empty if it can."""
     others = sorted(name for name, value in kwargs.items() if name != "sinks" and value is not None)
     mode, kind = forward_batch.forward_mode.name, getattr(layer.attn_type, "value", layer.attn_type)
@@ -183,6 +183,7 @@ def why_dense(layer: Any, forward_batch: Any, kwargs: dict[str, Any]) -> str:  #
         f"the mode {mode}": mode not in ("EXTEND", "MIXED"),
         "lengths that the host does not know": None
         in (forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu),
+        "queries of no request": sum(forward_batch.extend_seq_lens_cpu or ()) != n_queries,
         "speculative decoding": forward_batch.spec_info is not None,
         "a log-sum-exp": bool(forward_batch.mha_return_lse),
         "a mask of its own": forward_batch.cross_attention_custom_mask is not None,

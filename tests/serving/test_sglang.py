@@ -142,9 +142,10 @@ def test_nothing_is_copied_out_of_pages_of_a_token(start, monkeypatch):
 def test_lengths_that_the_host_does_not_know_are_the_dense_backends(start):
     served = Served([(300, 300)])
     _, batch = runner_and_batch(served, page_size=1)
-    assert plugin.why_dense(layer_of(served), batch, {}) == ""
+    assert plugin.why_dense(layer_of(served), batch, 300, {}) == ""
+    assert plugin.why_dense(layer_of(served), batch, 304, {}) == "queries of no request"
     batch.extend_prefix_lens_cpu = None
-    assert plugin.why_dense(layer_of(served), batch, {}) == "lengths that the host does not know"
+    assert plugin.why_dense(layer_of(served), batch, 300, {}) == "lengths that the host does not know"
 
 
 def test_a_layer_that_reads_anothers_cache_writes_none(start):
