@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
-from contextlib import AbstractContextManager
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import results_file
 import torch
@@ -27,10 +30,14 @@ TOKENS, LAYERS, LLAMA_HIDDEN = 512, 32, 4096
 BAR = 0.02
 
 
-def fresh_cache() -> AbstractContextManager[object]:
-    """Inductor with an empty cache."""
-    utils: Any = importlib.import_module("torch._inductor.utils")
-    return (getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache)()  # the name of older versions
+@contextmanager
+def fresh_cache() -> Iterator[None]:
+    """Inside, Inductor and triton have empty caches."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        named = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        with mock.patch.dict(os.environ, named):
+            torch.compiler.reset()
+            yield
 
 
 def smollm2(device: str) -> tuple[nn.Module, Tensor]:

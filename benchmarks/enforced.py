@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -135,8 +136,10 @@ def measure_layer(rows: Rows, what: dict[str, object], call: ObservedCall) -> Te
     def budgeted(error: float) -> dict[str, float]:
         found = measured(call, exact, tau=None, error=error)
         least = least_density(curve, error)
-        over = {"true_over_budget": round(found["true"] / error, 3), "least_density": round(least, 4)}
-        return found | over | {"density_over_least": round(found["density"] / least, 3)}
+        found["true_over_budget"] = round(found["true"] / error, 3)
+        if math.isnan(least):  # none of TAUS meets it
+            return found
+        return found | {"least_density": round(least, 4), "density_over_least": round(found["density"] / least, 3)}
 
     for error in BUDGETS:
         rows.measure("budget", {**what, "error": error}, lambda error=error: budgeted(error))
@@ -247,10 +250,8 @@ def main() -> None:
         measure_times(rows, args.call_tokens, args.scale, args.configs)
     budgets = [row for row in rows if row["section"] == "budget" and "failed" not in row]
     if budgets:
-        worst, mean = (
-            max(row["true_over_budget"] for row in budgets),
-            sum(row["density_over_least"] for row in budgets) / len(budgets),
-        )
+        worst = max(row["true_over_budget"] for row in budgets)
+        mean = statistics.mean(row["density_over_least"] for row in budgets if "density_over_least" in row)
         print(f"{len(budgets)} budgets: true error at most {worst:.2f} of the budget, density {mean:.2f} of the least")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ KERNEL = "S2O forward, density "
 WHOLE = "S2O whole op, topical"
 GREEN, RED = "#1f9e89", "#d1495b"
 MODELS = {"gemma3": "Gemma-3-270M", "smollm2": "SmolLM2-135M"}
+SHADES = {"gemma3": ("#f2b8a2", RED, "#7a1f2f"), "smollm2": ("#93d1c6", GREEN, "#0e4a41")}
+"""Colours of a model's lengths, the shortest first."""
+
 DRAWN_DENSITY = 0.1
 """The kernel's line over the length; the benchmark measures others too."""
 
-PEAK_TFLOPS = {"H100": 989.0}
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 """Dense bf16 tensor-core peak by a word of the device's name, TFLOP/s (data sheet of the SXM card)."""
 
 
@@ -81,24 +85,25 @@ def plot_enforced(results: Path, picture: Path) -> None:
     figure, (cost, held) = pyplot().subplots(1, 2, figsize=(9.0, 4.2), dpi=130)
     groups = sorted({(row["model"], row["tokens"]) for row in rows})
     budgets = sorted({row["error"] for row in rows})
-    for number, ((model, tokens), colour) in enumerate(zip(groups, (RED, "#e6a15c", GREEN, "#6b6b6b"), strict=False)):
+    for number, (model, tokens) in enumerate(groups):
+        colour = SHADES[model][sum(name == model and length < tokens for name, length in groups)]
         here = {
             e: [row for row in rows if (row["model"], row["tokens"], row["error"]) == (model, tokens, e)]
             for e in budgets
         }
-        label = f"{MODELS.get(model, model)}, {tokens // 1024}K tokens"
+        cost.plot([], [], "o-", color=colour, label=f"{MODELS.get(model, model)}, {tokens // 1024}K tokens")
         for name, style in (("density", "o-"), ("least_density", "_:")):
-            means = [sum(row[name] for row in some) / len(some) for some in here.values()]
+            means = [statistics.mean(row[name] for row in some if "least_density" in row) for some in here.values()]
             cost.plot(range(len(budgets)), means, style, color=colour)
         for place, some in enumerate(here.values()):
             ratios = [row["true_over_budget"] for row in some]
             x = place + 0.16 * (number - (len(groups) - 1) / 2)
-            held.plot([x] * len(ratios), ratios, ".", color=colour, alpha=0.6, label=None if place else label)
+            held.plot([x] * len(ratios), ratios, ".", color=colour, alpha=0.6)
     held.axhline(1.0, color="#2b2b2b", linewidth=1, label="the budget")
-    for style, label in (("o-", "computed; colours as on the right"), ("_:", "least that the budget needs")):
+    for style, label in (("o-", "computed"), ("_:", "least that the budget needs")):
         cost.plot([], [], style, color="#2b2b2b", label=label)
-    cost.set(ylabel="density: share of the pairs, mean of layers", ylim=(0, None))
-    held.set(ylabel="true error of a layer / budget", ylim=(0, 1.3))
+    cost.set(ylabel="density: share of the pairs, mean of layers", ylim=(0, 1))
+    held.set(ylabel="true error of a layer / budget", ylim=(0, 1.4))
     for axes in (cost, held):
         axes.set_xticks(range(len(budgets)), [f"{error:.0%}" for error in budgets])
         axes.set(xlabel="budget: S2OConfig(error=...)", xlim=(-0.5, len(budgets) - 0.5))

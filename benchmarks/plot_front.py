@@ -58,6 +58,13 @@ def _draw_bars(axes: Any, where: str) -> None:  # noqa: ANN401 (matplotlib's axe
     axes.set_title(f"A prompt of {tokens(longest)} tokens, {where}", fontsize=10)
 
 
+MARKERS = {
+    "default": {"marker": "*", "s": 110, "zorder": 3},
+    "tau": {"marker": "o", "s": 26},
+    "error": {"marker": "s", "s": 26},
+}
+
+
 def plot_quality(results: Path, picture: Path) -> None:
     """Error and loss against density of both models, a line a length.
 
@@ -69,20 +76,18 @@ def plot_quality(results: Path, picture: Path) -> None:
     figure, (errors, losses) = pyplot().subplots(1, 2, figsize=(10.0, 4.0), dpi=150)
     groups = sorted({(row["model"], row["tokens"]) for row in rows})
     for (model, length), colour in zip(groups, (RED, ORANGE, GREEN, BLUE), strict=False):
-        here = sorted((row for row in rows if (row["model"], row["tokens"]) == (model, length)), key=_density)
+        of_group = (row for row in rows if (row["model"], row["tokens"], row["text"]) == (model, length, "prose"))
+        here = sorted((row for row in of_group if row["config"] != "tau-0.5"), key=_density)
         label = f"{MODELS.get(model, model)}, {tokens(length)} tokens"
         for axes, name, factor in ((errors, "error", 100), (losses, "loss", 1)):
             axes.plot(
                 [row["density"] for row in here], [factor * row[name] for row in here], "-", color=colour, alpha=0.4
             )
             for row in here:
-                own = "tau" not in row and "budget" not in row
-                style = (
-                    {"marker": "*", "s": 110, "zorder": 3} if own else {"marker": "o" if "tau" in row else "s", "s": 26}
-                )
+                style = MARKERS[row["config"].partition("-")[0]]
                 axes.scatter(row["density"], factor * row[name], color=colour, **style)
         errors.plot([], [], "-", color=colour, label=label)
-    for marker, label in (("*", "tau 0.5"), ("o", "tau 0.25"), ("s", "an error budget: 5, 3, 2 %")):
+    for marker, label in (("*", "the default"), ("o", "tau 0.25"), ("s", "an error budget: 5, 3, 2 %")):
         losses.plot([], [], marker, color="#6b6b6b", label=label, linestyle="", markersize=9 if marker == "*" else 5)
     errors.set(ylabel="error of an attention, %, mean of the layers", ylim=(0, None))
     losses.set(ylabel="loss more than dense, nats a token", ylim=(0, None))

@@ -60,7 +60,8 @@ class Muon:
             gradient, mean = torch.stack([matrix.grad for matrix in group]), self._means[shape]  # pyright: ignore
             mean.lerp_(gradient, 1 - self._momentum)
             update = orthogonal(gradient.lerp(mean, self._momentum)) * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_(group, list(update.to(mean.dtype).unbind()), alpha=-rate)
+            for matrix, change in zip(group, update.to(mean.dtype), strict=True):
+                matrix.add_(change, alpha=-rate)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -7,13 +7,14 @@ SDPA first, and no time is reported if it is further from float64 than twice wha
 
     packed     8 sequences of 16K tokens, 64 of 2K, and 1 of 128K, beside FlashAttention-3's varlen function where its
                wheel is installed (``fa3_fwd``), and torch's ``varlen_attn``
-    paged      the 128K in pages of 16 and 256 tokens beside the same call without pages
+    paged      the 128K in pages of 1, 16 and 256 tokens beside the same call without pages
     unread     the packed sequences with lengths on the device, as a CUDA graph records them: with bounds that fit, and
                without any
     shared     ``s2o::packed_attention`` of 64 x 2K, 256 x 512, 1 x 16K and 100 x 300 tokens, and of 256 and 64 unequal
                short documents, by the most tokens of neighbours that share a dense call (``packed.TOGETHER``)
-    chunked    the 128K in chunks of 8192 and 16384 queries, in pages of 16, with a PrefillCache and without one; and
-               FlashAttention-3 in the same chunks
+    chunked    the 128K in pages of 16: whole, and in chunks of 8192 and 16384 queries with a PrefillCache and without
+               one; and FlashAttention-3 in the same chunks. ``times_whole`` is the time of all chunks over that of one
+               call
 
 Medians in milliseconds (``calls.milliseconds``). All chunks of a prefill are one call here.
 """
@@ -185,17 +186,37 @@ def measure(args: argparse.Namespace) -> None:
             rows.measure("packed", {"what": name, **what}, partial(timed_row, call))
         ours = partial(attention_varlen, query, key, value, starts, starts, config=config)
         rows.measure("packed", {"what": "S2O", **what}, partial(sparse_row, ours, exact if count == 1 else None))
-    for page_len in (16, 256) if "paged" in args.only else ():
+    for page_len in (1, 16, 256) if "paged" in args.only else ():
         cache, table = in_pages(key, value, page_len)
         whole = partial(attention_paged, query, cache, table, [0, length], [length], config=config)
         rows.measure("paged", {"what": f"S2O, pages of {page_len}"}, partial(sparse_row, whole, exact))
+    if "chunked" in args.only:
+        measure_chunked(rows, (query, key, value), exact, args.chunks, config)
+
+
+def measure_chunked(
+    rows: results_file.Rows, tensors: Packed, exact: Tensor, chunks: list[int], config: S2OConfig
+) -> None:
+    """One call over everything, then all chunks of a prefill."""
+    query, key, value = tensors
     cache, table = in_pages(key, value, 16)
-    for chunk in args.chunks if "chunked" in args.only else ():
+    whole: dict[str, float] = {}
+    for chunk in (len(query), *chunks):
         for name, kept in (("S2O", None), ("S2O with a PrefillCache", PrefillCache())):
-            call = partial(prefill, query, cache, table, chunk, config, kept)
-            rows.measure("chunked", {"what": name, "queries": chunk}, partial(sparse_row, call, exact))
+            if kept is None or chunk < len(query):
+                call = partial(prefill, query, cache, table, chunk, config, kept)
+                row = partial(beside_whole, whole, "S2O", partial(sparse_row, call, exact))
+                rows.measure("chunked", {"what": name, "queries": chunk}, row)
         for name, call in chunked_rivals(query, key, value, chunk).items():
-            rows.measure("chunked", {"what": name, "queries": chunk}, partial(timed_row, call))
+            row = partial(beside_whole, whole, name, partial(timed_row, call))
+            rows.measure("chunked", {"what": name, "queries": chunk}, row)
+
+
+def beside_whole(whole: dict[str, float], name: str, row: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
+    """A row with its time over the first one's of this name, which is a single call."""
+    measured = row()
+    ms = float(str(measured["ms"]))
+    return {**measured, "times_whole": round(ms / whole.setdefault(name, ms), 3)}
 
 
 def measure_unread(rows: results_file.Rows, tensors: Packed, config: S2OConfig) -> None:

@@ -25,6 +25,7 @@ from vllm import _custom_ops as ops
 from s2o_compile import S2OConfig
 from s2o_compile.cli.demo import document
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.kernels.support.torch_compat import has_amx
 from s2o_compile.varlen import attention_paged
 from s2o_compile.vllm.cpu_cache import CacheOrder
 
@@ -65,7 +66,7 @@ def bench_layer(tensors: list[Tensor], dtype: torch.dtype) -> dict[str, object]:
     query, key, value = (x.to(dtype) for x in tensors)
     tokens, heads, dim = query.shape
     kv_heads = key.shape[1]
-    isa = "amx" if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
+    isa = "amx" if dtype is torch.bfloat16 and has_amx() else "vec"
     cache = torch.zeros(tokens // BLOCK, kv_heads, BLOCK, 2 * dim, dtype=dtype)
     halves = cache.view(len(cache), kv_heads, 2 * BLOCK, dim).chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(key, value, *halves, torch.arange(tokens), isa)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from s2o_compile.capture.audit import FLEX, SDPA, Counter, Ran
+from s2o_compile.kernels.support.torch_compat import tree_leaves
 from s2o_compile.passes.site import SiteRecord
 
 UNREAD, DECODE, NUMBERS, OTHER = "not read", "one query", "numbers added to the scores", "another mask"

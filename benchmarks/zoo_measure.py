@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
 from benchmarks import zoo_masks
 from s2o_compile import Report, S2OConfig
 from s2o_compile.api import watched
 from s2o_compile.capture import audit as audit
 from s2o_compile.capture.compiled_copy import compiled_copy
+from s2o_compile.kernels.support.torch_compat import tree_flatten, tree_leaves, tree_unflatten
 from s2o_compile.passes.site import SiteRecord
 
 EXACT = S2OConfig(
@@ -159,9 +159,9 @@ def _compiled(subject: Subject, backend: Any) -> object:  # noqa: ANN401 (a back
 
 def _rounding(subject: Subject, expected: object) -> float | None:
     """How far the original in float32 is from itself in float64; None where it does not run in float64."""
-    args, inputs = tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, (subject.args, subject.inputs)
-    )
+    given, form = tree_flatten((subject.args, subject.inputs))
+    given = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+    args, inputs = tree_unflatten(given, form)
     wide = dataclasses.replace(subject, args=args, inputs=inputs)
     try:
         return distance(_call(wide, copy.deepcopy(subject.model).double()), expected, subject.keep)
@@ -231,7 +231,7 @@ def _tensors(output: object) -> list[Tensor]:
     if isinstance(output, dict):
         hidden = ("past_key_values", "cache", "mems", "state", "attentions", "hidden_states")
         output = {name: value for name, value in output.items() if not any(word in name for word in hidden)}
-    return [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
 
 
 def _relative(actual: Tensor, expected: Tensor, keep: Tensor | None) -> float:

@@ -38,7 +38,7 @@ class Rounds(NamedTuple):
 ROUNDS = Rounds(256, (0.8, 0.6, 0.4, 0.15, 0.0))
 """Where the budget decides. A head that hardly reacts takes larger steps."""
 
-ONE_OF, MOST = 32, 1024
+ONE_OF, MOST = 16, 1024
 """Of long calls one of so many queries is sampled, and at most so many. Errors have long tails: in some layers 1 % of
 the rows hold nine tenths of the squared error, and 256 queries saw less than half of it (64K tokens)."""
 

@@ -67,22 +67,21 @@ def is_short(query: Tensor, n_queries: int, n_keys: int, min_seq_len: int | str)
     return n_queries < TILE_LEN or tuned.is_short(n_keys, min_seq_len, query.device, query.dtype)
 
 
-def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str, *, stacklevel: int = 1) -> None:
+def warn_of_derivatives(query: Tensor, key: Tensor, min_seq_len: int | str) -> None:
     """Say of a call that could be sparse that it is dense, because derivatives of it are wanted.
 
-    A compiled graph says so itself. ``stacklevel`` counts from the caller of this function.
+    A compiled graph says so itself.
     """
     if not torch.compiler.is_compiling() and not is_short(query, query.shape[2], key.shape[2], min_seq_len):
-        warn_of_dense(key.shape[2], stacklevel=1 + stacklevel)
+        warn_of_dense(key.shape[2])
 
 
-def warn_of_dense(n_keys: int, *, stacklevel: int = 1) -> None:
-    """Say that attention over so many keys is dense; ``stacklevel`` as for `warn_of_derivatives`."""
+def warn_of_dense(n_keys: int) -> None:
+    """Say that attention over so many keys is dense, because derivatives of it are wanted."""
     warn(
         f"s2o attention over {n_keys} keys is dense: derivatives of it are wanted, and the sparse operator has "
         "none. Call it under torch.no_grad(), or detach its inputs.",
         DenseGradientWarning,
-        stacklevel=1 + stacklevel,
     )
 
 

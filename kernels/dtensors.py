@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from s2o_compile.kernels.core.head_shards import HeadShard
+from s2o_compile.kernels.support.arguments import check_device
 from s2o_compile.kernels.support.dtensors import is_dtensor, is_sharded_inside, place_among
 from s2o_compile.kernels.support.errors import InputError
 
@@ -74,6 +75,7 @@ def _placed(x: Any, mesh: Any, placements: list[Any], query: Any) -> Any:  # noq
     from torch.distributed.tensor import DTensor, Replicate
 
     if not is_dtensor(x):
+        check_device("mask or sinks", x, query, host_too=True)  # torch makes memory out of a tensor without data
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return x.redistribute(mesh, [_beside(p, tuple(x.shape), tuple(query.shape)) for p in placements])
 

@@ -220,26 +220,22 @@ def differentiable_packed_attention(
     return as_sdpa(attend_under(call, packed.visible(call.mask)), query, layout), query.new_empty(0).float()
 
 
-_library = torch.library.Library("s2o", "FRAGMENT")
-_attention = define_operator(_library, attention, differentiable_attention, on_dtensors=dtensors.attention)
-# They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
-_masked_attention = define_operator(
-    _library, masked_attention, differentiable_masked_attention, UNSAFE, on_dtensors=dtensors.masked_attention
-)
-_packed_attention = define_operator(_library, packed_attention, differentiable_packed_attention, tags=UNSAFE)
-
-
-dtensors.register_if_used()  # who imports it later calls the operators from `s2o_compile.attention`, or in a graph
-
-
-@torch.library.register_fake("s2o::packed_attention", lib=_library)
-@torch.library.register_fake("s2o::masked_attention", lib=_library)
-@torch.library.register_fake("s2o::attention", lib=_library)
-def _(
+def _fake(
     query: Tensor, key: Tensor, value: Tensor, *_: object, return_lse: bool = False, layout: str = "auto", **__: object
 ) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3] if return_lse else (0,)
     return empty_output(query, value.shape[3], layout), query.new_empty(shape, dtype=torch.float32)
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+_attention = define_operator(_library, attention, _fake, differentiable_attention, on_dtensors=dtensors.attention)
+# They wait for the numbers of mask or ids, and no CUDA graph can record that: by this tag Inductor leaves them out.
+_masked_attention = define_operator(
+    _library, masked_attention, _fake, differentiable_masked_attention, tags=UNSAFE,
+    on_dtensors=dtensors.masked_attention,
+)  # fmt: skip
+_packed_attention = define_operator(_library, packed_attention, _fake, differentiable_packed_attention, tags=UNSAFE)
+dtensors.register_if_used()  # who imports it later calls the operators from `s2o_compile.attention`, or in a graph
 
 
 def _stacked(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -55,8 +55,8 @@ def packed_of(
         InputError: Arguments that the operator cannot take, as far as the host sees them without waiting.
     """
     check_packed(query, key, value)
-    starts = as_integers("cu_seqlens_q", cu_seqlens_q)
-    keys = as_integers("cu_seqlens_k", cu_seqlens_k)
+    starts = as_integers("cu_seqlens_q", cu_seqlens_q, query)
+    keys = as_integers("cu_seqlens_k", cu_seqlens_k, query)
     check_starts("cu_seqlens_q", starts)
     check_starts("cu_seqlens_k", keys)
     check_counts(cu_seqlens_q=len(starts) - 1, cu_seqlens_k=len(keys) - 1)
@@ -75,8 +75,8 @@ def paged_of(
         InputError: Arguments that the operator cannot take, as far as the host sees them without waiting.
     """
     check_paged(query, key_cache, value_cache)
-    starts, keys = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("seq_lens", seq_lens)
-    table = as_integers("block_table", block_table, 2)
+    starts, keys = as_integers("cu_seqlens_q", cu_seqlens_q, query), as_integers("seq_lens", seq_lens, query)
+    table = as_integers("block_table", block_table, query, 2)
     check_starts("cu_seqlens_q", starts)
     check_counts(cu_seqlens_q=len(starts) - 1, seq_lens=len(keys), block_table=len(table))
     views = [flat_view(cache) for cache in (key_cache, value_cache)]
@@ -195,20 +195,19 @@ def _differentiable(complete: Callable[..., Packed]) -> Callable[..., tuple[Tens
 differentiable_varlen, differentiable_paged = _differentiable(packed_of), _differentiable(paged_of)
 
 
-_library = torch.library.Library("s2o", "FRAGMENT")
-# They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
-_varlen = define_operator(_library, attention_varlen, differentiable_varlen, tags=UNSAFE)
-_paged = define_operator(_library, attention_paged, differentiable_paged, tags=UNSAFE)
-
-
-@torch.library.register_fake("s2o::attention_varlen", lib=_library)
-@torch.library.register_fake("s2o::attention_paged", lib=_library)
-def _(
+def _fake(
     query: Tensor, _key: Tensor, value: Tensor, *_: object, return_lse: bool = False, **__: object
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, _dim = query.shape
     lse = query.new_empty((heads, tokens) if return_lse else (0,), dtype=torch.float32)
     return query.new_empty(tokens, heads, value.shape[-1]), lse
+
+
+_library = torch.library.Library("s2o", "FRAGMENT")
+# They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
+_of_packed = {"fake": _fake, "tags": UNSAFE, "host_too": ("block_table", "cu_seqlens_q", "cu_seqlens_k", "seq_lens")}
+_varlen = define_operator(_library, attention_varlen, differentiable=differentiable_varlen, **_of_packed)
+_paged = define_operator(_library, attention_paged, differentiable=differentiable_paged, **_of_packed)
 
 
 def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401

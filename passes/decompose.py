@@ -43,12 +43,13 @@ def _multi_head(
         raise Refused("it adds keys of its own (bias_k, bias_v, add_zero_attn or static_k)")
     if query.ndim != 3:
         raise Refused("its query has no batch dimension: add one with unsqueeze")
-    if use_separate_proj_weight:
-        biases = in_bias.chunk(3) if in_bias is not None else (None, None, None)
-        q, k, v = F._in_projection(query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, *biases)  # pyright: ignore
+    own = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    if own is None and query is key is value:
+        projected = F.linear(query, in_weight, in_bias).chunk(3, -1)  # pyright: ignore[reportArgumentType]
     else:
-        q, k, v = F._in_projection_packed(query, key, value, in_weight, in_bias)  # pyright: ignore
-    q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in (q, k, v))
+        biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
+        projected = map(F.linear, (query, key, value), own or in_weight.chunk(3), biases)  # pyright: ignore
+    q, k, v = (x.unflatten(-1, (num_heads, embed_dim // num_heads)).permute(1, 2, 0, 3) for x in projected)
     # As in torch: the hint replaces the mask, unless something else needs the mask.
     hinted = is_causal and key_padding_mask is None and not need_weights
     mask = None if hinted else _joined_masks(attn_mask, key_padding_mask, num_heads, q.dtype)

@@ -68,18 +68,11 @@ class _Run:
 
 
 def run(
-    gm: fx.GraphModule,
-    op_options: Mapping[str, object],
-    *,
-    assume_causal_mask: bool = False,
-    assume_block_masks: bool = False,
-    check_assumptions: bool = False,
-    read_masks: bool = False,
-    dense_heads: Mapping[str, Sequence[int]] | None = None,
-    site_tau: Mapping[str, Sequence[float]] | None = None,
-    step_seconds: dict[str, float] | None = None,
-    nodes: Collection[fx.Node] | None = None,
-) -> tuple[SiteRecord, ...]:
+    gm: fx.GraphModule, op_options: Mapping[str, object], *, assume_causal_mask: bool = False,
+    assume_block_masks: bool = False, check_assumptions: bool = False, read_masks: bool = False,
+    dense_heads: Mapping[str, Sequence[int]] | None = None, site_tau: Mapping[str, Sequence[float]] | None = None,
+    step_seconds: dict[str, float] | None = None, nodes: Collection[fx.Node] | None = None,
+) -> tuple[SiteRecord, ...]:  # fmt: skip
     """Rewrites every attention whose mask is proven to ``s2o::attention``.
 
     Args:

@@ -15,7 +15,6 @@ import importlib
 import os
 import signal
 import sys
-import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -57,6 +56,7 @@ from s2o_compile.errors import (
     WholeLogitsWarning,
 )
 from s2o_compile.functional import attention
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
 from s2o_compile.planning import S2OPlan, plan
 from s2o_compile.recording import Recording, record
@@ -75,11 +75,11 @@ if TYPE_CHECKING:
     from s2o_compile.varlen import PrefillCache, attention_paged, attention_varlen
 
 if not FIRST_TESTED <= torch_release() <= LAST_TESTED:
-    warnings.warn(
+    warn(
         f"s2o_compile: expected torch {TESTED}, got {torch.__version__}, which is untested. Install a torch of that "
         "range if something fails.",
         UntestedTorchWarning,
-        stacklevel=2,
+        each_machine=True,
     )
 
 _LOADED_ON_FIRST_USE = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.dtensors import is_dtensor
-from s2o_compile.kernels.support.errors import InputError
+from s2o_compile.kernels.support.errors import InputError, warn
 from s2o_compile.kernels.support.torch_compile import never_captured
 from s2o_compile.planning import S2OPlan
 
@@ -108,22 +107,16 @@ def attention(
     While ``torch.onnx.export`` looks on, everything is attended densely.
     """
     if blind is not None:
-        warnings.warn("blind is now called fully_masked; the old name will go.", DeprecationWarning, stacklevel=2)
+        warn("blind is now called fully_masked; the old name will go.", DeprecationWarning)
         fully_masked = blind
     if unknown:
         refuse_keywords("attention", unknown, _INSTEAD)
     check_kinds(query=query, key=key, value=value, key_mask=key_mask, attn_mask=attn_mask, sinks=sinks)
     config = None if config is None else config_or_default(config, "attention")
     numbers = check_numbers(
-        causal=causal,
-        causal_offset=causal_offset,
-        window=window,
-        attention_chunk=attention_chunk,
-        scale=scale,
-        softcap=softcap,
-        dense_heads=dense_heads,
-        return_lse=return_lse,
-    )
+        causal=causal, causal_offset=causal_offset, window=window, attention_chunk=attention_chunk, scale=scale,
+        softcap=softcap, dense_heads=dense_heads, return_lse=return_lse,
+    )  # fmt: skip
     given: dict[str, Any] = {"causal": causal, "fully_masked": fully_masked, **numbers._asdict()}
     dense_heads = given.pop("dense_heads")
     if attn_mask is not None:
@@ -146,7 +139,7 @@ def attention(
         tensors = (query, key, value, key_mask, sinks)
         output, _ = ops.differentiable_attention(*tensors, return_lse=return_lse, dense_heads=dense_heads, **given)
         shortest = 0 if plan is not None else (config or S2OConfig()).min_seq_len
-        warn_of_derivatives(query, key, shortest, stacklevel=2)
+        warn_of_derivatives(query, key, shortest)
         return output
     if plan is not None:
         if not isinstance(plan, S2OPlan):
@@ -169,7 +162,7 @@ def _leaves_for_onnx() -> bool:
     """Whether an exporter that has no operator for S2O looks on."""
     if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
         return False
-    warnings.warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=3)
+    warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning)
     return True
 
 
@@ -192,15 +185,9 @@ def _over_plan(
 
 
 def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    sinks: Tensor | None,
-    given: dict[str, Any],
-    dense_heads: Sequence[int],
-    config: S2OConfig | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sinks: Tensor | None, given: dict[str, Any],
+    dense_heads: Sequence[int], config: S2OConfig | None,
+) -> Tensor:  # fmt: skip
     """Attention under a mask tensor, with the scale, softcap and ``fully_masked`` of the given arguments."""
     arguments = {name: given[name] for name in ("scale", "softcap", "fully_masked")}
     tensors = (query, key, value, attn_mask, sinks)
@@ -209,7 +196,7 @@ def _masked(
         return attend_outside_torch(AttentionCall.of(query, key, value, None, sinks, **arguments), attn_mask)
     if is_differentiated(*tensors):
         output, _ = ops.differentiable_masked_attention(*tensors, **arguments, dense_heads=dense_heads)
-        warn_of_derivatives(query, key, (config or S2OConfig()).min_seq_len, stacklevel=3)
+        warn_of_derivatives(query, key, (config or S2OConfig()).min_seq_len)
         return output
     options = {} if config is None else config.operator_options()
     attend = ops.masked_attention

@@ -9,7 +9,6 @@ that was optimized, or that calls ``s2o_compile.attention``, needs no such step:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from s2o_compile.kernels.core.call import AttentionCall, scale_of
 from s2o_compile.kernels.core.documents import by_pairs
 from s2o_compile.kernels.core.mask import UNKNOWN_MASK, AttentionMask
 from s2o_compile.kernels.exact.formula import attend_outside_torch
+from s2o_compile.kernels.support.errors import warn
 
 
 def dense(program: ExportedProgram) -> ExportedProgram:
@@ -52,9 +52,7 @@ def dense(program: ExportedProgram) -> ExportedProgram:
             )
     if not calls:
         return program
-    warnings.warn(
-        f"{len(calls)} attentions run densely in ONNX, which has no operator for S2O.", DenseExportWarning, stacklevel=2
-    )
+    warn(f"{len(calls)} attentions run densely in ONNX, which has no operator for S2O.", DenseExportWarning)
     with ONE_AT_A_TIME:
         return program.run_decompositions(_DENSE)
 

@@ -186,7 +186,6 @@ class Account:
                 "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
                 "docs/troubleshooting.md says what to do.",
                 NothingRewrittenWarning,
-                stacklevel=5,
             )
 
     def count(self, call: ModelCall) -> None:

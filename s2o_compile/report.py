@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from s2o_compile.kernels.statistics import Call
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.passes.site import SiteRecord
 
 
@@ -81,7 +81,7 @@ class Report:
     @property
     def census_error(self) -> str:
         """The old name of ``audit_error``."""
-        warnings.warn("Report.census_error is now called audit_error.", DeprecationWarning, stacklevel=2)
+        warn("Report.census_error is now called audit_error.", DeprecationWarning)
         return self.audit_error
 
     @property

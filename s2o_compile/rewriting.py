@@ -57,7 +57,6 @@ def rewrite(
             f"none of {len(reasons)} attentions could be rewritten to S2O, they stay dense: "
             f"{'; '.join(sorted(set(reasons)))}. s2o_compile.explain(model, *inputs) lists them.",
             NothingRewrittenWarning,
-            stacklevel=2,
         )
     names = [record.name for record in records]
     known = {*names, *gm.meta.get(ELSEWHERE, ())}
@@ -67,7 +66,6 @@ def rewrite(
             f"{field}: {unknown_name('site', name, names)} If the model is captured in several graphs, it may "
             "be in another one: s2o_compile.explain(model, *inputs) sees them all.",
             UnknownSiteWarning,
-            stacklevel=2,
         )
     return records
 

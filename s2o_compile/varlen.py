@@ -81,7 +81,7 @@ def attention_varlen(
     lengths. Inputs that require grad are attended exactly.
     """
     check_kinds(query=query, key=key, value=value, sinks=sinks)
-    lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("cu_seqlens_k", cu_seqlens_k)
+    lengths = as_integers("cu_seqlens_q", cu_seqlens_q, query), as_integers("cu_seqlens_k", cu_seqlens_k, query)
     shared = _shared(max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, return_lse, site)
     tensors = (query, key, value, *lengths, sinks)
     if is_differentiated(query, key, value, sinks):
@@ -150,9 +150,9 @@ def attention_paged(
     """
     key_cache, value_cache = _caches(kv_cache, query)
     check_kinds(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks, out=out)
-    lengths = as_integers("cu_seqlens_q", cu_seqlens_q), as_integers("seq_lens", seq_lens)
+    lengths = as_integers("cu_seqlens_q", cu_seqlens_q, query), as_integers("seq_lens", seq_lens, query)
     shared = _shared(max_seqlen_q, max_seqlen_k, causal, window, scale, softcap, return_lse, site)
-    tensors = (query, key_cache, value_cache, as_integers("block_table", block_table, 2), *lengths, sinks)
+    tensors = (query, key_cache, value_cache, as_integers("block_table", block_table, query, 2), *lengths, sinks)
     if out is not None:
         _check_out(out, query, value_cache)
     options = config_or_default(config, "attention_paged").operator_options(site)
@@ -178,12 +178,9 @@ def attention_paged(
 
 @never_captured
 def _into(
-    out: Tensor | None,
-    chunks: PrefillCache | None,
-    tensors: tuple[Any, ...],
-    shared: dict[str, Any],
+    out: Tensor | None, chunks: PrefillCache | None, tensors: tuple[Any, ...], shared: dict[str, Any],
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator's function with what no operator takes: an output that is there, and a cache of the ranking."""
     marked = options.pop("dense_heads", None)
     packed = varlen_ops.paged_of(*tensors, chunks=chunks, dense_heads=marked, **shared)
@@ -197,7 +194,7 @@ def _warn_of_derivatives(query: Tensor, n_queries: Tensor, n_keys: Tensor, confi
     shortest = config_or_default(config, "attention").min_seq_len
     for count, keys in zip(n_queries.tolist(), n_keys.tolist(), strict=False):
         if not is_short(query, count, keys, shortest):
-            warn_of_dense(keys, stacklevel=3)
+            warn_of_dense(keys)
             return
 
 

@@ -6,6 +6,7 @@ the place and the reason. Such a list only shrinks: an entry that is no longer n
 
 import ast
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -147,6 +148,17 @@ def test_every_other_room_is_a_package_that_only_describes_itself():
     print(f"{len(rooms)} rooms")
 
 
+def test_every_room_says_what_it_may_import():
+    """The sentence of its docstring names the folders of its row, those of its own layer by the rest of their path."""
+    rooms = {room_of(path) for path in product() if path.name == "__init__.py"} - {"s2o_compile"}  # it has three rows
+    for room in sorted(rooms):
+        sentences = re.findall(r"May import: ([^.]+)\.", ast.get_docstring(tree(ROOT / room / "__init__.py")) or "")
+        assert len(sentences) == 1, f"{room}/__init__.py: expected one sentence 'May import: ...', got {sentences}"
+        within = [(name, f"{room.split('/')[0]}/{name}") for name in re.findall(r"``([^`]+)``", sentences[0])]
+        named = {full if full in MAY_IMPORT else name for name, full in within}
+        assert named == {floor.split(":")[0] for floor in MAY_IMPORT.get(room, ())}, room
+
+
 def test_no_import_circle():
     graph = imports()
     print(f"{len(graph)} modules, {sum(map(len, graph.values()))} imports of each other")
@@ -215,6 +227,33 @@ def test_the_product_is_small():
         lines[room_of(path).split("/")[0]] += len(path.read_text().splitlines())
     print(f"{sum(lines.values())} of at most {PRODUCT_LINES} lines: {dict(lines)}")
     assert sum(lines.values()) <= PRODUCT_LINES, dict(lines)
+
+
+def test_the_product_warns_by_one_function():
+    """``errors.warn`` knows ranks and the user's line."""
+    calls = ("warnings.warn", "warnings.warn_explicit")
+    found = {
+        short(path)
+        for path in product()
+        if any(isinstance(node, ast.Attribute) and ast.unparse(node) in calls for node in ast.walk(tree(path)))
+        or not set(calls).isdisjoint(imported_names(path))
+    }
+    assert found == {"kernels/support/errors.py"}
+
+
+TESTED_ELSEWHERE = {
+    "kernels/pages": "by the calls over pages: tests/kernels/calls, tests/public",
+    "kernels/impl/aot": "by packages: tests/aot",
+}
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {floor_of(path).split(":")[0] for path in product()} - {"s2o_compile"} | {"kernels/impl"}
+    tested = {room_of(path).removeprefix("tests/") for path in sources("tests") if path.name.startswith("test_")}
+    tested -= {"tests", "public", "benchmarks"}  # public has what users import from the top
+    assert tested <= {room.removeprefix("s2o_compile/") for room in rooms}
+    left = {room for room in rooms if room.removeprefix("s2o_compile/") not in tested}
+    assert left == set(TESTED_ELSEWHERE)
 
 
 def n_parameters(function):

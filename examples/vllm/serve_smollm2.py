@@ -2,7 +2,7 @@
 
 make vllm       # makes the environment, saves the model, and runs this
 
-Three servers run one after the other: vLLM's own attention, S2O at tau 0, which is exact, and S2O at its default tau.
+Three servers run one after the other: vLLM's own attention, S2O at tau 0, which is exact, and S2O by its defaults.
 They get a long prompt, which is read in two chunks, the same again (the prefix cache), its beginning with another end,
 and eight prompts at once. At tau 0 every answer must be equal token for token. float32 makes that a fair test: rounding
 decides no token there.
@@ -28,7 +28,7 @@ from pathlib import Path
 
 PORT = 8017
 START_SECONDS = 300
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 32
 SHORTEST = 2048
 """Keys from which prefills are sparse here: half of the default for a CPU, so that short prompts show it, too."""
 
@@ -103,12 +103,13 @@ def ask(model: str, prompt: list[int]) -> list[int]:
     return post("v1/completions", body)["choices"][0]["token_ids"]
 
 
-def run(python: str, model: str, name: str, dtype: str, logs: Path) -> tuple[dict[str, list[list[int]]], str]:
+def run(args: argparse.Namespace, name: str) -> tuple[dict[str, list[list[int]]], str]:
     """The answers of one server by prompt, and its log."""
-    args, environment = SERVERS[name]
-    log = logs / f"{name.replace(' ', '-')}-{dtype}.log"
+    model, dtype, (flags, environment) = args.model, args.dtype, SERVERS[name]
+    log = args.logs / f"{name.replace(' ', '-')}-{dtype}.log"
     answers = {}
-    with serving(python, model, [*LIMITS, "--dtype", dtype, *args], environment, log):
+    flags = [*LIMITS, "--dtype", dtype, "--tensor-parallel-size", str(args.ranks), *flags]
+    with serving(args.python, model, flags, environment, log):
         tokens = post("tokenize", {"model": model, "prompt": document()[:200_000]})["tokens"]
         for what, asked in prompts(tokens).items():
             if name == "S2O at tau 0.5" and what != LONG:
@@ -126,12 +127,13 @@ def main() -> None:
     parser.add_argument("model", help="folder that save_smollm2.py wrote")
     parser.add_argument("--python", default=sys.executable, help="of an environment with vLLM")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the heads; SmolLM2's by 3")
     parser.add_argument("--logs", type=Path, default=Path("build/vllm-logs"))
     args = parser.parse_args()
     args.logs.mkdir(parents=True, exist_ok=True)
     found, logs = {}, {}
     for name in SERVERS:
-        found[name], logs[name] = run(args.python, args.model, name, args.dtype, args.logs)
+        found[name], logs[name] = run(args, name)
         for line in logs[name].splitlines():
             if "S2O: " in line:
                 print("   ", re.sub(r"^.*?(?=S2O: )", "", line))

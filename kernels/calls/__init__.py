@@ -3,5 +3,5 @@
 ``masked`` by ``read_mask`` reads a mask, ``packed`` divides a batch by its documents, ``varlen`` by ``lengths`` one of
 packed sequences and pages. ``context_parallel`` runs a rank's shard of a sequence.
 
-May import: the rooms below, and what chooses: ``kernels/``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``, ``sequence``, ``kernels``.
 """

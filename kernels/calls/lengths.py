@@ -15,7 +15,7 @@ from torch import Tensor
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.pages.sizes import Sizes
 from s2o_compile.kernels.pages.table import BlockTable
-from s2o_compile.kernels.support.arguments import as_integer, shown
+from s2o_compile.kernels.support.arguments import as_integer, check_device, shown
 from s2o_compile.kernels.support.errors import InputError
 
 INTEGERS = (torch.int32, torch.int64)
@@ -46,11 +46,12 @@ class Sequences(NamedTuple):
         return torch.tensor([*lists, stops], dtype=torch.int32).to(device), stop
 
 
-def as_integers(name: str, values: object, dims: int = 1) -> Tensor:
+def as_integers(name: str, values: object, query: Tensor, dims: int = 1) -> Tensor:
     """Integers of a caller as a tensor, on its device; of a list or another sequence on the CPU.
 
     Raises:
-        InputError: They are no int32 or int64 numbers of this many dimensions.
+        InputError: They are no int32 or int64 numbers of this many dimensions, or neither on the CPU nor on the
+            query's device.
     """
     if not isinstance(values, Tensor):
         try:
@@ -65,6 +66,7 @@ def as_integers(name: str, values: object, dims: int = 1) -> Tensor:
             name, expected=f"int32 or int64 of {dims} dimension{'s' * (dims > 1)}", got=got,
             remedy="Give a tensor of integers, or for lengths a list.",
         )  # fmt: skip
+    check_device(name, values, query, host_too=True)
     return values
 
 

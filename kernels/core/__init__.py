@@ -2,9 +2,9 @@
 
 ``call`` holds tensors, mask and everything else that changes the result. ``mask`` says which keys a query sees,
 ``plan`` which are visited in which order, ``options`` how to be sparse, ``stop_rule`` when a tile stops, ``result``
-what an executor returns. ``validation`` checks arguments, ``tuned`` knows devices, ``layout`` and ``sizes`` know
-strides and symbolic sizes, ``pages`` where keys lie, ``prefill_cache`` what chunks of a prefill keep, ``mask_band``
-compares masks of unknown origin.
+what an executor returns, ``budget_rule`` what an error allows. ``validation`` checks arguments. ``tuned`` knows
+devices, ``layout`` strides, ``documents`` packed sequences, ``shards`` and ``head_shards`` the part of a rank.
+``mask_band`` compares masks of unknown origin.
 
-May import: ``support``.
+May import: ``support``, ``pages``.
 """

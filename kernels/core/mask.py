@@ -53,16 +53,9 @@ class AttentionMask:
 
     @classmethod
     def aligned(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        *,
-        causal: bool = False,
-        causal_offset: int | None = None,
-        window: int | None = None,
-        attention_chunk: int | None = None,
-        key_mask: Tensor | None = None,
-    ) -> AttentionMask:
+        cls, query: Tensor, key: Tensor, *, causal: bool = False, causal_offset: int | None = None,
+        window: int | None = None, attention_chunk: int | None = None, key_mask: Tensor | None = None,
+    ) -> AttentionMask:  # fmt: skip
         """The mask of a call on [.., Nq, D] and [.., Nk, D]; no offset aligns the last query with the last key.
 
         Raises:
@@ -202,15 +195,9 @@ def upper_bound(size: int | torch.SymInt) -> float:
 
 
 def describe(
-    *,
-    causal: bool,
-    offset: object | None,
-    window: int | torch.SymInt | None,
-    attention_chunk: int | None,
-    padded: bool,
-    ahead: object,
-    packed: bool = False,
-) -> str:
+    *, causal: bool, offset: object | None, window: int | torch.SymInt | None, attention_chunk: int | None,
+    padded: bool, ahead: object, packed: bool = False,
+) -> str:  # fmt: skip
     """A mask in words; arguments as in `AttentionMask`.
 
     ``offset`` is None if the last query is aligned with the last key. ``ahead`` is how many keys behind its own

@@ -8,7 +8,6 @@ is tuned when a model runs: a tuner would time made-up indices.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.support import cpp_library
 from s2o_compile.kernels.support.arguments import as_integer, shown
-from s2o_compile.kernels.support.errors import TunedFileWarning
+from s2o_compile.kernels.support.errors import TunedFileWarning, warn
 from s2o_compile.kernels.support.json_text import parse_json
 from s2o_compile.kernels.support.torch_compat import has_amx
 
@@ -225,11 +224,11 @@ def user_entries() -> dict[str, Entry]:
         return parse(path.read_bytes())
     except (OSError, ValueError, RuntimeError) as error:
         if path is not None or named is not None:  # a user without a home has no file
-            warnings.warn(
+            warn(
                 f"{path or named}: expected a file of `s2o tune`, got {error}. It is ignored. Write it anew with "
                 f"`s2o tune`, delete it, or let {FILE_VARIABLE} name another.",
                 TunedFileWarning,
-                stacklevel=2,
+                each_machine=True,
             )
         return {}
 

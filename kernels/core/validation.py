@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s2o_compile.kernels.core.mask import FULLY_MASKED
 from s2o_compile.kernels.core.shards import held_sequence
-from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, is_one_of, shown
+from s2o_compile.kernels.support.arguments import FLOAT32_MAX, as_integer, as_number, check_device, is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -181,13 +181,6 @@ def check_arguments(
         )
 
 
-def check_device(name: str, x: Tensor, query: Tensor, remedy: str = "Move it with .to(device).") -> None:
-    """Raise InputError unless a tensor is where the query is."""
-    if x.device != query.device:
-        expected = f"{query.device}, as the query"
-        raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)
-
-
 def check_like(name: str, x: Tensor, query: Tensor, remedy: str) -> None:
     """Raise InputError unless a tensor has the query's dtype, which is one of DTYPES, and is where the query is."""
     if x.dtype != query.dtype or x.dtype not in DTYPES:
@@ -195,7 +188,7 @@ def check_like(name: str, x: Tensor, query: Tensor, remedy: str) -> None:
         raise InputError(
             f"dtype of {name}", expected=expected, got=f"{x.dtype} beside a {query.dtype} query", remedy=remedy
         )
-    check_device(name, x, query, "Move all inputs to one device with .to(device).")
+    check_device(name, x, query)
 
 
 def check_groups(heads: int, kv_heads: int) -> None:
@@ -298,7 +291,7 @@ def check_sinks(sinks: Tensor, query: Tensor) -> None:
             got=f"{sinks.dtype} of shape {tuple(sinks.shape)}",
             remedy="Flatten them, or drop the dimensions of batch and length.",
         )
-    check_device("sinks", sinks, query, "Move them with .to(device).")
+    check_device("sinks", sinks, query)
 
 
 def check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:

@@ -3,5 +3,5 @@
 ``sdpa`` is the dense path, ``formula`` serves softcap, sinks and any mask tensor. ``chunked`` folds chunks into the
 batch, ``dense_heads`` runs marked heads, ``epilogue`` puts in sinks and fully masked rows.
 
-May import: ``core``, ``support``.
+May import: ``support``, ``core``.
 """

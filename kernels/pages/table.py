@@ -49,6 +49,7 @@ def flat_view(cache: Tensor) -> tuple[Tensor, int] | None:
     """
     pages, page_len, heads, dim = cache.shape
     page_stride, slot_stride, head_stride, _ = cache.stride()
+    slot_stride = page_stride if page_len == 1 else slot_stride  # that of a single slot means nothing
     if slot_stride < 1 or page_stride % slot_stride:
         return None
     page_rows = page_stride // slot_stride

@@ -3,5 +3,5 @@
 ``per_query`` and ``mean_query`` score keys. ``tail`` is the mean value of keys left out, ``unvisited`` estimates their
 mass before anything is attended.
 
-May import: ``core``, ``support``.
+May import: ``support``, ``pages``, ``core``.
 """

@@ -1,4 +1,4 @@
-"""Numbers and names among arguments, and the text of other objects in messages.
+"""Numbers, names and devices among arguments, and the text of other objects in messages.
 
 One rule holds for every option, configuration field and file. A number of a library, such as NumPy's, is converted to
 Python's. A bool is no number. An array or a tensor is none either, even if it holds a single one: reading it may wait
@@ -11,6 +11,10 @@ import re
 import reprlib
 from collections.abc import Collection
 from numbers import Integral, Real
+
+from torch import Tensor
+
+from s2o_compile.kernels.support.errors import InputError
 
 INT64_MAX = 2**63 - 1
 """The largest integer that torch takes as an operator's argument."""
@@ -75,3 +79,11 @@ def as_numbers(x: object) -> tuple[float, ...] | None:
 def is_one_of(x: object, allowed: Collection[str]) -> bool:
     """Whether this is one of these names. Only a text is compared: ``==`` of other objects may answer anything."""
     return isinstance(x, str) and x in allowed
+
+
+def check_device(name: str, x: Tensor, first: Tensor, *, host_too: bool = False, of: str = "query") -> None:
+    """Raise InputError unless a tensor is where the first one, named ``of``, is, or on the CPU if it may be there."""
+    if x.device != first.device and not (host_too and x.is_cpu):
+        expected = f"{first.device}, as the {of}{', or cpu' if host_too and not first.is_cpu else ''}"
+        remedy = "Move all inputs to one device with .to(device)."
+        raise InputError(f"device of {name}", expected=expected, got=x.device, remedy=remedy)

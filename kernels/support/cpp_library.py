@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from s2o_compile.kernels.support.errors import warn
 
 SOURCES = tuple(
     Path(__file__).parents[1] / "impl" / "cpp" / name
@@ -94,10 +95,10 @@ def _known(sources: tuple[Path, ...] = SOURCES) -> _Loaded:
 
 @cache
 def _warn(found: _Loaded) -> None:
-    warnings.warn(
+    warn(
         f"S2O on a CPU runs in plain torch, at about half of its speed: {found.reason}. {found.remedy}, or set "
         "S2O_CPP=0 to silence this.",
-        stacklevel=3,
+        each_machine=True,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import reduce, wraps
+from inspect import signature
 from operator import or_
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from s2o_compile.kernels.support import derivatives, torch_compat
+from s2o_compile.kernels.support.arguments import check_device
 from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import NoGradientError
 from s2o_compile.kernels.support.torch_compile import never_captured
@@ -44,15 +46,35 @@ def _is_plain(keys: int) -> bool:
     return any(keys | plain == plain for plain in _PLAIN)
 
 
+def _on_one_device(function: Callable[..., Any], names: tuple[str, ...], host_too: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """A function that raises InputError unless its tensors, the first of these names included, are on one device."""
+
+    @wraps(function)
+    def checked(*arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 (as the function)
+        given = dict(zip(names, arguments, strict=False), **keywords)
+        for name, x in given.items():
+            if isinstance(x, Tensor):
+                check_device(name, x, given[names[0]], host_too=name in host_too, of=names[0])
+        return function(*arguments, **keywords)
+
+    return checked
+
+
 def define_operator(
     library: torch.library.Library,
     function: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
     differentiable: Callable[..., Any] | None = None,
+    *,
     tags: tuple[torch.Tag, ...] = (),
     on_dtensors: Callable[..., Any] | None = None,
+    host_too: tuple[str, ...] = (),
 ) -> Any:  # noqa: ANN401 (an overload of an operator)
     """Define an operator with the name and the signature of a function that mutates nothing and returns no input.
 
+    ``fake`` answers calls with a tensor that has no data. One is enough, so it is checked here that all tensors are on
+    one device; the function checks that for itself. Without ``fake`` the function serves such calls, too, and is
+    checked here. Tensors named in ``host_too`` may lie on the CPU beside others elsewhere.
     ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
     results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
     forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. ``on_dtensors`` takes the arguments
@@ -63,6 +85,10 @@ def define_operator(
     schema = name + torch.library.infer_schema(function, mutates_args=())
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     overload = getattr(getattr(torch.ops, library.ns), name).default
+    names = tuple(signature(function).parameters)
+    checked = _on_one_device(fake or function, names, host_too)
+    function = function if fake is not None else checked
+    torch.library.register_fake(f"{library.ns}::{name}", checked, lib=library)
     # Dynamo would trace these functions where it skips a frame that calls the operator.
     library.impl(name, never_captured(function), "CompositeExplicitAutograd")
     if not _PLAIN:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
+
+_PASSED_OVER = (f"{Path(__file__).parents[2]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", "<eval_with_key>")
+"""Files of this package and of torch, and graphs."""
 
 
 def this_rank() -> tuple[int, int] | None:
@@ -14,14 +21,24 @@ def this_rank() -> tuple[int, int] | None:
     return dist.get_rank(), dist.get_world_size()
 
 
-def warn(message: str, category: type[Warning], *, stacklevel: int = 1) -> None:
-    """Warn once a job: of several ranks, which run the same program, the first one warns.
+def warn(message: str, category: type[Warning] = UserWarning, *, each_machine: bool = False) -> None:
+    """Warn at the user's line, once a job: of several ranks, which run the same program, the first one warns.
 
-    ``stacklevel`` counts from the caller of this function.
+    With ``each_machine`` the first rank of every machine does; launchers say which that is.
     """
-    rank = this_rank()
-    if rank is None or rank[0] == 0:
-        warnings.warn(message, category, stacklevel=1 + stacklevel)
+    rank, local = this_rank(), os.environ.get("LOCAL_RANK") if each_machine else None
+    is_first = local == "0" if local else rank is None or rank[0] == 0
+    if is_first:
+        warnings.warn(message, category, stacklevel=1 if torch.compiler.is_dynamo_compiling() else _level_of_user())
+
+
+def _level_of_user() -> int:
+    """The ``stacklevel`` for the caller of this function that names the innermost line outside `_PASSED_OVER`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*_PASSED_OVER, "<frozen importlib")):
+        level += not frame.f_code.co_filename.startswith("<frozen importlib")  # Python does not count these
+        frame = frame.f_back
+    return level
 
 
 class S2OError(Exception):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.errors import warn
 
 
 class Removed(NamedTuple):
@@ -34,16 +34,12 @@ def current_names(
         if old in found:
             if new in found:
                 raise ValueError(f"{old}: expected one of {old} and {new}, got both. {old} is now called {new}.")
-            _warn(f"{old} is now called {new}; the old name will go.")
+            warn(f"{old} is now called {new}; the old name will go.", DeprecationWarning)
             found[new] = found.pop(old)
     for name, gone in removed.items():
         if name in found:
             value = found.pop(name)
             if value != gone.harmless:
                 raise ValueError(f"{name}: expected none, got {shown(value)}. It was removed: {gone.reason}")
-            _warn(f"{name} was removed and {gone.harmless!r} changes nothing; leave it out.")
+            warn(f"{name} was removed and {gone.harmless!r} changes nothing; leave it out.", DeprecationWarning)
     return found
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, DeprecationWarning, stacklevel=4)

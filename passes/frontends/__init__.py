@@ -4,5 +4,5 @@ Frontends: ``sdpa``, ``eager``, ``flex``, ``varlen``, ``third_party``. They shar
 ``repeat_kv``.
 ``decompose`` opens opaque nodes, so that a frontend sees the attention inside.
 
-May import: ``graph``, ``masks``, ``passes.site``, ``kernels``.
+May import: ``kernels/support``, ``kernels/core``, ``graph``, ``masks``, ``passes``.
 """

@@ -4,5 +4,5 @@
 ``additive`` reads masks of numbers. ``index_arithmetic``, ``index_tensor`` and ``views`` follow positions.
 ``readable`` says which unproven masks the operator may read, ``assumptions`` checks promises.
 
-May import: ``graph``, ``kernels``.
+May import: ``kernels/support``, ``kernels/core``, ``graph``.
 """

@@ -47,14 +47,9 @@ class MaskProver:
     """
 
     def __init__(
-        self,
-        graph: fx.Graph,
-        *,
-        assume_causal: bool = False,
-        assume_block_masks: bool = False,
-        read: bool = False,
+        self, graph: fx.Graph, *, assume_causal: bool = False, assume_block_masks: bool = False, read: bool = False,
         stored: documents.Stored | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.mutations = Mutations(graph)
         self._terms = TermEvaluator(self.mutations)
         self._additive = AdditiveEvaluator(self._terms, self.mutations)
@@ -90,15 +85,9 @@ class MaskProver:
         return MaskProof(read=MaskReading((MaskPart(mask),), "zeros", why)) if readable else why
 
     def prove_parts(
-        self,
-        parts: Sequence[MaskPart],
-        shape: Sequence[Size],
-        dtype: torch.dtype,
-        *,
-        factor: float = 1.0,
-        floored: bool = False,
-        zeroed: bool = False,
-    ) -> MaskProof:
+        self, parts: Sequence[MaskPart], shape: Sequence[Size], dtype: torch.dtype, *, factor: float = 1.0,
+        floored: bool = False, zeroed: bool = False,
+    ) -> MaskProof:  # fmt: skip
         """Proves the conjunction of the masks that hand-written attention applies to its scores.
 
         Args:
@@ -156,15 +145,9 @@ class MaskProver:
         return bool(additive) and additive.fully_masked is not None
 
     def _conjunction(
-        self,
-        parts: Sequence[MaskPart],
-        shape: Sequence[Size],
-        dtype: torch.dtype,
-        factor: float,
-        *,
-        floored: bool,
+        self, parts: Sequence[MaskPart], shape: Sequence[Size], dtype: torch.dtype, factor: float, *, floored: bool,
         zeroed: bool,
-    ) -> MaskProof:
+    ) -> MaskProof:  # fmt: skip
         query_len, key_len = shape[-2:]
         terms: list[Term] = []
         conventions: list[str | None] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from s2o_compile.errors import PackageError
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.tuned import LONG, crossover, why_never
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.files import try_writing
 from s2o_compile.kernels.support.torch_compat import require, schema_of
 
@@ -107,11 +107,10 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
                 unheld.append(quality.ceiling)
                 asked += [] if quality.has_default_ceiling else [quality.ceiling]
     if asked:
-        warnings.warn(
+        warn(
             f"package: an error budget of {max(asked):g} is not measured in a package, which attends at the tau of "
             "the budget, or at calibrated ones, and never goes on. Calibrate, and check the taus alone: "
-            "s2o_compile.evaluate(model, batches, dataclasses.replace(config, tau=0.5, error=None)).",
-            stacklevel=2,
+            "s2o_compile.evaluate(model, batches, dataclasses.replace(config, tau=0.5, error=None))."
         )
     taken = sorted(_OWN_OPTIONS & set(options or {}))
     if taken and on_cpu:

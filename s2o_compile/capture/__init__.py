@@ -1,1 +1,4 @@
-"""Captures a model: ``compiled_copy``, ``generation_masks`` made inside the graph, the ``audit`` of what really ran."""
+"""Captures a model: ``compiled_copy``, ``generation_masks`` made inside the graph, the ``audit`` of what really ran.
+
+May import: ``kernels/support``, ``kernels``, ``kernels/calls``, ``passes``.
+"""

@@ -20,13 +20,9 @@ _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def compiled_copy(
-    model: Model,
-    backend: str | Backend,
-    *,
-    account: Account | None = None,
-    dynamic: bool | None = None,
+    model: Model, backend: str | Backend, *, account: Account | None = None, dynamic: bool | None = None,
     fullgraph: bool = False,
-) -> Model:
+) -> Model:  # fmt: skip
     """A copy of a module and of all modules with parts in it, each compiled where it is called from outside.
 
     The tables of parameters, buffers and hooks are the original's, and so are the modules without parts that do not

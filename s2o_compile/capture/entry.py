@@ -89,13 +89,9 @@ class Compilation:
             return compile_graph(gm, example_inputs)
 
     def compile_part(
-        self,
-        nodes: Sequence[torch.fx.Node],
-        backend: Backend,
-        path: str,
-        gm: torch.fx.GraphModule,
+        self, nodes: Sequence[torch.fx.Node], backend: Backend, path: str, gm: torch.fx.GraphModule,
         example_inputs: list[torch.Tensor],
-    ) -> Callable[..., object]:
+    ) -> Callable[..., object]:  # fmt: skip
         """Compiles a graph of another backend's by that, with a part of the model in it: the nodes of a module."""
         compile_part = getattr(self._given[0], "compile_part", None)
         if compile_part is None or self.account is None:

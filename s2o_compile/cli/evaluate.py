@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +43,7 @@ from s2o_compile.cli.tasks import choose_lengths, run_tasks
 from s2o_compile.config import S2OConfig, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.observe import ObservedCall, observe_attention
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.torch_compile import names_of_modules
 from s2o_compile.quality.evaluate import evaluate as evaluate_model
 from s2o_compile.quality.evaluation import Evaluation
@@ -62,7 +62,7 @@ class RenamedOptions(Command):
         """Put the present options in the place of old ones."""
         for old, new in RENAMED.items():
             if old in args:
-                warnings.warn(f"{old} is now called {new}; the old name will go.", DeprecationWarning, stacklevel=2)
+                warn(f"{old} is now called {new}; the old name will go.", DeprecationWarning)
         return super().parse_args(ctx, [RENAMED.get(word, word) for word in args])
 
 
@@ -162,15 +162,9 @@ def _config(tau: float | None, file: Path | None, tokens: int, error: float | No
 
 
 def _evaluate(
-    model: str,
-    tokens: int,
-    text: Path | None,
-    config: S2OConfig,
-    device: str,
-    *,
-    needles: bool,
+    model: str, tokens: int, text: Path | None, config: S2OConfig, device: str, *, needles: bool,
     taus: tuple[float, ...],
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     with show_steps(Console(stderr=True)) as step:
         loaded, ids = _read(model, tokens, text, device, step)
         step.expect(4 if needles else 2, seconds_to_read(loaded, ids))

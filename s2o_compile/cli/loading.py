@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from logging import CRITICAL
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from s2o_compile.errors import LoadingError, OptionError, S2OError, UnusedWeightsWarning
 from s2o_compile.kernels.support.arguments import shown
+from s2o_compile.kernels.support.errors import warn
 
 NAMED = 3
 """Weights that a message names; it counts the others."""
@@ -174,10 +174,9 @@ def load_weights(source: str, remedy: str, kind: Any, **where: Any) -> Any:  # n
         wrong = [f"{name} {list(stored)} for {list(wanted)}" for name, stored, wanted in found["mismatched_keys"]]
         raise LoadingError(f"{source}: expected weights of the model's shapes, got {_some(wrong)}. {remedy}")
     if found["unexpected_keys"]:
-        warnings.warn(
+        warn(
             f"{source}: the model of the configuration has no {_some(found['unexpected_keys'])}. They are left out.",
             UnusedWeightsWarning,
-            stacklevel=3,
         )
     return model.eval()
 

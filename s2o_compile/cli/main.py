@@ -138,7 +138,7 @@ def tune(
             for timing in progress.track(swept, len(tried), description=f"{dim} {name}: configurations"):
                 timings.append(timing)
                 # A line each: compiling takes seconds a configuration, and a bar does not show in a log.
-                found = timing.failed or f"{timing.gathered_ms:.3f} and {timing.natural_ms:.3f} ms"
+                found = timing.failed or f"{timing.gathered_ms:.3f} and {timing.exact_ms:.3f} ms"
                 progress.console.print(f"{timing.launch}: {found}", highlight=False, soft_wrap=True)
             launches[dim, name] = tuning.best(timings)
             _print_launches(console, f"{dim} {name}, {tested[-1]} tokens", timings[0], launches[dim, name])
@@ -178,11 +178,11 @@ def _user_file() -> Path:
 
 
 def _print_launches(console: Console, title: str, present: tuning.Timing, winner: tuning.Timing) -> None:
-    table = Table("", "key block", "warps", "stages", "maxnreg", "gathered ms", "natural ms", title=title)
+    table = Table("", "key block", "warps", "stages", "maxnreg", "gathered ms", "exact ms", title=title)
     for name, timing in (("present", present), ("fastest", winner)):
         launch = timing.launch
         figures = launch.key_block, launch.num_warps, launch.stages, launch.maxnreg or "-"
-        times = (timing.failed, "") if timing.failed else (f"{timing.gathered_ms:.3f}", f"{timing.natural_ms:.3f}")
+        times = (timing.failed, "") if timing.failed else (f"{timing.gathered_ms:.3f}", f"{timing.exact_ms:.3f}")
         table.add_row(name, *map(str, figures), *times)
     console.print(table)
 

@@ -94,7 +94,7 @@ class Timing:
 
     launch: Launch
     gathered_ms: float = 0.0
-    natural_ms: float = 0.0
+    exact_ms: float = 0.0
     failed: str = ""
 
 
@@ -158,7 +158,7 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
                 if not max(errors) <= limit:
                     yield Timing(launch=launch, failed=f"wrong: error {max(errors):.2g} beyond {limit:.2g}")
                     continue
-                yield Timing(launch=launch, gathered_ms=clock(timed[0]), natural_ms=clock(timed[1]))
+                yield Timing(launch=launch, gathered_ms=clock(timed[0]), exact_ms=clock(timed[1]))
             except Exception as error:  # whatever a compiler or a driver raises: the others are still wanted
                 yield Timing(launch=launch, failed=f"{type(error).__name__}: {error}".partition("\n")[0][:120])
 
@@ -172,7 +172,7 @@ def best(timings: Sequence[Timing]) -> Timing:
     sound = [timing for timing in timings if not timing.failed]
     if not sound:
         raise OptionError(f"tune: expected some configuration to run, got {timings[0].failed} and the like.")
-    return min(sound, key=lambda timing: timing.gathered_ms * timing.natural_ms)
+    return min(sound, key=lambda timing: timing.gathered_ms * timing.exact_ms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ def write(
     held: dict[str, Any] = content["devices"].get(name, {})
     found = [
         {"head_dim": dim, "dtype": dtype, **dataclasses.asdict(timing.launch)}
-        | {"gathered_ms": round(timing.gathered_ms, 3), "natural_ms": round(timing.natural_ms, 3)}
+        | {"gathered_ms": round(timing.gathered_ms, 3), "exact_ms": round(timing.exact_ms, 3)}
         for (dim, dtype), timing in launches.items()
     ]
     kept = [entry for entry in held.get("launches", []) if (entry["head_dim"], entry["dtype"]) not in launches]

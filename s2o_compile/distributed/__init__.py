@@ -5,6 +5,9 @@
     sequence = s2o_compile.distributed.shard_sequence(mesh["cp"], length)    # for calls of s2o_compile.attention
 
 ``docs/several-gpus.md`` says which way is for which model.
+
+May import: ``kernels/support``, ``kernels/pages``, ``kernels/core``, ``kernels``, ``kernels/calls``, ``s2o_compile``,
+``kernels/sequence``, ``passes``, ``capture``.
 """
 
 from s2o_compile.distributed.model import context_parallel

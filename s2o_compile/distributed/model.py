@@ -97,16 +97,16 @@ def context_parallel(
         check_method(method)
         _check_model(model, positions)
     ranks.agree("context_parallel", {"config": config.to_json(), "method": method, "order": order, "gather": gather})
-    twin: Any = model
+    inner: Any = model
     if not _is_eager(model):
         merged = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
         backend = Backend(None, merged)
-        twin = compiled_copy(model, backend, dynamic=dynamic, fullgraph=True)
+        inner = compiled_copy(model, backend, dynamic=dynamic, fullgraph=True)
         model = compiled_copy(model, backend, account=Account(config), dynamic=dynamic)
     copied: Any = object.__new__(_class_of(type(model)))
     vars(copied).update({name: rebound(value, {id(model): copied}) for name, value in vars(model).items()})
     vars(copied)[_PARALLEL] = _Parallel(
-        twin, mesh, config, ranks, method=method, order=order, tokens=tokens, positions=positions, gather=gather
+        inner, mesh, config, ranks, method=method, order=order, tokens=tokens, positions=positions, gather=gather
     )
     return copied
 
@@ -154,7 +154,7 @@ class _Parallel:
 
     def __init__(
         self,
-        twin: Any,  # noqa: ANN401 (a module)
+        inner: Any,  # noqa: ANN401 (a module)
         mesh: Any,  # noqa: ANN401 (a DeviceMesh or a process group)
         config: S2OConfig,
         ranks: Ranks,
@@ -165,10 +165,10 @@ class _Parallel:
         positions: str | None,
         gather: bool,
     ) -> None:
-        self._twin, self._mesh, self._config, self._ranks = twin, mesh, config, ranks
+        self._inner, self._mesh, self._config, self._ranks = inner, mesh, config, ranks
         self._ways = {"method": method, "order": order, "segment_len": config.segment_len}
         self._tokens, self._positions, self._gather = tokens, positions, gather
-        parameters = inspect.signature(twin.forward).parameters
+        parameters = inspect.signature(inner.forward).parameters
         self._takes_masks = "attention_mask" in parameters
         self._cache_name = next((name for name in CACHES if name in parameters), "")
 
@@ -176,7 +176,7 @@ class _Parallel:
         """Run a call on shards, or by ``whole`` on every rank."""
         what = "a call of a context parallel model"
         with self._ranks.checking(what):
-            call = None if self._is_filled(kwargs) else read_call(self._twin.forward, args, kwargs, self._tokens)
+            call = None if self._is_filled(kwargs) else read_call(self._inner.forward, args, kwargs, self._tokens)
         if call is None or not self._is_long(call):
             return whole(*args, **kwargs)
         with self._ranks.checking(what):
@@ -190,7 +190,7 @@ class _Parallel:
         return bool(name) and int(kwargs[name].get_seq_length()) > 0
 
     def _is_long(self, call: Call) -> bool:
-        shortest = shortest_sparse(self._config.min_seq_len, call.device, dtype_of(self._twin))
+        shortest = shortest_sparse(self._config.min_seq_len, call.device, dtype_of(self._inner))
         return call.length >= max(shortest, 4 * self._ranks.size)
 
     def _facts(self, call: Call) -> dict[str, object]:
@@ -209,7 +209,7 @@ class _Parallel:
         if shards is not None:
             mine[self._cache_name] = shards
         with sequence.attending():
-            outputs = self._twin(**mine)
+            outputs = self._inner(**mine)
         if not self._gather:
             return outputs
         outputs = gather_outputs(outputs, sequence, kept)
@@ -221,7 +221,7 @@ class _Parallel:
     def _caches(self, call: Call) -> tuple[Any, Any]:
         """The caller's empty cache, or one that the model would make, and a cache for the shards; None for none."""
         given = call.arguments.get(self._cache_name) if self._cache_name else None
-        config = getattr(self._twin, "config", None)
+        config = getattr(self._inner, "config", None)
         wanted = call.arguments.get("use_cache", getattr(config, "use_cache", False))
         if not self._cache_name or not self._gather or not (wanted or given is not None):
             if self._cache_name:

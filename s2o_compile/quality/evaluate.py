@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.config import S2OConfig, config_or_default
 from s2o_compile.errors import EvaluationError
 from s2o_compile.kernels.observe import Observer, observe_attention
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.torch_compat import dtype_of
 from s2o_compile.quality.batches import (
     Batch,
@@ -79,7 +79,7 @@ def evaluate(
         EvaluationError: Nothing would run sparse, or the model or a batch cannot be used.
     """
     if planted is not None:
-        warnings.warn("planted is now called needles; the old name will go.", DeprecationWarning, stacklevel=3)
+        warn("planted is now called needles; the old name will go.", DeprecationWarning)
         needles = planted
     config, progress = config_or_default(config, "evaluate"), progress or nullcontext
     check_model("evaluate", model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels.support.arguments import as_integer, as_numbers, shown
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.json_text import parse_json
 from s2o_compile.kernels.support.old_names import current_names
 from s2o_compile.quality.from_json import as_type
@@ -63,7 +63,7 @@ class Evaluation:
     @property
     def planted(self) -> NeedleRecall | None:
         """The old name of ``needles``."""
-        warnings.warn("Evaluation.planted is now called needles.", DeprecationWarning, stacklevel=2)
+        warn("Evaluation.planted is now called needles.", DeprecationWarning)
         return self.needles
 
     @property
@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def error(self) -> float:
-        """Mean over sites of their mean over heads."""
+        """Mean over sites, each of all heads together."""
         return sum(site.error for site in self.sites) / len(self.sites)
 
     @property

@@ -8,7 +8,6 @@ Every model is tried on its first tokens. One that gives other logits this way i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from s2o_compile.capture.generation_masks import name_of_cache
 from s2o_compile.errors import EvaluationError, WholeLogitsWarning
+from s2o_compile.kernels.support.errors import warn
 from s2o_compile.quality.batches import TokenBatch
 
 PIECE_BYTES = 2**26
@@ -166,12 +166,11 @@ class LogitsReader:
     def _checked_size(self, logits: Tensor) -> Tensor:
         if logits.nbytes >= LARGE_BYTES and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self._caller}: expected a model whose logits can be made in pieces, got one that {self.reason}. "
                 f"Its logits {tuple(logits.shape)} are held twice, {logits.nbytes / 2**30:.1f} GiB each. Give shorter "
                 "batches, or a model of transformers.",
                 WholeLogitsWarning,
-                stacklevel=5,
             )
         return logits
 

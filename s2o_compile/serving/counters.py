@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-from s2o_compile.kernels.statistics import Call, record_calls
+from s2o_compile.kernels.statistics import Call, ModelCall, record_calls, running
 
 SAMPLED = 8
 """One call in so many of each layer is measured. An error costs 64 exact queries a head, 1 % of a call at 8K."""
@@ -32,23 +32,28 @@ class Counters:
 
     @contextmanager
     def counting(self, layer: int, n_queries: int, others: int) -> Iterator[None]:
-        """Count the sparse call of a layer around the block; layers are measured in turn.
+        """Count the call of a layer around the block, if it runs sparse; layers are measured in turn.
+
+        It does not where all heads of the layer are marked dense.
 
         Args:
             layer: Number of the layer in the model.
-            n_queries: Queries that run sparse.
+            n_queries: Queries that are to run sparse.
             others: Queries of the same pass that run densely.
         """
         turn = self._calls_of[layer] = self._calls_of.get(layer, -1) + 1
-        self._calls += 1
-        self._queries += n_queries
-        self._others += others
-        if (turn + layer) % SAMPLED or _capturing():
-            yield
-            return
-        with record_calls() as calls:
-            yield
-        self._sampled += calls
+        unmeasured = (turn + layer) % SAMPLED or _capturing()
+        outer, running.call = running.call, (ran := ModelCall())
+        try:
+            with nullcontext(()) if unmeasured else record_calls() as calls:
+                yield
+        finally:
+            running.call = outer
+        if "s2o" in ran.paths:
+            self._calls += 1
+            self._queries += n_queries
+            self._others += others
+            self._sampled += calls
 
     def flush(self) -> None:
         """Say what was counted since the last line, if that is long enough ago; the first line comes at once."""

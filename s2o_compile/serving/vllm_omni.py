@@ -30,7 +30,8 @@ def attn_fn(
         key: [B, Nk, Hkv, D].
         value: [B, Nk, Hkv, D].
         params: Fields of `S2OConfig`, which win over the environment, and the server's own: ``attn_mask`` is
-            padding [B, Nk] (nonzero for a key to attend), or a mask that SDPA takes.
+            padding [B, Nk] (nonzero for a key to attend), or a mask that SDPA takes. Without one, ``valid_kv_length``
+            is the number of keys before the padding.
         is_causal: Whether a query sees the keys up to its own position, counted from the first.
         softmax_scale: Of the logits.
 
@@ -39,15 +40,19 @@ def attn_fn(
 
     Raises:
         OptionError: A param that its field cannot take.
-        InputError: Tensors that do not fit, ``full_attn_spans``, or ``is_causal`` beside another mask than padding.
+        InputError: Tensors that do not fit, ``full_attn_spans``, packed sequences (``cu_seqlens_q``), or ``is_causal``
+            beside another mask than padding.
     """
-    if params.get("full_attn_spans") is not None:
-        raise InputError(
-            "full_attn_spans",
-            expected="a mask, which attn_mask can hold",
-            got="spans of full attention",
-            remedy="Choose another backend for this model.",
-        )
+    for name, got in (("full_attn_spans", "spans of full attention"), ("cu_seqlens_q", "packed sequences")):
+        if params.get(name) is not None:
+            raise InputError(
+                name,
+                expected="a mask, which attn_mask can hold",
+                got=got,
+                remedy="Choose another backend for this model.",
+            )
+    if params.get("attn_mask") is None and params.get("valid_kv_length") is not None:
+        key, value = (x[:, : params["valid_kv_length"]] for x in (key, value))
     given = tuple((name, params[name]) for name in FIELDS if params.get(name) is not None)
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
     mask = _mask(params.get("attn_mask"), key, is_causal)

@@ -85,13 +85,12 @@ def configure(model: nn.Module, config: S2OConfig | None = None) -> None:
             f"{' and '.join(sorted(map(repr, chosen)))}, so nothing of it runs through S2O. Call "
             f'model.set_attn_implementation("{NAME}").',
             AttentionImplementationWarning,
-            stacklevel=2,
         )
     for field in ("dense_heads", "site_tau"):
         for site in getattr(config, field):
             if _module_of(site) not in names.values():
                 near = [name for name in names.values() if name.endswith(("attn", "attention"))]
-                warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning, stacklevel=2)
+                warn(f"{field}: {unknown_name('site', site, near)}", UnknownSiteWarning)
     for module, name in names.items():
         object.__setattr__(module, _SITE, _site(name, config))
 
@@ -180,15 +179,9 @@ def s2o_attention_forward(
 
 
 def _written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None,
+    sinks: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
     """The output [B, Hq, Nq, Dv] that SDPA has no arguments for, as models write it out and the passes know it."""
     check_whole()
     n_keys = key.shape[2]
@@ -204,16 +197,9 @@ def _written_out(
 
 
 def _sparse(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | AttentionMask | None,
-    scale: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor | None:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | AttentionMask | None,
+    scale: float | None, is_causal: bool, softcap: float | None, sinks: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """The operator's output [B, Hq, Nq, Dv]; None for a call that is short, or none of the operator's."""
     if torch.is_autocast_enabled(query.device.type):  # as SDPA does
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))

@@ -45,8 +45,8 @@ class TestSweep:
         other = Launch(key_block=16, stages=1)
         timings = list(tune.sweep(shape, 256, [present, other], clock=ticking(4.0, 2.0, 3.0, 1.0)))
         assert timings == [
-            Timing(launch=present, gathered_ms=4.0, natural_ms=2.0),
-            Timing(launch=other, gathered_ms=3.0, natural_ms=1.0),
+            Timing(launch=present, gathered_ms=4.0, exact_ms=2.0),
+            Timing(launch=other, gathered_ms=3.0, exact_ms=1.0),
         ]
         assert tune.best(timings).launch == other
         assert tuned.launch(shape.device, 16, torch.float32) == present
@@ -106,7 +106,7 @@ class TestFile:
         tuned.forget()
 
     def write(self, path, dim, launch, crossover=1024):
-        timing = Timing(launch=launch, gathered_ms=1.0, natural_ms=2.0)
+        timing = Timing(launch=launch, gathered_ms=1.0, exact_ms=2.0)
         crossovers = {} if crossover is None else {"float32": crossover}
         return tune.write(path, CPU, crossovers=crossovers, launches={(dim, "float16"): timing})
 

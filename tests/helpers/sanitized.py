@@ -83,6 +83,45 @@ def calls():
         yield f"a chunk up to {stop}", partial(chunk, [stop])
     none = (x[:0] for x in tensors)
     yield "no token", partial(s2o_compile.attention_varlen, *none, *[integers([0, 0])] * 2, **options())
+    yield from layouts()
+    yield from one_sequence()
+
+
+def layouts():
+    """Caches of every layout, with room for not one token more; heads of 128, scored by fewer numbers."""
+    query, (key, value) = random(TOKENS, 4, 128), (random(TOKENS, 2, 128) for _ in range(2))
+    outside = integers(STARTS["outside"])
+    yield "heads of 128", partial(s2o_compile.attention_varlen, query, key, value, outside, outside, **options())
+    caches = {
+        "keys before values": (random(2, PAGES, PAGE_LEN, 2, 128), PAGES),
+        "heads first": (random(PAGES, 2, PAGE_LEN, 256), PAGES),
+        "a pair": ((random(PAGES, PAGE_LEN, 2, 128), random(PAGES, PAGE_LEN, 2, 128)), PAGES),
+        "pages of a token": ((key[:, None], value[:, None]), TOKENS),
+    }
+    for name, (cache, pages) in caches.items():
+        table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int().to(DEVICE)[None]
+        room = pages * (PAGE_LEN if pages == PAGES else 1)
+        paged = partial(s2o_compile.attention_paged, query[:200], cache, table, **options())
+        yield name, partial(paged, [0, 200], [room])
+        yield f"{name}, lengths of the device", partial(paged, integers([0, 200]), integers([room]))
+        chunks = s2o_compile.PrefillCache()
+        for stop in (200, room - 7, room):
+            yield f"{name}, a chunk up to {stop}", partial(paged, [0, 200], [stop], chunks=chunks)
+
+
+def one_sequence():
+    """Calls without lengths of sequences: masks and terms of every kind."""
+    tensors = random(2, 4, TOKENS, 128), random(2, 2, TOKENS, 128), random(2, 2, TOKENS, 64)
+    attend = partial(s2o_compile.attention, *tensors, causal=True, **options())
+    padding = torch.arange(TOKENS, device=DEVICE) < integers([[TOKENS - 3], [300]])
+    read = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=DEVICE).tril() & padding[:, None, None]
+    yield "a sequence", attend
+    yield "a sequence under a budget", partial(attend, **options(error=0.02))
+    yield "a sequence under a window", partial(attend, window=50)
+    yield "a sequence with softcap and sinks", partial(attend, softcap=5.0, sinks=random(4))
+    yield "a sequence with padding", partial(attend, key_mask=padding)
+    masked = {"attn_mask": read, "config": options()["config"]}
+    yield "a sequence under a mask that is read", partial(s2o_compile.attention, *tensors, **masked)
 
 
 def main() -> None:
@@ -90,7 +129,8 @@ def main() -> None:
     for name, call in calls():
         if sys.argv[1:] and name != "right lengths":
             continue
-        output, _ = call()
+        output = call()
+        output = output[0] if isinstance(output, tuple) else output
         if not output.isfinite().all():
             sys.exit(f"{name}: expected finite numbers, got {int((~output.isfinite()).sum())} others")
         print(name, flush=True)

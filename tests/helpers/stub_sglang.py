@@ -1,4 +1,9 @@
-"""The part of SGLang that the plugin meets, written anew from its sources: registry, runner, pools, batch, layer."""
+"""The part of SGLang 0.5.23 that the plugin meets, written anew: registry, runner, pools, batch, layer, ranks.
+
+PyPI's wheel was read for it, in ``sglang/srt``: ``plugins``, ``arg_groups/choices.py``, ``runtime_context.py``,
+``layers/radix_attention.py``, ``layers/attention/{attention_registry,base_attn_backend,triton_backend}.py``,
+``mem_cache/{memory_pool,kv_index_translator}.py`` and ``model_executor/{forward_batch_info,model_runner}.py``.
+"""
 
 import sys
 from enum import Enum, IntEnum, auto
@@ -13,6 +18,7 @@ from tests.helpers.served import HEADS, KV_HEADS
 
 class AttentionType(Enum):
     DECODER = "decoder"
+    DECODER_BIDIRECTIONAL = "decoder_bidirectional"
     ENCODER_ONLY = "encoder_only"
 
 
@@ -20,6 +26,7 @@ class ForwardMode(IntEnum):
     EXTEND = auto()
     DECODE = auto()
     MIXED = auto()
+    IDLE = auto()
     TARGET_VERIFY = auto()
 
 
@@ -30,6 +37,8 @@ class AttentionBackend:
         raise NotImplementedError
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        if forward_batch.forward_mode is ForwardMode.IDLE:
+            return q.new_empty(len(q), layer.tp_q_head_num * layer.v_head_dim)
         decodes = forward_batch.forward_mode is ForwardMode.DECODE
         extend_or_decode = self.forward_decode if decodes else self.forward_extend
         return extend_or_decode(q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs)
@@ -50,7 +59,9 @@ class DenseBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self):
         return 1
 
-    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None):
+    def forward_extend(
+        self, q, k, v, layer, forward_batch, save_kv_cache=True, sinks=None, score_mod=None, aux_tensors=None
+    ):
         pool, queries = self.runner.token_to_kv_pool, forward_batch.extend_seq_lens_cpu
         if save_kv_cache:
             pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
@@ -87,9 +98,9 @@ class Pool:
     def get_key_buffer(self, layer_id):
         return self.buffers[0]
 
-    def set_kv_buffer(self, layer, loc, cache_k, cache_v, k_scale=None, v_scale=None):
+    def set_kv_buffer(self, layer, loc_info, cache_k, cache_v, k_scale=None, v_scale=None):
         for buffer, rows in zip(self.buffers, (cache_k, cache_v), strict=True):
-            buffer[loc] = rows
+            buffer[loc_info] = rows
 
 
 def layer_of(served, **changes):
@@ -132,9 +143,7 @@ def runner_and_batch(served, *, page_size, mode=ForwardMode.EXTEND):
         model_config=SimpleNamespace(num_attention_heads=HEADS, get_total_num_kv_heads=lambda: KV_HEADS),
         page_size=page_size,
         use_mla_backend=False,
-        attn_cp_size=1,
-        tp_rank=0,
-        tp_size=1,
+        kv_index_translator=SimpleNamespace(is_translating=False),
     )
     batch = SimpleNamespace(
         forward_mode=mode,
@@ -143,12 +152,15 @@ def runner_and_batch(served, *, page_size, mode=ForwardMode.EXTEND):
         extend_seq_lens_cpu=[queries for queries, _ in served.lengths],
         extend_prefix_lens_cpu=[keys - queries for queries, keys in served.lengths],
         spec_info=None,
+        mha_return_lse=False,
+        cross_attention_custom_mask=None,
     )
     return runner, batch
 
 
 def install(monkeypatch):
-    """Put the modules in place for one test; answers the registry and the list of choices."""
+    """Put the modules in place for one test; answers the registry, the list of choices, and the ranks."""
+    ranks = SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, attn_cp_size=1, attn_dcp_size=1)
     backends, choices = {"triton": DenseBackend, "fa3": DenseBackend}, ["triton", "fa3"]
 
     def register_attention_backend(name):
@@ -165,6 +177,7 @@ def install(monkeypatch):
             "ATTENTION_BACKEND_CHOICES": choices,
             "add_attention_backend_choices": choices.extend,
         },
+        "sglang.srt.runtime_context": {"get_parallel": lambda: ranks},
         "sglang.srt.layers": {},
         "sglang.srt.layers.attention": {},
         "sglang.srt.layers.attention.attention_registry": {
@@ -179,4 +192,4 @@ def install(monkeypatch):
         parent, _, own = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], own, module)
-    return backends, choices
+    return backends, choices, ranks

@@ -1,14 +1,13 @@
 """``attention_varlen`` and ``attention_paged``: each sequence is attention by itself, wherever its keys lie."""
 
-import random
-
 import pytest
 import torch
 
 import s2o_compile
+from s2o_compile.kernels.calls.varlen import Packed
 from s2o_compile.kernels.statistics import record_calls
-from tests.conftest import INTERPRETED
-from tests.helpers.packings import LAYOUTS, Packing, assert_exact, config, in_pages, sinks_of
+from tests.conftest import CUDA, INTERPRETED
+from tests.helpers.packings import Packing, assert_exact, config, in_pages, sinks_of
 
 # The interpreter computes with NumPy, which warns where kernels count on NaN and inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:All-NaN slice", "ignore:invalid value")
@@ -58,31 +57,19 @@ def test_every_sequence_is_exact_at_tau_0(packing, device, implementation):
     assert_exact(packing, inputs, output, lse)
 
 
-@pytest.mark.parametrize(("device", "implementation"), [TORCH, SLOW_TRITON])
-@pytest.mark.parametrize("seed", range(3))
-def test_random_packings(seed, device, implementation):
-    draw = random.Random(seed)
-    lengths = [(draw.randint(1, 40), draw.randint(41, 90)) for _ in range([1, 64, 9][seed])]
-    lengths[draw.randrange(len(lengths))] = (150, 280)
-    packing = Packing(lengths=tuple(lengths))
-    inputs = packing.inputs(device)
-    assert_exact(packing, inputs, *varlen(packing, inputs, device, implementation=implementation))
-    assert_exact(packing, inputs, *paged(packing, inputs, "pair", implementation=implementation))
-
-
 PAGED = [packing for packing in FEATURES if all(a <= b or not b for a, b in packing.lengths)]
 PAGED = PAGED[::2]
+PAGES = (("heads_first", 32), ("two", 5), ("pair", 1))
 
 
 @pytest.mark.parametrize(
-    ("layout", "device", "implementation"),
+    ("layout", "page_len", "device", "implementation"),
     [
-        *[pytest.param(layout, *TORCH.values) for layout in LAYOUTS],
-        pytest.param("heads_first", *TRITON.values, marks=TRITON.marks),
-        *[pytest.param(layout, *TRITON.values, marks=SLOW_TRITON.marks) for layout in LAYOUTS[1:]],
+        *[pytest.param(*pages, *TORCH.values) for pages in PAGES],
+        *[pytest.param(*pages, *TRITON.values, marks=SLOW_TRITON.marks) for pages in PAGES],
     ],
 )
-def test_pages_change_no_bit(layout, device, implementation):
+def test_pages_change_no_bit(layout, page_len, device, implementation):
     packing = Packing(lengths=((130, 700), (1, 33), (129, 129)))
     inputs = packing.inputs(device)
     others = [{"tau": 0.0}, {"error": 0.05}, {"tau": 0.5, "ranking": "mean_query"}]
@@ -90,7 +77,7 @@ def test_pages_change_no_bit(layout, device, implementation):
         with record_calls() as expected_calls:
             expected = varlen(packing, inputs, device, implementation=implementation, **options)
         with record_calls() as calls:
-            actual = paged(packing, inputs, layout, 32, implementation=implementation, **options)
+            actual = paged(packing, inputs, layout, page_len, implementation=implementation, **options)
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
         figures = [
@@ -108,22 +95,35 @@ def test_pages_under_every_mask(packing, device, implementation):
     assert_exact(packing, inputs, *paged(packing, inputs, implementation=implementation, page_len=48))
 
 
-@pytest.mark.parametrize(("device", "implementation"), [TORCH, TRITON])
-def test_other_sequences_never_leak(device, implementation):
+@pytest.mark.parametrize(
+    ("device", "implementation", "unread"),
+    [
+        pytest.param(*TORCH.values, False),
+        pytest.param(*TRITON.values, False, marks=SLOW_TRITON.marks),
+        pytest.param(*TRITON.values, True, marks=SLOW_TRITON.marks),
+        pytest.param(*CUDA.values, "triton", False, marks=CUDA.marks),
+        pytest.param(*CUDA.values, "triton", True, marks=CUDA.marks),
+    ],
+)
+@pytest.mark.parametrize("page_len", [0, 1])
+def test_other_sequences_never_leak(page_len, device, implementation, unread, monkeypatch):
+    """Not through rankings either: bits stay as they are."""
     packing = Packing(lengths=((130, 130), (129, 300), (5, 30), (128, 128)))
-    inputs = packing.inputs(device)
-    query, key, value, starts, key_starts = packing.joined(inputs)
-    options = {"config": config(implementation=implementation, tau=0.5)}
-    expected = s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options)
-    for at in (0, 3):
-        for x in (key, value):
-            x[key_starts[at] : key_starts[at + 1]] = float("nan")
-    actual = s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options)
-    seen = torch.ones(len(query), dtype=torch.bool)
-    for at in (0, 3):
-        seen[starts[at] : starts[at + 1]] = False
-    assert torch.equal(actual[seen], expected[seen])
-    assert actual[~seen].isnan().all()
+    inputs, found = packing.inputs(device), []
+    monkeypatch.setattr(Packed, "on_host", not unread)
+    for hidden in ((), (0, 3)):
+        query, key, value, *starts = packing.joined(inputs, device, hidden)
+        options = {"config": config(implementation=implementation, tau=0.5)}
+        on = device if unread else "cpu"
+        if page_len:
+            cache, table, lengths = in_pages(key, value, starts[1], page_len, "two")
+            arguments = query, cache, table.to(device), starts[0].to(on), lengths.to(on)
+            found.append(s2o_compile.attention_paged(*arguments, **options))
+        else:
+            found.append(s2o_compile.attention_varlen(query, key, value, *(x.to(on) for x in starts), **options))
+    expected, actual = (x.tensor_split(starts[0][1:-1].tolist()) for x in found)
+    assert [torch.equal(a, b) for a, b in zip(actual, expected, strict=True)] == [False, True, True, False]
+    assert all(actual[at].isnan().all() for at in (0, 3))
 
 
 @pytest.mark.parametrize(("device", "implementation"), [TORCH, SLOW_TRITON])
@@ -149,6 +149,15 @@ def test_numbers_of_a_row_need_not_lie_side_by_side(lengths, device, implementat
     assert_exact(packing, inputs, *s2o_compile.attention_varlen(query, key, value, starts, key_starts, **options))
     cache, table, lengths = in_pages(key, value, key_starts, 16, "two")
     assert_exact(packing, inputs, *s2o_compile.attention_paged(query, cache, table, starts, lengths, **options))
+
+
+def test_the_stride_of_a_single_slot_means_nothing():
+    packing = Packing(lengths=((130, 200),))
+    query, key, value, starts, _ = packing.joined(packing.inputs())
+    table = torch.arange(200)[None]
+    caches = [tuple(x.as_strided((200, 1, 1, 16), (16, slot, 16, 1)) for x in (key, value)) for slot in (16, 7, 0)]
+    found = [s2o_compile.attention_paged(query, cache, table, starts, [200], config=config()) for cache in caches]
+    assert all(torch.equal(x, found[0]) for x in found)
 
 
 def test_an_output_that_is_there_is_filled():

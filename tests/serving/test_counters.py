@@ -19,10 +19,10 @@ def counters():
     return Counters(lines.append, clock), lines, clock
 
 
-def run(counters, layer, *, others=0):
+def run(counters, layer, *, others=0, dense_heads=()):
     x = torch.randn(1, 2, 256, 16, generator=torch.Generator().manual_seed(0))
     with counters.counting(layer, 256, others):
-        attention(x, x, x, causal=True, config=S2OConfig(min_seq_len=0))
+        attention(x, x, x, causal=True, dense_heads=dense_heads, config=S2OConfig(min_seq_len=0))
 
 
 def test_nothing_is_said_of_nothing():
@@ -58,10 +58,21 @@ def test_layers_are_measured_in_turn():
     assert lines[0].startswith(f"S2O: {3 * SAMPLED} sparse calls")
 
 
-def test_an_error_leaves_the_counters_usable():
+def test_a_call_that_fails_counts_nothing_and_leaves_the_counters_usable():
     counted, lines, _ = counters()
     with pytest.raises(ZeroDivisionError), counted.counting(0, 256, 0):
         1 / 0  # noqa: B018
     run(counted, 0)
     counted.flush()
-    assert lines[0].startswith("S2O: 2 sparse calls")
+    assert lines[0].startswith("S2O: 1 sparse calls")
+
+
+def test_a_layer_whose_heads_are_all_marked_dense_runs_no_sparse_call():
+    counted, lines, _ = counters()
+    for layer in range(SAMPLED):  # measured or not
+        run(counted, layer, dense_heads=(0, 1))
+    counted.flush()
+    assert lines == []
+    run(counted, 0, dense_heads=(0,))
+    counted.flush()
+    assert lines[0].startswith("S2O: 1 sparse calls")

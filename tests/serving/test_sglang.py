@@ -1,13 +1,16 @@
-"""SGLang's plugin over a stub of its classes."""
+"""SGLang's plugin over a stub of the classes of SGLang 0.5.23."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 from s2o_compile import ImplementationUnavailableError, OptionError, S2OConfig
+from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.statistics import record_calls
 from s2o_compile.serving import sglang as plugin
+from s2o_compile.varlen import attention_paged
 from tests.helpers import stub_sglang
 from tests.helpers.served import Served
 from tests.helpers.stub_sglang import AttentionType, ForwardMode, layer_of, runner_and_batch
@@ -16,7 +19,7 @@ from tests.helpers.stub_sglang import AttentionType, ForwardMode, layer_of, runn
 @pytest.fixture
 def start(monkeypatch, caplog):
     """The backend that the plugin makes of a runner, by what SGLang calls."""
-    backends, _ = stub_sglang.install(monkeypatch)
+    backends, _, ranks = stub_sglang.install(monkeypatch)
     monkeypatch.setenv("S2O_TAU", "0")
     monkeypatch.setenv("S2O_MIN_SEQ_LEN", "256")
     plugin.counters.cache_clear()
@@ -26,8 +29,10 @@ def start(monkeypatch, caplog):
         plugin.register()
         return backends["s2o"](runner)
 
+    make.ranks = ranks
     yield make
     plugin.counters.cache_clear()
+    tuned.forget()
 
 
 def extend(backend, served, batch, layer=None, **kwargs):
@@ -79,6 +84,7 @@ def test_softcap_and_sinks(start, terms):
 DENSE = {
     "window": ({"sliding_window_size": 63}, {}, "a sliding window of 63 tokens"),
     "encoder": ({"attn_type": AttentionType.ENCODER_ONLY}, {}, "encoder_only attention"),
+    "images": ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, {}, "decoder_bidirectional attention"),
     "cross": ({"is_cross_attention": True}, {}, "cross attention"),
     "chunks": ({"use_irope": True}, {}, "local attention in chunks"),
     "verify": ({}, {"forward_mode": ForwardMode.TARGET_VERIFY}, "the mode TARGET_VERIFY"),
@@ -112,6 +118,39 @@ def test_a_quantized_cache_is_the_dense_backends(start):
     assert reason == "a cache of torch.float8_e4m3fn beside queries of torch.float32"
 
 
+def test_a_cache_of_another_layout_is_the_dense_backends(start):
+    """SGLANG_USE_HND_KVCACHE lays heads before the tokens of a page."""
+    served = Served([(300, 300)])
+    runner, _ = runner_and_batch(served, page_size=16)
+    pool = runner.token_to_kv_pool
+    pool.buffers = tuple(x.unflatten(0, (-1, 16)).transpose(1, 2) for x in pool.buffers)
+    reason = start(runner)._cache_reason(layer_of(served), served.query)
+    assert reason == "a cache of 4 dimensions, not [tokens, heads, D]"
+
+
+def test_nothing_is_copied_out_of_pages_of_a_token(start, monkeypatch):
+    served = Served([(300, 400), (1, 40)])
+    runner, batch = runner_and_batch(served, page_size=1)
+    caches = []
+
+    def attend(query, cache, *arguments, **options):
+        caches.extend(cache)
+        return attention_paged(query, cache, *arguments, **options)
+
+    monkeypatch.setattr(plugin, "attention_paged", attend)
+    extend(start(runner), served, batch)
+    assert [x.data_ptr() for x in caches] == [x.data_ptr() for x in runner.token_to_kv_pool.buffers]
+
+
+def test_lengths_that_the_host_does_not_know_are_the_dense_backends(start):
+    served = Served([(300, 300)])
+    _, batch = runner_and_batch(served, page_size=1)
+    assert plugin.why_dense(layer_of(served), batch, 300, {}) == ""
+    assert plugin.why_dense(layer_of(served), batch, 304, {}) == "queries of no request"
+    batch.extend_prefix_lens_cpu = None
+    assert plugin.why_dense(layer_of(served), batch, 300, {}) == "lengths that the host does not know"
+
+
 def test_a_layer_that_reads_anothers_cache_writes_none(start):
     served = Served([(300, 300)])
     runner, batch = runner_and_batch(served, page_size=1)
@@ -137,20 +176,19 @@ def test_all_else_is_the_dense_backends_own(start):
     assert backend.calls == ["decode"]
 
 
-@pytest.mark.parametrize(("ranks", "attention_ranks"), [(2, 2), (4, 2)], ids=["tp", "with-data-parallel-attention"])
-def test_a_rank_takes_the_settings_of_its_own_heads(start, monkeypatch, tmp_path, ranks, attention_ranks):
+def test_a_rank_takes_the_settings_of_its_own_heads(start, monkeypatch, tmp_path):
     config = S2OConfig(site_tau={"model.layers.0.self_attn": (0.1, 0.2, 0.3, 0.4)}, min_seq_len=256)
     (tmp_path / "s2o.json").write_text(config.to_json())
     monkeypatch.delenv("S2O_TAU")
     monkeypatch.setenv("S2O_CONFIG", str(tmp_path / "s2o.json"))
     served = Served([(300, 300)])
     found = []
-    for number in range(ranks):
+    for number in range(2):
         runner, _ = runner_and_batch(served, page_size=1)
-        runner.tp_rank, runner.tp_size = number, ranks
-        layer = layer_of(served, tp_q_head_num=4 // attention_ranks, tp_k_head_num=2 // attention_ranks)
+        start.ranks.attn_tp_rank, start.ranks.attn_tp_size = number, 2
+        layer = layer_of(served, tp_q_head_num=2, tp_k_head_num=1)
         found.append(start(runner)._config_of(layer).site_tau["model.layers.0.self_attn"])
-    assert found == [((0.1, 0.2), (0.3, 0.4))[number % attention_ranks] for number in range(ranks)]
+    assert found == [(0.1, 0.2), (0.3, 0.4)]
 
 
 def test_the_log_says_what_ran_sparse(start, caplog):
@@ -161,8 +199,39 @@ def test_the_log_says_what_ran_sparse(start, caplog):
     assert caplog.messages[-1].startswith("S2O: 1 sparse calls, one a layer, of 300 queries beside 1 dense ones; of 1 ")
 
 
+@pytest.mark.parametrize(
+    ("crossover", "said"),
+    [
+        (300, "prefills of 300 keys or more run sparse (tau 0); all else runs by triton"),
+        (0, "prefills of 128 keys or more run sparse (tau 0); all else runs by triton"),
+        ("never", "no prefill runs sparse: float32 on this CPU: SDPA is faster at any length"),
+    ],
+)
+def test_the_log_says_the_length_of_this_device_and_dtype(start, caplog, monkeypatch, tmp_path, crossover, said):
+    monkeypatch.delenv("S2O_MIN_SEQ_LEN")
+    entry = {"crossovers": {"float32": crossover, "bfloat16": 7777}}
+    (tmp_path / "tuned.json").write_text(json.dumps({"format": tuned.FORMAT, "devices": {"cpu": entry}}))
+    monkeypatch.setenv(tuned.FILE_VARIABLE, str(tmp_path / "tuned.json"))
+    tuned.forget()
+    served = Served([(300, 300)])
+    runner, batch = runner_and_batch(served, page_size=1)
+    backend = start(runner)
+    _, calls = extend(backend, served, batch)
+    extend(backend, served, batch)
+    assert bool(calls) == (crossover != "never")
+    (line,) = (line for line in caplog.messages if "run sparse" in line or "runs sparse" in line)
+    assert line.startswith(f"S2O: {said}")
+
+
+def test_a_server_of_dense_layers_alone_claims_nothing(start, caplog):
+    served = Served([(300, 300)])
+    runner, batch = runner_and_batch(served, page_size=1)
+    extend(start(runner), served, batch, layer_of(served, is_cross_attention=True))
+    assert not [line for line in caplog.messages if "sparse" in line]
+
+
 def test_registering_twice_is_registering_once(monkeypatch):
-    backends, choices = stub_sglang.install(monkeypatch)
+    backends, choices, _ = stub_sglang.install(monkeypatch)
     plugin.register()
     plugin.register()
     assert choices == ["triton", "fa3", "s2o"]
@@ -173,6 +242,15 @@ def test_what_cannot_run_says_so(start, monkeypatch):
     runner, _ = runner_and_batch(Served([(300, 300)]), page_size=1)
     runner.use_mla_backend = True
     with pytest.raises(ImplementationUnavailableError, match=r"got MLA\. Choose --attention-backend triton"):
+        start(runner)
+    runner.use_mla_backend = False
+    for size in ("attn_cp_size", "attn_dcp_size"):
+        vars(start.ranks)[size] = 2
+        with pytest.raises(ImplementationUnavailableError, match="got context parallelism"):
+            start(runner)
+        vars(start.ranks)[size] = 1
+    runner.kv_index_translator.is_translating = True
+    with pytest.raises(ImplementationUnavailableError, match="got --enable-unified-memory"):
         start(runner)
     monkeypatch.setenv("S2O_SGLANG_DENSE", "fa33")
     with pytest.raises(OptionError, match=r"S2O_SGLANG_DENSE: unknown backend 'fa33'.*Did you mean 'fa3'"):

@@ -1,5 +1,6 @@
 """The kernel of vllm-omni's SPARSE_ATTN, called as its dispatcher calls it."""
 
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -16,18 +17,19 @@ EXACT = {"tau": 0.0, "min_seq_len": 0}
 class Dispatcher:
     """What of vllm-omni's implementation meets a kernel: its name, its static params, its capabilities, its call.
 
-    Written anew from ``vllm_omni/diffusion/attention/backends/sparse_attn.py``.
+    Written anew from ``vllm_omni/diffusion/attention/backends/sparse_attn.py`` of vllm-omni's commit ef4a8b5886. No
+    release up to 0.30.0 has that file.
     """
 
     def __init__(self, softmax_scale, causal=False, **backend_kwargs):
-        assert backend_kwargs["backend"] == "s2o"
+        assert backend_kwargs.pop("backend") == "s2o"
         point = EntryPoint("s2o", "s2o_compile.serving.vllm_omni:attn_fn", "vllm_omni.sparse_attn")
-        self.kernel, self.params = point.load(), dict(backend_kwargs["params"])
+        self.kernel, self.params = point.load(), dict(backend_kwargs.get("params", backend_kwargs))
         self.softmax_scale, self.causal = softmax_scale, causal
         self.capabilities = getattr(self.kernel, "capabilities", {})
 
     def forward(self, query, key, value, *, attn_mask=None, full_attn_spans=None, **published):
-        params = {**self.params, **published}
+        params = {name: value for name, value in {**self.params, **published}.items() if value is not None}
         if attn_mask is not None:
             assert self.capabilities.get("supports_attention_mask")
             params["attn_mask"] = attn_mask
@@ -80,6 +82,14 @@ def test_padding_of_ranks_is_a_key_mask(dtype):
     assert [path for path, _ in calls] == ["s2o"]
 
 
+def test_keys_behind_the_valid_ones_are_not_seen():
+    inputs = Case(queries=300, keys=280, heads=2, kv_heads=2, head_dim=16, causal=False).inputs()
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 20), value=torch.nan) for x in inputs.tensors[1:]]
+    output, calls = served(replace(inputs, key=padded[0], value=padded[1]), valid_kv_length=280)
+    assert distance(output, exact_attention(inputs)[0]) <= bounds(inputs)[0]
+    assert [path for path, _ in calls] == ["s2o"]
+
+
 def test_a_mask_by_pairs_is_read():
     inputs = Case(queries=280, heads=2, kv_heads=2, head_dim=16, causal=False).inputs()
     seen = torch.rand(280, 280, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -102,6 +112,8 @@ def test_what_it_cannot_hold_is_refused():
         served(inputs, full_attn_spans=[[(0, 9)]])
     with pytest.raises(InputError, match="full_attn_spans: expected a mask"):
         vllm_omni.attn_fn(*inputs.tensors, {"full_attn_spans": [[(0, 9)]]}, True, 1.0)
+    with pytest.raises(InputError, match=r"cu_seqlens_q: expected a mask.* got packed sequences"):
+        served(inputs, cu_seqlens_q=torch.tensor([0, 200, 300]), cu_seqlens_k=torch.tensor([0, 200, 300]))
 
 
 def test_params_win_over_the_environment(monkeypatch):

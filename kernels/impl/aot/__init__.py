@@ -3,5 +3,5 @@
 ``attention`` chooses the path by ``cond``. ``cpu_forward`` and ``cpu_ranking`` write loops as operators,
 ``cuda_forward`` records the launches of ``impl.triton``.
 
-May import: ``core``, ``ranking``, ``exact``, ``support`` and ``impl.triton``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``, ``impl/triton``.
 """

@@ -3,5 +3,5 @@
 ``forward`` visits ranked keys, ``exact`` all of them, ``rank_per_query`` scores keys. ``forward.cpp`` does the work of
 the first two by products of ``floats.h`` or ``halves.h``, ``rank.cpp`` that of the third.
 
-May import: ``core``, ``ranking``, ``exact``, ``support``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``.
 """

@@ -4,5 +4,5 @@
 ``user_mods`` and ``sample`` serve calls with a score_mod or mask_mod of their own. The ``triton_`` files do the same
 steps on a GPU.
 
-May import: ``core``, ``ranking``, ``exact``, ``support`` and ``impl.triton``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``, ``impl/triton``.
 """

@@ -172,16 +172,9 @@ def pool_blocks(mask: AttentionMask | None, grid: BlockGrid, row_bytes: int, *, 
 
 
 def lay_out(
-    grid: BlockGrid,
-    bounds: tuple[Tensor, Tensor],
-    key_index: Tensor,
-    n_ranked: Tensor,
-    outside: Tensor,
-    visits: Tensor,
-    pool: int,
-    *,
-    ranked_whole: bool,
-) -> FlexLayout:
+    grid: BlockGrid, bounds: tuple[Tensor, Tensor], key_index: Tensor, n_ranked: Tensor, outside: Tensor,
+    visits: Tensor, pool: int, *, ranked_whole: bool,
+) -> FlexLayout:  # fmt: skip
     """Place the keys of a call.
 
     Args:

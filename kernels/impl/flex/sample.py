@@ -41,14 +41,9 @@ def over_all(function: Function, leading: int, captured: int) -> Function:
 
 
 def sample(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid: BlockGrid,
-    mods: tuple[Function, Function],
-    buffers: tuple[tuple[Any, ...], tuple[Any, ...]],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, grid: BlockGrid, mods: tuple[Function, Function],
+    buffers: tuple[tuple[Any, ...], tuple[Any, ...]], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rank keys by the weights that sampled queries give them through the functions of a call.
 
     Query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]. ``mods`` are its score_mod and its mask_mod,
@@ -139,4 +134,3 @@ def seg_blocks(grid: BlockGrid, device: torch.device) -> tuple[Tensor, Tensor]:
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 _rank_samples = define_operator(_library, rank_samples)
-torch.library.register_fake("s2o::rank_samples", rank_samples, lib=_library)

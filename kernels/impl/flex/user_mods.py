@@ -136,9 +136,7 @@ def in_memory(x: Tensor, stride: Sequence[int] | None = None) -> Tensor:
 
 _library = torch.library.Library("s2o", "FRAGMENT")
 _in_memory = define_operator(_library, in_memory)
-torch.library.register_fake("s2o::in_memory", in_memory, lib=_library)
 _place_blocks = define_operator(_library, place_blocks)
-torch.library.register_fake("s2o::place_blocks", place_blocks, lib=_library)
 
 
 def _attend(

@@ -2,5 +2,5 @@
 
 ``forward`` visits ranked keys, ``exact`` all of them in position order, both by ``blocks``.
 
-May import: ``core``, ``ranking``, ``exact``, ``support``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``.
 """

@@ -4,5 +4,5 @@
 estimate the mass left out. ``forward`` attends to ranked keys, ``exact`` to all in position order, ``packed`` too over
 several sequences; ``tile`` has their shared pieces. ``compare_mask`` reads masks.
 
-May import: ``core``, ``ranking``, ``exact``, ``support``.
+May import: ``support``, ``pages``, ``core``, ``ranking``, ``exact``.
 """

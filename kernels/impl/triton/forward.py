@@ -253,14 +253,9 @@ def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progres
 
 
 def _launch_parts(
-    call: AttentionCall,
-    plan: Plan,
-    tau: float | Tensor,
-    result: Result,
-    progress: Progress | None,
-    *,
+    call: AttentionCall, plan: Plan, tau: float | Tensor, result: Result, progress: Progress | None, *,
     resume: bool = False,
-) -> list[Launched]:
+) -> list[Launched]:  # fmt: skip
     """Launch the tiles of each part of the value's columns, and again in position order those that overflowed."""
     (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape

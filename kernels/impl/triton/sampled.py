@@ -1,6 +1,6 @@
 """``exact.sampled`` and ``core.budget_rule`` on the GPU, in one launch a step: the host must not wait, nor be slow.
 
-Few rows leave most of the card idle. So each program of ``sampled_fwd_kernel`` takes SPLIT_LEN keys for a block of
+Few rows leave most of the card idle. So each program of ``sampled_fwd_kernel`` takes a part of the keys for a block of
 rows, and ``merge_splits_kernel`` merges the parts by their log-sum-exp. Rows ascend, so the first blocks skip the last
 keys. query [B, Hq, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; R sampled rows, in slots of whole blocks.
 """
@@ -38,8 +38,11 @@ from s2o_compile.kernels.impl.triton.tile import (
     paging,
 )
 
-SPLIT_LEN, SPLIT_ROWS = 4096, 256
-"""Keys of one program, and up to how many sampled rows: more rows give programs enough, and would take more memory."""
+PROGRAMS = 256
+"""Programs of a launch, at least while each has SHORTEST keys: two for each multiprocessor of a large card. Twice as
+many could take twice the memory."""
+
+SHORTEST = 512
 
 MERGED_ROWS = 16
 """Rows of one program that merges."""
@@ -223,9 +226,10 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     (query, key, _), mask = call.tensors, call.mask
     (batch, heads, n_queries, head_dim), n_keys, value_dim = query.shape, call.n_keys, call.value.shape[3]
     n_rows = min(count, n_queries)
-    tile, split_len = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN), SPLIT_LEN * max(n_rows // SPLIT_ROWS, 1)
-    splits = triton.cdiv(n_keys, split_len)
+    tile = min(max(16, triton.next_power_of_2(n_rows)), TILE_LEN)
     blocks = triton.cdiv(n_rows, tile)
+    split_len = max(triton.next_power_of_2(triton.cdiv(n_keys * batch * heads * blocks, PROGRAMS)), SHORTEST)
+    splits = triton.cdiv(n_keys, split_len)
     part = torch.empty(batch, heads, splits, blocks * tile, value_dim, dtype=torch.float32, device=query.device)
     part_lse = part.new_empty(part.shape[:4])
     key_mask, stride_mb = key_mask_of(mask.key_mask, part_lse)

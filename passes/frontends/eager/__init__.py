@@ -1,1 +1,4 @@
-"""Finds hand-written attention from its softmax: ``scores`` before it, ``probabilities`` and ``product`` behind it."""
+"""Finds hand-written attention from its softmax: ``scores`` before it, ``probabilities`` and ``product`` behind it.
+
+May import: ``kernels/support``, ``kernels/core``, ``graph``, ``masks``, ``passes``, ``frontends``.
+"""

@@ -126,13 +126,9 @@ def _site(node: fx.Node, chain: ScoreChain, behind: Probabilities, prover: MaskP
 
 
 def _mask(
-    chain: ScoreChain,
-    behind: Probabilities,
-    runs: Mapping[fx.Node, Axes | None],
-    shape: Sequence[Size],
-    dtype: torch.dtype,
-    prover: MaskProver,
-) -> MaskProof:
+    chain: ScoreChain, behind: Probabilities, runs: Mapping[fx.Node, Axes | None], shape: Sequence[Size],
+    dtype: torch.dtype, prover: MaskProver,
+) -> MaskProof:  # fmt: skip
     parts = []
     for part in reversed(chain.masks):  # as the scores meet them
         along = runs[part.node]

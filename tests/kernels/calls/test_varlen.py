@@ -3,7 +3,6 @@
 On a CPU the host is made to believe that it cannot see them; kernels are interpreted.
 """
 
-import random
 from itertools import pairwise
 
 import pytest
@@ -110,31 +109,8 @@ def test_lengths_are_read_for_recordings(device, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnGPU:
-    def random(self, seed, dtype, **fields):
-        draw = random.Random(seed)
-        count = draw.choice([1, 2, 7, 64])
-        budget, lengths = 20_000, []
-        for _ in range(count):
-            keys = draw.randint(1, max(budget // (count - len(lengths)), 1))
-            lengths.append((draw.randint(1, keys), keys))
-            budget -= keys
-        return Packing(lengths=tuple(lengths), heads=2, kv_heads=1, head_dim=64, dtype=dtype, **fields)
-
-    @pytest.mark.parametrize("fields", [{}, {"causal": False}, {"window": 700}, {"softcap": 5.0, "sinks": True}])
-    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-    @pytest.mark.parametrize("seed", range(3))
-    def test_random_packings(self, seed, dtype, fields):
-        packing = self.random(seed, dtype, **fields)
-        inputs = packing.inputs("cuda")
-        query, key, value, starts, key_starts = packing.joined(inputs, "cuda")
-        shared = {**packing.options(), "sinks": sinks_of(inputs), "return_lse": True, "config": config()}
-        assert_exact(packing, inputs, *s2o_compile.attention_varlen(query, key, value, starts, key_starts, **shared))
-        cache, table, lengths = in_pages(key, value, key_starts, 16, "heads_first")
-        found = s2o_compile.attention_paged(query, cache, table.cuda(), starts, lengths, **shared)
-        assert_exact(packing, inputs, *found)
-
     @pytest.mark.parametrize("layout", ["heads_first", "two", "pair"])
-    @pytest.mark.parametrize("page_len", [16, 256])
+    @pytest.mark.parametrize("page_len", [1, 16, 256])
     def test_pages_change_no_bit(self, layout, page_len):
         packing = Packing(
             lengths=((5000, 9000), (1, 300), (6000, 6000)), heads=8, kv_heads=2, head_dim=128, dtype="bf16"

@@ -60,26 +60,26 @@ def test_by_triton(name, device, dtype, monkeypatch):
     pytest.importorskip("triton")
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 
-    monkeypatch.setattr(triton_sampled, "SPLIT_LEN", 128)  # several programs share the keys
+    monkeypatch.setattr(triton_sampled, "PROGRAMS", 48)
+    monkeypatch.setattr(triton_sampled, "SHORTEST", 128)  # several programs share the keys
     call = make_call(**CASES[name], device=device, dtype=dtype)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     assert_rows(triton_sampled.attend_rows(call, 200), call, tolerance)  # two blocks, the second one short
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_many_rows_share_fewer_splits(name, monkeypatch):
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (16, 1), (96, 5)])
+def test_splits_give_the_card_enough_programs(programs, splits, monkeypatch):
     pytest.importorskip("triton")
     from s2o_compile.kernels.impl.triton import sampled as triton_sampled
 
     grids = []
     launch = triton_sampled.launch
     monkeypatch.setattr(triton_sampled, "launch", lambda *a, **k: grids.append(a[1]) or launch(*a, **k))
-    monkeypatch.setattr(triton_sampled, "SPLIT_LEN", 64)
-    monkeypatch.setattr(triton_sampled, "SPLIT_ROWS", 64)
-    call = make_call(**CASES[name])
+    monkeypatch.setattr(triton_sampled, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_sampled, "SHORTEST", 64)
+    call = make_call(causal=True)
     assert_rows(triton_sampled.attend_rows(call, 200), call, {"rtol": 1e-5, "atol": 1e-5})
-    rows = min(200, call.n_queries)
-    assert grids[0][0] == -(-300 // (64 * max(rows // 64, 1)))
+    assert grids[0] == (splits, 8, 2)  # 300 keys, 2 entries of 4 heads, two blocks of rows
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -6,10 +6,16 @@ import torch
 from s2o_compile.cli.tune import add_topics
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
-from s2o_compile.kernels.impl.torch import forward
+from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.ranking.basis import choose_basis, half_steps, project
 
+try:
+    from s2o_compile.kernels.impl.triton import forward as triton_forward
+except ImportError:
+    triton_forward = None
+
+EXECUTORS = {"torch": torch_forward, "triton": triton_forward}
 HEADS, KV_HEADS, LENGTH, HEAD_DIM = 4, 2, 2048, 64
 
 
@@ -18,8 +24,8 @@ def generator():
     return torch.Generator().manual_seed(3)
 
 
-def topical(generator):
-    query, key, value = (torch.randn(1, h, LENGTH, HEAD_DIM, generator=generator) for h in (HEADS, KV_HEADS, KV_HEADS))
+def topical(generator, head_dim=HEAD_DIM):
+    query, key, value = (torch.randn(1, h, LENGTH, head_dim, generator=generator) for h in (HEADS, KV_HEADS, KV_HEADS))
     add_topics(query, key, generator)
     return query, key, value
 
@@ -51,22 +57,33 @@ def test_logits_of_few_directions_are_found_in_any_basis(generator):
         assert (actual - exact).norm() <= 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "device", "dtype"),
+    [
+        (64, "cpu", torch.float32),
+        (128, "cpu", torch.float32),
+        (256, "cpu", torch.float32),
+        *(pytest.param(dim, "cuda", torch.bfloat16, marks=pytest.mark.gpu) for dim in (64, 128, 256)),
+    ],
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rotation_costs_no_density(seed):
+def test_a_rotation_costs_no_density(seed, head_dim, device, dtype):
     """Coordinates alone cost 1.2 times the density, or the error that the larger density should have saved."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = topical(generator)
-    turn = rotation(generator)
+    query, key, value = (x.to(device) for x in topical(generator, head_dim))
+    turn = rotation(generator, head_dim).to(device)
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    def run(query, key):
-        call = AttentionCall.of(query, key, value, causal=True)
-        result = forward.attend(call, build_plan(call, OperatorOptions()), 0.5)
-        return result.computed.sum().item(), (result.output - exact).norm().item()
+    implementation = "torch" if device == "cpu" else "triton"
 
-    (density, error), (turned_density, turned_error) = run(query, key), run(query @ turn, key @ turn)
+    def run(*tensors):
+        call = AttentionCall.of(*(x.to(dtype) for x in tensors), causal=True).for_kernels()
+        result = EXECUTORS[implementation].attend(call, build_plan(call, OperatorOptions(), implementation), 0.5)
+        return result.computed.sum().item(), ((result.output.float() - exact).norm() / exact.norm()).item()
+
+    (density, error), (turned_density, turned_error) = run(query, key, value), run(query @ turn, key @ turn, value)
     assert turned_density <= 1.03 * density
-    assert turned_error <= 1.1 * error
+    assert turned_error <= 1.1 * max(error, 0.005)  # heads of 256 find their topics so well that little is left
 
 
 def test_the_whole_head_needs_no_step_and_changes_nothing(generator):

@@ -8,51 +8,80 @@ import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from s2o_compile.kernels.support import torch_compat, torch_compile, torch_inductor
 from s2o_compile.kernels.support.torch_compat import ATTRIBUTES, NAMES, Missing, MissingTorchNameError
+from tests.helpers.imports import ROOT, short, sources, tree
 
-ROOT = Path(__file__).parents[3]
 HOMES = ("torch_compat.py", "torch_compile.py", "torch_inductor.py")
-FOLDERS = ("kernels", "passes", "s2o_compile")
+FOLDERS = ("kernels", "passes", "s2o_compile", "benchmarks", "examples")
 # One of these: functions of vmap and of duals moved, and the analysis of kernels was renamed.
 ALTERNATIVES = ("_add_batch_dim", "_remove_batch_dim"), ("_make_dual",), torch_inductor.ANALYSES
 # Public for all purposes: documented, or torch's own examples call them.
-PUBLIC = ("torch._check", "torch._assert_async", "torch.ops.")
-PRIVATE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)\b|torch\.fx\.experimental")
+PUBLIC = ("torch._check", "torch._assert_async", "torch.ops.", "torch._inductor.aoti_load_package")
+PRIVATE = re.compile(r"torch(\.\w+)*\._(?!_)\w+|torch\.fx\.experimental")
 
 
-def dotted(node):
+def names_of_imports(tree):
+    """What the names that a file imports stand for: ``F`` for ``torch.nn.functional``."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+    return found
+
+
+def dotted(node, imported):
     """``torch.a.b`` of an attribute, or an empty text."""
     if isinstance(node, ast.Attribute):
-        holder = dotted(node.value)
+        holder = dotted(node.value, imported)
         return f"{holder}.{node.attr}" if holder else ""
-    return node.id if isinstance(node, ast.Name) else ""
+    return imported.get(node.id, node.id) if isinstance(node, ast.Name) else ""
 
 
-def private_names(path, *, imported_only=False):
-    tree = ast.parse(path.read_text())
-    for node in tree.body if imported_only else ast.walk(tree):
+def private_names(tree):
+    imported = names_of_imports(tree)
+    holders = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
         found = []
-        if isinstance(node, ast.Attribute):
-            found = [dotted(node)]
+        if isinstance(node, ast.Attribute) and node not in holders:
+            found = [dotted(node, imported)]
         elif isinstance(node, ast.ImportFrom):
             found = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            found = [x.value for x in node.args if isinstance(x, ast.Constant)]
         yield from (name for name in found if PRIVATE.match(name) and not name.startswith(PUBLIC))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import torch; torch._C", "import torch.nn.functional as F; F._in_projection", "from torch import _VF"),
+        *("from torch import nn; nn.Module._call_impl", "from torch.utils import _pytree", "import torch._dynamo as d"),
+        *("from torch.nn import functional as g; g._x(1)", "importlib.import_module('torch._inductor.utils')"),
+    ],
+)
+def test_the_rule_sees_every_way_to_name_one(line):
+    assert [*private_names(ast.parse(line))]
+
+
+@pytest.mark.parametrize("line", ["import torch; torch.__version__", "from torch import nn; nn.Module", "x._base"])
+def test_the_rule_passes_what_is_public(line):
+    assert not [*private_names(ast.parse(line))]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_private_names_stand_in_three_files(folder):
-    sources = [p for p in (ROOT / folder).rglob("*.py") if p.name not in HOMES]
-    assert len(sources) > 20
-    found = {str(p.relative_to(ROOT)): names for p in sources if (names := {*private_names(p)})}
-    assert not found
+    paths = [path for path in sources(folder) if path.name not in HOMES]
+    assert len(paths) > 5
+    assert not {short(path): names for path in paths if (names := {*private_names(tree(path))})}
 
 
 def output_graph():
