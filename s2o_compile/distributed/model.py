@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,15 +96,15 @@ def context_parallel(
     account = account_of(model)
     if config is None and isinstance(account, Account):
         config = account.config
-    config = config_or_default(config, "context_parallel")
+    config, is_eager = config_or_default(config, "context_parallel"), _is_eager(model)
     with ranks.checking("context_parallel"):
         check_method(method)
-        _check_model(model, positions=positions, documents=documents)
+        _check_model(model, is_eager, positions=positions, documents=documents)
     names = {"tokens": tokens, "positions": positions, "documents": documents}
     facts = {"config": config.to_json(), "method": method, "order": order, "gather": gather, **names}
     ranks.agree("context_parallel", facts)
     twin: Any = model
-    if not _is_eager(model):
+    if not is_eager:
         merged = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
         backend = Backend(None, merged)
         twin = compiled_copy(model, backend, dynamic=dynamic, fullgraph=True)
@@ -136,8 +137,17 @@ def _is_eager(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == "s2o" and account_of(model) is None
 
 
-def _check_model(model: nn.Module, **names: str | None) -> None:
+def _check_model(model: nn.Module, is_eager: bool, **names: str | None) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
+        if not is_eager and fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            raise InputError(
+                f"context parallel, module {name or type(model).__name__}",
+                expected="a model that is captured as one graph",
+                got="FSDP2, whose hooks break it",
+                remedy='Use the attention implementation "s2o" of transformers, which is not compiled, or leave FSDP2 '
+                "out.",
+            )
         if isinstance(module, MIXING):
             raise InputError(
                 f"context parallel, module {name}",
