@@ -121,8 +121,8 @@ def check_whole() -> None:
     if not torch.compiler.is_compiling() and held_sequence() is not None:
         raise InputError(
             "context parallel",
-            expected="a proven mask, no gradients, no plan and no pages: a call of s2o::attention or packed_attention",
-            got="another call on a shard of the sequence, which needs all keys",
+            expected="a proven mask, no gradients and no plan: a call of s2o::attention or s2o::packed_attention",
+            got="another call on a shard of the sequence (or over pages), which needs all keys",
             remedy="Attend outside of the block, or on one rank.",
         )
 

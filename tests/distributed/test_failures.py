@@ -165,7 +165,16 @@ def read_masks(rank):
         s2o_compile.attention(*(sequence.shard(x, 2) for x in tensors()), attn_mask=torch.ones(1, 1, dtype=torch.bool))
 
 
+def pages(rank):
+    from s2o_compile.distributed import shard_sequence
+
+    query, *caches = (torch.randn(40, 16, 2, 16) for _ in range(3))
+    with shard_sequence(dist.group.WORLD, LENGTH).attending():
+        s2o_compile.attention_paged(query[0], tuple(caches), torch.zeros(1, 4, dtype=torch.int32), [0, 16], [16])
+
+
 CASES = {
+    pages: ("expected a proven mask, no gradients and no plan", "or over pages.*on one rank"),
     other_lengths: ("expected the same on every rank", "rank 0: length 600.*rank 1: length 601"),
     other_padding: ("expected the same on every rank", "padding"),
     other_configs: ("expected the same on every rank", "0.1.*0.2"),
