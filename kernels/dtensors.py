@@ -23,10 +23,13 @@ BATCH, HEADS = 0, 1
 
 
 def _check_placements(*tensors: Any, dims: Sequence[int] | None = None) -> None:  # noqa: ANN401 (or what stands for DTensors)
-    """Raise InputError if tensors are sharded by another dimension than heads (``dims``, if given) or batch."""
-    by_heads = zip(tensors, dims or (), strict=False)
-    others = (p.is_shard() and p.dim % x.ndim != dim for x, dim in by_heads for p in x.placements)
-    if is_sharded_inside(*tensors) if dims is None else any(others):
+    """Raise InputError unless tensors are sharded by batch or heads; by heads, their dimensions ``dims``, if given."""
+    if dims is None:
+        refused = is_sharded_inside(*tensors)
+    else:
+        each = zip(tensors, dims, strict=True)
+        refused = any(p.is_shard() and p.dim % x.ndim != dim for x, dim in each for p in x.placements)
+    if refused:
         raise InputError(
             "placements of query, key and value",
             expected=f"Replicate, or Shard by {'batch or ' if dims is None else ''}heads",

@@ -180,7 +180,7 @@ def _operator(name: str, tensors: tuple[Any, ...]) -> Callable[..., tuple[Tensor
     """The function of an operator where it can be called alone, or what calls it on these tensors."""
     if can_skip_dispatcher(*tensors):
         return getattr(varlen_ops, name)
-    return getattr(dtensors if is_dtensor(tensors[0]) else torch.ops.s2o, name)
+    return getattr(dtensors, name) if is_dtensor(tensors[0]) else getattr(torch.ops.s2o, name).default
 
 
 @never_captured

@@ -108,13 +108,15 @@ def read_call(
     key_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
     ids = arguments.get(documents) if documents else None
     if ids is None and mask is None:
-        ids = _jumps(arguments.get(positions or "position_ids"))
+        ids = _jumps(arguments.get(positions or "position_ids"), length)
     return Call(arguments=arguments, tokens=given[0], length=length, batch=batch, key_mask=key_mask, documents=ids)
 
 
-def _jumps(positions: Tensor | None) -> Tensor | None:
-    """The documents [B or 1, N] that begin where positions do not go up by one; None where all do."""
-    if positions is None:
+def _jumps(positions: object, length: int) -> Tensor | None:
+    """The documents [B or 1, N] that begin where positions, integers, do not go up by one; None where all do."""
+    if not isinstance(positions, Tensor) or positions.dim() > 2 or positions.shape[-1] != length:
+        return None
+    if positions.is_floating_point():
         return None
     changes = positions.diff(dim=-1) != 1
     ids = torch.nn.functional.pad(changes.long().cumsum(-1), (1, 0))
@@ -137,9 +139,10 @@ def of_shard(call: Call, sequence: ShardedSequence, positions: str | None, masks
     device, mine = call.device, {}
     for name, x in call.arguments.items():
         is_known = name in (*TOKENS, call.tokens, positions, "attention_mask") or x is call.documents
-        if is_known and isinstance(x, Tensor) and x.shape[min(x.dim() - 1, 1)] == call.length:
-            mine[name] = sequence.shard(x, min(x.dim() - 1, 1))
-        elif isinstance(x, Tensor) and call.length in x.shape:
+        dim = min(x.dim() - 1, 1) if isinstance(x, Tensor) else 0
+        if is_known and isinstance(x, Tensor) and x.dim() and x.shape[dim] == call.length:
+            mine[name] = sequence.shard(x, dim)
+        elif isinstance(x, Tensor) and (is_known or call.length in x.shape):
             raise InputError(
                 f"context parallel, {name}",
                 expected="arguments with tokens, [batch, length, ...], to be known by name",

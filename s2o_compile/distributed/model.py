@@ -197,8 +197,8 @@ class _Parallel:
         with self._ranks.checking(what):
             self._ranks.check_device(call.arguments[call.tokens], call.tokens)
         self._ranks.agree(what, self._facts(call))
-        whole = {"key_mask": call.key_mask, "documents": call.documents}
-        sequence = shard_sequence(self._mesh, call.length, **whole, **self._ways)
+        tokens = {"key_mask": call.key_mask, "documents": call.documents}
+        sequence = shard_sequence(self._mesh, call.length, **tokens, **self._ways)
         return self._on_shards(call, sequence)
 
     def _is_filled(self, kwargs: Mapping[str, Any]) -> bool:
