@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ def attend(operator: Any, query: Any, key: Any, value: Any, *rest: Any, **keywor
         return [Shard(dim) if p.is_shard(HEADS) else p for p in placements]
 
     local = [x.redistribute(mesh, by_heads(dim)).to_local() for x, dim in zip(tensors, dims, strict=True)]
-    others = [None if x is None else _placed(x, mesh, placements, query).to_local() for x in rest]
+    masked = operator is torch.ops.s2o.masked_attention.default
+    others = [None if x is None else _placed(x, mesh, placements, query, masked).to_local() for x in rest]
     kept = dict(keywords)
     if kept.get("dense_heads"):
         kept["dense_heads"] = shard.dense_heads(kept["dense_heads"], local[1].shape[dims[1]])
@@ -84,26 +85,29 @@ def attend(operator: Any, query: Any, key: Any, value: Any, *rest: Any, **keywor
     return tuple(DTensor.from_local(x, mesh, p, run_check=False) for x, p in ((output, placements), (lse, spread)))  # pyright: ignore
 
 
-def _placed(x: Any, mesh: Any, placements: list[Any], query: Any) -> Any:  # noqa: ANN401 (tensors, a mesh)
-    """A mask, documents, lengths or sinks, placed beside a query of these placements."""
+def _placed(x: Any, mesh: Any, placements: list[Any], query: Any, masked: bool) -> Any:  # noqa: ANN401 (tensors, a mesh)
+    """A mask, documents, lengths or sinks, placed beside a query of these placements; see `_beside`."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if not is_dtensor(x):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    beside = [_beside(p, tuple(x.shape), tuple(query.shape)) for p in placements]
+    beside = [_beside(p, tuple(x.shape), tuple(query.shape), masked) for p in placements]
     return x.redistribute(mesh, beside if x.is_floating_point() or x.ndim > 1 else [Replicate()] * mesh.ndim)
 
 
-def _beside(placement: Any, shape: tuple[int, ...], query: tuple[int, ...]) -> Any:  # noqa: ANN401 (a Placement)
-    """The placement of sinks [Hq], ids or a key mask [B or 1, N], or a mask [.., Nq, Nk] beside a query's."""
+def _beside(placement: Any, shape: tuple[int, ...], query: tuple[int, ...], masked: bool) -> Any:  # noqa: ANN401
+    """The placement beside a query's of sinks [Hq], ids or a key mask [B or 1, N], or (``masked``) a mask [.., Nq, Nk].
+
+    A mask [Nq, Nk] has neither batch nor heads, also if there are as many queries as entries of the batch.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     if not placement.is_shard():
         return Replicate()
     if len(shape) == 1:
         return Shard(0) if placement.dim == HEADS else Replicate()
-    if len(shape) == 2:  # the batch of a key mask or of ids; [Nq, Nk] has neither
-        return Shard(0) if placement.dim == BATCH and shape[0] == query[BATCH] else Replicate()
+    if len(shape) == 2:
+        return Shard(0) if placement.dim == BATCH and shape[0] == query[BATCH] and not masked else Replicate()
     dim = placement.dim - (4 - len(shape))
     return Shard(dim) if dim >= 0 and shape[dim] == query[placement.dim] else Replicate()
 
@@ -135,17 +139,20 @@ def _register() -> None:
     """
     from torch.distributed.tensor.experimental import register_sharding
 
-    names = ("attention", "masked_attention", "packed_attention")
-    register_sharding([getattr(torch.ops.s2o, name).default for name in names])(_placements)
+    operators = [torch.ops.s2o.attention.default, torch.ops.s2o.packed_attention.default]
+    register_sharding(operators)(partial(_placements, False))
+    register_sharding(torch.ops.s2o.masked_attention.default)(partial(_placements, True))
 
 
-def _placements(query: Any, key: Any, value: Any, *rest: Any, **keywords: Any) -> list[tuple[list[Any], list[Any]]]:  # noqa: ANN401
+def _placements(
+    masked: bool, query: Any, key: Any, value: Any, *rest: Any, **keywords: Any  # noqa: ANN401
+) -> list[tuple[list[Any], list[Any]]]:  # fmt: skip
     """For torch: by one dimension of the mesh, placements of the outputs, and of the inputs that give them."""
     from torch.distributed.tensor import Replicate, Shard
 
     _check_placements(query, key, value)
     found: list[tuple[list[Any], list[Any]]] = []
     for placement in (Replicate(), Shard(BATCH)):
-        others = [None if x is None else _beside(placement, tuple(x.shape), tuple(query.shape)) for x in rest]
+        others = [None if x is None else _beside(placement, tuple(x.shape), tuple(query.shape), masked) for x in rest]
         found.append(([placement] * 2, [placement] * 3 + others + [None] * len(keywords)))
     return found

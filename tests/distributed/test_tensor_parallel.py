@@ -147,6 +147,15 @@ def compare_operators(mesh):
                 error = max((a.full_tensor() - b).abs().max().item() for a, b in pairs)
                 first = output[0] if isinstance(output, tuple) else output
                 found["operator", name, str(placement), mode.__name__] = error, first.placements == (placement,)
+    pairs = torch.rand(BATCH, LENGTH) > 0.5  # as many queries as entries of the batch: [Nq, Nk] is no [B, Nk]
+    few = query[:, :, :BATCH]
+    wanted, _ = torch.ops.s2o.masked_attention(few, key, value, pairs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            shards = [distribute_tensor(x, mesh, [Shard(0)]) for x in (few, key, value)]
+            output, _ = torch.ops.s2o.masked_attention(*shards, distribute_tensor(pairs, mesh, [Replicate()]))
+        error = (output.full_tensor() - wanted).abs().max().item()
+        found["operator", "pairs", mode.__name__] = error, output.placements == (Shard(0),)
     options = {"causal": True, "min_seq_len": 0, "dense_heads": [1], "tau": 3.0, "return_lse": True}
     wanted = torch.ops.s2o.attention(query, key, value, **options)
     for placement in (Shard(0), Shard(1)):
