@@ -140,8 +140,8 @@ def attention_varlen(
         with sequence.ranks.checking("attention_varlen over a sharded sequence"):
             check_packed(query, key, value)
             ids = _documents_of_shard(sequence, query.device, cu_seqlens_q, cu_seqlens_k, return_lse)
-        tensors = (x.transpose(0, 1)[None] for x in (query, key, value))
-        output, lse = packed_attention(*tensors, ids, None, None, sinks, dense_heads=dense_heads, **shared)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        output, lse = packed_attention(query, key, value, ids, None, None, sinks, dense_heads=dense_heads, **shared)
         return output[0].transpose(0, 1).contiguous(), lse
     packed = packed_of(
         query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
