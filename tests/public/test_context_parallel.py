@@ -73,6 +73,7 @@ def test_a_compiled_model_says_that_it_ran_the_ring_of_torch():
     assert reasons[2:] == ["", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call", [{"length": 256}, {"length": 64}, {"length": 64, "grad": True}, {"length": 64, "dropout": 0.1}], ids=str
 )
@@ -90,12 +91,12 @@ def test_the_interface_of_transformers_refuses_every_length(call):
         configure(module, S2OConfig(min_seq_len=200))
         x = torch.randn(1, 2, call["length"], 16, requires_grad="grad" in call)
         buffer = torch.randn(1, call["length"])
-        for ids in (None, torch.ones(1, 1, call["length"], call["length"], dtype=torch.bool)):
+        for mask in (None, torch.ones(1, 1, call["length"], call["length"], dtype=torch.bool)):
             with (
                 context_parallel(init_device_mesh("cpu", (1,)), buffers=[buffer], buffer_seq_dims=[1]),
                 pytest.raises(InputError, match=r"context_parallel: expected all keys .* s2o_compile.distributed"),
             ):
-                s2o_attention_forward(module, x, x, x, ids, dropout=call.get("dropout", 0.0))
+                s2o_attention_forward(module, x, x, x, mask, dropout=call.get("dropout", 0.0))
     finally:
         dist.destroy_process_group()
 
