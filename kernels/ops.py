@@ -160,12 +160,17 @@ def packed_attention(
     Returns:
         Output [B, Hq, Nq, Dv] with SDPA's layout, and nothing where ``s2o::attention`` returns the log-sum-exp.
     """
-    call, packed = _packed_call(
-        query, key, value, documents, key_documents, key_mask, sinks, bottom_right=bottom_right, causal=causal,
-        causal_offset=causal_offset, window=window, scale=scale, softcap=softcap, fully_masked=fully_masked,
-        dense_heads=dense_heads or (), site=site,
-    )  # fmt: skip
-    output = run_packed(call, packed, from_op_kwargs(**options))
+    chosen, sequence = from_op_kwargs(**options), held_sequence()
+    with nullcontext() if sequence is None else sharded(None):
+        call, packed = _packed_call(
+            query, key, value, documents, key_documents, key_mask, sinks, bottom_right=bottom_right, causal=causal,
+            causal_offset=causal_offset, window=window, scale=scale, softcap=softcap, fully_masked=fully_masked,
+            dense_heads=dense_heads or (), site=site,
+        )  # fmt: skip
+    if sequence is None:
+        output = run_packed(call, packed, chosen)
+    else:
+        output, _ = run_sharded(call, chosen, sequence, packed)
     return as_sdpa(output, query, layout), query.new_empty(0, dtype=torch.float32)
 
 
@@ -234,7 +239,10 @@ _masked_attention = define_operator(
     _library, masked_attention, _fake, differentiable_masked_attention, tags=UNSAFE,
     on_dtensors=dtensors.masked_attention,
 )  # fmt: skip
-_packed_attention = define_operator(_library, packed_attention, _fake, differentiable_packed_attention, tags=UNSAFE)
+_packed_attention = define_operator(
+    _library, packed_attention, _fake, differentiable_packed_attention, tags=UNSAFE,
+    on_dtensors=dtensors.packed_attention,
+)  # fmt: skip
 dtensors.register_if_used()  # who imports it later calls the operators from `s2o_compile.attention`, or in a graph
 
 

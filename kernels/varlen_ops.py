@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels import dtensors
 from s2o_compile.kernels.calls.checks import check_packed, check_paged
-from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts
+from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts, read_starts
 from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
+from s2o_compile.kernels.core.documents import ids_of
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
+from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.kernels.core.validation import check_arguments, check_no_lse, check_whole
-from s2o_compile.kernels.ops import UNSAFE, autocast
+from s2o_compile.kernels.ops import UNSAFE, autocast, packed_attention
 from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.pages.table import BlockTable, flat_view
+from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import define_operator
 from s2o_compile.kernels.support.errors import InputError
 
@@ -131,6 +135,14 @@ def attention_varlen(
     Returns:
         Output [T, Hq, Dv], contiguous, and the log-sum-exp float32 [Hq, T], empty unless asked for.
     """
+    if (sequence := held_sequence()) is not None:
+        shared = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "site": site, **options}
+        with sequence.ranks.checking("attention_varlen over a sharded sequence"):
+            check_packed(query, key, value)
+            ids = _documents_of_shard(sequence, query.device, cu_seqlens_q, cu_seqlens_k, return_lse)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        output, lse = packed_attention(query, key, value, ids, None, None, sinks, dense_heads=dense_heads, **shared)
+        return output[0].transpose(0, 1).contiguous(), lse
     packed = packed_of(
         query, key, value, cu_seqlens_q, cu_seqlens_k, sinks, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         causal=causal, window=window, scale=scale, softcap=softcap, return_lse=return_lse, dense_heads=dense_heads,
@@ -138,6 +150,24 @@ def attention_varlen(
     )  # fmt: skip
     output, lse = run_packed(packed, from_op_kwargs(**options))
     return output, lse if return_lse else lse.new_empty(0)
+
+
+def _documents_of_shard(
+    sequence: Any, device: torch.device, query_starts: Tensor, key_starts: Tensor, return_lse: bool  # noqa: ANN401
+) -> Tensor:  # fmt: skip
+    """The documents [1, n] of this rank's tokens, by the lengths of the whole sequence."""
+    length, named = sequence.layout.length, sequence.documents
+    starts = read_starts("cu_seqlens_q", query_starts, length)
+    ids = ids_of(query_starts.to(device), length)
+    alike = named is not None and torch.equal(ids.diff() != 0, named.to(device).diff() != 0)
+    if return_lse or not alike or starts != read_starts("cu_seqlens_k", key_starts, length):
+        raise InputError(
+            "attention_varlen over a sharded sequence",
+            expected="the documents of the sequence as cu_seqlens of queries and keys, and no return_lse",
+            got=f"return_lse={return_lse}, {shown(starts)} beside {'no' if named is None else 'other'} documents",
+            remedy="Name them: shard_sequence(..., documents=ids). Attend to other keys outside of the block.",
+        )
+    return sequence.shard(ids, 1)
 
 
 @takes_options
@@ -206,8 +236,13 @@ def _fake(
 _library = torch.library.Library("s2o", "FRAGMENT")
 # They may wait for lengths, and no CUDA graph can record that: with this tag Inductor leaves them out of graphs.
 _of_packed = {"fake": _fake, "tags": UNSAFE, "host_too": ("block_table", "cu_seqlens_q", "cu_seqlens_k", "seq_lens")}
-_varlen = define_operator(_library, attention_varlen, differentiable=differentiable_varlen, **_of_packed)
-_paged = define_operator(_library, attention_paged, differentiable=differentiable_paged, **_of_packed)
+_varlen = define_operator(
+    _library, attention_varlen, on_dtensors=dtensors.attention_varlen, differentiable=differentiable_varlen,
+    **_of_packed,
+)  # fmt: skip
+_paged = define_operator(
+    _library, attention_paged, on_dtensors=dtensors.attention_paged, differentiable=differentiable_paged, **_of_packed
+)
 
 
 def _paged_autocast(device_type: str) -> Any:  # noqa: ANN401

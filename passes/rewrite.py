@@ -32,9 +32,12 @@ from s2o_compile.passes.site import AttentionSite
 
 logger = logging.getLogger(__name__)
 
-_OPERATORS = {False: torch.ops.s2o.attention.default, True: torch.ops.s2o.masked_attention.default}
-"""By whether the mask is read at run time."""
-_ON_DTENSORS = {False: dtensors.attention, True: dtensors.masked_attention}
+_OPERATORS = {
+    "proven": (torch.ops.s2o.attention.default, dtensors.attention),
+    "read": (torch.ops.s2o.masked_attention.default, dtensors.masked_attention),
+    "packed": (torch.ops.s2o.packed_attention.default, dtensors.packed_attention),
+}
+"""By the kind of the mask: on plain tensors, and on DTensors."""
 
 
 class Rewriter:
@@ -73,13 +76,8 @@ class Rewriter:
     def _replace(self, site: AttentionSite) -> None:
         node = site.node
         layout, restore = _restored(site)
-        read = site.mask.read is not None
-        on_shards = is_dtensor(site.query.value)
-        function = _ON_DTENSORS[read] if on_shards else _OPERATORS[read]
-        if site.mask.documents is not None:
-            if on_shards:
-                raise Refused("its sequences are packed, and the operator for them takes no DTensors")
-            function = torch.ops.s2o.packed_attention.default
+        kind = "packed" if site.mask.documents is not None else "proven" if site.mask.read is None else "read"
+        function = _OPERATORS[kind][is_dtensor(site.query.value)]
         output = value_of(node)
         check_derivatives(node)
         positional, keyword = self._arguments(site, layout)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2o_compile.config import S2OConfig, config_or_default
-from s2o_compile.kernels import varlen_ops
+from s2o_compile.kernels import dtensors, varlen_ops
 from s2o_compile.kernels.calls.lengths import as_integers, as_longest
 from s2o_compile.kernels.calls.varlen import run_packed
 from s2o_compile.kernels.core.options import from_op_kwargs
@@ -19,6 +19,7 @@ from s2o_compile.kernels.pages.prefill_cache import PrefillCache
 from s2o_compile.kernels.support.arguments import shown
 from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import InputError
 from s2o_compile.kernels.support.torch_compile import never_captured
 
@@ -88,10 +89,8 @@ def attention_varlen(
         _warn_of_derivatives(query, lengths[0].diff(), lengths[1].diff(), config)
         output, lse = varlen_ops.differentiable_varlen(*tensors, **shared)
         return (output, lse) if return_lse else output
-    plain = can_skip_dispatcher(*tensors)
-    attend = varlen_ops.attention_varlen if plain else torch.ops.s2o.attention_varlen.default
     options = config_or_default(config, "attention_varlen").operator_options(site)
-    output, lse = attend(*tensors, **shared, **options)
+    output, lse = _operator("attention_varlen", tensors)(*tensors, **shared, **options)
     return (output, lse) if return_lse else output
 
 
@@ -156,9 +155,12 @@ def attention_paged(
     if out is not None:
         _check_out(out, query, value_cache)
     options = config_or_default(config, "attention_paged").operator_options(site)
-    if chunks is not None and not isinstance(chunks, PrefillCache):
+    if chunks is not None and (not isinstance(chunks, PrefillCache) or is_dtensor(query)):
         raise InputError(
-            "chunks", expected="a PrefillCache", got=shown(chunks), remedy="Make one a layer and sequence."
+            "chunks",
+            expected="a PrefillCache, beside local tensors",
+            got=f"{shown(chunks)} beside a {type(query).__name__}",
+            remedy="Make one a layer and sequence. Of DTensors pass .to_local().",
         )
     if is_differentiated(query, key_cache, value_cache, sinks):
         _warn_of_derivatives(query, lengths[0].diff(), lengths[1], config)
@@ -168,12 +170,17 @@ def attention_paged(
     elif chunks is not None or (out is not None and can_skip_dispatcher(*tensors, out)):
         output, lse = _into(out, chunks, tensors, shared, options)
     else:
-        plain = can_skip_dispatcher(*tensors)
-        attend = varlen_ops.attention_paged if plain else torch.ops.s2o.attention_paged.default
-        output, lse = attend(*tensors, **shared, **options)
+        output, lse = _operator("attention_paged", tensors)(*tensors, **shared, **options)
     if out is not None and output is not out:
         output = out.copy_(output)
     return (output, lse) if return_lse else output
+
+
+def _operator(name: str, tensors: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of an operator where it can be called alone, or what calls it on these tensors."""
+    if can_skip_dispatcher(*tensors):
+        return getattr(varlen_ops, name)
+    return getattr(dtensors, name) if is_dtensor(tensors[0]) else getattr(torch.ops.s2o, name).default
 
 
 @never_captured

@@ -3,8 +3,8 @@
 By ``all_gather`` each piece of this rank's queries attends to the whole keys, under a causal offset of its own. What a
 plan needs of the whole call (segments, chunks, sampled queries and keys, mean values) is the whole sequence's, so tiles
 are those of one device, bit for bit. It is not so where pieces begin inside of a segment, without a causal mask, under
-``attention_chunk``, and where heads go on to hold an error, which a rank measures on its own queries: results are right
-there, by tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
+``attention_chunk``, in packed sequences, and where heads go on to hold an error, which a rank measures on its own
+queries: results are right there, by tiles of their own. By ``ulysses`` a rank makes the usual call over its heads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from s2o_compile.kernels import dispatch
 from s2o_compile.kernels.calls import gathered
+from s2o_compile.kernels.calls.packed import run_packed
 from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.core.documents import Documents
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import default_segment_len
@@ -40,10 +42,13 @@ class _Part(NamedTuple):
     error_sums: Tensor | None
 
 
-def run(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> tuple[Tensor, Tensor | None]:
+def run(
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, documents: Documents | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention output [B, Hq, n, Dv] of this rank's queries and, if asked, its log-sum-exp float32 [B, Hq, n].
 
-    The call holds this rank's shards, and its mask is that of a sequence of their length.
+    The call holds this rank's shards, and its mask is that of a sequence of their length. With ``documents``, of the
+    shard, it attends inside of the sequence's documents, and returns no log-sum-exp.
 
     Raises:
         InputError: The call is none of a shard of the sequence, or what it asks for is not possible on shards.
@@ -52,11 +57,13 @@ def run(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence
     what = "attention over a sharded sequence"
     with sequence.ranks.checking(what):
         whole_mask = _check(call, options, sequence)
-    sequence.agree(what, _facts(call, options))
+        for ids in () if documents is None else (documents.query_ids, documents.key_ids):
+            sequence.check_documents(ids, version_of(ids))
+    sequence.agree(what, {**_facts(call, options), "packed": documents is not None})
+    attend = _by_heads if sequence.method == "ulysses" else _by_gathering
     with sharded(None):
-        if sequence.method == "ulysses":
-            return _by_heads(call, options, sequence, whole_mask)
-        return _by_gathering(call, options, sequence, whole_mask)
+        ids = None if documents is None or sequence.documents is None else sequence.documents.to(call.query.device)
+        return attend(call, options, sequence, whole_mask, ids)
 
 
 def _check(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence) -> AttentionMask:
@@ -88,16 +95,15 @@ def _check(call: AttentionCall, options: OperatorOptions, sequence: ShardedSeque
             got=heads,
             remedy='Choose method="all_gather".',
         )
-    key_mask = sequence.key_mask
-    if key_mask is not None:
-        key_mask = key_mask.to(call.query.device)
-        if key_mask.shape[0] not in (1, call.query.shape[0]):
+    for name, x in (("padding", sequence.key_mask), ("documents", sequence.documents)):
+        if x is not None and x.shape[0] not in (1, call.query.shape[0]):
             raise InputError(
-                "padding of the sequence",
+                f"{name} of the sequence",
                 expected=f"of {call.query.shape[0]} entries, as the batch, or of one",
-                got=key_mask.shape[0],
+                got=x.shape[0],
                 remedy="Give one row for each entry of the batch.",
             )
+    key_mask = None if sequence.key_mask is None else sequence.key_mask.to(call.query.device)
     length = sequence.layout.length
     window, chunk = (None if x is None or x >= length else x for x in (mask.window, mask.attention_chunk))
     mask = replace(mask, key_mask=key_mask, window=window, attention_chunk=chunk)  # longer ones hide nothing
@@ -116,29 +122,34 @@ def _facts(call: AttentionCall, options: OperatorOptions) -> dict[str, object]:
 
 
 def _by_heads(
-    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask, ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     size, rank = sequence.ranks.size, sequence.ranks.rank
     share = call.key.shape[1] // size
     mine, mine_options, _ = gathered.of_heads(call, options, slice(rank * share, (rank + 1) * share))
     query, key, value = (sequence.to_heads(x) for x in call.tensors)
-    output, lse = dispatch.run(mine.over(query, key, value, mask), mine_options)
+    documents = None if ids is None else Documents(ids, ids)
+    output, lse = _run(mine.over(query, key, value, mask), mine_options, documents)
     return sequence.to_shards(output), None if lse is None else sequence.to_shards(lse)
 
 
+def _run(call: AttentionCall, options: OperatorOptions, documents: Documents | None) -> tuple[Tensor, Tensor | None]:
+    return dispatch.run(call, options) if documents is None else (run_packed(call, documents, options), None)
+
+
 def _by_gathering(
-    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, mask: AttentionMask, ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     length, call = sequence.layout.length, call.but(mask=mask)
-    path = _path(call, options, length)
+    path = _path(call, options, length) if ids is None else "calls"
     segment_len = _segment_len(call, options, sequence) if path == "s2o" else None
     if segment_len is None:
-        output, lse, computed, errors = _by_pieces(call, options, sequence, path)
+        output, lse, computed, errors = _by_pieces(call, options, sequence, path, ids)
     else:
         implementation = dispatch.choose_implementation(options.implementation, call.query)
         (output, lse, computed), errors = gathered.attend(call, options, sequence, implementation, segment_len)
         lse = lse if call.return_lse else None
-    if path != "chunks":
+    if path != "calls":
         rank = sequence.ranks.rank
         area = sum(
             replace(mask, offset=mask.offset + piece.start if mask.causal else 0)
@@ -151,9 +162,9 @@ def _by_gathering(
 
 
 def _path(call: AttentionCall, options: OperatorOptions, length: int) -> str:
-    """The path of the whole sequence, or "chunks", each of which chooses its own."""
+    """The path of the whole sequence, or "calls": of chunks or documents, each of which chooses its own."""
     if call.mask.attention_chunk is not None:
-        return "chunks"
+        return "calls"
     if call.scale <= 0 or dispatch.is_short(call.query, length, length, options.min_seq_len):
         return "dense"
     if call.mask.window is not None:
@@ -171,7 +182,9 @@ def _segment_len(call: AttentionCall, options: OperatorOptions, sequence: Sharde
     return segment_len if call.mask.causal and sequence.layout.starts_segments(segment_len) else None
 
 
-def _by_pieces(call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, path: str) -> _Part:
+def _by_pieces(
+    call: AttentionCall, options: OperatorOptions, sequence: ShardedSequence, path: str, ids: Tensor | None
+) -> _Part:
     """Attention of this rank's queries to all keys, some heads and one piece of the shard at a time."""
     parts: list[_Part] = []
     for heads, key, value, wait in sequence.gathered(call.key, call.value):
@@ -182,7 +195,9 @@ def _by_pieces(call: AttentionCall, options: OperatorOptions, sequence: ShardedS
             mask = call.mask
             if mask.causal:
                 mask = replace(mask, offset=mask.offset + positions.start)
-            found.append(_attend_piece(part.over(call.query[:, members, rows], key, value, mask), part_options, path))
+            documents = None if ids is None else Documents(ids[:, positions], ids)
+            piece = part.over(call.query[:, members, rows], key, value, mask)
+            found.append(_attend_piece(piece, part_options, path, documents))
         parts.append(_joined(found, 2, lambda sums: torch.stack(sums).sum(0)))
     return _joined(parts, 1, lambda sums: torch.cat(sums, 2))
 
@@ -198,9 +213,9 @@ def _joined(parts: Sequence[_Part], dim: int, join_errors: Callable[[list[Tensor
     return _Part(output, lse, computed, join_errors(errors) if len(errors) == len(parts) else None)
 
 
-def _attend_piece(call: AttentionCall, options: OperatorOptions, path: str) -> _Part:
-    if path == "chunks":
-        output, lse = dispatch.run(call, options)
+def _attend_piece(call: AttentionCall, options: OperatorOptions, path: str, documents: Documents | None) -> _Part:
+    if path == "calls":
+        output, lse = _run(call, options, documents)
         return _Part(output, lse, None, None)
     result = dispatch.execute(call, path, options)
     errors = dispatch.measure(call, result, options) if path == "s2o" else None

@@ -107,7 +107,7 @@ def check_kinds(**values: object) -> None:
 def check_whole() -> None:
     """Raise InputError where a rank holds a shard of the keys, and a call needs all of them.
 
-    That is so inside torch's ``context_parallel``, and inside ours for every call but one of ``s2o::attention``.
+    That is so inside torch's ``context_parallel``, and inside ours for calls that do not look for the other shards.
     """
     if in_torch_context_parallel():
         raise InputError(
@@ -121,8 +121,8 @@ def check_whole() -> None:
     if not torch.compiler.is_compiling() and held_sequence() is not None:
         raise InputError(
             "context parallel",
-            expected="a proven mask, no gradients and no plan: a call of s2o::attention",
-            got="another call on a shard of the sequence, which needs all keys",
+            expected="a proven mask, no gradients and no plan: a call of s2o::attention or s2o::packed_attention",
+            got="another call on a shard of the sequence (or over pages), which needs all keys",
             remedy="Attend outside of the block, or on one rank.",
         )
 

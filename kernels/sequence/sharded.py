@@ -41,12 +41,14 @@ class ShardedSequence:
         layout: Which positions are whose.
         method: How ranks exchange what attention needs, one of METHODS.
         key_mask: bool [B or 1, N], True where a key may be attended; None for all.
+        documents: int64 [B or 1, N], equal inside of a document; None for a sequence that is not packed.
     """
 
     ranks: Ranks
     layout: Layout
     method: str = "all_gather"
     key_mask: Tensor | None = None
+    documents: Tensor | None = None
     _agreed: set[str] = field(default_factory=set, init=False, repr=False)
     _compared: list[tuple[Tensor, int | None]] = field(default_factory=list, init=False, repr=False)
 
@@ -88,7 +90,7 @@ class ShardedSequence:
 
         A mask that layers share is compared once, as long as nobody writes into it.
         """
-        if key_mask is None or any(x is key_mask and at == version is not None for x, at in self._compared):
+        if key_mask is None or self._is_compared(key_mask, version):
             return
         expected = None if self.key_mask is None else self.shard(self.key_mask, 1)
         same = key_mask.all() if expected is None else (key_mask == expected).all()
@@ -101,6 +103,31 @@ class ShardedSequence:
                 "block, and none, or its shard, inside.",
             )
         self._compared.append((key_mask, version))
+
+    def check_documents(self, ids: Tensor, version: int | None) -> None:
+        """Raise InputError unless a call's ids [B or 1, n] are those of the sequence's documents. May wait.
+
+        They must change where these do. Between two pieces they may be any: a model that finds documents by jumps of
+        positions takes the next piece for another one.
+        """
+        if self._is_compared(ids, version):
+            return
+        if self.documents is not None:
+            expected = self.shard(self.documents.to(ids.device), 1)
+            inside = self.positions(ids.device).diff() == 1
+            changes, expected = ((x[:, 1:] != x[:, :-1]) & inside for x in (ids, expected))
+        if self.documents is None or not (changes == expected).all():
+            raise InputError(
+                "documents",
+                expected="this rank's shard of the documents of the sequence",
+                got="documents that nobody named" if self.documents is None else "other documents",
+                remedy="Name those of the whole sequence: shard_sequence(..., documents=ids), or "
+                'context_parallel(..., documents="name of the argument").',
+            )
+        self._compared.append((ids, version))
+
+    def _is_compared(self, x: Tensor, version: int | None) -> bool:
+        return any(other is x and at == version is not None for other, at in self._compared)
 
     def start_gather(
         self, shards: Sequence[Tensor], dim: int = 2, step: int = 1

@@ -17,6 +17,7 @@ from itertools import islice
 import torch
 from torch import fx
 
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, same_sizes, value_of
 from s2o_compile.passes.graph.operand import Operand
@@ -91,7 +92,7 @@ def read_along(node: fx.Node, axes: Sequence[int | None], shape: Sequence[Size],
     """The nearest tensor of a shape that ``node`` is a view of, dimension by dimension along the given axes."""
     for seen in islice(views.chain(node, prover.indices.evaluate), 1, None):
         base = value_of(seen.node)
-        if base.dtype != value_of(node).dtype:
+        if base.dtype != value_of(node).dtype or is_dtensor(base) != is_dtensor(value_of(node)):
             return None
         if same_sizes(base.shape, shape):
             reads = all(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.nodes import Size, arguments, known, value_of
 from s2o_compile.passes.graph.rejected import Refused, attempt
@@ -55,6 +56,14 @@ def chain(node: fx.Node, evaluate: Evaluate) -> Iterator[Source]:
 
 def _same(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
     return tuple(IndexTensor.axis(shape, dim) for dim in range(len(shape)))
+
+
+def _placed(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
+    """Of a tensor and the DTensor that is made of it, or the other way round, where every rank holds all of both."""
+    values = (x for x in map(value_of, (node, node.args[0])) if is_dtensor(x))
+    if not all(placement.is_replicate() for x in values for placement in x.placements):
+        raise Refused("%s is held in shards", node)
+    return _same(node, base, shape, evaluate)
 
 
 def _reshape(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Indices:
@@ -209,6 +218,7 @@ VIEWS: dict[str, _Handler] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("repeat", "tile"), _repeat),
     **dict.fromkeys(PERMUTATIONS, _permute),
+    "redistribute": _placed,  # as `moves_shards` names them all
     "getitem": _getitem,
     "index": _index,
     "index_select": _index_select,

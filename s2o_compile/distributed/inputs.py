@@ -37,6 +37,7 @@ class Call:
         length: Tokens of the sequence.
         batch: Sequences.
         key_mask: bool [B, N], the padding; None for none.
+        documents: [B or 1, N], equal inside of a packed document; None for one document.
     """
 
     arguments: dict[str, Any]
@@ -44,15 +45,26 @@ class Call:
     length: int
     batch: int
     key_mask: Tensor | None
+    documents: Tensor | None
 
     @property
     def device(self) -> torch.device:
         """Of the tokens."""
         return self.arguments[self.tokens].device
 
+    @property
+    def jumps(self) -> bool:
+        """Whether jumps of positions alone tell documents apart."""
+        return self.documents is not None and not any(x is self.documents for x in self.arguments.values())
+
 
 def read_call(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: str | None
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tokens: str | None,
+    positions: str | None = None,
+    documents: str | None = None,
 ) -> Call:
     """The arguments of a call; InputError for those that cannot be shared out.
 
@@ -61,6 +73,9 @@ def read_call(
         args: Positional arguments.
         kwargs: Keyword arguments.
         tokens: The name of the argument that holds the tokens, [B, N, ...]; None for those of transformers' models.
+        positions: The name of that with positions. Where they jump, and no mask is given, models of transformers find
+            documents.
+        documents: The name of that with documents, [B or 1, N].
     """
     try:
         bound = inspect.signature(forward).bind_partial(*args)
@@ -91,17 +106,21 @@ def read_call(
             remedy="Pass which tokens are real, [batch, length]; use a dynamic cache.",
         )
     key_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
-    call = Call(arguments=arguments, tokens=given[0], length=length, batch=batch, key_mask=key_mask)
-    if mask is None and "position_ids" in arguments and length > 1:
-        places = arguments["position_ids"]
-        if bool((places.diff(dim=-1) != 1).any()):
-            raise InputError(
-                "context parallel, position_ids",
-                expected="one document, whose positions go up by one",
-                got="positions that jump, as of packed documents",
-                remedy="Pass an attention_mask if they are none, or run packed documents on one rank each.",
-            )
-    return call
+    ids = arguments.get(documents) if documents else None
+    if ids is None and mask is None:
+        ids = _jumps(arguments.get(positions or "position_ids"), length)
+    return Call(arguments=arguments, tokens=given[0], length=length, batch=batch, key_mask=key_mask, documents=ids)
+
+
+def _jumps(positions: object, length: int) -> Tensor | None:
+    """The documents [B or 1, N] that begin where positions, integers, do not go up by one; None where all do."""
+    if not isinstance(positions, Tensor) or positions.dim() > 2 or positions.shape[-1] != length:
+        return None
+    if positions.is_floating_point():
+        return None
+    changes = positions.diff(dim=-1) != 1
+    ids = torch.nn.functional.pad(changes.long().cumsum(-1), (1, 0))
+    return ids.view(-1, ids.shape[-1]) if bool(changes.any()) else None
 
 
 def of_shard(call: Call, sequence: ShardedSequence, positions: str | None, masks: bool) -> dict[str, Any]:
@@ -113,15 +132,20 @@ def of_shard(call: Call, sequence: ShardedSequence, positions: str | None, masks
         positions: The name of the argument that holds positions, made here if it is not given; None for a model
             without any.
         masks: Whether the model takes an attention mask, which then says that the shard is no packed documents.
+
+    Raises:
+        InputError: An argument with tokens that nobody knows, or positions that jump on some ranks alone.
     """
     device, mine = call.device, {}
     for name, x in call.arguments.items():
-        if name in (*TOKENS, call.tokens, positions, "attention_mask") and isinstance(x, Tensor):
-            mine[name] = sequence.shard(x, 0 if x.dim() == 1 else 1)
-        elif isinstance(x, Tensor) and call.length in x.shape:
+        is_known = name in (*TOKENS, call.tokens, positions, "attention_mask") or x is call.documents
+        dim = min(x.dim() - 1, 1) if isinstance(x, Tensor) else 0
+        if is_known and isinstance(x, Tensor) and x.dim() and x.shape[dim] == call.length:
+            mine[name] = sequence.shard(x, dim)
+        elif isinstance(x, Tensor) and (is_known or call.length in x.shape):
             raise InputError(
                 f"context parallel, {name}",
-                expected="arguments with tokens to be known by name",
+                expected="arguments with tokens, [batch, length, ...], to be known by name",
                 got=_kind(x),
                 remedy=f"Leave it out. Known are {', '.join((call.tokens, *TOKENS))} and attention_mask.",
             )
@@ -129,9 +153,23 @@ def of_shard(call: Call, sequence: ShardedSequence, positions: str | None, masks
             mine[name] = x
     if positions is not None and positions not in mine:
         mine[positions] = sequence.positions(device)[None].expand(call.batch, -1).contiguous()
-    if masks and "attention_mask" not in mine:
+    if call.jumps:
+        _check_jumps(call.arguments[positions or "position_ids"], sequence)
+    elif masks and "attention_mask" not in mine:
         mine["attention_mask"] = torch.ones(call.batch, sequence.count, dtype=torch.long, device=device)
     return mine
+
+
+def _check_jumps(positions: Tensor, sequence: ShardedSequence) -> None:
+    """Raise InputError unless positions jump on every rank: a model takes those that do not for one document."""
+    shards = (sequence.layout.take(positions, rank, -1) for rank in range(sequence.ranks.size))
+    if not all(bool((shard.diff(dim=-1) != 1).any()) for shard in shards):
+        raise InputError(
+            "context parallel, packed documents",
+            expected="positions that jump on every rank, by which models know that documents are packed",
+            got="a rank whose positions go up by one",
+            remedy='Leave order at "zigzag", or run packed documents on one rank each.',
+        )
 
 
 def _kind(x: object) -> str:

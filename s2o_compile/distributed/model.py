@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def context_parallel(
     dynamic: bool | None = None,
     tokens: str | None = None,
     positions: str | None = "position_ids",
+    documents: str | None = None,
     gather: bool = True,
     **unknown: object,
 ) -> Model:
@@ -68,6 +70,8 @@ def context_parallel(
         tokens: The argument that holds the tokens, [batch, length, ...]; None for those of transformers' models.
         positions: The argument that holds the tokens' positions, [batch, length]. None says that the model needs none:
             one that counts positions itself would count those of its shard.
+        documents: The argument that holds the documents of packed tokens, integers [batch or 1, length], equal inside
+            of a document. Models of transformers need none: they find documents where positions jump.
         gather: Whether outputs are gathered. Without, each rank gets those of its own tokens, in the order of
             ``shard_sequence(...).positions()``, and no cache.
         **unknown: None: a keyword that this function does not have raises TypeError, which says what to write instead.
@@ -92,13 +96,15 @@ def context_parallel(
     account = account_of(model)
     if config is None and isinstance(account, Account):
         config = account.config
-    config = config_or_default(config, "context_parallel")
+    config, is_eager = config_or_default(config, "context_parallel"), _is_eager(model)
     with ranks.checking("context_parallel"):
         check_method(method)
-        _check_model(model, positions)
-    ranks.agree("context_parallel", {"config": config.to_json(), "method": method, "order": order, "gather": gather})
+        _check_model(model, is_eager, positions=positions, documents=documents)
+    names = {"tokens": tokens, "positions": positions, "documents": documents}
+    facts = {"config": config.to_json(), "method": method, "order": order, "gather": gather, **names}
+    ranks.agree("context_parallel", facts)
     inner: Any = model
-    if not _is_eager(model):
+    if not is_eager:
         merged = {PREFIX + name: value for name, value in dataclasses.asdict(config).items()}
         backend = Backend(None, merged)
         inner = compiled_copy(model, backend, dynamic=dynamic, fullgraph=True)
@@ -106,7 +112,7 @@ def context_parallel(
     copied: Any = object.__new__(_class_of(type(model)))
     vars(copied).update({name: rebound(value, {id(model): copied}) for name, value in vars(model).items()})
     vars(copied)[_PARALLEL] = _Parallel(
-        inner, mesh, config, ranks, method=method, order=order, tokens=tokens, positions=positions, gather=gather
+        inner, mesh, config, ranks, method=method, order=order, names=names, gather=gather
     )
     return copied
 
@@ -131,8 +137,17 @@ def _is_eager(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == "s2o" and account_of(model) is None
 
 
-def _check_model(model: nn.Module, positions: str | None) -> None:
+def _check_model(model: nn.Module, is_eager: bool, **names: str | None) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
+        if not is_eager and fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            raise InputError(
+                f"context parallel, module {name or type(model).__name__}",
+                expected="a model that is captured as one graph",
+                got="FSDP2, whose hooks break it",
+                remedy='Use the attention implementation "s2o" of transformers, which is not compiled, or leave FSDP2 '
+                "out.",
+            )
         if isinstance(module, MIXING):
             raise InputError(
                 f"context parallel, module {name}",
@@ -140,13 +155,14 @@ def _check_model(model: nn.Module, positions: str | None) -> None:
                 got=f"a {type(module).__name__}, which would not see those of other ranks",
                 remedy="Run this model on one rank.",
             )
-    if positions is not None and positions not in inspect.signature(model.forward).parameters:
-        raise InputError(
-            "context parallel, positions",
-            expected=f"a forward with an argument {positions!r}",
-            got=str(inspect.signature(model.forward)),
-            remedy="Name the argument that holds positions, or pass positions=None if the model needs none.",
-        )
+    for kind, name in names.items():
+        if name is not None and name not in inspect.signature(model.forward).parameters:
+            raise InputError(
+                f"context parallel, {kind}",
+                expected=f"a forward with an argument {name!r}",
+                got=str(inspect.signature(model.forward)),
+                remedy=f"Name the argument that holds {kind}, or pass {kind}=None if the model needs none.",
+            )
 
 
 class _Parallel:
@@ -161,13 +177,12 @@ class _Parallel:
         *,
         method: str,
         order: str,
-        tokens: str | None,
-        positions: str | None,
+        names: dict[str, str | None],
         gather: bool,
     ) -> None:
         self._inner, self._mesh, self._config, self._ranks = inner, mesh, config, ranks
         self._ways = {"method": method, "order": order, "segment_len": config.segment_len}
-        self._tokens, self._positions, self._gather = tokens, positions, gather
+        self._names, self._gather = names, gather
         parameters = inspect.signature(inner.forward).parameters
         self._takes_masks = "attention_mask" in parameters
         self._cache_name = next((name for name in CACHES if name in parameters), "")
@@ -176,13 +191,14 @@ class _Parallel:
         """Run a call on shards, or by ``whole`` on every rank."""
         what = "a call of a context parallel model"
         with self._ranks.checking(what):
-            call = None if self._is_filled(kwargs) else read_call(self._inner.forward, args, kwargs, self._tokens)
+            call = None if self._is_filled(kwargs) else read_call(self._inner.forward, args, kwargs, **self._names)
         if call is None or not self._is_long(call):
             return whole(*args, **kwargs)
         with self._ranks.checking(what):
             self._ranks.check_device(call.arguments[call.tokens], call.tokens)
         self._ranks.agree(what, self._facts(call))
-        sequence = shard_sequence(self._mesh, call.length, key_mask=call.key_mask, **self._ways)
+        tokens = {"key_mask": call.key_mask, "documents": call.documents}
+        sequence = shard_sequence(self._mesh, call.length, **tokens, **self._ways)
         return self._on_shards(call, sequence)
 
     def _is_filled(self, kwargs: Mapping[str, Any]) -> bool:
@@ -201,7 +217,7 @@ class _Parallel:
 
     def _on_shards(self, call: Call, sequence: ShardedSequence) -> Any:  # noqa: ANN401 (a model's)
         cache, shards = self._caches(call)
-        mine = of_shard(call, sequence, self._positions, self._takes_masks)
+        mine = of_shard(call, sequence, self._names["positions"], self._takes_masks)
         kept, wanted = None, call.arguments.get("logits_to_keep", 0)
         if isinstance(wanted, Tensor) or wanted:
             kept = Kept(wanted, sequence, call.device)
@@ -224,6 +240,13 @@ class _Parallel:
         config = getattr(self._inner, "config", None)
         wanted = call.arguments.get("use_cache", getattr(config, "use_cache", False))
         if not self._cache_name or not self._gather or not (wanted or given is not None):
+            if self._cache_name and wanted and call.jumps:
+                raise InputError(
+                    "context parallel, packed documents",
+                    expected="use_cache=False beside gather=False",
+                    got="a cache, beside which models attend across documents",
+                    remedy="Pass use_cache=False.",
+                )
             if self._cache_name:
                 call.arguments["use_cache"] = False
             return None, None

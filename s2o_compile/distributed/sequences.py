@@ -15,6 +15,7 @@ from s2o_compile.kernels.support.arguments import is_one_of, shown
 from s2o_compile.kernels.support.errors import InputError
 
 ORDERS = ("zigzag", "head_tail")
+INTEGERS = (torch.int32, torch.int64)
 
 
 def shard_sequence(
@@ -22,6 +23,7 @@ def shard_sequence(
     length: int,
     *,
     key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
     method: str = "all_gather",
     order: str = "zigzag",
     segment_len: int | None = None,
@@ -41,6 +43,9 @@ def shard_sequence(
         mesh: One dimension of a ``DeviceMesh``, or a process group.
         length: Tokens N of the whole sequence.
         key_mask: bool [B, N] or [1, N], True where a key may be attended (padding is False): the whole sequence's.
+        documents: Integers [B, N] or [1, N], equal inside of a document, of a packed sequence: the whole sequence's.
+            Inside the block ``torch.ops.s2o.packed_attention`` takes this rank's shard of them, and
+            ``s2o_compile.attention_varlen`` the whole sequence's ``cu_seqlens``.
         method: "all_gather": every rank gets all keys and values, a few heads at a time. "ulysses": every rank gets
             all tokens of its share of the heads, whose number must be divisible.
         order: "zigzag": tokens in several turns over the ranks, cut where segments begin. "head_tail": two pieces a
@@ -55,28 +60,31 @@ def shard_sequence(
     ranks = Ranks(mesh, "shard_sequence")
     with ranks.checking("shard_sequence"):
         check_method(method)
-        _check(order, length, key_mask)
+        _check(order, length, key_mask, documents)
         segment = segment_len or default_segment_len(length)
-        units = (segment, TILE_LEN, 1) if order == "zigzag" else (1,)
+        # Documents have segments of their own, which begin anywhere.
+        units = (segment, TILE_LEN, 1) if order == "zigzag" and documents is None else (1,)
         layout = Layout.zigzag(length, ranks.size, units=units, turns=None if order == "zigzag" else 1)
     if key_mask is not None and bool(key_mask.all()):
         key_mask = None
+    documents = None if documents is None else documents.long()
     facts = {"length": length, "method": method, "pieces": layout.pieces, "padding": checksum(key_mask)}
-    ranks.agree("shard_sequence", facts)
-    return ShardedSequence(ranks=ranks, layout=layout, method=method, key_mask=key_mask)
+    ranks.agree("shard_sequence", facts | {"documents": checksum(documents)})
+    return ShardedSequence(ranks=ranks, layout=layout, method=method, key_mask=key_mask, documents=documents)
 
 
-def _check(order: object, length: int, key_mask: Tensor | None) -> None:
+def _check(order: object, length: int, key_mask: Tensor | None, documents: Tensor | None) -> None:
     if not is_one_of(order, ORDERS):
         names = ", ".join(map(repr, ORDERS))
         raise InputError("order", expected=f"one of {names}", got=shown(order), remedy="Choose one of these names.")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape[-1:] != (length,)):
-        raise InputError(
-            "key_mask",
-            expected=f"bool of shape [B, {length}], the padding of the whole sequence",
-            got=f"{key_mask.dtype} of shape {tuple(key_mask.shape)}",
-            remedy="Pass it unsharded.",
-        )
+    for name, x, kinds in (("key_mask", key_mask, (torch.bool,)), ("documents", documents, INTEGERS)):
+        if x is not None and (x.dtype not in kinds or x.dim() != 2 or x.shape[1] != length):
+            raise InputError(
+                name,
+                expected=f"{' or '.join(map(str, kinds))} of shape [B, {length}], of the whole sequence",
+                got=f"{x.dtype} of shape {tuple(x.shape)}",
+                remedy="Pass it unsharded.",
+            )
 
 
 def checksum(x: Tensor | None) -> int | None:

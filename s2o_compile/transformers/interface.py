@@ -165,8 +165,8 @@ def s2o_attention_forward(
         output = _sparse(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    if not is_tracing(query) and held_sequence() is not None:
-        check_whole()  # a shard of the keys is no operand of SDPA
+    if not is_tracing(query):
+        check_whole()  # a shard of the keys is no operand of SDPA, however few there are
     mask = attention_mask.or_none if _describes(attention_mask, query, key) else attention_mask
     if softcap is None and s_aux is None:
         with every_derivative():

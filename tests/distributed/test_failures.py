@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 
 import pytest
@@ -15,8 +16,8 @@ from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
-LENGTH, SECONDS = 600, 20
-EXACT = S2OConfig(tau=0.0, min_seq_len=0)
+LENGTH, SECONDS, SHORT = 600, 20, 3
+EXACT = S2OConfig(tau=0.0, min_seq_len=0, inner_backend="eager")
 
 
 def tensors(heads=2):
@@ -76,8 +77,61 @@ def ended(rank):
 
     sequence = shard_sequence(dist.group.WORLD, LENGTH)
     shards = [sequence.shard(x, 2) for x in tensors()]
-    if rank == 1:
+    if rank == dist.get_world_size() - 1:
         os._exit(1)
+    with sequence.attending():
+        s2o_compile.attention(*shards, causal=True)
+
+
+def ended_mid_gather(rank):
+    """The last rank begins to gather keys and values, and is killed before the others have its own."""
+    from s2o_compile.distributed import shard_sequence
+    from s2o_compile.kernels.sequence.ranks import Ranks
+
+    sequence = shard_sequence(dist.group.WORLD, LENGTH)
+    shards = [sequence.shard(x, 2) for x in tensors()]
+    if rank == dist.get_world_size() - 1:
+        gather = Ranks.gather
+
+        def killed(self, sends):
+            if sends.numel() > LENGTH:  # not the few numbers of an agreement
+                os.kill(os.getpid(), signal.SIGKILL)
+            return gather(self, sends)
+
+        Ranks.gather = killed
+    with sequence.attending():
+        s2o_compile.attention(*shards, causal=True, config=EXACT)
+
+
+def ended_in_a_model(rank):
+    """The last rank is killed in the second attention of a model's call."""
+    from s2o_compile.kernels.calls import context_parallel as calls
+    from tests.distributed.test_models import OwnPositions
+
+    ways, seen, attend = {"tokens": "x", "positions": "places"}, [], calls._by_gathering
+    parallel = s2o_compile.distributed.context_parallel(OwnPositions().eval(), dist.group.WORLD, EXACT, **ways)
+
+    def killed(*given):
+        seen.append(given)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return attend(*given)
+
+    if rank == dist.get_world_size() - 1:
+        calls._by_gathering = killed
+    with torch.no_grad():
+        parallel(torch.ones(1, LENGTH, 32))
+
+
+def hangs(rank):
+    """The last rank never comes; the others wait for the time-out of the group."""
+    from s2o_compile.distributed import shard_sequence
+
+    sequence = shard_sequence(dist.group.WORLD, LENGTH)
+    shards = [sequence.shard(x, 2) for x in tensors()]
+    if rank == dist.get_world_size() - 1:
+        time.sleep(2 * SHORT)
+        os._exit(0)
     with sequence.attending():
         s2o_compile.attention(*shards, causal=True)
 
@@ -111,7 +165,16 @@ def read_masks(rank):
         s2o_compile.attention(*(sequence.shard(x, 2) for x in tensors()), attn_mask=torch.ones(1, 1, dtype=torch.bool))
 
 
+def pages(rank):
+    from s2o_compile.distributed import shard_sequence
+
+    query, *caches = (torch.randn(40, 16, 2, 16) for _ in range(3))
+    with shard_sequence(dist.group.WORLD, LENGTH).attending():
+        s2o_compile.attention_paged(query[0], tuple(caches), torch.zeros(1, 4, dtype=torch.int32), [0, 16], [16])
+
+
 CASES = {
+    pages: ("expected a proven mask, no gradients and no plan", "or over pages.*on one rank"),
     other_lengths: ("expected the same on every rank", "rank 0: length 600.*rank 1: length 601"),
     other_padding: ("expected the same on every rank", "padding"),
     other_configs: ("expected the same on every rank", "0.1.*0.2"),
@@ -148,11 +211,16 @@ def test_every_rank_says_what_is_wrong():
 
 
 @pytest.mark.slow
-def test_a_rank_that_has_ended():
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", [ended, ended_mid_gather, ended_in_a_model, hangs])
+def test_a_rank_that_has_ended(case, ranks):
     start = time.monotonic()
-    error, gone = run_ranks(ended, 2, seconds=SECONDS)
+    *errors, gone = run_ranks(case, ranks, seconds=SHORT if case is hangs else SECONDS)
     assert gone is None
-    assert "expected all 2 ranks to take part" in str(error)
+    for rank, error in enumerate(errors):
+        assert f"RankError: [rank {rank} of {ranks}]" in str(error)
+        assert f"expected all {ranks} ranks to take part" in str(error)
+        assert "look at the first error in the logs of the other ranks" in str(error)
     assert time.monotonic() - start < 3 * SECONDS
 
 

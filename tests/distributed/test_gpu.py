@@ -1,4 +1,4 @@
-"""Two ranks, one start of them, every way over several devices beside one: over NCCL on GPUs, over gloo on a CPU.
+"""Two ranks or four, one start of them, every way over several devices beside one: NCCL on GPUs, gloo on a CPU.
 
 ``pytest -m gpu -s`` prints each case as it begins, so that a time-out names it. All cases share shapes and dtype, so
 that few kernels are compiled.
@@ -24,17 +24,13 @@ LENGTH, SEGMENT, BATCH, PADDED = 1101, 128, 2, 77
 SECONDS = 40
 SHORT = {"min_seq_len": 0, "segment_len": SEGMENT, "inner_backend": "eager"}
 EXACT, EARLY = S2OConfig(tau=0.0, **SHORT), S2OConfig(tau=0.5, **SHORT)
-BACKENDS = [
-    pytest.param("gloo", marks=[pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")]),
-    pytest.param(
-        "nccl",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.slow,
-            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-        ],
-    ),
-]
+MARKS = {
+    "gloo": lambda ranks: [pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")],
+    "nccl": lambda ranks: [
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < ranks, reason=f"needs {ranks} CUDA devices"),
+    ],
+}
 
 
 class Place:
@@ -45,7 +41,7 @@ class Place:
 
         on_gpu = dist.get_backend() == "nccl"
         self.device, self.dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-        self.mesh = init_device_mesh(self.device, (2,), mesh_dim_names=("ranks",))
+        self.mesh = init_device_mesh(self.device, (dist.get_world_size(),), mesh_dim_names=("ranks",))
         if not on_gpu:
             with_cpu_strategy()
 
@@ -157,6 +153,19 @@ def context_parallel_model(place, method):
     )
 
 
+def in_two_dimensions(place):
+    """Heads shared out by tensor parallelism, and by Ulysses what a rank has of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from s2o_compile.distributed import context_parallel
+
+    model, x = model_and_input(place)
+    mesh = init_device_mesh(place.device, (2, 2), mesh_dim_names=("cp", "tp"))
+    sharded = tensor_parallel(place.put(Model()), mesh["tp"], local=True)
+    ways = {"method": "ulysses", "tokens": "x", "positions": None}
+    return place.error(model, context_parallel(sharded, mesh["cp"], EXACT, **ways), x)
+
+
 def llama(place, **options):
     import transformers
 
@@ -203,9 +212,29 @@ def generated(place):
     return {"close": found, "same": same}
 
 
+def context_parallel_fsdp(place):
+    """One sequence over ranks that hold shards of the weights, too: without compiling."""
+    from torch.distributed.fsdp import fully_shard
+
+    from s2o_compile.distributed import context_parallel
+
+    sharded, (ids, mask) = llama(place), tokens(place)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=place.mesh)
+    fully_shard(sharded, mesh=place.mesh)
+    with torch.no_grad():
+        wanted = llama(place)(ids, attention_mask=mask, use_cache=False).logits * mask[..., None]
+        parallel = context_parallel(sharded, place.mesh, EXACT)
+        found = parallel(ids, attention_mask=mask, use_cache=False).logits * mask[..., None]
+    with pytest.raises(s2o_compile.InputError, match="expected a model that is captured as one graph"):
+        context_parallel(fully_shard(place.put(Model()), mesh=place.mesh), place.mesh, positions=None)
+    return {"close": largest(found, wanted)}
+
+
 def tp_plan(place):
-    """``from_pretrained(tp_plan="auto")``."""
+    """A plan of transformers, under which every rank has key/value heads of its own."""
     import transformers
+    from transformers.distributed import DistributedConfig
 
     model, (ids, _) = llama(place), tokens(place)
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
@@ -214,13 +243,16 @@ def tp_plan(place):
         model.save_pretrained(folders[0])
     dist.barrier()
     sharded = transformers.LlamaForCausalLM.from_pretrained(
-        folders[0], tp_plan="auto", dtype=place.dtype, attn_implementation="s2o"
+        folders[0],
+        distributed_config=DistributedConfig(tp_plan="auto"),
+        dtype=place.dtype,
+        attn_implementation="s2o",
     )
     with torch.no_grad():
         wanted, found = model(ids, use_cache=False).logits, configured(sharded.eval())(ids, use_cache=False).logits
     weight = sharded.model.layers[0].self_attn.q_proj.weight
     mine = weight.to_local() if hasattr(weight, "to_local") else weight
-    return {"close": largest(found, wanted), "same": mine.shape[0] == HEADS * DIM // 2}
+    return {"close": largest(found, wanted), "same": mine.shape[0] == HEADS * DIM // place.mesh.size()}
 
 
 def refused(place):
@@ -266,10 +298,22 @@ CASES = {
     "DDP": ddp,
     "context parallel": lambda place: context_parallel_model(place, "all_gather"),
     "context parallel, ulysses": lambda place: context_parallel_model(place, "ulysses"),
+    "context parallel, FSDP2": context_parallel_fsdp,
     "generate": generated,
     "tp_plan": tp_plan,
     "refused": refused,
 }
+ON_FOUR = {
+    "context parallel, ulysses, tensor parallel": in_two_dimensions,
+    **{name: CASES[name] for name in ("context parallel, ulysses", "context parallel, FSDP2", "generate", "tp_plan")},
+}
+"""With four ranks; the other ways are those of `test_tensor_parallel`."""
+ROWS = [
+    pytest.param(backend, ranks, case, id=f"{backend}-{ranks}-{case}", marks=[pytest.mark.slow, *MARKS[backend](ranks)])
+    for backend in MARKS
+    for ranks, cases in ((2, CASES), (4, ON_FOUR))
+    for case in cases
+]
 
 
 def every_case(rank, names):
@@ -277,7 +321,7 @@ def every_case(rank, names):
     for name in names:
         print(f"[rank {rank}] {time.perf_counter() - begin:6.1f} s  {name}", flush=True)
         try:
-            found[name] = CASES[name](place)
+            found[name] = {**CASES, **ON_FOUR}[name](place)
         except Exception:  # whatever it is, the case's test shows it
             found[name] = {"failed": traceback.format_exc()}
         torch._dynamo.reset()
@@ -286,16 +330,16 @@ def every_case(rank, names):
 
 
 @cache
-def answers(backend):
+def answers(backend, ranks):
     """One start of the ranks for all cases; ``S2O_RANK_CASES`` names some of them, separated by semicolons."""
-    names = [name for name in CASES if name in os.environ.get("S2O_RANK_CASES", name).split(";")]
-    return run_ranks(every_case, 2, names, backend=backend, seconds=SECONDS)
+    cases = CASES if ranks == 2 else ON_FOUR
+    names = [name for name in cases if name in os.environ.get("S2O_RANK_CASES", name).split(";")]
+    return run_ranks(every_case, ranks, names, backend=backend, seconds=SECONDS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
-def test_as_one_device(backend, case):
-    found = answers(backend)
+@pytest.mark.parametrize(("backend", "ranks", "case"), ROWS)
+def test_as_one_device(backend, ranks, case):
+    found = answers(backend, ranks)
     for rank, answer in enumerate(found):
         assert isinstance(answer, dict), f"rank {rank}: {answer or 'ended without an answer'}"
         if case not in answer:

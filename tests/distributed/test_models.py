@@ -178,7 +178,7 @@ def compare_own(rank):
         except s2o_compile.InputError as error:
             found["mesh"] = str(error)
         both = S2OConfig(tau=0.0, dense_heads={"layers.0": (1,)}, **SHORT)
-        z = torch.randn(1, LENGTH, 64, generator=torch.Generator().manual_seed(6))
+        z = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(6))
         wanted = s2o_compile.optimize(Model().eval(), both)(z)
         sharded = tensor_parallel(Model().eval(), mesh["tp"], local=True)
         found["2-D"] = largest(context_parallel(sharded, mesh["cp"], both, tokens="x", positions=None)(z), wanted)

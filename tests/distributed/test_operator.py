@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from tests.conftest import quick_rows
 from tests.helpers.ranks import check_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -137,3 +138,71 @@ def test_as_one_device(ranks, case, quick):
     if config == "budget":
         assert error < 0.5
     assert method == "ulysses" or call == "chunks" or area == pytest.approx(1.0)
+
+
+PACKED_LENGTHS = {2: (611, 413, 1, 206), 4: (1207, 301, 1, 794)}
+"""Documents by the number of ranks, so long that pieces of them are sparse; multiples of nothing."""
+
+PACKED = {
+    "causal": {"causal": True},
+    "bidirectional": {},
+    "window": {"causal": True, "window": 50},
+    "bottom-right": {"causal": True, "bottom_right": True},
+    "padding": {"causal": True, "fully_masked": "mean"},
+    "dense-heads": {"causal": True, "dense_heads": [1, 3]},
+    "in-pieces": {"causal": True},
+}
+PACKED_ROWS = {
+    "quick": (2, ("causal",), (0.0,)),
+    "2": (2, tuple(PACKED), (0.0, 0.5)),
+    "4": (4, ("causal", "padding"), (0.0, 0.5)),
+}
+
+
+def packed_call(name, lengths):
+    """Query, key, value, documents [B or 1, N] and a key mask; rows differ."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, sum(lengths), DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    orders = lengths, lengths[::-1]
+    ids = torch.stack([torch.arange(len(order)).repeat_interleave(torch.tensor(order)) for order in orders])
+    if name == "in-pieces":  # every document stands at several places
+        ids = ids[:1] % 2
+    key_mask = torch.rand(2, sum(lengths)) > 0.1 if name == "padding" else None
+    return tensors, ids, key_mask
+
+
+def compare_packed(rank, names, taus, lengths):
+    from s2o_compile.distributed import shard_sequence
+
+    found, attend = {}, torch.ops.s2o.packed_attention
+    for name in names:
+        tensors, ids, key_mask = packed_call(name, lengths)
+        sinks = torch.linspace(-1, 1, HEADS) if name == "causal" else None
+        for tau in taus:
+            options = PACKED[name] | {"tau": tau, "min_seq_len": 64, "segment_len": SEGMENT}
+            wanted, _ = attend(*tensors, ids, None, key_mask, sinks, **options)
+            for method in ("all_gather", "ulysses"):
+                sequence = shard_sequence(
+                    dist.group.WORLD, sum(lengths), documents=ids, key_mask=key_mask, method=method
+                )
+                mine, own = [sequence.shard(x, 2) for x in tensors], sequence.shard(ids, 1)
+                others = own.clone() if "bottom_right" in options else None
+                with sequence.attending(), s2o_compile.record() as recording:
+                    output, _ = attend(*mine, own, others, None, sinks, **options)
+                output = sequence.gather(output, 2)
+                error = ((output - wanted).norm() / wanted.norm()).item()
+                paths = {path for paths in sequence.ranks.objects([c.path for c in recording.calls]) for path in paths}
+                found[name, tau, method] = error, torch.equal(output, wanted), paths
+    return found
+
+
+@pytest.mark.parametrize("row", quick_rows(PACKED_ROWS, {"quick"}))
+def test_packed_documents_as_on_one_device(row):
+    ranks, names, taus = PACKED_ROWS[row]
+    answers = check_ranks(compare_packed, ranks, names, taus, PACKED_LENGTHS[ranks])
+    assert all(answer == answers[0] for answer in answers)
+    for (name, tau, method), (error, same, paths) in answers[0].items():
+        assert same or method == "all_gather", name
+        assert error < (1e-6 if tau == 0 else 0.2), name
+        if name in ("causal", "dense-heads"):
+            assert "s2o" in paths

@@ -23,8 +23,8 @@ from tests.helpers.ranks import check_ranks
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 ROOT = Path(__file__).parents[2]
-HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 16, 600
-TAUS = (0.0, 0.3, 1.0, 3.0)
+HEADS, KV_HEADS, DIM, LENGTH, BATCH = 8, 4, 16, 600, 4
+TAUS = (0.0, 0.3, 1.0, 3.0, 0.0, 0.6, 2.0, 0.1)
 SHORT = {"min_seq_len": 0, "segment_len": 128, "inner_backend": "eager"}
 CONFIGS = {
     "plain": S2OConfig(tau=0.5, **SHORT),
@@ -49,10 +49,10 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, attention=Attention):
         super().__init__()
         torch.manual_seed(1)
-        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.layers = nn.ModuleList(attention() for _ in range(2))
 
     def forward(self, x):
         for layer in self.layers:
@@ -71,8 +71,29 @@ class ExchangesByHand(Model):
         return x
 
 
+class PackedAttention(Attention):
+    """Attention written out, under the mask of documents; on DTensors the mask is one, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.k_proj, self.v_proj = nn.Linear(HEADS * DIM, HEADS * DIM), nn.Linear(HEADS * DIM, HEADS * DIM)
+
+    def forward(self, x):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        batch, length, _ = x.shape
+        q, k, v = (p(x).view(batch, length, -1, DIM).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        index = torch.arange(length)
+        ids = torch.bucketize(index, torch.tensor([210, 211, 511]))[None]
+        mask = (ids[:, None, :, None] == ids[:, None, None]) & (index <= index[:, None])
+        if isinstance(q, DTensor):
+            mask = DTensor.from_local(mask, q.device_mesh, [Replicate()], run_check=False)
+        y = (q @ k.transpose(2, 3) / 4).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
 def inputs():
-    return torch.randn(2, LENGTH, HEADS * DIM, generator=torch.Generator().manual_seed(2))
+    return torch.randn(BATCH, LENGTH, HEADS * DIM, generator=torch.Generator().manual_seed(2))
 
 
 def with_cpu_strategy():
@@ -104,10 +125,10 @@ def compare_operators(mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, heads, LENGTH, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    key_mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    query, key, value = (torch.randn(BATCH, heads, LENGTH, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     key_mask[1, :30] = False
-    attn_mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() & key_mask[:, None, None]
+    attn_mask = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril() & key_mask[:, None, None]
     config = CONFIGS["tau-by-head"]
     calls = {
         "terms": {"causal": True, "key_mask": key_mask, "sinks": torch.randn(HEADS), "return_lse": True},
@@ -126,6 +147,15 @@ def compare_operators(mesh):
                 error = max((a.full_tensor() - b).abs().max().item() for a, b in pairs)
                 first = output[0] if isinstance(output, tuple) else output
                 found["operator", name, str(placement), mode.__name__] = error, first.placements == (placement,)
+    pairs = torch.rand(BATCH, LENGTH) > 0.5  # as many queries as entries of the batch: [Nq, Nk] is no [B, Nk]
+    few = query[:, :, :BATCH]
+    wanted, _ = torch.ops.s2o.masked_attention(few, key, value, pairs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            shards = [distribute_tensor(x, mesh, [Shard(0)]) for x in (few, key, value)]
+            output, _ = torch.ops.s2o.masked_attention(*shards, distribute_tensor(pairs, mesh, [Replicate()]))
+        error = (output.full_tensor() - wanted).abs().max().item()
+        found["operator", "pairs", mode.__name__] = error, output.placements == (Shard(0),)
     options = {"causal": True, "min_seq_len": 0, "dense_heads": [1], "tau": 3.0, "return_lse": True}
     wanted = torch.ops.s2o.attention(query, key, value, **options)
     for placement in (Shard(0), Shard(1)):
@@ -141,14 +171,64 @@ def compare_operators(mesh):
     return found
 
 
+def compare_packed(mesh):
+    """The operators over packed sequences and pages, which have placements by heads alone but for documents."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from s2o_compile.kernels import dtensors
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(BATCH, heads, LENGTH, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    starts, sinks, found = [0, 211, 522, LENGTH], torch.randn(HEADS), {}
+    ids = torch.arange(3).repeat_interleave(torch.tensor(starts).diff()) * torch.arange(BATCH)[:, None]
+    options = {"causal": True, "dense_heads": [1, 2], "head_tau": TAUS, "min_seq_len": 0, "segment_len": 128}
+    wanted, _ = torch.ops.s2o.packed_attention(query, key, value, ids, None, None, sinks, **options)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        for attend in (dtensors.packed_attention, torch.ops.s2o.packed_attention):
+            shards = [distribute_tensor(x, mesh, [placement]) for x in (query, key, value)]
+            output, _ = attend(*shards, ids, None, None, sinks, **options)
+            error = (output.full_tensor() - wanted).abs().max().item()
+            found["packed", "documents", str(placement), attend is torch.ops.s2o.packed_attention] = (
+                error,
+                output.placements == (placement,),
+            )
+    config = S2OConfig(tau=TAUS, dense_heads={"site": (1, 2)}, min_seq_len=0, segment_len=128)
+    given = {"sinks": sinks, "return_lse": True, "config": config, "site": "site"}
+    tokens, caches = [x[0].transpose(0, 1) for x in (query, key, value)], torch.randn(2, 80, 16, KV_HEADS, DIM)
+    lengths = torch.randperm(80)[:75].view(3, 25), starts, [300, 311, 85]
+    of_tokens = s2o_compile.attention_varlen(*tokens, starts, starts, **given)
+    in_pages = s2o_compile.attention_paged(tokens[0], (caches[0], caches[1]), *lengths, **given)
+    for of_tensors, of_caches, of_lse in (([Replicate()],) * 3, ([Shard(1)], [Shard(2)], [Shard(0)])):
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                shards = [distribute_tensor(x, mesh, of_tensors) for x in tokens]
+                pages = tuple(distribute_tensor(x, mesh, of_caches) for x in caches)
+                first = s2o_compile.attention_varlen(*shards, starts, starts, **given)
+                second = s2o_compile.attention_paged(shards[0], pages, *lengths, **given)
+            for name, outputs, exact in (("varlen", first, of_tokens), ("paged", second, in_pages)):
+                error = max((a.full_tensor() - b).abs().max().item() for a, b in zip(outputs, exact, strict=True))
+                placed = [list(x.placements) for x in outputs] == [of_tensors, of_lse]
+                found["packed", name, str(of_tensors), mode.__name__] = error, placed
+    try:
+        s2o_compile.attention_varlen(*(distribute_tensor(x, mesh, [Shard(0)]) for x in tokens), starts, starts)
+    except s2o_compile.InputError as error:
+        found["tokens"] = str(error)
+    return found
+
+
 def compare_models(mesh):
-    found = {}
-    for name, config in CONFIGS.items():
+    found, marked, every = {}, CONFIGS["dense-heads"], mesh.size() == 2
+    if every:
+        wanted, _ = run(Model(PackedAttention).eval(), marked)
+        output, recording = run(tensor_parallel(Model(PackedAttention).eval(), mesh, local=False), marked)
+        packed = [site.mask for site in recording.report.sites] == ["packed causal"] * 2
+        found["model", "packed"] = (output - wanted).abs().max().item(), packed
+    for name, config in (CONFIGS if every else {"dense-heads": marked}).items():
         wanted, _ = run(Model().eval(), config)
         for local in (True, False):
             output, recording = run(tensor_parallel(Model().eval(), mesh, local=local), config)
             found["model", name, local] = (output - wanted).abs().max().item(), recording.report.rewritten == 2
-    for name in ("plain", "dense-heads"):
+    for name in ("plain", "dense-heads") if every else ():
         _, recording = run(ExchangesByHand().eval(), CONFIGS[name])
         found["by hand", name] = [site.reason for site in recording.report.sites]
     return found
@@ -167,7 +247,7 @@ def compare_wrappers(mesh):
     for name, model in (("ddp", ddp), ("fsdp", fsdp)):
         output, recording = run(model, config)
         found[name] = (output - wanted).abs().max().item(), [call.path for call in recording.calls] == ["s2o"] * 2
-    for name in ("dense-heads", "site-tau"):
+    for name in ("dense-heads", "site-tau") if mesh.size() == 2 else ():
         wanted, _ = run(Model().eval(), CONFIGS[name])
         output, recording = run(fsdp, CONFIGS[name])
         names = [site.name for site in recording.report.sites]
@@ -208,20 +288,25 @@ def compare(rank, *parts):
 
 
 @cache
-def results():
-    answers = check_ranks(compare, 2, compare_operators, compare_models, compare_wrappers)
-    assert answers[0].keys() == answers[1].keys()
+def results(ranks=2):
+    answers = check_ranks(compare, ranks, compare_operators, compare_packed, compare_models, compare_wrappers)
+    assert all(answer.keys() == answers[0].keys() for answer in answers)
     return answers
 
 
-def named(kind):
-    return [answer[key] for answer in results() for key in answer if key == kind or key[0] == kind]
+def named(kind, ranks=2):
+    return [answer[key] for answer in results(ranks) for key in answer if key == kind or key[0] == kind]
+
+
+KINDS = ("operator", "dispatcher", "packed", "model", "ddp", "fsdp")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["operator", "dispatcher", "model", "ddp", "fsdp", "by site"])
-def test_as_one_device(kind):
-    found = named(kind)
+@pytest.mark.parametrize(
+    ("ranks", "kind"), [*((2, kind) for kind in (*KINDS, "by site")), *((4, kind) for kind in KINDS)]
+)
+def test_as_one_device(ranks, kind):
+    found = named(kind, ranks)
     assert found
     for error, sparse_or_placed in found:
         assert error < 1e-5
@@ -229,18 +314,20 @@ def test_as_one_device(kind):
 
 
 @pytest.mark.slow
-def test_the_interface_of_transformers():
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_interface_of_transformers(ranks):
     pytest.importorskip("transformers")
-    for answer in check_ranks(compare, 2, compare_transformers):
+    for answer in check_ranks(compare, ranks, compare_transformers):
         error, _ = answer["interface"]
         assert error < 1e-5
 
 
 @pytest.mark.slow
 def test_a_sequence_in_shards_is_refused():
-    for text in named("sequence"):
-        assert "expected Replicate, or Shard by batch or heads" in text
-        assert "context_parallel" in text
+    for kind, expected in (("sequence", "by batch or heads"), ("tokens", "by heads")):
+        for text in named(kind):
+            assert f"expected Replicate, or Shard {expected}, got" in text
+            assert "context_parallel" in text
 
 
 @pytest.mark.slow

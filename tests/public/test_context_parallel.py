@@ -74,6 +74,34 @@ def test_a_compiled_model_says_that_it_ran_the_ring_of_torch():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "call", [{"length": 256}, {"length": 64}, {"length": 64, "grad": True}, {"length": 64, "dropout": 0.1}], ids=str
+)
+def test_the_interface_of_transformers_refuses_every_length(call):
+    """Below ``min_seq_len`` it would be torch's ring, which a CPU does not have."""
+    pytest.importorskip("transformers")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    from s2o_compile.transformers import configure, s2o_attention_forward
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = torch.nn.Module()
+        configure(module, S2OConfig(min_seq_len=200))
+        x = torch.randn(1, 2, call["length"], 16, requires_grad="grad" in call)
+        buffer = torch.randn(1, call["length"])
+        for mask in (None, torch.ones(1, 1, call["length"], call["length"], dtype=torch.bool)):
+            with (
+                context_parallel(init_device_mesh("cpu", (1,)), buffers=[buffer], buffer_seq_dims=[1]),
+                pytest.raises(InputError, match=r"context_parallel: expected all keys .* s2o_compile.distributed"),
+            ):
+                s2o_attention_forward(module, x, x, x, mask, dropout=call.get("dropout", 0.0))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     torch.multiprocessing.spawn(refused_inside, (str(tmp_path / "store"), 2), nprocs=2)
 

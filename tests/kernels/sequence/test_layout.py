@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from s2o_compile import InputError
 from s2o_compile.kernels.sequence.layout import Layout
+from tests.helpers.ranks import check_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
@@ -29,9 +31,40 @@ def test_shards_and_back():
     assert torch.equal(whole, x)
 
 
-def test_head_tail_as_torch_cuts_its_buffers():
-    layout = Layout.zigzag(64, 2, units=(1,), turns=1)
-    assert layout.pieces == ((slice(0, 16), slice(48, 64)), (slice(16, 32), slice(32, 48)))
+def of_torch(rank):
+    """Torch's shard and ours, of positions [N] and of keys [B, H, N, D], and torch's own way back."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import _attention as torch_cp
+
+    from s2o_compile.distributed import shard_sequence
+
+    size = dist.get_world_size()
+    mesh, length = init_device_mesh("cpu", (size,)), 24 * size
+    buffers, dims = (
+        [torch.arange(length), torch.randn(2, 3, length, 4, generator=torch.Generator().manual_seed(1))],
+        [0, 2],
+    )
+    balancer = torch_cp._HeadTailLoadBalancer(length, size, torch.device("cpu"))
+    shards = torch_cp._context_parallel_shard(mesh, buffers, dims, balancer)
+    sequence = shard_sequence(mesh, length, order="head_tail")
+    ours = [sequence.shard(x, dim) for x, dim in zip(buffers, dims, strict=True)]
+    whole = [sequence.gather(x, dim) for x, dim in zip(shards, dims, strict=True)]
+    return [
+        all(map(torch.equal, shards, ours)),
+        torch.equal(sequence.positions(), shards[0]),
+        all(map(torch.equal, whole, buffers)),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_head_tail_as_torch_cuts_its_buffers(ranks):
+    torch_cp = pytest.importorskip("torch.distributed.tensor.experimental._attention")
+    missing = [name for name in ("_context_parallel_shard", "_HeadTailLoadBalancer") if not hasattr(torch_cp, name)]
+    if missing:
+        pytest.skip(f"this torch has no {' and no '.join(missing)}")
+    assert check_ranks(of_torch, ranks) == [[True] * 3] * ranks
 
 
 def test_many_ranks_get_eight_pieces_each():
