@@ -111,6 +111,12 @@ def constant_result(function: Function) -> Function:
 _disable = _named("torch._compile._disable_dynamo", "imports that do not wait for Dynamo", torch.compiler.disable)
 
 
+@constant_result
+def is_exporting() -> bool:
+    """As ``torch.compiler.is_exporting``, which the Dynamo of torch 2.11 takes for true in every graph."""
+    return torch.compiler.is_exporting()
+
+
 def never_captured(function: Function) -> Function:
     """A decorator: Dynamo captures neither a function nor what it calls, whoever compiles the code around it.
 

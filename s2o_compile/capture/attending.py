@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.fx.traceback import annotate
 
 from s2o_compile.capture.entry import ENTRY
 from s2o_compile.kernels.statistics import running
-from s2o_compile.kernels.support.torch_compile import constant_result, skip_frame
+from s2o_compile.kernels.support.torch_compile import constant_result, is_exporting, skip_frame
 
 PART = "s2o_part"
 """Under this name a node of a graph holds the number of the entry whose method made it."""

@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.compiler import is_exporting
 
 from s2o_compile.capture.attending import PART
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry, name_modules
 from s2o_compile.capture.generation_masks import PREPARE
 from s2o_compile.kernels.statistics import ModelCall, running
-from s2o_compile.kernels.support.torch_compile import innermost_backend, skip_frame, tell_dynamo, wrap_backends
+from s2o_compile.kernels.support.torch_compile import (
+    innermost_backend,
+    is_exporting,
+    skip_frame,
+    tell_dynamo,
+    wrap_backends,
+)
 from s2o_compile.passes.site_names import module_at
 
 

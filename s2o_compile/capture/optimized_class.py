@@ -12,14 +12,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
 from s2o_compile.capture.attending import attending_methods, entered
 from s2o_compile.capture.entry import ENTRY, CompiledEntry
 from s2o_compile.capture.generation_masks import mask_methods
 from s2o_compile.capture.inlined import refuse_export, watch_graphs
 from s2o_compile.capture.rebound import rebound
-from s2o_compile.kernels.support.torch_compile import skip_frame
+from s2o_compile.kernels.support.torch_compile import is_exporting, skip_frame
 
 
 class Optimized:
