@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from s2o_compile.kernels.core import tuned
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICES = ("h200", "h100")
@@ -35,6 +37,12 @@ def device(about: Row) -> str:
     found = re.search(r"\b[HAB]\d{2,3}\b", about["device"])
     threads = re.search(r"\((\d+) threads\)", about["device"])
     return found[0] if found else f"{threads[1]} CPU cores" if threads else about["device"]
+
+
+def crossover(about: Row) -> int:
+    """Key length in tokens from which S2O runs on a GPU by default."""
+    entry = tuned.BUILT_IN.get(f"NVIDIA {device(about)}")
+    return (entry and entry.crossover) or tuned.UNKNOWN_CROSSOVER
 
 
 def tokens(count: int) -> str:

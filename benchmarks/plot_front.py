@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import device, first_token, newest, one_call, read, seconds, tokens
+from benchmarks.measured import crossover, device, first_token, newest, one_call, read, seconds, tokens
 from benchmarks.plot import GREEN, MODELS, RED, Row, finish, line, pyplot, token_axis
 
 BLUE, PALE, ORANGE, GREY = "#0b559f", "#d7e6f5", "#e6a15c", "#9a9a9a"
@@ -21,13 +21,14 @@ def plot_speed(picture: Path) -> None:
     _draw_bars(bars, f"{device(about)}, Llama-3.1-8B's shape")
     about, rows = read(newest("attention"))
     fa3 = [(row["length"], row["ms"]) for row in rows if row["what"] == "FlashAttention-3"]
-    calls = one_call()
+    calls, begins = one_call(), crossover(about)
     line(lines, [(n, dense["ms"]) for n, _, dense, _ in calls], "dense, PyTorch's fastest kernel", "#6b6b6b", "s")
-    line(lines, fa3, "dense, FlashAttention-3", "#2b2b2b", "^")
+    if fa3:
+        line(lines, fa3, "dense, FlashAttention-3", "#2b2b2b", "^")
     line(lines, [(n, ours["ms"]) for n, _, _, ours in calls], "S2O, tau 0.5", RED, "D")
-    lines.axvspan(0, 16384, color=GREY, alpha=0.15, linewidth=0)
+    lines.axvspan(0, begins, color=GREY, alpha=0.15, linewidth=0)
     lines.text(
-        16384 / 1.1,
+        begins / 1.1,
         max(dense["ms"] for _, _, dense, _ in calls) / 10,
         "dense runs\nhere by default",
         fontsize=8,

@@ -14,6 +14,7 @@ from benchmarks.measured import (
     FA3,
     RESULTS,
     ROOT,
+    crossover,
     device,
     first_token,
     newest,
@@ -38,7 +39,7 @@ MARKS = {
 """Where tables stand in pages that are else written by hand."""
 
 
-SHOWN = (131072, 32768, 16384, 8192)
+SHOWN = (131072, 32768, 16384, 12288)
 """Tokens of the single attentions in README's table."""
 SHOWN_ON_CPU = (32768, 8192)
 
@@ -135,29 +136,30 @@ def _one_call() -> list[str]:
     lines = []
     for length, kernel, dense, ours in one_call():
         here = {row["what"]: row for row in rows if row["length"] == length}
-        fa3 = here.get(FA3)
+        fa3 = [here[FA3]["ms"]] if FA3 in here else []
         lines.append(
             [
                 tokens(length),
                 f"{seconds(dense['ms'] / 1e3)} ({kernel.removeprefix('SDPA, ').removesuffix(' kernel')})",
-                seconds(fa3["ms"] / 1e3) if fa3 else "",
+                *(seconds(ms / 1e3) for ms in fa3),
                 seconds(ours["ms"] / 1e3),
                 times(dense["ms"], ours["ms"]),
-                times(fa3["ms"], ours["ms"]) if fa3 else "",
+                *(times(ms, ours["ms"]) for ms in fa3),
                 f"{ours['density']:.2f}",
                 f"{ours['relative_error']:.0%}" if "relative_error" in ours else "",
             ]
         )
-    heads = ["tokens", "SDPA's fastest kernel", "FlashAttention-3", "S2O"]
-    heads += ["faster than SDPA", "than FA-3", "density", "error"]
-    shape = about["shape"]
+    measured = any(row["what"] == FA3 for row in rows)  # its wheel may have been missing there
+    heads = ["tokens", "SDPA's fastest kernel", *["FlashAttention-3"] * measured, "S2O"]
+    heads += ["faster than SDPA", *["than FA-3"] * measured, "density", "error"]
+    shape, begins = about["shape"], tokens(crossover(about))
     return [
         "## One attention on a GPU",
         "",
         *paragraph(
             f"{shape['heads']} query heads on {shape['kv_heads']} key/value heads of {shape['head_dim']}, "
             f"{about['dtype']}, causal, `S2OConfig(tau=0.5)`, ranking included. The input is synthetic, with topics "
-            "as text has them. S2O was forced below 16K, where dense attention runs by default."
+            f"as text has them. S2O was forced below {begins}, where dense attention runs by default."
         ),
         "",
         *table(heads, lines),

@@ -57,8 +57,8 @@ class S2OConfig(OperatorOptions):
             other sites go by ``error`` and ``tau``. They belong to the ``error`` that they were calibrated for: for
             another, calibrate again.
         min_seq_len: Key lengths below this run dense, in tokens. "auto" takes the measured crossover of the device:
-            16384 on an H100 and on GPUs that were not measured, 4096 on a CPU with a C++ compiler, or the result of
-            ``s2o tune``.
+            12288 on an H200, 16384 on an H100 and on GPUs that were not measured, 4096 on a CPU with a C++ compiler, or
+            the result of ``s2o tune``.
         segment_len: Queries that share one ranking of the keys, a multiple of 128 up to 2**20. None chooses by length:
             512 up to 32K tokens (keys, if there are more of them than queries), 1024 beyond.
         ranking: "per_query" scores every query in a few dimensions and keeps retrieval alive. "mean_query" is the
