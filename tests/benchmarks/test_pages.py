@@ -64,8 +64,9 @@ def test_the_front_page_counts_models_and_names_the_version_as_they_are():
 
 def test_the_front_page_says_where_sparse_attention_begins():
     text = (ROOT / "README.md").read_text()
-    row = re.search(r"^\| prompts have (\d+) tokens or more on a GPU, (\d+) or more on a CPU", text, re.MULTILINE)
-    gpu, cpu = map(int, row.groups())
+    pattern = r"^\| prompts have (\d+) tokens or more on a GPU \((\d+) on an H200\), (\d+) or more on a CPU"
+    gpu, h200, cpu = map(int, re.search(pattern, text, re.MULTILINE).groups())
+    assert h200 == tuned.BUILT_IN["NVIDIA H200"].crossover
     assert gpu == tuned.UNKNOWN_CROSSOVER == tuned.BUILT_IN["NVIDIA H100"].crossover
     assert cpu == tuned.BUILT_IN["cpu in C++"].crossover
 
