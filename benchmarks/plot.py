@@ -156,7 +156,7 @@ def _plain_percent(axis: Any, places: list[float]) -> None:  # noqa: ANN401 (mat
 
 def _styles(rows: list[Row]) -> dict[str, tuple[str, str, str]]:
     """Label, colour and marker by the name of what was timed."""
-    whole = next(row["what"] for row in rows if row["what"].startswith(WHOLE) and row["what"].endswith("per_query"))
+    whole = next(row["what"] for row in rows if _is_drawn(row))
     return {
         **DENSE,
         f"{KERNEL}{DRAWN_DENSITY}": (f"S2O kernel alone, density {DRAWN_DENSITY}", GREEN, "v"),
@@ -173,6 +173,11 @@ def _draw_time(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib'
     token_axis(axes, rows)
 
 
+def _is_drawn(row: Row) -> bool:
+    """Whether a row is a whole call at the tau that begins the default."""
+    return row["what"].startswith(WHOLE) and row["what"].endswith("per_query")
+
+
 def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotlib's axes)
     """Speed-up over the fastest dense kernel against the measured density, for the three longest lengths."""
     lengths = sorted({row["length"] for row in rows})[-3:]
@@ -181,7 +186,7 @@ def _draw_speedup(axes: Any, rows: list[Row]) -> None:  # noqa: ANN401 (matplotl
         dense = min(row["ms"] for row in here if row["what"] in DENSE)
         points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(KERNEL)]
         line(axes, sorted(points), f"S2O kernel alone, {length // 1024}K", colour, marker)
-        points = [(row["density"], dense / row["ms"]) for row in here if row["what"].startswith(WHOLE)]
+        points = [(row["density"], dense / row["ms"]) for row in here if _is_drawn(row)]
         axes.plot(*zip(*points, strict=True), marker, color=RED, markersize=5)
     axes.plot([], [], "v", color=RED, markersize=5, label="ranking included, same markers")
     ends = [edge(row["density"] for row in rows if 0 < row["density"] < 1) for edge in (min, max)]

@@ -38,7 +38,7 @@ def plot_speed(picture: Path) -> None:
     lines.set_title(f"One attention, {device(about)}", fontsize=10)
     lines.yaxis.set_major_formatter("{x:g}")
     token_axis(lines, rows, "tokens of the prompt")
-    lines.set_xlim(min(n for n, *_ in calls) / 1.2, max(n for n, *_ in calls) * 1.2)
+    lines.set_xlim(min(begins / 2.2, min(n for n, *_ in calls) / 1.2), max(n for n, *_ in calls) * 1.2)
     finish(figure, "", picture, legends=(lines,))
 
 
