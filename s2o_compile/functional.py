@@ -21,7 +21,7 @@ from s2o_compile.kernels.support.define_op import can_skip_dispatcher
 from s2o_compile.kernels.support.derivatives import is_differentiated
 from s2o_compile.kernels.support.dtensors import is_dtensor
 from s2o_compile.kernels.support.errors import InputError, warn
-from s2o_compile.kernels.support.torch_compile import never_captured
+from s2o_compile.kernels.support.torch_compile import is_exporting, never_captured
 from s2o_compile.planning import S2OPlan
 
 _INSTEAD = {
@@ -160,7 +160,7 @@ def attention(
 
 def _leaves_for_onnx() -> bool:
     """Whether an exporter that has no operator for S2O looks on."""
-    if not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+    if not (is_exporting() and torch.onnx.is_in_onnx_export()):
         return False
     warn("attention runs densely in ONNX, which has no operator for S2O.", DenseExportWarning)
     return True

@@ -112,6 +112,7 @@ _disable = _named("torch._compile._disable_dynamo", "imports that do not wait fo
 
 
 @constant_result
+@skip_frame
 def is_exporting() -> bool:
     """As ``torch.compiler.is_exporting``, which the Dynamo of torch 2.11 takes for true in every graph."""
     return torch.compiler.is_exporting()
