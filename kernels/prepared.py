@@ -57,7 +57,7 @@ def again(
     ``terms`` are all other arguments that change the results. Where nothing is known yet, `expect` the call that is
     made of the arguments, by this key. There is none while somebody looks at calls.
     """
-    if not _seen or query.dim() != 4 or query.shape[2] < TILE_LEN or recording() or observing():
+    if KEPT < 1 or not _seen or query.dim() != 4 or query.shape[2] < TILE_LEN or recording() or observing():
         return None, None
     batch, heads, n_queries, _ = query.shape
     with on_device(query):

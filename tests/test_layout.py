@@ -223,7 +223,8 @@ def test_files_hold_one_idea():
 
 def test_the_product_is_small():
     lines = Counter()
-    for path in (*product(), *(ROOT / "kernels" / "impl").glob("*/*.[ch]*")):
+    sources = (path for end in ("cpp", "h") for path in (ROOT / "kernels" / "impl").glob(f"*/*.{end}"))
+    for path in (*product(), *sources):
         lines[room_of(path).split("/")[0]] += len(path.read_text().splitlines())
     print(f"{sum(lines.values())} of at most {PRODUCT_LINES} lines: {dict(lines)}")
     assert sum(lines.values()) <= PRODUCT_LINES, dict(lines)

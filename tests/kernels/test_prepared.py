@@ -293,6 +293,9 @@ def test_arguments_that_are_known_go_straight_to_their_launches(case, at_once, m
     monkeypatch.setattr(listing.Launches, "workspace", lambda self, device, more: sized.append(more) or torch.empty(1))
     attend(call)
     assert known[names.index("computed")] + tiles <= workspace + size + sized[0]
+    monkeypatch.setattr(prepared, "KEPT", 0)  # every call is planned anew, this one too
+    with pytest.raises(TypeError, match="NoneType"):
+        attend(call)
 
 
 UNKNOWN = {
