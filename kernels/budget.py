@@ -39,7 +39,7 @@ ROUNDS = Rounds(256, (0.8, 0.6, 0.4, 0.15, 0.0))
 """Where the budget decides. A head that hardly reacts takes larger steps."""
 
 ONE_OF, MOST = 16, 1024
-"""Of long calls one of so many queries is sampled, and at most so many. Errors have long tails: in some layers 1 % of
+"""Of long slices one of so many queries is sampled, and at most so many. Errors have long tails: in some layers 1 % of
 the rows hold nine tenths of the squared error, and 256 queries saw less than half of it (64K tokens)."""
 
 FEW_ROUNDS = Rounds(128, (0.5, 0.0))
@@ -50,7 +50,7 @@ CAUTIOUS = 0.25
 
 
 def rounds_for(tau: float | Tensor, error: float, n_queries: int) -> Rounds:
-    """The rounds of a call of so many queries that begins at this tau."""
+    """The rounds of a slice of so many queries that begins at this tau."""
     if not isinstance(tau, Tensor) and tau <= CAUTIOUS * tau_for(error):
         return FEW_ROUNDS
     return ROUNDS._replace(samples=min(max(n_queries // ONE_OF, ROUNDS.samples), MOST))

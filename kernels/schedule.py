@@ -1,8 +1,9 @@
 """Runs S2O in slices of heads and segments, so that scores and indices never exist for the whole call.
 
 Scores and indices grow with segments times keys. For the whole call they would take as much memory as key and value. A
-slice has as many heads, or segments of one head, as keep the card busy. Cuts change no bit of the result. Two slices
-are under way at a time on a GPU: the last, longest tiles of one run beside the next slice.
+slice has as many heads, or segments of one head, as keep the card busy. Cuts change no bit of the result at a tau; each
+slice holds an error by itself. Two slices are under way at a time on a GPU: the last, longest tiles of one run beside
+the next slice.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def define_operator(
     ``differentiable`` takes the same arguments and consists of torch's own operators; None if nobody differentiates the
     results. It runs where a derivative is taken for sure (`derivatives.is_taken`). Elsewhere ``requires_grad`` may be a
     forgotten ``no_grad``: the function runs, and a backward raises NoGradientError. ``on_dtensors`` takes the arguments
-    instead where one of them is a DTensor. A call costs less than half of what
-    it costs with ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
+    instead where one of them is a DTensor. A call costs less than half of what it costs with
+    ``torch.library.custom_op``, which looks for aliases in every output and always dispatches twice.
     """
     name = function.__name__
     schema = name + torch.library.infer_schema(function, mutates_args=())

@@ -14,6 +14,7 @@ from torch import Tensor
 from s2o_compile.config import S2OConfig
 from s2o_compile.errors import InputError
 from s2o_compile.functional import attention
+from s2o_compile.kernels.support.arguments import as_integer, shown
 from s2o_compile.serving.options import config_from_environment
 
 FIELDS = ("tau", "error", "min_seq_len", "segment_len", "ranking", "ranking_per", "implementation")
@@ -30,8 +31,8 @@ def attn_fn(
         key: [B, Nk, Hkv, D].
         value: [B, Nk, Hkv, D].
         params: Fields of `S2OConfig`, which win over the environment, and the server's own: ``attn_mask`` is
-            padding [B, Nk] (nonzero for a key to attend), or a mask that SDPA takes. Without one, ``valid_kv_length``
-            is the number of keys before the padding.
+            padding [B, Nk] (nonzero for a key to attend), or a mask that SDPA takes. ``valid_kv_length`` is the number
+            of keys before padding. ``cu_seqlens_q`` is of one document, if ``max_seqlen_q`` is as long as that.
         is_causal: Whether a query sees the keys up to its own position, counted from the first.
         softmax_scale: Of the logits.
 
@@ -40,22 +41,30 @@ def attn_fn(
 
     Raises:
         OptionError: A param that its field cannot take.
-        InputError: Tensors that do not fit, ``full_attn_spans``, packed sequences (``cu_seqlens_q``), or ``is_causal``
-            beside another mask than padding.
+        InputError: Tensors that do not fit, a ``valid_kv_length`` that is no number of keys, ``full_attn_spans``, packed
+            sequences (``cu_seqlens_q``), or ``is_causal`` beside another mask than padding.
     """
-    for name, got in (("full_attn_spans", "spans of full attention"), ("cu_seqlens_q", "packed sequences")):
-        if params.get(name) is not None:
+    remedy = "Choose another backend for this model."
+    if params.get("full_attn_spans") is not None:
+        expected = "a mask, which attn_mask can hold"
+        raise InputError("full_attn_spans", expected=expected, got="spans of full attention", remedy=remedy)
+    attn_mask, n_valid = params.get("attn_mask"), params.get("valid_kv_length")
+    if params.get("cu_seqlens_q") is not None and (n_valid is None or n_valid != params.get("max_seqlen_q")):
+        expected = "one document, max_seqlen_q as long as valid_kv_length"
+        raise InputError("cu_seqlens_q", expected=expected, got="packed sequences", remedy=remedy)
+    if n_valid is not None:
+        n_keys = as_integer(n_valid, least=1, most=key.shape[1])
+        if n_keys is None:
+            expected = f"a number of keys, 1 to {key.shape[1]}"
             raise InputError(
-                name,
-                expected="a mask, which attn_mask can hold",
-                got=got,
-                remedy="Choose another backend for this model.",
+                "valid_kv_length", expected=expected, got=shown(n_valid), remedy="Pass None without padding."
             )
-    if params.get("attn_mask") is None and params.get("valid_kv_length") is not None:
-        key, value = (x[:, : params["valid_kv_length"]] for x in (key, value))
+        if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
+            attn_mask = attn_mask[..., :n_keys]
+        key, value = key[:, :n_keys], value[:, :n_keys]
     given = tuple((name, params[name]) for name in FIELDS if params.get(name) is not None)
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
-    mask = _mask(params.get("attn_mask"), key, is_causal)
+    mask = _mask(attn_mask, key, is_causal)
     output = attention(*heads_first, **mask, scale=softmax_scale, config=_config_of(given))
     assert isinstance(output, Tensor)
     return output.transpose(1, 2)

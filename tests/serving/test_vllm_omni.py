@@ -90,6 +90,23 @@ def test_keys_behind_the_valid_ones_are_not_seen():
     assert [path for path, _ in calls] == ["s2o"]
 
 
+def test_a_padded_request_of_a_packed_model_is_one_document():
+    """As MiniMax-H3 calls it: lengths of [real, pad], and a mask that holds both."""
+    inputs = Case(queries=300, keys=260, heads=2, kv_heads=2, head_dim=16, causal=False).inputs()
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 40), value=torch.nan) for x in inputs.tensors[1:]]
+    lengths = {"cu_seqlens_q": torch.tensor([0, 260, 300]), "max_seqlen_q": 260, "valid_kv_length": 260}
+    for mask in ({}, {"attn_mask": torch.arange(300)[None] < 260}, {"attn_mask": torch.ones(1, 300, dtype=torch.bool)}):
+        output, calls = served(replace(inputs, key=padded[0], value=padded[1]), **lengths, **mask)
+        assert distance(output, exact_attention(inputs)[0]) <= bounds(inputs)[0]
+        assert [path for path, _ in calls] == ["s2o"]
+
+
+@pytest.mark.parametrize("given", [999, -40, 0, [260], 2.5], ids=str)
+def test_valid_keys_are_a_number_of_keys(given):
+    with pytest.raises(InputError, match="valid_kv_length: expected a number of keys, 1 to 300, got"):
+        served(CASES["bidirectional"].inputs(), valid_kv_length=given)
+
+
 def test_a_mask_by_pairs_is_read():
     inputs = Case(queries=280, heads=2, kv_heads=2, head_dim=16, causal=False).inputs()
     seen = torch.rand(280, 280, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -112,8 +129,10 @@ def test_what_it_cannot_hold_is_refused():
         served(inputs, full_attn_spans=[[(0, 9)]])
     with pytest.raises(InputError, match="full_attn_spans: expected a mask"):
         vllm_omni.attn_fn(*inputs.tensors, {"full_attn_spans": [[(0, 9)]]}, True, 1.0)
-    with pytest.raises(InputError, match=r"cu_seqlens_q: expected a mask.* got packed sequences"):
+    with pytest.raises(InputError, match=r"cu_seqlens_q: expected one document.* got packed sequences"):
         served(inputs, cu_seqlens_q=torch.tensor([0, 200, 300]), cu_seqlens_k=torch.tensor([0, 200, 300]))
+    with pytest.raises(InputError, match="cu_seqlens_q: expected one document"):
+        served(inputs, cu_seqlens_q=torch.tensor([0, 200, 300]), max_seqlen_q=200, valid_kv_length=300)
 
 
 def test_params_win_over_the_environment(monkeypatch):

@@ -39,8 +39,8 @@ from s2o_compile.kernels.impl.triton.tile import (
 )
 
 PROGRAMS = 256
-"""Programs of a launch, at least while each has SHORTEST keys: two for each multiprocessor of a large card. Twice as
-many could take twice the memory."""
+"""Programs of a launch, down to half of it, while each has SHORTEST keys: two for each multiprocessor of a large card.
+Twice as many would take twice the memory."""
 
 SHORTEST = 512
 
@@ -65,8 +65,8 @@ def sampled_row(slot, n_rows, n_queries):
 def sampled_fwd_kernel(
     query_ptr, key_ptr, value_ptr, part_ptr, lse_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
-    stride_part, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
-    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    stride_part, split_len, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
+    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -81,7 +81,8 @@ def sampled_fwd_kernel(
         return
     slot = tl.program_id(2) * TILE + tl.arange(0, TILE)
     rows = sampled_row(slot, n_rows, n_queries).to(tl.int32)
-    start, stop = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_keys)
+    start = split * split_len
+    stop = tl.minimum(start + split_len, n_keys)
     if CAUSAL:
         stop = tl.minimum(stop, tl.maximum(tl.max(rows, 0) + offset + 1, start))
     query = query_ptr + b * stride_qb + h * stride_qh + first_query * stride_qn
@@ -238,8 +239,9 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             sampled_fwd_kernel, (splits, batch * heads, blocks),
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
-            n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset, *logit_scales(call.scale, call.softcap),
-            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SPLIT=split_len,
+            split_len, n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset,
+            *logit_scales(call.scale, call.softcap),
+            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip
