@@ -16,7 +16,7 @@ from s2o_compile.kernels.calls.checks import check_packed, check_paged
 from s2o_compile.kernels.calls.lengths import as_integers, check_counts, check_starts, read_starts
 from s2o_compile.kernels.calls.varlen import Packed, attend_packed_differentiably, run_packed
 from s2o_compile.kernels.core.call import AttentionCall, scale_of
-from s2o_compile.kernels.core.documents import ids_of
+from s2o_compile.kernels.core.documents import ids_of, same_documents
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import from_op_kwargs, takes_options
 from s2o_compile.kernels.core.shards import held_sequence
@@ -159,7 +159,7 @@ def _documents_of_shard(
     length, named = sequence.layout.length, sequence.documents
     starts = read_starts("cu_seqlens_q", query_starts, length)
     ids = ids_of(query_starts.to(device), length)
-    alike = named is not None and torch.equal(ids.diff() != 0, named.to(device).diff() != 0)
+    alike = named is not None and same_documents(ids, named.to(device))
     if return_lse or not alike or starts != read_starts("cu_seqlens_k", key_starts, length):
         raise InputError(
             "attention_varlen over a sharded sequence",

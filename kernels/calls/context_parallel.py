@@ -57,8 +57,15 @@ def run(
     what = "attention over a sharded sequence"
     with sequence.ranks.checking(what):
         whole_mask = _check(call, options, sequence)
-        for ids in () if documents is None else (documents.query_ids, documents.key_ids):
-            sequence.check_documents(ids, version_of(ids))
+        if documents is not None:
+            sequence.check_documents(documents.query_ids, version_of(documents.query_ids))
+            if not documents.of_itself and not torch.equal(documents.query_ids, documents.key_ids):
+                raise InputError(
+                    "key_documents",
+                    expected="the documents of the queries",
+                    got="others",
+                    remedy="Attend to the keys of other documents outside of the block.",
+                )
     sequence.agree(what, {**_facts(call, options), "packed": documents is not None})
     attend = _by_heads if sequence.method == "ulysses" else _by_gathering
     with sharded(None):

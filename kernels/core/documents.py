@@ -20,6 +20,20 @@ from s2o_compile.kernels.core.mask import AttentionMask
 
 ALL = slice(None)
 
+
+def same_documents(ids: Tensor, others: Tensor, *, may_split: bool = False) -> bool:
+    """Whether ids [B or 1, N] are equal where the others [B or 1, N] are, row by row. Waits for the device.
+
+    If they ``may_split``, they may tell one document of the others apart in several.
+    """
+    rows = max(len(ids), len(others))
+    for mine, theirs in zip(ids.expand(rows, -1), others.expand(rows, -1), strict=True):
+        pairs = torch.stack([mine, theirs]).unique(dim=1).shape[1]
+        if pairs != len(mine.unique()) or (not may_split and pairs != len(theirs.unique())):
+            return False
+    return True
+
+
 Attended = tuple[Tensor, Tensor]
 
 

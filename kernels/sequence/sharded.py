@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from s2o_compile.kernels.core.documents import same_documents
 from s2o_compile.kernels.core.shards import sharded
 from s2o_compile.kernels.sequence.gather import Shard, start_gather
 from s2o_compile.kernels.sequence.layout import Layout
@@ -42,6 +43,7 @@ class ShardedSequence:
         method: How ranks exchange what attention needs, one of METHODS.
         key_mask: bool [B or 1, N], True where a key may be attended; None for all.
         documents: int64 [B or 1, N], equal inside of a document; None for a sequence that is not packed.
+        are_found: Whether documents are found by jumps of positions, and not named.
     """
 
     ranks: Ranks
@@ -49,6 +51,7 @@ class ShardedSequence:
     method: str = "all_gather"
     key_mask: Tensor | None = None
     documents: Tensor | None = None
+    are_found: bool = False
     _agreed: set[str] = field(default_factory=set, init=False, repr=False)
     _compared: list[tuple[Tensor, int | None]] = field(default_factory=list, init=False, repr=False)
 
@@ -107,16 +110,18 @@ class ShardedSequence:
     def check_documents(self, ids: Tensor, version: int | None) -> None:
         """Raise InputError unless a call's ids [B or 1, n] are those of the sequence's documents. May wait.
 
-        They must change where these do. Between two pieces they may be any: a model that finds documents by jumps of
-        positions takes the next piece for another one.
+        They must be equal where these are. A model that finds documents by jumps of positions takes each piece of one
+        for another one.
         """
         if self._is_compared(ids, version):
             return
+        same = False
         if self.documents is not None:
             expected = self.shard(self.documents.to(ids.device), 1)
             inside = self.positions(ids.device).diff() == 1
-            changes, expected = ((x[:, 1:] != x[:, :-1]) & inside for x in (ids, expected))
-        if self.documents is None or not (changes == expected).all():
+            changes, others = ((x[:, 1:] != x[:, :-1]) & inside for x in (ids, expected))
+            same = bool((changes == others).all()) and same_documents(ids, expected, may_split=self.are_found)
+        if not same:
             raise InputError(
                 "documents",
                 expected="this rank's shard of the documents of the sequence",

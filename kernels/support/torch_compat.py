@@ -283,8 +283,8 @@ _VERSION = _attribute("torch.Tensor._version", "reusing a transformers mask that
 
 
 def version_of(x: Tensor) -> int | None:
-    """A count of the writes into a tensor, or None."""
-    return getattr(x, _VERSION, None)
+    """A count of the writes into a tensor, or None; tensors of inference mode have none."""
+    return None if x.is_inference() else getattr(x, _VERSION, None)
 
 
 make_wrapper_tensor = _named("torch.Tensor._make_wrapper_subclass", "transformers' masks as descriptions")

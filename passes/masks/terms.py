@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
+from s2o_compile.kernels.core.shards import held_sequence
 from s2o_compile.passes.graph.calls import function_name
 from s2o_compile.passes.graph.mutations import Mutations
 from s2o_compile.passes.graph.nodes import Size, choice, known, same_sizes, value_of
@@ -184,7 +185,10 @@ class TermEvaluator:
     def _bounds(self, node: fx.Node, bounds: Sequence[IndexTensor]) -> Terms:
         if any(known(bound.maximum < 0) for bound in bounds):
             raise Refused("%s is False everywhere", node)
-        return tuple(Comparison(node, (bound,)) for bound in bounds if not known(bound.minimum >= 0))
+        # A shard is shorter than its sequence: what hides none of its own keys may hide others.
+        whole = held_sequence() is None
+        idle = [known(bound.minimum >= 0) and (whole or not any(bound.steps)) for bound in bounds]
+        return tuple(Comparison(node, (bound,)) for bound, is_idle in zip(bounds, idle, strict=True) if not is_idle)
 
     def _other_comparison(
         self, node: fx.Node, comparison: str, shape: Sequence[Size], negated: bool, error: Refused

@@ -108,19 +108,30 @@ def read_call(
     key_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
     ids = arguments.get(documents) if documents else None
     if ids is None and mask is None:
-        ids = _jumps(arguments.get(positions or "position_ids"), length)
+        name = positions or "position_ids"
+        ids, jumps = _jumps(arguments.get(name), length)
+        if jumps and "attention_mask" in inspect.signature(forward).parameters:
+            raise InputError(
+                f"context parallel, {name}",
+                expected="integers, where positions jump: the model takes that for another document",
+                got=_kind(arguments[name]),
+                remedy="Pass .long() of them.",
+            )
     return Call(arguments=arguments, tokens=given[0], length=length, batch=batch, key_mask=key_mask, documents=ids)
 
 
-def _jumps(positions: object, length: int) -> Tensor | None:
-    """The documents [B or 1, N] that begin where positions, integers, do not go up by one; None where all do."""
+def _jumps(positions: object, length: int) -> tuple[Tensor | None, bool]:
+    """The documents [B or 1, N] that begin where positions, integers, do not go up by one; None where all do.
+
+    And whether others than integers jump.
+    """
     if not isinstance(positions, Tensor) or positions.dim() > 2 or positions.shape[-1] != length:
-        return None
-    if positions.is_floating_point():
-        return None
+        return None, False
     changes = positions.diff(dim=-1) != 1
+    if not bool(changes.any()) or positions.is_floating_point():
+        return None, bool(changes.any())
     ids = torch.nn.functional.pad(changes.long().cumsum(-1), (1, 0))
-    return ids.view(-1, ids.shape[-1]) if bool(changes.any()) else None
+    return ids.view(-1, ids.shape[-1]), False
 
 
 def of_shard(call: Call, sequence: ShardedSequence, positions: str | None, masks: bool) -> dict[str, Any]:

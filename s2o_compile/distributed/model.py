@@ -199,6 +199,7 @@ class _Parallel:
         self._ranks.agree(what, self._facts(call))
         tokens = {"key_mask": call.key_mask, "documents": call.documents}
         sequence = shard_sequence(self._mesh, call.length, **tokens, **self._ways)
+        sequence = dataclasses.replace(sequence, are_found=call.jumps)
         return self._on_shards(call, sequence)
 
     def _is_filled(self, kwargs: Mapping[str, Any]) -> bool:

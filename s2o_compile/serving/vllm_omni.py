@@ -41,8 +41,8 @@ def attn_fn(
 
     Raises:
         OptionError: A param that its field cannot take.
-        InputError: Tensors that do not fit, a ``valid_kv_length`` that is no number of keys, ``full_attn_spans``, packed
-            sequences (``cu_seqlens_q``), or ``is_causal`` beside another mask than padding.
+        InputError: Tensors that do not fit, a ``valid_kv_length`` that is no number of keys, ``full_attn_spans``,
+            packed sequences (``cu_seqlens_q``), or ``is_causal`` beside another mask than padding.
     """
     remedy = "Choose another backend for this model."
     if params.get("full_attn_spans") is not None:

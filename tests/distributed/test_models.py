@@ -16,6 +16,8 @@ pytestmark = [
 ]
 
 LENGTH, VOCABULARY = 600, 97
+WIDE = 400
+"""A window that is longer than the shard of one of two ranks, and shorter than the sequence."""
 SHORT = {"min_seq_len": 128, "segment_len": 128, "inner_backend": "eager"}
 EXACT = S2OConfig(tau=0.0, **SHORT)
 
@@ -74,9 +76,14 @@ def compare_transformers(rank, kind, implementation, method, fields):
         found["generate"] = torch.equal(parallel.generate(ids, **options), model.generate(ids, **options))
         shard = context_parallel(model, dist.group.WORLD, EXACT, gather=False)(ids).logits
         found["shard"] = shard.shape[1] < LENGTH
+        packed = {"position_ids": torch.arange(LENGTH)[None] % 100, "use_cache": False}
+        found["packed"] = largest(parallel(ids, **packed).logits, model(ids, **packed).logits)
+        with torch.inference_mode():
+            inside = parallel(ids, attention_mask=mask).logits
+            found["inference mode"] = largest(inside * mask[..., None], padded * mask[..., None])
         for name, arguments in {
             "labels": {"labels": ids},
-            "position_ids": {"position_ids": torch.arange(LENGTH)[None] % 100, "use_cache": False},
+            "position_ids": {"position_ids": torch.arange(LENGTH)[None] % 100.0, "use_cache": False},
             "attention_mask": {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)},
         }.items():
             try:
@@ -92,6 +99,8 @@ MODELS = {
     "Llama-compiled": (2, "Llama", "sdpa", "all_gather", {}),
     "Llama-compiled-ulysses": (2, "Llama", "sdpa", "ulysses", {"num_hidden_layers": 1}),
     "Mistral-s2o": (4, "Mistral", "s2o", "all_gather", {"sliding_window": 100}),
+    "Mistral-window-of-more-than-a-shard": (2, "Mistral", "s2o", "all_gather", {"sliding_window": WIDE}),
+    "Mistral-compiled": (2, "Mistral", "sdpa", "all_gather", {"sliding_window": WIDE}),
 }
 
 
@@ -100,7 +109,7 @@ def test_models_of_transformers(model):
     pytest.importorskip("transformers")
     ranks, *rest = MODELS[model]
     for found in check_ranks(compare_transformers, ranks, *rest):
-        for name in ("plain", "no cache", "last logits", "padding", "short"):
+        for name in ("plain", "no cache", "last logits", "padding", "short", "packed", "inference mode"):
             assert found[name] < 1e-5, name
         assert found["paths"] == {"window" if "Mistral" in model else "s2o"}
         assert found["generate"]
