@@ -51,12 +51,22 @@ def refuse(rank):
 
     (query, key, value), ids, _ = packed_call("causal", PACKED_LENGTHS[2])
     found = {}
-    for name, documents in {"nobody named": None, "other": ids // 2, "rows": ids[:1].expand(3, -1)}.items():
+    for name, documents in {
+        "nobody named": None,
+        "other": ids // 2,
+        "of both ends": ids % 2,
+        "rows": ids[:1].expand(3, -1),
+    }.items():
         sequence = shard_sequence(dist.group.WORLD, ids.shape[1], documents=documents)
         mine = [sequence.shard(x, 2) for x in (query, key, value)]
         with sequence.attending(), pytest.raises((s2o_compile.InputError, s2o_compile.RankError)) as error:
             torch.ops.s2o.packed_attention(*mine, sequence.shard(ids, 1), causal=True, min_seq_len=64)
         found[name] = str(error.value)
+    sequence = shard_sequence(dist.group.WORLD, ids.shape[1], documents=ids)
+    mine = [sequence.shard(x, 2) for x in (query, key, value)]
+    with sequence.attending(), pytest.raises(s2o_compile.InputError) as error:
+        torch.ops.s2o.packed_attention(*mine, sequence.shard(ids, 1), sequence.shard(ids - 1, 1), min_seq_len=64)
+    found["keys of others"] = str(error.value)
     with pytest.raises(s2o_compile.InputError) as error:
         shard_sequence(dist.group.WORLD, ids.shape[1], documents=ids[:, 1:])
     return {**found, "length": str(error.value)}
@@ -66,6 +76,8 @@ def test_refused_with_the_remedy():
     for found in check_ranks(refuse, 2):
         assert "got documents that nobody named. Name those of the whole sequence" in found["nobody named"]
         assert "got other documents" in found["other"]
+        assert "got other documents" in found["of both ends"]
+        assert "key_documents: expected the documents of the queries, got others" in found["keys of others"]
         assert "documents of the sequence: expected of 2 entries, as the batch, or of one, got 3" in found["rows"]
         assert "documents: expected torch.int32 or torch.int64 of shape [B, 1231]" in found["length"]
 
