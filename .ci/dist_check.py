@@ -96,7 +96,9 @@ def main() -> None:
 
 def _every_python(pythons: Sequence[str], wheel: Path) -> None:
     for python in pythons:
-        if shutil.which(python):
+        found = shutil.which(python)
+        # pyenv has a shim of every Python that it knows, which fails if another one is chosen.
+        if found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0:
             use(f"with-{Path(python).name}", python, str(wheel))
         else:
             print(f"{python}: not on this machine, so not run")
