@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
+import cut
 import torch
 import triton
 from torch import Tensor
@@ -110,23 +111,22 @@ def fastest(calls: dict[str, Callable[[], Tensor]], clock: Callable[..., float] 
 def held_density(density: float, length: int, *, causal: bool = True) -> Iterator[None]:
     """Inside the block calls of ``length`` tokens cut their lists to a density and walk them to the end.
 
-    Ranking and ordering are as ever. No error is measured.
+    Ranking and ordering are as ever, and so are calls whose launches are known: on a GPU a kernel cuts. No error is
+    measured.
     """
-    plan = Planner.plan
+    plan, to_density = Planner.plan, cut.by_kernel if ON_GPU else cut_to_density
 
     def cut_plan(*given: object) -> Plan:
-        return cut_to_density(plan(*given), density, length, causal=causal)  # pyright: ignore
+        return to_density(plan(*given), density, length, causal=causal)  # pyright: ignore
 
     def to_the_end(call: AttentionCall, plan: Plan, _tau: object, _error: object, *where: object) -> None:
         attend(call, plan, 0.0, None, *where)  # pyright: ignore
 
     attend = schedule.attend_planned
-    with (
-        patch.object(prepared, "KEPT", 0),
-        patch.object(Planner, "plan", cut_plan),
-        patch.object(schedule, "attend_planned", to_the_end),
-    ):
+    prepared.forget()  # launches of calls that are not cut
+    with patch.object(Planner, "plan", cut_plan), patch.object(schedule, "attend_planned", to_the_end):
         yield
+    prepared.forget()
 
 
 def run(inputs: Inputs, mask: AttentionMask = CAUSAL, **options: object) -> Tensor:

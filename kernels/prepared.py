@@ -4,7 +4,7 @@ The key of a call is everything that its launches depend on: shapes, strides, dt
 the mask's terms, scale, softcap and options. A call whose key was not seen before runs as ever. The second writes its
 launches down (``impl/triton/listing.py``) and makes them from the list, as every later one does: the same kernels in
 the same order on the same numbers, so the same bits. Only launches can be written down. Heads that are marked dense run
-before them; a call that needs more than launches otherwise is never prepared, nor is one of many slices.
+before them; a call that needs more than launches otherwise is never prepared, nor is one of very many slices.
 
 From the third call on all launches are made at once (``impl/triton/launch.cpp``), and `again` makes them without a look
 at the path that led to them.
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 KEPT, SEEN = 128, 1024
 """Lists that are kept, two times each at most, and keys that are remembered: those used last. 0 prepares nothing."""
+
+LAUNCHES = 2**15
+"""Launches of all lists that are kept, at most, beside those of the newest: a launch takes 2 KiB of the host."""
 
 _lists: OrderedDict[object, Any] = OrderedDict()
 _seen: OrderedDict[object, None] = OrderedDict()
@@ -130,7 +133,7 @@ def _used(key: object, default: object) -> Any:  # noqa: ANN401 (Launches, None 
 
 def _keep(key: object, launches: Launches | None) -> None:
     _lists[key] = launches
-    if len(_lists) > KEPT:
+    while len(_lists) > KEPT or (len(_lists) > 1 and sum(x.count for x in _lists.values() if x) > LAUNCHES):
         _lists.popitem(last=False)
 
 

@@ -1,13 +1,13 @@
 """Attention over packed sequences: every document is a call of its own, over views of the row.
 
-Ids are data, so their runs are found when the call runs. On a CPU that is free; on CUDA it waits once for the device.
+Ids are data, so their runs are found when the call runs: on CUDA the host waits for the device.
 Neighbouring documents of one length become the batch of one call. Short ones share a dense call under their mask.
 Documents in several pieces are brought together first, where a mask without positions allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -76,34 +76,38 @@ def run_packed(call: AttentionCall, documents: Documents, options: OperatorOptio
 
 def _rows(documents: Documents) -> list[list[_Document]] | None:
     """The documents of every row, one list for all rows that are alike; None if the keys of one lie apart."""
-    # The host waits here only.
-    if documents.of_itself:
-        query_ids = key_ids = documents.query_ids.cpu()
-    else:
-        batch = max(documents.query_ids.shape[0], documents.key_ids.shape[0])
-        both = [ids.expand(batch, -1) for ids in (documents.query_ids, documents.key_ids)]
-        query_ids, key_ids = torch.cat(both, 1).cpu().split([ids.shape[1] for ids in both], 1)
-    if all(bool((ids == ids[:1]).all()) for ids in (query_ids, key_ids)):
-        query_ids, key_ids = query_ids[:1], key_ids[:1]
-    rows = [_documents(*ids) for ids in zip(query_ids, key_ids, strict=True)]
-    found = [row for row in rows if row is not None]
-    return found if len(found) == len(rows) else None
+    queries = _runs(documents.query_ids)
+    keys = queries if documents.of_itself else _runs(documents.key_ids)
+    rows = max(len(queries), len(keys))
+    every = zip(*(x * rows if len(x) == 1 else x for x in (queries, keys)), strict=True)
+    found = [row for row in (_documents(*runs) for runs in every) if row is not None]
+    return found if len(found) == rows else None
 
 
-def _documents(query_ids: Tensor, key_ids: Tensor) -> list[_Document] | None:
-    keys: dict[int, tuple[int, int]] = {}
-    for name, start, stop in _runs(key_ids):
-        if name in keys:
-            return None
-        keys[name] = start, stop
-    return [_Document(first, last, *keys.get(name, (0, 0))) for name, first, last in _runs(query_ids)]
+_Runs = list[tuple[int, int, int]]
+"""Runs (id, start, stop) of equal ids."""
 
 
-def _runs(ids: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Runs (id, start, stop) of equal ids [N]."""
-    starts = torch.nn.functional.pad((ids[1:] != ids[:-1]).nonzero().flatten() + 1, (1, 0))
-    first = starts.tolist()
-    return zip(ids[starts].tolist(), first, [*first[1:], len(ids)], strict=True)
+def _documents(query_runs: _Runs, key_runs: _Runs) -> list[_Document] | None:
+    keys = {name: (start, stop) for name, start, stop in key_runs}
+    if len(keys) < len(key_runs):
+        return None
+    return [_Document(first, last, *keys.get(name, (0, 0))) for name, first, last in query_runs]
+
+
+def _runs(ids: Tensor) -> list[_Runs]:
+    """The runs of every row of ids [B, N], one list for all rows that are alike; the host waits here only.
+
+    They are found where the ids lie: as many as a long prompt has would take the host longer than the attention.
+    """
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    at, starts = begins.nonzero(as_tuple=True)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(ids.shape[0])]
+    for row, start, name in torch.stack([at, starts, ids[at, starts]], 1).tolist():
+        found[row].append((name, start))
+    rows = [[(name, a, b) for (name, a), (_, b) in pairwise([*row, (0, ids.shape[1])])] for row in found]
+    return rows[:1] if all(row == rows[0] for row in rows) else rows
 
 
 def _attend(

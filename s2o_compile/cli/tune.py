@@ -122,13 +122,17 @@ def cut_to_density(plan: Plan, density: float, length: int, *, causal: bool = Tr
     Lists end where a tile would stop, between two chunks. ``length`` is that of the whole call, of whose queries the
     plan may hold a part.
     """
-    own, prefix = plan.segment_len, length - plan.segment_len
-    area = length * density
-    if causal:
-        own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
-    chunks = plan.prefix_count * (max(area - own, 0.0) / max(prefix, 1) / plan.chunk_len)
+    chunks = plan.prefix_count * (kept_share(plan, density, length, causal=causal) / plan.chunk_len)
     count = torch.minimum(chunks.round().int() * plan.chunk_len, plan.prefix_count)
     return dataclasses.replace(plan, prefix_count=count)
+
+
+def kept_share(plan: Plan, density: float, length: int, *, causal: bool) -> float:
+    """The share of its prefix that every list of a plan keeps in `cut_to_density`."""
+    own, prefix, area = float(plan.segment_len), float(length - plan.segment_len), length * density
+    if causal:
+        own, prefix, area = (own + TILE_LEN) / 2, prefix / 2, (length + 1) / 2 * density
+    return max(area - own, 0.0) / max(prefix, 1.0)
 
 
 def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:

@@ -88,7 +88,6 @@ def test_a_list_holds_the_launches_of_the_call(case, scratch, launches, monkeypa
     if scratch is not None:
         monkeypatch.setattr(schedule, "SCRATCH_BYTES", scratch)
         monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
-        monkeypatch.setattr(listing, "MOST_TURNS", 10)
     laid_out, lay_out = [], listing._lay_out
     monkeypatch.setattr(
         listing, "_lay_out", lambda *given, **more: laid_out.append((x := lay_out(*given, **more))[1]) or x
@@ -130,6 +129,7 @@ def test_other_work_than_launches_is_never_left_out(case, launches):
 def test_a_call_of_many_slices_is_not_prepared(launches, monkeypatch):
     monkeypatch.setattr(schedule, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(schedule, "SCRATCH_SHARE", 2**40)
+    monkeypatch.setattr(listing, "MOST_TURNS", 9)
     for _ in range(3):
         launches.clear()
         run(call_of(), options_of(tau=0.5))
@@ -203,6 +203,14 @@ def test_lists_and_keys_are_kept_in_bounded_number(launches, monkeypatch):
             run(call_of(length), options_of())
     assert len(prepared._lists) == 2
     assert len(prepared._seen) <= 3
+    monkeypatch.setattr(prepared, "LAUNCHES", prepared.newest().count)  # the newest list takes it all
+    for _ in range(2):
+        run(call_of(300), options_of())
+    assert len(prepared._lists) == 1
+    monkeypatch.setattr(prepared, "LAUNCHES", 0)  # it is kept all the same
+    for _ in range(2):
+        run(call_of(400), options_of())
+    assert len(prepared._lists) == 1
     monkeypatch.setattr(prepared, "KEPT", 0)
     prepared.forget()
     run(call_of(), options_of())

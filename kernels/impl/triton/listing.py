@@ -28,8 +28,9 @@ ALIGNED = 256
 TURNS = 2
 """Streams that slices of a call take turns on."""
 
-MOST_TURNS = 8
-"""Slices of a call that is written down, at most: more keep the card busy for longer than the host takes."""
+MOST_TURNS = 64
+"""Slices of a call that is written down, at most: more keep the card busy for longer than the host takes, and a list of
+their launches takes memory."""
 
 FACTORIES = ("aten::empty.", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided")
 """Operators that ask for memory and leave it as it is."""
