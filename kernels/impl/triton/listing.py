@@ -284,16 +284,17 @@ def _storage(x: Tensor) -> int:
 def _lay_out(pieces: dict[int, Piece], last: int | None = None) -> tuple[dict[int, int], int]:
     """Offsets of pieces and the bytes of them all: two that are in use at the same time never overlap.
 
-    A piece that is used from launch ``last`` on stays in use to the end.
+    A piece that is used from launch ``last`` on stays in use to the end. The largest are placed first, which leaves the
+    least between them.
     """
+    ends = {slot: sys.maxsize if last is not None and x.last >= last else x.last for slot, x in pieces.items()}
     offsets: dict[int, int] = {}
     size = 0
-    for slot, piece in sorted(pieces.items(), key=lambda item: item[1].first):
-        stays = last is not None and piece.last >= last
+    for slot, piece in sorted(pieces.items(), key=lambda item: -item[1].size):
         beside = sorted(
             (offsets[other], offsets[other] + _rounded(pieces[other].size))
             for other in offsets
-            if stays or pieces[other].last >= piece.first or (last is not None and pieces[other].last >= last)
+            if pieces[other].first <= ends[slot] and piece.first <= ends[other]
         )
         offset = 0
         for begin, end in beside:
