@@ -24,6 +24,7 @@ from torch import nn
 
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
+from s2o_compile.kernels.support.torch_compat import in_dispatch_mode, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import (
     captured_code,
     graph_breaks,
@@ -139,7 +140,10 @@ class CompiledEntry:
             finally:
                 outer.frame = before
         compiled, breaks = self._compiled.get(method), None
-        if compiled is None:
+        if (interpreter_stack() or in_dispatch_mode()) and not self.compilation.options["fullgraph"]:
+            # Dynamo would pass over this code, and never look at it again.
+            compiled = _call_of(method) if method else _call
+        elif compiled is None:
             compiled, breaks = self._compile(method)
         running.call = call = ModelCall()
         call.path = self.path
