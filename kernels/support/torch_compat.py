@@ -345,7 +345,7 @@ def dynamo_options(**options: object) -> Iterator[None]:
         yield
 
 
-NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention"
+NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention, and hooks of compiled models"
 
 # Derivatives that no ``requires_grad`` shows (``derivatives.py``).
 _DERIVATIVES = "derivatives in forward mode and of transforms"
