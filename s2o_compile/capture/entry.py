@@ -81,7 +81,7 @@ class Compilation:
         if call is None or call.module is None or call.frame is None:
             return compile_graph(gm, example_inputs)
         if call.options is None:
-            # Dynamo makes its guards when the graph is compiled. Without these it would not see a hook that comes later.
+            # Dynamo makes its guards behind this call. Without these it would not see a hook that comes later.
             call.options = dynamo_options(skip_nnmodule_hook_guards=False)
             call.options.__enter__()
         frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
