@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -83,6 +83,7 @@ class ModelCall:
         never: How often it was dense because no length is faster sparse, by reason.
         uncompiled: Names of modules that Python ran.
         breaks: Reasons of the graph breaks in it, if it was the first one.
+        options: What holds Dynamo's options from the first graph to the end of a call that compiles; None in others.
     """
 
     path: str
@@ -92,6 +93,7 @@ class ModelCall:
     never: Mapping[str, int] = MappingProxyType({})
     uncompiled: Sequence[str] = ()
     breaks: Sequence[str] = ()
+    options: AbstractContextManager[None] | None = None
 
 
 class _Running(threading.local):

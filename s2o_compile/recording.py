@@ -21,7 +21,7 @@ from s2o_compile.kernels.support.scopes import Scopes
 from s2o_compile.kernels.support.torch_compat import dtype_of, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
-from s2o_compile.report import Report, Status, join_calls
+from s2o_compile.report import Report, Status, called_elsewhere, join_calls
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Recording:
             pass_seconds=self.pass_seconds,
             compile_seconds=self.compile_seconds or None,
             unknown_sites=tuple(name for name in self.marked if all(name != record.name for record in records)),
+            called=called_elsewhere(records, self.calls),
         )
 
 

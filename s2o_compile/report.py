@@ -42,8 +42,13 @@ class Site(SiteRecord):
         """What became of it, in words."""
         if not self.rewritten:
             return f"dense: {self.reason}" if self.found else self.reason
-        ran = {"dense": f", ran dense ({self.never or 'short'})", "masked": ", ran dense (its mask)"}.get(self.path, "")
-        return f"rewritten{ran}{self.marks}"
+        return f"rewritten{self.ran}{self.marks}"
+
+    @property
+    def ran(self) -> str:
+        """That the operator ran dense, and why, to be put behind "rewritten"; empty where it did not."""
+        whys = {"dense": self.never or "short", "masked": "its mask"}
+        return f", ran dense ({whys[self.path]})" if self.path in whys else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,8 @@ class Report:
         audit_error: Why the attentions that ran could not be counted; empty where they were, or in a ``record()``.
         rank_pairs: Computed query-key pairs of each rank, mean over heads, of ``distributed.gather_report``; empty
             for the report of one process.
+        called: Attentions that ran the operator and were not rewritten meanwhile, by name: of a model that was compiled
+            before, or that calls it itself (``s2o_compile.attention``, transformers' "s2o").
     """
 
     sites: tuple[Site, ...]
@@ -71,6 +78,7 @@ class Report:
     unknown_sites: tuple[str, ...] = ()
     audit_error: str = ""
     rank_pairs: tuple[float, ...] = ()
+    called: tuple[Site, ...] = ()
 
     @property
     def imbalance(self) -> float | None:
@@ -105,7 +113,7 @@ class Report:
         return mean(site.error for site in self.sites)
 
     def __str__(self) -> str:
-        if not self.sites:
+        if not self.sites and not self.called:
             lines = [
                 "NO ATTENTION FOUND: nothing was rewritten, the model runs as before.",
                 f"Looked at {self.graphs} captured graph(s) for fused and hand-written attention. If the model has "
@@ -113,7 +121,9 @@ class Report:
             ]
         else:
             header = ("site", "query", "key", "mask", "result", "density", "error (sampled)")
-            lines = table(header, [_row(site) for site in self.sites])
+            rows = [_row(site, site.result) for site in self.sites]
+            rows += [_row(site, f"called{site.ran}{site.marks}") for site in self.called]
+            lines = table(header, rows)
             missed, rewritten = len(self.not_found), self.rewritten
             found = len(self.sites) - missed
             measured = "" if self.density is None else f"; mean density {self.density:.3f}"
@@ -123,6 +133,11 @@ class Report:
             )
             if missed:
                 lines.append(f"NOT FOUND: {missed} more ran that the pass did not see, and stay as they were")
+            if self.called:
+                lines.append(
+                    f"CALLED: {len(self.called)} more ran S2O's operator, and were not rewritten here: they were "
+                    "compiled before, or call it themselves"
+                )
         lines += _listed(
             "NO SUCH SITE: no attention captured has these names of the configuration, so they change nothing:",
             self.unknown_sites,
@@ -218,11 +233,11 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:start]}…{text[start + 1 - width :]}"
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: Site, result: str) -> tuple[str, ...]:
     density = "-" if site.density is None else f"{site.density:.3f}"
     error = "-" if site.error is None else f"{site.error:.1%}"
     shapes = "x".join(site.query_shape), "x".join(site.key_shape)
-    return (site.name, *shapes, site.mask or "-", site.result, density, error)
+    return (site.name or "-", *shapes, site.mask or "-", result, density, error)
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:
@@ -243,3 +258,17 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
         never = "" if longest is None else longest.never
         sites.append(Site(**fields, path=path, density=density, error=error, never=never))
     return tuple(sites)
+
+
+def called_elsewhere(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:
+    """The calls of the operator that are of none of these records, joined by their names."""
+    known = {record.name for record in records if record.rewritten}
+    others = {call.site: call for call in calls if call.site not in known}  # the last one of each
+    return join_calls(
+        [
+            SiteRecord(name=name, rewritten=True, mask=last.mask, query_shape=(str(last.n_queries),),
+                       key_shape=(str(last.n_keys),))
+            for name, last in others.items()
+        ],
+        calls,
+    )  # fmt: skip

@@ -55,7 +55,7 @@ def as_integers(name: str, values: object, query: Tensor, dims: int = 1) -> Tens
     """
     if not isinstance(values, Tensor):
         try:
-            values = torch.tensor(values)
+            values = torch.tensor(values, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             values = None
         if values is not None and not values.numel():

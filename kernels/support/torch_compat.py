@@ -214,6 +214,11 @@ class _NoDispatchMode:
 
 
 TorchDispatchMode = _named("torch.utils._python_dispatch.TorchDispatchMode", _COUNTING, _NoDispatchMode)
+in_dispatch_mode: Callable[[], bool] = _named(
+    "torch.utils._python_dispatch.any_torch_dispatch_mode_on_stack",
+    "compiling a model whose first call is under a mode, such as a FLOP counter",
+    lambda: False,
+)
 
 # The kinds of tensors: those that are made of others, and those of the transforms of ``torch.func``.
 is_wrapper: Callable[[object], bool] = _named(
@@ -340,7 +345,7 @@ def dynamo_options(**options: object) -> Iterator[None]:
         yield
 
 
-NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention"
+NAMES["torch._dynamo.config.patch"] = "fewer compilations of FlexAttention, and hooks of compiled models"
 
 # Derivatives that no ``requires_grad`` shows (``derivatives.py``).
 _DERIVATIVES = "derivatives in forward mode and of transforms"

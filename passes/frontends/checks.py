@@ -42,6 +42,12 @@ def check_sequence(*tensors: object) -> None:
         )
 
 
+def check_untransformed(*tensors: Any) -> None:  # noqa: ANN401 (fake tensors)
+    """Raises `Refused` if a transform of ``torch.func`` hides dimensions of tensors."""
+    if any(map(is_transformed, tensors)):
+        raise Refused("it is under a transform such as torch.vmap or torch.func.jvp, where attention stays dense")
+
+
 def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # noqa: ANN401 (fake tensors)
     """Raises `Refused` if the operator cannot compute an attention, the value of a node, over these operands.
 
@@ -62,8 +68,7 @@ def check_tensors(query: Any, key: Any, value: Any, node: fx.Node) -> None:  # n
     check_sequence(*tensors)
     if not all(map(is_dtensor, tensors)) and any(is_wrapper(tensor) for tensor in tensors):
         raise Refused("query, key or value is a %s, expected plain tensors", type(query).__name__)
-    if any(is_transformed(tensor) for tensor in tensors):
-        raise Refused("it is under a transform such as torch.vmap or torch.func.jvp, where attention stays dense")
+    check_untransformed(*tensors)
     if any(tensor.ndim != 4 for tensor in tensors):
         ranks = ", ".join(str(tensor.ndim) for tensor in tensors)
         raise Refused("query, key and value have ranks %s, expected 4: [B, H, N, D]", ranks)

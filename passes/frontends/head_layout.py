@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from s2o_compile.passes.frontends.checks import check_untransformed
 from s2o_compile.passes.graph.nodes import Size, known
 from s2o_compile.passes.graph.operand import Operand, Step
 from s2o_compile.passes.graph.rejected import Refused
@@ -41,6 +42,7 @@ def to_heads(
     operands = (query, key, value)
     if not all(isinstance(operand.value, torch.Tensor) for operand in operands):
         raise Refused("the shapes of query, key and value are not recorded in the graph")
+    check_untransformed(*(operand.value for operand in operands))
     shapes = ", ".join(str(tuple(operand.value.shape)) for operand in operands)
     rank = max(len(weights), value.value.ndim)
     if len(scores) > 5 or rank > 5:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.backends import cuda
 from torch.nn import functional as F
 
 from s2o_compile.kernels.support.dtensors import is_dtensor
@@ -64,6 +65,14 @@ _OPERATORS = frozenset(name.strip("_") for name in operator.__all__) - _CALLERS
 _BUILTINS = (
     *("getattr", "len", "tuple", "list", "bool", "int", "float"),
     *("max", "min", "sum", "abs", "round", "pow", "divmod"),
+)
+
+# What ``torch.nn.attention.bias.CausalBias`` asks about SDPA's kernels.
+_ABOUT_KERNELS = (
+    "SDPAParams",
+    "is_flash_attention_available",
+    "can_use_flash_attention",
+    "can_use_efficient_attention",
 )
 
 # Methods without an operator of their name that ask a tensor what it is, cast it, or copy it.
@@ -244,6 +253,8 @@ def _functions() -> dict[object, _Known]:
     found |= {f: _Known(f.__name__) for f in vars(math).values() if isinstance(f, _C_FUNCTION)}
     for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float", "sym_ite", "sym_sqrt", "sym_sum"):
         found |= {getattr(torch, name): _Known(name)} if hasattr(torch, name) else {}
+    for name in _ABOUT_KERNELS:
+        found |= {getattr(cuda, name): _Known(name)} if hasattr(cuda, name) else {}
     for module in (torch, F, nn_functions, torch.special, torch.linalg, torch.fft):
         for name in dir(module):
             function = getattr(module, name, None)

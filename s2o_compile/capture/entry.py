@@ -24,6 +24,7 @@ from torch import nn
 
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
+from s2o_compile.kernels.support.torch_compat import dynamo_options, in_dispatch_mode, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import (
     captured_code,
     graph_breaks,
@@ -79,6 +80,10 @@ class Compilation:
         call = running.call
         if call is None or call.module is None or call.frame is None:
             return compile_graph(gm, example_inputs)
+        if call.options is None:
+            # Dynamo makes its guards behind this call. Without these it would not see a hook that comes later.
+            call.options = dynamo_options(skip_nnmodule_hook_guards=False)
+            call.options.__enter__()
         frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
         gm.meta[SHARED] = _may_be_shared(call.module, call.frame)
         if call.frame is not call.module:  # behind a graph break
@@ -139,7 +144,10 @@ class CompiledEntry:
             finally:
                 outer.frame = before
         compiled, breaks = self._compiled.get(method), None
-        if compiled is None:
+        if (interpreter_stack() or in_dispatch_mode()) and not self.compilation.options["fullgraph"]:
+            # Dynamo would pass over this code, and never look at it again.
+            compiled = _call_of(method) if method else _call
+        elif compiled is None:
             compiled, breaks = self._compile(method)
         running.call = call = ModelCall()
         call.path = self.path
@@ -148,6 +156,8 @@ class CompiledEntry:
             result = compiled(module, *args, **kwargs)
         finally:
             running.call = None
+            if call.options is not None:
+                call.options.__exit__(None, None, None)
         account = self.compilation.account
         if account is not None:
             if breaks is not None:

@@ -295,3 +295,25 @@ def test_a_forward_that_layers_share_behind_hooks_is_refused():
     config = S2OConfig(min_seq_len=0, inner_backend="eager", dense_heads={"layers.1": (0,)})
     with pytest.raises(Exception, match="expected a model that is captured whole"), torch.no_grad():
         s2o_compile.optimize(model, config)(tiny_input(LENGTH))
+
+
+@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.qkv"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_hooks_of_a_model_that_was_called_before_are_heard(place, kind):
+    """Dynamo's default has no guards on hooks: it would run the graph that it has."""
+    model, x = tiny_model(), tiny_input()
+    fast = s2o_compile.optimize(model, EXACT)
+    fast(x)
+    before, heard = fast(x), []
+    for either in (model, fast):
+        handle = getattr(either.get_submodule(place), kind)(lambda *_: heard.append(1))
+        either(x)
+        handle.remove()
+    assert len(heard) == 2
+    fast(x)
+    assert len(heard) == 2
+    doubled = fast.get_submodule(place).register_forward_hook(lambda _, inputs, output: 2 * output)
+    assert not torch.allclose(fast(x), before)
+    doubled.remove()
+    torch.testing.assert_close(fast(x), before)

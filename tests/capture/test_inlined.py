@@ -271,6 +271,8 @@ def test_it_is_heard_where_nothing_is_compiled(way):
     assert "these ran uncompiled: the model itself" in said[0]
     assert ("call the model outside" in said[0]) is (way in (vmap, gradient))
     assert s2o_compile.status(fast).calls == 2
+    fast(x)  # Dynamo has not given up on the model
+    assert "rewritten attentions ran: 2 sparse" in str(s2o_compile.status(fast))
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])

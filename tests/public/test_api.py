@@ -147,6 +147,25 @@ def test_explain_is_loud_when_nothing_is_found():
     assert str(report).startswith("NO ATTENTION FOUND")
 
 
+@torch.no_grad()
+def test_a_recording_has_attentions_that_were_compiled_before_and_direct_calls():
+    fast, q = s2o_compile.optimize(tiny_model(), EXACT), torch.randn(1, 2, 200, 16)
+    fast(tiny_input())
+    with s2o_compile.record() as recording:
+        fast(tiny_input())
+        s2o_compile.attention(q, q, q, causal=True, config=EXACT)
+        s2o_compile.attention(q[:, :, :9], q, q, config=EXACT)
+    report = recording.report
+    assert report.sites == ()
+    assert [site.name for site in report.called] == ["layers.0", "layers.1", ""]
+    assert [site.path for site in report.called] == ["s2o", "s2o", "dense"]
+    assert report.called[0].density > 0
+    text = str(report)
+    assert "NO ATTENTION FOUND" not in text
+    assert "called, ran dense (short)" in text
+    assert "CALLED: 3 more ran S2O's operator" in text
+
+
 def test_explain_names_graph_breaks():
     class Broken(nn.Module):
         def __init__(self):

@@ -34,7 +34,7 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
     output = query.new_empty(*query.shape[:3], call.value.shape[3], dtype=torch.float32)
     lse = output.new_empty(output.shape[:3])
     starts, stops = (x[rows] for x in call.mask.row_ranges(call.n_queries, call.n_keys, rows.device))
-    computed = torch.empty(*query.shape[:2], len(rows), dtype=torch.int32)
+    computed = query.new_empty(*query.shape[:2], len(rows), dtype=torch.int32)
     _attend(call, query, Result(output, lse, computed), (starts, stops), len(rows))
     return ExactRows(rows, output, lse)
 
@@ -47,7 +47,7 @@ def _attend(
     # A query that sees no key has a range that is empty, and may lie anywhere.
     starts, stops = (x.clamp(0, call.n_keys).contiguous() for x in ranges)
     stops = torch.maximum(starts, stops)
-    tau = torch.zeros(group)
+    tau = call.query.new_zeros(group, dtype=torch.float32)
 
     def block(place: tuple[int, int, int]) -> None:
         first, b, kv = place

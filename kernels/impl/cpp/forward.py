@@ -44,7 +44,7 @@ def _run(
 ) -> None:
     """Every segment, one a thread."""
     batch, heads, n_queries, _ = call.query.shape
-    taus = torch.as_tensor(tau, dtype=torch.float32).expand(batch, heads).contiguous()
+    taus = torch.as_tensor(tau, dtype=torch.float32, device=call.query.device).expand(batch, heads).contiguous()
     mask, index, counts = call.mask, plan.key_index.contiguous(), plan.prefix_count.tolist()
     assert plan.tail_value is not None
     means, rankings = plan.tail_value.contiguous(), index.shape[1]

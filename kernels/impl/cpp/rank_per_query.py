@@ -41,7 +41,7 @@ def score_keys(
     rankings = heads // kv_heads // shared  # of each key/value head
     ranges = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     starts, stops = (x.tolist() for x in ranges)
-    scores = torch.empty(batch, kv_heads * rankings, len(starts), n_keys, dtype=torch.float32)
+    scores = few_key.new_empty(batch, kv_heads * rankings, len(starts), n_keys, dtype=torch.float32)
     key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
     positions = scored_positions(segment_len, shared, query.device).contiguous()
 

@@ -70,7 +70,7 @@ def _fused_block(
     """One call of SDPA's CPU kernel."""
     bias = None
     if hidden is not None:
-        bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
+        bias = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
     assert _fused_cpu is not None
     tensors = (x[None, None] for x in pad_to_equal(query, key, value))
     output, lse = _fused_cpu(*tensors, 0.0, False, attn_mask=bias, scale=scale)

@@ -148,23 +148,23 @@ class _Segment:
         slots = torch.arange(self.first, self.first + self.tiles * TILE_LEN, device=query.device)
         self.rows = slots.clamp(max=self.end - 1).expand(group, -1)
         self.seg_start, seg_stop = mask.in_segment_range(self.first, self.end - 1, n_queries, len(self.key))
-        self.stops = torch.full((group, self.tiles), seg_stop)
+        self.stops = torch.full((group, self.tiles), seg_stop, device="cpu")
         if mask.causal:  # no query of a tile sees further than the tile's last one
-            ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1)
+            ends = self.first + mask.offset + TILE_LEN * torch.arange(1, self.tiles + 1, device="cpu")
             self.stops = ends.clamp(self.seg_start, seg_stop).expand(group, -1)
         self.stops = self.stops.flatten()
 
         self.own = self.stops - self.seg_start
         self.area = self.own.clone()
         self.tail = query.new_zeros(len(self.stops), TILE_LEN, dtype=torch.float32)
-        self.unvisited = torch.full((len(self.stops),), -1.0, dtype=torch.float32)
+        self.unvisited = torch.full((len(self.stops),), -1.0, dtype=torch.float32, device="cpu")
 
     def attend(self, tau: float | Tensor, into: Result, progress: Progress | None) -> None:
         """Pass 1 and pass 2; fills the segment's rows of ``into`` and ``progress``."""
         query = self._load()
         lse = self.tail.new_full(self.tail.shape, -torch.inf)
         output = self.tail.new_zeros(*self.tail.shape, self.value.shape[-1])
-        tiles = _Tiles(torch.arange(len(self.stops)), query, output, lse)
+        tiles = _Tiles(torch.arange(len(self.stops), device="cpu"), query, output, lse)
         self._in_segment_keys(tiles)
         self._visit_ranked(tiles, self._taus(tau), torch.zeros_like(self.area))
         self._store(tiles, into, progress)
@@ -180,7 +180,7 @@ class _Segment:
         # Copies: the flattened rows of a single head would be a view of what is written in the end.
         held = (into.output, into.lse, progress.tail)
         output, lse, tail = (self._slots(x[self.b, self.heads]).float().clone() for x in held)
-        tiles = _Tiles(torch.arange(len(self.stops)), self._load(), output, lse)
+        tiles = _Tiles(torch.arange(len(self.stops), device="cpu"), self._load(), output, lse)
         self.tail, self.unvisited = tail, estimate.clone()
         part = tiles.select(going.nonzero()[:, 0])
         part.take_tails_off(self.tail[part.numbers], self.mean_value)
@@ -196,7 +196,7 @@ class _Segment:
         if isinstance(tau, Tensor):
             taus = tau[..., self.heads].cpu()
         else:
-            taus = torch.full((self.group,), tau, dtype=torch.float32)
+            taus = torch.full((self.group,), tau, dtype=torch.float32, device="cpu")
         return (taus[self.b] if taus.dim() == 2 else taus).repeat_interleave(self.tiles)
 
     def _load(self) -> Tensor:

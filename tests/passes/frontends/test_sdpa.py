@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import flex_attention
 
 import s2o_compile
@@ -147,10 +148,27 @@ def test_autocast_that_changes_the_dtype_stays_dense():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_stays_dense():
+@pytest.mark.parametrize("function", [FORMS["positional"], lambda q, k, v: (q @ k.mT).softmax(-1) @ v])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_vmap_stays_dense(function, levels):
     inputs = [torch.stack([heads(), heads()]) for _ in range(3)]
-    capture = rewritten(lambda q, k, v: torch.vmap(FORMS["positional"])(q, k, v), *inputs)
+    for _ in range(levels):
+        function = torch.vmap(function)
+    capture = rewritten(lambda q, k, v: function(q, k, v), *inputs)
     assert "torch.vmap" in capture.records[0].reason
+
+
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+def test_causal_biases_of_torch_are_proven(bias):
+    """In their code torch asks which kernels SDPA may choose."""
+    capture = rewritten(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias(q.shape[2], k.shape[2])),
+        heads(length=30), heads(), heads(),
+    )  # fmt: skip
+    assert [(record.mask, record.reason) for record in capture.records] == [
+        ("causal" if bias is causal_lower_right else "causal, offset 0", "")
+    ]
+    assert len(capture.calls) == 1
 
 
 def test_a_replaced_sdpa_stays_dense(monkeypatch):
