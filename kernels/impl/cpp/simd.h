@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 namespace {
 
@@ -71,6 +72,17 @@ inline Vector exp2(Vector x) {
   p = p * rest + 1.f;
   const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
   return x < -126.f ? Vector{} : (x == x ? scaled : x);
+}
+
+// log2 of numbers from 1 on, to 1e-7.
+inline Vector log2(Vector x) {
+  const Integers power = ((Integers)x - 0x3f3504f3) >> 23;  // of two, beside a factor from sqrt(1/2) to sqrt(2)
+  const Vector factor = (Vector)((Integers)x - (power << 23)), t = (factor - 1.f) / (factor + 1.f), square = t * t;
+  Vector p = all(2 * LOG2_E / 7);  // of the series, whose next term is below 4e-8
+  p = p * square + 2 * LOG2_E / 5;
+  p = p * square + 2 * LOG2_E / 3;
+  p = p * square + 2 * LOG2_E;
+  return p * t + __builtin_convertvector(power, Vector);
 }
 
 inline Vector tanh(Vector x) {
