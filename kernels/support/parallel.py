@@ -15,7 +15,7 @@ import ctypes
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +77,7 @@ def for_each(work: Callable[[Item], None], items: Iterable[Item], device: torch.
     # One future a thread: one an item took longer than short items do.
     with ThreadPoolExecutor(threads, initializer=compute_alone) as pool:
         try:
-            for future in [pool.submit(alone) for _ in range(threads)]:
+            for future in as_completed([pool.submit(alone) for _ in range(threads)]):
                 future.result()  # raises what an item raised
         finally:
             left.clear()
