@@ -33,8 +33,8 @@ def order_keys(
     starts, stops = (x.tolist() for x in ranges)
     key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
     longest = longest_prefix(mask, n_queries, n_keys, segment_len)
-    key_index = torch.empty(batch, rankings, segments, longest, dtype=torch.int32)
-    prefix_count = torch.empty(batch, segments, dtype=torch.int32)
+    key_index = scores.new_empty(batch, rankings, segments, longest, dtype=torch.int32)
+    prefix_count = key_index.new_empty(batch, segments)
 
     def segment(place: tuple[int, int]) -> None:
         b, s = place
