@@ -55,7 +55,7 @@ def can_compute_alone() -> bool:
         return pool.submit(compute_alone).result()
 
 
-def for_each(work: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
+def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torch.device) -> None:
     """Call ``work`` on every item, in parallel on a CPU, in order elsewhere; items must not depend on each other."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or not can_compute_alone():

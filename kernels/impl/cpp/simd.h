@@ -98,7 +98,7 @@ inline Vector log2(Vector x) {
 
 // Rows of so many bytes, COLUMNS of them, into a panel [words, COLUMNS] of 32 bits, each into a column; the rest is zero.
 inline void transpose(const void* const* rows, int64_t bytes, int64_t words, void* panel) {
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int64_t c = 0; c < COLUMNS; c += 16)

@@ -34,3 +34,14 @@ def test_both_ways_agree_on_more_lists_than_one_sort_takes(monkeypatch):
         monkeypatch.setattr(plan, "RADIX_FROM", least)
         orders.append(plan.descending_order(scores))
     assert torch.equal(*orders)
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keys_are_flagged_where_a_number_is_not_finite_and_nowhere_else(dtype, spoiled):
+    """A sum of large numbers of float16 is beyond float16, and finite."""
+    key, value = (torch.full((2, 3, 40, 64), 6e4, dtype=dtype) for _ in range(2))
+    key[0, 1, 7, 63] = value[1, 2, 39, 0] = spoiled
+    expected = torch.zeros(2, 3, 40, dtype=torch.bool)
+    expected[0, 1, 7] = expected[1, 2, 39] = True
+    assert torch.equal(plan.non_finite_keys(key, value), expected)

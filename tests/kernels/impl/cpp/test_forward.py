@@ -44,6 +44,19 @@ def test_stops_where_the_arithmetic_says(tau, weighed):
     assert actual.computed.item() == TILE_LEN + 64 * example.stop(tau)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 64), (33, 31), (72, 100), (128, 1), (129, 256)])
+def test_rows_of_any_length_are_packed(head_dim, value_dim, dtype, build_plan, poison_empty):
+    """Keys and values lie beside numbers that are not finite, which no panel may hold."""
+    case = Case(queries=290, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    inputs = case.inputs()
+    call = inputs.call
+    wide = [torch.cat([x, torch.full_like(x, float("nan"))], -1)[..., : x.shape[3]] for x in call.tensors]
+    plan = build_plan(inputs)
+    assert_like_definition(forward, inputs, plan, 0.5)
+    assert torch.equal(forward.attend(call.over(*wide), plan, 0.5).output, forward.attend(call, plan, 0.5).output)
+
+
 def test_a_list_of_less_than_two_chunks_is_walked_to_its_end(weighed):
     example = weighed((64, 8)).shortened(96)
     assert assert_like_definition(forward, example.inputs, example.plan, 0.6).computed.item() == TILE_LEN + 96
