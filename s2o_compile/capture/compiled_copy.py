@@ -25,8 +25,8 @@ def compiled_copy(
 ) -> Model:  # fmt: skip
     """A copy of a module and of all modules with parts in it, each compiled where it is called from outside.
 
-    The tables of parameters, buffers and hooks are the original's, and so are the modules without parts that do not
-    attend. Everything else stays as it is in the original, and changes of attributes or submodules reach one of the two
+    The tables of parameters and buffers are the original's, and so are the modules without parts that do not attend.
+    Everything else stays as it is in the original, and changes of attributes, hooks or submodules reach one of the two
     only. A module that was optimized or compiled in place before is compiled anew.
 
     Args:
@@ -58,6 +58,8 @@ def _copied(
     copies[id(module)] = copied
     fields = vars(copied)
     fields.update({name: value for name, value in vars(module).items() if name not in (COMPILED, ENTRY)})
+    # A model that registers hooks when it is called, as those of transformers do, must not do so for the other, too.
+    fields.update({name: x.copy() for name, x in fields.items() if "_hooks" in name and isinstance(x, dict)})
     fields["_modules"] = {
         name: None if child is None else _copied(child, entry_of, copies) for name, child in fields["_modules"].items()
     }
