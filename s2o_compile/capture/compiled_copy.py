@@ -28,8 +28,8 @@ def compiled_copy(
     """A copy of a module and of all modules in it, those with parts compiled where they are called from outside.
 
     The tables of parameters and buffers are the original's. Everything else stays as it is in the original, and changes
-    of attributes, modes, hooks or submodules reach one of the two only. A module that was optimized or compiled in place
-    before is compiled anew.
+    of attributes, modes, hooks or submodules reach one of the two only. A module that was optimized before, or compiled
+    in place, is compiled anew.
 
     Args:
         model: The original; it stays as it is.
