@@ -295,7 +295,7 @@ def _servers() -> list[str]:
         source(path, about, _FROM_DOCS),
         "",
         "Prompts of 2K tokens are below the crossover, so their attention is dense. Keys in pages cost 1 % more, and",
-        "prefills in chunks up to a fifth ([notes](../benchmarks/notes/serving.md)).",
+        "prefills in chunks up to a quarter ([notes](../benchmarks/notes/serving.md)).",
     ]
 
 

@@ -14,6 +14,7 @@ from s2o_compile.kernels.core import plan
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import Plan, ScoreKeys, default_chunk_len, default_segment_len, n_segments
+from s2o_compile.kernels.impl.cpp import order as cpp_order
 from s2o_compile.kernels.impl.cpp import rank_per_query as cpp_per_query
 from s2o_compile.kernels.ranking import mean_query, per_query, tail, unvisited
 from s2o_compile.kernels.ranking.basis import Basis, FewKeys
@@ -149,7 +150,7 @@ class Planner:
             prepare, self._order_keys = PREPARE_BY_TRITON, triton_order.order_keys
             non_finite = triton_order.find_non_finite
         elif implementation == "cpp":
-            prepare = PREPARE_BY_CPP
+            prepare, self._order_keys = PREPARE_BY_CPP, cpp_order.order_keys
         self.shared = call.group if options.ranking_per == "group" else 1  # query heads that share a ranking
         if call.kept is not None:
             shapes = call.query.shape[1], *call.key.shape[1::2], call.value.shape[3]

@@ -80,7 +80,7 @@ def again(
         end = base + launches.size
         results = output.data_ptr(), end if lse is None else lse.data_ptr(), end + sizes[0]
         bases = [*[x.data_ptr() for x in inputs.values()], *results, base]
-        replay(bases, query.device.index, *numbers_of_other(query.device, launches.turns))
+        replay(bases, query.device.index, *numbers_of_other(query.device, launches.streams))
     count("s2o")
     return (output, lse), asked
 
@@ -194,7 +194,7 @@ def _written(
     """The launches of a call, written down by its functions on stand-ins; None if launches are not all they do."""
     from s2o_compile.kernels.impl.triton.listing import Listing, UnlistableError  # triton may be missing
 
-    listing = Listing(list(tensors.values()))
+    listing = Listing(list(tensors.values()), len(tensors) - len(Result._fields))
     given = dict(zip(tensors, listing.tensors, strict=True))
     mask = replace(call.mask, key_mask=given.get("key_mask"))
     stand_in = call.over(given["query"], given["key"], given["value"], mask)
@@ -219,8 +219,9 @@ def _make(launches: Launches, tensors: list[Tensor]) -> None:
     workspace = launches.workspace(device)
     if replay is not None:
         bases = [x.data_ptr() for x in (*tensors, workspace)]
-        replay(bases, device.index, *numbers_of_other(device, launches.turns))
+        replay(bases, device.index, *numbers_of_other(device, launches.streams))
         return
     launches.make(launches.common, tensors, workspace, None)
-    with other_stream(device, launches.turns) as other:
-        launches.make(launches.slices, tensors, workspace, other)
+    if launches.slices:
+        with other_stream(device, launches.turns) as other:
+            launches.make(launches.slices, tensors, workspace, other)

@@ -27,7 +27,7 @@ from s2o_compile.kernels.support.errors import warn
 
 SOURCES = tuple(
     Path(__file__).parents[1] / "impl" / "cpp" / name
-    for name in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp")
+    for name in ("simd.h", "floats.h", "halves.h", "forward.cpp", "rank.cpp", "order.cpp")
 )
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fno-math-errno")

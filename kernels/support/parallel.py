@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,11 +63,21 @@ def for_each(work: Callable[[Item], None], items: Iterable[Item], device: torch.
             work(item)
         return
 
-    inference = torch.is_inference_mode_enabled()
+    left, inference = deque(items), torch.is_inference_mode_enabled()
 
-    def alone(item: Item) -> None:
+    def alone() -> None:
         with torch.inference_mode(inference), torch.no_grad():  # both modes are a thread's own
-            work(item)
+            while True:
+                try:
+                    item = left.popleft()
+                except IndexError:
+                    return
+                work(item)
 
+    # One future a thread: one an item took longer than short items do.
     with ThreadPoolExecutor(threads, initializer=compute_alone) as pool:
-        list(pool.map(alone, items))  # the list raises what an item raised
+        try:
+            for future in as_completed([pool.submit(alone) for _ in range(threads)]):
+                future.result()  # raises what an item raised
+        finally:
+            left.clear()

@@ -134,6 +134,9 @@ def tune(
     with Progress(SpinnerColumn(), *columns, console=console) as progress:
         for (dim, name), shape in shapes.items() if on_gpu else ():
             tried, timings = tuning.candidates(), []
+            compiling = progress.add_task(f"{dim} {name}: compiling {len(tried)} configurations", total=None)
+            tuning.compile_ahead(shape, tested[-1], tried)
+            progress.remove_task(compiling)
             swept = tuning.sweep(shape, tested[-1], tried)
             for timing in progress.track(swept, len(tried), description=f"{dim} {name}: configurations"):
                 timings.append(timing)

@@ -9,11 +9,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +36,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.options import OperatorOptions
 from s2o_compile.kernels.core.plan import TILE_LEN, Plan
+from s2o_compile.kernels.core.result import Result
 from s2o_compile.kernels.core.tuned import Launch
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.support.files import try_writing, writing
@@ -45,6 +51,9 @@ WORST_ERROR = 4.0
 """A configuration may be this many times as far from float64 as SDPA is, as in the tests."""
 
 TIMED_SECONDS = 0.3
+
+WORKERS = 8
+"""Processes that compile, at most: each takes half a GiB of the device."""
 
 LONGEST_LOST = 16384
 """A dtype that loses at so many tokens runs dense at any length: longer calls were not faster either, where tried."""
@@ -135,11 +144,28 @@ def kept_share(plan: Plan, density: float, length: int, *, causal: bool) -> floa
     return max(area - own, 0.0) / max(prefix, 1.0)
 
 
-def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:
-    """Check and time both forward kernels, under the present configuration first and then under every one of ``tried``.
+def compile_ahead(shape: Shape, length: int, tried: Sequence[Launch]) -> None:
+    """Compile the kernels of a `sweep` by processes beside each other, where it then finds them: in Triton's cache.
 
-    The timed calls have ``length`` tokens; ``clock`` gives the milliseconds of a call.
+    What fails here fails in the sweep, too, which names it.
     """
+    workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        parts = [tried[number::workers] for number in range(workers)]
+        list(pool.map(partial(_run_once, shape, length), parts))
+
+
+def _run_once(shape: Shape, length: int, tried: Sequence[Launch]) -> None:
+    calls = _calls(shape, length)
+    for launch in tried:
+        with launched(launch):
+            for call in chain(*calls):
+                with suppress(Exception):
+                    call()
+
+
+def _calls(shape: Shape, length: int) -> list[tuple[Callable[[], Result], Callable[[], Result]]]:
+    """Both forward kernels on inputs that are checked, at a density of 1, and on those that are timed."""
     from s2o_compile.kernels.impl.triton import exact as triton_exact
     from s2o_compile.kernels.impl.triton import forward as triton_forward
 
@@ -150,7 +176,15 @@ def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = 
         plan = build_plan(call, OperatorOptions(), "triton")
         plan = cut_to_density(plan, density, n) if density < 1 else plan
         calls.append((partial(triton_forward.attend, call, plan, 0.0), partial(triton_exact.attend_exact, call)))
-    checked, timed = calls
+    return calls
+
+
+def sweep(shape: Shape, length: int, tried: Iterable[Launch], *, clock: Clock = milliseconds) -> Iterator[Timing]:
+    """Check and time both forward kernels, under the present configuration first and then under every one of ``tried``.
+
+    The timed calls have ``length`` tokens; ``clock`` gives the milliseconds of a call.
+    """
+    checked, timed = _calls(shape, length)
     inputs = shape.inputs(CHECKED_LEN)
     exact = _dense(*(x.double() for x in inputs))
     limit = WORST_ERROR * _error(_dense(*inputs), exact)

@@ -1,6 +1,7 @@
 """``s2o tune``: what is checked, chosen and written; the clock is made up where a choice depends on it."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 
 import pytest
@@ -35,6 +36,29 @@ def triton_forward(monkeypatch):
 
     monkeypatch.setattr(tune, "CHECKED_LEN", 300)  # interpreted, 1024 take minutes
     return triton_forward
+
+
+class Processes:
+    """A pool that works in this process."""
+
+    workers = 0
+
+    def __init__(self, workers, context):
+        Processes.workers = workers
+        assert context.get_start_method() == "spawn"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def map(self, function, parts):
+        return map(function, parts)
+
+
+def broken():
+    raise BrokenProcessPool("a process ended")
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
@@ -72,6 +96,37 @@ class TestSweep:
         assert others[1].failed == "RuntimeError: out of resources"
         with pytest.raises(OptionError, match="expected some configuration to run, got wrong"):
             tune.best(others)
+
+    def test_every_configuration_is_compiled_ahead_whatever_fails(self, monkeypatch):
+        ran, tried = [], tune.candidates()[:5]
+
+        def call():
+            ran.append(tuned.launch(torch.device("cpu"), 16, torch.float32))
+            if ran[-1] == tried[1]:
+                raise RuntimeError("out of resources")
+
+        monkeypatch.setattr(tune, "_calls", lambda *_: [(call, call), (call, call)])
+        monkeypatch.setattr(tune, "ProcessPoolExecutor", Processes)
+        monkeypatch.setattr(tune.os, "cpu_count", lambda: 6)
+        shape = Shape(**SMALL, device=torch.device("cpu"))
+        tune.compile_ahead(shape, 256, tried)
+        assert Processes.workers == 3
+        assert sorted(map(repr, ran)) == sorted(map(repr, tried * 4))
+        monkeypatch.setattr(Processes, "map", lambda *_: broken())
+        tune.compile_ahead(shape, 256, tried)  # the sweep compiles then
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_processes_compile_what_the_sweep_runs(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        shape, tried = Shape(**SMALL, device=torch.device("cuda")), [Launch(key_block=32, num_warps=8, stages=1)]
+        tune.compile_ahead(shape, 2048, tried)
+        compiled = {path.name for path in tmp_path.rglob("*.cubin")}
+        assert {"gathered_fwd_kernel.cubin", "exact_fwd_kernel.cubin"} <= compiled
+        files = {*tmp_path.rglob("*.cubin")}
+        assert not any(timing.failed for timing in tune.sweep(shape, 2048, tried, clock=ticking(1.0, 1.0, 1.0, 1.0)))
+        new = set(tmp_path.rglob("*.cubin")) - files
+        assert len(new) <= 3, "only the present configuration was left to compile"
 
     def test_every_candidate_is_one_that_a_file_may_hold(self):
         assert len(set(tune.candidates())) == len(tune.candidates()) == 24

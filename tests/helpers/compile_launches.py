@@ -124,14 +124,15 @@ def main():
         if case != "slices":
             assert not orders
             assert {x.stream for x in at_once} == {STREAM}
-        else:  # the other stream starts behind what all slices need, and joins at the end
-            common = len(launches.common)
-            ends = (common, ("record", STREAM, EVENT)), (common + 1, ("wait", OTHER, EVENT))
-            last = len(sides[2])
-            ends += (last - 2, ("record", OTHER, EVENT)), (last - 1, ("wait", STREAM, EVENT))
-            assert orders == [*ends]
+        else:  # the basis, then the slices: each time the other stream starts behind this one, and joins it
+            fork, join = (
+                [("record", STREAM, EVENT), ("wait", OTHER, EVENT)],
+                [("record", OTHER, EVENT), ("wait", STREAM, EVENT)],
+            )
+            assert [x for _, x in orders] == [*fork, *join, *fork, *join]
             expected = [OTHER if step.is_beside else STREAM for step in (*launches.common, *launches.slices)]
-            assert {*expected} == {STREAM, OTHER}
+            assert OTHER in expected[: len(launches.common)]
+            assert {*expected[len(launches.common) :]} == {STREAM, OTHER}
             assert [x.stream for x in at_once] == expected
     print(*names.values())
 

@@ -1,8 +1,10 @@
-"""Fixtures of the operator's tests: plans with small chunks, keys whose weights are chosen, and memory full of NaN."""
+"""Fixtures of the operator's tests: plans with small chunks, keys whose weights are chosen, memory full of NaN, and
+launches that are only written down."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,3 +117,33 @@ def poison_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", non_finite(torch.empty))
     monkeypatch.setattr(torch, "empty_like", non_finite(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", non_finite(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched, instead of launching it: the kernel, its grid, its arguments in their order, and options."""
+    kernel = pytest.importorskip("s2o_compile.kernels.impl.triton.forward").gathered_fwd_kernel
+    made = []
+
+    def record(self, *args, grid, warmup, **keywords):
+        arguments = [*args, *(keywords.pop(name) for name in self.arg_names[len(args) :])]
+        made.append((self.__name__, tuple(grid), arguments, keywords))
+
+    monkeypatch.setattr(type(kernel), "run", record)
+    return made
+
+
+@pytest.fixture
+def at_once(launches, monkeypatch):
+    """What is launched at once: the bases of each list, its device, and the numbers of the other stream."""
+    from s2o_compile.kernels.impl.triton import direct
+    from s2o_compile.kernels.impl.triton.forward import gathered_fwd_kernel
+
+    made = []
+
+    def run(self, *args, **keywords):
+        return SimpleNamespace(run=print, function=1, packed_metadata=(4, 1, 0))
+
+    monkeypatch.setattr(type(gathered_fwd_kernel), "run", run)
+    monkeypatch.setattr(direct, "replay", lambda *_: lambda *given: made.append(given))
+    return made

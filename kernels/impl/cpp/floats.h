@@ -40,12 +40,11 @@ struct Floats {
   static void begin() {}
   static void end() {}
 
-  // Numbers [n] of a key into column c of a panel, or a value into row c of one.
-  static void key(const float* from, int64_t n, int64_t c, float* panel) {
-    for (int64_t d = 0; d < n; ++d) panel[d * COLUMNS + c] = from[d];
-  }
-  static void value(const float* from, int64_t n, int64_t row, float* panel) {
-    for (int64_t d = 0; d < COLUMNS; ++d) panel[row * COLUMNS + d] = d < n ? from[d] : 0.f;
+  // Numbers [n] of values into the rows of a panel [1, COLUMNS]; the rest is zero.
+  static constexpr int64_t TOGETHER = 1;  // values
+  static void values(const float* const* from, int64_t n, float* panel) {
+    std::memcpy(panel, *from, 4 * std::min<int64_t>(n, COLUMNS));
+    for (int64_t d = n; d < COLUMNS; ++d) panel[d] = 0.f;
   }
 
   static void weight(Vector p, float* to) { store(to, p); }

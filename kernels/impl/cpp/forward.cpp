@@ -49,11 +49,12 @@ struct Work {
   const Segment& s;
   int64_t tiles, padded_rows, dims, value_columns;
   float scale;  // from products, or capped logits, to binary logarithms
-  Number *query, *keys, *values, *weights;  // weights: the numbers that logits become, of the same memory in float32
+  Number *query, *keys, *values, *nothing, *weights;  // weights: the numbers that logits become, of the same memory in float32
   float *output, *highest, *mass, *gain, *left_out, *logits, *estimate;  // estimate, visited, going: of tiles
   int64_t* visited;
   bool* going;
   const int32_t* index;  // which keys were gathered: these of the ranking, or those from `first_key` on
+  int64_t to_fetch, fetch_stop;
   int64_t first_key, *spoiled, n_spoiled;  // gathered keys whose value is not finite
 
   explicit Work(const Segment& segment) : s(segment) {
@@ -73,6 +74,7 @@ struct Work {
       part(query, all_rows * dims);
       part(keys, widest * dims);
       part(values, widest * value_columns);
+      part(nothing, std::max(dims, value_columns));
       part(output, all_rows * value_columns);
       part(highest, all_rows);
       part(mass, all_rows);
@@ -87,6 +89,7 @@ struct Work {
       if (counts) next = memory.of(next - static_cast<char*>(nullptr));
     }
     if constexpr (Kind::IN_PLACE) weights = logits;
+    std::memset(nothing, 0, std::max(dims, value_columns) * sizeof(Number));
   }
 
   int64_t tile_rows(int64_t tile) const { return std::min(TILE_LEN, s.rows - tile * TILE_LEN); }
@@ -119,17 +122,34 @@ struct Work {
   void gather(const int32_t* ranked, int64_t first, int64_t n) {
     const int64_t padded = whole(n, COLUMNS);
     index = ranked, first_key = first, n_spoiled = 0;
-    if (n < padded || s.dim < dims) std::memset(keys, 0, padded * dims * sizeof(Number));
-    for (int64_t j = 0; j < n; ++j) {
-      const Number* key = static_cast<const Number*>(s.key) + (index ? index[j] : first + j) * s.key_row;
-      Kind::key(key, s.dim, j % COLUMNS, keys + j / COLUMNS * COLUMNS * dims);
+    for (int64_t begin = 0; begin < padded; begin += COLUMNS) {
+      const void* from[COLUMNS];
+      for (int64_t c = 0; c < COLUMNS; ++c) {
+        const int64_t j = begin + c;
+        from[c] = j < n ? static_cast<const Number*>(s.key) + (index ? index[j] : first + j) * s.key_row : nothing;
+      }
+      transpose(from, s.dim * sizeof(Number), dims * sizeof(Number) / 4, keys + begin * dims);
     }
-    for (int64_t j = 0; j < padded; ++j) {
-      const bool kept = j < n && finite(value(j), s.value_dim);
-      if (j < n && !kept) spoiled[n_spoiled++] = j;
-      for (int64_t p = 0; p < value_columns; p += COLUMNS)
-        Kind::value(kept ? value(j) + p : nullptr, kept ? s.value_dim - p : 0, j, values + p * padded);
+    for (int64_t j = 0; j < padded; j += Kind::TOGETHER) {
+      const Number* from[Kind::TOGETHER];
+      for (int64_t i = 0; i < Kind::TOGETHER; ++i) {
+        const bool there = j + i < n, kept = there && finite(value(j + i), s.value_dim);
+        if (there && !kept) spoiled[n_spoiled++] = j + i;
+        from[i] = kept ? value(j + i) : nothing;
+      }
+      for (int64_t p = 0; p < value_columns; p += COLUMNS) {
+        Kind::values(from, s.value_dim - p, values + p * padded + j * COLUMNS);
+        for (auto& x : from) x += COLUMNS;
+      }
     }
+  }
+
+  // Fetches one more ranked key of the next chunk, and its value: a few at a time, while other work goes on.
+  void fetch() {
+    if (to_fetch >= fetch_stop) return;
+    const int64_t j = s.index[to_fetch++];
+    prefetch(static_cast<const Number*>(s.key) + j * s.key_row, s.dim * sizeof(Number));
+    prefetch(static_cast<const Number*>(s.value) + j * s.value_row, s.value_dim * sizeof(Number));
   }
 
   bool hidden(int64_t j) const { return !index && s.key_mask && !s.key_mask[first_key + j]; }
@@ -163,6 +183,7 @@ struct Work {
     for (int64_t i = 0; i < BLOCK; ++i) {
       float* x = logits + i * columns;
       Vector total{};
+      fetch();
       for (int64_t j = 0; j < columns; j += LANES) {
         const Vector p = exp2((load(x + j) - base[i]) * scale);
         Kind::weight(p, weights + i * columns + j);
@@ -226,6 +247,7 @@ struct Work {
       if (!now && !later) break;
       if (!now) continue;
       gather(s.index + start, 0, n);
+      to_fetch = stop, fetch_stop = std::min(stop + s.chunk_len, s.count);
       const double reached = start + s.chunk_len;
       const double to_come = reached / s.chunk_len * std::max(std::log(s.count / reached), 0.0);
       for (int64_t t = 0; t < all_tiles; ++t) {
@@ -257,6 +279,7 @@ struct Work {
       if (visited[t] >= 0) read_queries(t / tiles, t % tiles);
     }
     Kind::begin();
+    to_fetch = 0, fetch_stop = std::min(s.chunk_len, s.count);
     if (!s.resume) own_keys();
     ranked();
     Kind::end();

@@ -48,13 +48,16 @@ struct Halves {
   static void end() { _tile_release(); }
 
   // A panel holds pairs: [numbers / 2, COLUMNS, 2].
-  static void key(const uint16_t* from, int64_t n, int64_t c, uint16_t* panel) {
-    for (int64_t d = 0; d + 1 < n; d += 2) std::memcpy(panel + d * COLUMNS + 2 * c, from + d, 4);
-    if (n % 2) panel[(n - 1) * COLUMNS + 2 * c] = from[n - 1];
-  }
-  static void value(const uint16_t* from, int64_t n, int64_t row, uint16_t* panel) {
-    uint16_t* to = panel + row / 2 * 2 * COLUMNS + row % 2;
-    for (int64_t d = 0; d < COLUMNS; ++d) to[2 * d] = d < n ? from[d] : 0;
+  static constexpr int64_t TOGETHER = 2;
+  static void values(const uint16_t* const* from, int64_t n, uint16_t* panel) {
+    const __mmask32 there = n < COLUMNS ? (__mmask32(1) << n) - 1 : ~__mmask32(0);
+    const __m512i even = _mm512_maskz_loadu_epi16(there, from[0]), odd = _mm512_maskz_loadu_epi16(there, from[1]);
+    for (int half = 0; half < 2; ++half) {
+      const auto wide = [&](__m512i x) {
+        return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
+      };
+      _mm512_storeu_si512(panel + half * COLUMNS, _mm512_or_si512(wide(even), _mm512_slli_epi32(wide(odd), 16)));
+    }
   }
 
   // c [32, 32] (+)= a [32, depth] . panel; rows of a and c are this many numbers long.

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.plan import in_segment_starts_stops
@@ -16,7 +17,7 @@ from s2o_compile.kernels.support.cpp_library import ALL, address, run, with_unit
 from s2o_compile.kernels.support.parallel import for_each
 
 _Ranking = cpp_library.structure(
-    "query factor key positions key_mask scores half_key",
+    "query factor key positions key_mask scores",
     "query_head query_row group heads rows first dim few n_queries n_keys end own_start own_stop stride first_keys "
     "sees",
     "scale sample_weight",
@@ -33,11 +34,11 @@ def score_keys(
     assert functions is not None
     half_query = call.query.dtype == torch.bfloat16
     query = with_unit_stride(call.query if half_query else call.query.float())
-    few_key, factor = few_key.contiguous(), factor.contiguous()
-    halves = cpp_library.has_halves()
-    half_key = few_key.bfloat16() if halves else None
+    factor, halves = factor.contiguous(), cpp_library.has_halves()
     batch, heads, n_queries, dim = query.shape
     mask, (kv_heads, n_keys, few) = call.mask, few_key.shape[1:]
+    # Tiles of keys end behind the last one.
+    key = pad(few_key.bfloat16(), (0, -few % 32, 0, 16)) if halves else pad(few_key, (0, 0, 0, 16))
     rankings = heads // kv_heads // shared  # of each key/value head
     ranges = in_segment_starts_stops(mask, n_queries, n_keys, segment_len, torch.device("cpu"))
     starts, stops = (x.tolist() for x in ranges)
@@ -50,8 +51,8 @@ def score_keys(
         own = starts[s], stops[s]
         end, kv = own[0] if mask.causal else n_keys, ranking // rankings
         argument = _Ranking(
-            query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(few_key, b, kv),
-            half_key=address(half_key, b, kv), positions=address(positions), key_mask=address(key_mask, b),
+            query=address(query, b, ranking * shared), factor=address(factor, b, kv), key=address(key, b, kv),
+            positions=address(positions), key_mask=address(key_mask, b),
             scores=address(scores, b, ranking, s), query_head=query.stride(1),
             query_row=query.stride(2), group=shared, heads=len(positions), rows=positions.shape[1],
             first=s * segment_len, dim=dim, few=few,

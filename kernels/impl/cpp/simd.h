@@ -7,6 +7,10 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -60,17 +64,75 @@ inline float sum(Vector x) {
 
 // 2^x for x <= 0, to 3 units in the last place; 0 below 2^-126, NaN for NaN.
 inline Vector exp2(Vector x) {
+#ifdef __AVX512DQ__
+  const Vector rest = (Vector)_mm512_reduce_ps((__m512)x, 1);  // x less the integer below it
+#else
   const Vector shift = all(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector shifted = x + shift, rest = x - (shifted - shift);
-  Vector p = all(1.5403530e-4f);
-  p = p * rest + 1.3333558e-3f;
-  p = p * rest + 9.6181291e-3f;
-  p = p * rest + 5.5504109e-2f;
-  p = p * rest + 2.4022651e-1f;
-  p = p * rest + 6.9314718e-1f;
+  const Vector shifted = x - 0.5f + shift, rest = x - (shifted - shift);
+#endif
+  Vector p = all(1.86713005e-3f);
+  p = p * rest + 9.01703071e-3f;
+  p = p * rest + 5.57999127e-2f;
+  p = p * rest + 2.40164444e-1f;
+  p = p * rest + 6.93151295e-1f;
   p = p * rest + 1.f;
+#ifdef __AVX512DQ__
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  return (Vector)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
+#else
   const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
   return x < -126.f ? Vector{} : (x == x ? scaled : x);
+#endif
+}
+
+// log2 of numbers from 1 on, to 1e-7.
+inline Vector log2(Vector x) {
+  const Integers power = ((Integers)x - 0x3f3504f3) >> 23;  // of two, beside a factor from sqrt(1/2) to sqrt(2)
+  const Vector factor = (Vector)((Integers)x - (power << 23)), t = (factor - 1.f) / (factor + 1.f), square = t * t;
+  Vector p = all(2 * LOG2_E / 7);  // of the series, whose next term is below 4e-8
+  p = p * square + 2 * LOG2_E / 5;
+  p = p * square + 2 * LOG2_E / 3;
+  p = p * square + 2 * LOG2_E;
+  return p * t + __builtin_convertvector(power, Vector);
+}
+
+// Rows of so many bytes, COLUMNS of them, into a panel [words, COLUMNS] of 32 bits, each into a column; the rest is zero.
+inline void transpose(const void* const* rows, int64_t bytes, int64_t words, void* panel) {
+#ifdef __AVX512F__
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t c = 0; c < COLUMNS; c += 16)
+    for (int64_t w = 0; w < words; w += 16) {
+      const __mmask64 there = bytes - 4 * w < 64 ? (__mmask64(1) << (bytes - 4 * w)) - 1 : ~__mmask64(0);
+      __m512i x[16], y[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        x[i] = _mm512_maskz_loadu_epi8(there, static_cast<const char*>(rows[c + i]) + 4 * w);
+#pragma GCC unroll 4
+      for (int round = 0; round < 4; ++round) {  // each interleaves the first half of the rows with the second
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          y[2 * i] = _mm512_permutex2var_epi32(x[i], low, x[i + 8]);
+          y[2 * i + 1] = _mm512_permutex2var_epi32(x[i], high, x[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) x[i] = y[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        if (w + i < words) _mm512_storeu_si512(static_cast<uint32_t*>(panel) + (w + i) * COLUMNS + c, x[i]);
+    }
+#else
+  std::memset(panel, 0, 4 * words * COLUMNS);
+  for (int64_t c = 0; c < COLUMNS; ++c)
+    for (int64_t at = 0; at < bytes; at += 4)
+      std::memcpy(static_cast<char*>(panel) + at * COLUMNS + 4 * c, static_cast<const char*>(rows[c]) + at,
+                  std::min<int64_t>(bytes - at, 4));
+#endif
+}
+
+inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 3);
 }
 
 inline Vector tanh(Vector x) {

@@ -18,7 +18,7 @@ from s2o_compile.kernels.impl.triton.tile import first_row, key_rows, launch, ne
 from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.ranking.basis import RIDGE, Basis, dim_stride, half_steps
 
-PARTS = 8
+PARTS = 16
 """Programs that sum the samples of a block of a key/value head's moments."""
 
 BLOCK = 128

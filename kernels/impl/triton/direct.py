@@ -25,8 +25,8 @@ Launcher = Callable[[int, Sequence[object]], None]
 """Launches on a stream, by its number, with all arguments of the kernel's signature in their order."""
 
 Replay = Callable[[Sequence[int], int | None, int, int], None]
-"""Makes a list of launches on a device's current stream, from its bases: those of every second slice on another stream,
-if an event is given beside it."""
+"""Makes a list of launches on a device's current stream, from its bases: some on another stream, if an event is given
+beside it."""
 
 SOURCE = Path(__file__).with_name("launch.cpp")
 
@@ -48,6 +48,9 @@ MOST_PARAMETERS, MOST_SHARED = 256, 228 * 1024
 
 FUNCTIONS = ("cuCtxGetCurrent", "cuCtxSetCurrent", "cuLaunchKernel", "cuEventRecord", "cuStreamWaitEvent")
 """What ``launch.cpp`` calls of the driver, in the order of its structure."""
+
+JOIN, FORK = 1, 2
+"""What happens ahead of a launch: the stream waits for the other one, or the other one for the stream; joins first."""
 
 SCRATCH = 2
 """Pointers behind the arguments, to memory that a plain kernel does not need."""
@@ -76,12 +79,12 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Launcher | None:
 
 def packed(
     compiled: Any, grid: tuple[int, ...], arguments: Sequence[object], places: Mapping[int, tuple[int, int]],
-    *, is_beside: bool,
+    *, is_beside: bool, waits: int,
 ) -> bytes | None:  # fmt: skip
     """A launch as ``launch.cpp`` takes it; None if it is not as plain as that, or this triton does not say all of it.
 
     ``arguments`` are those of the kernel's signature. ``places`` has the pointers among them by their number: which of
-    the bases they count from, and the bytes behind it.
+    the bases they count from, and the bytes behind it. It ``waits`` for a sum of JOIN and FORK ahead of it.
     """
     function, metadata = (getattr(compiled, name, None) for name in ("function", "metadata"))
     types = list(getattr(getattr(compiled, "src", None), "signature", {}).values())
@@ -101,8 +104,8 @@ def packed(
     blocks, shared = (*grid, 1, 1)[:3], metadata.shared
     if len(parameters) > MOST_PARAMETERS or shared > MOST_SHARED or min(blocks) < 1:
         return None
-    sizes = (*blocks, metadata.num_warps * metadata.warp_size, shared, is_beside, len(parameters))
-    return struct.pack(f"<{8 + 2 * len(parameters)}Q", function, *sizes, *(x for pair in parameters for x in pair))
+    sizes = (*blocks, metadata.num_warps * metadata.warp_size, shared, is_beside, waits, len(parameters))
+    return struct.pack(f"<{9 + 2 * len(parameters)}Q", function, *sizes, *(x for pair in parameters for x in pair))
 
 
 def _bits(kind: Any, value: object) -> int:
@@ -110,11 +113,10 @@ def _bits(kind: Any, value: object) -> int:
     return int.from_bytes(bytes(kind(value)), "little")
 
 
-def replay(kernels: Sequence[bytes | None], common: int, bases: int) -> Replay | None:
+def replay(kernels: Sequence[bytes | None], bases: int) -> Replay | None:
     """What makes launches, as `packed` returns them; None if one is not known, or without a driver or a C++ compiler.
 
-    The ``common`` first go to the current stream, before all others. Pointers count from so many ``bases``. A launch
-    that the driver refuses is a RuntimeError.
+    Pointers count from so many ``bases``. A launch that the driver refuses is a RuntimeError.
     """
     known = [kernel for kernel in kernels if kernel is not None]
     driver = _driver() if len(known) == len(kernels) else None
@@ -122,11 +124,11 @@ def replay(kernels: Sequence[bytes | None], common: int, bases: int) -> Replay |
     if library is None:
         return None
     launch, pack, listed = library.s2o_launch, struct.Struct(f"<{1 + bases}Q").pack, b"".join(known)
-    numbers, pointer = (ctypes.c_int, ctypes.c_int), ctypes.c_void_p
-    launch.argtypes = (pointer, ctypes.c_char_p, *numbers, ctypes.c_char_p, pointer, pointer, pointer)
+    pointer = ctypes.c_void_p
+    launch.argtypes = (pointer, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, pointer, pointer, pointer)
 
     def make(addresses: Sequence[int], device: int | None, other: int, event: int) -> None:
-        status = launch(driver, listed, len(known), common, pack(0, *addresses), current_stream(device), other, event)
+        status = launch(driver, listed, len(known), pack(0, *addresses), current_stream(device), other, event)
         if status:
             raise RuntimeError(f"launches of a prepared call: expected CUDA_SUCCESS, got {_name_of(status)}.")
 

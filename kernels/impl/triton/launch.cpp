@@ -18,8 +18,12 @@ struct Kernel {
   void* function;
   uint64_t grid[3], threads, shared;
   uint64_t is_beside;   // whether it belongs on the other stream
+  uint64_t waits;       // for what, ahead of it
   uint64_t parameters;  // how many follow
 };
+
+constexpr uint64_t JOIN = 1;  // the stream waits for the other one
+constexpr uint64_t FORK = 2;  // the other stream waits for the stream
 
 struct Parameter {
   uint64_t base, offset;  // it is the sum of an address and an offset, or of bases[0] = 0 and a number's bits
@@ -27,11 +31,10 @@ struct Parameter {
 
 constexpr uint64_t MOST_PARAMETERS = 256;
 
-// `list` holds `kernels` times a Kernel and its parameters. Those behind the first `common` may go to another stream,
-// which starts behind `stream` and joins it at the end, whatever happens. Without an event all go to `stream`.
-// Returns the driver's first error, or 0.
-int s2o_launch(const Driver* driver, const char* list, int kernels, int common, const uint64_t* bases, void* stream,
-               void* other, void* event) {
+// `list` holds `kernels` times a Kernel and its parameters. From a fork on some may go to another stream, which joins at
+// the end, whatever happens. Without an event all go to `stream`. Returns the driver's first error, or 0.
+int s2o_launch(const Driver* driver, const char* list, int kernels, const uint64_t* bases, void* stream, void* other,
+               void* event) {
   uint64_t values[MOST_PARAMETERS];  // of this call alone: other threads may launch the same list
   void* pointers[MOST_PARAMETERS];
   for (uint64_t i = 0; i < MOST_PARAMETERS; i++) pointers[i] = &values[i];
@@ -40,13 +43,19 @@ int s2o_launch(const Driver* driver, const char* list, int kernels, int common, 
   if (status == 0 && context == nullptr) status = driver->set_context(driver->context);  // a new thread has none
   bool forked = false;
   for (int number = 0; number < kernels && status == 0; number++) {
-    if (number == common && event != nullptr) {
+    auto* kernel = reinterpret_cast<const Kernel*>(list);
+    if (forked && (kernel->waits & JOIN)) {
+      forked = false;
+      status = driver->record(event, other);
+      if (status == 0) status = driver->wait(stream, event, 0);
+      if (status != 0) break;
+    }
+    if (event != nullptr && (kernel->waits & FORK)) {
       status = driver->record(event, stream);
       if (status == 0) status = driver->wait(other, event, 0);
       if (status != 0) break;
       forked = true;
     }
-    auto* kernel = reinterpret_cast<const Kernel*>(list);
     auto* parameters = reinterpret_cast<const Parameter*>(kernel + 1);
     for (uint64_t i = 0; i < kernel->parameters; i++) values[i] = bases[parameters[i].base] + parameters[i].offset;
     const uint64_t* grid = kernel->grid;

@@ -10,10 +10,12 @@ tensors of the same shapes, strides, dtypes and device whose addresses have the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +70,9 @@ class Step:
         turn: Number of the slice of the call that it belongs to; None for what all slices need.
         compiled: The compiled kernel, once it is known.
         launch: What launches it.
-        is_beside: Whether it belongs to one of every second slices, which may run beside the others.
+        is_aside: Whether it was written down in `aside`.
+        is_beside: Whether it may run on another stream: it belongs to one of every second slices, or `overlap` says so.
+        waits: What the streams wait for ahead of it, as `direct.packed` takes it.
     """
 
     kernel: Any
@@ -80,7 +84,9 @@ class Step:
     turn: int | None
     compiled: Any = None
     launch: direct.Launcher | None = None
+    is_aside: bool = False
     is_beside: bool = field(init=False)
+    waits: int = 0
 
     def __post_init__(self) -> None:
         self.is_beside = self.turn is not None and self.turn % TURNS > 0
@@ -92,8 +98,8 @@ class Piece:
 
     size: int
     turn: int | None
-    first: int
-    last: int
+    first: int = sys.maxsize
+    last: int = -1
 
 
 class _NothingElse(TorchDispatchMode):
@@ -110,19 +116,23 @@ class Listing:
     """Takes launches down.
 
     Attributes:
+        inputs: How many of the tensors, the first ones, no launch writes to.
         tensors: Stand-ins for the tensors of the call, in their order.
         device: The device that the launches are for.
         steps: The launches up to now.
+        is_aside: Whether the next ones are written down in `aside`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], inputs: int) -> None:
         self.device = tensors[0].device
+        self.inputs = inputs
         self.tensors = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors]
         self.steps: list[Step] = []
         self._slots = {_storage(x): number for number, x in enumerate(self.tensors)}
         self._pieces: dict[int, Piece] = {}
         self._alive: list[Tensor] = []  # no storage takes the number of another
         self._turn: int | None = None
+        self.is_aside = False
 
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
@@ -160,19 +170,19 @@ class Listing:
                 dtypes.append(x.dtype)
                 arguments[number] = None
         options = {name: x for name, x in keywords.items() if name not in names}
-        self.steps.append(Step(kernel, tuple(grid), arguments, places, dtypes, options, self._turn))
+        self.steps.append(
+            Step(kernel, tuple(grid), arguments, places, dtypes, options, self._turn, is_aside=self.is_aside)
+        )
 
     def _slot(self, x: Tensor) -> int:
         storage = _storage(x)
         if storage not in self._slots:
             self._slots[storage] = len(self._slots)
             self._alive.append(x)
-            now = len(self.steps)
-            self._pieces[self._slots[storage]] = Piece(x.untyped_storage().nbytes(), self._turn, now, now)
+            self._pieces[self._slots[storage]] = Piece(x.untyped_storage().nbytes(), self._turn)
         slot = self._slots[storage]
         if slot in self._pieces:
             piece = self._pieces[slot]
-            piece.last = len(self.steps)
             if piece.turn != self._turn:
                 piece.turn = None  # of all slices
         return slot
@@ -180,10 +190,22 @@ class Listing:
     def finish(self) -> Launches:
         """The launches that were written down, over one workspace."""
         turns = {step.turn for step in self.steps} - {None}
-        alone = len(turns) < 2  # all in their order on one stream
+        alone = len(turns) < 2
+        for part in (*self.steps, *self._pieces.values()) if alone else ():
+            part.turn = None
+        steps, window = overlap(self.steps, self.inputs)
+        common = sum(step.turn is None for step in steps)
+        assert all(step.turn is None for step in steps[:common])
+        if not alone:
+            steps[common].waits |= direct.FORK
+        for number, step in enumerate(steps):
+            is_aside = number in window and step.is_beside
+            first, last = (window.start, window.stop - 1) if is_aside else (number, number)
+            for piece in (self._pieces[place.slot] for place in step.places if place.slot in self._pieces):
+                piece.first, piece.last = min(piece.first, first), max(piece.last, last)
         offsets, size = _lay_out(
-            {slot: piece for slot, piece in self._pieces.items() if alone or piece.turn is None},
-            last=None if alone else min(n for n, step in enumerate(self.steps) if step.turn is not None),
+            {slot: piece for slot, piece in self._pieces.items() if piece.turn is None},
+            last=None if alone else common,
         )
         for nth in range(0 if alone else TURNS):  # slices of one stream run one behind the other
             begin, end = size, size
@@ -193,24 +215,63 @@ class Listing:
                 end = max(end, begin + length)
             size = end
         workspace = len(self.tensors)
-        for step in self.steps:
+        for step in steps:
             step.places = [
                 Place(number, workspace, offset + offsets[slot]) if slot in offsets else Place(number, slot, offset)
                 for number, slot, offset in step.places
             ]
-        common = [step for step in self.steps if step.turn is None]
-        assert self.steps[: len(common)] == common
-        return Launches(common, self.steps[len(common) :], size, len(turns))
+        return Launches(steps[:common], steps[common:], size, len(turns))
 
 
 listing: ContextVar[Listing | None] = ContextVar("listing", default=None)
 """What takes launches down at present."""
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """A block of launches that keep few programs busy for long: in a list, others that need none of them run beside."""
+    held = listing.get()
+    if held is None:
+        yield
+        return
+    held.is_aside = True
+    try:
+        yield
+    finally:
+        held.is_aside = False
+
+
 def device_of(x: Tensor) -> torch.device:
     """The device that a launch on a tensor is for."""
     held = listing.get()
     return x.device if held is None else held.device
+
+
+def overlap(steps: list[Step], inputs: int) -> tuple[list[Step], range]:
+    """The steps in an order in which those aside run beside all common ones that have no memory in common with them.
+
+    Steps depend on each other through memory alone, and nothing writes to the first ``inputs`` slots. So a step may run
+    before others that use none of its memory. The range has the numbers of all that may be under way beside each other.
+    """
+    first = next((number for number, step in enumerate(steps) if step.is_aside), len(steps))
+    moved = [*takewhile(lambda step: step.is_aside, steps[first:])]
+    used = {place.slot for step in moved for place in step.places} - {*range(inputs)}
+    free: list[Step] = []
+    behind: list[Step] = []
+    for step in steps[first + len(moved) :]:
+        own = {place.slot for place in step.places} - {*range(inputs)}
+        if step.turn is None and used.isdisjoint(own):
+            free.append(step)
+        else:
+            behind.append(step)
+            used |= own
+    if not (moved and free and behind):
+        return steps, range(0)
+    for step in moved:
+        step.is_beside = True
+    moved[0].waits |= direct.FORK
+    behind[0].waits |= direct.JOIN
+    return [*steps[:first], *moved, *free, *behind], range(first, first + len(moved) + len(free))
 
 
 def _storage(x: Tensor) -> int:
@@ -223,16 +284,17 @@ def _storage(x: Tensor) -> int:
 def _lay_out(pieces: dict[int, Piece], last: int | None = None) -> tuple[dict[int, int], int]:
     """Offsets of pieces and the bytes of them all: two that are in use at the same time never overlap.
 
-    A piece that is used from launch ``last`` on stays in use to the end.
+    A piece that is used from launch ``last`` on stays in use to the end. The largest are placed first, which leaves the
+    least between them.
     """
+    ends = {slot: sys.maxsize if last is not None and x.last >= last else x.last for slot, x in pieces.items()}
     offsets: dict[int, int] = {}
     size = 0
-    for slot, piece in pieces.items():
-        stays = last is not None and piece.last >= last
+    for slot, piece in sorted(pieces.items(), key=lambda item: -item[1].size):
         beside = sorted(
             (offsets[other], offsets[other] + _rounded(pieces[other].size))
             for other in offsets
-            if stays or pieces[other].last >= piece.first or (last is not None and pieces[other].last >= last)
+            if pieces[other].first <= ends[slot] and piece.first <= ends[other]
         )
         offset = 0
         for begin, end in beside:
@@ -257,6 +319,7 @@ class Launches:
         slices: Those of the slices, in their order.
         size: Bytes of their workspace.
         turns: How many slices there are.
+        streams: Streams that they go to when they are made at once.
         ready: Whether all kernels are compiled, and can be launched without triton's look at their arguments.
         replay: What makes all launches in one call, if that is known.
     """
@@ -265,8 +328,12 @@ class Launches:
     slices: list[Step]
     size: int
     turns: int
+    streams: int = field(init=False)
     ready: bool = field(default=False, init=False)
     replay: direct.Replay | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.streams = TURNS if any(step.is_beside for step in (*self.common, *self.slices)) else 1
 
     @property
     def count(self) -> int:
@@ -291,7 +358,7 @@ class Launches:
             every = [*self.common, *self.slices]
             self.ready = all(step.launch is not None for step in every)
             if self.ready and self.replay is None:
-                self.replay = direct.replay([_packed(step) for step in every], len(self.common), 1 + len(tensors))
+                self.replay = direct.replay([_packed(step) for step in every], 1 + len(tensors))
             return
         bases = [x.data_ptr() for x in (*tensors, workspace)]
         stream = direct.current_stream(workspace.device.index)
@@ -328,4 +395,5 @@ class Launches:
 def _packed(step: Step) -> bytes | None:
     """A launch as `direct.replay` takes it: base 0 is that of numbers."""
     places = {number: (1 + slot, offset) for number, slot, offset in step.places}
-    return direct.packed(step.compiled, step.grid, step.arguments, places, is_beside=step.is_beside)
+    ahead = {"is_beside": step.is_beside, "waits": step.waits}
+    return direct.packed(step.compiled, step.grid, step.arguments, places, **ahead)

@@ -21,7 +21,7 @@ from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import same_length
 from s2o_compile.kernels.core.plan import ScoreKeys, n_segments
 from s2o_compile.kernels.impl.triton.basis import choose_basis
-from s2o_compile.kernels.impl.triton.listing import device_of
+from s2o_compile.kernels.impl.triton.listing import aside, device_of
 from s2o_compile.kernels.impl.triton.tile import (
     LN2,
     LOG2E,
@@ -311,7 +311,8 @@ def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
 def _choose_basis(call: AttentionCall, *, of_samples: bool = False) -> Basis:
     head_dim = call.query.shape[3]
     width = packed_width(head_dim)
-    return choose_basis(call, min(width - 2, head_dim), width, of_samples=of_samples)
+    with aside():  # a program a head, each of which does one thing after the other
+        return choose_basis(call, min(width - 2, head_dim), width, of_samples=of_samples)
 
 
 def prepare(call: AttentionCall, segment_len: int, shared: int, made: FewKeys | None = None) -> ScoreKeys:

@@ -58,14 +58,14 @@ def plain_kernel(**changed):
     return SimpleNamespace(run=print, function=7, metadata=metadata, src=SimpleNamespace(signature=SIGNATURE))
 
 
-def packed(kernel, grid=(3, 2), arguments=ARGUMENTS, places=PLACES, is_beside=False):
-    return direct.packed(kernel, grid, arguments, places, is_beside=is_beside)
+def packed(kernel, grid=(3, 2), arguments=ARGUMENTS, places=PLACES, is_beside=False, waits=0):
+    return direct.packed(kernel, grid, arguments, places, is_beside=is_beside, waits=waits)
 
 
 def test_a_plain_launch_is_packed_as_c_lays_it_out():
-    sizes = struct.unpack("<8Q", packed(plain_kernel())[:64])
-    assert sizes == (7, 3, 2, 1, 4 * 32, 512, 0, 8)
-    parameters = [*struct.iter_unpack("<QQ", packed(plain_kernel())[64:])]
+    sizes = struct.unpack("<9Q", packed(plain_kernel(), waits=3)[:72])
+    assert sizes == (7, 3, 2, 1, 4 * 32, 512, 0, 3, 8)
+    parameters = [*struct.iter_unpack("<QQ", packed(plain_kernel())[72:])]
     assert [base for base, _ in parameters] == [1, 0, 0, 0, 0, 2, 0, 0]
     assert [offset for _, offset in parameters[:1] + parameters[-3:]] == [32, 0, 0, 0]
     numbers = [offset.to_bytes(8, "little") for _, offset in parameters[1:5]]
@@ -154,8 +154,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(direct, "_driver", lambda: stub.addresses)
     monkeypatch.setattr(direct, "current_stream", lambda device: {0: 11}[device])
     monkeypatch.setattr(direct, "_library", said)
-    kernels = [packed(plain_kernel(), is_beside=beside) for beside in (False, False, False, True)]
-    stub.replay = direct.replay(kernels, 2, 2)
+    steps = ((False, 0), (False, 0), (False, direct.FORK), (True, 0))
+    stub.replay = direct.replay([packed(plain_kernel(), is_beside=beside, waits=x) for beside, x in steps], 2)
     return stub
 
 
@@ -177,6 +177,33 @@ ORDERED = [11, 11, ("record", 11, 33), ("wait", 22, 33), 11, 22, ("record", 22, 
 def test_the_other_stream_starts_behind_what_all_slices_need_and_joins(driver):
     driver.replay([1000, 2000], 0, 22, 33)
     assert [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made] == ORDERED
+
+
+TWICE = ((True, direct.FORK), (False, 0), (False, direct.JOIN), (True, direct.JOIN | direct.FORK))
+ORDERED_TWICE = [
+    ("record", 11, 33), ("wait", 22, 33), 22, 11, ("record", 22, 33), ("wait", 11, 33), 11,
+    ("record", 11, 33), ("wait", 22, 33), 22, ("record", 22, 33), ("wait", 11, 33),
+]  # fmt: skip
+
+
+def test_streams_fork_and_join_where_launches_wait(driver):
+    replay = direct.replay([packed(plain_kernel(), is_beside=beside, waits=x) for beside, x in TWICE], 2)
+    replay([1000, 2000], 0, 22, 33)
+    assert [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made] == ORDERED_TWICE
+    driver.made.clear()
+    replay([1000, 2000], 0, 0, 0)
+    assert [asked[2] for asked in driver.made] == [11] * 4
+    for refused in range(len(ORDERED_TWICE)):
+        driver.made.clear()
+        driver.refused = refused
+        with pytest.raises(RuntimeError, match="expected CUDA_SUCCESS"):
+            replay([1000, 2000], 0, 22, 33)
+        made = [asked[2] if isinstance(asked[0], int) else asked for asked in driver.made]
+        assert made[: refused + 1] == ORDERED_TWICE[: refused + 1]
+        left = made[refused + 1 :]
+        assert all(isinstance(asked, tuple) for asked in left), "a launch behind one that was refused"
+        if refused in {2, 3, 9}:  # the other stream holds work that nobody has waited for
+            assert left == [("record", 22, 33), ("wait", 11, 33)]
 
 
 @pytest.mark.parametrize("refused", range(len(ORDERED)))
@@ -218,13 +245,13 @@ def test_threads_make_the_same_list_on_their_own_tensors(driver):
 
 def test_nothing_is_made_at_once_without_a_driver_a_compiler_or_one_of_the_launches(driver, monkeypatch):
     kernels = [packed(plain_kernel())]
-    assert direct.replay(kernels, 0, 2) is not None
-    assert direct.replay([*kernels, None], 0, 2) is None
+    assert direct.replay(kernels, 2) is not None
+    assert direct.replay([*kernels, None], 2) is None
     monkeypatch.setattr(cpp_library, "quietly", lambda _: None)
-    assert direct.replay(kernels, 0, 2) is None
+    assert direct.replay(kernels, 2) is None
     monkeypatch.undo()
     monkeypatch.setattr(direct, "_driver", lambda: None)
-    assert direct.replay(kernels, 0, 2) is None
+    assert direct.replay(kernels, 2) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
