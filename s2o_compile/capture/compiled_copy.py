@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from s2o_compile.capture.attending import attending_methods
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
@@ -17,7 +18,7 @@ from s2o_compile.kernels.support.torch_compile import COMPILED, names_of_modules
 Model = TypeVar("Model", bound=nn.Module)
 
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
-_NOT_COPIED = (torch.jit.ScriptModule, nn.modules.lazy.LazyModuleMixin)
+_NOT_COPIED = (torch.jit.ScriptModule, LazyModuleMixin)
 """Modules that are no Python, or that become others."""
 
 
