@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from s2o_compile.capture.attending import attending_methods
 from s2o_compile.capture.entry import ENTRY, Account, Backend, Compilation, CompiledEntry
@@ -17,17 +18,19 @@ from s2o_compile.kernels.support.torch_compile import COMPILED, names_of_modules
 Model = TypeVar("Model", bound=nn.Module)
 
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
+_NOT_COPIED = (torch.jit.ScriptModule, LazyModuleMixin)
+"""Modules that are no Python, or that become others."""
 
 
 def compiled_copy(
     model: Model, backend: str | Backend, *, account: Account | None = None, dynamic: bool | None = None,
     fullgraph: bool = False,
 ) -> Model:  # fmt: skip
-    """A copy of a module and of all modules with parts in it, each compiled where it is called from outside.
+    """A copy of a module and of all modules in it, those with parts compiled where they are called from outside.
 
-    The tables of parameters, buffers and hooks are the original's, and so are the modules without parts that do not
-    attend. Everything else stays as it is in the original, and changes of attributes or submodules reach one of the two
-    only. A module that was optimized or compiled in place before is compiled anew.
+    The tables of parameters and buffers are the original's. Everything else stays as it is in the original, and changes
+    of attributes, modes, hooks or submodules reach one of the two only. A module that was optimized before, or compiled
+    in place, is compiled anew.
 
     Args:
         model: The original; it stays as it is.
@@ -51,13 +54,16 @@ def _copied(
     if id(module) in copies:
         return copies[id(module)]
     has_ways_in = any(child is not None for child in module.children()) or attending_methods(type(module))
-    if copies and (not has_ways_in or isinstance(module, torch.jit.ScriptModule) or uncompiled(module) is not module):
+    if copies and (isinstance(module, _NOT_COPIED) or uncompiled(module) is not module):
         return module
-    callable_itself = "forward" in vars(module) or type(module).forward is not nn.Module.forward
+    has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
+    callable_itself = has_forward and (has_ways_in or not copies)
     copied = object.__new__(optimized_class(type(module)) if callable_itself else type(module))
     copies[id(module)] = copied
     fields = vars(copied)
     fields.update({name: value for name, value in vars(module).items() if name not in (COMPILED, ENTRY)})
+    # A model that registers hooks when it is called, as those of transformers do, must not do so for the other, too.
+    fields.update({name: x.copy() for name, x in fields.items() if "_hooks" in name and isinstance(x, dict)})
     fields["_modules"] = {
         name: None if child is None else _copied(child, entry_of, copies) for name, child in fields["_modules"].items()
     }

@@ -270,3 +270,57 @@ def test_more_models_than_dynamo_recompiles():
     for model in models:
         model(x)
     assert [s2o_compile.status(model).sparse for model in models] == [2] * 10
+
+
+class _Trained(nn.Module):
+    """Attention with modules that compute otherwise in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.dropout, self.norm = tiny_model(), nn.Dropout(0.5), nn.BatchNorm1d(8)
+        self.tied = self.norm
+
+    def forward(self, x):
+        return self.tied(self.dropout(self.attention(x)).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_modes_are_those_of_the_model_that_is_called():
+    original, x = _Trained().eval(), tiny_input()
+    model, expected = fast(original), original(x)
+    original.train()
+    torch.testing.assert_close(model(x), expected)
+    model.eval()
+    assert original.dropout.training
+    assert original.norm.training
+    model.train()
+    original.eval()
+    assert not torch.allclose(model(x), expected)
+    torch.testing.assert_close(original(x), model.eval()(x))  # one running mean
+
+
+def test_weights_are_those_of_both():
+    original = _Trained().eval()
+    model = fast(original)
+    assert model.tied is model.norm
+    assert all(a is b for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    model.double()
+    assert {x.dtype for x in original.state_dict().values()} == {torch.float64, torch.int64}
+    original.norm.weight = nn.Parameter(torch.zeros(8))
+    assert model.norm.weight is original.norm.weight
+
+
+@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.qkv"])
+@torch.no_grad()
+def test_a_hook_is_heard_in_one_model(place):
+    original, x = tiny_model(), tiny_input()
+    before = original.get_submodule(place).register_forward_hook(lambda *_: heard.append("before"))
+    model, heard = fast(original), []
+    model.get_submodule(place).register_forward_hook(lambda *_: heard.append("copy"))
+    original.get_submodule(place).register_forward_hook(lambda *_: heard.append("original"))
+    original(x)
+    assert heard == ["before", "original"]
+    before.remove()
+    heard.clear()
+    model(x)
+    assert heard == ["before", "copy"]

@@ -225,3 +225,19 @@ def test_the_encoder_of_an_encoder_decoder_is_rewritten_too():
     ours, theirs = fast.get_encoder(), model.get_encoder()
     assert ours is not theirs
     assert all(x is y for x, y in zip(ours.parameters(), theirs.parameters(), strict=True)), "weights are shared"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_outputs_that_are_asked_for_have_one_entry_a_layer():
+    """transformers registers hooks for them at the first call that asks, also on modules without submodules."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES | {"num_hidden_layers": 2, "num_local_experts": 2})
+    model, inputs = transformers.MixtralForCausalLM(config).eval(), prompts(padded=False)
+    fast = s2o_compile.optimize(model, EXACT)
+    fast(**inputs)
+    results = [each(**inputs, output_hidden_states=True, output_router_logits=True) for each in (fast, model) * 2]
+    assert [len(result.hidden_states) for result in results] == [3] * 4
+    assert [len(result.router_logits) for result in results] == [2] * 4
+    torch.testing.assert_close(results[2].hidden_states, results[3].hidden_states)
+    torch.testing.assert_close(results[2].router_logits, results[3].router_logits)
