@@ -13,7 +13,6 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -145,12 +144,12 @@ def kept_share(plan: Plan, density: float, length: int, *, causal: bool) -> floa
 
 
 def compile_ahead(shape: Shape, length: int, tried: Sequence[Launch]) -> None:
-    """Compile the kernels of a `sweep` by processes beside each other, where it then finds them: in Triton's cache.
+    """Compile the kernels of a `sweep` by processes beside each other: it then finds them in Triton's cache.
 
-    What fails here fails in the sweep, too, which names it.
+    Whatever fails here, a process that ends or lacks memory, the sweep compiles, or names what fails there, too.
     """
     workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
-    with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with suppress(Exception), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         parts = [tried[number::workers] for number in range(workers)]
         list(pool.map(partial(_run_once, shape, length), parts))
 

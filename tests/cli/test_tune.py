@@ -112,6 +112,8 @@ class TestSweep:
         tune.compile_ahead(shape, 256, tried)
         assert Processes.workers == 3
         assert sorted(map(repr, ran)) == sorted(map(repr, tried * 4))
+        monkeypatch.setattr(tune, "_calls", lambda *_: 1 / 0)  # such as too little memory
+        tune.compile_ahead(shape, 256, tried)
         monkeypatch.setattr(Processes, "map", lambda *_: broken())
         tune.compile_ahead(shape, 256, tried)  # the sweep compiles then
 
