@@ -256,7 +256,7 @@ def _attend(
     Sinks are for observers: `finish` puts them in.
     """
     call, path = settle(call, options)
-    never = _why_never(call.query, call.n_queries, call.n_keys, options) if path == "dense" else ""
+    never = _why_never(call.query, call.n_queries, call.n_keys, options, call.scale) if path == "dense" else ""
     # A long mask takes more memory pair by pair than keys and values: there our own executor runs.
     by_length = choose_path(call, options.min_seq_len) == "dense"
     by_sdpa = call.pages is None and (by_length or not needs_pairs(call.mask, call.n_keys, call.scale))
@@ -279,9 +279,13 @@ def _attend(
     return result.output, result.lse
 
 
-def _why_never(query: Tensor, n_queries: int, n_keys: int, options: OperatorOptions) -> str:
-    """`why_never` of a call, empty if its queries alone make it dense."""
-    return "" if n_queries < TILE_LEN else why_never(n_keys, options.min_seq_len, query.device, query.dtype)
+def _why_never(query: Tensor, n_queries: int, n_keys: int, options: OperatorOptions, scale: float = 1.0) -> str:
+    """`why_never` of a call, or that its scale makes it dense; empty if its queries alone do."""
+    if n_queries < TILE_LEN:
+        return ""
+    if scale <= 0 and not is_short(query, n_queries, n_keys, options.min_seq_len):
+        return f"a scale of {scale:g}, by which keys cannot be ranked; expected one above 0"
+    return why_never(n_keys, options.min_seq_len, query.device, query.dtype)
 
 
 def execute(

@@ -32,7 +32,8 @@ class Call:
         error_sums: float32 [2, B, Hq] of ``exact.sampled.error_sums``, on the device; None if it was not measured.
         unheld_error: The ceiling that the call was given, if its executor measures nothing; None where it was held.
         tile_rows: Queries of each tile, where they are not those of one run of queries; None where they are.
-        never: Why a long call was dense, if dense attention is faster at any length (``tuned.why_never``); else empty.
+        never: Why a long call was dense, if dense attention is faster at any length (``tuned.why_never``), or if its
+            scale ranks nothing; else empty.
     """
 
     site: str

@@ -22,7 +22,7 @@ class Site(SiteRecord):
         error: Relative L2 error of the output, before the layer's projection, measured on 64 sampled queries of each
             head while it ran; mean over calls, None where it did not run sparse.
         found: False for an attention that ran uncompiled and that the pass saw in no captured graph.
-        never: Why it ran dense although it is long, if dense attention is faster at any length; else empty.
+        never: Why it ran dense although long: dense is faster at any length, or its scale ranks nothing; else empty.
     """
 
     path: str = ""
@@ -171,7 +171,7 @@ class Status:
         paths: How often the operator took a path: "s2o" and "window" are sparse, "dense" is for short lengths and heads
             marked dense, "masked" is dense under a mask that was read and is no other. CUDA graphs replay without the
             operator, so their calls are counted while they are recorded.
-        never: How often attention over 8192 keys or more was dense, because dense is faster at any length, by reason.
+        never: How often long attention was dense since dense is faster at any length, or its scale ranks nothing, by reason.
         graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
             that compiled meanwhile may have caused some.
         uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless

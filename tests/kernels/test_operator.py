@@ -80,7 +80,10 @@ class TestExact:
     def test_a_scale_that_reverses_the_order_is_still_exact(self, scale, queries):
         inputs = Case(queries=queries).inputs()
         inputs = type(inputs)(*inputs.tensors, inputs.mask, scale)
-        assert_close(call(inputs, return_lse=True, tau=1.0), exact_attention(inputs), inputs)
+        with record_calls() as calls:
+            assert_close(call(inputs, return_lse=True, tau=1.0), exact_attention(inputs), inputs)
+        assert [one.path for one in calls] == ["dense"]
+        assert ("a scale of" in calls[0].never) == (queries >= 128)  # fewer are dense anyhow
 
     @pytest.mark.parametrize("queries", [100, 300])
     def test_one_key_mask_serves_the_whole_batch(self, queries):
