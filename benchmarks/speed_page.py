@@ -57,7 +57,7 @@ def readme_table() -> str:
         if length in SHOWN:
             what = f"one attention², {tokens(length)} tokens, {device(about)}"
             pair = dense["ms"] / 1e3, ours["ms"] / 1e3
-            faster = times(*pair) + (", so dense runs here by default" if length < crossover(about) else "")
+            faster = times(*pair) + (", but dense runs here by default" if length < crossover(about) else "")
             lines.append([what, "SDPA", *map(seconds, pair), faster, f"{ours['density']:.2f}"])
     about, _ = read(RESULTS / "cpu.json")
     for row in on_cpu():

@@ -133,8 +133,13 @@ def _used(key: object, default: object) -> Any:  # noqa: ANN401 (Launches, None 
 
 def _keep(key: object, launches: Launches | None) -> None:
     _lists[key] = launches
-    while len(_lists) > KEPT or (len(_lists) > 1 and sum(x.count for x in _lists.values() if x) > LAUNCHES):
+    while len(_lists) > KEPT or (len(_lists) > 1 and _launches_kept() > LAUNCHES):
         _lists.popitem(last=False)
+
+
+def _launches_kept() -> int:
+    """Launches of all lists, each of which may be kept under two keys."""
+    return sum({id(x): x.count for x in _lists.values() if x is not None}.values())
 
 
 def _remembered(key: object) -> bool:
@@ -206,11 +211,11 @@ def _written(
     try:
         with listing.writing():
             run(stand_in, options, "triton", tau, into, Planner(stand_in, options, "triton"))
+        return listing.finish()
     except UnlistableError:
         return None
     finally:
         in_turn.reset(turns)
-    return listing.finish()
 
 
 def _make(launches: Launches, tensors: list[Tensor]) -> None:

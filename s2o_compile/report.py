@@ -171,7 +171,7 @@ class Status:
         paths: How often the operator took a path: "s2o" and "window" are sparse, "dense" is for short lengths and heads
             marked dense, "masked" is dense under a mask that was read and is no other. CUDA graphs replay without the
             operator, so their calls are counted while they are recorded.
-        never: How often long attention was dense, since no length is faster sparse or its scale ranks nothing, by reason.
+        never: How often long attention was dense, as no length is faster sparse or its scale ranks nothing, by reason.
         graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
             that compiled meanwhile may have caused some.
         uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless

@@ -96,7 +96,7 @@ def _documents(query_runs: _Runs, key_runs: _Runs) -> list[_Document] | None:
 
 
 def _runs(ids: Tensor) -> list[_Runs]:
-    """The runs of every row of ids [B, N], one list for all rows that are alike; the host waits here only.
+    """The runs of every row of ids [B, N], one list for all rows that are alike; only here the host waits.
 
     They are found where the ids lie: as many as a long prompt has would take the host longer than the attention.
     """

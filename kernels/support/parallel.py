@@ -77,7 +77,7 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torc
     # One future a thread: one an item took longer than short items do.
     with ThreadPoolExecutor(threads, initializer=compute_alone) as pool:
         try:
-            for future in as_completed([pool.submit(alone) for _ in range(threads)]):
+            for future in as_completed([pool.submit(alone) for _ in range(min(threads, len(left)))]):
                 future.result()  # raises what an item raised
         finally:
             left.clear()

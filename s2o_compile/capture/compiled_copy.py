@@ -18,8 +18,13 @@ from s2o_compile.kernels.support.torch_compile import COMPILED, names_of_modules
 Model = TypeVar("Model", bound=nn.Module)
 
 _SHARED = frozenset({"_parameters", "_buffers", "_modules"})
-_NOT_COPIED = (torch.jit.ScriptModule, LazyModuleMixin)
-"""Modules that are no Python, or that become others."""
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether a copy would not do: no Python, a module to be, one that is compiled, or more than its attributes."""
+    if isinstance(module, (torch.jit.ScriptModule, LazyModuleMixin)) or uncompiled(module) is not module:
+        return True
+    return type(module).__basicsize__ != nn.Module.__basicsize__  # slots, or the fields of another builtin class
 
 
 def compiled_copy(
@@ -54,7 +59,7 @@ def _copied(
     if id(module) in copies:
         return copies[id(module)]
     has_ways_in = any(child is not None for child in module.children()) or attending_methods(type(module))
-    if copies and (isinstance(module, _NOT_COPIED) or uncompiled(module) is not module):
+    if copies and _is_shared(module):
         return module
     has_forward = "forward" in vars(module) or type(module).forward is not nn.Module.forward
     callable_itself = has_forward and (has_ways_in or not copies)

@@ -213,7 +213,7 @@ struct Scores {
     }
   }
 
-  // minus [rows], in the order of panels: the negative normaliser of each row, infinity for rows that do not count.
+  // minus [rows], in the order of panels: the negative normaliser of each row, -infinity for rows that do not count.
   void normalise() {
     const int64_t n = outside + r.own_stop - r.own_start;
     for (int64_t j = 0; j < columns; ++j) {

@@ -85,7 +85,7 @@ inline Vector exp2(Vector x) {
 #endif
 }
 
-// log2 of numbers from 1 on, to 1e-7.
+// log2 of finite numbers from 1 on, to 1e-7; 128 for infinity.
 inline Vector log2(Vector x) {
   const Integers power = ((Integers)x - 0x3f3504f3) >> 23;  // of two, beside a factor from sqrt(1/2) to sqrt(2)
   const Vector factor = (Vector)((Integers)x - (power << 23)), t = (factor - 1.f) / (factor + 1.f), square = t * t;

@@ -45,10 +45,10 @@ int s2o_launch(const Driver* driver, const char* list, int kernels, const uint64
   for (int number = 0; number < kernels && status == 0; number++) {
     auto* kernel = reinterpret_cast<const Kernel*>(list);
     if (forked && (kernel->waits & JOIN)) {
-      forked = false;
       status = driver->record(event, other);
       if (status == 0) status = driver->wait(stream, event, 0);
       if (status != 0) break;
+      forked = false;
     }
     if (event != nullptr && (kernel->waits & FORK)) {
       status = driver->record(event, stream);

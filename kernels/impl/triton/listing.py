@@ -195,7 +195,8 @@ class Listing:
             part.turn = None
         steps, window = overlap(self.steps, self.inputs)
         common = sum(step.turn is None for step in steps)
-        assert all(step.turn is None for step in steps[:common])
+        if any(step.turn is not None for step in steps[:common]):
+            raise UnlistableError("launches of all slices behind those of one")
         if not alone:
             steps[common].waits |= direct.FORK
         for number, step in enumerate(steps):
@@ -234,11 +235,11 @@ def aside() -> Iterator[None]:
     if held is None:
         yield
         return
-    held.is_aside = True
+    before, held.is_aside = held.is_aside, True
     try:
         yield
     finally:
-        held.is_aside = False
+        held.is_aside = before
 
 
 def device_of(x: Tensor) -> torch.device:

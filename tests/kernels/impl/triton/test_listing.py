@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from contextlib import nullcontext
 
 import pytest
 
@@ -21,22 +22,6 @@ def step(slots, turn=None, *, is_aside=False):
     return Step(None, (1,), [], places, [], {}, turn, is_aside=is_aside)
 
 
-def own(step):
-    return {place.slot for place in step.places if place.slot >= INPUTS}
-
-
-def random_steps(rng):
-    """Launches of which a few are aside, and slices behind them."""
-    aside, slices = rng.randrange(4), rng.choice([0, 3])
-    first = rng.randrange(3)
-    steps = []
-    for number in range(first + aside + 12):
-        slots = rng.sample(range(12), rng.randrange(1, 4))
-        turn = None if number < first + aside + 9 or not slices else number % 3
-        steps.append(step(slots, turn, is_aside=first <= number < first + aside))
-    return steps
-
-
 def waited_for(steps, number):
     """What has ended when a step begins, by the streams, their forks and joins."""
     here, there = [], []  # under way on the stream, and on the other one
@@ -50,21 +35,6 @@ def waited_for(steps, number):
             break
         (there if one.is_beside else here).append(at)
     return seen_by_other | {*there} if steps[number].is_beside else seen | {*here}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_steps_with_memory_in_common_keep_their_order(seed):
-    rng = random.Random(seed)
-    for _ in range(30):
-        steps = random_steps(rng)
-        before = {id(one): number for number, one in enumerate(steps)}
-        after, _ = overlap(steps, INPUTS)
-        assert {*map(id, after)} == {*map(id, steps)}
-        common = [one for one in after if one.turn is None]
-        for (_, one), (number, other) in itertools.combinations(enumerate(common), 2):
-            if own(one) & own(other):
-                assert before[id(one)] < before[id(other)]
-                assert common.index(one) in waited_for(common, number)
 
 
 def test_what_is_aside_runs_beside_all_that_needs_none_of_it():
@@ -86,6 +56,76 @@ def test_nothing_is_moved_for_nothing(steps):
 
 class Kernel:
     arg_names = ("a", "b", "c")
+
+
+RESULTS = 2
+OWN = INPUTS + RESULTS  # slots from here on are pieces of the workspace
+
+
+def random_list(rng):
+    """A list of launches on the call's tensors, on memory of all slices, and on memory of one."""
+    made, common = Listing([torch.empty(64) for _ in range(OWN)], INPUTS), []
+
+    def use(memory):
+        chosen = []
+        for _ in Kernel.arg_names:
+            if rng.random() < 0.4:
+                chosen.append(rng.choice([*made.tensors, *made.tensors[:INPUTS]]))
+            elif rng.random() < 0.5 and memory:
+                chosen.append(rng.choice(memory))
+            else:
+                chosen.append(torch.empty(rng.choice([1, 10, 300, 5000]), device="meta"))
+                memory.append(chosen[-1])
+        made.add(Kernel(), (1,), chosen, {})
+
+    with made.writing():
+        for is_aside, most in ((False, 3), (True, 3), (False, 8), (True, 1), (False, 3)):
+            with listing.aside() if is_aside else nullcontext():
+                for _ in range(rng.randrange(most + 1)):
+                    use(common)
+        for number in range(rng.choice([0, 1, 2, 5])):
+            own = []
+            with made.turn(number):
+                for _ in range(rng.randrange(1, 4)):
+                    use(own if rng.random() < 0.6 else common)
+    return made
+
+
+@pytest.mark.parametrize("event", [True, False], ids=["two streams", "one"])
+@pytest.mark.parametrize("seed", range(6))
+def test_launches_under_way_need_and_overwrite_nothing_of_each_other(seed, event):
+    rng = random.Random(seed)
+    for _ in range(50):
+        made = random_list(rng)
+        order, written = {id(one): n for n, one in enumerate(made.steps)}, [[*one.places] for one in made.steps]
+        launches = made.finish()
+        steps = [*launches.common, *launches.slices]
+        assert {*map(id, steps)} == {*order}
+        if not event:
+            for one in steps:
+                one.is_beside, one.waits = False, 0
+        slots, offsets = [], {}
+        for one in steps:
+            before = written[order[id(one)]]
+            slots.append({place.slot for place in before if place.slot >= INPUTS})
+            for old, new in zip(before, one.places, strict=True):
+                if old.slot >= OWN:
+                    assert offsets.setdefault(old.slot, new.offset - old.offset) == new.offset - old.offset
+        ended = [waited_for(steps, number) for number in range(len(steps))]
+
+        for one, other in itertools.combinations(range(len(steps)), 2):
+            if slots[one] & slots[other]:
+                assert order[id(steps[one])] < order[id(steps[other])]
+                turns = {steps[one].turn, steps[other].turn}  # slices see to it that they write apart
+                assert one in ended[other] or (len(turns) == 2 and None not in turns)
+        users = {slot: [n for n, found in enumerate(slots) if slot in found] for slot in offsets}
+        for one, other in itertools.combinations(offsets, 2):
+            ends = [offsets[slot] + made._pieces[slot].size for slot in (one, other)]
+            if offsets[one] < ends[1] and offsets[other] < ends[0]:  # one memory: all of one, then all of the other
+                assert any(
+                    all(a != b and a in ended[b] for a in users[first] for b in users[last])
+                    for first, last in ((one, other), (other, one))
+                )
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
