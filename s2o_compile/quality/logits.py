@@ -45,9 +45,9 @@ class Logits:
 
 
 class LogitsReader:
-    """Reads the logits of a model, and of copies that share its modules, in pieces where that is shown to be the same.
+    """Reads the logits of a model and of its copies, in pieces where that is shown to be the same.
 
-    Use it as a context manager around all reading: the hook on the body stands as long.
+    Use it as a context manager around all reading, and copy the model inside: the copy then has the hook on the body.
 
     Args:
         caller: Name of the function in messages.

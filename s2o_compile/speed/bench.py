@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2o_compile.api import optimize, watched
+from s2o_compile.api import Watch, optimize, watched
 from s2o_compile.capture.compiled_copy import compiled_copy
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.config import S2OConfig, config_or_default
@@ -158,12 +158,11 @@ def _quality(model: nn.Module, given: _Input, config: S2OConfig) -> Row:
     """A row without times: density, sampled error, and losses where the model predicts tokens."""
     tokens, losses, reasons = 0, {}, []
     with watched(config) as watch:
-        sparse_model = compiled_copy(model, watch.backend)
         try:
             if given.batch is None:
-                given.run(sparse_model)
+                given.run(compiled_copy(model, watch.backend))
             else:
-                losses = _losses(model, sparse_model, given.batch)
+                losses = _losses(model, watch, given.batch)
         except Exception as error:  # whatever a model raises, or memory that is not there: the times are still wanted
             reasons.append(f"quality was not measured: {cause(error)}")
         report = watch.recording.report
@@ -185,10 +184,11 @@ def _quality(model: nn.Module, given: _Input, config: S2OConfig) -> Row:
     )
 
 
-def _losses(model: nn.Module, sparse_model: nn.Module, batch: TokenBatch) -> dict[str, float]:
-    """Next-token losses of both, by the names of `Row`; none if the model turns out to return no logits."""
+def _losses(model: nn.Module, watch: Watch, batch: TokenBatch) -> dict[str, float]:
+    """Next-token losses of the model and of a copy, by the names of `Row`; none if it turns out to return no logits."""
     next_token = NextToken()
     with LogitsReader("bench", model, batch) as reader:
+        sparse_model = compiled_copy(model, watch.backend)  # with the reader's hook
         if reader.reason == "returns no logits":
             batch.run(sparse_model)
             return {}
