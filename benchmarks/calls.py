@@ -124,9 +124,11 @@ def held_density(density: float, length: int, *, causal: bool = True) -> Iterato
 
     attend = schedule.attend_planned
     prepared.forget()  # launches of calls that are not cut
-    with patch.object(Planner, "plan", cut_plan), patch.object(schedule, "attend_planned", to_the_end):
-        yield
-    prepared.forget()
+    try:
+        with patch.object(Planner, "plan", cut_plan), patch.object(schedule, "attend_planned", to_the_end):
+            yield
+    finally:
+        prepared.forget()  # and of those that are: a row that fails is not the last
 
 
 def run(inputs: Inputs, mask: AttentionMask = CAUSAL, **options: object) -> Tensor:

@@ -52,7 +52,7 @@ WORST_ERROR = 4.0
 TIMED_SECONDS = 0.3
 
 WORKERS = 8
-"""Processes that compile, at most: each takes half a GiB of the device."""
+"""Processes that compile, at most: each has a context and inputs of its own on the device."""
 
 LONGEST_LOST = 16384
 """A dtype that loses at so many tokens runs dense at any length: longer calls were not faster either, where tried."""
