@@ -39,7 +39,7 @@ class S2OPlan:
     Attributes:
         key_index: int32 [B, Hkv, P, L] (Hq with ``ranking_per="head"``), keys outside the segment's own, most important
             first.
-        prefix_count: int32 [B, P], how many entries of ``key_index`` are real.
+        prefix_count: int32 [B, P], how many entries of ``key_index`` are real; the others are -1.
         segment_len: Queries that share one ranking.
         chunk_len: Keys between two tests of the stop rule.
         unvisited: float32 [B, Hq, P, 1 + blocks], estimated share of the mass behind the first n blocks
@@ -230,8 +230,11 @@ def plan(
     with call.on_device():
         ranked = build_plan(call, options, implementation)
         unvisited = estimate_unvisited(call, ranked, implementation)
+        entry = torch.arange(ranked.key_index.shape[3], device=query.device)
+        # Rankings leave the rest of a row unwritten, which nobody may see.
+        key_index = ranked.key_index.masked_fill_(entry >= ranked.prefix_count[:, None, :, None], -1)
     return S2OPlan(
-        key_index=ranked.key_index,
+        key_index=key_index,
         prefix_count=ranked.prefix_count,
         segment_len=ranked.segment_len,
         chunk_len=ranked.chunk_len,
