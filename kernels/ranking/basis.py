@@ -91,8 +91,8 @@ def second_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     Numbers that are not finite count as zero, and a dimension whose power overflows is left out.
     """
     batch, kv_heads, _, head_dim = key.shape
-    query, key = (x.float().nan_to_num(0.0, 0.0, 0.0) for x in (query, key))
-    query, key = query.reshape(batch, kv_heads, -1, head_dim), key - key.mean(2, keepdim=True)
+    query, key = (x.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0) for x in (query, key))
+    query, key = query.reshape(batch, kv_heads, -1, head_dim), key.sub_(key.mean(2, keepdim=True))
     return _normal(query.transpose(-1, -2) @ query), _normal(key.transpose(-1, -2) @ key)
 
 
@@ -120,4 +120,4 @@ def project(x: Tensor, factor: Tensor) -> Tensor:
     Numbers that are not finite become zero: one bad row must not spoil the whole order.
     """
     factor = factor.repeat_interleave(x.shape[1] // factor.shape[1], dim=1)
-    return (x.float() @ factor).nan_to_num(0.0, 0.0, 0.0)
+    return (x.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)

@@ -29,14 +29,9 @@ inline void product(const float* a, int64_t a_row, const float* panel, int64_t d
 
 struct Floats {
   typedef float Number;
-  typedef uint32_t Bits;
   static constexpr int64_t BLOCK = ROWS, STEP = 1;  // queries of a product; keys and dims come in multiples of STEP
   static constexpr bool IN_PLACE = true;  // weights take the place of their logits
 
-  static constexpr uint32_t NOT_FINITE = 0x7f800000;  // an exponent of ones
-
-  static float read(float x) { return x; }
-  static float write(float x) { return x; }
   static void begin() {}
   static void end() {}
 
@@ -48,6 +43,7 @@ struct Floats {
   }
 
   static void weight(Vector p, float* to) { store(to, p); }
+  static void write(const float* from, int64_t n, float* to) { std::memcpy(to, from, 4 * n); }
 
   // logits [BLOCK, columns] = query [BLOCK, dims] . panels
   static void logits(const float* query, const float* panels, int64_t dims, int64_t columns, float* to) {

@@ -42,7 +42,6 @@ namespace {
 template <typename Kind>
 struct Work {
   typedef typename Kind::Number Number;
-  typedef typename Kind::Bits Bits;
   static constexpr int64_t BLOCK = Kind::BLOCK;
   static_assert(TILE_LEN % BLOCK == 0 && COLUMNS % Kind::STEP == 0);
 
@@ -105,16 +104,6 @@ struct Work {
 
   const Number* value(int64_t j) const {
     return static_cast<const Number*>(s.value) + (index ? index[j] : first_key + j) * s.value_row;
-  }
-
-  static bool finite(const Number* x, int64_t n) {
-    Bits found = 0;
-    for (int64_t d = 0; d < n; ++d) {
-      Bits bits;
-      std::memcpy(&bits, x + d, sizeof(Bits));
-      found |= Bits(bits & Kind::NOT_FINITE) == Kind::NOT_FINITE;
-    }
-    return !found;
   }
 
   // Keys and values [n] into panels. Empty places are zero, and so are values that are not finite: nothing times NaN
@@ -205,8 +194,7 @@ struct Work {
       for (int64_t i = 0; i < BLOCK; ++i)
         if ((!seen || (from[i] <= spoiled[k] && spoiled[k] < seen[i])) && !hidden(spoiled[k]))
           for (int64_t d = 0; d < s.value_dim; ++d)
-            out[i * value_columns + d] +=
-                Kind::read(weights[i * columns + spoiled[k]]) * Kind::read(value(spoiled[k])[d]);
+            out[i * value_columns + d] += read(weights[i * columns + spoiled[k]]) * read(value(spoiled[k])[d]);
   }
 
   // Pass 1 of all tiles.
@@ -287,9 +275,8 @@ struct Work {
       if (visited[t] >= 0) write(t / tiles, t % tiles);
   }
 
-  float read(int64_t place) const {
-    return s.wide ? static_cast<const float*>(s.output)[place]
-                  : Kind::read(static_cast<const Number*>(s.output)[place]);
+  float written(int64_t place) const {
+    return s.wide ? static_cast<const float*>(s.output)[place] : read(static_cast<const Number*>(s.output)[place]);
   }
 
   // In-segment keys of a tile: no query of it sees further than its last one.
@@ -308,7 +295,7 @@ struct Work {
       highest[row] = lse * LOG2_E / scale;
       mass[row] = lse == -INFINITE ? 0.f : 1.f;
       for (int64_t d = 0; d < s.value_dim; ++d)
-        output[row * value_columns + d] = read(place + d) * (1.f + share) - share * s.mean_value[d];
+        output[row * value_columns + d] = written(place + d) * (1.f + share) - share * s.mean_value[d];
     }
     return s.computed[head * s.computed_head + tile] - own(tile);
   }
@@ -318,14 +305,14 @@ struct Work {
       const int64_t at = tile * TILE_LEN + i, row = head * padded_rows + at;
       const float share = left_out[row], over = mass[row] == 0.f ? 0.f : 1.f / mass[row];
       const int64_t place = head * s.output_head + at * s.output_row;
-      for (int64_t d = 0; d < s.value_dim; ++d) {
-        const float mean = output[row * value_columns + d] * over;
-        const float joint = share == 0.f ? mean : (mean + share * s.mean_value[d]) / (1.f + share);
-        if (s.wide)
-          static_cast<float*>(s.output)[place + d] = joint;
-        else
-          static_cast<Number*>(s.output)[place + d] = Kind::write(joint);
-      }
+      float* mean = output + row * value_columns;
+      for (int64_t d = 0; d < s.value_dim; ++d) mean[d] *= over;
+      for (int64_t d = 0; share != 0.f && d < s.value_dim; ++d)
+        mean[d] = (mean[d] + share * s.mean_value[d]) / (1.f + share);
+      if (s.wide)
+        Floats::write(mean, s.value_dim, static_cast<float*>(s.output) + place);
+      else
+        Kind::write(mean, s.value_dim, static_cast<Number*>(s.output) + place);
       s.lse[head * s.lse_head + at * s.lse_row] = (highest[row] * scale + std::log2(mass[row])) * LN_2 + std::log1p(share);
       if (s.tail) s.tail[head * s.tail_head + at * s.tail_row] = share;
     }

@@ -12,29 +12,13 @@ namespace {
 
 struct Halves {
   typedef uint16_t Number;
-  typedef uint16_t Bits;
   static constexpr int64_t BLOCK = 32, STEP = 32;
   static constexpr bool IN_PLACE = false;
-
-  static constexpr uint16_t NOT_FINITE = 0x7f80;  // an exponent of ones
 
   // Linux lends tiles to a process that asks.
   static bool allowed() {
     static const bool lent = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
     return lent;
-  }
-
-  static float read(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-  }
-  static uint16_t write(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return 0x7fc0;
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
   }
 
   static void begin() {
@@ -92,6 +76,14 @@ struct Halves {
 
   static void weight(Vector p, uint16_t* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)p));
+  }
+
+  // Numbers [n], to the nearest; there is memory behind them.
+  static void write(const float* from, int64_t n, uint16_t* to) {
+    for (int64_t d = 0; d < n; d += LANES) {
+      const __mmask16 there = n - d < LANES ? (1 << (n - d)) - 1 : 0xffff;
+      _mm256_mask_storeu_epi16(to + d, there, (__m256i)_mm512_cvtneps_pbh((__m512)load(from + d)));
+    }
   }
 
   static void logits(const uint16_t* query, const uint16_t* panels, int64_t dims, int64_t columns, float* to) {

@@ -38,7 +38,10 @@ inline Vector or_zero(Vector x) { return x - x == 0.f ? x : Vector{}; }
 struct FloatProducts : Floats {
   static constexpr int KEYS = ROWS / 2, WIDTH = COLUMNS;  // maxima and products fit into the registers together
 
-  static float& at(float* panel, int64_t d, int64_t c) { return panel[d * WIDTH + c]; }
+  // Numbers [n] of a row, into a column of a panel.
+  static void put(const float* row, int64_t n, float* panel, int64_t column) {
+    for (int64_t d = 0; d < n; ++d) panel[d * WIDTH + column] = row[d];
+  }
 
   // to [KEYS, WIDTH]: the largest of keys [KEYS, depth] . panel + more [WIDTH] of n panels and as many `more`.
   static void largest(const float* keys, int64_t depth, const float* panel, const float* more, int64_t n, float* to,
@@ -78,7 +81,12 @@ struct FloatProducts : Floats {
 struct HalfProducts : Halves {
   static constexpr int KEYS = 16, WIDTH = 16;
 
-  static uint16_t& at(uint16_t* panel, int64_t d, int64_t c) { return panel[d / 2 * 2 * WIDTH + 2 * c + d % 2]; }
+  // As that of `FloatProducts`; a panel holds pairs.
+  static void put(const float* row, int64_t n, uint16_t* panel, int64_t column) {
+    uint16_t numbers[64] = {};
+    write(row, n, numbers);
+    for (int64_t d = 0; d < n; d += 2) std::memcpy(panel + d * WIDTH + 2 * column, numbers + d, 4);
+  }
 
   // As that of `FloatProducts`, for a depth of 32 or 64. Maxima are taken of tiles that were stored a while ago.
   static void largest(const uint16_t* keys, int64_t depth, const uint16_t* panel, const float* more, int64_t n,
@@ -183,10 +191,7 @@ struct Scores {
       return;
     }
     const uint16_t* half = static_cast<const uint16_t*>(r.query) + from;
-    for (int64_t d = 0; d < dim; ++d) {
-      const uint32_t bits = uint32_t(half[d]) << 16;
-      std::memcpy(to + d, &bits, 4);
-    }
+    for (int64_t d = 0; d < dim; ++d) to[d] = read(half[d]);
   }
 
   // Queries in few numbers, in panels.
@@ -207,9 +212,7 @@ struct Scores {
         product<ROWS, false>(query, r.dim, factor + p * r.dim, r.dim, rows + p, few_columns);
       for (int64_t j = 0; j < ROWS * few_columns; j += LANES) store(rows + j, or_zero(load(rows + j)));
       Number* panel = panels + (row % SLOTS / WIDTH * blocks + row / SLOTS) * WIDTH * depth;
-      for (int64_t k = 0; k < ROWS; ++k)
-        for (int64_t d = 0; d < r.few; ++d)
-          Kind::at(panel, d, row % WIDTH + k) = Kind::write(rows[k * few_columns + d]);
+      for (int64_t k = 0; k < ROWS; ++k) Kind::put(rows + k * few_columns, r.few, panel, row % WIDTH + k);
     }
   }
 

@@ -131,6 +131,29 @@ inline void transpose(const void* const* rows, int64_t bytes, int64_t words, voi
 #endif
 }
 
+// A number of float32, or the bits of one of bfloat16.
+inline float read(float x) { return x; }
+inline float read(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+// Whether no number [n] is NaN or infinite: none has an exponent of ones.
+template <typename Number>
+inline bool finite(const Number* x, int64_t n) {
+  typedef std::conditional_t<sizeof(Number) == 4, uint32_t, uint16_t> Bits;
+  constexpr Bits EXPONENT = sizeof(Number) == 4 ? 0x7f800000 : 0x7f80;
+  Bits most = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    Bits bits;
+    std::memcpy(&bits, x + d, sizeof(Bits));
+    most = std::max<Bits>(most, bits & EXPONENT);
+  }
+  return most < EXPONENT;
+}
+
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 3);
 }
