@@ -1,5 +1,8 @@
 """Items of one call on several threads: each once, failures are raised, and what is left is dropped."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -51,3 +54,60 @@ def test_a_failure_is_raised_and_the_rest_is_dropped(failure):
     with pytest.raises(type(failure), match="item 3"):
         for_each(work, range(2000), CPU)
     assert len(seen) < 1000
+
+
+def test_nothing_runs_on_after_a_failure():
+    """Items write into tensors of the call, which are another call's once it has ended."""
+    begun, going = threading.Barrier(2, timeout=30), []
+
+    def work(item: int) -> None:
+        begun.wait()
+        if item == 0:
+            raise ValueError(item)
+        going.append(item)
+        threading.Event().wait(0.2)
+        going.remove(item)
+
+    with pytest.raises(ValueError, match="0"):
+        for_each(work, range(2), CPU)
+    assert not going
+
+
+def threads_of(items: int) -> set[int]:
+    seen, both = set(), threading.Barrier(items, timeout=30)
+
+    def work(_: int) -> None:
+        both.wait()
+        seen.add(threading.get_ident())
+
+    for_each(work, range(items), CPU)
+    return seen
+
+
+def test_threads_are_kept_for_the_next_call():
+    if not can_compute_alone():
+        pytest.skip("items run in order")
+    assert threads_of(2) == threads_of(2)
+    torch.set_num_threads(3)
+    assert len(threads_of(3)) == 3
+
+
+IN_A_CHILD = """
+import os, torch
+from s2o_compile.kernels.support.parallel import for_each
+torch.set_num_threads(2)
+done = []
+for_each(done.append, range(9), torch.device("cpu"))
+child = os.fork()
+if not child:
+    for_each(done.append, range(9), torch.device("cpu"))
+    os._exit(len(done))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_makes_threads_of_its_own():
+    """It has none of its parent's: what it left to them would wait forever."""
+    found = subprocess.run([sys.executable, "-c", IN_A_CHILD], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout == "18\n"
