@@ -70,7 +70,7 @@ def ranked_as_in_packages(monkeypatch):
 @pytest.mark.usefixtures("ranked_as_in_packages")
 def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
     if kind == "offset":  # half of the queries rank
-        monkeypatch.setattr(ranking_per_query, "CPU_ROWS_PER_DIM", 256 / 16)
+        monkeypatch.setattr(ranking_per_query, "CPU_ROWS", 256)
     keywords = {"tau": 0.5, **KINDS[kind]}  # a package holds no ceiling
     ahead, value_dim = keywords.pop("ahead", 0), keywords.pop("value_dim", 16)
     given = {"padded": keywords.pop("padded", False), "sinks": keywords.pop("sinks", False), "value_dim": value_dim}

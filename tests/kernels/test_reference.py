@@ -231,8 +231,7 @@ class TestPlan:
         Of two heads that share a ranking one ranks by even queries and one by odd ones, if half of them rank.
         """
         inputs, segment_len = case.inputs(), 256
-        rows = segment_len * case.heads // case.kv_heads // every
-        monkeypatch.setattr(ranking_per_query, "CPU_ROWS_PER_DIM", rows / case.head_dim)
+        monkeypatch.setattr(ranking_per_query, "CPU_ROWS", segment_len * case.heads // case.kv_heads // every)
         actual = score_all(ranking_per_query.prepare, inputs, segment_len, case.heads // case.kv_heads)
         key = inputs.key.double().repeat_interleave(case.heads // case.kv_heads, dim=1)
         logits = inputs.query.double() @ key.transpose(-1, -2) * inputs.scale

@@ -44,7 +44,7 @@ def score_keys(
     starts, stops = (x.tolist() for x in ranges)
     scores = few_key.new_empty(batch, kv_heads * rankings, len(starts), n_keys, dtype=torch.float32)
     key_mask = None if mask.key_mask is None else with_unit_stride(mask.key_mask)
-    positions = scored_positions(segment_len, shared, dim, query.device).contiguous()
+    positions = scored_positions(call.query, segment_len, shared).contiguous()
 
     def segment(place: tuple[int, int, int]) -> None:
         b, ranking, s = place

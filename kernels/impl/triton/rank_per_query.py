@@ -347,7 +347,7 @@ def _score_keys(
     batch, kv_heads = few_key.shape[:2]
     ranking_heads, dtype = query.shape[1] // shared, few_key.dtype
     rankings = ranking_heads // kv_heads
-    scored = scored_rows(segment_len, shared, query.shape[-1], device_of(query))
+    scored = scored_rows(query, segment_len, shared, device_of(query))
     few_query = pack_rows(
         query, factor, shared=shared, segment_len=segment_len, scored=scored, dtype=dtype, size=sizes.n_queries
     )

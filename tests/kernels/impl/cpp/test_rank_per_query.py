@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_torch_ranking(case, rows, shared, halves, monke
     if halves and not cpp_library.has_halves():
         pytest.skip("needs AMX")
     monkeypatch.setattr(cpp_library, "has_halves", lambda: halves)
-    monkeypatch.setattr(per_query, "CPU_ROWS_PER_DIM", rows / case.head_dim)
+    monkeypatch.setattr(per_query, "CPU_ROWS", rows)
     call, segment_len = case.inputs().call, 256
     shared = call.group if shared == "group" else 1
     expected = per_query.prepare(call, segment_len, shared)(call, slice(None))

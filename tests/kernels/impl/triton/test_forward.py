@@ -269,8 +269,8 @@ class TestRanking:
     )
     def test_scores_equal_the_torch_ranking(self, device, case, rows, poison_empty, monkeypatch):
         """The bound is what rounding both factors to the packed dtype, and their sums to float16, can make."""
-        monkeypatch.setattr(ranking_per_query, "ROWS", rows)
-        monkeypatch.setattr(ranking_per_query, "CPU_ROWS_PER_DIM", rows / case.head_dim)
+        for name in ("ROWS", "CPU_ROWS"):
+            monkeypatch.setattr(ranking_per_query, name, rows)
         inputs, segment_len = case.inputs(device), 256
         shared = case.heads // case.kv_heads
         actual = score_all(triton_ranking.prepare, inputs, segment_len, shared)
