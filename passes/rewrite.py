@@ -258,7 +258,7 @@ class Rewriter:
         return node
 
     def _size(self, size: Size, before: fx.Node) -> fx.Node | int:
-        return sizes.emit(size, self._graph, before)
+        return sizes.emit(size, before)
 
     def _insert(self, before: fx.Node, function: Callable[..., Any], *args: Argument) -> fx.Node:
         with self._graph.inserting_before(before):

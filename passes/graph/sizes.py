@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import sympy_max, sympy_min
-from s2o_compile.passes.graph.nodes import Size, simplified, value_of
+from s2o_compile.passes.graph.nodes import Size, inherit, simplified, value_of
 from s2o_compile.passes.graph.rejected import Refused
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def _functions() -> tuple[tuple[tuple[type, ...], Callable[..., Any]], ...]:
     )
 
 
-def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
+def emit(size: Size, before: fx.Node) -> fx.Node | int:
     """A size as an int, a node that already holds it, or new nodes ahead of ``before``; raises `Refused`."""
     size = simplified(size)
     if isinstance(size, int):
         return size
     holders: dict[sympy.Expr, fx.Node] = {}
-    for node in graph.nodes:
+    for node in before.graph.nodes:
         if node is before:
             break
         value = value_of(node)
@@ -52,31 +52,31 @@ def emit(size: Size, graph: fx.Graph, before: fx.Node) -> fx.Node | int:
         function = next((function for kinds, function in _functions() if isinstance(expr, kinds)), None)
         if function is not None:
             return reduce(
-                lambda left, right: _call(graph, function, left, right), [emitted(argument) for argument in expr.args]
+                lambda left, right: _call(before, function, left, right), [emitted(argument) for argument in expr.args]
             )
-        holder = _shape_lookup(expr, graph)
+        holder = _shape_lookup(expr, before)
         if holder is None:
             raise Refused("%s cannot be computed from sizes in the graph", size)
         return holder
 
-    with graph.inserting_before(before):
+    with before.graph.inserting_before(before):
         return emitted(size.node.expr)
 
 
-def _shape_lookup(expr: sympy.Expr, graph: fx.Graph) -> fx.Node | None:
+def _shape_lookup(expr: sympy.Expr, before: fx.Node) -> fx.Node | None:
     """Reads a size off an input tensor: exported graphs have no size inputs."""
-    for node in graph.find_nodes(op="placeholder"):
+    for node in before.graph.find_nodes(op="placeholder"):
         value = value_of(node)
         if isinstance(value, torch.Tensor):
             for dim, extent in enumerate(value.shape):
                 if isinstance(extent, torch.SymInt) and extent.node.expr == expr:
-                    return _call(graph, torch.ops.aten.sym_size.int, node, dim)
+                    return _call(before, torch.ops.aten.sym_size.int, node, dim)
     return None
 
 
-def _call(graph: fx.Graph, function: object, left: fx.Node | int, right: fx.Node | int) -> fx.Node:
-    node = graph.call_function(function, (left, right))  # pyright: ignore[reportArgumentType]
+def _call(before: fx.Node, function: object, left: fx.Node | int, right: fx.Node | int) -> fx.Node:
+    node = before.graph.call_function(function, (left, right))  # pyright: ignore[reportArgumentType]
     first, second = value_of(left), value_of(right)
     extent = isinstance(first, torch.Tensor)
-    node.meta["example_value"] = first.shape[second] if extent else function(first, second)  # pyright: ignore
+    inherit(node, before, first.shape[second] if extent else function(first, second))  # pyright: ignore
     return node

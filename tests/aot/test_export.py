@@ -169,6 +169,33 @@ def test_a_padding_mask_with_a_batch_of_its_own_is_cut():
     assert len(calls(program)) == 1
 
 
+class Quarter(nn.Module):
+    """A window, and an offset, that no node of the graph holds: the passes insert nodes that compute them."""
+
+    def forward(self, x, key):
+        queries, keys = x.shape[2], key.shape[2]
+        distance = torch.arange(keys) - torch.arange(queries)[:, None]
+        window = scaled_dot_product_attention(x, key, key, attn_mask=(distance <= 0) & (distance >= -(queries // 4)))
+        shifted = (distance <= 3 * keys - 2 * queries) & (distance > -min(queries, keys))
+        return window + scaled_dot_product_attention(x, key, key, attn_mask=shifted)
+
+
+@pytest.mark.parametrize("way", ["module", "unflattened", "decomposed"])
+def test_sizes_that_the_passes_compute(way):
+    model, inputs = Quarter(), (torch.randn(2, 2, 40, 8), torch.randn(2, 2, 60, 8))
+    program, report = exported(model, inputs, shapes=({2: Dim.AUTO}, {2: Dim.AUTO}))
+    assert report.rewritten == 2
+    ways = {
+        "module": program.module,
+        "unflattened": lambda: torch.export.unflatten(program),
+        "decomposed": lambda: program.run_decompositions().module(),
+    }
+    run = ways[way]()
+    for queries, keys in ((40, 60), (9, 31), (150, 131), (130, 300)):
+        inputs = torch.randn(2, 2, queries, 8), torch.randn(2, 2, keys, 8)
+        torch.testing.assert_close(run(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
+
+
 def test_any_length_after_a_round_trip_through_a_file(tmp_path):
     model = tiny_language_model()
     config = S2OConfig(min_seq_len=256, site_tau={"layers.0": (0.1,) * 4}, dense_heads={"layers.1": (1,)})

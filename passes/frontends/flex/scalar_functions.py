@@ -69,7 +69,7 @@ class Inserter:
         """A size as an argument."""
         known = set(self.before.graph.nodes)
         try:
-            return sizes.emit(size, self.before.graph, self.before)
+            return sizes.emit(size, self.before)
         finally:  # also what was inserted before a refusal
             self.nodes += [node for node in self.before.graph.nodes if node not in known]
 
