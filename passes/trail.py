@@ -91,9 +91,7 @@ class Scores:
         if self.mixed:
             return "its heads are mixed between its products (talking heads), and the sparse operator has none that mix"
         if self.softmax in ("exp", "log_softmax", "softmin"):
-            return (
-                f"its softmax is written by {self.softmax}: if it is a plain one, write torch.softmax(scores, -1)"
-            )
+            return f"its softmax is written by {self.softmax}: if it is a plain one, write torch.softmax(scores, -1)"
         if self.softmax:
             return f"its form around the softmax is not known{through}: choose scaled_dot_product_attention"
         if set(self.steps) <= _LINEAR:
