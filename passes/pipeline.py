@@ -21,7 +21,7 @@ from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
-from s2o_compile.passes.site import AttentionSite, SiteRecord, record
+from s2o_compile.passes.site import OWN_FUNCTIONS, AttentionSite, SiteRecord, record
 from s2o_compile.passes.site_names import module_paths, unique_names
 
 logger = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Ru
             left,
             rewritten=True,
             reason="",
-            mask=flex_sparse.MASK,
+            mask=OWN_FUNCTIONS,
             dense_heads=tuple(dense_heads),
             unheld_error=flex_sparse.quality_of(run.options, head_tau).ceiling,
         )

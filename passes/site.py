@@ -20,6 +20,9 @@ ELSEWHERE = "s2o_elsewhere"
 """In the metadata of a captured graph: the names of the model's modules that other graphs may hold."""
 
 
+OWN_FUNCTIONS = "its own mask_mod and score_mod"
+"""The mask, as text, of a call of flex_attention that keeps its functions. Its graph runs without the operator."""
+
 VARYING = -1
 """The length of a dimension along which the entries of a nested tensor differ."""
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
@@ -241,3 +242,26 @@ def test_a_report_tells_graphs_of_one_site_apart_by_their_lengths():
     assert (long.name, long.path, long.result) == ("layers.0", "s2o", "rewritten")
     assert (short.name, short.path, short.result) == ("layers.0", "dense", "rewritten, ran dense (short)")
     assert (short.density, short.error) == (1.0, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_that_keeps_its_functions_is_counted(inner):
+    """It runs without the operator: dense where nothing compiles its graph, which the warning says."""
+    distances = torch.linspace(0.1, 1.0, 2)
+
+    class Alibi(nn.Module):
+        def forward(self, q):
+            return flex_attention(q, q, q, lambda score, b, h, i, j: score - distances[h] * (i - j).abs())
+
+    fast = s2o_compile.optimize(Alibi(), S2OConfig(tau=0.5, error=None, min_seq_len=0, inner_backend=inner))
+    said = said_by(lambda: [fast(torch.randn(1, 2, 256, 16)) for _ in range(2)])
+    status = s2o_compile.status(fast)
+    assert status.rewritten == 1
+    if inner == "eager":
+        assert status.paths == {"dense": 2}
+        assert 'choose another inner_backend than "eager"' in said[0]
+        assert "dense at any length:\n  - 2 x FlexAttention with functions of its own" in str(status)
+    else:
+        assert (status.paths, said) == ({"s2o": 2}, [])
