@@ -15,6 +15,7 @@ from s2o_compile.kernels.impl.flex import sample as flex_sample
 from s2o_compile.kernels.impl.flex import user_mods as flex_site
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
+from s2o_compile.passes.site import OWN_FUNCTIONS
 from s2o_compile.report import Report, Site
 from tests.conftest import distance
 
