@@ -214,11 +214,10 @@ class Account:
             return "the masks that were read are no causal, sliding or padding masks"
         if call.never:
             return next(iter(call.never))
-        if found and not _in_no_graph(
-            call
-        ):  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
+        modules = _in_no_graph(call)
+        if found and not modules:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
             return ""
-        breaks, modules = [reason for at, reason in self._breaks if at == path], _in_no_graph(call)
+        breaks = [reason for at, reason in self._breaks if at == path]
         if not modules and (found or not breaks):
             # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
             return "" if path or found else f"none was found in {self._graphs_at(path)}"
