@@ -61,6 +61,7 @@ class MaskCounter(Counter):
         super().__init__(path)
         self._numbers: Any = WeakIdKeyDictionary()  # scores -> whether numbers were added to them
         self._width: Any = WeakIdKeyDictionary()  # scores -> keys of their product: sinks are one column more
+        self._masks: Any = WeakIdKeyDictionary()  # probabilities and scores -> their mask
 
     def __torch_dispatch__(
         self,
@@ -82,31 +83,35 @@ class MaskCounter(Counter):
         if name not in ("add", "add_", "sub", "sub_", "rsub"):
             return False
         tensors = [x for x in args[:2] if isinstance(x, Tensor)]
-        if len(tensors) < 2 or not any(x in self._scores for x in tensors):
+        if len(tensors) < 2 or not any(x in self._trail.table for x in tensors):
             return False
         return not any(_only_hides(x) for x in tensors)
 
     def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
+        ran = len(self.ran)
         super()._product(name, args, output)
-        if output in self._scores:
+        if output in self._trail.table:
             self._width[output] = output.shape[-1]
+        if len(self.ran) > ran:
+            mask = next((self._masks[x] for x in args if isinstance(x, Tensor) and x in self._masks), OTHER)
+            self.ran[-1] = replace(self.ran[-1], mask=mask)
 
-    def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
+    def _step(self, name: str, args: Sequence[Any], output: object) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        super()._keep(args, output, in_place=in_place)
-        for table in (self._numbers, self._width):
+        super()._step(name, args, output)
+        for table in (self._numbers, self._width, self._masks):
             known = next((table[x] for x in inputs if x in table), None)
             for x in tree_leaves(output) if known is not None else ():
-                if isinstance(x, Tensor) and x in self._scores:
+                if isinstance(x, Tensor) and x in self._trail.table:
                     table[x] = known
 
-    def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
-        super()._softmax(scores, dim, weights)
-        if isinstance(scores, Tensor) and weights in self._weights:
+    def _softmax(self, name: str, scores: object, dim: int, weights: Tensor) -> None:
+        super()._softmax(name, scores, dim, weights)
+        if isinstance(scores, Tensor) and weights in self._trail.table:
             keys = self._width.get(scores, scores.shape[-1])
             mask = NUMBERS if scores in self._numbers else _of_scores(scores[..., :keys])
-            mask = DECODE if scores.shape[-2] == 1 else NO_SCORES if scores not in self._scores else mask
-            self._weights[weights] = replace(self._weights[weights], mask=mask)
+            without = self._trail.table[weights].depth is None
+            self._masks[weights] = DECODE if scores.shape[-2] == 1 else NO_SCORES if without else mask
 
     def _count(self, func: Any, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
         super()._count(func, kind, args, kwargs)

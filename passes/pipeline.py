@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import is_erased
-from s2o_compile.passes import decompose
+from s2o_compile.passes import decompose, unknown_forms
 from s2o_compile.passes import dump as dumps
 from s2o_compile.passes.frontends import sdpa, third_party, varlen
 from s2o_compile.passes.frontends.checks import check_tangents
@@ -21,7 +21,7 @@ from s2o_compile.passes.graph.nodes import value_of
 from s2o_compile.passes.graph.rejected import Rejected, attempt
 from s2o_compile.passes.masks.prover import MaskProver
 from s2o_compile.passes.rewrite import Rewriter
-from s2o_compile.passes.site import AttentionSite, SiteRecord, record
+from s2o_compile.passes.site import OWN_FUNCTIONS, AttentionSite, SiteRecord, record
 from s2o_compile.passes.site_names import module_paths, unique_names
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class _Run:
         paths: Of the modules that hold opaque nodes and attentions.
         sites: In graph order, each node that a frontend takes for an attention, its match, and its record if it stays.
         records: By the node of an attention, its line in the report.
+        unknown: The report lines of attentions in forms that no frontend knows.
         inner: The report lines of attentions in sub-graphs.
     """
 
@@ -60,6 +61,7 @@ class _Run:
     paths: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[tuple[fx.Node, AttentionSite | Rejected, SiteRecord]] = dataclasses.field(default_factory=list)
     records: dict[fx.Node, SiteRecord] = dataclasses.field(default_factory=dict)
+    unknown: list[SiteRecord] = dataclasses.field(default_factory=list)
     inner: list[SiteRecord] = dataclasses.field(default_factory=list)
 
     def looks_at(self, node: fx.Node) -> bool:
@@ -114,7 +116,7 @@ def run(
         if dump is not None:
             before, text = text, gm.print_readable(print_output=False)
             dump.write(number, name, before, text)
-    result = (*state.records.values(), *state.inner)
+    result = (*state.records.values(), *state.unknown, *state.inner)
     logger.info(
         "%d of %d attentions rewritten in %.1f ms (%s)",
         sum(entry.rewritten for entry in result),
@@ -145,6 +147,15 @@ def _match_all(run: _Run) -> None:
         (node, match, _left(node, frontend, "" if isinstance(match, AttentionSite) else match.reason, name))
         for (node, frontend), name, match in zip(attentions, names, matches, strict=True)
     ]
+
+
+def _name_unknown(run: _Run) -> None:
+    known = [node for node, _, _ in run.sites]
+    nodes = [node for node in run.gm.graph.nodes if run.looks_at(node)]
+    try:
+        run.unknown = _unknown(nodes, known, [run.paths[node] for node in known])
+    except Exception:
+        logger.exception("the search for attention in unknown forms failed, please report that")
 
 
 def _rewrite_all(run: _Run) -> None:
@@ -191,6 +202,7 @@ def _report_inner(run: _Run) -> None:
 STEPS: tuple[tuple[str, Callable[[_Run], None]], ...] = (
     ("open", _open_all),  # first, so that the frontends see the attention inside opaque calls
     ("match", _match_all),  # ahead of every change: the prover's positions and writes are the captured graph's
+    ("name_unknown", _name_unknown),  # behind the matching: the rest; ahead of every change
     ("rewrite", _rewrite_all),  # behind every proof; what it replaces may be an operand of a later site
     ("close", _close_all),  # behind the rewriting: an opened call stays open if its attention was rewritten
     ("sparse_flex", _make_sparse_all),  # behind the closing: it takes the flex calls that no frontend replaced
@@ -258,7 +270,7 @@ def _make_sparse(node: fx.Node, opened: decompose.Expansion | Rejected, run: _Ru
             left,
             rewritten=True,
             reason="",
-            mask=flex_sparse.MASK,
+            mask=OWN_FUNCTIONS,
             dense_heads=tuple(dense_heads),
             unheld_error=flex_sparse.quality_of(run.options, head_tau).ceiling,
         )
@@ -284,6 +296,20 @@ def _rewrite(match: AttentionSite | Rejected, left: SiteRecord, rewriter: Rewrit
     return record(name, query, key, mask=mask, unproven=unproven, dense_heads=dense_heads)
 
 
+def _unknown(nodes: Sequence[fx.Node], known: Sequence[fx.Node], paths: Sequence[str]) -> list[SiteRecord]:
+    """The report lines of attentions in unknown forms, of those without a softmax one a module.
+
+    ``paths`` are those of the known ones, whose names theirs must differ from.
+    """
+    found = dict(unknown_forms.find(nodes, frozenset(known)))
+    of_modules = module_paths(dict.fromkeys(found, ""))
+    first: dict[str, fx.Node] = {}
+    for node, path in of_modules.items():
+        first.setdefault(node.name if found[node].softmax else "" if path == node.name else path, node)
+    names = unique_names([*paths, *map(of_modules.__getitem__, first.values())])[len(paths) :]
+    return [found[node].record(name, value_of(node)) for node, name in zip(first.values(), names, strict=True)]
+
+
 def _inside(gm: fx.GraphModule, looks_at: Callable[[fx.Node], bool]) -> list[SiteRecord]:
     """Attentions in the bodies of higher-order operators, which are left as they are."""
     records = []
@@ -293,8 +319,11 @@ def _inside(gm: fx.GraphModule, looks_at: Callable[[fx.Node], bool]) -> list[Sit
         users = [user for node in gm.graph.find_nodes(op="get_attr", target=child) for user in node.users]
         holder = getattr(users[0].target, "__name__", str(users[0].target)) if users else child
         reason = f"it is inside {holder}, whose body is left as it is"
-        attentions = {node: found for node in body.graph.nodes if looks_at(node) and (found := _frontend(node))}
+        nodes = [node for node in body.graph.nodes if looks_at(node)]
+        attentions = {node: found for node in nodes if (found := _frontend(node))}
         paths = module_paths(dict.fromkeys(attentions, ""))
         records += [_left(node, frontend, reason, paths[node]) for node, frontend in attentions.items()]
+        unknown = _unknown(nodes, list(attentions), list(paths.values()))
+        records += (dataclasses.replace(record, reason=reason) for record in unknown)
         records += _inside(body, looks_at)
     return records

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from s2o_compile.passes.graph.nodes import Size
 from s2o_compile.passes.graph.operand import Operand, Step
 from s2o_compile.passes.masks.proof import MaskProof
 
@@ -16,6 +18,13 @@ SHARED = "s2o_shared"
 
 ELSEWHERE = "s2o_elsewhere"
 """In the metadata of a captured graph: the names of the model's modules that other graphs may hold."""
+
+
+OWN_FUNCTIONS = "its own mask_mod and score_mod"
+"""The mask, as text, of a call of flex_attention that keeps its functions. Its graph runs without the operator."""
+
+VARYING = -1
+"""The length of a dimension along which the entries of a nested tensor differ."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,18 +94,24 @@ class SiteRecord:
 
 def shape_text(value: object) -> tuple[str, ...]:
     """Sizes of a (fake) tensor as text; empty if it is none. A nested tensor's length that varies is "?"."""
-    if not isinstance(value, torch.Tensor):
-        return ()
-    if value.is_nested and value.layout is torch.strided:  # it has no shape
-        return tuple(_size_text(value, dim) for dim in range(value.dim()))
-    return tuple(str(size) for size in value.shape)
+    return tuple(map(size_text, sizes_of(value))) if isinstance(value, torch.Tensor) else ()
 
 
-def _size_text(nested: torch.Tensor, dim: int) -> str:
+def size_text(size: Size) -> str:
+    """A size of `sizes_of` as text."""
+    return "?" if isinstance(size, int) and size == VARYING else str(size)
+
+
+def sizes_of(x: torch.Tensor) -> tuple[Size, ...]:
+    """The shape of a tensor; a nested one has none, and gives `VARYING` where its entries differ."""
+    return tuple(_size(x, dim) for dim in range(x.dim())) if x.is_nested and x.layout is torch.strided else (*x.shape,)
+
+
+def _size(nested: torch.Tensor, dim: int) -> Size:
     try:
-        return str(nested.size(dim))
+        return nested.size(dim)
     except RuntimeError:
-        return "?"
+        return VARYING
 
 
 def record(name: str, query: object, key: object, *, reason: str = "", **details: Any) -> SiteRecord:  # noqa: ANN401
@@ -110,3 +125,12 @@ def record(name: str, query: object, key: object, *, reason: str = "", **details
         dtype=str(query.dtype).removeprefix("torch.") if isinstance(query, torch.Tensor) else "",
         **details,
     )
+
+
+_ATTENTION = re.compile(r"attn|attention|attend|sdpa")
+_NOT_OF_USERS = frozenset({"aten", "prims", "s2o", "higher_order"})
+
+
+def is_named_attention(namespace: str, name: str) -> bool:
+    """Whether an operator of a user's own, whose code no graph shows, is an attention by its name."""
+    return namespace not in _NOT_OF_USERS and bool(_ATTENTION.search(name.lower()))

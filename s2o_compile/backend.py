@@ -19,6 +19,7 @@ import torch
 from s2o_compile.config import REMOVED, RENAMED, S2OConfig, did_you_mean, unknown_name
 from s2o_compile.errors import OptionError
 from s2o_compile.kernels import ops
+from s2o_compile.kernels.statistics import count
 from s2o_compile.kernels.support.arguments import is_one_of, shown
 from s2o_compile.kernels.support.derivatives import every_derivative, in_forward_mode, may_run_again
 from s2o_compile.kernels.support.torch_compile import (
@@ -27,11 +28,18 @@ from s2o_compile.kernels.support.torch_compile import (
     inductor_options,
     lookup_backend,
 )
+from s2o_compile.passes.site import OWN_FUNCTIONS
 from s2o_compile.rewriting import rewrite
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "s2o."
+
+FLEX_UNCOMPILED = (
+    "FlexAttention with functions of its own is sparse only where the graph is compiled: choose another inner_backend "
+    'than "eager"'
+)
+"""Why such a call ran dense."""
 
 
 @cache
@@ -144,11 +152,24 @@ def _rewritten(
 ) -> Callable[..., Any]:
     """A graph, compiled behind the passes over all of it, or over some nodes."""
     captured = _graph_of(gm)
-    rewrite(gm, config, nodes)
+    records = rewrite(gm, config, nodes)
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=settings.cache_key_tag + _schemas()):
         compiled = compile_graph(gm, example_inputs)
-    return _or_as_captured(gm, captured, compiled)
+    flex_calls = sum(record.rewritten and record.mask == OWN_FUNCTIONS for record in records)
+    path = ("dense", FLEX_UNCOMPILED) if config.inner_backend == "eager" else ("s2o",)
+    return _or_as_captured(gm, captured, _counted(compiled, [path] * flex_calls) if flex_calls else compiled)
+
+
+def _counted(compiled: Callable[..., Any], calls: Sequence[tuple[str, ...]]) -> Callable[..., Any]:
+    """A compiled graph that counts calls which run in it without the operator, as arguments of ``statistics.count``."""
+
+    def run(*inputs: object) -> Any:  # noqa: ANN401 (what the graph returns)
+        for call in calls:
+            count(*call)
+        return compiled(*inputs)
+
+    return run
 
 
 def _compiled(

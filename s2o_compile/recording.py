@@ -109,6 +109,12 @@ _TRANSFORMED = (
 )
 
 
+_GAVE_UP = (
+    " (torch compiled it before: a frame is compiled at most torch._dynamo.config.recompile_limit times, 8 by default. "
+    "Write optimize(model, dynamic=True), pad inputs to a few lengths, or end a torch.compiler.set_stance)"
+)
+
+
 class Account:
     """What happened in the calls of one optimized model; it warns once if nothing of a long call ran sparse.
 
@@ -125,7 +131,7 @@ class Account:
         self._calls = 0
         self._paths: Counter[str] = Counter()
         self._never: Counter[str] = Counter()
-        self._captured: set[str] = set()  # paths of modules in whose frames a graph was captured
+        self._python = 0  # calls in which no graph ran
         self._uncompiled: dict[tuple[str, str], None] = {}  # path of the call, path of the module
         self._breaks: dict[tuple[str, str], None] = {}  # path of the call, reason
 
@@ -150,19 +156,19 @@ class Account:
                 paths=dict(self._paths),
                 never=dict(self._never),
                 graph_breaks=_distinct(self._breaks),
-                uncompiled=self._never_captured(_distinct(self._uncompiled)),
+                uncompiled=_distinct(self._uncompiled),
+                uncompiled_calls=self._python,
             )
 
     @contextmanager
-    def compiling(self, path: str, frame: str) -> Iterator[None]:
-        """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
+    def compiling(self, path: str) -> Iterator[None]:
+        """A block that compiles one graph, captured in a call of the module at a path."""
         recording = Recording(account=self)
         with _open.holding(recording):
             yield
         for account in {id(held.account): held.account for held in (recording, *_open.held())}.values():
             with account._lock:
                 account._graphs += [(path, records) for records in recording.graphs]
-                account._captured.add(frame)
                 if any(recording.graphs):
                     account._found.add(path)
 
@@ -173,7 +179,7 @@ class Account:
         if _open:
             for recording in _open.held():
                 recording.account.count(call)
-        gave_up = call.uncompiled and not call.paths
+        gave_up = _in_no_graph(call) and not call.paths
         if self._warned or (call.path in self._sparse and not gave_up):
             return
         if not SPARSE.isdisjoint(call.paths):
@@ -196,16 +202,9 @@ class Account:
             if call.paths or call.uncompiled or call.breaks:
                 self._paths.update(call.paths)
                 self._never.update(call.never)
-                self._uncompiled |= {(call.path, module): None for module in call.uncompiled}
+                self._uncompiled |= {(call.path, module): None for module in _in_no_graph(call)}
+                self._python += bool(call.uncompiled and not call.compiled)
                 self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
-
-    def _never_captured(self, modules: Iterable[str]) -> tuple[str, ...]:
-        """Those of some modules that no graph was captured in, nor below them: Dynamo skips frames that only call."""
-        return tuple(
-            module
-            for module in modules
-            if not any(frame == module or not module or frame.startswith(f"{module}.") for frame in self._captured)
-        )
 
     @skip_frame
     def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
@@ -215,10 +214,10 @@ class Account:
             return "the masks that were read are no causal, sliding or padding masks"
         if call.never:
             return next(iter(call.never))
-        if found and not self._uncompiled:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
+        modules = _in_no_graph(call)
+        if found and not modules:  # it is short, or was marked dense; `rewrite` warns of what it leaves dense
             return ""
-        breaks, modules = ([x for at, x in seen if at == path] for seen in (self._breaks, self._uncompiled))
-        modules = call.uncompiled if path in self._sparse else self._never_captured(modules)
+        breaks = [reason for at, reason in self._breaks if at == path]
         if not modules and (found or not breaks):
             # Nothing is left to be found: said of the model as a whole, not of a part that needs no attention.
             return "" if path or found else f"none was found in {self._graphs_at(path)}"
@@ -228,7 +227,7 @@ class Account:
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
         if modules:
             names = ", ".join(name or "the model itself" for name in modules[:5])
-            remedy = _TRANSFORMED if interpreter_stack() is not None else ""
+            remedy = _TRANSFORMED if interpreter_stack() is not None else _GAVE_UP if found and path in modules else ""
             reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}{remedy}")
         found = "" if found else f"none was found in {self._graphs_at(path)}; "
         return found + "; ".join(reasons)
@@ -236,6 +235,22 @@ class Account:
     def _graphs_at(self, path: str) -> str:
         number = sum(at == path for at, _ in self._graphs)
         return f"{number} captured graph{'' if number == 1 else 's'}"
+
+
+@skip_frame
+def _in_no_graph(call: ModelCall) -> list[str]:
+    """Modules that Python ran in a call, and below which no graph ran: Dynamo skips frames that only call others.
+
+    Without generators: none can be captured, where the code around the model is compiled with ``fullgraph``.
+    """
+    found = []
+    for module in call.uncompiled:
+        for frame in call.compiled:
+            if frame == module or not module or frame.startswith(f"{module}."):
+                break
+        else:
+            found.append(module)
+    return found
 
 
 def _distinct(seen: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -174,8 +174,9 @@ class Status:
         never: How often long attention was dense, as no length is faster sparse or its scale ranks nothing, by reason.
         graph_breaks: Why torch interrupted the capture at first calls. The counters are the process's: another thread
             that compiled meanwhile may have caused some.
-        uncompiled: Names of modules that Python ran, "" for the model itself. Attention in these is in no graph, unless
-            a module below them was captured by itself.
+        uncompiled: Names of modules that Python ran in some call, "" for the model itself, without a graph in or below
+            them. Attention in these ran dense.
+        uncompiled_calls: Calls in which no graph ran at all.
     """
 
     calls: int
@@ -186,6 +187,7 @@ class Status:
     never: dict[str, int]
     graph_breaks: tuple[str, ...]
     uncompiled: tuple[str, ...]
+    uncompiled_calls: int = 0
 
     @property
     def sparse(self) -> int:
@@ -194,12 +196,16 @@ class Status:
 
     def __str__(self) -> str:
         left = sum(self.left_dense.values())
+        result = "SPARSE" if self.sparse else "NOTHING RAN SPARSE"
+        uncompiled = f"; {self.uncompiled_calls} calls ran uncompiled" if self.uncompiled_calls else ""
         lines = [
-            f"{'SPARSE' if self.sparse else 'NOTHING RAN SPARSE'}: {self.calls} calls, {self.graphs} graphs",
+            f"{result}: {self.calls} calls, {self.graphs} graphs{uncompiled}",
             f"attentions in the graphs: {self.rewritten} rewritten, {left} left dense",
             f"rewritten attentions ran: {self.sparse} sparse, {self.paths.get('dense', 0)} dense (short, or marked), "
             f"{self.paths.get('masked', 0)} dense (their masks)",
         ]
+        if not self.calls:
+            lines.append("never called: call the model that optimize returned, not the original")
         lines += _listed("dense at any length:", [f"{count} x {reason}" for reason, count in self.never.items()])
         lines += _listed("left dense:", [f"{count} x {reason}" for reason, count in self.left_dense.items()])
         lines += _listed("graph breaks:", self.graph_breaks)
@@ -241,10 +247,14 @@ def _row(site: Site, result: str) -> tuple[str, ...]:
 
 
 def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:
-    """Records of the compiler and calls of the operator, matched by site name."""
-    sites = []
+    """Records of the compiler and calls of the operator, matched by site name, and by lengths where graphs share it."""
+    sites, records = [], list(records)
+    by_name: dict[str, list[SiteRecord]] = {}
     for record in records:
-        own = [call for call in calls if record.rewritten and call.site == record.name]
+        by_name.setdefault(record.name, []).append(record)
+    for record in records:
+        named = (call for call in calls if record.rewritten and call.site == record.name)
+        own = [call for call in named if any(owner is record for owner in _owners(call, by_name[record.name]))]
         pairs = sum(call.area.sum().item() for call in own)  # packed documents are calls of their own, some short
         density = sum(call.density * call.area.sum().item() for call in own) / max(pairs, 1.0) if own else None
         error = mean(call.error for call in own)
@@ -258,6 +268,13 @@ def join_calls(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Si
         never = "" if longest is None else longest.never
         sites.append(Site(**fields, path=path, density=density, error=error, never=never))
     return tuple(sites)
+
+
+def _owners(call: Call, records: Sequence[SiteRecord]) -> Sequence[SiteRecord]:
+    """Of the records of one name, those that a call may be of: of its lengths, else of any length, else all."""
+    lengths = {id(record): (*record.query_shape[-2:-1], *record.key_shape[-2:-1]) for record in records}
+    fixed = [x for x in records if lengths[id(x)] == (str(call.n_queries), str(call.n_keys))]
+    return fixed or [x for x in records if not all(map(str.isdigit, lengths[id(x)]))] or records
 
 
 def called_elsewhere(records: Iterable[SiteRecord], calls: Sequence[Call]) -> tuple[Site, ...]:

@@ -83,6 +83,7 @@ FLOORS = {
     **{f"kernels/{name}.py": "kernels: operators" for name in ("dtensors", "ops", "varlen_ops")},
     "passes/site.py": "passes: site",
     "passes/site_names.py": "passes: site",
+    "passes/trail.py": "passes: site",
     **{
         f"s2o_compile/{name}.py": "s2o_compile: ground"
         for name in ("errors", "by_site", "config", "report", "recording", "rewriting")

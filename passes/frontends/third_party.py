@@ -14,6 +14,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import OpOverload, OpOverloadPacket
 from s2o_compile.passes.graph.rejected import Rejected
 from s2o_compile.passes.masks.prover import MaskProver
+from s2o_compile.passes.site import is_named_attention
 
 _NAME = re.compile(
     r"flash_?attn|flash_?attention|memory_efficient_attention|xformers|sage_?attn|sageattention|paged_attention|"
@@ -27,7 +28,8 @@ def is_attention(node: fx.Node) -> bool:
         return False
     target = node.target
     if isinstance(target, (OpOverload, OpOverloadPacket)):
-        return bool(_NAME.search(str(target).lower()))
+        namespace, _, name = str(target).partition(".")
+        return bool(_NAME.search(str(target).lower())) or is_named_attention(namespace, name.partition(".")[0])
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     if module == "torch.backends.cuda":  # asks which kernel SDPA may choose
         return False

@@ -5,9 +5,9 @@ uncompiled, under a `TorchDispatchMode`. There einsum, ``@``, ``baddbmm`` and ``
 operators. Each fused attention of torch is one operator, and the mode sees nothing below it, so nothing counts twice.
 Under a `TorchFunctionMode`, ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` would leave their fused paths.
 
-A hand-written attention is a softmax over the last dimension that reaches a matrix product with values, through
-operators that keep it the same matrix of weights. A router's softmax ends in ``topk``, a classifier's nowhere. ``exp``
-of scores counts, too. Weights that are no product of queries and keys (token mergers, hyper-connections, additive
+A hand-written attention is a product of two tensors that reaches a product with values: through a softmax over the last
+dimension, through ``exp``, or without either. `passes.trail` follows it. A router's softmax ends in ``topk``, a
+classifier's nowhere. Weights that are no product of queries and keys (token mergers, hyper-connections, additive
 attention) have a kind of their own, because no pass looks for them.
 """
 
@@ -33,13 +33,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.kernels.support.torch_compat import TorchDispatchMode, base_of, buffers_of, tree_leaves
 from s2o_compile.kernels.support.torch_compile import names_of_modules, uncompiled
-from s2o_compile.passes.site import SiteRecord, shape_text
+from s2o_compile.passes.site import SiteRecord, is_named_attention, shape_text, sizes_of
+from s2o_compile.passes.trail import Scores, Trail
 
 SDPA = "scaled_dot_product_attention"
 FLEX = "flex_attention"
 HAND_WRITTEN = "softmax attention"
 MIXING = "softmax mixing"
 """A sum of values whose softmax weights are no product of queries and keys."""
+WITHOUT_SOFTMAX = "attention without softmax"
+"""Products of queries, keys and values: linear attention, or other functions of the scores. One a module is counted."""
 
 _LIBRARIES = (
     "flash_attn",
@@ -52,26 +55,31 @@ _LIBRARIES = (
     "kernels",
     "torch_attn",
 )
-"""Namespaces whose operators named like attention are counted; ``s2o`` itself belongs into its own report."""
+"""Namespaces whose operators are counted by a part of their names; ``s2o`` itself belongs into its own report."""
 _FUSED = {
     "_transformer_encoder_layer_fwd": "torch._transformer_encoder_layer_fwd",
     "_native_multi_head_attention": "torch._native_multi_head_attention",
     "_flash_attention_forward": "aten._flash_attention_forward",
     "_efficient_attention_forward": "aten._efficient_attention_forward",
 }
-_SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax"})
+_SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax", "_log_softmax"})
 _EXPONENTIALS = frozenset({"exp", "exp_"})
+_CHOICES = frozenset({"index", "index_select", "gather"})
 _PRODUCTS = frozenset({"mm", "bmm", "baddbmm", "addmm", "matmul"})
-# Operators between the softmax and the values, and between the scores and the softmax, that keep a matrix of queries x
-# keys what it is.
-_KEEPING = frozenset(
+_VIEWS = frozenset(
     (
         "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "clone",
-        "alias", "detach", "contiguous", "_to_copy", "slice", "native_dropout", "dropout", "bernoulli", "mul", "mul_",
+        "alias", "detach", "contiguous", "_to_copy", "lift_fresh", "_reshape_alias", "select", "split", "unbind",
+        "split_with_sizes", "view_as", "flatten", "slice", "index_select",
+    )
+)  # fmt: skip
+# Operators between the softmax and the values, and between the scores and the softmax, that keep a matrix of queries x
+# keys what it is. Of all others, the value's shape tells.
+_KEEPING = _VIEWS | frozenset(
+    (
+        "native_dropout", "dropout", "bernoulli", "mul", "mul_",
         "div", "div_", "add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "where", "nan_to_num", "tanh",
-        "cat", "copy_", "constant_pad_nd", "clamp", "clamp_min", "rsub", "lift_fresh", "_reshape_alias", "neg",
-        "select", "split", "split_with_sizes", "unbind", "tril", "maximum", "view_as", "flatten", "index_select",
-        "_log_softmax",
+        "cat", "copy_", "constant_pad_nd", "clamp", "clamp_min", "rsub", "neg", "tril", "maximum",
     )
 )  # fmt: skip
 
@@ -101,7 +109,7 @@ class Ran:
         """Why this is in the report, if no record of the pass covers it."""
         if self.kind == MIXING:
             return "not found: values are mixed here by a softmax of what is seen to be no product of queries and keys"
-        return f"not found: {self.kind} ran here, and the pass saw it in no captured graph"
+        return f"not found: {self.kind} ran here, and the pass knew it in no captured graph"
 
 
 class Counter(TorchDispatchMode):
@@ -113,9 +121,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.ran: list[Ran] = []
         self._path = path
-        self._scores: Any = WeakIdKeyDictionary()  # tensor -> contracted size of the product that it is
-        # tensor -> the softmax that it is, counted once a product consumes it
-        self._weights: Any = WeakIdKeyDictionary()
+        self._trail: Trail[Tensor] = Trail(WeakIdKeyDictionary())
         self._learned: Any = WeakIdKeyDictionary()  # what is made of one parameter alone, by views and casts
 
     def __torch_dispatch__(
@@ -131,14 +137,12 @@ class Counter(TorchDispatchMode):
         kind = _kind(name, getattr(func, "namespace", ""))
         if kind:
             self._count(func, kind, args, kwargs or {})
-        elif name in _SOFTMAXES:
-            self._softmax(args[0], args[1], output)
-        elif name in _EXPONENTIALS and isinstance(args[0], Tensor) and args[0] in self._scores:
-            self._softmax(args[0], -1, output)
+        elif name in _SOFTMAXES or (name in _EXPONENTIALS and args[0] in self._trail.table):
+            self._softmax(name, args[0], -1 if name in _EXPONENTIALS else args[1], output)
         elif name in _PRODUCTS:
             self._product(name, args, output)
-        elif name in _KEEPING:
-            self._keep(args, output, in_place=name.endswith("_"))
+        else:
+            self._step(name, args, output)
         return output
 
     def _count(self, _: object, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -149,44 +153,40 @@ class Counter(TorchDispatchMode):
             key, path = query, f"{path}.self_attn".removeprefix(".")
         self.ran.append(Ran(path, kind, shape_text(query), shape_text(key), _dtype(query)))
 
-    def _softmax(self, scores: object, dim: int, weights: Tensor) -> None:
-        if not isinstance(scores, Tensor) or scores.ndim < 2 or dim % scores.ndim != scores.ndim - 1:
-            return
-        *rows, keys = shape_text(scores)
-        contracted = self._scores.get(scores)
-        depth = () if contracted is None else (contracted,)
-        shapes = (*rows, *depth), (*rows[:-1], keys, *depth)
-        kind = MIXING if contracted is None else HAND_WRITTEN
-        self._weights[weights] = Ran(self._path(), kind, *shapes, _dtype(scores))
+    def _softmax(self, name: str, scores: object, dim: int, weights: Tensor) -> None:
+        if isinstance(scores, Tensor) and scores.ndim >= 2 and dim % scores.ndim == scores.ndim - 1:
+            self._trail.softmax(name, scores, weights, sizes_of(scores))
 
     def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
         left, right = args[1:3] if name in ("baddbmm", "addmm") else args[:2]
-        # Either order: values may stand on the left, transposed. A parameter is no tensor of values.
-        for weights, values in ((left, right), (right, left)):
-            pending = self._weights.get(weights)
-            if pending is not None and not self._is_learned(values):
-                self.ran.append(pending)
-                for tensor in [t for t, other in self._weights.items() if other is pending]:
-                    del self._weights[tensor]  # two products with the same weights are one attention
-                return
-        if not self._is_learned(right):  # else it is a projection
-            self._scores[output] = shape_text(left)[-1]
+        learned = self._is_learned(left), self._is_learned(right)
+        scores = self._trail.product(left, right, output, sizes_of(output), sizes_of(left)[-1], learned)
+        if scores is not None:
+            self._weigh(scores, output)
+
+    def _weigh(self, scores: Scores, output: Tensor) -> None:
+        """Count an attention whose scores meet its values."""
+        kind = MIXING if scores.depth is None else HAND_WRITTEN if scores.softmax else WITHOUT_SOFTMAX
+        path = self._path()
+        if kind == WITHOUT_SOFTMAX and any(call.path == path and call.kind == kind for call in self.ran):
+            return  # code of this kind has products of its parts
+        self.ran.append(Ran(path, kind, *scores.shapes, _dtype(output)))
 
     def _is_learned(self, tensor: Tensor) -> bool:
         return tensor in self._learned or any(isinstance(x, nn.Parameter) for x in (tensor, base_of(tensor)))
 
-    def _keep(self, args: Sequence[Any], output: object, *, in_place: bool) -> None:
+    def _step(self, name: str, args: Sequence[Any], output: object) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-        if len(inputs) == 1 and self._is_learned(inputs[0]):
+        keeps = name in _KEEPING
+        # An expert's weights are chosen from those of all; of a table of embeddings rows are.
+        chosen = name in _CHOICES and args[0].ndim > 2
+        if (chosen or (keeps and len(inputs) == 1)) and inputs and self._is_learned(inputs[0]):
             self._learned.update((x, True) for x in outputs)
         # Scores copied into a part of a larger tensor make that one scores, too.
-        outputs += [base for x in outputs if in_place and (base := base_of(x)) is not None]
-        for table in (self._weights, self._scores):
-            known = next((table[x] for x in inputs if x in table), None)
-            if known is not None:
-                for x in outputs:
-                    table[x] = known
+        outputs += [base for x in outputs if name.endswith("_") and (base := base_of(x)) is not None]
+        for x in outputs:
+            self._trail.step(name.strip("_"), inputs, x, sizes_of(x), view=name in _VIEWS, keeps=keeps)
 
 
 def _kind(name: str, space: str) -> str:
@@ -196,8 +196,9 @@ def _kind(name: str, space: str) -> str:
         return name
     if space == "aten":
         return _FUSED.get(name, "")
-    known = space.startswith(_LIBRARIES) and "backward" not in name and "bwd" not in name
-    return f"{space}::{name}" if known and any(word in name for word in ("att", "fwd", "forward")) else ""
+    known = space.startswith(_LIBRARIES) and any(word in name for word in ("att", "fwd", "forward"))
+    forward = "backward" not in name and "bwd" not in name
+    return f"{space}::{name}" if forward and (known or is_named_attention(space, name)) else ""
 
 
 def _dtype(tensor: Tensor | None) -> str:

@@ -45,8 +45,8 @@ Backend = Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., obj
 class Account(Protocol):
     """What an optimized model tells about its calls; see ``recording.Account``."""
 
-    def compiling(self, path: str, frame: str) -> AbstractContextManager[None]:
-        """A block that compiles one graph, captured in a call of the module at a path, in the frame of another."""
+    def compiling(self, path: str) -> AbstractContextManager[None]:
+        """A block that compiles one graph, captured in a call of the module at a path."""
         ...
 
     def add(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
@@ -84,14 +84,14 @@ class Compilation:
             # Dynamo makes its guards behind this call. Without these it would not see a hook that comes later.
             call.options = dynamo_options(skip_nnmodule_hook_guards=False)
             call.options.__enter__()
-        frame = name_modules(gm.graph.nodes, call.path, call.module, call.frame)
+        name_modules(gm.graph.nodes, call.path, call.module, call.frame)
         gm.meta[SHARED] = _may_be_shared(call.module, call.frame)
         if call.frame is not call.module:  # behind a graph break
             gm.meta[ELSEWHERE] = frozenset(_names_in(call.path, call.module).values())
         if self.account is None:
             return compile_graph(gm, example_inputs)
-        with self.account.compiling(call.path, frame):
-            return compile_graph(gm, example_inputs)
+        with self.account.compiling(call.path):
+            return _heard(compile_graph(gm, example_inputs))
 
     def compile_part(
         self, nodes: Sequence[torch.fx.Node], backend: Backend, path: str, gm: torch.fx.GraphModule,
@@ -101,7 +101,7 @@ class Compilation:
         compile_part = getattr(self._given[0], "compile_part", None)
         if compile_part is None or self.account is None:
             return backend(gm, example_inputs)
-        with self.account.compiling(path, path):
+        with self.account.compiling(path):
             return compile_part(gm, example_inputs, nodes, backend)
 
 
@@ -229,6 +229,18 @@ def _since(breaks: Mapping[str, int]) -> list[str]:
     return [reason for reason, n in graph_breaks().items() if n > breaks.get(reason, 0)]
 
 
+def _heard(compiled: Callable[..., object]) -> Callable[..., object]:
+    """A compiled graph that tells the call around it in which module it ran."""
+
+    def run(*inputs: object) -> object:
+        call = running.call
+        if call is not None and call.frame is not None:
+            call.compiled |= {vars(call.frame)[ENTRY].path}
+        return compiled(*inputs)
+
+    return run
+
+
 def _may_be_shared(whole: nn.Module, frame: nn.Module) -> str:
     """The class of the module whose frame is captured, if Dynamo may run the graph for others of it; else empty.
 
@@ -249,8 +261,8 @@ def _names_in(path: str, module: nn.Module) -> dict[str, str]:
     }
 
 
-def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, frame: nn.Module) -> str:
-    """Gives the modules of some nodes the names that they have in the model; returns that of the frame's module.
+def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, frame: nn.Module) -> None:
+    """Gives the modules of some nodes the names that they have in the model.
 
     The path is that of the module which was called from outside. Its frame is that of a module in it.
     """
@@ -266,4 +278,3 @@ def name_modules(nodes: Iterable[torch.fx.Node], path: str, module: nn.Module, f
         }
         if named or name:
             node.meta["nn_module_stack"] = named or {"module": (name, type(frame))}
-    return name

@@ -324,3 +324,26 @@ def test_a_hook_is_heard_in_one_model(place):
     heard.clear()
     model(x)
     assert heard == ["before", "copy"]
+
+
+@torch.no_grad()
+def test_a_container_of_a_module_is_one_for_both_until_one_gets_its_own():
+    """As after ``copy.copy``: code of the user's may hold the same dict, so a copy of it could be the wrong one."""
+
+    class Caching(TinyAttention):
+        def __init__(self):
+            super().__init__()
+            self.cache = {}
+
+        def forward(self, x):
+            self.cache.setdefault(x.shape[1], len(self.cache))
+            return super().forward(x)
+
+    model = Caching().eval()
+    model_fast = fast(model)
+    model_fast(tiny_input())
+    assert model_fast.cache is model.cache
+    assert model.cache == {200: 0}
+    model_fast.cache = {}
+    model_fast(tiny_input(150))
+    assert (model.cache, model_fast.cache) == ({200: 0}, {150: 0})

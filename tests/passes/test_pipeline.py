@@ -114,7 +114,7 @@ def test_steps_that_open_and_close_a_call_show_what_they_did(folder):
 
 def test_graphs_are_numbered_and_files_of_earlier_runs_stay(folder):
     folder.mkdir(parents=True)
-    earlier = folder / "graph001_step3_rewrite_before.txt"
+    earlier = folder / "graph001_step4_rewrite_before.txt"
     earlier.write_text("earlier")
     for _ in range(2):
         pipeline.run(attention_graph(), EXACT)

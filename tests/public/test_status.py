@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
@@ -192,3 +193,75 @@ def test_a_dtype_that_never_pays_is_named(monkeypatch):
     obeyed(long)
     assert s2o_compile.status(obeyed).paths == {"s2o": 2}
     tuned.forget()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["recompilations", "stance"])
+def test_a_compiled_model_that_runs_uncompiled_later_is_heard(how):
+    """Short calls use Dynamo's recompilations up; the first long call is dense, in a model without modules of parts."""
+    fast = s2o_compile.optimize(TinyAttention().eval(), LONG, dynamic=False)
+    if how == "recompilations":
+        with torch._dynamo.config.patch(recompile_limit=2):
+            assert said_by(lambda: [fast(tiny_input(length)) for length in (200, 201, 202)]) == []
+            (said,) = said_by(lambda: [fast(tiny_input(1000)) for _ in range(2)])
+    else:
+        fast(tiny_input(200))
+        with torch.compiler.set_stance("force_eager"):
+            (said,) = said_by(lambda: [fast(tiny_input(1000)) for _ in range(2)])
+    assert "these ran uncompiled: the model itself (torch compiled it before" in said
+    assert "optimize(model, dynamic=True)" in said
+    status = s2o_compile.status(fast)
+    assert (status.uncompiled, status.uncompiled_calls) == (("",), 3 if how == "recompilations" else 2)
+    assert f"; {status.uncompiled_calls} calls ran uncompiled" in str(status)
+    assert "ran uncompiled, in no graph:\n  - the model itself" in str(status)
+
+
+@torch.no_grad()
+def test_a_sparse_status_names_the_calls_that_ran_uncompiled():
+    fast = s2o_compile.optimize(tiny_model(), EXACT)
+    fast(tiny_input())
+    with torch.compiler.set_stance("force_eager"):
+        assert len(said_by(lambda: fast(tiny_input()))) == 1
+    status = s2o_compile.status(fast)
+    assert (status.sparse, status.calls, status.uncompiled_calls) == (2, 2, 1)
+    assert status.uncompiled == ("", "layers.0", "layers.1")
+
+
+def test_a_model_that_was_never_called_says_what_to_call():
+    fast = s2o_compile.optimize(tiny_model(), EXACT)
+    assert "never called: call the model that optimize returned" in str(s2o_compile.status(fast))
+
+
+@torch.no_grad()
+def test_a_report_tells_graphs_of_one_site_apart_by_their_lengths():
+    fast = s2o_compile.optimize(tiny_model(), LONG)
+    with s2o_compile.record() as recording:
+        for length in (1000, 200, 210):
+            fast(tiny_input(length))
+    long, _, short, _ = recording.report.sites
+    assert (long.name, long.path, long.result) == ("layers.0", "s2o", "rewritten")
+    assert (short.name, short.path, short.result) == ("layers.0", "dense", "rewritten, ran dense (short)")
+    assert (short.density, short.error) == (1.0, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_that_keeps_its_functions_is_counted(inner):
+    """It runs without the operator: dense where nothing compiles its graph, which the warning says."""
+    distances = torch.linspace(0.1, 1.0, 2)
+
+    class Alibi(nn.Module):
+        def forward(self, q):
+            return flex_attention(q, q, q, lambda score, b, h, i, j: score - distances[h] * (i - j).abs())
+
+    fast = s2o_compile.optimize(Alibi(), S2OConfig(tau=0.5, error=None, min_seq_len=0, inner_backend=inner))
+    said = said_by(lambda: [fast(torch.randn(1, 2, 256, 16)) for _ in range(2)])
+    status = s2o_compile.status(fast)
+    assert status.rewritten == 1
+    if inner == "eager":
+        assert status.paths == {"dense": 2}
+        assert 'choose another inner_backend than "eager"' in said[0]
+        assert "dense at any length:\n  - 2 x FlexAttention with functions of its own" in str(status)
+    else:
+        assert (status.paths, said) == ({"s2o": 2}, [])

@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 _KERNEL_BLOCK = re.compile("BLOCK_[MN]")
 _BACKENDS = ("AUTO", "TRITON")
 
-MASK = "its own mask_mod and score_mod"
-"""The report's text about the mask."""
-
 PAYS_FROM = {"cuda": 32768}
 """By device, the number of keys from which such a call is faster sparse; else the operator's own crossover.
 

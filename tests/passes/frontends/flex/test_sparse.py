@@ -15,6 +15,7 @@ from s2o_compile.kernels.impl.flex import sample as flex_sample
 from s2o_compile.kernels.impl.flex import user_mods as flex_site
 from s2o_compile.passes import pipeline
 from s2o_compile.passes.frontends.flex import sparse as flex_sparse
+from s2o_compile.passes.site import OWN_FUNCTIONS
 from s2o_compile.report import Report, Site
 from tests.conftest import distance
 
@@ -111,7 +112,7 @@ def test_a_bias_and_documents(sparse_calls):
         return flex_attention(q, k, v, score_mod=alibi, block_mask=BLOCKS, enable_gqa=True).transpose(1, 2).flatten(2)
 
     given, output, site = compiled(attend, SOME)
-    assert (site.rewritten, site.mask, site.reason) == (True, flex_sparse.MASK, "")
+    assert (site.rewritten, site.mask, site.reason) == (True, OWN_FUNCTIONS, "")
     pairs = visited(*sparse_calls[-1])
     output = output.unflatten(2, (HEADS, DIM)).transpose(1, 2)
     assert distance(output, exact(*given, alibi, lambda *at: document(*at) & pairs)) < 1e-5
@@ -255,7 +256,7 @@ def test_a_mask_of_every_16th_key(sparse_calls):
     blocks = create_block_mask(every_16th, None, None, LENGTH, LENGTH, device="cpu")
     attend = lambda q, k, v: flex_attention(q, k, v, score_mod=weekly, block_mask=blocks, enable_gqa=True)  # noqa: E731
     given, output, site = compiled(attend, 0.5, segment_len=512)
-    assert site.mask == flex_sparse.MASK
+    assert site.mask == OWN_FUNCTIONS
     dense = exact(*given, weekly, every_16th)
     assert (output - dense).norm() < 0.1 * dense.norm()
 
@@ -271,7 +272,7 @@ def test_tables_narrower_than_the_keys(sparse_calls):
     )  # fmt: skip
     attend = lambda q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=blocks, enable_gqa=True)  # noqa: E731
     given, output, site = compiled(attend, 1e-6)
-    assert site.mask == flex_sparse.MASK
+    assert site.mask == OWN_FUNCTIONS
     assert distance(output, exact(*given, alibi, apart)) < 1e-4
 
 
