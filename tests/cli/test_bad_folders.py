@@ -12,10 +12,9 @@ pytest.importorskip("typer")
 transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from s2o_compile.cli import main as cli  # noqa: E402 (needs typer)
 from s2o_compile.cli import models  # noqa: E402
 from s2o_compile.cli.loading import UnusedWeightsWarning  # noqa: E402
-from s2o_compile.quality.evaluation import Evaluation  # noqa: E402
+from tests.helpers.refusals import complaint  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 
@@ -39,17 +38,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
-
-
-def complaint(result):
-    """The one line of a refusal."""
-    status, printed, _ = result
-    assert status == 2, printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("s2o: ")]
-    assert printed.rstrip().endswith(line)
-    assert "Traceback" not in printed
-    assert len(line) < 1000
-    return line
 
 
 def change_config(folder, **fields):
@@ -279,103 +267,6 @@ def test_a_byte_order_mark_is_dropped(s2o, folder):
     text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
     config.write_bytes(b'\xef\xbb\xbf{"tau": 0.25, "min_seq_len": 256, "segment_len": 256}')
     assert s2o("evaluate", *read(folder), "--no-needles", "--config", config)[0] == 0
-
-
-EVALUATION = {
-    "format": 1,
-    "model": "m",
-    "device": "cpu",
-    "config": {},
-    "lengths": [600],
-    "tokens": 599,
-    "loss_dense": 1.0,
-    "loss_s2o": 1.0,
-    "top1_agreement": 1.0,
-    "kl": 0.0,
-    "sites": [
-        {
-            "name": "layers.0",
-            "head_density": [0.5],
-            "error": 0.1,
-            "head_error": [0.1],
-            "worst_tile": 0.1,
-            "worst_row": 0.1,
-            "tile_keys": [1.0],
-            "tile_visible": [2.0],
-            "curve": [],
-        }
-    ],
-    "exact_sites": {},
-    "needles": None,
-}
-WRONG = ["null", "true", "3", '"text"', "[]", "{}", "[null]", "[[]]", '{"a": 3}', "9" * 5000]
-
-
-def test_an_evaluation_can_be_drawn(s2o, tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    for kind in ("density", "error", "depth"):
-        assert s2o("plot", kind, tmp_path / "evaluation.json", "--out", tmp_path / f"{kind}.png")[0] == 0
-
-
-@pytest.mark.parametrize("place", [*EVALUATION, *(f"sites.{name}" for name in EVALUATION["sites"][0])])
-def test_a_wrong_field_of_an_evaluation_is_named(s2o, tmp_path, place):
-    pytest.importorskip("matplotlib")
-    file, refused = tmp_path / "evaluation.json", 0
-    for value in WRONG:
-        content = json.loads(json.dumps(EVALUATION))
-        holder = content["sites"][0] if place.startswith("sites.") else content
-        holder[place.removeprefix("sites.")] = "VALUE"
-        file.write_text(json.dumps(content).replace('"VALUE"', value))
-        result = s2o("plot", "depth", file, "--out", tmp_path / "depth.png")
-        if result[0]:
-            line = complaint(result)
-            assert "evaluation: expected the JSON of `s2o evaluate --json`" in line
-            assert place.rpartition(".")[2] in line
-            refused += 1
-    assert refused >= len(WRONG) - 4
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0], ids=str)
-def test_counts_are_finite_and_losses_need_not_be(number):
-    content = json.loads(json.dumps(EVALUATION))
-    content["loss_s2o"] = number
-    assert "loss" in str(Evaluation.from_json(json.dumps(content)))
-    for name in ("head_density", "tile_keys", "tile_visible"):
-        wrong = json.loads(json.dumps(EVALUATION))
-        wrong["sites"][0][name] = [number]
-        with pytest.raises(cli.S2OError, match=f"as {name} of the site 'layers.0'"):
-            Evaluation.from_json(json.dumps(wrong))
-
-
-@pytest.mark.parametrize("field", ["lengths", "sites"])
-def test_an_evaluation_of_nothing(field):
-    with pytest.raises(cli.S2OError, match=r"got [01] sites and [01] lengths"):
-        Evaluation.from_json(json.dumps(EVALUATION | {field: []}))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 100_000, "", "3", '{"format": true}', '{"format": 1, "format": 1}', "\ud800"],
-    ids=["deep", "empty", "number", "flag", "twice", "surrogate"],
-)
-def test_text_that_is_no_evaluation(text):
-    with pytest.raises(cli.S2OError, match="expected the JSON of `s2o evaluate --json` in format 1, got") as caught:
-        Evaluation.from_json(text)
-    assert len(str(caught.value)) < 500
-
-
-def test_a_picture_that_cannot_be_written(s2o, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    line = complaint(s2o("plot", "depth", tmp_path / "evaluation.json", "--out", tmp_path / "depth.png"))
-    assert "--out: expected a file that may be written" in line
-    assert "No space left" in line
 
 
 @pytest.mark.parametrize("length", [0, 3, 100, 5000])
