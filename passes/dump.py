@@ -2,7 +2,7 @@
 
 ``S2O_DUMP=folder`` turns it on. For each step that changes a graph, two files hold its readable text:
 
-    graph000_step4_rewrite_before.txt        graph000_step3_rewrite_after.txt
+    graph000_step4_rewrite_before.txt        graph000_step4_rewrite_after.txt
 
 Graphs are numbered from the first number that the folder does not hold yet, so files of earlier runs stay.
 """
