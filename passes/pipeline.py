@@ -151,11 +151,7 @@ def _match_all(run: _Run) -> None:
 
 def _name_unknown(run: _Run) -> None:
     known = [node for node, _, _ in run.sites]
-    nodes = [node for node in run.gm.graph.nodes if run.looks_at(node)]
-    try:
-        run.unknown = _unknown(nodes, known, [run.paths[node] for node in known])
-    except Exception:
-        logger.exception("the search for attention in unknown forms failed, please report that")
+    run.unknown = _unknown(run.gm.graph, run.looks_at, known, [run.paths[node] for node in known])
 
 
 def _rewrite_all(run: _Run) -> None:
@@ -296,12 +292,19 @@ def _rewrite(match: AttentionSite | Rejected, left: SiteRecord, rewriter: Rewrit
     return record(name, query, key, mask=mask, unproven=unproven, dense_heads=dense_heads)
 
 
-def _unknown(nodes: Sequence[fx.Node], known: Sequence[fx.Node], paths: Sequence[str]) -> list[SiteRecord]:
+def _unknown(
+    graph: fx.Graph, looks_at: Callable[[fx.Node], bool], known: Sequence[fx.Node], paths: Sequence[str]
+) -> list[SiteRecord]:
     """The report lines of attentions in unknown forms, of those without a softmax one a module.
 
-    ``paths`` are those of the known ones, whose names theirs must differ from.
+    ``paths`` are those of the known ones, whose names theirs must differ from. A failure of the search must not fail
+    the user's compilation.
     """
-    found = dict(unknown_forms.find(nodes, frozenset(known)))
+    try:
+        found = {node: scores for node, scores in unknown_forms.find(graph.nodes, frozenset(known)) if looks_at(node)}
+    except Exception:
+        logger.exception("the search for attention in unknown forms failed, please report that")
+        return []
     of_modules = module_paths(dict.fromkeys(found, ""))
     first: dict[str, fx.Node] = {}
     for node, path in of_modules.items():
@@ -323,7 +326,7 @@ def _inside(gm: fx.GraphModule, looks_at: Callable[[fx.Node], bool]) -> list[Sit
         attentions = {node: found for node in nodes if (found := _frontend(node))}
         paths = module_paths(dict.fromkeys(attentions, ""))
         records += [_left(node, frontend, reason, paths[node]) for node, frontend in attentions.items()]
-        unknown = _unknown(nodes, list(attentions), list(paths.values()))
+        unknown = _unknown(body.graph, looks_at, list(attentions), list(paths.values()))
         records += (dataclasses.replace(record, reason=reason) for record in unknown)
         records += _inside(body, looks_at)
     return records

@@ -138,7 +138,7 @@ class Trail(Generic[T]):
                 return None
             scores.origin.counted = True
             return scores
-        if not learned[1]:
+        if not learned[1] and not known(depth == 1):  # an outer product makes positions times frequencies
             self.table[output] = Scores(tuple(sizes), depth, tuple(sizes[:-2]), learned=learned[0])
         return None
 

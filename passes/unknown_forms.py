@@ -13,8 +13,8 @@ from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import tree_leaves
 from s2o_compile.passes.frontends.eager import product
-from s2o_compile.passes.graph.calls import function_name
-from s2o_compile.passes.graph.nodes import arguments, value_of
+from s2o_compile.passes.graph.calls import function_name, written_nodes
+from s2o_compile.passes.graph.nodes import arguments, is_weight, value_of
 from s2o_compile.passes.masks import views
 from s2o_compile.passes.site import sizes_of
 from s2o_compile.passes.trail import Scores, Trail
@@ -44,10 +44,11 @@ def find(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> Iterator[tuple
     theirs: set[fx.Node] = set()  # probabilities of known attentions
     for node in nodes:
         value = value_of(node)
-        if isinstance(value, torch.nn.Parameter):
-            learned.add(node)
         if node.op not in ("call_function", "call_method"):
+            if is_weight(node):
+                learned.add(node)
             continue
+        _learn(node, learned)
         if not theirs.isdisjoint(node.all_input_nodes) or (node in known and function_name(node) == "softmax"):
             if product.read(node) is None:
                 theirs.add(node)
@@ -55,6 +56,23 @@ def find(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> Iterator[tuple
             scores = _followed(node, value, trail, learned)
             if scores is not None and scores.depth is not None:
                 yield node, scores
+
+
+def _learn(node: fx.Node, learned: set[fx.Node]) -> None:
+    """Adds a node whose value is made of weights alone, takes out those that another value is written to."""
+    sources = [source for source in node.all_input_nodes if isinstance(value_of(source), torch.Tensor)]
+    if sources and learned.issuperset(sources):
+        learned.add(node)
+        return
+    # An expert's weights are chosen from those of all; of a table of embeddings rows are.
+    if sources and sources[0] in learned and function_name(node) in _CHOICES and value_of(sources[0]).ndim > 2:
+        learned.add(node)
+        return
+    # A cache of keys is a buffer, too, until keys are written to it or to a view of it. Unknown functions do not write.
+    written = written_nodes(node)[:1] if function_name(node) else []
+    while written and written[0] in learned:
+        learned.discard(written[0])
+        written = written[0].all_input_nodes
 
 
 def _followed(node: fx.Node, value: Any, trail: Trail[fx.Node], learned: set[fx.Node]) -> Scores | None:  # noqa: ANN401
@@ -79,11 +97,6 @@ def _followed(node: fx.Node, value: Any, trail: Trail[fx.Node], learned: set[fx.
         x, weight = sources[:2]
         given = x in learned, weight in learned
         return trail.product(x, weight, node, sizes, value_of(x).shape[-1], given)
-    if sources and sources[0] in learned:
-        # An expert's weights are chosen from those of all; of a table of embeddings rows are.
-        chosen = name in _CHOICES and getattr(value_of(sources[0]), "ndim", 0) > 2
-        if chosen or (name in _KEEPING and len(sources) == 1):
-            learned.add(node)
     if name in _SOFTMAXES and (name != "exp" or sources[0] in trail.table):
         dim = -1 if name == "exp" else arguments(node, "input|self", "dim")[1]
         if isinstance(dim, int) and dim in (-1, len(sizes) - 1):

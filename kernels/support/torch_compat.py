@@ -11,7 +11,7 @@ from __future__ import annotations
 import pkgutil
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -277,6 +277,11 @@ def is_erased(node: fx.Node) -> bool:
 
 
 _BASE = _attribute("torch.Tensor._base", "counting attentions behind views")
+
+
+def is_held_by_module(meta: Mapping[str, Any]) -> bool:
+    """Whether an input of Dynamo's graph is a tensor of a module, by its metadata; False if torch does not say."""
+    return (meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") == "unguarded"
 
 
 def base_of(x: Tensor) -> Tensor | None:

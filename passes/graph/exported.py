@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from s2o_compile.kernels.support.torch_compat import HigherOrderOperator, OpOverload, is_erased
 from s2o_compile.passes.graph.inlining import inline
-from s2o_compile.passes.graph.nodes import value_of
+from s2o_compile.passes.graph.nodes import WEIGHT, value_of
 
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 
@@ -35,9 +35,16 @@ def opened(program: ExportedProgram) -> Iterator[None]:
     for node in about:
         graph.erase_node(node)
     before = {node: node.target for node in graph.nodes}
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    weights = [node for node in graph.find_nodes(op="placeholder") if node.name in held]
+    for node in weights:
+        node.meta[WEIGHT] = True
     try:
         yield
     finally:
+        for node in weights:
+            node.meta.pop(WEIGHT)
         _put_back(graph, order, about)
         _to_operators(graph, before)
 

@@ -15,6 +15,7 @@ from torch import fx
 from s2o_compile.kernels.support.torch_compat import (
     bound_sympy,
     free_unbacked_symbols,
+    is_held_by_module,
     statically_known_true,
     value_ranges,
 )
@@ -30,6 +31,19 @@ def value_of(node: object) -> Any:  # noqa: ANN401 (a tensor, a number, a tuple 
     if not isinstance(node, fx.Node):
         return node
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+WEIGHT = "s2o_weight"
+"""In the metadata of an exported graph's inputs: that one is a parameter or a buffer. Its value does not show it."""
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is a parameter, a buffer or another tensor of a module, and no input of the call."""
+    value = value_of(node)
+    if node.op not in ("placeholder", "get_attr") or not isinstance(value, torch.Tensor):
+        return False
+    held = WEIGHT in node.meta or is_held_by_module(node.meta)
+    return node.op == "get_attr" or isinstance(value, torch.nn.Parameter) or held
 
 
 _INHERITED = ("nn_module_stack", "source_fn_stack", "stack_trace", "seq_nr")

@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,11 @@ class Counter(TorchDispatchMode):
         self.ran: list[Ran] = []
         self._path = path
         self._trail: Trail[Tensor] = Trail(WeakIdKeyDictionary())
-        self._learned: Any = WeakIdKeyDictionary()  # what is made of one parameter alone, by views and casts
+        self._learned: Any = WeakIdKeyDictionary()  # what is made of parameters and buffers alone
+
+    def learn(self, buffers: Iterable[Tensor]) -> None:
+        """Tensors that are no input of the call, as parameters are none."""
+        self._learned.update((buffer, True) for buffer in buffers)
 
     def __torch_dispatch__(
         self,
@@ -160,6 +164,8 @@ class Counter(TorchDispatchMode):
     def _product(self, name: str, args: Sequence[Any], output: Tensor) -> None:
         left, right = args[1:3] if name in ("baddbmm", "addmm") else args[:2]
         learned = self._is_learned(left), self._is_learned(right)
+        if all(learned):
+            self._learned[output] = True
         scores = self._trail.product(left, right, output, sizes_of(output), sizes_of(left)[-1], learned)
         if scores is not None:
             self._weigh(scores, output)
@@ -173,16 +179,20 @@ class Counter(TorchDispatchMode):
         self.ran.append(Ran(path, kind, *scores.shapes, _dtype(output)))
 
     def _is_learned(self, tensor: Tensor) -> bool:
-        return tensor in self._learned or any(isinstance(x, nn.Parameter) for x in (tensor, base_of(tensor)))
+        tensors = [x for x in (tensor, base_of(tensor)) if x is not None]
+        return any(isinstance(x, nn.Parameter) or x in self._learned for x in tensors)
 
     def _step(self, name: str, args: Sequence[Any], output: object) -> None:
         inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-        keeps = name in _KEEPING
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         # An expert's weights are chosen from those of all; of a table of embeddings rows are.
-        chosen = name in _CHOICES and args[0].ndim > 2
-        if (chosen or (keeps and len(inputs) == 1)) and inputs and self._is_learned(inputs[0]):
+        chosen = name in _CHOICES and args[0].ndim > 2 and self._is_learned(args[0])
+        if inputs and (chosen or all(map(self._is_learned, inputs))):
             self._learned.update((x, True) for x in outputs)
+        elif name.endswith("_"):  # a cache of keys is a buffer, too, until keys are written to it or to a view of it
+            for x in (x for output in outputs for x in (output, base_of(output)) if x is not None):
+                self._learned.pop(x, None)
+        outputs, keeps = [x for x in outputs if x.is_floating_point()], name in _KEEPING
         # Scores copied into a part of a larger tensor make that one scores, too.
         outputs += [base for x in outputs if name.endswith("_") and (base := base_of(x)) is not None]
         for x in outputs:
@@ -267,6 +277,8 @@ def take(
         stack.enter_context(register_module_forward_pre_hook(path.enter))
         stack.enter_context(register_module_forward_hook(path.leave, always_call=True))
         counting = stack.enter_context(counter(path))
+        if isinstance(copied, nn.Module):
+            counting.learn(copied.buffers())
         copied(*args, **kwargs)
         return tuple(counting.ran)
 

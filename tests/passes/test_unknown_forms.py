@@ -143,6 +143,86 @@ def test_what_is_no_attention_is_not_named(form):
     assert len(capture.records) == 1
 
 
+class Weights(nn.Module):
+    """Two layers whose weights are made of parameters and buffers in some way, behind an attention."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+        self.a, self.b = nn.Parameter(torch.randn(32, D)), nn.Parameter(torch.randn(D, 32))
+        self.register_buffer("c", torch.randn(32, D))
+        self.register_buffer("d", torch.randn(D, 32))
+
+    def forward(self, q):
+        first, second = self.made(self)
+        x = F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(0, 2)
+        return F.linear(F.linear(x, first).relu(), second)
+
+
+WEIGHTS = {
+    "parameters": lambda m: (m.a, m.b),
+    "normalised": lambda m: (F.normalize(m.a, dim=-1), F.normalize(m.b, dim=-1)),
+    "rounded": lambda m: tuple((w / w.abs().mean()).round().clamp(-1, 1) * w.abs().mean() for w in (m.a, m.b)),
+    "weight-norm": lambda m: (torch._weight_norm(m.a, m.a[:, :1]), torch._weight_norm(m.b, m.b[:, :1])),
+    "buffers": lambda m: (m.c, m.d),
+    "dequantised": lambda m: (m.c.to(torch.int8) * m.a[:, :1], m.d.to(torch.int8) * m.b[:, :1]),
+    "merged": lambda m: (m.a + m.c @ m.d @ m.c, m.b @ m.a @ m.d),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", WEIGHTS)
+def test_layers_are_no_attention_whatever_their_weights_are_made_of(made):
+    report = s2o_compile.explain(Weights(WEIGHTS[made]), heads(), config=EXACT)
+    assert [site.rewritten for site in report.sites] == [True]
+
+
+@pytest.mark.parametrize("made", WEIGHTS)
+def test_nor_in_exported_programs(made, recwarn):
+    with s2o_compile.record() as recording:
+        s2o_compile.export(Weights(WEIGHTS[made]), (heads(),))
+    assert [[record.rewritten for record in records] for records in recording.graphs] == [[True]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("view", [False, True])
+def test_buffers_that_keys_are_written_to_are_no_weights(view):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("keys", torch.zeros(2, H, 2 * N, D))
+
+        def forward(self, q, k, v):
+            if view:
+                self.keys[:, :, :N].copy_(k)
+            else:
+                self.keys[:, :, :N] = k
+            return torch.sigmoid(scores(q, self.keys)) @ torch.cat((v, v), -2)
+
+    (site,) = s2o_compile.explain(Cached(), heads(), heads(), heads(), config=EXACT).sites
+    assert OTHER in site.reason
+
+
+@torch.no_grad()
+def test_rotations_by_an_outer_product_are_no_scores():
+    """Of as many tokens as a head has dimensions."""
+
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("frequencies", torch.rand(D // 2))
+
+        def forward(self, q, k, v):
+            at = torch.arange(D, dtype=torch.float32)[None]
+            angles = (self.frequencies[:, None] @ at).mT
+            (q, k), cos, sin = (q[..., :D, :], k[..., :D, :]), angles.cos(), angles.sin()
+            q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (x.chunk(2, -1) for x in (q, k)))
+            return scores(q, k).softmax(-1) @ v[..., :D, :]
+
+    (site,) = s2o_compile.explain(Rotated(), heads(), heads(), heads(), config=EXACT).sites
+    assert site.rewritten
+
+
 @torch.no_grad()
 def test_layers_of_softmax_attention_name_nothing_else():
     """The output of one attention is not the scores of the next."""
@@ -208,8 +288,12 @@ def test_a_failure_of_the_search_fails_nothing(monkeypatch, caplog):
     def broken(*_):
         raise ValueError("broken")
 
+    def conditional(q):
+        attended = F.scaled_dot_product_attention(q, q, q)
+        return torch.cond(q.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (attended.contiguous(),))
+
     monkeypatch.setattr("s2o_compile.passes.unknown_forms.find", broken)
     capture = Capture()
-    torch.compile(F.scaled_dot_product_attention, backend=capture)(heads(), heads(), heads())
+    torch.compile(conditional, backend=capture)(heads())
     assert [record.rewritten for record in capture.records] == [True]
     assert "please report that" in caplog.text
