@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,10 +80,12 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torc
                     raise
 
     # One future a thread: one an item took longer than short items do.
-    pool = _pool(threads)
-    futures = [pool.submit(alone) for _ in range(min(threads, len(left)))]
+    pool, futures = _pool(threads), []
     try:
+        futures.extend(pool.submit(alone) for _ in range(min(threads, len(left))))
         wait(futures)
+    except RuntimeError:  # there is no further thread, or Python ends, which lets none begin
+        alone()
     finally:
         left.clear()
         wait(futures)  # nobody writes into tensors of a call that has ended
@@ -91,9 +93,12 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torc
         future.result()  # raises what an item raised
 
 
-@cache
+@lru_cache(maxsize=2)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that compute alone, kept for the next call: to begin new ones took 2 ms (2 cores)."""
+    """Threads that compute alone, kept for the next call: to begin new ones took 2 ms (2 cores).
+
+    Those of a number that is no longer asked for end.
+    """
     return ThreadPoolExecutor(threads, thread_name_prefix="s2o", initializer=compute_alone)
 
 

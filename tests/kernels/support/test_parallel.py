@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
-from s2o_compile.kernels.support.parallel import can_compute_alone, for_each
+from s2o_compile.kernels.support.parallel import _pool, can_compute_alone, for_each
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,58 @@ def test_threads_are_kept_for_the_next_call():
     assert threads_of(2) == threads_of(2)
     torch.set_num_threads(3)
     assert len(threads_of(3)) == 3
+
+
+def test_threads_of_numbers_that_are_no_longer_asked_for_end():
+    if not can_compute_alone():
+        pytest.skip("items run in order")
+    before = threading.active_count()
+    for number in range(2, 9):
+        torch.set_num_threads(number)
+        threads_of(number)
+    deadline = time.monotonic() + 30
+    while threading.active_count() - before > 7 + 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_without_threads_the_caller_does_what_is_left(monkeypatch):
+    if not can_compute_alone():
+        pytest.skip("items run in order")
+    pool, seen = _pool(2), []
+    submit, given = pool.submit, iter([True, False])
+
+    def rarely(work):
+        if next(given):
+            return submit(work)
+        raise RuntimeError("can't start new thread")
+
+    def work(item: int) -> None:
+        threading.Event().wait(0.01)
+        seen.append(item)
+
+    monkeypatch.setattr(pool, "submit", rarely)
+    for_each(work, range(20), CPU)
+    assert sorted(seen) == list(range(20))
+
+
+AT_THE_END = """
+import threading, torch
+from s2o_compile.kernels.support.parallel import for_each
+torch.set_num_threads(2)
+done = []
+for_each(id, range(9), torch.device("cpu"))
+def late():
+    threading.main_thread().join()
+    for_each(done.append, range(9), torch.device("cpu"))
+    print(sorted(done))
+threading.Thread(target=late).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_computes_on():
+    found = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout == f"{list(range(9))}\n", found.stderr
 
 
 IN_A_CHILD = """
