@@ -66,7 +66,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         head, segment = segment_of(number)
         keys = torch.arange(n_keys)
         rows = head * n_keys + keys
-        slots = segment.first + scored_positions(query, segment_len, group).expand(group, -1)
+        slots = segment.first + scored_positions(call.query, segment_len, group).expand(group, -1)
         queries, allowed = query[query_rows(head, slots)], allowed_keys(head, keys, rest)
         normaliser = row_normaliser(queries, slots, key[rows], allowed, mask, segment, segment_len)
         normaliser = normaliser.masked_fill(slots >= n_queries, float("inf"))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from s2o_compile.kernels.core.call import AttentionCall
+from s2o_compile.kernels.impl.aot import cpu_forward
 from s2o_compile.kernels.ranking.per_query import scored_positions, scored_rows
 
 
@@ -30,3 +32,19 @@ def test_heads_rank_by_queries_of_their_own():
     assert positions.unique().numel() == positions.numel()
     assert positions.min() == 0
     assert 504 < positions.max() < 512
+
+
+def test_packages_rank_by_as_many(monkeypatch):
+    """They compute in float32 throughout."""
+    query, key, value = (torch.randn(1, 2, 2048, 32, dtype=torch.bfloat16) for _ in range(3))
+    call = AttentionCall.of(query, key, value, None, causal=True, causal_offset=None, scale=0.2, softcap=None)
+    spread, rows = cpu_forward.scored_positions, set()
+
+    def counted(*given):
+        positions = spread(*given)
+        rows.add(positions.shape[1])
+        return positions
+
+    monkeypatch.setattr(cpu_forward, "scored_positions", counted)
+    cpu_forward.attend(call, [0.1, 0.1], 1024)
+    assert rows == {spread(query, 1024, 1).shape[1]} == {256}
