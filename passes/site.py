@@ -78,6 +78,7 @@ class SiteRecord:
         dense_heads: Key/value heads that run dense because the user marked them.
         unheld_error: The error ceiling that it was given and that nothing holds, because FlexAttention measures nothing
             while it runs: it goes by its tau. None where there is none, or it is held.
+        certain: Whether this is an attention for sure: other code multiplies three tensors without a softmax, too.
     """
 
     name: str
@@ -90,6 +91,7 @@ class SiteRecord:
     dtype: str = ""
     dense_heads: tuple[int, ...] = ()
     unheld_error: float | None = None
+    certain: bool = True
 
 
 def shape_text(value: object) -> tuple[str, ...]:

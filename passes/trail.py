@@ -82,6 +82,7 @@ class Scores:
             query_shape=query_shape,
             key_shape=key_shape,
             dtype=str(output.dtype).removeprefix("torch."),
+            certain=self.mixed or bool(self.softmax),
         )
 
     @property
@@ -95,8 +96,14 @@ class Scores:
         if self.softmax:
             return f"its form around the softmax is not known{through}: choose scaled_dot_product_attention"
         if set(self.steps) <= _LINEAR:
-            return "it is linear attention: no softmax stands between its products, so no key can be left out"
-        return f"its products have no softmax over the keys between them{through}, and the sparse operator has no other"
+            return (
+                "three tensors are multiplied with no softmax between them: if this is attention, it is linear "
+                "attention, which can leave no key out"
+            )
+        return (
+            f"three tensors are multiplied with no softmax over the keys between them{through}: if this is attention, "
+            "the sparse operator does not compute it"
+        )
 
 
 class Trail(Generic[T]):

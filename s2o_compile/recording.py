@@ -169,7 +169,7 @@ class Account:
         for account in {id(held.account): held.account for held in (recording, *_open.held())}.values():
             with account._lock:
                 account._graphs += [(path, records) for records in recording.graphs]
-                if any(recording.graphs):
+                if any(record.certain for records in recording.graphs for record in records):
                     account._found.add(path)
 
     @skip_frame

@@ -17,7 +17,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, lru_cache
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,9 +80,9 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torc
                     left.clear()
                     raise
 
-    # One future a thread: one an item took longer than short items do.
     pool, futures = _pool(threads), []
     try:
+        # One future a thread: one an item took longer than short items do.
         futures.extend(pool.submit(alone) for _ in range(min(threads, len(left))))
         wait(futures)
     except RuntimeError:  # there is no further thread, or Python ends, which lets none begin
@@ -89,18 +90,26 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item], device: torc
     finally:
         left.clear()
         wait(futures)  # nobody writes into tensors of a call that has ended
+        _idle.append((threads, pool))
     for future in futures:
         future.result()  # raises what an item raised
 
 
-@lru_cache(maxsize=2)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that compute alone, kept for the next call: to begin new ones took 2 ms (2 cores).
-
-    Those of a number that is no longer asked for end.
-    """
+    """So many threads that compute alone and that no other call uses."""
+    with suppress(IndexError):
+        number, pool = _idle.pop()
+        if number == threads:  # else they end: another number is asked for now
+            return pool
     return ThreadPoolExecutor(threads, thread_name_prefix="s2o", initializer=compute_alone)
 
 
+_idle: deque[tuple[int, ThreadPoolExecutor]] = deque(maxlen=2)
+"""Threads that no call uses, and their number, for the next call: to begin new ones took 2 ms (2 cores).
+
+Calls at the same time have threads of their own. What a thread of torch has from its beginning, they keep:
+``torch.set_flush_denormal`` changes nothing for them.
+"""
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads

@@ -120,6 +120,22 @@ def test_the_status_and_the_warning_name_it():
     assert count == 1
 
 
+class Chain(nn.Module):
+    """A power of a matrix, of values: a graph network multiplies so, and linear attention does."""
+
+    def forward(self, q, k, v):
+        return q @ k.mT @ v
+
+
+@torch.no_grad()
+def test_what_may_be_no_attention_is_named_and_warns_of_nothing(recwarn):
+    fast = s2o_compile.optimize(Chain(), EXACT)
+    fast(heads(), heads(), heads())
+    ((reason, _),) = s2o_compile.status(fast).left_dense.items()
+    assert "if this is attention" in reason
+    assert not [x for x in recwarn if issubclass(x.category, NothingRewrittenWarning)]
+
+
 def by_experts(q, k, v, w):
     """Weights of an expert, chosen from those of all."""
     experts = w.expand(D, H, H).reshape(4, D, D // 4)[torch.tensor([0, 1])]

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from s2o_compile.kernels.support.parallel import _pool, can_compute_alone, for_each
+from s2o_compile.kernels.support import parallel
+from s2o_compile.kernels.support.parallel import can_compute_alone, for_each
 
 CPU = torch.device("cpu")
 
@@ -109,7 +110,8 @@ def test_threads_of_numbers_that_are_no_longer_asked_for_end():
 def test_without_threads_the_caller_does_what_is_left(monkeypatch):
     if not can_compute_alone():
         pytest.skip("items run in order")
-    pool, seen = _pool(2), []
+    for_each(id, range(2), CPU)
+    (_, pool), seen = parallel._idle[-1], []
     submit, given = pool.submit, iter([True, False])
 
     def rarely(work):
@@ -124,6 +126,23 @@ def test_without_threads_the_caller_does_what_is_left(monkeypatch):
     monkeypatch.setattr(pool, "submit", rarely)
     for_each(work, range(20), CPU)
     assert sorted(seen) == list(range(20))
+
+
+def test_calls_at_the_same_time_do_not_wait_for_each_other():
+    first_began, second_ended = threading.Event(), threading.Event()
+
+    def long(_: int) -> None:
+        first_began.set()
+        assert second_ended.wait(30)
+
+    torch.set_num_threads(2)
+    first = threading.Thread(target=for_each, args=(long, range(2), CPU))
+    first.start()
+    assert first_began.wait(30)
+    for_each(id, range(9), CPU)
+    second_ended.set()
+    first.join(30)
+    assert not first.is_alive()
 
 
 AT_THE_END = """
