@@ -174,10 +174,7 @@ class AttentionCall:
         return self.but(key=key, value=value, pages=None)
 
     def over_seen_keys(self) -> AttentionCall:
-        """The call without the keys behind the last that some query sees, but for one key at least.
-
-        They are the unused end of a static cache. What it holds must not decide how keys are ranked.
-        """
+        """The call without keys behind the last that a query sees: the end of a static cache must not rank others."""
         if not self.mask.causal or self.lengths is not None:
             return self
         stop = max(self.mask.visible_range(0, self.n_queries - 1, self.n_keys)[1], 1)

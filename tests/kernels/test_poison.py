@@ -127,12 +127,14 @@ class TestHiddenKeys:
         if inputs.mask.key_mask is not None:
             hidden = hidden | ~inputs.mask.key_mask
         noise = torch.randn(2, *inputs.key.shape, generator=torch.Generator().manual_seed(0)) * number
-        changed = [torch.where(hidden[:, None, :, None], new, x) for new, x in zip(noise, inputs.tensors[1:])]
+        changed = [
+            torch.where(hidden[:, None, :, None], new, x) for new, x in zip(noise, inputs.tensors[1:], strict=True)
+        ]
         options = {"tau": 0.5, "segment_len": 128, "return_lse": True, "implementation": implementation}
         expected = call(inputs, **options)
         found = call(type(inputs)(inputs.query, *changed, inputs.mask, inputs.scale), **options)
         assert hidden.any()
-        assert all(torch.equal(x, y) for x, y in zip(found, expected))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 class TestBlindRows:
