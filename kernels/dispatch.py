@@ -190,7 +190,7 @@ def run_planned(
     """
     options.check_heads(call.query.shape[1])
     implementation = choose_implementation(options.implementation, call.query)
-    ready, tau = call.for_kernels(), options.tau_on(call.query.device)
+    ready, tau = call.over_seen_keys().for_kernels(), options.tau_on(call.query.device)
     # As the operator does: a product of float32 must not become one of bfloat16 on the way.
     with ready.on_device(), torch.autocast(call.query.device.type, enabled=False):
         if implementation == "flex":
@@ -300,7 +300,7 @@ def execute(
     Sparse results go to ``output`` and ``lse``, if they are given.
     """
     implementation = choose_implementation(options.implementation, call.query)
-    call = call.for_kernels()
+    call = (call.over_seen_keys() if path == "s2o" else call).for_kernels()
     with call.on_device():
         if path != "s2o":
             return EXACT[implementation](call)

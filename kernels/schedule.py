@@ -179,5 +179,4 @@ def cut(call: AttentionCall, heads: slice, rows: slice) -> AttentionCall:
     if not mask.causal:
         return part
     stop = min(max(rows.stop + mask.offset, 1), call.n_keys)
-    key_mask = None if mask.key_mask is None else mask.key_mask[:, :stop]
-    return part.first_keys(stop, replace(mask, offset=mask.offset + rows.start, key_mask=key_mask))
+    return part.first_keys(stop, replace(mask.first_keys(stop), offset=mask.offset + rows.start))

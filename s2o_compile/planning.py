@@ -227,6 +227,7 @@ def plan(
     wanted = "auto" if options.implementation == "flex" else options.implementation
     implementation = choose_implementation(wanted, query)
     call = call.but(mask=call.mask.for_batch(query.shape[0])).for_kernels()
+    mask, call = call.mask, call.over_seen_keys()
     with call.on_device():
         ranked = build_plan(call, options, implementation)
         unvisited = estimate_unvisited(call, ranked, implementation)
@@ -243,8 +244,8 @@ def plan(
         key_shape=tuple(key.shape),  # pyright: ignore[reportArgumentType]
         dtype=query.dtype,
         device=query.device,
-        causal=call.mask.causal,
-        causal_offset=call.mask.offset,
-        key_mask=call.mask.key_mask,
+        causal=mask.causal,
+        causal_offset=mask.offset,
+        key_mask=mask.key_mask,
         tau=options.fixed_tau,
     )

@@ -126,7 +126,8 @@ class _Attending:
 
         def solve() -> Basis:
             wait()
-            return made.basis(call.over(query, key, call.value))
+            key_mask = None if call.mask.key_mask is None else call.mask.key_mask[:, ::step].contiguous()
+            return made.basis(call.over(query, key, call.value, replace(call.mask, key_mask=key_mask)))
 
         return solve
 

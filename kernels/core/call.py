@@ -173,6 +173,13 @@ class AttentionCall:
         key, value = (x.index_select(2, rows) for x in (self.key, self.value))
         return self.but(key=key, value=value, pages=None)
 
+    def over_seen_keys(self) -> AttentionCall:
+        """The call without keys behind the last that a query sees: the end of a static cache must not rank others."""
+        if not self.mask.causal or self.lengths is not None:
+            return self
+        stop = max(self.mask.visible_range(0, self.n_queries - 1, self.n_keys)[1], 1)
+        return self if stop == self.n_keys else self.first_keys(stop, self.mask.first_keys(stop))
+
     def for_kernels(self) -> AttentionCall:
         """The call as our executors take it: unit last strides, and an offset beyond which nothing changes."""
         mask = self.mask.within(self.n_queries, self.n_keys)

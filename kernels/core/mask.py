@@ -93,6 +93,10 @@ class AttentionMask:
             return self
         return replace(self, offset=min(max(self.offset, -n_queries), n_keys))
 
+    def first_keys(self, stop: int) -> AttentionMask:
+        """The mask of the keys before ``stop``."""
+        return self if self.key_mask is None else replace(self, key_mask=self.key_mask[:, :stop])
+
     def text(self, n_queries: int, n_keys: int) -> str:
         """The mask in words, such as ``causal, window 4096, key padding``."""
         shift = n_keys - n_queries

@@ -67,14 +67,19 @@ def half_steps(head_dim: int, count: int) -> int:
     return 2 if count >= 64 and count + 2 >= head_dim // 2 else 4
 
 
-def choose_basis(query: Tensor, key: Tensor, count: int) -> Basis:
-    """The basis of ``count`` directions of queries [B, Hq, Nq, D] and keys [B, Hkv, Nk, D]."""
-    return solve_basis(*(x[:, :, :: dim_stride(x.shape[2])] for x in (query, key)), count)
+def choose_basis(query: Tensor, key: Tensor, count: int, key_mask: Tensor | None = None) -> Basis:
+    """The basis of ``count`` directions of queries [B, Hq, Nq, D] and keys [B, Hkv, Nk, D].
+
+    Keys that ``key_mask``, bool [B, Nk], hides are left out: what padding holds must not decide how keys are ranked.
+    """
+    step = dim_stride(key.shape[2])
+    sampled = None if key_mask is None else key_mask[:, ::step]
+    return solve_basis(query[:, :, :: dim_stride(query.shape[2])], key[:, :, ::step], count, sampled)
 
 
-def solve_basis(query: Tensor, key: Tensor, count: int) -> Basis:
-    """`choose_basis` of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D]."""
-    query_moment, key_covariance = second_moments(query, key)
+def solve_basis(query: Tensor, key: Tensor, count: int, key_mask: Tensor | None = None) -> Basis:
+    """`choose_basis` of sampled queries [B, Hq, n, D] and keys [B, Hkv, m, D], and their ``key_mask``, [B, m]."""
+    query_moment, key_covariance = second_moments(query, key, key_mask)
     salience = query_moment.diagonal(dim1=-2, dim2=-1) * key_covariance.diagonal(dim1=-2, dim2=-1)
     dims = salience.topk(count, dim=-1).indices
     start = torch.eye(key.shape[3], dtype=torch.float32, device=key.device)[dims].transpose(-1, -2)
@@ -85,14 +90,20 @@ def solve_basis(query: Tensor, key: Tensor, count: int) -> Basis:
     return basis
 
 
-def second_moments(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def second_moments(query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """E[q q'] over the group and Cov[k], float32 [B, Hkv, D, D], each with a mean diagonal of 1.
 
     Numbers that are not finite count as zero, and a dimension whose power overflows is left out.
     """
     batch, kv_heads, _, head_dim = key.shape
     query, key = (x.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0) for x in (query, key))
-    query, key = query.reshape(batch, kv_heads, -1, head_dim), key.sub_(key.mean(2, keepdim=True))
+    query = query.reshape(batch, kv_heads, -1, head_dim)
+    if key_mask is None:
+        key = key.sub_(key.mean(2, keepdim=True))
+    else:
+        shown = key_mask[:, None, :, None]
+        mean = key.masked_fill(~shown, 0.0).sum(2, keepdim=True) / shown.sum(2, keepdim=True).clamp(min=1)
+        key = (key - mean).masked_fill(~shown, 0.0)
     return _normal(query.transpose(-1, -2) @ query), _normal(key.transpose(-1, -2) @ key)
 
 

@@ -135,7 +135,7 @@ def row_normaliser(
 
 def basis_of_samples(samples: AttentionCall) -> Basis:
     """The basis of a call whose every few queries and keys these are (``basis.dim_stride``)."""
-    return solve_basis(samples.query, samples.key, few_dims(samples.query.shape[3]))
+    return solve_basis(samples.query, samples.key, few_dims(samples.query.shape[3]), samples.mask.key_mask)
 
 
 def few_keys_of(call: AttentionCall, basis: Basis) -> Tensor:
@@ -160,7 +160,9 @@ def prepare(
     kept, few_keys = call.kept, None if made is None else made.keys
 
     def chosen() -> Basis:
-        return made.basis if made is not None else choose_basis(call.query, call.key, few_dims(call.query.shape[3]))
+        if made is not None:
+            return made.basis
+        return choose_basis(call.query, call.key, few_dims(call.query.shape[3]), call.mask.key_mask)
 
     basis = chosen() if kept is None else kept.once("basis", chosen)
     if kept is not None:

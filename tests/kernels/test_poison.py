@@ -105,6 +105,38 @@ class TestPoison:
         assert torch.equal(ours[:, :, seeing], theirs[:, :, seeing])
 
 
+class TestHiddenKeys:
+    """What hidden keys and values hold changes no bit, also where the rest is ranked and left out."""
+
+    @pytest.mark.parametrize("implementation", ["auto", "torch"])
+    @pytest.mark.parametrize("number", [3.0, 1e4])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(queries=700, batch=2, padding="left"),
+            Case(queries=700, batch=2, padding="right", causal=False),
+            Case(queries=500, keys=1400, offset=0),
+            Case(queries=500, keys=1400, offset=200, batch=2, padding="left"),
+        ],
+        ids=str,
+    )
+    def test_they_change_no_bit(self, case, number, implementation):
+        inputs = case.inputs(heavy=64)
+        last = case.queries - 1 + case.causal_offset if case.causal else case.n_keys - 1
+        hidden = (torch.arange(case.n_keys) > last).expand(case.batch, -1)
+        if inputs.mask.key_mask is not None:
+            hidden = hidden | ~inputs.mask.key_mask
+        noise = torch.randn(2, *inputs.key.shape, generator=torch.Generator().manual_seed(0)) * number
+        changed = [
+            torch.where(hidden[:, None, :, None], new, x) for new, x in zip(noise, inputs.tensors[1:], strict=True)
+        ]
+        options = {"tau": 0.5, "segment_len": 128, "return_lse": True, "implementation": implementation}
+        expected = call(inputs, **options)
+        found = call(type(inputs)(inputs.query, *changed, inputs.mask, inputs.scale), **options)
+        assert hidden.any()
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 class TestBlindRows:
     @pytest.mark.parametrize("options", [{}, {"tau": 1.0}, {"min_seq_len": 10**6}], ids=["exact", "s2o", "dense"])
     @pytest.mark.parametrize(

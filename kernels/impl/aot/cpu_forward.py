@@ -42,7 +42,8 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     kv_heads, n_keys = key.shape[1:3]
     group, tiles = heads // kv_heads, segment_len // TILE_LEN
     segments = (n_queries + segment_len - 1) // segment_len
-    basis = solve_basis(_samples(query), _samples(key), few_dims(head_dim))
+    sampled = None if mask.key_mask is None else _samples(mask.key_mask, 1)
+    basis = solve_basis(_samples(query), _samples(key), few_dims(head_dim), sampled)
     few_query, few_key = project(query, basis.query) * scale, project(key, basis.key)
     non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)
@@ -227,10 +228,10 @@ def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
     return [*(() if mask.key_mask is None else (mask.key_mask.flatten(),)), *symbols(sizes)]
 
 
-def _samples(x: Tensor) -> Tensor:
-    """The rows of [B, H, N, D] that ``choose_basis`` takes: several, because the sparse path has a tile or more."""
-    stride = dim_stride(x.shape[2])
-    return x.index_select(2, torch.arange((torch.sym_max(x.shape[2], TILE_LEN) + stride - 1) // stride) * stride)
+def _samples(x: Tensor, dim: int = 2) -> Tensor:
+    """The rows that ``choose_basis`` takes, of ``dim``: several, because the sparse path has a tile or more."""
+    stride, length = dim_stride(x.shape[dim]), torch.sym_max(x.shape[dim], TILE_LEN)
+    return x.index_select(dim, torch.arange((length + stride - 1) // stride) * stride)
 
 
 def _tile_rows(query: Tensor, group: int, tiles: int) -> Tensor:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.impl.triton.listing import device_of
-from s2o_compile.kernels.impl.triton.tile import first_row, key_rows, launch, needs_wide, number, paging
+from s2o_compile.kernels.impl.triton.tile import first_row, key_mask_of, key_rows, launch, needs_wide, number, paging
 from s2o_compile.kernels.pages.sizes import number as number_of
 from s2o_compile.kernels.ranking.basis import RIDGE, Basis, dim_stride, half_steps
 
@@ -33,35 +33,43 @@ LARGEST_FACTOR = 30000.0
 
 @triton.jit
 def add_samples(
-    moment, total, base, stride_n, first, stop, step, length, row, column, pages, page_rows, last_page,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    moment, total, count, base, stride_n, key_mask, first, stop, step, length, row, column, pages, page_rows, last_page,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Add x x' and x of samples [first, stop) of the rows at ``base``; of x the dimensions ``row`` and ``column``."""
+    """Add x x', x and the number of samples [first, stop) of the rows at ``base``, but for those that a mask hides.
+
+    Of x these are the dimensions ``row`` and ``column``.
+    """
     for j in range(first, stop, ROWS):
         sample = j + tl.arange(0, ROWS)
-        rows = key_rows(tl.minimum(sample * step, length - 1), pages, page_rows, last_page, PAGE)
+        position = tl.minimum(sample * step, length - 1)
+        shown = sample < stop
+        if HAS_KEY_MASK:
+            shown = shown & (tl.load(key_mask + position, mask=shown, other=0) != 0)
+        rows = key_rows(position, pages, page_rows, last_page, PAGE)
         if WIDE:
             rows = rows.to(tl.int64)
-        source, present = base + rows[:, None] * stride_n, (sample < stop)[:, None]
+        source, present = base + rows[:, None] * stride_n, shown[:, None]
         x = tl.load(source + row[None, :], mask=present & (row < HEAD_DIM)[None, :], other=0.0)
         y = tl.load(source + column[None, :], mask=present & (column < HEAD_DIM)[None, :], other=0.0)
         x = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
         y = tl.where(tl.abs(y.to(tl.float32)) < float("inf"), y, 0.0)
         moment = tl.dot(tl.trans(x), y, moment, input_precision="ieee")
         total += tl.sum(x.to(tl.float32), 0)
-    return moment, total
+        count += shown.to(tl.float32)
+    return moment, total, count
 
 
 @triton.jit
 def sum_moments_kernel(
-    query_ptr, key_ptr, sum_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    n_queries, n_keys, query_step, key_step, kv_heads, group, pages, page_rows, last_page, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-    PAGE: tl.constexpr,
+    query_ptr, key_ptr, key_mask_ptr, sum_ptr, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_mb, n_queries, n_keys, query_step, key_step, kv_heads, group, pages, page_rows, last_page,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, PAGE: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of q q' (over the group), k k' and k over one part of the samples, zero beyond HEAD_DIM.
+    """Sums of q q' (over the group), k k', k and 1 over one part of the samples, zero beyond HEAD_DIM.
 
-    float32 [B * Hkv, PARTS, 2 * BLOCK_DIM + 1, BLOCK_DIM].
+    float32 [B * Hkv, PARTS, 2 * BLOCK_DIM + 2, BLOCK_DIM]; the last row holds the number of keys in all its columns.
     """
     part, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     b, h = head // kv_heads, head % kv_heads
@@ -71,28 +79,31 @@ def sum_moments_kernel(
     query_step, key_step = number(query_step), number(key_step)
     row = tl.program_id(1) // (BLOCK_DIM // BLOCK) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) % (BLOCK_DIM // BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    sums = sum_ptr + (head * PARTS + part) * (2 * BLOCK_DIM + 1) * BLOCK_DIM
+    sums = sum_ptr + (head * PARTS + part) * (2 * BLOCK_DIM + 2) * BLOCK_DIM
     target = sums + row[:, None] * BLOCK_DIM + column[None, :]
     samples = tl.cdiv(n_queries, query_step)
     share = tl.cdiv(samples, PARTS)
     moment, total = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    none = tl.zeros([ROWS], tl.float32)
     for member in range(group):
-        moment, total = add_samples(
-            moment, total, query + (h * group + member) * stride_qh, stride_qn, part * share,
+        moment, total, _ = add_samples(
+            moment, total, none, query + (h * group + member) * stride_qh, stride_qn, key_mask_ptr, part * share,
             tl.minimum(part * share + share, samples), query_step, n_queries, row, column, pages,
-            page_rows, last_page, HEAD_DIM, ROWS, WIDE, 0,
+            page_rows, last_page, HEAD_DIM, ROWS, WIDE, 0, False,
         )  # fmt: skip
     tl.store(target, moment)
     samples = tl.cdiv(n_keys, key_step)
     share = tl.cdiv(samples, PARTS)
-    moment, total = add_samples(
-        tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32),
-        key + h * stride_kh, stride_kn, part * share,
+    moment, total, count = add_samples(
+        tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), none,
+        key + h * stride_kh, stride_kn, key_mask_ptr + b * stride_mb, part * share,
         tl.minimum(part * share + share, samples), key_step, n_keys, row, column, pages, page_rows,
-        last_page, HEAD_DIM, ROWS, WIDE, PAGE,
+        last_page, HEAD_DIM, ROWS, WIDE, PAGE, HAS_KEY_MASK,
     )  # fmt: skip
     tl.store(target + BLOCK_DIM * BLOCK_DIM, moment)
-    tl.store(sums + 2 * BLOCK_DIM * BLOCK_DIM + row, total)  # the same from every block of columns
+    totals = sums + 2 * BLOCK_DIM * BLOCK_DIM + row  # the same from every block of columns
+    tl.store(totals, total)
+    tl.store(totals + BLOCK_DIM, tl.zeros([BLOCK], tl.float32) + tl.sum(count))
 
 
 @triton.jit
@@ -200,7 +211,7 @@ def best_factor(
 
 @triton.jit
 def solve_basis_kernel(
-    sum_ptr, work_ptr, dims_ptr, query_ptr, key_ptr, query_samples, key_samples, scale, count, half_steps, largest,
+    sum_ptr, work_ptr, dims_ptr, query_ptr, key_ptr, query_samples, scale, count, half_steps, largest,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr, RIDGE: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -210,15 +221,16 @@ def solve_basis_kernel(
     of 1. ``work`` float32 [B * Hkv, 2 * BLOCK_DIM + RANK, RANK] holds the factors before they are balanced.
     """
     head = tl.program_id(0).to(tl.int64)
-    query_samples, key_samples = number(query_samples), number(key_samples)
+    query_samples = number(query_samples)
     if query_samples == 0:
         return
     area, every, rank = BLOCK_DIM * BLOCK_DIM, tl.arange(0, BLOCK_DIM), tl.arange(0, RANK)
-    query_moment = sum_ptr + head * (2 * BLOCK_DIM + 1) * BLOCK_DIM
+    query_moment = sum_ptr + head * (2 * BLOCK_DIM + 2) * BLOCK_DIM
     key_moment, totals = query_moment + area, query_moment + 2 * area
     left = work_ptr + head * (2 * BLOCK_DIM + RANK) * RANK
     right, gram = left + BLOCK_DIM * RANK, left + 2 * BLOCK_DIM * RANK
 
+    key_samples = tl.maximum(tl.load(totals + BLOCK_DIM), 1.0)
     mean = tl.load(totals + every) / key_samples
     query_power = tl.load(query_moment + every * (BLOCK_DIM + 1)) / query_samples
     key_power = tl.maximum(tl.load(key_moment + every * (BLOCK_DIM + 1)) / key_samples - mean * mean, 0.0)
@@ -290,16 +302,16 @@ def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool
     block = min(block_dim, BLOCK)
     lengths = number_of(call.sizes.n_queries), number_of(call.sizes.n_keys)
     query_step, key_step = (1 if of_samples else dim_stride(length) for length in lengths)
-    query_samples, key_samples = (
-        -(-length // step) for length, step in zip(lengths, (query_step, key_step), strict=True)
-    )
-    shape = PARTS, 2 * block_dim + 1, block_dim
+    query_samples = -(-lengths[0] // query_step)
+    shape = PARTS, 2 * block_dim + 2, block_dim
     parts = torch.empty(batch * kv_heads, *shape, device=query.device, dtype=torch.float32)
+    key_mask, stride_mb = key_mask_of(call.mask.key_mask, key)
     launch(
         sum_moments_kernel, (PARTS, (block_dim // block) ** 2, batch * kv_heads),
-        query, key, parts, *query.stride()[:3], *key.stride()[:3], *call.sizes[:2], query_step, key_step, kv_heads,
-        group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block, PARTS=PARTS, ROWS=32,
-        WIDE=needs_wide(query, key), num_warps=4 if block < BLOCK else 8,
+        query, key, key_mask, parts, *query.stride()[:3], *key.stride()[:3], stride_mb, *call.sizes[:2], query_step,
+        key_step, kv_heads, group, **paging(call.pages, key), HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK=block,
+        PARTS=PARTS, ROWS=32, WIDE=needs_wide(query, key), HAS_KEY_MASK=call.mask.key_mask is not None,
+        num_warps=4 if block < BLOCK else 8,
     )  # fmt: skip
     size, sums = shape[1] * block_dim, parts.new_empty(batch * kv_heads, *shape[1:])
     launch(
@@ -312,7 +324,7 @@ def choose_basis(call: AttentionCall, count: int, rank: int, *, of_samples: bool
     exact = device_of(query).type != "cuda" or torch.version.hip
     launch(
         solve_basis_kernel, (batch * kv_heads,),
-        sums, work, dims, *basis, query_samples * group, key_samples,
+        sums, work, dims, *basis, query_samples * group,
         call.scale, count, half_steps(head_dim, count), LARGEST_FACTOR, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         RANK=rank, STEP=32 if block_dim > 128 else min(64, block_dim), RIDGE=RIDGE, PREC="ieee" if exact else "tf32",
         num_warps=8 if rank > 64 else 4, num_stages=1,

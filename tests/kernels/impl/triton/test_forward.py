@@ -279,7 +279,7 @@ class TestRanking:
         prefix = prefix[:, None].expand(expected.shape)
         assert prefix.any()
         count = ranking_per_query.few_dims(case.head_dim)
-        basis = ranking_basis.choose_basis(inputs.query, inputs.key, count)
+        basis = ranking_basis.choose_basis(inputs.query, inputs.key, count, inputs.mask.key_mask)
         query = ranking_basis.project(inputs.query, basis.query) * inputs.scale
         key = ranking_basis.project(inputs.key, basis.key)
         largest = query.abs().sum(-1).max() * key.abs().max() + expected[prefix & expected.isfinite()].abs().max()
@@ -306,9 +306,13 @@ class TestRanking:
     def test_basis_equals_the_torch_basis_and_is_balanced(self, device, case, poison_empty):
         inputs = case.inputs(device)
         inputs.key[0, 0, ::8, 3] = torch.nan
+        hidden = torch.zeros(inputs.key.shape[::2], dtype=torch.bool, device=inputs.key.device)
+        if inputs.mask.key_mask is not None:
+            hidden = ~inputs.mask.key_mask
+            inputs.key[:, :, :, 5].masked_fill_(hidden[:, None], 1e4)  # padding decides nothing
         count, rank = min(case.head_dim, 7), 32
         actual = triton_basis.choose_basis(inputs.call, count, rank)
-        expected = ranking_basis.choose_basis(inputs.query, inputs.key, count)
+        expected = ranking_basis.choose_basis(inputs.query, inputs.key, count, inputs.mask.key_mask)
         assert all(x.dtype == inputs.query.dtype and not x[..., count:].any() for x in actual)
         products = (x.query.float() @ x.key.float().transpose(-1, -2) for x in (actual, expected))
         eps = max(torch.finfo(inputs.query.dtype).eps, 2**-10 if device == "cuda" else 0.0)  # of tf32
@@ -321,6 +325,9 @@ class TestRanking:
             for x, step, factor in zip((inputs.query, inputs.key), every, actual, strict=True)
         )
         batch, kv_heads = key.shape[:2]
+        hidden = hidden[:, :: every[1]]
+        key *= (hidden[0].numel() / (~hidden).sum(1).float().clamp(min=1)).sqrt()[:, None, None, None]
+        key.masked_fill_(hidden[:, None, :, None], 0.0)
         sizes = (x.reshape(batch, kv_heads, -1, count).square().mean(2).sqrt() for x in (query, key))
         torch.testing.assert_close(next(sizes), next(sizes), rtol=2e-2, atol=1e-4)
 
