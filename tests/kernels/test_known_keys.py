@@ -40,7 +40,8 @@ def known_keys(call, options, implementation):
             together(layout.every(step), [layout.samples(x, rank, step) for rank, x in enumerate(parts)])
             for parts in ([shard.query for shard in shards], [shard.key for shard in shards])
         )
-        basis = made.basis(call.over(query, key, call.value))
+        sampled = None if call.mask.key_mask is None else call.mask.key_mask[:, ::step].contiguous()
+        basis = made.basis(call.over(query, key, call.value, replace(call.mask, key_mask=sampled)))
         few = FewKeys(basis, together(layout, [made.few_keys(shard, basis) for shard in shards]))
     blocks = [made.value_sums(shard, SEGMENT) for shard in shards]
     sums = tuple(together(layout.every(SEGMENT), list(column)) for column in zip(*blocks, strict=True))

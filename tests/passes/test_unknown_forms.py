@@ -57,6 +57,7 @@ FORMS = {
     "sparsemax": (OTHER, lambda q, k, v, w: sparsemax(scores(q, k)) @ v),
     "off-by-one": ("written by exp", lambda q, k, v, w: written_out(q, k) @ v),
     "log-softmax": ("written by log_softmax", lambda q, k, v, w: scores(q, k).log_softmax(-1).exp() @ v),
+    "log-weights": ("written by log_softmax", lambda q, k, v, w: scores(q, k).log_softmax(-1) @ v),
     "softmin": ("written by softmin", lambda q, k, v, w: F.softmin(-scores(q, k), -1) @ v),
     "gumbel": ("gumbel_softmax", lambda q, k, v, w: F.gumbel_softmax(scores(q, k), dim=-1) @ v),
     "keys-first": (LINEAR, lambda q, k, v, w: F.elu(q) @ (F.elu(k).mT @ v)),

@@ -327,7 +327,6 @@ NO_ATTENTION = {
     "router": (routed, (torch.randn(3, 5, 16), torch.randn(16, 8), torch.randn(8, 16))),
     "soft-mixture": (Mixture(), (torch.randn(3, 5, 16),)),
     "classifier": (lambda x, w: torch.softmax(x @ w.T, dim=-1), (torch.randn(5, 16), torch.randn(7, 16))),
-    "log-softmax": (lambda q, k: torch.log_softmax(q @ k.T, -1) @ k, (torch.randn(5, 16), torch.randn(7, 16))),
 }
 
 
