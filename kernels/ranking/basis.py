@@ -96,10 +96,10 @@ def second_moments(query: Tensor, key: Tensor, key_mask: Tensor | None = None) -
     Numbers that are not finite count as zero, and a dimension whose power overflows is left out.
     """
     batch, kv_heads, _, head_dim = key.shape
-    query, key = (x.to(torch.float32, copy=True).nan_to_num_(0.0, 0.0, 0.0) for x in (query, key))
+    query, key = (x.float().nan_to_num(0.0, 0.0, 0.0) for x in (query, key))
     query = query.reshape(batch, kv_heads, -1, head_dim)
     if key_mask is None:
-        key = key.sub_(key.mean(2, keepdim=True))
+        key = key - key.mean(2, keepdim=True)
     else:
         shown = key_mask[:, None, :, None]
         mean = key.masked_fill(~shown, 0.0).sum(2, keepdim=True) / shown.sum(2, keepdim=True).clamp(min=1)
@@ -131,4 +131,4 @@ def project(x: Tensor, factor: Tensor) -> Tensor:
     Numbers that are not finite become zero: one bad row must not spoil the whole order.
     """
     factor = factor.repeat_interleave(x.shape[1] // factor.shape[1], dim=1)
-    return (x.float() @ factor).nan_to_num_(0.0, 0.0, 0.0)
+    return (x.float() @ factor).nan_to_num(0.0, 0.0, 0.0)
