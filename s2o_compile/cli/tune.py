@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -50,6 +51,13 @@ WORST_ERROR = 4.0
 """A configuration may be this many times as far from float64 as SDPA is, as in the tests."""
 
 TIMED_SECONDS = 0.3
+
+WARM_UP = 3
+"""Calls that do not count: on CUDA the operator writes the launches of the second one down, and may compile for it."""
+
+WON = 0.95
+"""S2O pays where it takes at most this share of dense attention's time. Inputs that nothing can be left out of take
+longer, so a tie is no gain."""
 
 WORKERS = 8
 """Processes that compile, at most: each has a context and inputs of its own on the device."""
@@ -116,9 +124,10 @@ def candidates() -> list[Launch]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call, the device's work included, after one that does not count."""
+    """Median time of a call, the device's work included, after `WARM_UP` that do not count."""
     device, times = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    call()
+    for _ in range(WARM_UP):
+        call()
     while len(times) < 3 or sum(times) < TIMED_SECONDS:
         times.append(seconds_of(call, device))
     return statistics.median(times) * 1e3
@@ -230,10 +239,10 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
     times = {}
     backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     for backend in backends if shape.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend), warnings.catch_warnings(action="ignore", category=UserWarning):
             try:
                 times[backend.name] = clock(partial(_dense, *inputs))
-            except RuntimeError:  # it does not take these inputs
+            except RuntimeError:  # it does not take these inputs, and warnings say why at length
                 continue
     if not times:
         times["SDPA"] = clock(partial(_dense, *inputs))
@@ -242,13 +251,13 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
 
 
 def crossover(lengths: Sequence[Length]) -> int | None:
-    """The length from which S2O won at every longer one, too.
+    """The length from which S2O pays, by `WON`, at every longer one, too.
 
     If it lost at the longest, nothing is known: None. If that one is `LONGEST_LOST` or more, no length runs sparse.
     """
     won = None
     for entry in sorted(lengths, key=lambda entry: -entry.length):
-        if entry.s2o_ms >= entry.dense_ms:
+        if entry.s2o_ms > WON * entry.dense_ms:
             break
         won = entry.length
     if won is None and max(entry.length for entry in lengths) >= LONGEST_LOST:

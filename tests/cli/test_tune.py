@@ -1,6 +1,7 @@
 """``s2o tune``: what is checked, chosen and written; the clock is made up where a choice depends on it."""
 
 import json
+import warnings
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 
@@ -143,12 +144,43 @@ class TestSweep:
         ({1024: (1, 2), 2048: (3, 2)}, None),
         ({8192: (3, 2), 16384: (3, 2)}, tuned.NEVER),
         ({8192: (3, 2), 16384: (1, 2)}, 16384),
+        ({8192: (1.98, 2), 16384: (1, 2)}, 16384),
+        ({8192: (1.9, 2), 16384: (1, 2)}, 8192),
+        ({8192: (3, 2), 16384: (1.98, 2)}, tuned.NEVER),
     ],
-    ids=["always", "late", "with-an-exception", "not-at-the-longest", "never", "at-the-longest"],
+    ids=[
+        "always",
+        "late",
+        "with-an-exception",
+        "not-at-the-longest",
+        "never",
+        "at-the-longest",
+        "a-tie",
+        "just",
+        "a-tie-at-the-longest",
+    ],
 )
 def test_crossover(times, expected):
     lengths = [Length(length=n, s2o_ms=ours, dense_ms=dense, backend="") for n, (ours, dense) in times.items()]
     assert tune.crossover(lengths) == expected
+
+
+def test_what_a_call_does_once_is_not_timed(monkeypatch):
+    """On CUDA the second call of a kind writes its launches down, and the third may wait for a compiler."""
+    monkeypatch.setattr(tune, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(tune, "seconds_of", lambda call, device: call())
+    taken = iter([9.0, 9.0, 9.0, 1.0, 2.0, 3.0])
+    assert tune.milliseconds(lambda: next(taken)) == 2000
+
+
+def test_what_a_backend_says_against_inputs_is_not_shown(monkeypatch):
+    def dense(*inputs):
+        warnings.warn("flash attention kernel not used because", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(tune, "_dense", dense)
+    with warnings.catch_warnings(record=True) as shown:
+        tune.compare(Shape(**SMALL, device=torch.device("cpu")), 512, clock=lambda call: call() or 1.0)
+    assert not shown
 
 
 def test_compare_times_both():
