@@ -229,6 +229,7 @@ def _ceiling() -> list[str]:
             times(x["default"]["dense_ms"], x["default"]["ms"]),
         ]
         for (name, length), x in _by_config(path).items()
+        if "default" in x
     ]
     return [
         "## What the default costs",
