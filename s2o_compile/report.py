@@ -197,9 +197,9 @@ class Status:
     def __str__(self) -> str:
         left = sum(self.left_dense.values())
         result = "SPARSE" if self.sparse else "NOTHING RAN SPARSE"
-        uncompiled = f"; {self.uncompiled_calls} calls ran uncompiled" if self.uncompiled_calls else ""
+        uncompiled = f", uncompiled calls: {self.uncompiled_calls}" if self.uncompiled_calls else ""
         lines = [
-            f"{result}: {self.calls} calls, {self.graphs} graphs{uncompiled}",
+            f"{result} (calls: {self.calls}, graphs: {self.graphs}{uncompiled})",
             f"attentions in the graphs: {self.rewritten} rewritten, {left} left dense",
             f"rewritten attentions ran: {self.sparse} sparse, {self.paths.get('dense', 0)} dense (short, or marked), "
             f"{self.paths.get('masked', 0)} dense (their masks)",

@@ -52,7 +52,7 @@ def said_by(call):
 @torch.no_grad()
 def test_the_account_of_a_sparse_model():
     fast = s2o_compile.optimize(tiny_model(), EXACT)
-    assert str(s2o_compile.status(fast)).startswith("NOTHING RAN SPARSE: 0 calls, 0 graphs")
+    assert str(s2o_compile.status(fast)).startswith("NOTHING RAN SPARSE (calls: 0, graphs: 0)")
     with s2o_compile.record() as recording:
         assert said_by(lambda: [fast(tiny_input()) for _ in range(3)]) == []
     fast(tiny_input())
@@ -60,7 +60,7 @@ def test_the_account_of_a_sparse_model():
     assert (status.calls, status.graphs, status.rewritten, status.left_dense) == (4, 1, 2, {})
     assert status.paths == {"s2o": 8}
     assert (recording.status.calls, recording.status.sparse, recording.status.rewritten) == (3, 6, 2)
-    assert str(status).startswith("SPARSE: 4 calls, 1 graphs\nattentions in the graphs: 2 rewritten, 0 left dense")
+    assert str(status).startswith("SPARSE (calls: 4, graphs: 1)\nattentions in the graphs: 2 rewritten, 0 left dense")
     assert s2o_compile.status(fast.layers[0]) == status
 
 
@@ -212,7 +212,7 @@ def test_a_compiled_model_that_runs_uncompiled_later_is_heard(how):
     assert "optimize(model, dynamic=True)" in said
     status = s2o_compile.status(fast)
     assert (status.uncompiled, status.uncompiled_calls) == (("",), 3 if how == "recompilations" else 2)
-    assert f"; {status.uncompiled_calls} calls ran uncompiled" in str(status)
+    assert f", uncompiled calls: {status.uncompiled_calls})" in str(status)
     assert "ran uncompiled, in no graph:\n  - the model itself" in str(status)
 
 
