@@ -41,7 +41,7 @@ from s2o_compile.kernels.core.tuned import Launch
 from s2o_compile.kernels.planner import build_plan
 from s2o_compile.kernels.support.files import try_writing, writing
 from s2o_compile.kernels.support.json_text import parse_json
-from s2o_compile.speed.measure import seconds_of
+from s2o_compile.speed.measure import UNTIMED, seconds_of
 
 CAUSAL = AttentionMask(causal=True)
 DENSITY = 0.1
@@ -51,9 +51,6 @@ WORST_ERROR = 4.0
 """A configuration may be this many times as far from float64 as SDPA is, as in the tests."""
 
 TIMED_SECONDS = 0.3
-
-WARM_UP = 3
-"""Calls that do not count: on CUDA the operator writes the launches of the second one down, and may compile for it."""
 
 WON = 0.95
 """S2O pays where it takes at most this share of dense attention's time. Inputs that nothing can be left out of take
@@ -124,9 +121,9 @@ def candidates() -> list[Launch]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call, the device's work included, after `WARM_UP` that do not count."""
+    """Median time of a call, the device's work included, after some that do not count (`UNTIMED`)."""
     device, times = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
-    for _ in range(WARM_UP):
+    for _ in range(UNTIMED.get(device.type, 1)):
         call()
     while len(times) < 3 or sum(times) < TIMED_SECONDS:
         times.append(seconds_of(call, device))

@@ -169,6 +169,7 @@ def test_what_a_call_does_once_is_not_timed(monkeypatch):
     """On CUDA the second call of a kind writes its launches down, and the third may wait for a compiler."""
     monkeypatch.setattr(tune, "TIMED_SECONDS", 0.0)
     monkeypatch.setattr(tune, "seconds_of", lambda call, device: call())
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     taken = iter([9.0, 9.0, 9.0, 1.0, 2.0, 3.0])
     assert tune.milliseconds(lambda: next(taken)) == 2000
 

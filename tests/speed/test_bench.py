@@ -111,6 +111,19 @@ def test_an_interrupt_is_no_failure_of_a_way():
         time_calls(interrupted, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("device", "median"), [("cpu", 7.0), ("cuda", 2.0)])
+def test_what_a_gpu_does_once_is_not_timed(monkeypatch, device, median):
+    """The second call on CUDA writes its launches down, and may wait for a compiler."""
+    taken = iter([9.0, 8.0, 7.0, 2.0, 2.0, 2.0])
+    for name in ("reset_peak", "peak_bytes", "free_memory"):
+        monkeypatch.setattr(measure, name, lambda *_: 0)
+    monkeypatch.setattr(measure, "CALLS", 3)
+    monkeypatch.setattr(measure, "TIMED_SECONDS", 99.0)
+    monkeypatch.setattr(measure, "seconds_of", lambda call, device: call())
+    found = time_calls(lambda: next(taken), torch.device(device))
+    assert (found.first_seconds, found.seconds) == (9.0, median)
+
+
 def test_short_inputs_of_a_given_configuration_run_dense():
     found = s2o_compile.bench(Reader().eval(), ids(300), S2OConfig(min_seq_len=4096, inner_backend="eager"))
     assert found.rows[0].sparse == 0
