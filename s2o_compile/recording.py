@@ -110,8 +110,8 @@ _TRANSFORMED = (
 
 
 _GAVE_UP = (
-    " (torch compiled it before: a frame is compiled at most torch._dynamo.config.recompile_limit times, 8 by default. "
-    "Write optimize(model, dynamic=True), pad inputs to a few lengths, or end a torch.compiler.set_stance)"
+    " (torch compiled it before, and compiles a function only so often: before the first call raise "
+    "torch.compiler.config.recompile_limit, write optimize(model, dynamic=True), or end a torch.compiler.set_stance)"
 )
 
 

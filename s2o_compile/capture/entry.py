@@ -6,7 +6,7 @@ modules below it. Where Dynamo breaks the graph, the modules that Python calls t
 that torch's own files call, whose frames Dynamo would skip.
 
 Every entry compiles a function with a code object of its own: Dynamo counts recompilations by code object, for all
-models together, and runs uncompiled after eight.
+models together, and runs uncompiled after so many.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from s2o_compile.kernels.support.torch_compile import (
     lookup_backend,
     names_of_modules,
     never_captured,
+    recompile_limit,
     skip_frame,
     wraps_one_module,
 )
@@ -188,8 +189,8 @@ class CompiledEntry:
         with self.compilation.lock:
             if method not in self._compiled:
                 function = with_own_code(_call_of(method)) if method else self._function
-                compiled = torch.compile(function, backend=self.compilation, **self.compilation.options)
-                self._compiled[method] = compiled
+                options = self.compilation.options | recompile_limit()
+                self._compiled[method] = torch.compile(function, backend=self.compilation, **options)
             return self._compiled[method], graph_breaks()
 
 
