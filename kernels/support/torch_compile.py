@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -100,6 +101,12 @@ def skip_frame(function: Function) -> Function:
     """
     _to_tell.append(partial(_skip_code, function.__code__))
     return function
+
+
+def recompile_limit() -> dict[str, Any]:
+    """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another limit."""
+    known = "recompile_limit" in inspect.signature(torch.compile).parameters
+    return {"recompile_limit": 32} if known and torch.compiler.config.recompile_limit == 8 else {}
 
 
 def constant_result(function: Function) -> Function:

@@ -111,5 +111,12 @@ def _ensured(condition: bool | torch.SymBool, node: fx.Node) -> bool:
     return bool(condition)
 
 
+def fixed(number: Any, node: fx.Node) -> Any:  # noqa: ANN401 (a number or a node)
+    """A number as a constant, also where Dynamo made a module's float an input of the graph: a guard sees to it."""
+    value = value_of(number)
+    enters = isinstance(value, torch.SymFloat) and not free_unbacked_symbols(value) and not _is_exported(node)
+    return float(value) if enters else number
+
+
 def _is_exported(node: fx.Node) -> bool:
     return "example_value" not in node.meta

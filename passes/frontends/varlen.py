@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from s2o_compile.kernels.support.torch_compat import VARLEN_OPERATOR, OpOverload, OpOverloadPacket
-from s2o_compile.passes.frontends.checks import check_tensors
+from s2o_compile.passes.frontends.checks import check_tensors, fixed
 from s2o_compile.passes.graph.calls import is_varlen_function, schemas_of
 from s2o_compile.passes.graph.nodes import known, value_of
 from s2o_compile.passes.graph.operand import Operand, Step
@@ -90,7 +90,7 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     call = {**defaults, **call}
     if not isinstance(call["is_causal"], bool) or isinstance(value_of(call["scale"]), torch.Tensor):
         raise Refused("causal=%s and scale=%s, expected numbers", call["is_causal"], call["scale"])
-    softcap = call.get("softcap") or None
+    softcap = fixed(call.get("softcap"), node) or None
     if not isinstance(softcap, float | int | None):
         raise Refused("softcap is %s, expected a number", softcap)
     bounds = [_bounds(call[name], prover) for name in ("cu_seq_q", "cu_seq_k")]

@@ -5,8 +5,7 @@ model's own forward. So each of them has an entry. The outermost one that is cal
 modules below it. Where Dynamo breaks the graph, the modules that Python calls then are captured one by one, also those
 that torch's own files call, whose frames Dynamo would skip.
 
-Every entry compiles a function with a code object of its own: Dynamo counts recompilations by code object, for all
-models together, and runs uncompiled after eight.
+Every entry compiles a function with a code object of its own: by these Dynamo counts compilations, up to a limit.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from s2o_compile.kernels.support.torch_compile import (
     lookup_backend,
     names_of_modules,
     never_captured,
+    recompile_limit,
     skip_frame,
     wraps_one_module,
 )
@@ -188,8 +188,8 @@ class CompiledEntry:
         with self.compilation.lock:
             if method not in self._compiled:
                 function = with_own_code(_call_of(method)) if method else self._function
-                compiled = torch.compile(function, backend=self.compilation, **self.compilation.options)
-                self._compiled[method] = compiled
+                options = self.compilation.options | recompile_limit()
+                self._compiled[method] = torch.compile(function, backend=self.compilation, **options)
             return self._compiled[method], graph_breaks()
 
 
@@ -233,8 +233,7 @@ def _heard(compiled: Callable[..., object]) -> Callable[..., object]:
     """A compiled graph that tells the call around it in which module it ran."""
 
     def run(*inputs: object) -> object:
-        call = running.call
-        if call is not None and call.frame is not None:
+        if (call := running.call) is not None and call.frame is not None:
             call.compiled |= {vars(call.frame)[ENTRY].path}
         return compiled(*inputs)
 

@@ -150,6 +150,16 @@ def test_it_is_compiled_once_from_outside():
     assert (status.calls, status.graphs) == (3, 2)
 
 
+@torch.no_grad()
+def test_a_model_of_more_graphs_than_dynamos_default():
+    """Turns, decoding, batches and caches of a language model are that many: it ran uncompiled from the ninth on."""
+    fast = s2o_compile.optimize(tiny_model(), EXACT, dynamic=False)
+    for length in range(LENGTH, LENGTH + 12):
+        fast(tiny_input(length))
+    status = s2o_compile.status(fast)
+    assert (status.graphs, status.sparse, status.uncompiled_calls) == (12, 24, 0)
+
+
 class User(nn.Module):
     """A user's model around torch's own encoder or decoder, whose frames Dynamo does not capture."""
 

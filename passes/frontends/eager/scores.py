@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from s2o_compile.passes.frontends.checks import fixed
 from s2o_compile.passes.frontends.eager import product
 from s2o_compile.passes.frontends.eager.product import Order, Product
 from s2o_compile.passes.graph.calls import function_name
@@ -47,8 +48,7 @@ class ScoreChain:
         scale: Constant factor of the product.
         tail: The part of it that stands behind the masks and so scales their numbers, too.
         floored: Whether hidden scores are raised to the dtype's lowest number.
-        factors: Further factors and divisors, each with `torch.mul` or `torch.div`: 0-d tensors, tensors that are
-            constant along the keys, or symbolic numbers.
+        factors: Further factors, each with `torch.mul` or `torch.div`: tensors constant along keys, symbolic numbers.
         softcap: Cap of ``softcap * tanh(x)``.
         masks: From the softmax back; all must let a key through. Each with the dtype of the scores that it makes.
         sinks: The tensor [..., Nq, 1] joined to the scores as one more key.
@@ -142,6 +142,8 @@ class ScoreReader:
                 source = node.args[0]
             elif name in _FACTORS:
                 source, factor = self._factor(node, name)
+                if function_name(source) == "tanh" and "div" not in name:  # the operator's cap is a constant
+                    factor = fixed(factor, node)
                 if not _keeps_shape(node, source):
                     raise Refused("%s broadcasts the scores to another shape", node)
                 if isinstance(factor, fx.Node):

@@ -119,6 +119,24 @@ class TestWindows:
         run(function, *given, expected=expected, masks=[WINDOWS[window]])
 
 
+@torch.no_grad()
+def test_a_cap_that_dynamo_makes_an_input_is_a_constant_under_a_guard(flash):
+    """With ``dynamic=True`` floats of modules enter the graph."""
+
+    class Capped(torch.nn.Module):
+        cap = 2.0
+
+        def forward(self, q, k, v):
+            return flash(q, k, v, BOUNDS, BOUNDS, MOST, MOST, causal=True, softcap=self.cap)
+
+    model, capture = Capped(), Capture({"tau": 0.0, "min_seq_len": 0})
+    compiled = torch.compile(model, backend=capture, dynamic=True)
+    for model.cap in (2.0, 0.5):
+        expected = exact(*tensors(), BOUNDS, BOUNDS, -1, 0, softcap=model.cap)
+        torch.testing.assert_close(compiled(*tensors()).double(), expected, atol=1e-5, rtol=1e-5)
+    assert [record.reason for record in capture.records] == [""] * 2
+
+
 @pytest.mark.parametrize("module", ["flash_attn", "flash_attn_interface", "flash_attn.flash_attn_interface"])
 def test_the_functions_of_flash_attn_by_their_module(module, monkeypatch):
     function = in_graph(flash_attn_varlen_func)
