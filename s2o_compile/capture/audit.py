@@ -45,16 +45,9 @@ WITHOUT_SOFTMAX = "attention without softmax"
 """Products of queries, keys and values: linear attention, or other functions of the scores. One a module is counted."""
 
 _LIBRARIES = (
-    "flash_attn",
-    "xformers",
-    "sageattention",
-    "vllm",
-    "flashinfer",
-    "transformer_engine",
-    "natten",
-    "kernels",
+    "flash_attn", "xformers", "sageattention", "vllm", "flashinfer", "transformer_engine", "natten", "kernels",
     "torch_attn",
-)
+)  # fmt: skip
 """Namespaces whose operators are counted by a part of their names; ``s2o`` itself belongs into its own report."""
 _FUSED = {
     "_transformer_encoder_layer_fwd": "torch._transformer_encoder_layer_fwd",
