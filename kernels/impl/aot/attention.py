@@ -8,6 +8,7 @@ operator chooses by length are chosen by the longest length that the program acc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def attention(
     Nothing measures the error here: it only says a tau where none is given.
     """
     factor = scale_of(query, scale)
+    key_mask = None if key_mask is None else key_mask.expand(query.shape[0], -1)  # one row may serve the whole batch
     taus = head_tau if isinstance(head_tau, Tensor) else taus_by_head(query.shape[1], tau, head_tau, error)
     segment_len = segment_len or default_segment_len(max(longest(query.shape[2]), longest(key.shape[2])))
     order = memory_order(query, value.shape[3], layout)
@@ -77,7 +79,7 @@ def attention(
         call, taus = opened(operands)
         if window is not None:
             return closed(call, _with_sinks(call, *executor.attend_exact(call)))
-        outputs = []
+        call, outputs = _over_seen_keys(call), []
         for heads, dense in _parts(call.key.shape[1], dense_heads or ()):
             members = [query_heads(part, call.group) for part in heads]
             logits = None if call.sinks is None else torch.cat([call.sinks[part] for part in members])
@@ -138,6 +140,16 @@ def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice],
     sparse = [head for head in range(kv_heads) if head not in dense_heads]
     parts = [(runs(sparse, kv_heads), False), (runs(sorted(set(dense_heads)), kv_heads), True)]
     return [(heads, dense) for heads, dense in parts if heads]
+
+
+def _over_seen_keys(call: AttentionCall) -> AttentionCall:
+    """`AttentionCall.over_seen_keys` by a key mask: a length cut short would be 1 for some lengths only."""
+    mask, stop = call.mask, call.n_queries + call.mask.offset
+    if not mask.causal or statically_known_true(stop >= call.n_keys):
+        return call
+    seen = (torch.arange(call.n_keys, device=call.key.device) < stop)[None]
+    seen = seen.repeat(call.key.shape[0], 1) if mask.key_mask is None else mask.key_mask & seen
+    return call.but(mask=replace(mask, key_mask=seen))
 
 
 def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
