@@ -59,9 +59,7 @@ def attention(
         key_masks = rest.pop(0) if key_mask is not None else None
         mask = AttentionMask.aligned(query, key, causal=causal, key_mask=key_masks, **terms)
         logits = rest.pop(0) if sinks is not None else None
-        call = AttentionCall(
-            query=query, key=key, value=value, mask=mask, scale=factor, softcap=softcap, sinks=logits
-        )  # fmt: skip
+        call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=factor, softcap=softcap, sinks=logits)
         return call, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(call: AttentionCall, output: Tensor) -> tuple[Tensor]:
@@ -147,9 +145,8 @@ def _over_seen_keys(call: AttentionCall) -> AttentionCall:
     mask, stop = call.mask, call.n_queries + call.mask.offset
     if not mask.causal or statically_known_true(stop >= call.n_keys):
         return call
-    seen = (torch.arange(call.n_keys, device=call.key.device) < stop)[None]
-    seen = seen.repeat(call.key.shape[0], 1) if mask.key_mask is None else mask.key_mask & seen
-    return call.but(mask=replace(mask, key_mask=seen))
+    seen = (torch.arange(call.n_keys, device=call.key.device) < stop).repeat(call.key.shape[0], 1)
+    return call.but(mask=replace(mask, key_mask=seen if mask.key_mask is None else mask.key_mask & seen))
 
 
 def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
@@ -159,10 +156,9 @@ def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
 def _exact(call: AttentionCall) -> Tensor:
     """Dense attention [B, Hq, Nq, Dv]; materialises the [Nq, Nk] mask where ``is_causal`` cannot express it."""
     mask = call.mask
-    plain = call.softcap is None and call.sinks is None
-    bare = mask.key_mask is None and mask.window is None and mask.attention_chunk is None
+    plain = call.softcap is call.sinks is mask.key_mask is mask.window is mask.attention_chunk is None
     top_left = statically_known_true(mask.offset == 0) and call.scale > 0
-    if plain and bare and (not mask.causal or top_left):
+    if plain and (not mask.causal or top_left):
         return sdpa(*call.tensors, is_causal=mask.causal, scale=call.scale)
     rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
     visible = mask.visible(rows, columns)[None, None]

@@ -48,9 +48,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)
     rest = _rest(query, key, mask)
-    tau = taus
-    if not isinstance(tau, Tensor):
-        tau = torch.cat([torch.full((1,), float(number), dtype=torch.float32) for number in taus])
+    tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), x, dtype=torch.float32) for x in taus])
 
     def segment_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)
