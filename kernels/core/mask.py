@@ -136,7 +136,8 @@ class AttentionMask:
     def visible_pairs(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
         """Bool [B or 1, 1, Nq, Nk] of all terms."""
         padding = None if self.key_mask is None else self.key_mask[:, None, None, :]
-        causal = self.causal and self.offset < n_keys - 1  # else the first query already sees every key
+        # Else the first query already sees every key. Symbolic lengths are not asked: the answer is that of one length.
+        causal = self.causal and (self.offset < n_keys - 1) is not False
         if padding is not None and not causal and self.window is self.attention_chunk is None:
             return padding.expand(-1, -1, n_queries, -1)
         if self.attention_chunk is None:
@@ -144,8 +145,7 @@ class AttentionMask:
             seen = seen.tril(self.offset) if causal else seen
             seen = seen if self.window is None else seen.triu(self.offset - self.window + 1)
         else:
-            positions = torch.arange(max(n_queries, n_keys), device=device)
-            seen = self.visible(positions[:n_queries], positions[:n_keys])
+            seen = self.visible(*(torch.arange(length, device=device) for length in (n_queries, n_keys)))
         return seen[None, None] if padding is None else seen & padding
 
     def visible_range(self, first: int, last: int, n_keys: int) -> tuple[int, int]:

@@ -98,6 +98,35 @@ def test_the_decomposition_does_what_the_operator_does(kind, monkeypatch):
         assert densities[-1] < 1  # some tile has stopped early, and the decomposition at the same chunk
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ranked_as_in_packages")
+def test_keys_that_nobody_sees_and_masks_of_one_row():
+    module = Attention(causal=True, causal_offset=28, min_seq_len=0, segment_len=128, tau=0.5)
+    batch, queries, keys = Dim("batch", min=1, max=8), Dim("queries", min=1, max=4096), Dim("keys", min=1, max=4096)
+
+    def given(queries, keys, batch):
+        query, key, value, key_mask, sinks = inputs(queries, keys, batch=batch, padded=True, sinks=False)
+        return query, key, value, key_mask[:1], sinks
+
+    shapes = {0: batch, 2: queries}, *({0: batch, 2: keys},) * 2, {1: keys}, None
+    program = torch.export.export(module, given(300, 500, 2), dynamic_shapes=shapes)
+    decomposed = program.run_decompositions({OPERATOR: decomposition.attention}).module()
+    for queries, keys, batch in ((130, 9, 1), (300, 200, 3), (900, 1500, 2)):  # fewer keys than the basis samples first
+        tensors = given(queries, keys, batch)
+        with s2o_compile.record() as recording:
+            expected = module(*tensors)
+        actual = decomposed(*tensors)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert recording.calls[-1].density < 1
+    for number in (1e3, float("nan")):  # as in a cache that is longer than its tokens
+        for x in tensors[1:3]:
+            x[:, :, queries + 28 :] = number * torch.randn_like(x[:, :, queries + 28 :])
+        assert torch.equal(decomposed(*tensors), actual)
+    for x in tensors[1:3]:
+        x[:, :, 157::2] = float("nan")  # no key that the basis samples, nor one of the first segment
+    assert torch.equal(decomposed(*tensors)[:, :, :128], actual[:, :, :128])
+
+
 class Layers(nn.Module):
     """Attentions one after the other, all over the same tensors."""
 

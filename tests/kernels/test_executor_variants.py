@@ -133,3 +133,9 @@ class TestTriton:
         inputs = Case(queries=200, batch=2, padding="left", dtype="fp16", softcap=softcap).inputs(device)
         inputs = dataclasses.replace(inputs, scale=scale)
         assert_close(attend_exact(triton_exact, inputs), exact_attention(inputs), inputs)
+
+    @pytest.mark.parametrize("softcap", [300.0, 1e6, torch.finfo(torch.float32).max])
+    @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
+    def test_natural_with_a_large_softcap(self, device, softcap):
+        inputs = Case(queries=130, softcap=softcap).inputs(device)
+        assert_close(attend_exact(triton_exact, inputs), exact_attention(inputs), inputs)

@@ -43,9 +43,9 @@ class Attention(torch.nn.Module):
         return s2o_compile.attention(query, key, value, config=EXACT, **self.options)
 
 
-def tensors(queries=QUERIES):
+def tensors(queries=QUERIES, keys=KEYS):
     generator = torch.Generator().manual_seed(0)
-    shapes = (2, 4, queries, 8), (2, 2, KEYS, 8), (2, 2, KEYS, 8)
+    shapes = (2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8)
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     return query.transpose(1, 2).contiguous().transpose(1, 2), key, value  # as models make it
 
@@ -74,15 +74,24 @@ def test_a_program_with_s2o_operators_leaves_with_dense_attention(name):
     torch.testing.assert_close(run(exported(dense), *inputs), model(*inputs), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "example"),
+    [
+        pytest.param({}, (QUERIES, KEYS), id="causal"),
+        # Nothing is hidden at the example's lengths.
+        pytest.param({"causal_offset": 5}, (3, 4), id="offset"),
+        pytest.param({"attention_chunk": 16, "causal_offset": 9}, (3, 7), id="chunks"),
+    ],
+)
 @torch.no_grad()
-def test_one_graph_serves_all_lengths():
-    queries = torch.export.Dim("queries", min=2, max=KEYS)
-    model = Attention(causal=True).eval()
-    program = torch.export.export(model, tensors(), dynamic_shapes=[{2: queries}, {}, {}])
+def test_one_graph_serves_all_lengths(options, example):
+    queries, keys = (torch.export.Dim(name, min=1, max=512) for name in ("queries", "keys"))
+    model = Attention(causal=True, **options).eval()
+    program = torch.export.export(model, tensors(*example), dynamic_shapes=[{2: queries}, {2: keys}, {2: keys}])
     with pytest.warns(DenseExportWarning):
         onnx = exported(s2o_compile.onnx.dense(program))
-    for length in (QUERIES, 25):
-        torch.testing.assert_close(run(onnx, *tensors(length)), model(*tensors(length)), atol=2e-6, rtol=1e-5)
+    for lengths in (example, (40, 60), (25, 60), (60, 25)):
+        torch.testing.assert_close(run(onnx, *tensors(*lengths)), model(*tensors(*lengths)), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fully-masked-zeros", "additive"])

@@ -8,6 +8,7 @@ operator chooses by length are chosen by the longest length that the program acc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def attention(
     Nothing measures the error here: it only says a tau where none is given.
     """
     factor = scale_of(query, scale)
+    key_mask = None if key_mask is None else key_mask.expand(query.shape[0], -1)  # one row may serve the whole batch
     taus = head_tau if isinstance(head_tau, Tensor) else taus_by_head(query.shape[1], tau, head_tau, error)
     segment_len = segment_len or default_segment_len(max(longest(query.shape[2]), longest(key.shape[2])))
     order = memory_order(query, value.shape[3], layout)
@@ -57,9 +59,7 @@ def attention(
         key_masks = rest.pop(0) if key_mask is not None else None
         mask = AttentionMask.aligned(query, key, causal=causal, key_mask=key_masks, **terms)
         logits = rest.pop(0) if sinks is not None else None
-        call = AttentionCall(
-            query=query, key=key, value=value, mask=mask, scale=factor, softcap=softcap, sinks=logits
-        )  # fmt: skip
+        call = AttentionCall(query=query, key=key, value=value, mask=mask, scale=factor, softcap=softcap, sinks=logits)
         return call, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(call: AttentionCall, output: Tensor) -> tuple[Tensor]:
@@ -77,7 +77,7 @@ def attention(
         call, taus = opened(operands)
         if window is not None:
             return closed(call, _with_sinks(call, *executor.attend_exact(call)))
-        outputs = []
+        call, outputs = _over_seen_keys(call), []
         for heads, dense in _parts(call.key.shape[1], dense_heads or ()):
             members = [query_heads(part, call.group) for part in heads]
             logits = None if call.sinks is None else torch.cat([call.sinks[part] for part in members])
@@ -140,6 +140,15 @@ def _parts(kv_heads: int, dense_heads: Sequence[int]) -> list[tuple[list[slice],
     return [(heads, dense) for heads, dense in parts if heads]
 
 
+def _over_seen_keys(call: AttentionCall) -> AttentionCall:
+    """`AttentionCall.over_seen_keys` by a key mask: a length cut short would be 1 for some lengths only."""
+    mask, stop = call.mask, call.n_queries + call.mask.offset
+    if not mask.causal or statically_known_true(stop >= call.n_keys):
+        return call
+    seen = (torch.arange(call.n_keys, device=call.key.device) < stop).repeat(call.key.shape[0], 1)
+    return call.but(mask=replace(mask, key_mask=seen if mask.key_mask is None else mask.key_mask & seen))
+
+
 def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
     return output if call.sinks is None else output * sink_share(lse, call.sinks)[..., None]
 
@@ -147,10 +156,9 @@ def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
 def _exact(call: AttentionCall) -> Tensor:
     """Dense attention [B, Hq, Nq, Dv]; materialises the [Nq, Nk] mask where ``is_causal`` cannot express it."""
     mask = call.mask
-    plain = call.softcap is None and call.sinks is None
-    bare = mask.key_mask is None and mask.window is None and mask.attention_chunk is None
+    plain = call.softcap is call.sinks is mask.key_mask is mask.window is mask.attention_chunk is None
     top_left = statically_known_true(mask.offset == 0) and call.scale > 0
-    if plain and bare and (not mask.causal or top_left):
+    if plain and (not mask.causal or top_left):
         return sdpa(*call.tensors, is_causal=mask.causal, scale=call.scale)
     rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
     visible = mask.visible(rows, columns)[None, None]

@@ -48,9 +48,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
     non_finite = non_finite_keys(key, value).flatten()
     tails = tail.tail_values(call.over(query, key, value), segment_len).flatten(0, 2)
     rest = _rest(query, key, mask)
-    tau = taus
-    if not isinstance(tau, Tensor):
-        tau = torch.cat([torch.full((1,), float(number), dtype=torch.float32) for number in taus])
+    tau = taus if isinstance(taus, Tensor) else torch.cat([torch.full((1,), x, dtype=torch.float32) for x in taus])
 
     def segment_of(number: Tensor) -> tuple[Tensor, Segment]:
         head = (number // segments).clamp(max=batch * kv_heads - 1)
@@ -83,7 +81,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         slots = segment.first + number % tiles * TILE_LEN + torch.arange(TILE_LEN)
         rows = query[query_rows(head, slots)].flatten(0, 1)
         own = segment.start + torch.arange(segment_len)
-        keys = own.clamp(max=n_keys - 1)
+        keys = own.clamp(max=(segment.stop - 1).clamp(min=0))  # hidden keys may be NaN, and zero times NaN is NaN
         seen = (own < segment.stop) & mask.visible(slots, own)
         allowed = allowed_keys(head, keys, rest)
         seen = seen if allowed is None else seen & allowed
@@ -199,7 +197,7 @@ def visit_ranked(
     ) -> tuple[Tensor, ...]:
         query, key, value, ranked_rows, first, count, chunk_len, tau, mean_value = operands
         entries = visited + torch.arange(STEP)
-        rows = ranked_rows.view(-1)[first + entries.clamp(max=ranked_rows.shape[1] - 1)]
+        rows = ranked_rows.view(-1)[first + entries.clamp(max=count - 1)]
         brought = block(query, key[rows], value[rows], (entries < count)[None], softcap)
         merged, joint = merge(output, lse, *brought)
         visited = visited + STEP
@@ -229,9 +227,10 @@ def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
 
 
 def _samples(x: Tensor, dim: int = 2) -> Tensor:
-    """The rows that ``choose_basis`` takes, of ``dim``: several, because the sparse path has a tile or more."""
+    """The rows that ``choose_basis`` takes, of ``dim``: several, so the last may come more than once."""
     stride, length = dim_stride(x.shape[dim]), torch.sym_max(x.shape[dim], TILE_LEN)
-    return x.index_select(dim, torch.arange((length + stride - 1) // stride) * stride)
+    rows = torch.arange((length + stride - 1) // stride) * stride
+    return x.index_select(dim, rows.clamp(max=x.shape[dim] - 1))
 
 
 def _tile_rows(query: Tensor, group: int, tiles: int) -> Tensor:

@@ -86,8 +86,7 @@ def plain_block(
         logits.div_(softcap).tanh_().mul_(softcap)
     if hidden is not None:
         logits.masked_fill_(hidden, float("-inf"))
-    lse = logits.logsumexp(-1)
-    return (logits - lse[:, None]).exp() @ value, lse
+    return logits.softmax(-1) @ value, logits.logsumexp(-1)
 
 
 def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:

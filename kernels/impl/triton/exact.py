@@ -40,12 +40,11 @@ from s2o_compile.kernels.impl.triton.tile import (
 
 @triton.jit
 def attend_range(
-    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window,
-    qk_scale, inner, pages, page_rows, last_page, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    m, l, acc, query, rows, key, value, key_mask, start, stop, stride_k, stride_v, n_keys, offset, window, qk_scale,
+    inner, pages, page_rows, last_page, MASKED: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in position order; MASKED tests every pair, FIXED: ``softmax_update``."""
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
@@ -56,7 +55,7 @@ def attend_range(
         places = key_rows(keys, pages, page_rows, last_page, PAGE)
         k = load_rows(key, places, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-        products = cap_products(products, inner, HAS_SOFTCAP)
+        products = cap_products(products, inner, SOFTCAP)
         if MASKED or HAS_KEY_MASK:
             seen = present[None, :]
             if CAUSAL:
@@ -75,7 +74,7 @@ def attend_range(
 def attend_parts(
     query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
     qk_scale, inner, pages, page_rows, last_page, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -89,18 +88,18 @@ def attend_parts(
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, tail_start, stop, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP,
+        qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, SOFTCAP,
         HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask, head_stop, tail_start, stride_k, stride_v, n_keys, offset, window,
-        qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP,
+        qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, SOFTCAP,
         HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     if HAS_WINDOW:
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, start, head_stop, stride_k, stride_v, n_keys, offset, window,
-            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, HAS_SOFTCAP,
+            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, SOFTCAP,
             HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
     return m, l, acc
@@ -110,7 +109,7 @@ def attend_parts(
 def attend_tile(
     query, rows, first, last, key, value, key_mask, stride_k, stride_v, n_keys, offset, window,
     qk_scale, inner, pages, page_rows, last_page, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -129,13 +128,13 @@ def attend_tile(
     m, l, acc = attend_parts(
         query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset,
         window, qk_scale, inner, pages, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
-        HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     if FIXED and overflowed(l, acc):
         m, l, acc = attend_parts(
             query, rows, key, value, key_mask, start, head_stop, tail_start, stop, stride_k, stride_v, n_keys, offset,
             window, qk_scale, inner, pages, page_rows, last_page, False, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
-            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+            SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
     return m, l, acc, stop - start
 
@@ -147,7 +146,7 @@ def exact_fwd_kernel(
     stride_ob, stride_oh, stride_on, stride_lb, stride_lh, stride_cb, stride_ch, stride_mb,
     n_queries, n_keys, heads, group, offset, window, qk_scale, inner, pages, page_rows, last_page,
     RESTART: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
     KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +178,7 @@ def exact_fwd_kernel(
     m, l, acc, seen = attend_tile(
         query, rows, first, last, key, value, key_mask_ptr + b * stride_mb, stride_kn, stride_vn, n_keys, offset,
         window, qk_scale, inner, pages, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, HAS_KEY_MASK, TILE,
-        HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     out = out_ptr + b * stride_ob + h * stride_oh + first_query * stride_on
     lse = lse_ptr + b * stride_lb + h * stride_lh + first_query
@@ -189,7 +188,7 @@ def exact_fwd_kernel(
 
 def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: bool = False) -> Launched:
     """Fill ``into`` for a part of the value's columns: every tile, or those that overflowed in pass 2."""
-    (query, key, _), mask, softcap = call.tensors, call.mask, call.softcap
+    (query, key, _), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     group = heads // key.shape[1]
     key_mask, stride_mb = key_mask_of(mask.key_mask, into.computed)
@@ -199,11 +198,9 @@ def launch_exact(call: AttentionCall, value: Tensor, into: Result, *, restart: b
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *into.output.stride()[:3],
         *into.lse.stride()[:2], *into.computed.stride()[:2], stride_mb,
         *call.sizes[:2], heads, group, call.sizes.offset, 0 if mask.window is None else mask.window,
-        *logit_scales(call.scale, softcap), **paging(call.pages, key),
-        RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal,
-        HAS_WINDOW=mask.window is not None, HAS_KEY_MASK=mask.key_mask is not None,
-        HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-        WIDE=needs_wide(query, key, value),
+        **logit_scales(call.scale, call.softcap), **paging(call.pages, key),
+        RESTART=restart, FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
+        HAS_KEY_MASK=mask.key_mask is not None, TILE=TILE_LEN, WIDE=needs_wide(query, key, value),
         **launch_config(query.shape[3], value.shape[3], query.dtype, device_of(query)),
     )  # fmt: skip
 

@@ -58,7 +58,7 @@ from s2o_compile.kernels.impl.triton.tile import (
 @triton.jit
 def attend_ranked(
     m, l, acc, query, key, value, key_index, start, stop, count, stride_k, stride_v, qk_scale, inner,
-    MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, FIXED: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def attend_ranked(
             keys = tl.load(key_index + entries)
         k = load_rows(key, keys, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-        products = cap_products(products, inner, HAS_SOFTCAP)
+        products = cap_products(products, inner, SOFTCAP)
         if MASKED:
             products = tl.where((entries < count)[None, :], products, -float("inf"))
         v = load_rows(value, keys, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
@@ -90,7 +90,7 @@ def gathered_fwd_kernel(
     tau, pages, page_rows, last_page, FIXED: tl.constexpr, MAY_SEE_NONE: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, HAS_HEAD_TAU: tl.constexpr, HAS_PROGRESS: tl.constexpr, RESUME: tl.constexpr,
     SEGMENT: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -149,12 +149,12 @@ def gathered_fwd_kernel(
         tail_start = seg_start + tl.maximum(free_stop - seg_start - 1, 0) // KEY_BLOCK * KEY_BLOCK
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, tail_start, seg_stop, stride_kn, stride_vn, n_keys, offset, 0,
-            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP,
+            qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, SOFTCAP,
             HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
         m, l, acc = attend_range(
             m, l, acc, query, rows, key, value, key_mask, seg_start, tail_start, stride_kn, stride_vn, n_keys, offset,
-            0, qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, HAS_SOFTCAP,
+            0, qk_scale, inner, pages, page_rows, last_page, False, FIXED, False, False, HAS_KEY_MASK, SOFTCAP,
             HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
         )  # fmt: skip
 
@@ -174,13 +174,13 @@ def gathered_fwd_kernel(
         start = tl.minimum(KEY_BLOCK, whole)
         m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, 0, start, count, stride_kn, stride_vn, qk_scale, inner,
-            False, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            False, False, SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     while (visited < whole) & (stopped == 0):
         m_before, l_before = m, l
         m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, start, visited + CHUNK, count, stride_kn, stride_vn,
-            qk_scale, inner, False, FIXED, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
+            qk_scale, inner, False, FIXED, SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES,
             PRECISION, WIDE,
         )  # fmt: skip
         visited += CHUNK
@@ -193,7 +193,7 @@ def gathered_fwd_kernel(
     if (stopped == 0) & (whole < count):  # the last ranked keys, fewer than a chunk
         m, l, acc = attend_ranked(
             m, l, acc, query, key, value, key_index, whole, count, count, stride_kn, stride_vn, qk_scale, inner,
-            True, False, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
+            True, False, SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE,
         )  # fmt: skip
         visited = count
     if stopped:  # keys left out count as their estimated mass at the mean value
@@ -257,7 +257,7 @@ def _launch_parts(
     resume: bool = False,
 ) -> list[Launched]:  # fmt: skip
     """Launch the tiles of each part of the value's columns, and again in position order those that overflowed."""
-    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
+    (query, key, value), mask = call.tensors, call.mask
     batch, heads, n_queries, _ = query.shape
     n_keys, sizes = call.n_keys, call.sizes
     group = heads // key.shape[1]
@@ -285,11 +285,10 @@ def _launch_parts(
             *piece.lse.stride()[:2], *piece.computed.stride()[:2], stride_mb, *mean.stride()[:3], by_batch,
             *sizes[:2], plan.n_segments, plan.key_index.shape[3], heads, group,
             heads // plan.key_index.shape[1], TAIL_SHARE, *sizes[2:],
-            *logit_scales(call.scale, softcap), 0.0 if by_head else tau, **paging(call.pages, key),
+            **logit_scales(call.scale, call.softcap), tau=0.0 if by_head else tau, **paging(call.pages, key),
             FIXED=fixed, MAY_SEE_NONE=may_see_none, CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
             HAS_HEAD_TAU=by_head, HAS_PROGRESS=progress is not None, RESUME=resume, SEGMENT=plan.segment_len,
-            CHUNK=plan.chunk_len, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-            WIDE=needs_wide(query, key, part),
+            CHUNK=plan.chunk_len, TILE=TILE_LEN, WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip
         launched.append(made)

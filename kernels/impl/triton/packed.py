@@ -50,7 +50,7 @@ def packed_fwd_kernel(
     stride_qh, stride_qn, stride_kh, stride_kn, stride_vh, stride_vn, stride_oh, stride_on, stride_lh, stride_table,
     stride_sink, n_sequences, group, window, qk_scale, inner, pages, page_rows, last_page,
     FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, TILE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def packed_fwd_kernel(
     m, l, acc, _ = attend_tile(
         query, rows, first, last, key, value, key_ptr, stride_kn, stride_vn, n_keys, n_keys - n_queries, window,
         qk_scale, inner, pages + sequence * stride_table, page_rows, last_page, FIXED, CAUSAL, HAS_WINDOW, False, TILE,
-        HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        SOFTCAP, HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     if HAS_SINKS:  # one more logit, whose value is zero
         sink = tl.load(sinks_ptr + h * stride_sink).to(tl.float32) * LOG2E
@@ -120,9 +120,8 @@ def attend_packed(
             query, key, part, into.output, into.lse, sequences, sinks,
             *query.stride()[1:3], *key.stride()[1:3], *part.stride()[1:3], *into.output.stride()[1:3],
             into.lse.stride(1), table.stride(0), sinks.stride(-1), sequences.shape[1], call.group,
-            0 if mask.window is None else mask.window, *logit_scales(call.scale, softcap), **pages,
+            0 if mask.window is None else mask.window, **logit_scales(call.scale, softcap), **pages,
             FIXED=can_fix(query.dtype, mask), CAUSAL=mask.causal, HAS_WINDOW=mask.window is not None,
-            HAS_SINKS=call.sinks is not None, HAS_SOFTCAP=softcap is not None, TILE=TILE_LEN,
-            WIDE=needs_wide(query, key, part),
+            HAS_SINKS=call.sinks is not None, TILE=TILE_LEN, WIDE=needs_wide(query, key, part),
             **launch_config(query.shape[3], part.shape[3], query.dtype, query.device),
         )  # fmt: skip

@@ -67,7 +67,7 @@ def sampled_fwd_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_part, split_len, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
     pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    TILE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    TILE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, PAGE: tl.constexpr,
@@ -94,7 +94,7 @@ def sampled_fwd_kernel(
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
     m, l, acc = attend_range(
         m, l, acc, query, rows, key, value, key_mask_ptr + b * stride_mb, start, stop, stride_kn, stride_vn, n_keys,
-        offset, 0, qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, HAS_SOFTCAP,
+        offset, 0, qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, SOFTCAP,
         HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
     part = (row_head * tl.num_programs(0) + split) * (tl.num_programs(2) * TILE) + slot
@@ -240,9 +240,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             split_len, n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset,
-            *logit_scales(call.scale, call.softcap),
-            **paging(call.pages, key), CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None,
-            TILE=tile, HAS_SOFTCAP=call.softcap is not None, WIDE=needs_wide(query, key, value),
+            **logit_scales(call.scale, call.softcap), **paging(call.pages, key), CAUSAL=mask.causal,
+            HAS_KEY_MASK=mask.key_mask is not None, TILE=tile, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip
     exact = ExactRows(

@@ -76,13 +76,19 @@ def seg_bounds(segment, n_queries, n_keys, seg_offset, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def cap_products(products, inner, HAS_SOFTCAP: tl.constexpr):
+def cap_products(products, inner, SOFTCAP: tl.constexpr):
     """Products q . k as they are, or tanh(products * inner), which ``softmax_update`` scales by the softcap instead.
 
-    The tanh is made of a sigmoid because the interpreter has no tanh. Its error is about 1e-7 of the softcap.
+    The tanh is made of a sigmoid because the interpreter has no tanh. Its error is about 1e-7 of the softcap, so that
+    small ones of a large softcap (SOFTCAP is 2) are those of the series, whose next term is below 1e-8.
     """
-    if HAS_SOFTCAP:
-        products = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
+    if SOFTCAP:
+        x = inner * products
+        products = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        if SOFTCAP == 2:
+            square = x * x
+            series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
+            products = tl.where(square < 0.0625, x * series, products)
     return products
 
 
@@ -128,9 +134,12 @@ def store_tile(out, lse, m, l, acc, rows, present, stride, VALUE_DIM: tl.constex
     tl.store(lse + rows, (m + tl.math.log2(l)) * LN2, mask=present)
 
 
-def logit_scales(scale: float, softcap: float | None) -> tuple[float, float]:
-    """The factor of ``softmax_update`` (in base 2), and that of ``cap_products`` before it."""
-    return (scale * LOG2E.value, 0.0) if softcap is None else (softcap * LOG2E.value, scale / softcap)
+def logit_scales(scale: float, softcap: float | None) -> dict[str, float]:
+    """Arguments of a kernel: the factor of ``softmax_update``, in base 2, and what ``cap_products`` takes before it."""
+    if softcap is None:
+        return {"qk_scale": scale * LOG2E.value, "inner": 0.0, "SOFTCAP": 0}
+    softcap = min(softcap, 1e38)  # in base 2 larger ones are infinite
+    return {"qk_scale": softcap * LOG2E.value, "inner": scale / softcap, "SOFTCAP": 1 + (softcap > 256)}
 
 
 def key_mask_of(key_mask: torch.Tensor | None, unused: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -48,11 +48,10 @@ PROGRAM_BLOCKS = 8
 def block_masses_kernel(
     query_ptr, key_ptr, key_index_ptr, prefix_count_ptr, sampled_ptr, non_finite_ptr, key_mask_ptr, mass_ptr, bad_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_mb, n_queries, n_keys, segments,
-    ranking_len, columns, rankings, shared, group, offset, seg_offset, qk_scale, inner,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEGMENT: tl.constexpr,
-    SAMPLES: tl.constexpr, HEADS: tl.constexpr, OWN_BLOCKS: tl.constexpr, PROGRAM_BLOCKS: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ranking_len, columns, rankings, shared, group, offset, seg_offset, qk_scale, inner, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, SOFTCAP: tl.constexpr, SEGMENT: tl.constexpr, SAMPLES: tl.constexpr,
+    HEADS: tl.constexpr, OWN_BLOCKS: tl.constexpr, PROGRAM_BLOCKS: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Mass of some blocks of one ranking for the sampled queries of HEADS heads, and which hold non-finite keys."""
     segment = tl.program_id(1) % segments
@@ -88,7 +87,7 @@ def block_masses_kernel(
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + b * stride_mb + keys) != 0)
         k = load_rows(key, keys, stride_kn, HEAD_DIM, BLOCK_DIM, WIDE)
-        products = cap_products(tl.dot(query, tl.trans(k), input_precision=PRECISION), inner, HAS_SOFTCAP)
+        products = cap_products(tl.dot(query, tl.trans(k), input_precision=PRECISION), inner, SOFTCAP)
         seen = present[None, :]
         if CAUSAL:
             seen = seen & (keys[None, :] <= last_seen[:, None])
@@ -163,11 +162,10 @@ def estimate_unvisited(call: AttentionCall, plan: Plan) -> Tensor:
         block_masses_kernel, grid,
         query, key, plan.key_index, plan.prefix_count, rows, find_non_finite(key, value), key_mask, mass, bad,
         *query.stride()[:3], *key.stride()[:3], stride_mb, n_queries, n_keys, segments, longest, columns, rankings,
-        shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), *logit_scales(call.scale, softcap),
-        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, HAS_SOFTCAP=softcap is not None,
-        SEGMENT=plan.segment_len, HEADS=tile_heads, PROGRAM_BLOCKS=PROGRAM_BLOCKS, HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim, STAGES=STAGES, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        WIDE=needs_wide(key), num_warps=4, **sizes,
+        shared, heads // kv_heads, mask.offset, mask.seg_offset(n_queries, n_keys), **logit_scales(call.scale, softcap),
+        CAUSAL=mask.causal, HAS_KEY_MASK=mask.key_mask is not None, SEGMENT=plan.segment_len, HEADS=tile_heads,
+        PROGRAM_BLOCKS=PROGRAM_BLOCKS, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, STAGES=STAGES, WIDE=needs_wide(key),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4, **sizes,
     )  # fmt: skip
     launch(
         mass_behind_kernel, (segments, batch * heads),

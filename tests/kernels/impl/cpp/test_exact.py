@@ -38,6 +38,12 @@ def test_a_scale_may_be_anything(scale):
     assert_close(exact.attend_exact(inputs.call), exact_attention(inputs), inputs)
 
 
+@pytest.mark.parametrize("softcap", [1e6, torch.finfo(torch.float32).max])
+def test_a_softcap_may_be_large(softcap):
+    inputs = Case(queries=130, softcap=softcap).inputs()
+    assert_close(exact.attend_exact(inputs.call), exact_attention(inputs), inputs)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("count", [50, 200])
 def test_sampled_rows(name, count):

@@ -195,6 +195,12 @@ class TestBlockAttention:
                 (output[None, None, row : row + 1], lse[None, None, row : row + 1]), exact_attention(inputs), inputs
             )
 
+    def test_weights_sum_to_one_at_any_magnitude(self, path):
+        """In float32 the log-sum-exp of equal logits of 1e10 is 1e10, however many they are."""
+        key, value = torch.ones(96, 32), block(1, 96, 32)[2]
+        output, _ = block_attention.block_attention(key[:5] * 1e10 / 32, key, value, scale=1.0)
+        torch.testing.assert_close(output, value.mean(0).expand(5, -1))
+
     @pytest.mark.parametrize(("group", "rows", "keys"), [(1, 128, 128), (3, 256, 200), (2, 384, 300)])
     def test_causal_block(self, path, group, rows, keys):
         _, key, value = block(1, keys, 64)
