@@ -80,7 +80,8 @@ def attend_by_formula(call: AttentionCall, attn_mask: Tensor | None = None, fill
         mask = call.mask.visible_pairs(call.n_queries, call.n_keys, call.query.device)
     query, sinks, softcap, n_keys = call.query, call.sinks, call.softcap, call.n_keys
     key, value = (x.repeat_interleave(call.group, dim=1) for x in (call.key, call.value))
-    logits = (query.float() @ key.float().transpose(-1, -2)) * call.scale  # products overflow in float16
+    exact = torch.float32 if query.dtype is torch.float16 else query.dtype  # products overflow in float16
+    logits = (query.to(exact) @ key.to(exact).transpose(-1, -2)).float() * call.scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
