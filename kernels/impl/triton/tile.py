@@ -83,12 +83,13 @@ def cap_products(products, inner, SOFTCAP: tl.constexpr):
     small ones of a large softcap (SOFTCAP is 2) are those of the series, whose next term is below 1e-8.
     """
     if SOFTCAP:
-        x = inner * products
-        products = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        capped = 2.0 * tl.sigmoid(2.0 * inner * products) - 1.0
         if SOFTCAP == 2:
+            x = inner * products
             square = x * x
             series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
-            products = tl.where(square < 0.0625, x * series, products)
+            capped = tl.where(square < 0.0625, x * series, capped)
+        products = capped
     return products
 
 
