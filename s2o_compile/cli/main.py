@@ -167,7 +167,7 @@ def tune(
 
 def _crossover_says(found: int | None, longest: int) -> str:
     if found is None:
-        return f"S2O lost at {longest} tokens: the crossover stays as it was. Give longer --lengths to find it."
+        return f"S2O did not pay at {longest} tokens: the crossover stays as it was. Give longer --lengths to find it."
     if found == tuned.NEVER:
         return f'S2O lost at {longest} tokens: with min_seq_len "auto" every length runs dense.'
     return f"S2O runs from {found} tokens on."

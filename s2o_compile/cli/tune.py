@@ -248,16 +248,16 @@ def compare(shape: Shape, length: int, *, clock: Clock = milliseconds) -> Length
 
 
 def crossover(lengths: Sequence[Length]) -> int | None:
-    """The length from which S2O pays, by `WON`, at every longer one, too.
+    """The shortest length at which S2O pays, by `WON`, and behind which it never loses.
 
-    If it lost at the longest, nothing is known: None. If that one is `LONGEST_LOST` or more, no length runs sparse.
+    If there is none, nothing is known: None. If it lost at a longest one of `LONGEST_LOST` or more, none runs sparse.
     """
-    won = None
+    won, longest = None, max(lengths, key=lambda entry: entry.length)
     for entry in sorted(lengths, key=lambda entry: -entry.length):
-        if entry.s2o_ms > WON * entry.dense_ms:
+        if entry.s2o_ms >= entry.dense_ms:
             break
-        won = entry.length
-    if won is None and max(entry.length for entry in lengths) >= LONGEST_LOST:
+        won = entry.length if entry.s2o_ms <= WON * entry.dense_ms else won
+    if longest.s2o_ms >= longest.dense_ms and longest.length >= LONGEST_LOST:
         return tuned.NEVER
     return won
 

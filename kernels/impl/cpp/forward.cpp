@@ -151,7 +151,8 @@ struct Work {
     float now[PADDED], base[PADDED], kept[PADDED], brought[PADDED];
     Kind::logits(query + row * dims, keys, dims, columns, logits);
     if (s.softcap) {
-      const float most = std::min(s.softcap, 1e38f), cap = most * LOG2_E, inner = s.scale / most;  // cap: finite
+      const float most = std::min(s.softcap, 1e18f);  // its inverse stays a normal number; it caps nothing
+      const float cap = most * LOG2_E, inner = s.scale / most;
       for (int64_t j = 0; j < BLOCK * columns; j += LANES) store(logits + j, tanh(load(logits + j) * inner) * cap);
     }
     for (int64_t i = 0; i < BLOCK; ++i) {

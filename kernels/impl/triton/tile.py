@@ -139,7 +139,7 @@ def logit_scales(scale: float, softcap: float | None) -> dict[str, float]:
     """Arguments of a kernel: the factor of ``softmax_update``, in base 2, and what ``cap_products`` takes before it."""
     if softcap is None:
         return {"qk_scale": scale * LOG2E.value, "inner": 0.0, "SOFTCAP": 0}
-    softcap = min(softcap, 1e38)  # in base 2 larger ones are infinite
+    softcap = min(softcap, 1e18)  # its inverse stays a normal number; it caps nothing
     return {"qk_scale": softcap * LOG2E.value, "inner": scale / softcap, "SOFTCAP": 1 + (softcap > 256)}
 
 

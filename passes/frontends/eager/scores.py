@@ -137,13 +137,16 @@ class ScoreReader:
         scale, softcap = chain.tail, None
         while (matmul := product.read(node)) is None:
             name = function_name(node)
-            if name == "tanh" and softcap is None and not chain.factors:
-                softcap, scale = scale, 1.0
+            if name == "tanh" and softcap is None:
+                for factor, way in chain.factors:  # the operator's cap is a constant
+                    number = fixed(factor, node)
+                    if isinstance(number, fx.Node):
+                        raise self._obstacle(node, name, chain)
+                    scale = scale / number if way is torch.div else scale * number
+                softcap, scale, chain.factors = scale, 1.0, []
                 source = node.args[0]
             elif name in _FACTORS:
                 source, factor = self._factor(node, name)
-                if function_name(source) == "tanh" and "div" not in name:  # the operator's cap is a constant
-                    factor = fixed(factor, node)
                 if not _keeps_shape(node, source):
                     raise Refused("%s broadcasts the scores to another shape", node)
                 if isinstance(factor, fx.Node):

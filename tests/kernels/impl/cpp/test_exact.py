@@ -41,7 +41,9 @@ def test_a_scale_may_be_anything(scale):
 @pytest.mark.parametrize("softcap", [1e6, torch.finfo(torch.float32).max])
 def test_a_softcap_may_be_large(softcap):
     inputs = Case(queries=130, softcap=softcap).inputs()
-    assert_close(exact.attend_exact(inputs.call), exact_attention(inputs), inputs)
+    for large in (1.0, 1e6):  # of queries that a small scale makes small again
+        scaled = dataclasses.replace(inputs, query=inputs.query * large, scale=inputs.scale / large)
+        assert_close(exact.attend_exact(scaled.call), exact_attention(scaled), scaled)
 
 
 @pytest.mark.parametrize("name", CASES)

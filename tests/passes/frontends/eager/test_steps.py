@@ -427,17 +427,29 @@ def test_the_smallest_float16_hides_no_float32_scores():
 class Capped(torch.nn.Module):
     """Scores under a cap that is the module's, as Gemma 2 has it."""
 
-    cap = 5.0
+    def __init__(self, capped):
+        super().__init__()
+        self.cap, self.capped = 5.0, capped
 
     def forward(self, q, k, v):
-        return (torch.tanh(scores_of(q, k) / self.cap) * self.cap + bias(q)).softmax(-1) @ v
+        return (self.capped(scores_of(q, k) / self.cap, self.cap) + bias(q)).softmax(-1) @ v
 
 
+@pytest.mark.parametrize(
+    "capped",
+    [
+        lambda x, cap: torch.tanh(x) * cap,
+        lambda x, cap: torch.tanh(x).to(x.dtype) * cap,
+        lambda x, cap: torch.tanh(x) / (1 / cap),
+        lambda x, cap: torch.tanh(x) * (cap / 2) * 2.0,
+    ],
+    ids=["times", "cast", "divided", "twice"],
+)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_a_cap_that_dynamo_makes_an_input_is_a_constant_under_a_guard(dynamic):
+def test_a_cap_that_dynamo_makes_an_input_is_a_constant_under_a_guard(dynamic, capped):
     """With ``dynamic=True`` all floats of modules enter the graph, else those that changed."""
     torch._dynamo.reset()
-    model, capture, inputs = Capped(), Capture(), (heads(), heads(), heads())
+    model, capture, inputs = Capped(capped), Capture(), (heads(), heads(), heads())
     compiled = torch.compile(model, backend=capture, dynamic=dynamic)
     for model.cap in (5.0, 2.0, 0.5):
         torch.testing.assert_close(compiled(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
