@@ -127,6 +127,19 @@ def test_keys_that_nobody_sees_and_masks_of_one_row():
     assert torch.equal(decomposed(*tensors)[:, :, :128], actual[:, :, :128])
 
 
+@pytest.mark.slow
+def test_windows_do_not_meet_keys_that_nobody_sees():
+    module = Attention(causal=True, causal_offset=28, window=100, min_seq_len=0)
+    query, key, value, *_ = inputs(300, 500, padded=False, sinks=False)
+    program = torch.export.export(module, (query, key, value, None, None))
+    decomposed = program.run_decompositions({OPERATOR: decomposition.attention}).module()
+    actual = decomposed(query, key, value, None, None)
+    torch.testing.assert_close(actual, module(query, key, value, None, None), atol=2e-5, rtol=2e-5)
+    for x in (key, value):
+        x[:, :, 328:] = float("nan")  # as in a cache that is longer than its tokens
+    assert torch.equal(decomposed(query, key, value, None, None), actual)
+
+
 class Layers(nn.Module):
     """Attentions one after the other, all over the same tensors."""
 

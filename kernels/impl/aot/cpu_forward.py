@@ -130,7 +130,7 @@ def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
             head: Tensor, stop: Tensor, *rest: Tensor,
         ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
             positions = done + torch.arange(STEP)
-            keys = positions.clamp(max=n_keys - 1)
+            keys = positions.clamp(max=(stop - 1).clamp(min=0))  # hidden keys may be NaN
             seen = (positions < stop) & mask.visible(slots, positions)
             if mask.key_mask is not None:
                 seen = seen & rest[0][head // kv_heads * n_keys + keys]
