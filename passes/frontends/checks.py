@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -18,6 +18,8 @@ from s2o_compile.kernels.support.torch_compat import (
 )
 from s2o_compile.passes.graph.nodes import known, value_of
 from s2o_compile.passes.graph.rejected import Refused
+
+T = TypeVar("T")
 
 
 def check_derivatives(node: fx.Node) -> None:
@@ -111,7 +113,7 @@ def _ensured(condition: bool | torch.SymBool, node: fx.Node) -> bool:
     return bool(condition)
 
 
-def fixed(number: Any, node: fx.Node) -> Any:  # noqa: ANN401 (a number or a node)
+def fixed(number: T, node: fx.Node) -> T | float:
     """A number as a constant, also where Dynamo made a module's float an input of the graph: a guard sees to it."""
     value = value_of(number)
     enters = isinstance(value, torch.SymFloat) and not free_unbacked_symbols(value) and not _is_exported(node)

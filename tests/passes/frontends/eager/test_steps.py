@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.helpers.capture import Capture, heads, rewritten
+from tests.helpers.capture import heads, rewritten
 
 LOWEST, NINF = torch.finfo(torch.float32).min, float("-inf")
 PADDING = torch.arange(40)[None] >= torch.tensor([[40], [30]])
@@ -422,36 +422,3 @@ def test_the_smallest_float16_hides_no_float32_scores():
         "hides scores by -65504.0, which large scores outweigh; expected -inf or torch.finfo(torch.float32).min"
         in capture.records[0].reason
     )
-
-
-class Capped(torch.nn.Module):
-    """Scores under a cap that is the module's, as Gemma 2 has it."""
-
-    def __init__(self, capped):
-        super().__init__()
-        self.cap, self.capped = 5.0, capped
-
-    def forward(self, q, k, v):
-        return (self.capped(scores_of(q, k) / self.cap, self.cap) + bias(q)).softmax(-1) @ v
-
-
-@pytest.mark.parametrize(
-    "capped",
-    [
-        lambda x, cap: torch.tanh(x) * cap,
-        lambda x, cap: torch.tanh(x).to(x.dtype) * cap,
-        lambda x, cap: torch.tanh(x) / (1 / cap),
-        lambda x, cap: torch.tanh(x) * (cap / 2) * 2.0,
-    ],
-    ids=["times", "cast", "divided", "twice"],
-)
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
-def test_a_cap_that_dynamo_makes_an_input_is_a_constant_under_a_guard(dynamic, capped):
-    """With ``dynamic=True`` all floats of modules enter the graph, else those that changed."""
-    torch._dynamo.reset()
-    model, capture, inputs = Capped(capped), Capture(), (heads(), heads(), heads())
-    compiled = torch.compile(model, backend=capture, dynamic=dynamic)
-    for model.cap in (5.0, 2.0, 0.5):
-        torch.testing.assert_close(compiled(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
-    assert [record.reason for record in capture.records] == [""] * 3
-    assert [call.kwargs["softcap"] for call in capture.calls] == [5.0, 2.0, 0.5]
