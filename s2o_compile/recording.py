@@ -102,10 +102,14 @@ def notify(records: Sequence[SiteRecord], step_seconds: Mapping[str, float], mar
 SPARSE = frozenset(("s2o", "window"))
 """Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
 
-_TRANSFORMED = " (torch compiles nothing inside vmap, grad and their like: call the model outside, a batch for vmap)"
+_TRANSFORMED = (
+    " (torch compiles nothing inside transforms of torch.func such as vmap or grad: call the model outside, with a "
+    "batch dimension for vmap)"
+)
 _GAVE_UP = (
-    " (torch compiled it before, and compiles a function only so often: before the first call raise "
-    "torch.compiler.config.recompile_limit, write optimize(model, dynamic=True), or end a torch.compiler.set_stance)"
+    " (torch compiled it before, and compiles a function a limited number of times: raise "
+    "torch.compiler.config.recompile_limit before the first call, write optimize(model, dynamic=True), pad inputs to a "
+    "few lengths, or end a torch.compiler.set_stance)"
 )
 
 
