@@ -8,7 +8,7 @@ from torch import nn
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels.support.torch_compile import recompile_limit
+from s2o_compile.kernels.support.torch_compat import torch_release
 from tests.helpers.tiny import TinyAttention, tiny_input, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -151,7 +151,7 @@ def test_it_is_compiled_once_from_outside():
     assert (status.calls, status.graphs) == (3, 2)
 
 
-@pytest.mark.skipif(not recompile_limit(), reason="needs a torch.compile that takes recompile_limit")
+@pytest.mark.skipif(torch_release() < (2, 13), reason="torch.compile takes recompile_limit by 2.13")
 @torch.no_grad()
 def test_a_model_of_more_graphs_than_dynamos_default():
     """Turns, decoding, batches and caches of a language model are that many: it ran uncompiled from the ninth on."""
