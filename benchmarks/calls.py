@@ -31,6 +31,7 @@ from s2o_compile.kernels.impl.torch import forward as torch_forward
 from s2o_compile.kernels.impl.triton import forward as triton_forward
 from s2o_compile.kernels.planner import Planner, build_plan
 from s2o_compile.kernels.statistics import record_calls
+from s2o_compile.speed.measure import UNTIMED
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
@@ -73,8 +74,8 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call, after some that do not count: the operator knows a call from its third on."""
-    for _ in range(3 if ON_GPU else 1):
+    """Median time of a call, after some that do not count (`UNTIMED`)."""
+    for _ in range(UNTIMED.get(DEVICE, 1)):
         call()
     first = seconds(call) * 1e3
     if first < LONG_CALL and ON_GPU:
