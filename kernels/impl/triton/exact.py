@@ -47,23 +47,22 @@ def attend_range(
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [start, stop) in position order; MASKED tests every pair, FIXED: ``softmax_update``."""
+    last = tl.zeros_like(rows) + stop - 1
+    if CAUSAL:
+        last = tl.minimum(last, rows + offset)
     for j in tl.range(start, stop, KEY_BLOCK, num_stages=STAGES):
-        keys = j + tl.arange(0, KEY_BLOCK)
-        present = keys < stop
-        if MASKED or HAS_KEY_MASK:
-            keys = tl.minimum(keys, n_keys - 1)
+        position = j + tl.arange(0, KEY_BLOCK)
+        keys = tl.minimum(position, n_keys - 1) if MASKED or HAS_KEY_MASK else position
         places = key_rows(keys, pages, page_rows, last_page, PAGE)
         k = load_rows(key, places, stride_k, HEAD_DIM, BLOCK_DIM, WIDE)
         products = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         products = cap_products(products, inner, SOFTCAP)
         if MASKED or HAS_KEY_MASK:
-            seen = present[None, :]
-            if CAUSAL:
-                seen = seen & (keys[None, :] <= rows[:, None] + offset)
-            if HAS_WINDOW:
-                seen = seen & (keys[None, :] > rows[:, None] + offset - window)
             if HAS_KEY_MASK:
-                seen = seen & (tl.load(key_mask + keys) != 0)[None, :]
+                position = tl.where(tl.load(key_mask + keys) != 0, position, 0x7FFFFFFF)
+            seen = position[None, :] <= last[:, None]
+            if HAS_WINDOW:
+                seen = seen & (position[None, :] > rows[:, None] + offset - window)
             products = tl.where(seen, products, -float("inf"))
         v = load_rows(value, places, stride_v, VALUE_DIM, BLOCK_VALUE, WIDE)
         m, l, acc = softmax_update(m, l, acc, products, v, qk_scale, FIXED, PRECISION)

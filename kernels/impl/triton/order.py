@@ -1,9 +1,9 @@
 """``plan.order_keys`` on the GPU: a counting sort of each segment's prefix keys by class of score.
 
 The stop rule is tested once a chunk, so the order inside a chunk is free. Keys fall into CLASSES classes, by bounds
-taken from a sample of their row of scores. Every lane of a program counts, and then writes, LANE_KEYS keys of its own:
-no lane waits for another. Inside a class keys stand lane by lane, so the same scores always give the same ranking. A
-row is cut into programs of LANES lanes, so that a few long rows keep the whole card busy. The host does not wait.
+taken from a sample of their row of scores. Every lane of a program counts, and then writes, keys of its own: no lane
+waits for another. Inside a class keys stand lane by lane, so the same scores always give the same ranking. A row is
+cut into programs of LANES lanes, so that a few rows keep the whole card busy. The host does not wait.
 
 score [B, Hr, P, Nk], key_index int32 [B, Hr, P, L].
 """
@@ -39,7 +39,10 @@ LANES = 64
 """Lanes of one program, a thread each."""
 
 LANE_KEYS = 128
-"""Keys of one lane: every LANES-th of the program's, because a load takes neighbours. A counter's field holds 255."""
+"""Keys of one lane at most, every LANES-th of its program: a load takes neighbours. A counter's field holds 255."""
+
+SHARES = tl.constexpr(4)
+"""Programs that share a short row: a few mostly wait for memory. On an H200 one took 52 us at 8K, four take 24."""
 
 STEPS = 4
 """Keys of a lane that are loaded together: the loop waits for memory."""
@@ -175,9 +178,14 @@ def program_keys(
     program, seg_start, n_keys, CAUSAL: tl.constexpr, LANES: tl.constexpr, LANE_KEYS: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """First key of a program and the key behind its last, its lanes, and their keys in STEPS steps [STEPS, LANES]."""
-    start = program * LANES * LANE_KEYS
-    stop = tl.minimum(seg_start if CAUSAL else n_keys, start + LANES * LANE_KEYS)
+    """First key of a program and the key behind its last, its lanes, and their keys in STEPS steps [STEPS, LANES].
+
+    How a row is shared depends on its prefix alone, as no ranking may depend on what else a call ranks.
+    """
+    stop = seg_start if CAUSAL else n_keys
+    keys = tl.minimum(tl.cdiv(stop, SHARES * LANES * STEPS) * STEPS, LANE_KEYS) * LANES
+    start = program * keys
+    stop = tl.minimum(stop, start + keys)
     lane = tl.arange(0, LANES)
     return start, stop, lane, tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
 
@@ -346,7 +354,7 @@ def order_keys(
     ``sizes`` are those of the device, if lengths are bounds.
     """
     batch, heads, segments, n_keys = scores.shape
-    programs = triton.cdiv(n_keys, LANES * LANE_KEYS)
+    programs = torch.sym_max(SHARES.value, triton.cdiv(n_keys, LANES * LANE_KEYS))
     counts = scores.new_empty(batch, heads, segments, CLASSES * programs * LANES, dtype=torch.int32)
     longest = n_keys if tracing.get() else max(longest_prefix(mask, n_queries, n_keys, segment_len), 1)
     key_index = counts.new_empty(batch, heads, segments, longest)

@@ -27,6 +27,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     NOTHING_SEEN,
     WIDEST_VALUE,
     Launched,
+    can_fix,
     first_row,
     key_mask_of,
     launch,
@@ -35,6 +36,7 @@ from s2o_compile.kernels.impl.triton.tile import (
     logit_scales,
     needs_wide,
     number,
+    overflowed,
     paging,
 )
 
@@ -66,11 +68,10 @@ def sampled_fwd_kernel(
     query_ptr, key_ptr, value_ptr, part_ptr, lse_ptr, key_mask_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mb,
     stride_part, split_len, n_rows, n_queries, n_keys, heads, group, offset, qk_scale, inner,
-    pages, page_rows, last_page, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    pages, page_rows, last_page, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     TILE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, PAGE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr, KEY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's rows over one split of the keys: output and natural log-sum-exp [.., splits, slots]."""
     split, row_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -89,14 +90,30 @@ def sampled_fwd_kernel(
     query = load_rows(query, rows, stride_qn, HEAD_DIM, BLOCK_DIM, WIDE)
     key = key_ptr + b * stride_kb + h // group * stride_kh + first_key * stride_kn
     value = value_ptr + b * stride_vb + h // group * stride_vh + first_key * stride_vn
+    key_mask = key_mask_ptr + b * stride_mb
     m = tl.full([TILE], NOTHING_SEEN, tl.float32)
     l = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BLOCK_VALUE], tl.float32)
+    # Without a key mask a row that sees any of these keys sees the first one: the first block is a reference to keep.
+    first = tl.minimum(start + KEY_BLOCK, stop) if FIXED else stop
     m, l, acc = attend_range(
-        m, l, acc, query, rows, key, value, key_mask_ptr + b * stride_mb, start, stop, stride_kn, stride_vn, n_keys,
-        offset, 0, qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, SOFTCAP,
-        HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        m, l, acc, query, rows, key, value, key_mask, start, first, stride_kn, stride_vn, n_keys, offset, 0,
+        qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, SOFTCAP, HEAD_DIM,
+        BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
     )  # fmt: skip
+    if FIXED:
+        m, l, acc = attend_range(
+            m, l, acc, query, rows, key, value, key_mask, first, stop, stride_kn, stride_vn, n_keys, offset, 0,
+            qk_scale, inner, pages, page_rows, last_page, True, True, CAUSAL, False, HAS_KEY_MASK, SOFTCAP, HEAD_DIM,
+            BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+        )  # fmt: skip
+        if overflowed(l, acc):
+            m, l, acc = tl.zeros_like(m) + NOTHING_SEEN, tl.zeros_like(l), tl.zeros_like(acc)
+            m, l, acc = attend_range(
+                m, l, acc, query, rows, key, value, key_mask, start, stop, stride_kn, stride_vn, n_keys, offset, 0,
+                qk_scale, inner, pages, page_rows, last_page, True, False, CAUSAL, False, HAS_KEY_MASK, SOFTCAP,
+                HEAD_DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE, KEY_BLOCK, STAGES, PRECISION, WIDE, PAGE,
+            )  # fmt: skip
     part = (row_head * tl.num_programs(0) + split) * (tl.num_programs(2) * TILE) + slot
     dims = tl.arange(0, BLOCK_VALUE)
     result = acc / tl.where(l == 0.0, 1.0, l)[:, None]
@@ -240,7 +257,8 @@ def attend_rows(call: AttentionCall, count: int = SAMPLED) -> ExactRows:
             query, key, value, columns, part_lse, key_mask,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], stride_mb, value_dim,
             split_len, n_rows, *call.sizes[:2], heads, call.group, call.sizes.offset,
-            **logit_scales(call.scale, call.softcap), **paging(call.pages, key), CAUSAL=mask.causal,
+            **logit_scales(call.scale, call.softcap), **paging(call.pages, key),
+            FIXED=mask.key_mask is None and can_fix(query.dtype, mask), CAUSAL=mask.causal,
             HAS_KEY_MASK=mask.key_mask is not None, TILE=tile, WIDE=needs_wide(query, key, value),
             **launch_config(head_dim, value.shape[3], query.dtype, device_of(query)),
         )  # fmt: skip

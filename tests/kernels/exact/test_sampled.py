@@ -49,6 +49,9 @@ def test_by_torch(name):
     assert_rows(sampled.attend_rows(call), call, {"rtol": 1e-5, "atol": 1e-5})
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 @pytest.mark.parametrize(
     ("name", "device", "dtype"),
     [
@@ -67,6 +70,21 @@ def test_by_triton(name, device, dtype, monkeypatch):
     assert_rows(triton_sampled.attend_rows(call, 200), call, tolerance)  # two blocks, the second one short
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_begins_again_where_a_weight_overflows(device):
+    """A key far above the first ones of its split, which the softmax counts from: its weight leaves float32."""
+    pytest.importorskip("triton")
+    from s2o_compile.kernels.impl.triton import sampled as triton_sampled
+
+    call = make_call(causal=True, device=device)
+    query, key = call.query.clone(), call.key.clone()
+    query[..., 0], key[..., 0], key[:, :, 200] = 1.0, 0.0, 0.0
+    key[:, :, 200, 0] = 300.0 / call.scale
+    call = call.but(query=query, key=key)
+    assert_rows(triton_sampled.attend_rows(call, 200), call, {"rtol": 1e-5, "atol": 1e-4})
+
+
 @pytest.mark.parametrize(("programs", "splits"), [(1, 1), (16, 1), (96, 5)])
 def test_splits_give_the_card_enough_programs(programs, splits, monkeypatch):
     pytest.importorskip("triton")
@@ -80,9 +98,6 @@ def test_splits_give_the_card_enough_programs(programs, splits, monkeypatch):
     call = make_call(causal=True)
     assert_rows(triton_sampled.attend_rows(call, 200), call, {"rtol": 1e-5, "atol": 1e-5})
     assert grids[0] == (splits, 8, 2)  # 300 keys, 2 entries of 4 heads, two blocks of rows
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -123,3 +123,20 @@ class TestLists:
         (first, count), (second, _) = (made(device, "heavy")[1] for made in (causal_rankings, rankings))
         for (_, one), (place, other) in zip(each(first, count), each(second, count), strict=True):
             assert torch.equal(one, other), place
+
+    @pytest.mark.parametrize("lane_keys", [128, 8], ids=["few programs a row", "many"])
+    def test_depend_on_their_own_prefix_alone(self, device, lane_keys, monkeypatch):
+        monkeypatch.setattr(triton_order, "LANE_KEYS", lane_keys)
+        made, key = scores(device, "normal"), torch.zeros(2, n_heads(device), LENGTH, 16, device=device)
+        flags = triton_order.find_non_finite(key, key)
+        (index, count), (cut_index, cut_count) = (
+            triton_order.order_keys(
+                made[:, :, : -(-length // SEGMENT), :length].contiguous(), flags[:, :, :length].contiguous(),
+                AttentionMask(causal=True), n_queries=length, segment_len=SEGMENT,
+            )
+            for length in (LENGTH, 3 * SEGMENT)
+        )  # fmt: skip
+        assert torch.equal(cut_count, count[:, :3])
+        for place, ours in each(cut_index, cut_count):
+            assert torch.equal(ours, index[place][: len(ours)].long()), place
+            assert torch.equal(ours.sort().values, torch.arange(len(ours), device=device)), place
