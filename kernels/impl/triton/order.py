@@ -260,12 +260,16 @@ def count_classes_kernel(
 
 
 @triton.jit
-def add_counts_kernel(count_ptr, total_ptr, segments, kv_heads, cells, BLOCK: tl.constexpr):
+def add_counts_kernel(
+    count_ptr, total_ptr, n_queries, segments, kv_heads, cells, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Replace the counts of a row by how many keys stand before each, class by class, and lane by lane inside a class.
 
     ``total``, [B, P], gets the keys of a segment's rankings, which are as many in every head.
     """
     segment, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if segment * SEGMENT >= number(n_queries):
+        return
     count_ptr += (head * segments + segment) * cells
     before = segment * 0
     for j in range(0, cells, BLOCK):
@@ -376,8 +380,8 @@ def order_keys(
     launch(count_classes_kernel, grid, *rows, counts, *sizes, **kind)
     prefix_count = counts.new_empty(batch, segments)
     launch(
-        add_counts_kernel, (segments, batch * heads), counts, prefix_count, segments, heads, counts.shape[3],
-        BLOCK=SUMMED, num_warps=4,
+        add_counts_kernel, (segments, batch * heads), counts, prefix_count, lengths[0], segments, heads,
+        counts.shape[3], SEGMENT=segment_len, BLOCK=SUMMED, num_warps=4,
     )  # fmt: skip
     launch(write_classes_kernel, grid, *rows, counts, key_index, *sizes, longest, **paging(pages, non_finite), **kind)
     return key_index, prefix_count

@@ -110,7 +110,7 @@ def test_pages_as_well(device, unread):
 
 
 @pytest.mark.parametrize("device", [INTERPRETED, CUDA])
-def test_sequences_longer_than_the_bounds_run_exactly(device, unread):
+def test_sequences_longer_than_the_bounds_run_exactly(device, unread, poison_empty):
     unread()
     packing = Packing(lengths=((140, 160), (150, 150)), heads=1)
     inputs = packing.inputs(device)
