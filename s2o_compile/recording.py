@@ -108,7 +108,7 @@ _TRANSFORMED = (
 )
 _GAVE_UP = (
     " (torch compiled it before, and compiles a function a limited number of times: raise "
-    "torch.compiler.config.recompile_limit before the first call, write optimize(model, dynamic=True), pad inputs to a "
+    "torch.compiler.config.recompile_limit and optimize anew, write optimize(model, dynamic=True), pad inputs to a "
     "few lengths, or end a torch.compiler.set_stance)"
 )
 

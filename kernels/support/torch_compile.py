@@ -103,9 +103,8 @@ def skip_frame(function: Function) -> Function:
     return function
 
 
-def recompile_limit() -> dict[str, Any]:
-    """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another limit."""
-    known = "recompile_limit" in inspect.signature(torch.compile).parameters
+def recompile_limit(known: bool = "recompile_limit" in inspect.signature(torch.compile).parameters) -> dict[str, Any]:
+    """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another by now."""
     return {"recompile_limit": 32} if known and torch.compiler.config.recompile_limit == 8 else {}
 
 
