@@ -177,8 +177,7 @@ class Account:
         if _open:
             for recording in _open.held():
                 recording.account.count(call)
-        gave_up = _in_no_graph(call) and not call.paths
-        if type(call.module) in self._warned or (call.path in self._sparse and not gave_up):
+        if type(call.module) in self._warned or (call.path in self._sparse and (call.paths or not _in_no_graph(call))):
             return
         if not SPARSE.isdisjoint(call.paths):
             self._sparse.add(call.path)
