@@ -108,13 +108,13 @@ _TRANSFORMED = (
 )
 _GAVE_UP = (
     " (torch compiled it before, and compiles a function a limited number of times: raise "
-    "torch.compiler.config.recompile_limit before the first call, write optimize(model, dynamic=True), pad inputs to a "
+    "torch.compiler.config.recompile_limit and optimize anew, write optimize(model, dynamic=True), pad inputs to a "
     "few lengths, or end a torch.compiler.set_stance)"
 )
 
 
 class Account:
-    """What happened in the calls of one optimized model; it warns once if nothing of a long call ran sparse.
+    """What happened in the calls of one optimized model; it warns once a class of long calls in which none ran sparse.
 
     Nothing is read from a tensor. Several threads may call the model. A copy of the model has an account of its own.
     """
@@ -122,7 +122,7 @@ class Account:
     def __init__(self, config: S2OConfig | None = None) -> None:
         self._config = config or S2OConfig()
         self._lock = threading.Lock()
-        self._warned = False
+        self._warned: set[type] = set()  # classes of modules: an image tower's warning must not hide the model's
         self._sparse: set[str] = set()  # paths of modules whose calls have run sparse
         self._found: set[str] = set()  # paths of modules in whose calls a graph with attention was compiled
         self._graphs: list[tuple[str, tuple[SiteRecord, ...]]] = []
@@ -177,17 +177,16 @@ class Account:
         if _open:
             for recording in _open.held():
                 recording.account.count(call)
-        gave_up = _in_no_graph(call) and not call.paths
-        if self._warned or (call.path in self._sparse and not gave_up):
+        if type(call.module) in self._warned or (call.path in self._sparse and (call.paths or not _in_no_graph(call))):
             return
         if not SPARSE.isdisjoint(call.paths):
             self._sparse.add(call.path)
             return
-        reason = self._why_dense(call, args, kwargs)
-        if reason:
-            self._warned = True
+        if reason := self._why_dense(call, args, kwargs):
+            self._warned.add(type(call.module))
+            called = f"{call.path}, a part of an optimized model," if call.path else "an optimized model"
             warn(
-                f"an optimized model was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
+                f"{called} was called, and no attention ran sparse: {reason}. s2o_compile.explain(model, "
                 "*inputs) lists every attention that runs, s2o_compile.status(model) what happened so far. "
                 "docs/troubleshooting.md says what to do.",
                 NothingRewrittenWarning,
@@ -209,7 +208,8 @@ class Account:
         """Why a call without sparse attention should have had some; empty if there is nothing to say."""
         path, found = call.path, call.path in self._found
         if "masked" in call.paths:
-            return "the masks that were read are no causal, sliding or padding masks"
+            others = ", and other attentions were short or marked dense" if "dense" in call.paths else ""
+            return f"the masks that were read are no causal, sliding or padding masks{others}"
         if call.never:
             return next(iter(call.never))
         modules = _in_no_graph(call)
@@ -227,8 +227,7 @@ class Account:
             names = ", ".join(name or "the model itself" for name in modules[:5])
             remedy = _TRANSFORMED if interpreter_stack() is not None else _GAVE_UP if found and path in modules else ""
             reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}{remedy}")
-        found = "" if found else f"none was found in {self._graphs_at(path)}; "
-        return found + "; ".join(reasons)
+        return ("" if found else f"none was found in {self._graphs_at(path)}; ") + "; ".join(reasons)
 
     def _graphs_at(self, path: str) -> str:
         number = sum(at == path for at, _ in self._graphs)

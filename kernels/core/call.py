@@ -180,6 +180,13 @@ class AttentionCall:
         stop = max(self.mask.visible_range(0, self.n_queries - 1, self.n_keys)[1], 1)
         return self if stop == self.n_keys else self.first_keys(stop, self.mask.first_keys(stop))
 
+    def without_hidden_keys(self) -> AttentionCall:
+        """The call with zeros where its key mask hides: of padding that holds NaN, a weight of nothing makes NaN."""
+        if self.mask.key_mask is None:
+            return self
+        hidden = ~self.mask.key_mask[:, None, :, None]
+        return self.but(key=self.key.masked_fill(hidden, 0.0), value=self.value.masked_fill(hidden, 0.0))
+
     def for_kernels(self) -> AttentionCall:
         """The call as our executors take it: unit last strides, and an offset beyond which nothing changes."""
         mask = self.mask.within(self.n_queries, self.n_keys)

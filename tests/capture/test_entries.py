@@ -162,6 +162,21 @@ def test_a_model_of_more_graphs_than_dynamos_default():
     assert (status.graphs, status.sparse, status.uncompiled_calls) == (12, 24, 0)
 
 
+@torch.no_grad()
+def test_a_limit_that_the_user_sets_after_the_first_call():
+    """What was compiled under the other limit stays."""
+    fast = s2o_compile.optimize(tiny_model(), EXACT, dynamic=False)
+    for length in range(LENGTH, LENGTH + 2):
+        fast(tiny_input(length))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        fast(tiny_input(LENGTH + 2))
+        with pytest.warns(match="raise torch.compiler.config.recompile_limit and optimize anew"):
+            fast(tiny_input(LENGTH + 3))
+        fast(tiny_input(LENGTH))
+    status = s2o_compile.status(fast)
+    assert (status.graphs, status.uncompiled_calls) == (3, 1)
+
+
 class User(nn.Module):
     """A user's model around torch's own encoder or decoder, whose frames Dynamo does not capture."""
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ WRONG_USAGE = {
     "bad-number": (("bench", "--tokens", "many"), "Invalid value for '--tokens'"),
     "too-small": (("explain", "smollm2", "--tokens", "1"), "Invalid value for '--tokens'"),
     "unknown-option": (("bench", "--tokns", "9"), "No such option: --tokns"),
+    "no-argument": (("explain",), "Missing argument '"),
     "unknown-command": (("bnech",), "No such command 'bnech'"),
     "json-without-a-file": (("doctor", "--json"), "requires an argument"),
 }
@@ -81,7 +83,20 @@ def test_wrong_usage(s2o, kind, monkeypatch):
     done = s2o(*words)
     assert done.returncode == 2
     assert said in done.stderr
+    assert "got ``" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["demo --tau high", "demo --tokens=10", "bench --tokens 9000 1", "tune --heads [/x]"])
+def test_a_wrong_value_is_shown_with_what_it_means(s2o, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "400")
+    command, _, given = words.partition(" ")
+    done = s2o(command, *given.split())
+    meaning = {"--tau": "Quality against speed; 0 is", "--tokens": "the prompt", "--heads": "Query heads."}
+    option = re.split("[ =]", given)[0]
+    assert done.returncode == 2
+    assert f"Invalid value for '{option}'" in done.stderr
+    assert re.search(rf"got `{re.escape(given)}`. Give another: .*{meaning[option]}", done.stderr)
 
 
 def test_a_full_disk_at_the_end(s2o, tmp_path, monkeypatch):

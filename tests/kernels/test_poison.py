@@ -109,11 +109,12 @@ class TestHiddenKeys:
     """What hidden keys and values hold changes no bit, also where the rest is ranked and left out."""
 
     @pytest.mark.parametrize("implementation", ["auto", "torch"])
-    @pytest.mark.parametrize("number", [3.0, 1e4])
+    @pytest.mark.parametrize("number", [3.0, 1e4, math.nan])
     @pytest.mark.parametrize(
         "case",
         [
             Case(queries=700, batch=2, padding="left"),
+            Case(queries=700, batch=2, padding="left", window=200),
             Case(queries=700, batch=2, padding="right", causal=False),
             Case(queries=500, keys=1400, offset=0),
             Case(queries=500, keys=1400, offset=200, batch=2, padding="left"),

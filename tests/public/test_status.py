@@ -100,6 +100,44 @@ def test_a_mask_that_was_read():
     assert s2o_compile.status(fast).paths == {"masked": 1}
 
 
+class Pictures(nn.Module):
+    """A model whose ``generate`` calls an image tower by itself, as those of transformers do."""
+
+    class Tower(Masked):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Identity()
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.text = self.Tower(), Broken()
+
+    def forward(self, x):
+        return self.text(x)
+
+
+def test_an_image_tower_does_not_speak_for_the_model():
+    """Its warning was said of the model, and the model's own was not said any more."""
+    fast = s2o_compile.optimize(Pictures().eval(), EXACT)
+    mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) > 0.5
+    (said,) = said_by(lambda: [fast.tower(torch.randn(1, 2, 200, 8), mask) for _ in range(2)])
+    assert said.startswith("tower, a part of an optimized model, was called, and no attention ran sparse: the masks")
+    (said,) = said_by(lambda: [fast(tiny_input()) for _ in range(2)])
+    assert said.startswith("an optimized model was called, and no attention ran sparse: none was found")
+
+
+def test_masks_that_were_read_beside_short_attention():
+    class Both(Masked):
+        def forward(self, q, mask):
+            short = q[:, :, :100]
+            return super().forward(q, mask)[:, :, :100] + scaled_dot_product_attention(short, short, short)
+
+    fast = s2o_compile.optimize(Both(), EXACT)
+    mask = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) > 0.5
+    (said,) = said_by(lambda: fast(torch.randn(1, 2, 200, 8), mask))
+    assert "padding masks, and other attentions were short or marked dense. s2o_compile.explain" in said
+
+
 def test_attention_that_stays_dense_is_said_once():
     """The reasons are said while it compiles."""
     fast = s2o_compile.optimize(tiny_model(), EXACT)

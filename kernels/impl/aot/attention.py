@@ -7,7 +7,7 @@ operator chooses by length are chosen by the longest length that the program acc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,9 +63,10 @@ def attention(
         return call, rest.pop(0) if isinstance(taus, Tensor) else taus
 
     def closed(call: AttentionCall, output: Tensor) -> tuple[Tensor]:
+        rows = fully_masked_rows(call.mask, call.n_queries, call.n_keys, output.device)[:, None, :, None]
+        output = output.masked_fill(rows, 0.0)  # a weight of nothing times NaN is NaN
         if fully_masked == "mean":
-            rows = fully_masked_rows(call.mask, call.n_queries, call.n_keys, output.device)
-            output = fill_rows(output, call.value, rows[:, None, :, None], call.sinks)
+            output = fill_rows(output, call.value, rows, call.sinks)
         output = output.to(call.value.dtype)
         return ((output.transpose(1, 2) if order == "BNHD" else output).reshape(-1),)
 
@@ -74,28 +75,25 @@ def attention(
         return closed(call, _exact(call))
 
     def long(*operands: Tensor) -> tuple[Tensor]:
-        call, taus = opened(operands)
-        if window is not None:
-            return closed(call, _with_sinks(call, *executor.attend_exact(call)))
-        call, outputs = _over_seen_keys(call), []
-        for heads, dense in _parts(call.key.shape[1], dense_heads or ()):
+        whole, taus = opened(operands)
+        call, outputs = _over_seen_keys(whole).without_hidden_keys(), []
+        for heads, dense in _parts(call.key.shape[1], (dense_heads or ()) if window is None else range(key.shape[1])):
             members = [query_heads(part, call.group) for part in heads]
             logits = None if call.sinks is None else torch.cat([call.sinks[part] for part in members])
             part = call.but(
                 query=take(call.query, members), key=take(call.key, heads), value=take(call.value, heads), sinks=logits
             )
             if dense:
-                output = _exact(part)
+                output = _exact(part, executor.attend_exact)
             else:
                 limits = [taus[rows] for rows in members]
                 limits = torch.cat(limits) if isinstance(taus, Tensor) else [tau for run in limits for tau in run]
                 output = _with_sinks(part, *executor.attend(part, limits, segment_len))
             sizes = [rows.stop - rows.start for rows in members]
             outputs += zip((rows.start for rows in members), output.to(value.dtype).split(sizes, 1), strict=True)
-        return closed(call, torch.cat([output for _, output in sorted(outputs, key=lambda x: x[0])], 1))
+        return closed(whole, torch.cat([output for _, output in sorted(outputs, key=lambda x: x[0])], 1))
 
-    sparse = attention_chunk is None and factor > 0 and len(set(dense_heads or ())) < key.shape[1]
-    sparse = sparse and min_seq_len < NEVER
+    sparse = attention_chunk is None and factor > 0 and min_seq_len < NEVER
     enough = torch.sym_min(query.shape[2] - TILE_LEN, key.shape[2] - min_seq_len) >= 0 if sparse else False
     # Copies in one dimension: operands of a branch may share no memory and must lie as they were traced. But query, key
     # and value are often views of one projection, and Inductor chooses the layout of its copies.
@@ -153,13 +151,15 @@ def _with_sinks(call: AttentionCall, output: Tensor, lse: Tensor) -> Tensor:
     return output if call.sinks is None else output * sink_share(lse, call.sinks)[..., None]
 
 
-def _exact(call: AttentionCall) -> Tensor:
-    """Dense attention [B, Hq, Nq, Dv]; materialises the [Nq, Nk] mask where ``is_causal`` cannot express it."""
+def _exact(call: AttentionCall, executor: Callable[[AttentionCall], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """Dense attention [B, Hq, Nq, Dv]; where ``is_causal`` cannot express the mask by an executor, or all its pairs."""
     mask = call.mask
     plain = call.softcap is call.sinks is mask.key_mask is mask.window is mask.attention_chunk is None
     top_left = statically_known_true(mask.offset == 0) and call.scale > 0
     if plain and (not mask.causal or top_left):
         return sdpa(*call.tensors, is_causal=mask.causal, scale=call.scale)
+    if executor is not None:
+        return _with_sinks(call, *executor(call))
     rows, columns = (torch.arange(x.shape[2], device=x.device) for x in (call.query, call.key))
     visible = mask.visible(rows, columns)[None, None]
     return attend_under(call, visible if mask.key_mask is None else visible & mask.key_mask[:, None, None, :])

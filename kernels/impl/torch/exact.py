@@ -22,7 +22,7 @@ KEY_STEP = 4096
 
 def attend_exact(call: AttentionCall) -> Result:
     """Exact attention over every visible key."""
-    (query, key, value), mask, softcap = call.tensors, call.mask, call.softcap
+    (query, key, value), mask, softcap = call.without_hidden_keys().tensors, call.mask, call.softcap
     batch, heads, n_queries, _ = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
     key, value = key.contiguous(), value.contiguous()

@@ -45,7 +45,7 @@ def attend(
         progress: Where tiles keep their state; None if none will go on.
     """
     result = empty_result(call.query, call.value.shape[3]) if into is None else into
-    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+    keys, values = (x.float().contiguous() for x in call.without_hidden_keys().tensors[1:])
     _each_segment(call, keys, values, plan, lambda segment: segment.attend(tau, result, progress))
     return result
 
@@ -55,7 +55,7 @@ def going_on(call: AttentionCall, plan: Plan, tau: Tensor, into: Result, progres
 
     ``tau`` is float32 [B, Hq], read anew each time; an infinite one leaves a head as it is.
     """
-    keys, values = (x.float().contiguous() for x in (call.key, call.value))
+    keys, values = (x.float().contiguous() for x in call.without_hidden_keys().tensors[1:])
 
     def go_on() -> None:
         if (progress.unvisited < tau[..., None]).all():
