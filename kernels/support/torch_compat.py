@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from s2o_compile.kernels.support.errors import S2OError
 
-FIRST_TESTED, LAST_TESTED = (2, 11), (2, 13)
+FIRST_TESTED, LAST_TESTED = (2, 11), (2, 15)
 TESTED = "{}.{} to {}.{}".format(*FIRST_TESTED, *LAST_TESTED)
 """The range of torch that this package was tested with, as numbers and in words."""
 

@@ -56,7 +56,7 @@ class Workaround:
     upstream: str
     patched: Callable[[], AbstractContextManager[None]]
     first: tuple[int, int] = (2, 11)
-    last: tuple[int, int] = (2, 13)
+    last: tuple[int, int] = (2, 15)
 
 
 WORKAROUNDS: list[Workaround] = []
