@@ -25,6 +25,9 @@ FIRST_TESTED, LAST_TESTED = (2, 11), (2, 15)
 TESTED = "{}.{} to {}.{}".format(*FIRST_TESTED, *LAST_TESTED)
 """The range of torch that this package was tested with, as numbers and in words."""
 
+LAST_PACKAGED = (2, 13)
+"""The newest torch that writes packages: Inductor treats branches in another way since, and workarounds are for this."""
+
 
 def torch_release() -> tuple[int, int]:
     """Major and minor version of the torch that is installed."""
