@@ -26,7 +26,7 @@ TESTED = "{}.{} to {}.{}".format(*FIRST_TESTED, *LAST_TESTED)
 """The range of torch that this package was tested with, as numbers and in words."""
 
 LAST_PACKAGED = (2, 13)
-"""The newest torch that writes packages: Inductor treats branches in another way since, and workarounds are for this."""
+"""The newest torch that writes packages. Later ones write branches in another way, which no workaround was made for."""
 
 
 def torch_release() -> tuple[int, int]:
