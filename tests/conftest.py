@@ -30,6 +30,7 @@ from s2o_compile.kernels.core import plan as plan_module
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import Plan
+from s2o_compile.kernels.support import torch_compat
 from tests.helpers import durations, interpreter
 
 # A process in the background ignores interrupts, and so would those that tests start to interrupt them.
@@ -43,6 +44,10 @@ ERROR_FACTOR = 4
 """Online softmax rescales its sums once a block, and a tile that stops early normalises by a smaller sum."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PACKAGED = pytest.mark.skipif(
+    torch_compat.torch_release() > torch_compat.LAST_PACKAGED, reason="this torch writes no packages"
+)
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

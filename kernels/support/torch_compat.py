@@ -21,9 +21,12 @@ from torch import Tensor, fx, nn
 
 from s2o_compile.kernels.support.errors import S2OError
 
-FIRST_TESTED, LAST_TESTED = (2, 11), (2, 13)
+FIRST_TESTED, LAST_TESTED = (2, 11), (2, 15)
 TESTED = "{}.{} to {}.{}".format(*FIRST_TESTED, *LAST_TESTED)
 """The range of torch that this package was tested with, as numbers and in words."""
+
+LAST_PACKAGED = (2, 13)
+"""The newest torch that writes packages. Later ones write branches in another way, which no workaround was made for."""
 
 
 def torch_release() -> tuple[int, int]:

@@ -99,9 +99,10 @@ def _permute(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> In
 def permutation(node: fx.Node) -> list[int]:
     """The dimensions of its source in the order in which a ``transpose``, ``permute``, ``T`` or ``mT`` has them."""
     name, dims, rank = function_name(node), node.args[1:], value_of(node.args[0]).ndim
-    if name == "getattr":
-        if dims[0] not in ("T", "mT") or rank < 2 or (dims[0] == "T" and rank > 2):
-            raise Refused("%s (%s) is not a view this pass understands", node, dims[0])
+    if name in ("getattr", "mT", "numpy_T"):  # attributes are calls of ATen from torch 2.14 on
+        attribute = dims[0] if name == "getattr" else name
+        if attribute not in ("T", "mT", "numpy_T") or rank < 2 or (attribute != "mT" and rank > 2):
+            raise Refused("%s (%s) is not a view this pass understands", node, attribute)
         dims = (-2, -1)
     elif name == "t":
         dims = (0, 1)
@@ -211,7 +212,7 @@ def _select(node: fx.Node, base: Shape, shape: Shape, evaluate: Evaluate) -> Ind
 
 _Handler = Callable[[fx.Node, Shape, Shape, Evaluate], Indices]
 CASTS = frozenset({"to", "type", "type_as", "bool", "long", "int", "float", "half", "bfloat16", "double"})
-PERMUTATIONS = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "getattr"})
+PERMUTATIONS = frozenset({"transpose", "swapaxes", "swapdims", "t", "permute", "getattr", "mT", "numpy_T"})
 VIEWS: dict[str, _Handler] = {
     **dict.fromkeys((*CASTS, "contiguous", "clone", "detach", "alias", "cpu", "cuda"), _same),
     **dict.fromkeys(("unsqueeze", "squeeze", "view", "reshape", "flatten", "unflatten", "view_as"), _reshape),

@@ -17,7 +17,7 @@ import torch
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import PackageError
-from s2o_compile.kernels.support.torch_compat import torch_release
+from s2o_compile.kernels.support.torch_compat import LAST_PACKAGED, torch_release
 from s2o_compile.kernels.support.torch_inductor import (
     ANALYSIS,
     Conditional,
@@ -56,7 +56,7 @@ class Workaround:
     upstream: str
     patched: Callable[[], AbstractContextManager[None]]
     first: tuple[int, int] = (2, 11)
-    last: tuple[int, int] = (2, 13)
+    last: tuple[int, int] = LAST_PACKAGED
 
 
 WORKAROUNDS: list[Workaround] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from types import MethodType
 from typing import Any, ClassVar, Protocol
@@ -23,6 +23,7 @@ from torch import nn
 
 from s2o_compile.capture.rebound import with_own_code
 from s2o_compile.kernels.statistics import ModelCall, running
+from s2o_compile.kernels.support.derivatives import every_derivative, in_forward_mode
 from s2o_compile.kernels.support.torch_compat import dynamo_options, in_dispatch_mode, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import (
     captured_code,
@@ -143,18 +144,20 @@ class CompiledEntry:
                     return self._function(module, *args, **kwargs)
             finally:
                 outer.frame = before
-        limit, breaks = recompile_limit(), None  # a limit that the user has set since holds
+        limit, breaks, derivatives = recompile_limit(), None, nullcontext()  # a limit that the user has set since holds
         compiled = self._compiled.get((method, *limit))
-        if (interpreter_stack() or in_dispatch_mode()) and not self.compilation.options["fullgraph"]:
+        by_torch = interpreter_stack() or in_dispatch_mode() or in_forward_mode()
+        if by_torch and not self.compilation.options["fullgraph"]:
             # Dynamo would pass over this code, and never look at it again.
-            compiled = _call_of(method) if method else _call
+            compiled, derivatives = _call_of(method) if method else _call, every_derivative()
         elif compiled is None:
             compiled, breaks = self._compile(method, limit)
         running.call = call = ModelCall()
         call.path = self.path
         call.module = call.frame = module
         try:
-            result = compiled(module, *args, **kwargs)
+            with derivatives:
+                result = compiled(module, *args, **kwargs)
         finally:
             running.call = None
             if call.options is not None:

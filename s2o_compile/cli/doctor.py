@@ -20,7 +20,7 @@ from s2o_compile.config import S2OConfig
 from s2o_compile.functional import attention
 from s2o_compile.kernels.core import tuned
 from s2o_compile.kernels.support import cpp_library
-from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_TESTED, TESTED, torch_release
+from s2o_compile.kernels.support.torch_compat import FIRST_TESTED, LAST_PACKAGED, LAST_TESTED, TESTED, torch_release
 
 OLDEST_TRITON = 3, 6
 PACKAGES = {
@@ -79,6 +79,7 @@ def examine() -> Iterator[Check]:
 
 def _torch() -> Check:
     version = f"torch {torch.__version__}, python {platform.python_version()}"
+    version += "" if torch_release() <= LAST_PACKAGED else "; packages need torch {}.{}".format(*LAST_PACKAGED)
     if FIRST_TESTED <= torch_release() <= LAST_TESTED:
         return Check(name="torch", state="ok", found=version)
     return Check(

@@ -16,8 +16,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from s2o_compile import PackageError
 from s2o_compile.aot import inductor_workarounds as inductor
 from s2o_compile.kernels.support import torch_inductor
+from tests.conftest import PACKAGED
 
 triton = pytest.importorskip("triton")
+pytestmark = PACKAGED
 
 
 def test_a_branch_and_its_graph_have_one_numbering_of_sizes():

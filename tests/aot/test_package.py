@@ -21,8 +21,10 @@ from s2o_compile.kernels.core import plan, tuned
 from s2o_compile.kernels.impl.aot import attention as decomposition
 from s2o_compile.kernels.ranking import per_query as ranking_per_query
 from s2o_compile.kernels.support import cpp_library, torch_inductor
-from tests.conftest import quick_rows
+from tests.conftest import PACKAGED, quick_rows
 from tests.helpers.tiny import tiny_input, tiny_model
+
+pytestmark = PACKAGED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPERATOR = torch.ops.s2o.attention.default

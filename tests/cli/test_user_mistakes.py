@@ -196,7 +196,7 @@ class TestDoctor:
         monkeypatch.setattr(cli_doctor, "torch_release", lambda: (2, 9))
         done = s2o("doctor")
         assert done.returncode == 1
-        assert "torch: pip install 'torch>=2.11,<2.14'" in done.stdout
+        assert "torch: pip install 'torch>=2.11,<2.16'" in done.stdout
 
     @pytest.mark.parametrize("version", [None, "3.5.1"], ids=["none", "old"])
     def test_a_gpu_without_its_triton(self, monkeypatch, version):

@@ -105,10 +105,17 @@ def test_calls_give_what_native_gives(arguments, ran, calls):
 def test_what_only_native_has_is_left_to_it(calls):
     given = tuple(torch.randn(2, 200, 2, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
     both = {"attn_mask": PADDING[:, None, None], "is_causal": True}  # versions of SDPA differ in what they make of it
-    expected = attention_dispatch.dispatch_attention_fn(*given, **both)
+
+    def by_both():
+        try:
+            return attention_dispatch.dispatch_attention_fn(*given, **both)
+        except RuntimeError as refused:  # torch 2.14
+            return torch.tensor([*str(refused).encode()])
+
+    expected = by_both()
     with s2o_compile.diffusers.native_attention(EXACT):
         first, second = (attention_dispatch.dispatch_attention_fn(*given, dropout_p=0.5) for _ in range(2))
-        assert torch.equal(attention_dispatch.dispatch_attention_fn(*given, **both), expected)
+        assert torch.equal(by_both(), expected)
         with pytest.raises(ValueError, match="return_lse"):
             attention_dispatch.dispatch_attention_fn(*given, attention_kwargs={"return_lse": True})
     assert not torch.equal(first, second)

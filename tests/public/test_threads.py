@@ -26,6 +26,7 @@ from s2o_compile.capture import audit as audit
 from s2o_compile.kernels.observe import observe_attention, observing
 from s2o_compile.kernels.statistics import record_calls, recording
 from s2o_compile.recording import record
+from tests.conftest import PACKAGED
 from tests.helpers.tiny import tiny_input, tiny_model
 
 
@@ -317,6 +318,7 @@ def test_one_look_at_a_time_resets_dynamo_and_keeps_warnings_off():
     assert warnings.filters == before
 
 
+@PACKAGED
 def test_two_packages_leave_inductor_as_it_was():
     target = inductor.SubgraphLowering
     before = target.__init__

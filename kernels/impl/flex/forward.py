@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from s2o_compile.kernels.core.call import AttentionCall
 from s2o_compile.kernels.core.mask import AttentionMask
@@ -167,6 +166,8 @@ def _attend_blocks(
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return visible(b, h, i, j, *layout.buffers, *rows)
+
+    from torch.nn.attention.flex_attention import flex_attention  # loads sympy, from torch 2.14 on
 
     return flex_attention(
         query, key, value, score_mod=None if softcap is None else cap,

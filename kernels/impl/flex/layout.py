@@ -20,16 +20,18 @@ and alike, which takes 8 bytes for each query head, tile and block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from s2o_compile.kernels.core.mask import AttentionMask
 from s2o_compile.kernels.core.plan import TILE_LEN, n_segments, n_tiles
 from s2o_compile.kernels.ranking.unvisited import BLOCK_LEN
 from s2o_compile.kernels.support.torch_compat import is_fake
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 try:
     from s2o_compile.kernels.impl.flex import triton_layout
@@ -114,6 +116,8 @@ class FlexLayout(NamedTuple):
 
     def block_mask(self, mask_mod: Function, n_queries: int) -> BlockMask:
         """The tables as FlexAttention takes them, without the tables by key, which only a backward needs."""
+        from torch.nn.attention.flex_attention import BlockMask  # as in ``forward.py``
+
         return BlockMask.from_kv_blocks(
             self.partial_count,
             self.partial_index,
