@@ -197,12 +197,11 @@ class Account:
         """Count a call that has ended in this account alone."""
         with self._lock:
             self._calls += 1
-            if call.paths or call.uncompiled or call.breaks:
-                self._paths.update(call.paths)
-                self._never.update(call.never)
-                self._uncompiled |= {(call.path, module): None for module in _in_no_graph(call)}
-                self._python += bool(call.uncompiled and not call.compiled)
-                self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
+            self._paths.update(call.paths)
+            self._never.update(call.never)
+            self._uncompiled |= {(call.path, module): None for module in _in_no_graph(call)}
+            self._python += bool(call.called and not call.compiled)
+            self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
 
     @skip_frame
     def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
@@ -237,12 +236,12 @@ class Account:
 
 @skip_frame
 def _in_no_graph(call: ModelCall) -> list[str]:
-    """Modules that Python ran in a call, and below which no graph ran: Dynamo skips frames that only call others.
+    """Modules that Python called in a call, and in and below which no graph ran: it ran them, too.
 
     Without generators: none can be captured, where the code around the model is compiled with ``fullgraph``.
     """
     found = []
-    for module in call.uncompiled:
+    for module in dict.fromkeys(call.called):
         for frame in call.compiled:
             if frame == module or not module or frame.startswith(f"{module}."):
                 break
