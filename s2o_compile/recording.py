@@ -18,7 +18,7 @@ from s2o_compile.kernels.core.tuned import shortest_sparse
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
 from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.scopes import Scopes
-from s2o_compile.kernels.support.torch_compat import dtype_of, interpreter_stack
+from s2o_compile.kernels.support.torch_compat import dtype_of, in_dispatch_mode, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, Status, called_elsewhere, join_calls
@@ -103,8 +103,8 @@ SPARSE = frozenset(("s2o", "window"))
 """Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
 
 _TRANSFORMED = (
-    " (torch compiles nothing inside transforms of torch.func such as vmap or grad: call the model outside, with a "
-    "batch dimension for vmap)"
+    " (torch compiles nothing inside transforms of torch.func such as vmap or grad, nor under a dispatch mode, as a "
+    "FLOP counter: call the model outside, with a batch dimension for vmap)"
 )
 _GAVE_UP = (
     " (torch compiled it before, and compiles a function a limited number of times: raise "
@@ -224,7 +224,8 @@ class Account:
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
         if modules:
             names = ", ".join(name or "the model itself" for name in modules[:5])
-            remedy = _TRANSFORMED if interpreter_stack() is not None else _GAVE_UP if found and path in modules else ""
+            inside = interpreter_stack() or in_dispatch_mode()
+            remedy = _TRANSFORMED if inside else _GAVE_UP if found and path in modules else ""
             reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}{remedy}")
         found = "" if found else f"none was found in {self._graphs_at(path)}; "
         return found + "; ".join(reasons)
