@@ -59,7 +59,7 @@ def attend(call: AttentionCall, taus: Sequence[float] | Tensor, segment_len: int
         return (head * group + torch.arange(group))[:, None] * n_queries + slots.clamp(max=n_queries - 1)
 
     def allowed_keys(head: Tensor, keys: Tensor, rest: Sequence[Tensor]) -> Tensor | None:
-        return None if mask.key_mask is None else rest[0][head // kv_heads * n_keys + keys]
+        return None if mask.key_mask is None else rest[0].flatten()[head // kv_heads * n_keys + keys]
 
     def rank(number: Tensor, query: Tensor, key: Tensor, non_finite: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         head, segment = segment_of(number)
@@ -133,7 +133,7 @@ def attend_exact(call: AttentionCall) -> tuple[Tensor, Tensor]:
             keys = positions.clamp(max=(stop - 1).clamp(min=0))  # hidden keys may be NaN
             seen = (positions < stop) & mask.visible(slots, positions)
             if mask.key_mask is not None:
-                seen = seen & rest[0][head // kv_heads * n_keys + keys]
+                seen = seen & rest[0].flatten()[head // kv_heads * n_keys + keys]
             keys = head * n_keys + keys
             brought = block(rows, key[keys], value[keys], seen, softcap)
             return done + STEP, *merge(output, lse, *brought)
@@ -222,8 +222,9 @@ def visit_ranked(
 
 def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
     """Other operands of loop bodies: the key mask, and every size that they compute with."""
+    # Not flattened: Inductor frees an operand of a branch in every round of a loop that gets a view of its own shape.
     sizes = (*query.shape[:3], key.shape[2], mask.offset, *(() if mask.window is None else (mask.window,)))
-    return [*(() if mask.key_mask is None else (mask.key_mask.flatten(),)), *symbols(sizes)]
+    return [*(() if mask.key_mask is None else (mask.key_mask,)), *symbols(sizes)]
 
 
 def _samples(x: Tensor, dim: int = 2) -> Tensor:
