@@ -82,7 +82,7 @@ class ModelCall:
         frame: The innermost module that Python called in it.
         paths: How often the operator took which of its paths.
         never: How often it was dense because no length is faster sparse, by reason.
-        uncompiled: Names of modules that Python ran.
+        called: Names of modules that Python called, itself the first.
         compiled: Names of modules in whose frames a graph ran.
         breaks: Reasons of the graph breaks in it, if it was the first one.
         options: What holds Dynamo's options from the first graph to the end of a call that compiles; None in others.
@@ -93,7 +93,7 @@ class ModelCall:
     frame: nn.Module | None = None
     paths: Mapping[str, int] = MappingProxyType({})
     never: Mapping[str, int] = MappingProxyType({})
-    uncompiled: Sequence[str] = ()
+    called: Sequence[str] = ()
     compiled: frozenset[str] = frozenset()
     breaks: Sequence[str] = ()
     options: AbstractContextManager[None] | None = None

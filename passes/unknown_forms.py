@@ -29,6 +29,8 @@ _VIEWS = frozenset(
 # Functions whose value holds scores if an input does, whatever its shape. Of all others, the shape tells.
 _KEEPING = _VIEWS | {"setitem", "cat", "pad", "dropout", "where", "masked_fill", "add", "sub", "mul", "truediv", "div"}
 _SOFTMAXES = frozenset({"softmax", "log_softmax", "softmin", "gumbel_softmax", "exp"})
+# Those that `product.read` does not know, or not with every argument.
+_PRODUCTS = frozenset({"linear", "matmul", "bmm", "mm", "baddbmm", "addbmm", "addmm", "inner", "tensordot"})
 _CHOICES = frozenset({"getitem", "index_select", "gather"})
 
 
@@ -93,10 +95,10 @@ def _followed(node: fx.Node, value: Any, trail: Trail[fx.Node], learned: set[fx.
         shape = sizes if matmul.tied else (*left.value.shape[:-1], right.value.shape[-1])
         given = left.node in learned, right.node in learned
         return trail.product(left.node, right.node, node, shape, depth, given)
-    if name == "linear" and len(sources) > 1:
-        x, weight = sources[:2]
-        given = x in learned, weight in learned
-        return trail.product(x, weight, node, sizes, value_of(x).shape[-1], given)
+    if name in _PRODUCTS and len(sources) > 1:
+        left, right = sources[-2:] if "add" in name else sources[:2]
+        given = left in learned, right in learned
+        return trail.product(left, right, node, sizes, value_of(left).shape[-1], given)
     if name in _SOFTMAXES and (name != "exp" or sources[0] in trail.table):
         dim = -1 if name == "exp" else arguments(node, "input|self", "dim")[1]
         if isinstance(dim, int) and dim in (-1, len(sizes) - 1):

@@ -16,9 +16,10 @@ from s2o_compile.errors import NothingRewrittenWarning
 from s2o_compile.kernels.core.plan import TILE_LEN
 from s2o_compile.kernels.core.tuned import shortest_sparse
 from s2o_compile.kernels.statistics import Call, ModelCall, record_calls
+from s2o_compile.kernels.support.derivatives import in_forward_mode
 from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.scopes import Scopes
-from s2o_compile.kernels.support.torch_compat import dtype_of, interpreter_stack
+from s2o_compile.kernels.support.torch_compat import dtype_of, in_dispatch_mode, interpreter_stack
 from s2o_compile.kernels.support.torch_compile import compile_seconds, graph_breaks, never_captured, skip_frame
 from s2o_compile.passes.site import SiteRecord
 from s2o_compile.report import Report, Status, called_elsewhere, join_calls
@@ -103,8 +104,8 @@ SPARSE = frozenset(("s2o", "window"))
 """Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
 
 _TRANSFORMED = (
-    " (torch compiles nothing inside transforms of torch.func such as vmap or grad: call the model outside, with a "
-    "batch dimension for vmap)"
+    " (torch compiles nothing inside transforms of torch.func such as vmap or grad, nor tangents, nor under a dispatch "
+    "mode, as a FLOP counter: call the model outside, with a batch dimension for vmap)"
 )
 _GAVE_UP = (
     " (torch compiled it before, and compiles a function a limited number of times: raise "
@@ -196,12 +197,11 @@ class Account:
         """Count a call that has ended in this account alone."""
         with self._lock:
             self._calls += 1
-            if call.paths or call.uncompiled or call.breaks:
-                self._paths.update(call.paths)
-                self._never.update(call.never)
-                self._uncompiled |= {(call.path, module): None for module in _in_no_graph(call)}
-                self._python += bool(call.uncompiled and not call.compiled)
-                self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
+            self._paths.update(call.paths)
+            self._never.update(call.never)
+            self._uncompiled |= {(call.path, module): None for module in _in_no_graph(call)}
+            self._python += bool(call.called and not call.compiled)
+            self._breaks |= {(call.path, reason.partition("\n")[0]): None for reason in call.breaks}
 
     @skip_frame
     def _why_dense(self, call: ModelCall, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
@@ -225,7 +225,8 @@ class Account:
         reasons = [f"torch broke the graph ({reason})" for reason in breaks[:3]]
         if modules:
             names = ", ".join(name or "the model itself" for name in modules[:5])
-            remedy = _TRANSFORMED if interpreter_stack() is not None else _GAVE_UP if found and path in modules else ""
+            inside = interpreter_stack() or in_dispatch_mode() or in_forward_mode()
+            remedy = _TRANSFORMED if inside else _GAVE_UP if found and path in modules else ""
             reasons.append(f"these ran uncompiled: {names}{', ...' if len(modules) > 5 else ''}{remedy}")
         return ("" if found else f"none was found in {self._graphs_at(path)}; ") + "; ".join(reasons)
 
@@ -236,12 +237,12 @@ class Account:
 
 @skip_frame
 def _in_no_graph(call: ModelCall) -> list[str]:
-    """Modules that Python ran in a call, and below which no graph ran: Dynamo skips frames that only call others.
+    """Modules that Python called in a call, and in and below which no graph ran: it ran them, too.
 
     Without generators: none can be captured, where the code around the model is compiled with ``fullgraph``.
     """
     found = []
-    for module in call.uncompiled:
+    for module in dict.fromkeys(call.called):
         for frame in call.compiled:
             if frame == module or not module or frame.startswith(f"{module}."):
                 break

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from s2o_compile.kernels.support.torch_compat import NAMES, _attribute, _later, _named, _Nothing, _on_use
 
@@ -133,6 +133,19 @@ def never_captured(function: Function) -> Function:
     ``torch.compiler.disable`` with Dynamo, which takes long to import, loaded at the first call.
     """
     return cast("Function", _disable(function))
+
+
+_canonical_mask = _named("torch.nn.functional._canonical_mask", "mixed masks in MultiheadAttention", lambda: None)
+
+
+def _float_mask(mask: Tensor | None, target_type: torch.dtype, **_: object) -> Tensor | None:
+    """What torch's layers make of a mask, without their warning about masks of two dtypes: Dynamo would leave there."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=target_type).masked_fill_(mask, -torch.inf)
+
+
+_to_tell.append(lambda: torch.compiler.substitute_in_graph(_canonical_mask, skip_signature_check=True)(_float_mask))
 
 
 def tell_dynamo() -> None:

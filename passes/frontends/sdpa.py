@@ -49,11 +49,10 @@ def _site(node: fx.Node, prover: MaskProver) -> AttentionSite:
     elif ranks in ({3}, {5}) and call["attn_mask"] is None and call["enable_gqa"] is False:
         scores = (*query.value.shape[:-1], key.value.shape[-2])
         query, key, value, restore = to_heads(query, key, value, None, scores, scores)
-    for operand in (query, key, value):
-        if isinstance(operand.node, fx.Node):
-            prover.mutations.check_shape(operand.node)
     _check_call(call)
     check_tensors(query.value, key.value, value.value, node)
+    for operand in (query, key, value):
+        prover.mutations.check_shape(operand.node)
     heads, key_heads = value_of(call["query"]).shape[1], value_of(call["key"]).shape[1]
     if not restore and key_heads not in (1, heads) and call["enable_gqa"] is not True:
         raise Refused("%s key heads serve %s query heads without enable_gqa", key_heads, heads)

@@ -66,14 +66,14 @@ def _copied(
     copied = object.__new__(optimized_class(type(module)) if callable_itself else type(module))
     copies[id(module)] = copied
     fields = vars(copied)
+    if callable_itself or len(copies) == 1:  # a container has its account, too
+        fields[ENTRY] = entry_of(module)
     fields.update({name: value for name, value in vars(module).items() if name not in (COMPILED, ENTRY)})
     # A model that registers hooks when it is called, as those of transformers do, must not do so for the other, too.
     fields.update({name: x.copy() for name, x in fields.items() if "_hooks" in name and isinstance(x, dict)})
     fields["_modules"] = {
         name: None if child is None else _copied(child, entry_of, copies) for name, child in fields["_modules"].items()
     }
-    if callable_itself:
-        fields[ENTRY] = entry_of(module)
     return copied
 
 

@@ -139,6 +139,7 @@ class CompiledEntry:
         outer = running.call
         if outer is not None:
             before, outer.frame = outer.frame, module
+            outer.called = (*outer.called, self.path)
             try:
                 with self._behind_hooks(module):
                     return self._function(module, *args, **kwargs)
@@ -153,7 +154,7 @@ class CompiledEntry:
         elif compiled is None:
             compiled, breaks = self._compile(method, limit)
         running.call = call = ModelCall()
-        call.path = self.path
+        call.path, call.called = self.path, (self.path,)
         call.module = call.frame = module
         try:
             with derivatives:
@@ -199,8 +200,6 @@ class CompiledEntry:
 
 def _call(self: Any, /, *args: object, **kwargs: Any) -> object:  # noqa: ANN401 (an optimized module)
     """What is compiled; ``self`` is Dynamo's name for the module, so it stands in no site's name."""
-    if not torch.compiler.is_dynamo_compiling():
-        _ran_uncompiled(self)
     return self._call_impl(*args, **self._s2o_arguments(kwargs))
 
 
@@ -213,18 +212,9 @@ def _call_of(method: str) -> Callable[..., object]:
     """The same for a method of the module."""
 
     def call(self: Any, /, *args: object, **kwargs: object) -> object:  # noqa: ANN401 (an optimized module)
-        if not torch.compiler.is_dynamo_compiling():
-            _ran_uncompiled(self)
         return getattr(self, method)(*args, **kwargs)
 
     return call
-
-
-@skip_frame
-def _ran_uncompiled(module: nn.Module) -> None:
-    call, entry = running.call, vars(module).get(ENTRY)
-    if call is not None and entry is not None:
-        call.uncompiled = (*call.uncompiled, entry.path)
 
 
 @never_captured

@@ -269,9 +269,12 @@ def test_it_is_heard_where_nothing_is_compiled(way):
     said = warned(lambda: [way(fast, x) for _ in range(2)])
     assert len(said) == 1
     assert "these ran uncompiled: the model itself" in said[0]
-    assert ("call the model outside" in said[0]) is (way in (vmap, gradient))
+    assert ("call the model outside" in said[0]) is (way is not eager)
     assert s2o_compile.status(fast).calls == 2
     fast(x)  # Dynamo has not given up on the model
+    other = optimized()
+    other(x)
+    assert ("recompile_limit" in warned(lambda: way(other, x))[0]) is (way is eager)
     assert "rewritten attentions ran: 2 sparse" in str(s2o_compile.status(fast))
 
 

@@ -60,6 +60,30 @@ FORMS = {
     "log-weights": ("written by log_softmax", lambda q, k, v, w: scores(q, k).log_softmax(-1) @ v),
     "softmin": ("written by softmin", lambda q, k, v, w: F.softmin(-scores(q, k), -1) @ v),
     "gumbel": ("gumbel_softmax", lambda q, k, v, w: F.gumbel_softmax(scores(q, k), dim=-1) @ v),
+    "written-to-a-buffer": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.matmul(scores(q, k).softmax(-1), v, out=torch.empty(v.shape)),
+    ),
+    "half-of-a-bias": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.baddbmm(torch.ones(N, N).tril(), q[0], k[0].mT, beta=0.5).softmax(-1) @ v[0],
+    ),
+    "added-products": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.addmm(torch.ones(N, N).tril(), q[0, 0], k[0, 0].mT).softmax(-1) @ v[0, 0],
+    ),
+    "added-to-the-output": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.addmm(v[0, 0], scores(q, k)[0, 0].softmax(-1), v[0, 0]),
+    ),
+    "inner": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.inner(q[0, 0], k[0, 0]).softmax(-1) @ v[0, 0],
+    ),
+    "tensordot": (
+        "choose scaled_dot_product_attention",
+        lambda q, k, v, w: torch.tensordot(torch.tensordot(q[0, 0], k[0, 0], ([1], [1])).softmax(-1), v[0, 0], 1),
+    ),
     "keys-first": (LINEAR, lambda q, k, v, w: F.elu(q) @ (F.elu(k).mT @ v)),
     "keys-first-einsum": (
         LINEAR,

@@ -1,5 +1,6 @@
 """status, the account of an optimized model, and the warning of a long call in which nothing ran sparse."""
 
+import copy
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -263,6 +264,40 @@ def test_a_sparse_status_names_the_calls_that_ran_uncompiled():
     status = s2o_compile.status(fast)
     assert (status.sparse, status.calls, status.uncompiled_calls) == (2, 2, 1)
     assert status.uncompiled == ("", "layers.0", "layers.1")
+
+
+class Breaking(nn.Sequential):
+    """Attention behind a graph break where Dynamo cannot go on: it leaves the whole forward to Python."""
+
+    def forward(self, x):
+        try:
+            torch._dynamo.graph_break()
+            return scaled_dot_product_attention(x, x, x)
+        except ValueError:
+            return x
+
+
+@torch.no_grad()
+def test_a_sparse_status_names_a_part_that_dynamo_leaves_to_python():
+    fast = s2o_compile.optimize(
+        nn.Sequential(TinyAttention(), Breaking(nn.ReLU()), nn.Sequential(nn.ReLU())).eval(), EXACT
+    )
+    fast(tiny_input())
+    status = s2o_compile.status(fast)
+    assert (status.paths, status.left_dense, status.uncompiled) == ({"s2o": 1}, {}, ("1",))
+    assert "ran uncompiled, in no graph:\n  - 1" in str(status)
+    assert status.uncompiled_calls == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("container", [lambda part: nn.ModuleDict({"0": part}), lambda part: nn.ModuleList([part])])
+def test_a_container_has_an_account(container):
+    fast = s2o_compile.optimize(container(TinyAttention().eval()), EXACT)
+    other = copy.deepcopy(fast)
+    (part,) = fast.children()
+    part(tiny_input())
+    assert s2o_compile.status(fast).paths == {"s2o": 1}
+    assert s2o_compile.status(other).calls == 0
 
 
 def test_a_model_that_was_never_called_says_what_to_call():

@@ -221,7 +221,8 @@ def visit_ranked(
 
 
 def _rest(query: Tensor, key: Tensor, mask: AttentionMask) -> list[Tensor]:
-    """Other operands of loop bodies: every size, and the key mask, which Inductor frees in each round if flattened."""
+    """Other operands of loop bodies: the key mask, and every size that they compute with."""
+    # Not flattened: Inductor frees an operand of a branch in every round of a loop that gets a view of its own shape.
     sizes = (*query.shape[:3], key.shape[2], mask.offset, *(() if mask.window is None else (mask.window,)))
     return [*(() if mask.key_mask is None else (mask.key_mask,)), *symbols(sizes)]
 

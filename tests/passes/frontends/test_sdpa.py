@@ -158,6 +158,12 @@ def test_vmap_stays_dense(function, levels):
     assert "torch.vmap" in capture.records[0].reason
 
 
+def test_a_gradient_inside_stays_dense_and_says_so():
+    form = FORMS["positional"]
+    capture = rewritten(lambda q, k, v: torch.func.grad(lambda x: form(x, k, v).sum())(q), heads(), heads(), heads())
+    assert "under a transform" in capture.records[0].reason
+
+
 @pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
 def test_causal_biases_of_torch_are_proven(bias):
     """In their code torch asks which kernels SDPA may choose."""
