@@ -9,7 +9,7 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig
-from s2o_compile.kernels.support.torch_compat import LAST_TESTED, torch_release
+from s2o_compile.kernels.support.torch_compat import torch_release
 from tests.helpers.imports import ROOT
 
 DOCS = ROOT / "docs"
@@ -51,7 +51,7 @@ def test_every_option_has_a_row_and_a_docstring():
         assert f"{field.name}: " in S2OConfig.__doc__
 
 
-@pytest.mark.skipif(torch_release() != LAST_TESTED, reason="the page shows the graph of the newest torch")
+@pytest.mark.skipif(torch_release() < (2, 13), reason="the page shows the graph of a newer torch")
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_how_it_works_shows_the_graph_as_the_pass_writes_it(tmp_path, monkeypatch):
     page = (DOCS / "how-it-works.md").read_text()
