@@ -108,7 +108,9 @@ _TAKES_A_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameter
 
 def recompile_limit() -> dict[str, Any]:
     """An option of ``torch.compile``: 32 graphs of one function for Dynamo's 8, unless the user set another by now."""
-    return {"recompile_limit": 32} if _TAKES_A_LIMIT and torch.compiler.config.recompile_limit == 8 else {}
+    if torch.compiler.is_dynamo_compiling() or not _TAKES_A_LIMIT:  # inside another compilation, whose limit holds
+        return {}
+    return {"recompile_limit": 32} if torch.compiler.config.recompile_limit == 8 else {}
 
 
 def constant_result(function: Function) -> Function:
