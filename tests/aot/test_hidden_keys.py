@@ -12,7 +12,7 @@ import s2o_compile
 from s2o_compile import onnx
 from s2o_compile.kernels import ops
 from s2o_compile.kernels.impl.aot import attention as decomposition
-from tests.conftest import Case
+from tests.conftest import PACKAGED, Case
 from tests.helpers.operator_calls import arguments, call
 
 DENSE = pytest.mark.parametrize("dense_heads", [[], [1], [0, 1]], ids=["sparse", "one-dense", "all-dense"])
@@ -107,6 +107,7 @@ class Padded(torch.nn.Module):
         return torch.ops.s2o.attention(query, key, value, key_mask, causal=True, min_seq_len=256, dense_heads=[1])[0]
 
 
+@PACKAGED
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_package_runs_with_padding(tmp_path):

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
+from tests.conftest import PACKAGED
 
 RUN = """
 import sys, torch
@@ -34,6 +35,7 @@ def inputs(batch, length):
     return q, k, v, (torch.rand(batch, length, generator=generator) > 0.2).index_fill(1, torch.tensor(0), True)
 
 
+@PACKAGED
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @torch.no_grad()
