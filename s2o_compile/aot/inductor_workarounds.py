@@ -17,9 +17,10 @@ import torch
 
 from s2o_compile.capture.one_at_a_time import ONE_AT_A_TIME
 from s2o_compile.errors import PackageError
-from s2o_compile.kernels.support.torch_compat import LAST_PACKAGED, torch_release
+from s2o_compile.kernels.support.torch_compat import LAST_PACKAGED, require, torch_release
 from s2o_compile.kernels.support.torch_inductor import (
     ANALYSIS,
+    PACKAGES,
     Conditional,
     CppWrapperCpu,
     EnterSubgraphLine,
@@ -76,6 +77,7 @@ def inductor_workarounds() -> Iterator[None]:
 
     Raises:
         PackageError: This torch is outside the range that a workaround was tested with.
+        MissingTorchNameError: It is inside, but lacks a private name.
     """
     for workaround in WORKAROUNDS:
         if not workaround.first <= torch_release() <= workaround.last:
@@ -85,6 +87,7 @@ def inductor_workarounds() -> Iterator[None]:
                 f"with: {workaround.bug} ({workaround.upstream}); got torch {torch.__version__}. Install a torch of "
                 "that range to write packages, or run the exported program itself."
             )
+    require(PACKAGES)
     with ONE_AT_A_TIME, ExitStack() as stack:
         for workaround in WORKAROUNDS:
             stack.enter_context(workaround.patched())

@@ -20,7 +20,7 @@ from s2o_compile.kernels.core.tuned import LONG, crossover, why_never
 from s2o_compile.kernels.dispatch import WIDEST_FLOAT32
 from s2o_compile.kernels.support.errors import warn
 from s2o_compile.kernels.support.files import try_writing
-from s2o_compile.kernels.support.torch_compat import require, schema_of
+from s2o_compile.kernels.support.torch_compat import schema_of
 
 _SPARSE = torch.ops.s2o.attention.default
 _MASKED = torch.ops.s2o.masked_attention.default
@@ -122,7 +122,6 @@ def package(program: ExportedProgram, path: str | Path, *, options: Mapping[str,
     from s2o_compile.aot.lower_ops import DecomposeS2OOps
     from s2o_compile.kernels.support import torch_inductor
 
-    require(torch_inductor.PACKAGES)
     with torch.no_grad(), inductor_workarounds():
         decompose, ours = DecomposeS2OOps(_decompositions()), {}
         if on_cpu:
