@@ -206,6 +206,7 @@ def problems():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@PACKAGED
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_package_works_without_any_one_of_them(problems):
