@@ -110,7 +110,7 @@ def poison_empty(monkeypatch):
             x = make(*args, **kwargs)
             if x.dtype == torch.bool:
                 return x
-            number = -(2**30) if x.dtype in (torch.int32, torch.int64) else -12345  # two are no int32: the sum shows
+            number = -(2**30) if x.dtype in (torch.int32, torch.int64) else -12345  # sums leave int32, which shows
             return x.fill_(float("nan") if x.is_floating_point() else number)
 
         return empty
