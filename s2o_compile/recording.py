@@ -104,8 +104,8 @@ SPARSE = frozenset(("s2o", "window"))
 """Paths of the operator that leave keys out: unimportant ones, or those outside a window."""
 
 _TRANSFORMED = (
-    " (torch compiles nothing inside transforms of torch.func such as vmap or grad, nor tangents, nor under a dispatch "
-    "mode, as a FLOP counter: call the model outside, with a batch dimension for vmap)"
+    " (torch compiles nothing inside transforms of torch.func such as vmap or grad, in a dual_level, or under a "
+    "dispatch mode such as a FLOP counter: call the model outside, with a batch dimension for vmap)"
 )
 _GAVE_UP = (
     " (torch compiled it before, and compiles a function a limited number of times: raise "

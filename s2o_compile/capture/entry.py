@@ -147,8 +147,8 @@ class CompiledEntry:
                 outer.frame = before
         limit, breaks, derivatives = recompile_limit(), None, nullcontext()  # a limit that the user has set since holds
         compiled = self._compiled.get((method, *limit))
-        by_torch = interpreter_stack() or in_dispatch_mode() or in_forward_mode()
-        if by_torch and not self.compilation.options["fullgraph"]:
+        passed_over = interpreter_stack() or in_dispatch_mode() or in_forward_mode()
+        if passed_over and not self.compilation.options["fullgraph"]:
             # Dynamo would pass over this code, and never look at it again.
             compiled, derivatives = _call_of(method) if method else _call, every_derivative()
         elif compiled is None:

@@ -79,7 +79,8 @@ def examine() -> Iterator[Check]:
 
 def _torch() -> Check:
     version = f"torch {torch.__version__}, python {platform.python_version()}"
-    version += "" if torch_release() <= LAST_PACKAGED else "; packages need torch {}.{}".format(*LAST_PACKAGED)
+    if torch_release() > LAST_PACKAGED:
+        version += "; packages need {}.{} to {}.{}".format(*FIRST_TESTED, *LAST_PACKAGED)
     if FIRST_TESTED <= torch_release() <= LAST_TESTED:
         return Check(name="torch", state="ok", found=version)
     return Check(

@@ -59,7 +59,7 @@ def attend_range(
         products = cap_products(products, inner, SOFTCAP)
         if MASKED or HAS_KEY_MASK:
             if HAS_KEY_MASK:
-                position = tl.where(tl.load(key_mask + keys) != 0, position, 0x7FFFFFFF)
+                position = tl.where(tl.load(key_mask + keys) != 0, position, 0x7FFFFFFF)  # behind every row
             seen = position[None, :] <= last[:, None]
             if HAS_WINDOW:
                 seen = seen & (position[None, :] > rows[:, None] + offset - window)
